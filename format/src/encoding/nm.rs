@@ -1,0 +1,468 @@
+//! Id 48: joint codes of N:M groups (spec §6.5). A group of M columns in one row keeps at most N
+//! weights of one magnitude; positions and signs are one code, stored in bit planes of tiles.
+
+use std::fmt;
+
+use half::f16;
+
+use super::{
+    as_f16, check_canonical, check_finite_f16, f16_at, f16_bytes, f16_vec, join, signed, split,
+};
+use crate::error::Result;
+use crate::num::len_u64;
+
+/// Rows of a tile: the 16 bytes of one SIMD lane.
+pub const TILE: usize = 16;
+/// Groups of a quad: the four lanes of a 64-byte vector.
+pub const QUAD: usize = 4;
+/// Quads of a chunk: after so many, every plane has filled whole vectors.
+pub const CHUNK_QUADS: usize = 8;
+/// Bytes of a vector: one quad of groups for the 16 rows of a tile.
+pub const VECTOR: usize = 64;
+
+/// Parameters of the joint N:M encoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nm {
+    n: u8,
+    m: u8,
+    scale_bits: u8,
+    col_factors: bool,
+    block: u16,
+}
+
+impl Nm {
+    /// The registered id.
+    pub const ID: u32 = 48;
+
+    /// `n`:`m` is one of 1:4, 1:8, 2:4 and 2:8. `scale_bits` 0, 4 or 8 per row and `block`
+    /// columns; `block` is 0 exactly if `scale_bits` is, else a multiple of 32.
+    #[must_use]
+    pub fn new(n: u8, m: u8, scale_bits: u8, block: u16, col_factors: bool) -> Option<Self> {
+        let valid = matches!(n, 1 | 2)
+            && matches!(m, 4 | 8)
+            && matches!(scale_bits, 0 | 4 | 8)
+            && (scale_bits == 0) == (block == 0)
+            && block.is_multiple_of(32);
+        valid.then_some(Self { n, m, scale_bits, col_factors, block })
+    }
+
+    /// The most weights kept in a group.
+    #[must_use]
+    pub fn n(self) -> usize {
+        usize::from(self.n)
+    }
+
+    /// Columns of a group.
+    #[must_use]
+    pub fn m(self) -> usize {
+        usize::from(self.m)
+    }
+
+    /// Bits of a block scale code: 0, 4 or 8.
+    #[must_use]
+    pub fn scale_bits(self) -> u8 {
+        self.scale_bits
+    }
+
+    /// Columns that share a block scale code; 0 if there are none.
+    #[must_use]
+    pub fn block(self) -> usize {
+        usize::from(self.block)
+    }
+
+    /// Whether each column has a factor.
+    #[must_use]
+    pub fn has_col_factors(self) -> bool {
+        self.col_factors
+    }
+
+    /// Bits of a position: log2 M.
+    #[must_use]
+    pub fn position_bits(self) -> u32 {
+        self.m.trailing_zeros()
+    }
+
+    /// Bits of a code: N·log2 M + 1.
+    #[must_use]
+    pub fn code_bits(self) -> u32 {
+        u32::from(self.n).wrapping_mul(self.position_bits()).wrapping_add(1)
+    }
+
+    /// Widths of the bit planes of a code, low bits first: its binary digits from 8 down to 1.
+    pub fn planes(self) -> impl Iterator<Item = u32> {
+        let bits = self.code_bits();
+        [8, 4, 2, 1].into_iter().filter(move |w| bits & w != 0)
+    }
+
+    /// The kept weights of `code` as (position, negative); the second is absent in 1:M and in
+    /// codes of 2:M that keep one weight.
+    #[must_use]
+    pub fn pattern(self, code: u16) -> [Option<(usize, bool)>; 2] {
+        let bits = self.position_bits();
+        let mask = u16::from(self.m).wrapping_sub(1);
+        let negative = code.wrapping_shr(self.code_bits().wrapping_sub(1)) & 1 != 0;
+        let i = code & mask;
+        let first = Some((usize::from(i), negative));
+        if self.n == 1 {
+            return [first, None];
+        }
+        let j = code.wrapping_shr(bits) & mask;
+        let second = (i != j).then_some((usize::from(j), negative != (i > j)));
+        [first, second]
+    }
+
+    /// The code that keeps `first` and `second`, in any order: the inverse of [`Nm::pattern`].
+    /// `None` if a position is outside the group, or if two equal positions or a second weight in
+    /// 1:M are asked for.
+    #[must_use]
+    pub fn code(self, first: (usize, bool), second: Option<(usize, bool)>) -> Option<u16> {
+        let bits = self.position_bits();
+        let sign = |negative: bool| u16::from(negative) << self.code_bits().wrapping_sub(1);
+        let position = |p: usize| u16::try_from(p).ok().filter(|p| *p < u16::from(self.m));
+        let a = position(first.0)?;
+        let Some((b, negative_b)) = second else {
+            let repeat = if self.n == 2 { a << bits } else { 0 };
+            return Some(a | repeat | sign(first.1));
+        };
+        let b = position(b)?;
+        if self.n == 1 || a == b {
+            return None;
+        }
+        // Equal signs put the lower position first, different signs the higher; the first one's
+        // sign is stored.
+        let swap = (first.1 == negative_b) != (a < b);
+        let (i, j, negative) = if swap { (b, a, negative_b) } else { (a, b, first.1) };
+        Some(i | j << bits | sign(negative))
+    }
+
+    pub(crate) fn parse(params: [u8; 16]) -> Option<Self> {
+        let [n, m, scale_bits, flags, b0, b1, rest @ ..] = params;
+        if flags > 1 || rest != [0; 10] {
+            return None;
+        }
+        Self::new(n, m, scale_bits, u16::from_le_bytes([b0, b1]), flags == 1)
+    }
+
+    pub(crate) fn params(self) -> [u8; 16] {
+        let [b0, b1] = self.block.to_le_bytes();
+        let flags = u8::from(self.col_factors);
+        [self.n, self.m, self.scale_bits, flags, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    }
+
+    /// Groups of a row.
+    fn groups(self, cols: u64) -> u64 {
+        cols.div_ceil(u64::from(self.m))
+    }
+
+    /// Bytes of the vectors of one chunk with `quads` quads, 1 to 8.
+    fn chunk_bytes(self, quads: u64) -> u64 {
+        let vectors = |w: u32| quads.saturating_mul(u64::from(w)).div_ceil(8);
+        self.planes().map(vectors).sum::<u64>().saturating_mul(len_u64(VECTOR))
+    }
+
+    /// Bytes of the codes of one tile.
+    fn tile_bytes(self, cols: u64) -> Option<u64> {
+        let quads = self.groups(cols).div_ceil(len_u64(QUAD));
+        let per_chunk = len_u64(CHUNK_QUADS);
+        let full = quads.checked_div(per_chunk)?.checked_mul(self.chunk_bytes(per_chunk))?;
+        full.checked_add(self.chunk_bytes(quads.checked_rem(per_chunk)?))
+    }
+
+    /// Block scales of a row.
+    fn blocks(self, cols: u64) -> u64 {
+        if self.block == 0 { 0 } else { cols.div_ceil(u64::from(self.block)) }
+    }
+
+    pub(crate) fn segments(self, rows: u64, cols: u64) -> Option<[u64; 4]> {
+        let tiles = rows.div_ceil(len_u64(TILE));
+        let tile_scales =
+            self.blocks(cols).checked_mul(u64::from(self.scale_bits))?.checked_mul(2)?;
+        Some([
+            if self.col_factors { cols.checked_mul(2)? } else { 0 },
+            rows.checked_mul(2)?,
+            tiles.checked_mul(tile_scales)?,
+            tiles.checked_mul(self.tile_bytes(cols)?)?,
+        ])
+    }
+}
+
+impl fmt::Display for Nm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "nm {}:{}", self.n, self.m)?;
+        if self.scale_bits != 0 {
+            write!(f, "/b{}s{}", self.block, self.scale_bits)?;
+        }
+        f.write_str(if self.col_factors { "+cols" } else { "" })
+    }
+}
+
+/// The logical content of a joint N:M tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NmParts {
+    /// Parameters.
+    pub spec: Nm,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Column factors, cols; empty if the encoding has none.
+    pub col_factors: Vec<f16>,
+    /// Row scales, rows.
+    pub row_scales: Vec<f16>,
+    /// Block scale codes, rows × blocks; empty if the encoding has none.
+    pub block_codes: Vec<u8>,
+    /// Codes, rows × ceil(cols / M).
+    pub codes: Vec<u16>,
+}
+
+impl NmParts {
+    /// The payload.
+    #[must_use]
+    pub fn pack(&self) -> Vec<u8> {
+        let groups = self.cols.div_ceil(self.spec.m()).max(1);
+        let mut codes = Vec::new();
+        let rows: Vec<&[u16]> = self.codes.chunks(groups).collect();
+        for tile in rows.chunks(TILE) {
+            for chunk in 0..groups.div_ceil(QUAD.saturating_mul(CHUNK_QUADS)) {
+                self.pack_chunk(tile, chunk, groups, &mut codes);
+            }
+        }
+        join([
+            &f16_bytes(&self.col_factors),
+            &f16_bytes(&self.row_scales),
+            &self.pack_block_codes(),
+            &codes,
+        ])
+    }
+
+    /// Block scale codes by tile and block, 16 rows together; 4-bit codes pair rows k and k + 8.
+    fn pack_block_codes(&self) -> Vec<u8> {
+        let blocks = usize::try_from(self.spec.blocks(len_u64(self.cols))).unwrap_or(0);
+        if blocks == 0 {
+            return Vec::new();
+        }
+        let rows: Vec<&[u8]> = self.block_codes.chunks(blocks).collect();
+        let mut bytes = Vec::new();
+        for tile in rows.chunks(TILE) {
+            for block in 0..blocks {
+                let code = |r: usize| tile.get(r).and_then(|row| row.get(block)).copied();
+                let code = |r: usize| code(r).unwrap_or(0);
+                if self.spec.scale_bits == 8 {
+                    bytes.extend((0..16).map(code));
+                } else {
+                    bytes.extend((0..8).map(|k| code(k) & 15 | code(k.saturating_add(8)) << 4));
+                }
+            }
+        }
+        bytes
+    }
+
+    /// The vectors of one chunk of a tile: each plane in turn, 64 bytes per vector.
+    fn pack_chunk(&self, tile: &[&[u16]], chunk: usize, groups: usize, out: &mut Vec<u8>) {
+        let first_quad = chunk.saturating_mul(CHUNK_QUADS);
+        let quads = groups.div_ceil(QUAD).saturating_sub(first_quad).min(CHUNK_QUADS);
+        let mut shift = 0u32;
+        for width in self.spec.planes() {
+            let slots = usize::try_from(8u32.wrapping_div(width)).unwrap_or(1);
+            let mask = (1u16 << width).wrapping_sub(1);
+            for vector in 0..quads.div_ceil(slots) {
+                for lane in 0..QUAD {
+                    for row in 0..TILE {
+                        let mut byte = 0u16;
+                        for (slot, at) in
+                            (0..slots).zip((0u32..8).step_by(usize::try_from(width).unwrap_or(8)))
+                        {
+                            let quad = vector.saturating_mul(slots).saturating_add(slot);
+                            let group = first_quad
+                                .saturating_add(quad)
+                                .saturating_mul(QUAD)
+                                .saturating_add(lane);
+                            let code = if quad < quads {
+                                tile.get(row).and_then(|codes| codes.get(group)).copied()
+                            } else {
+                                None
+                            };
+                            byte |= (code.unwrap_or(0).wrapping_shr(shift) & mask) << at;
+                        }
+                        out.extend(byte.to_le_bytes().first());
+                    }
+                }
+            }
+            shift = shift.wrapping_add(width);
+        }
+    }
+}
+
+/// A joint N:M matrix in place.
+#[derive(Clone, Copy, Debug)]
+pub struct NmView<'a> {
+    /// Parameters.
+    pub spec: Nm,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Column factors, binary16; empty if there are none.
+    pub col_factors: &'a [[u8; 2]],
+    /// Row scales, binary16.
+    pub row_scales: &'a [[u8; 2]],
+    /// Block scale codes: tiles × blocks × 16 codes.
+    pub block_codes: &'a [u8],
+    /// Codes: tiles × chunks × planes × vectors of 64 bytes.
+    pub codes: &'a [u8],
+    /// Bytes of the codes of one tile.
+    pub tile_bytes: usize,
+}
+
+impl<'a> NmView<'a> {
+    /// A view of `payload`; `None` if its length does not fit the shape.
+    #[must_use]
+    pub fn new(spec: Nm, rows: u64, cols: u64, payload: &'a [u8]) -> Option<Self> {
+        let [factors, row_scales, block_codes, codes] = split(payload, spec.segments(rows, cols)?)?;
+        Some(Self {
+            spec,
+            rows: usize::try_from(rows).ok()?,
+            cols: usize::try_from(cols).ok()?,
+            col_factors: as_f16(factors),
+            row_scales: as_f16(row_scales),
+            block_codes,
+            codes,
+            tile_bytes: usize::try_from(spec.tile_bytes(cols)?).ok()?,
+        })
+    }
+
+    /// Groups of a row.
+    #[must_use]
+    pub fn groups(&self) -> usize {
+        self.cols.div_ceil(self.spec.m())
+    }
+
+    /// Block scale codes of a row.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        usize::try_from(self.spec.blocks(len_u64(self.cols))).unwrap_or(0)
+    }
+
+    /// Tiles of 16 rows.
+    #[must_use]
+    pub fn tiles(&self) -> usize {
+        self.rows.div_ceil(TILE)
+    }
+
+    /// The code bytes of tile `tile`.
+    #[must_use]
+    pub fn tile_codes(&self, tile: usize) -> &'a [u8] {
+        let start = tile.saturating_mul(self.tile_bytes);
+        self.codes.get(start..start.saturating_add(self.tile_bytes)).unwrap_or_default()
+    }
+
+    /// The scale code of a row and block.
+    #[must_use]
+    pub fn block_code(&self, row: usize, block: usize) -> u8 {
+        let (tile, r) = (row.wrapping_div(TILE), row.wrapping_rem(TILE));
+        let index = tile.saturating_mul(self.blocks()).saturating_add(block);
+        let at = |start: usize, i: usize| {
+            self.block_codes.get(start.saturating_add(i)).copied().unwrap_or(0)
+        };
+        match self.spec.scale_bits {
+            8 => at(index.saturating_mul(16), r),
+            _ => {
+                let pair = at(index.saturating_mul(8), r & 7);
+                if r < 8 { pair & 15 } else { pair >> 4 }
+            }
+        }
+    }
+
+    /// The multiplier of a scale code: (code + 1) / 2^bits, exact in binary32.
+    #[must_use]
+    pub fn multiplier(&self, code: u8) -> f32 {
+        let step = if self.spec.scale_bits == 8 { 1.0 / 256.0 } else { 1.0 / 16.0 };
+        (f32::from(code) + 1.0) * step
+    }
+
+    /// The code of a row and group.
+    #[must_use]
+    pub fn code(&self, row: usize, group: usize) -> u16 {
+        let tile = self.tile_codes(row.wrapping_div(TILE));
+        let (lane, quad) = (group.wrapping_rem(QUAD), group.wrapping_div(QUAD));
+        let chunk = quad.wrapping_div(CHUNK_QUADS);
+        let quads = self
+            .groups()
+            .div_ceil(QUAD)
+            .saturating_sub(chunk.saturating_mul(CHUNK_QUADS))
+            .min(CHUNK_QUADS);
+        let quad = quad.wrapping_rem(CHUNK_QUADS);
+        let code_bits = usize::try_from(self.spec.code_bits()).unwrap_or(0);
+        let mut plane = chunk.saturating_mul(code_bits).saturating_mul(VECTOR);
+        let (mut code, mut shift) = (0u16, 0u32);
+        for width in self.spec.planes() {
+            let slots = usize::try_from(8u32.wrapping_div(width)).unwrap_or(1);
+            let vector = quad.checked_div(slots).unwrap_or(0);
+            let slot = u32::try_from(quad.checked_rem(slots).unwrap_or(0)).unwrap_or(0);
+            let at = plane
+                .saturating_add(vector.saturating_mul(VECTOR))
+                .saturating_add(lane.saturating_mul(TILE))
+                .saturating_add(row.wrapping_rem(TILE));
+            let byte = u16::from(tile.get(at).copied().unwrap_or(0));
+            let mask = (1u16 << width).wrapping_sub(1);
+            let bits = byte.wrapping_shr(slot.wrapping_mul(width)) & mask;
+            code |= bits.wrapping_shl(shift);
+            shift = shift.wrapping_add(width);
+            plane = plane.saturating_add(quads.div_ceil(slots).saturating_mul(VECTOR));
+        }
+        code
+    }
+
+    /// See [`super::MatrixView::decode_row`]: `w = ±((row scale × multiplier) × column factor)`.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        if row >= self.rows {
+            return;
+        }
+        let row_scale = f16_at(self.row_scales, row);
+        for (group, weights) in out.chunks_mut(self.spec.m()).enumerate() {
+            weights.fill(0.0);
+            let first = group.saturating_mul(self.spec.m());
+            let scale = match first.checked_div(self.spec.block()) {
+                Some(block) => row_scale * self.multiplier(self.block_code(row, block)),
+                None => row_scale,
+            };
+            for (position, negative) in
+                self.spec.pattern(self.code(row, group)).into_iter().flatten()
+            {
+                let factor = if self.spec.col_factors {
+                    f16_at(self.col_factors, first.saturating_add(position))
+                } else {
+                    1.0
+                };
+                // Positions past the last column of a ragged group keep nothing.
+                if let Some(w) = weights.get_mut(position) {
+                    *w = signed(scale * factor, negative);
+                }
+            }
+        }
+    }
+
+    /// The logical content.
+    #[must_use]
+    pub fn unpack(&self) -> NmParts {
+        let rows = 0..self.rows;
+        let pairs = |width: usize| {
+            rows.clone().flat_map(move |row| (0..width).map(move |column| (row, column)))
+        };
+        NmParts {
+            spec: self.spec,
+            rows: self.rows,
+            cols: self.cols,
+            col_factors: f16_vec(self.col_factors),
+            row_scales: f16_vec(self.row_scales),
+            block_codes: pairs(self.blocks()).map(|(r, b)| self.block_code(r, b)).collect(),
+            codes: pairs(self.groups()).map(|(r, g)| self.code(r, g)).collect(),
+        }
+    }
+
+    pub(crate) fn check(&self, payload: &[u8]) -> Result<()> {
+        check_canonical(payload, &self.unpack().pack())?;
+        check_finite_f16(payload, self.col_factors, "column factor")?;
+        check_finite_f16(payload, self.row_scales, "row scale")
+    }
+}

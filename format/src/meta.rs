@@ -1,0 +1,336 @@
+//! The META section: typed key-value pairs in ascending key order (spec §5).
+
+use std::collections::BTreeMap;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::error::{Error, Result, Rule};
+use crate::limits::{MAX_META_ENTRIES, MAX_META_VALUE_BYTES, MAX_NAME_BYTES};
+use crate::num::len_u64;
+use crate::raw::{MetaEntry, MetaHeader};
+
+/// A metadata value, owned.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Type 1: UTF-8 text; whole files (`config.json`, `tokenizer.json`) are stored verbatim.
+    Text(String),
+    /// Type 2: an unsigned integer.
+    U64(u64),
+    /// Type 3: a finite binary64 number.
+    F64(f64),
+    /// Type 4: a truth value.
+    Bool(bool),
+    /// Type 5: a list of unsigned integers.
+    U64List(Vec<u64>),
+}
+
+/// A metadata value in place in the file.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ValueRef<'a> {
+    /// See [`Value::Text`].
+    Text(&'a str),
+    /// See [`Value::U64`].
+    U64(u64),
+    /// See [`Value::F64`].
+    F64(f64),
+    /// See [`Value::Bool`].
+    Bool(bool),
+    /// See [`Value::U64List`]: little-endian elements of 8 bytes.
+    U64List(&'a [[u8; 8]]),
+}
+
+impl ValueRef<'_> {
+    /// A copy that no longer borrows from the file.
+    #[must_use]
+    pub fn to_value(self) -> Value {
+        match self {
+            ValueRef::Text(v) => Value::Text(v.to_owned()),
+            ValueRef::U64(v) => Value::U64(v),
+            ValueRef::F64(v) => Value::F64(v),
+            ValueRef::Bool(v) => Value::Bool(v),
+            ValueRef::U64List(v) => {
+                Value::U64List(v.iter().map(|b| u64::from_le_bytes(*b)).collect())
+            }
+        }
+    }
+}
+
+/// The metadata of a file, in place and validated.
+#[derive(Clone, Debug, Default)]
+pub struct MetaView<'a> {
+    entries: Vec<(&'a str, ValueRef<'a>)>,
+}
+
+impl<'a> MetaView<'a> {
+    /// Reads a META section whose first byte is at `base` in the file.
+    pub(crate) fn parse(section: &'a [u8], base: u64) -> Result<Self> {
+        let total = len_u64(section.len());
+        let fail = |rule, detail: String, rest: &[u8]| {
+            Error::new(rule, detail)
+                .at(base.saturating_add(total.saturating_sub(len_u64(rest.len()))))
+        };
+        let Ok((header, mut rest)) = MetaHeader::ref_from_prefix(section) else {
+            return Err(fail(Rule::MetaStructure, "META is shorter than 8 bytes".into(), section));
+        };
+        if header.reserved.get() != 0 {
+            return Err(fail(
+                Rule::MetaStructure,
+                "reserved field of META is not zero".into(),
+                section,
+            ));
+        }
+        let count = header.count.get();
+        if count > MAX_META_ENTRIES {
+            let detail =
+                format!("{count} metadata entries, at most {MAX_META_ENTRIES} are allowed");
+            return Err(fail(Rule::MetaLimits, detail, section));
+        }
+        let mut entries: Vec<(&str, ValueRef)> = Vec::new();
+        for index in 0..count {
+            let here = rest;
+            let Ok((entry, after)) = MetaEntry::ref_from_prefix(rest) else {
+                return Err(fail(Rule::MetaStructure, format!("entry {index} is cut off"), here));
+            };
+            let key_length = usize::from(entry.key_length.get());
+            if key_length == 0 || key_length > MAX_NAME_BYTES {
+                let detail = format!("entry {index} has a key of {key_length} bytes");
+                return Err(fail(Rule::MetaLimits, detail, here));
+            }
+            if entry.value_length.get() > MAX_META_VALUE_BYTES {
+                let detail =
+                    format!("entry {index} has a value of {} bytes", entry.value_length.get());
+                return Err(fail(Rule::MetaLimits, detail, here));
+            }
+            let value_length = usize::try_from(entry.value_length.get()).unwrap_or(usize::MAX);
+            let split = after
+                .split_at_checked(key_length)
+                .and_then(|(key, after)| Some((key, after.split_at_checked(value_length)?)));
+            let Some((key, (value, after))) = split else {
+                return Err(fail(Rule::MetaStructure, format!("entry {index} is cut off"), here));
+            };
+            let Some(key) = parse_key(key) else {
+                let detail =
+                    format!("the key of entry {index} has a character outside a-z 0-9 . _ -");
+                return Err(fail(Rule::MetaKey, detail, here));
+            };
+            if let Some((last, _)) = entries.last()
+                && *last >= key
+            {
+                let detail = format!("key {key} comes after {last}");
+                return Err(fail(Rule::MetaOrder, detail, here));
+            }
+            if !(1..=5).contains(&entry.kind) {
+                let detail = format!("key {key} has value type {}", entry.kind);
+                return Err(fail(Rule::MetaType, detail, here));
+            }
+            let parsed = if entry.reserved == 0 { parse_value(entry.kind, value) } else { None };
+            let Some(parsed) = parsed else {
+                let detail = format!("the value of key {key} is not valid for type {}", entry.kind);
+                return Err(fail(Rule::MetaValue, detail, here));
+            };
+            entries.push((key, parsed));
+            rest = after;
+        }
+        if !rest.is_empty() {
+            let detail = format!("{} bytes follow the last metadata entry", rest.len());
+            return Err(fail(Rule::MetaStructure, detail, rest));
+        }
+        Ok(Self { entries })
+    }
+
+    /// The value of `key`.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<ValueRef<'a>> {
+        let index = self.entries.binary_search_by(|(k, _)| (*k).cmp(key)).ok()?;
+        self.entries.get(index).map(|(_, v)| *v)
+    }
+
+    /// The text value of `key`, if it is present and text.
+    #[must_use]
+    pub fn text(&self, key: &str) -> Option<&'a str> {
+        match self.get(key)? {
+            ValueRef::Text(v) => Some(v),
+            _ => None,
+        }
+    }
+
+    /// The list value of `key`, if it is present and a list of integers.
+    #[must_use]
+    pub fn u64_list(&self, key: &str) -> Option<Vec<u64>> {
+        match self.get(key)?.to_value() {
+            Value::U64List(v) => Some(v),
+            _ => None,
+        }
+    }
+
+    /// All pairs in ascending key order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&'a str, ValueRef<'a>)> + '_ {
+        self.entries.iter().copied()
+    }
+}
+
+/// Metadata to be written.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Meta {
+    entries: BTreeMap<String, Value>,
+}
+
+impl Meta {
+    /// No entries.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets `key`, replacing an earlier value.
+    ///
+    /// # Errors
+    /// The rule that key or value would break in the file.
+    pub fn set(&mut self, key: &str, value: Value) -> Result<()> {
+        if key.is_empty() || key.len() > MAX_NAME_BYTES {
+            return Err(Error::new(Rule::MetaLimits, format!("key of {} bytes", key.len())));
+        }
+        if parse_key(key.as_bytes()).is_none() {
+            return Err(Error::new(Rule::MetaKey, format!("key {key:?}")));
+        }
+        let bytes = value_bytes(&value);
+        if len_u64(bytes.len()) > u64::from(MAX_META_VALUE_BYTES) {
+            let detail = format!("the value of {key} has {} bytes", bytes.len());
+            return Err(Error::new(Rule::MetaLimits, detail));
+        }
+        if parse_value(kind_of(&value), &bytes).is_none() {
+            return Err(Error::new(Rule::MetaValue, format!("the value of {key}")));
+        }
+        self.entries.insert(key.to_owned(), value);
+        Ok(())
+    }
+
+    /// The value of `key`.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.entries.get(key)
+    }
+
+    /// The bytes of the META section.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let count = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
+        if count > MAX_META_ENTRIES {
+            return Err(Error::new(Rule::MetaLimits, format!("{count} metadata entries")));
+        }
+        let mut out = Vec::new();
+        out.extend(MetaHeader { count: count.into(), reserved: 0.into() }.as_bytes());
+        for (key, value) in &self.entries {
+            let bytes = value_bytes(value);
+            let lengths = (u16::try_from(key.len()), u32::try_from(bytes.len()));
+            let (Ok(key_length), Ok(value_length)) = lengths else {
+                return Err(Error::new(Rule::MetaLimits, format!("entry {key} is too long")));
+            };
+            let entry = MetaEntry {
+                key_length: key_length.into(),
+                kind: kind_of(value),
+                reserved: 0,
+                value_length: value_length.into(),
+            };
+            out.extend(entry.as_bytes());
+            out.extend(key.as_bytes());
+            out.extend(bytes);
+        }
+        Ok(out)
+    }
+}
+
+fn parse_key(bytes: &[u8]) -> Option<&str> {
+    let allowed = |b: &u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-');
+    if bytes.iter().all(allowed) { std::str::from_utf8(bytes).ok() } else { None }
+}
+
+fn kind_of(value: &Value) -> u8 {
+    match value {
+        Value::Text(_) => 1,
+        Value::U64(_) => 2,
+        Value::F64(_) => 3,
+        Value::Bool(_) => 4,
+        Value::U64List(_) => 5,
+    }
+}
+
+fn value_bytes(value: &Value) -> Vec<u8> {
+    match value {
+        Value::Text(v) => v.as_bytes().to_vec(),
+        Value::U64(v) => v.to_le_bytes().to_vec(),
+        Value::F64(v) => v.to_le_bytes().to_vec(),
+        Value::Bool(v) => vec![u8::from(*v)],
+        Value::U64List(v) => v.iter().flat_map(|n| n.to_le_bytes()).collect(),
+    }
+}
+
+fn parse_value(kind: u8, bytes: &[u8]) -> Option<ValueRef<'_>> {
+    match kind {
+        1 => std::str::from_utf8(bytes).ok().map(ValueRef::Text),
+        2 => bytes.try_into().ok().map(|b| ValueRef::U64(u64::from_le_bytes(b))),
+        3 => {
+            let value = f64::from_le_bytes(bytes.try_into().ok()?);
+            value.is_finite().then_some(ValueRef::F64(value))
+        }
+        4 => match bytes {
+            [0] => Some(ValueRef::Bool(false)),
+            [1] => Some(ValueRef::Bool(true)),
+            _ => None,
+        },
+        5 => {
+            let (elements, tail) = bytes.as_chunks::<8>();
+            tail.is_empty().then_some(ValueRef::U64List(elements))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Meta {
+        let mut meta = Meta::new();
+        meta.set("b.text", Value::Text("grüße".into())).unwrap();
+        meta.set("a.u64", Value::U64(7)).unwrap();
+        meta.set("c.f64", Value::F64(-0.5)).unwrap();
+        meta.set("d.bool", Value::Bool(true)).unwrap();
+        meta.set("e.list", Value::U64List(vec![1, 2, u64::MAX])).unwrap();
+        meta
+    }
+
+    #[test]
+    fn round_trip_is_sorted_and_typed() {
+        let meta = sample();
+        let bytes = meta.to_bytes().unwrap();
+        let view = MetaView::parse(&bytes, 0).unwrap();
+        let keys: Vec<_> = view.iter().map(|(k, _)| k).collect();
+        assert_eq!(keys, ["a.u64", "b.text", "c.f64", "d.bool", "e.list"]);
+        for (key, value) in view.iter() {
+            assert_eq!(Some(&value.to_value()), meta.get(key));
+        }
+        assert_eq!(view.text("b.text"), Some("grüße"));
+        assert_eq!(view.text("a.u64"), None);
+        assert_eq!(view.u64_list("e.list"), Some(vec![1, 2, u64::MAX]));
+    }
+
+    #[test]
+    fn every_truncation_is_an_error() {
+        let bytes = sample().to_bytes().unwrap();
+        for len in 0..bytes.len() {
+            let error = MetaView::parse(&bytes[..len], 0).unwrap_err();
+            assert_eq!(error.rule(), Rule::MetaStructure, "{len}");
+        }
+    }
+
+    #[test]
+    fn writer_refuses_what_readers_refuse() {
+        let mut meta = Meta::new();
+        let rule = |r: Result<()>| r.unwrap_err().rule();
+        assert_eq!(rule(meta.set("", Value::U64(0))), Rule::MetaLimits);
+        assert_eq!(rule(meta.set(&"k".repeat(256), Value::U64(0))), Rule::MetaLimits);
+        assert_eq!(rule(meta.set("Upper", Value::U64(0))), Rule::MetaKey);
+        assert_eq!(rule(meta.set("nan", Value::F64(f64::NAN))), Rule::MetaValue);
+        assert!(meta.set(&"k".repeat(255), Value::U64(0)).is_ok());
+    }
+}

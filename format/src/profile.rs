@@ -1,0 +1,354 @@
+//! The model profile (spec §5.2): what the metadata keys say about the network, and which tensors
+//! belong to it.
+
+use crate::error::{Error, Result, Rule};
+use crate::meta::{Meta, MetaView, Value, ValueRef};
+use crate::num::len_u64;
+use crate::reader::File;
+
+/// The activation of the gated feed-forward network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `silu`: x · sigmoid(x).
+    Silu,
+}
+
+/// Which elements of a head rotate together (required, because guessing it wrong is silent).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopePairing {
+    /// `half`: element i with element i + head_dim/2, as in Hugging Face checkpoints.
+    Half,
+    /// `interleaved`: element 2i with element 2i + 1, as in Meta's and GGUF's LLaMA.
+    Interleaved,
+}
+
+/// How rotary frequencies are stretched beyond the trained context.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// `none`.
+    None,
+    /// `linear`: every frequency divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// `llama3`: low frequencies divided by `factor`, high ones kept, smooth between.
+    Llama3 {
+        /// The divisor of low frequencies.
+        factor: f64,
+        /// Wavelengths above original context ÷ this are divided.
+        low_freq_factor: f64,
+        /// Wavelengths below original context ÷ this are kept.
+        high_freq_factor: f64,
+        /// The context before stretching.
+        original_context: u64,
+    },
+}
+
+/// A LLaMA-type decoder as described by the `model.*` keys.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// Token embeddings.
+    pub vocab_size: u64,
+    /// Width of the residual stream.
+    pub hidden_size: u64,
+    /// Width of the feed-forward network.
+    pub intermediate_size: u64,
+    /// Decoder layers.
+    pub layers: u64,
+    /// Query heads.
+    pub heads: u64,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: u64,
+    /// Width of a head; even.
+    pub head_dim: u64,
+    /// The context the model was configured for, in tokens.
+    pub context_length: u64,
+    /// The ε of RMSNorm.
+    pub norm_eps: f64,
+    /// The base of rotary frequencies.
+    pub rope_theta: f64,
+    /// Pairing of rotated elements.
+    pub rope_pairing: RopePairing,
+    /// Frequency scaling.
+    pub rope_scaling: RopeScaling,
+    /// Whether the head is the embedding matrix.
+    pub tied_embeddings: bool,
+    /// The activation.
+    pub activation: Activation,
+}
+
+/// The most decoder layers: bounds what a reader builds from the keys alone.
+const MAX_LAYERS: u64 = 4096;
+/// The largest of the other sizes.
+const MAX_SIZE: u64 = 1 << 24;
+
+impl ModelSpec {
+    /// Reads and checks the profile of an open file (STB-R-060 to STB-R-064).
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn from_file(file: &File<'_>) -> Result<Self> {
+        let spec = Self::from_meta(file.meta())?;
+        spec.check_tensors(file)?;
+        let keys = Keys(file.meta());
+        let stated = keys.u64("model.parameters")?;
+        if stated != file.parameters() {
+            let detail = format!("{stated} stated, {} stored", file.parameters());
+            return Err(Error::new(Rule::ModelParameters, detail));
+        }
+        keys.text("tokenizer.json")?;
+        keys.bool("tokenizer.add_bos")?;
+        let mut ids = keys.list("tokenizer.eos_ids")?;
+        if file.meta().get("tokenizer.bos_id").is_some() || keys.bool("tokenizer.add_bos")? {
+            ids.push(keys.u64("tokenizer.bos_id")?);
+        }
+        if let Some(id) = ids.into_iter().find(|id| *id >= spec.vocab_size) {
+            let detail = format!("token id {id} with a vocabulary of {}", spec.vocab_size);
+            return Err(Error::new(Rule::ModelValue, detail));
+        }
+        Ok(spec)
+    }
+
+    /// Reads the `model.*` keys.
+    fn from_meta(meta: &MetaView<'_>) -> Result<Self> {
+        let keys = Keys(meta);
+        let known = |key: &str, allowed: &str| {
+            let found = keys.text(key)?;
+            if found == allowed { Ok(()) } else { Err(unknown(key, found)) }
+        };
+        known("model.architecture", "llama")?;
+        known("model.norm", "rmsnorm")?;
+        known("model.activation", "silu")?;
+        let rope_pairing = match keys.text("model.rope.pairing")? {
+            "half" => RopePairing::Half,
+            "interleaved" => RopePairing::Interleaved,
+            other => return Err(unknown("model.rope.pairing", other)),
+        };
+        let factor = || keys.f64("model.rope.factor");
+        let rope_scaling = match keys.text("model.rope.scaling")? {
+            "none" => RopeScaling::None,
+            "linear" => RopeScaling::Linear { factor: factor()? },
+            "llama3" => RopeScaling::Llama3 {
+                factor: factor()?,
+                low_freq_factor: keys.f64("model.rope.low_freq_factor")?,
+                high_freq_factor: keys.f64("model.rope.high_freq_factor")?,
+                original_context: keys.u64("model.rope.original_context")?,
+            },
+            other => return Err(unknown("model.rope.scaling", other)),
+        };
+        let spec = Self {
+            vocab_size: keys.u64("model.vocab_size")?,
+            hidden_size: keys.u64("model.hidden_size")?,
+            intermediate_size: keys.u64("model.intermediate_size")?,
+            layers: keys.u64("model.layers")?,
+            heads: keys.u64("model.heads")?,
+            kv_heads: keys.u64("model.kv_heads")?,
+            head_dim: keys.u64("model.head_dim")?,
+            context_length: keys.u64("model.context_length")?,
+            norm_eps: keys.f64("model.norm_eps")?,
+            rope_theta: keys.f64("model.rope.theta")?,
+            rope_pairing,
+            rope_scaling,
+            tied_embeddings: keys.bool("model.tied_embeddings")?,
+            activation: Activation::Silu,
+        };
+        spec.check()?;
+        Ok(spec)
+    }
+
+    /// STB-R-062: values that a reader may compute with.
+    ///
+    /// # Errors
+    /// STB-R-062 with the offending value.
+    pub fn check(&self) -> Result<()> {
+        let fail = |detail: String| Err(Error::new(Rule::ModelValue, detail));
+        for (what, size, most) in [
+            ("vocab_size", self.vocab_size, MAX_SIZE),
+            ("hidden_size", self.hidden_size, MAX_SIZE),
+            ("intermediate_size", self.intermediate_size, MAX_SIZE),
+            ("layers", self.layers, MAX_LAYERS),
+            ("heads", self.heads, 1 << 16),
+            ("kv_heads", self.kv_heads, 1 << 16),
+            ("head_dim", self.head_dim, 1 << 16),
+            ("context_length", self.context_length, 1 << 32),
+        ] {
+            if size == 0 || size > most {
+                return fail(format!("model.{what} is {size}, 1 to {most} are allowed"));
+            }
+        }
+        if self.heads.checked_rem(self.kv_heads) != Some(0) {
+            return fail(format!("{} heads share {} key heads", self.heads, self.kv_heads));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return fail(format!("heads of width {} cannot rotate in pairs", self.head_dim));
+        }
+        let mut positive = vec![("norm_eps", self.norm_eps), ("rope.theta", self.rope_theta)];
+        match self.rope_scaling {
+            RopeScaling::None => {}
+            RopeScaling::Linear { factor } => positive.push(("rope.factor", factor)),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                positive.push(("rope.factor", factor));
+                positive.push(("rope.low_freq_factor", low_freq_factor));
+                if original_context == 0 || high_freq_factor <= low_freq_factor {
+                    return fail("the llama3 frequency range is empty".into());
+                }
+            }
+        }
+        match positive.into_iter().find(|(_, v)| *v <= 0.0) {
+            Some((what, value)) => fail(format!("model.{what} is {value}")),
+            None => Ok(()),
+        }
+    }
+
+    /// The metadata entries that describe this model.
+    ///
+    /// # Errors
+    /// None for a spec that passes [`ModelSpec::check`].
+    pub fn write_meta(&self, meta: &mut Meta) -> Result<()> {
+        let text = |v: &str| Value::Text(v.to_owned());
+        meta.set("model.architecture", text("llama"))?;
+        meta.set("model.norm", text("rmsnorm"))?;
+        meta.set("model.activation", text("silu"))?;
+        for (key, value) in [
+            ("model.vocab_size", self.vocab_size),
+            ("model.hidden_size", self.hidden_size),
+            ("model.intermediate_size", self.intermediate_size),
+            ("model.layers", self.layers),
+            ("model.heads", self.heads),
+            ("model.kv_heads", self.kv_heads),
+            ("model.head_dim", self.head_dim),
+            ("model.context_length", self.context_length),
+        ] {
+            meta.set(key, Value::U64(value))?;
+        }
+        meta.set("model.norm_eps", Value::F64(self.norm_eps))?;
+        meta.set("model.rope.theta", Value::F64(self.rope_theta))?;
+        meta.set("model.tied_embeddings", Value::Bool(self.tied_embeddings))?;
+        let pairing = match self.rope_pairing {
+            RopePairing::Half => "half",
+            RopePairing::Interleaved => "interleaved",
+        };
+        meta.set("model.rope.pairing", text(pairing))?;
+        match self.rope_scaling {
+            RopeScaling::None => meta.set("model.rope.scaling", text("none")),
+            RopeScaling::Linear { factor } => {
+                meta.set("model.rope.factor", Value::F64(factor))?;
+                meta.set("model.rope.scaling", text("linear"))
+            }
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                meta.set("model.rope.factor", Value::F64(factor))?;
+                meta.set("model.rope.low_freq_factor", Value::F64(low_freq_factor))?;
+                meta.set("model.rope.high_freq_factor", Value::F64(high_freq_factor))?;
+                meta.set("model.rope.original_context", Value::U64(original_context))?;
+                meta.set("model.rope.scaling", text("llama3"))
+            }
+        }
+    }
+
+    /// Names and shapes of all tensors of the model, in the order in which they are used.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<u64>)> + '_ {
+        let q_width = self.heads.saturating_mul(self.head_dim);
+        let kv_width = self.kv_heads.saturating_mul(self.head_dim);
+        let (hidden, inter) = (self.hidden_size, self.intermediate_size);
+        let layer = move |i: u64| {
+            [
+                ("input_layernorm", vec![hidden]),
+                ("self_attn.q_proj", vec![q_width, hidden]),
+                ("self_attn.k_proj", vec![kv_width, hidden]),
+                ("self_attn.v_proj", vec![kv_width, hidden]),
+                ("self_attn.o_proj", vec![hidden, q_width]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("mlp.gate_proj", vec![inter, hidden]),
+                ("mlp.up_proj", vec![inter, hidden]),
+                ("mlp.down_proj", vec![hidden, inter]),
+            ]
+            .map(|(name, shape)| (format!("model.layers.{i}.{name}.weight"), shape))
+        };
+        let embedding = ("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden]);
+        let head = (!self.tied_embeddings)
+            .then(|| ("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
+        std::iter::once(embedding)
+            .chain((0..self.layers).flat_map(layer))
+            .chain(std::iter::once(("model.norm.weight".to_owned(), vec![hidden])))
+            .chain(head)
+    }
+
+    /// STB-R-063: exactly the tensors of the model, in any order.
+    fn check_tensors(&self, file: &File<'_>) -> Result<()> {
+        let stored: std::collections::HashMap<&str, &[u64]> =
+            file.tensors().iter().map(|t| (t.name(), t.shape())).collect();
+        let mut expected = 0u64;
+        for (name, shape) in self.tensors() {
+            expected = expected.saturating_add(1);
+            let found = stored.get(name.as_str());
+            if found != Some(&shape.as_slice()) {
+                let detail = match found {
+                    Some(found) => format!("shape {found:?}, the model keys give {shape:?}"),
+                    None => format!("missing, the model keys give it shape {shape:?}"),
+                };
+                return Err(Error::new(Rule::ModelTensor, detail).in_tensor(&name));
+            }
+        }
+        if expected != len_u64(stored.len()) {
+            let names: std::collections::HashSet<String> = self.tensors().map(|t| t.0).collect();
+            let extra = stored.keys().find(|name| !names.contains(**name)).copied().unwrap_or("");
+            return Err(Error::new(Rule::ModelTensor, "not part of the model").in_tensor(extra));
+        }
+        Ok(())
+    }
+}
+
+fn unknown(key: &str, value: &str) -> Error {
+    Error::new(Rule::ModelArchitecture, format!("{key} is {value:?}, which this reader lacks"))
+}
+
+/// Required keys with their types (STB-R-060).
+struct Keys<'m, 'a>(&'m MetaView<'a>);
+
+impl<'a> Keys<'_, 'a> {
+    fn required(&self, key: &str, kind: &str) -> Result<ValueRef<'a>> {
+        self.0.get(key).ok_or_else(|| {
+            Error::new(Rule::ModelKey, format!("key {key} is missing, {kind} expected"))
+        })
+    }
+
+    fn wrong<T>(key: &str, kind: &str) -> Result<T> {
+        Err(Error::new(Rule::ModelKey, format!("key {key} does not hold {kind}")))
+    }
+
+    fn text(&self, key: &str) -> Result<&'a str> {
+        match self.required(key, "text")? {
+            ValueRef::Text(v) => Ok(v),
+            _ => Self::wrong(key, "text"),
+        }
+    }
+
+    fn u64(&self, key: &str) -> Result<u64> {
+        match self.required(key, "an integer")? {
+            ValueRef::U64(v) => Ok(v),
+            _ => Self::wrong(key, "an integer"),
+        }
+    }
+
+    fn f64(&self, key: &str) -> Result<f64> {
+        match self.required(key, "a number")? {
+            ValueRef::F64(v) => Ok(v),
+            _ => Self::wrong(key, "a number"),
+        }
+    }
+
+    fn bool(&self, key: &str) -> Result<bool> {
+        match self.required(key, "a truth value")? {
+            ValueRef::Bool(v) => Ok(v),
+            _ => Self::wrong(key, "a truth value"),
+        }
+    }
+
+    fn list(&self, key: &str) -> Result<Vec<u64>> {
+        match self.required(key, "a list of integers")?.to_value() {
+            Value::U64List(v) => Ok(v),
+            _ => Self::wrong(key, "a list of integers"),
+        }
+    }
+}
