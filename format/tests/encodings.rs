@@ -28,9 +28,8 @@ fn int_group() -> impl Strategy<Value = IntGroupParts> {
         let codes = if bits == 4 { -8i8..=7 } else { -128i8..=127 };
         let scales = rows * cols.div_ceil(spec.group());
         let codes = prop::collection::vec(codes, rows * cols);
-        (codes, prop::collection::vec(scale(), scales)).prop_map(move |(codes, scales)| {
-            IntGroupParts { spec, rows, cols, codes, scales }
-        })
+        (codes, prop::collection::vec(scale(), scales))
+            .prop_map(move |(codes, scales)| IntGroupParts { spec, rows, cols, codes, scales })
     })
 }
 

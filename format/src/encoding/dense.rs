@@ -100,6 +100,7 @@ impl<'a> DenseView<'a> {
 
     /// The bytes of row `row`.
     #[must_use]
+    #[inline]
     pub fn row_bytes(&self, row: usize) -> &'a [u8] {
         let width = self.cols.saturating_mul(usize::try_from(self.kind.bytes()).unwrap_or(0));
         let start = row.saturating_mul(width);

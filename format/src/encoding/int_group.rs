@@ -27,12 +27,14 @@ impl IntGroup {
 
     /// Bits per code: 4 or 8.
     #[must_use]
+    #[inline]
     pub fn bits(self) -> u8 {
         self.bits
     }
 
     /// Columns per scale.
     #[must_use]
+    #[inline]
     pub fn group(self) -> usize {
         usize::from(self.group)
     }
@@ -144,12 +146,14 @@ impl<'a> IntGroupView<'a> {
 
     /// Scales per row.
     #[must_use]
+    #[inline]
     pub fn groups(&self) -> usize {
         self.cols.div_ceil(self.spec.group())
     }
 
     /// The code bytes of row `row`.
     #[must_use]
+    #[inline]
     pub fn row_codes(&self, row: usize) -> &'a [u8] {
         let start = row.saturating_mul(self.row_bytes);
         self.codes.get(start..start.saturating_add(self.row_bytes)).unwrap_or_default()
@@ -157,6 +161,7 @@ impl<'a> IntGroupView<'a> {
 
     /// The scales of row `row`.
     #[must_use]
+    #[inline]
     pub fn row_scales(&self, row: usize) -> &'a [[u8; 2]] {
         let start = row.saturating_mul(self.groups());
         self.scales.get(start..start.saturating_add(self.groups())).unwrap_or_default()

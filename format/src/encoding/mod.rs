@@ -281,11 +281,13 @@ pub(crate) fn check_finite_f16(payload: &[u8], segment: &[[u8; 2]], what: &str) 
 }
 
 /// A segment as little-endian binary16 numbers, in place.
+#[inline]
 pub(crate) fn as_f16(bytes: &[u8]) -> &[[u8; 2]] {
     bytemuck::cast_slice(bytes.as_chunks::<2>().0)
 }
 
 /// A binary16 number of a segment as binary32; zero outside, which validated views never reach.
+#[inline]
 pub(crate) fn f16_at(segment: &[[u8; 2]], index: usize) -> f32 {
     segment.get(index).map_or(0.0, |b| half::f16::from_le_bytes(*b).to_f32())
 }

@@ -48,24 +48,28 @@ impl Nm {
 
     /// The most weights kept in a group.
     #[must_use]
+    #[inline]
     pub fn n(self) -> usize {
         usize::from(self.n)
     }
 
     /// Columns of a group.
     #[must_use]
+    #[inline]
     pub fn m(self) -> usize {
         usize::from(self.m)
     }
 
     /// Bits of a block scale code: 0, 4 or 8.
     #[must_use]
+    #[inline]
     pub fn scale_bits(self) -> u8 {
         self.scale_bits
     }
 
     /// Columns that share a block scale code; 0 if there are none.
     #[must_use]
+    #[inline]
     pub fn block(self) -> usize {
         usize::from(self.block)
     }
@@ -78,12 +82,14 @@ impl Nm {
 
     /// Bits of a position: log2 M.
     #[must_use]
+    #[inline]
     pub fn position_bits(self) -> u32 {
         self.m.trailing_zeros()
     }
 
     /// Bits of a code: N·log2 M + 1.
     #[must_use]
+    #[inline]
     pub fn code_bits(self) -> u32 {
         u32::from(self.n).wrapping_mul(self.position_bits()).wrapping_add(1)
     }
@@ -97,6 +103,7 @@ impl Nm {
     /// The kept weights of `code` as (position, negative); the second is absent in 1:M and in
     /// codes of 2:M that keep one weight.
     #[must_use]
+    #[inline]
     pub fn pattern(self, code: u16) -> [Option<(usize, bool)>; 2] {
         let bits = self.position_bits();
         let mask = u16::from(self.m).wrapping_sub(1);
@@ -333,24 +340,28 @@ impl<'a> NmView<'a> {
 
     /// Groups of a row.
     #[must_use]
+    #[inline]
     pub fn groups(&self) -> usize {
         self.cols.div_ceil(self.spec.m())
     }
 
     /// Block scale codes of a row.
     #[must_use]
+    #[inline]
     pub fn blocks(&self) -> usize {
         usize::try_from(self.spec.blocks(len_u64(self.cols))).unwrap_or(0)
     }
 
     /// Tiles of 16 rows.
     #[must_use]
+    #[inline]
     pub fn tiles(&self) -> usize {
         self.rows.div_ceil(TILE)
     }
 
     /// The code bytes of tile `tile`.
     #[must_use]
+    #[inline]
     pub fn tile_codes(&self, tile: usize) -> &'a [u8] {
         let start = tile.saturating_mul(self.tile_bytes);
         self.codes.get(start..start.saturating_add(self.tile_bytes)).unwrap_or_default()

@@ -36,12 +36,14 @@ impl Stbllm {
 
     /// Weights kept of each 8.
     #[must_use]
+    #[inline]
     pub fn n(self) -> usize {
         usize::from(self.n)
     }
 
     /// Columns that share scales.
     #[must_use]
+    #[inline]
     pub fn block(self) -> usize {
         usize::from(self.block)
     }
@@ -188,24 +190,28 @@ impl<'a> StbllmView<'a> {
 
     /// Units of 64 columns per row.
     #[must_use]
+    #[inline]
     pub fn units(&self) -> usize {
         self.cols.div_ceil(UNIT)
     }
 
     /// Scale blocks per row.
     #[must_use]
+    #[inline]
     pub fn blocks(&self) -> usize {
         self.cols.div_ceil(self.spec.block())
     }
 
     /// Salient mask of unit `unit`: bit c is column 64·unit + c.
     #[must_use]
+    #[inline]
     pub fn salient_word(&self, unit: usize) -> u64 {
         u64::from_le_bytes(self.salient.get(unit).copied().unwrap_or_default())
     }
 
     /// Low and high state words of a unit.
     #[must_use]
+    #[inline]
     pub fn state_words(&self, row: usize, unit: usize) -> (u64, u64) {
         let index = row.saturating_mul(self.units()).saturating_add(unit);
         let [low, high] = self.states.get(index).copied().unwrap_or_default();
@@ -214,6 +220,7 @@ impl<'a> StbllmView<'a> {
 
     /// Sign word of a unit: sign k of its group g is bit g·N + k.
     #[must_use]
+    #[inline]
     pub fn sign_word(&self, row: usize, unit: usize) -> u64 {
         let n = self.spec.n();
         let start = row.saturating_mul(self.units()).saturating_add(unit).saturating_mul(n);
@@ -227,6 +234,7 @@ impl<'a> StbllmView<'a> {
 
     /// The five scales of a row and block: dense, intermediate, sparse, salient, residual.
     #[must_use]
+    #[inline]
     pub fn block_scales(&self, row: usize, block: usize) -> [f32; SCALES] {
         let first = row.saturating_mul(self.blocks()).saturating_add(block).saturating_mul(SCALES);
         let mut scales = [0.0; SCALES];

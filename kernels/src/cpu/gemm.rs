@@ -1,0 +1,236 @@
+//! Matrix × matrix: weights are unpacked into cache a block at a time and multiplied with panels of
+//! activations. Each output is one chain of fused additions over the columns, whatever the
+//! blocking, so results do not depend on batch, threads or instruction set.
+
+use stb_format::encoding::MatrixView;
+
+use super::{Simd, nm, rows};
+use crate::isa::{Isa, Task};
+
+/// Activations per panel: two vectors.
+const PANEL: usize = 32;
+/// Columns unpacked at a time; a multiple of 128.
+const DEPTH: usize = 512;
+/// Rows unpacked at a time.
+const ROWS: usize = 64;
+
+/// Activations of several tokens, transposed into panels of 32 tokens: for each panel, for each
+/// column, the tokens.
+#[derive(Default, Debug)]
+pub struct Panels {
+    data: Vec<f32>,
+    tokens: usize,
+    cols: usize,
+}
+
+impl Panels {
+    /// Repacks `x` ([tokens, cols], row-major), replacing earlier content. The same panels serve
+    /// all matrices with these activations.
+    ///
+    /// # Panics
+    /// If `x` is not a whole number of rows.
+    pub fn pack(&mut self, x: &[f32], cols: usize) {
+        assert!(cols != 0 && x.len().is_multiple_of(cols), "whole rows of activations");
+        self.tokens = x.len() / cols;
+        self.cols = cols;
+        self.data.clear();
+        self.data.resize(self.tokens.div_ceil(PANEL) * cols * PANEL, 0.0);
+        for (panel, x) in self.data.chunks_exact_mut(cols * PANEL).zip(x.chunks(cols * PANEL)) {
+            for (t, x) in x.chunks_exact(cols).enumerate() {
+                for (c, x) in x.iter().enumerate() {
+                    panel[c * PANEL + t] = *x;
+                }
+            }
+        }
+    }
+
+    /// Tokens packed.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Floats that the output of one row takes: tokens rounded up to whole panels.
+    #[must_use]
+    pub fn row_stride(&self) -> usize {
+        self.tokens.next_multiple_of(PANEL)
+    }
+}
+
+/// `y[r, t] = Σ_c w[first + r, c] · x[t, c]`: output rows of [`Panels::row_stride`] floats, of
+/// which the first `tokens` count.
+///
+/// # Panics
+/// If `first` is not a multiple of [`crate::ROW_TILE`], the rows are not inside the matrix, the
+/// widths differ, or `y` is not whole rows.
+pub fn matmul(isa: Isa, matrix: &MatrixView<'_>, x: &Panels, first: usize, y: &mut [f32]) {
+    assert!(first.is_multiple_of(crate::ROW_TILE), "work is split at row tiles");
+    assert_eq!(x.cols, matrix.cols(), "one activation per column");
+    let stride = x.row_stride();
+    assert!(stride != 0 && y.len().is_multiple_of(stride), "whole rows of output");
+    assert!(first + y.len() / stride <= matrix.rows(), "rows outside the matrix");
+    isa.run(MatMul { matrix, x, first, y });
+}
+
+struct MatMul<'a> {
+    matrix: &'a MatrixView<'a>,
+    x: &'a Panels,
+    first: usize,
+    y: &'a mut [f32],
+}
+
+impl Task for MatMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { matrix, x, first, y } = self;
+        let stride = x.row_stride();
+        let mut weights = vec![0.0; ROWS * DEPTH];
+        y.fill(0.0);
+        for (i, y) in y.chunks_mut(ROWS * stride).enumerate() {
+            let row = first + i * ROWS;
+            for from in (0..x.cols).step_by(DEPTH) {
+                let depth = DEPTH.min(x.cols - from);
+                let count = y.len() / stride;
+                // Unpacked rows have a width of whole steps of 128 columns.
+                let width = depth.next_multiple_of(super::PAD);
+                unpack(s, matrix, row, count, from, width, &mut weights);
+                for (p, panel) in x.data.chunks_exact(x.cols * PANEL).enumerate() {
+                    let panel = &panel[from * PANEL..(from + depth) * PANEL];
+                    let out = &mut y[p * PANEL..];
+                    block(s, &weights, width, count, panel, out, stride);
+                }
+            }
+        }
+    }
+}
+
+/// Rows `row..row + count` and columns `from..from + width` into `to`, row-major.
+#[inline(always)]
+fn unpack<S: Simd>(
+    s: S,
+    matrix: &MatrixView<'_>,
+    row: usize,
+    count: usize,
+    from: usize,
+    width: usize,
+    to: &mut [f32],
+) {
+    #[inline(always)]
+    fn by_row<S: Simd>(
+        s: S,
+        m: &impl rows::Rows,
+        row: usize,
+        count: usize,
+        from: usize,
+        width: usize,
+        to: &mut [f32],
+    ) {
+        for r in 0..count {
+            let stored = (m.cols() - from).min(width);
+            rows::unpack(s, m, row + r, from, &mut to[r * width..r * width + stored]);
+        }
+    }
+    match matrix {
+        MatrixView::Nm(m) => {
+            for (t, r) in (0..count).step_by(crate::ROW_TILE).enumerate() {
+                let tile = row / crate::ROW_TILE + t;
+                nm::unpack(s, m, tile, from, width, &mut to[r * width..]);
+            }
+        }
+        MatrixView::Dense(m) => by_row(s, m, row, count, from, width, to),
+        MatrixView::IntGroup(m) => by_row(s, m, row, count, from, width, to),
+        MatrixView::Stbllm(m) => by_row(s, m, row, count, from, width, to),
+    }
+}
+
+/// Adds the product of `count` unpacked rows with one panel to `out`.
+#[inline(always)]
+fn block<S: Simd>(
+    s: S,
+    weights: &[f32],
+    width: usize,
+    count: usize,
+    panel: &[f32],
+    out: &mut [f32],
+    stride: usize,
+) {
+    // The trait's sizes as constants that the micro-kernel can be unrolled for.
+    match (S::GEMM_ROWS, S::GEMM_VECTORS) {
+        (8, 2) => tiled::<S, 8, 2>(s, weights, width, count, panel, out, stride),
+        (4, 1) => tiled::<S, 4, 1>(s, weights, width, count, panel, out, stride),
+        sizes => unreachable!("no micro-kernel of size {sizes:?}"),
+    }
+}
+
+#[inline(always)]
+fn tiled<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    weights: &[f32],
+    width: usize,
+    count: usize,
+    panel: &[f32],
+    out: &mut [f32],
+    stride: usize,
+) {
+    let mut r = 0;
+    while r + R <= count {
+        for v in (0..PANEL / 16).step_by(V) {
+            let mut rows: [&[f32]; R] = [&[]; R];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = &weights[(r + i) * width..(r + i + 1) * width];
+            }
+            micro::<S, R, V>(s, rows, panel, 16 * v, &mut out[r * stride + 16 * v..], stride);
+        }
+        r += R;
+    }
+    while r < count {
+        for v in 0..PANEL / 16 {
+            let row = [&weights[r * width..(r + 1) * width]];
+            micro::<S, 1, 1>(s, row, panel, 16 * v, &mut out[r * stride + 16 * v..], stride);
+        }
+        r += 1;
+    }
+}
+
+/// `R` rows × `V` vectors of tokens, accumulated over the depth of the panel.
+#[inline(always)]
+fn micro<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    rows: [&[f32]; R],
+    panel: &[f32],
+    lane: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let mut acc = [[s.splat(0.0); V]; R];
+    for r in 0..R {
+        for v in 0..V {
+            acc[r][v] = s.load(super::lanes(out, r * stride + 16 * v));
+        }
+    }
+    let (steps, _) = panel.as_chunks::<PANEL>();
+    let mut weights = rows;
+    for row in &mut weights {
+        *row = &row[..steps.len()];
+    }
+    for (k, step) in steps.iter().enumerate() {
+        let mut x = [s.splat(0.0); V];
+        for (v, x) in x.iter_mut().enumerate() {
+            *x = s.load(super::lanes(step, lane + 16 * v));
+        }
+        for r in 0..R {
+            let w = s.splat(weights[r][k]);
+            for v in 0..V {
+                acc[r][v] = s.mul_add(w, x[v], acc[r][v]);
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..V {
+            let at = r * stride + 16 * v;
+            s.store(acc[r][v], out[at..at + 16].first_chunk_mut().expect("a slice of 16"));
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Kernels for the CPU: a trait of vector operations, one implementation per instruction set, and
+//! the algorithms over it.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+mod gemm;
+mod nm;
+pub mod ops;
+mod rows;
+pub(crate) mod scalar;
+
+use stb_format::encoding::MatrixView;
+
+use crate::isa::{Isa, Task};
+
+pub use gemm::{Panels, matmul};
+
+/// Operations on 16 lanes of f32 (`F`) or u32 (`I`). A value of the implementing type proves that
+/// the machine has its instructions. Every implementation gives the same bits.
+pub(crate) trait Simd: Copy {
+    /// 16 × f32.
+    type F: Copy;
+    /// 16 × u32, two's complement where signed.
+    type I: Copy;
+    /// Rows of the matrix-multiplication micro-kernel; divides 16.
+    const GEMM_ROWS: usize;
+    /// Vectors of 16 activations of the micro-kernel.
+    const GEMM_VECTORS: usize;
+
+    /// Runs a task compiled for this instruction set.
+    fn enter<T: Task>(self, task: T) -> T::Output;
+
+    fn splat(self, v: f32) -> Self::F;
+    fn load(self, v: &[f32; 16]) -> Self::F;
+    /// From little-endian binary32.
+    fn load_bytes(self, v: &[u8; 64]) -> Self::F;
+    fn store(self, v: Self::F, to: &mut [f32; 16]);
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a > b ? a : b`.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a < b ? a : b`.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a × b + c, rounded once.
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::F) -> Self::F;
+    /// The bits of the numbers.
+    fn cast_i(self, a: Self::F) -> Self::I;
+    /// The numbers with these bits.
+    fn cast_f(self, a: Self::I) -> Self::F;
+    /// From signed integers, rounded.
+    fn to_f32(self, a: Self::I) -> Self::F;
+    /// To signed integers, towards zero; the lanes must be in range.
+    fn to_i32(self, a: Self::F) -> Self::I;
+
+    fn splat_i(self, v: u32) -> Self::I;
+    fn widen_u8(self, v: &[u8; 16]) -> Self::I;
+    /// From little-endian 16-bit numbers.
+    fn widen_u16(self, v: &[u8; 32]) -> Self::I;
+    /// From little-endian binary16.
+    fn f16_to_f32(self, v: &[u8; 32]) -> Self::F;
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    fn xor(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `by` < 32.
+    fn shl(self, a: Self::I, by: u32) -> Self::I;
+    /// Logical; `by` < 32.
+    fn shr(self, a: Self::I, by: u32) -> Self::I;
+    /// All ones where a > b as signed numbers, else zero.
+    fn gt_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `v` in lane i where bit i is set, else zero.
+    fn select_bits(self, bits: u16, v: u32) -> Self::I;
+    /// `table[index & 15]` for each lane.
+    fn lookup(self, table: Self::F, index: Self::I) -> Self::F;
+    /// Low bits of `bits` in order at the set bits of `mask`.
+    fn deposit(self, bits: u64, mask: u64) -> u64;
+
+    /// The sum of all lanes, in one fixed order.
+    #[inline(always)]
+    fn sum(self, a: Self::F) -> f32 {
+        let mut v = [0.0; 16];
+        self.store(a, &mut v);
+        let mut half = 8;
+        while half > 0 {
+            for i in 0..half {
+                v[i] += v[i + half];
+            }
+            half /= 2;
+        }
+        v[0]
+    }
+}
+
+/// Activations are padded with zeros to a multiple of this, so that kernels read whole vectors.
+pub(crate) const PAD: usize = 128;
+
+/// Reusable memory for the activations of one product at a time.
+#[derive(Default, Debug)]
+pub struct Workspace {
+    x: Vec<f32>,
+}
+
+/// Activations ready for [`matvec`] with one matrix: padded, column factors applied.
+#[derive(Clone, Copy, Debug)]
+pub struct Prepared<'a>(&'a [f32]);
+
+impl Workspace {
+    /// Prepares `x` (one element per column of `matrix`).
+    ///
+    /// # Panics
+    /// If `x` has another length.
+    pub fn prepare(&mut self, matrix: &MatrixView<'_>, x: &[f32]) -> Prepared<'_> {
+        assert_eq!(x.len(), matrix.cols(), "one activation per column");
+        self.x.clear();
+        self.x.extend_from_slice(x);
+        if let MatrixView::Nm(nm) = matrix {
+            nm::apply_factors(nm, &mut self.x);
+        }
+        self.x.resize(x.len().next_multiple_of(PAD), 0.0);
+        Prepared(&self.x)
+    }
+}
+
+/// `y[r] = Σ_c w[first + r, c] · x[c]` for the rows that `y` has room for.
+///
+/// # Panics
+/// If `first` is not a multiple of [`crate::ROW_TILE`], if the rows are not inside the matrix, or
+/// if `x` was prepared for a matrix of another width.
+pub fn matvec(isa: Isa, matrix: &MatrixView<'_>, x: Prepared<'_>, first: usize, y: &mut [f32]) {
+    assert!(first.is_multiple_of(crate::ROW_TILE), "work is split at row tiles");
+    assert!(first + y.len() <= matrix.rows(), "rows outside the matrix");
+    assert_eq!(x.0.len(), matrix.cols().next_multiple_of(PAD), "activations of another width");
+    isa.run(MatVec { matrix, x: x.0, first, y });
+}
+
+struct MatVec<'a> {
+    matrix: &'a MatrixView<'a>,
+    x: &'a [f32],
+    first: usize,
+    y: &'a mut [f32],
+}
+
+impl Task for MatVec<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { matrix, x, first, y } = self;
+        match matrix {
+            MatrixView::Nm(m) => nm::matvec(s, m, x, first, y),
+            MatrixView::Dense(m) => rows::matvec(s, m, x, first, y),
+            MatrixView::IntGroup(m) => rows::matvec(s, m, x, first, y),
+            MatrixView::Stbllm(m) => rows::matvec(s, m, x, first, y),
+        }
+    }
+}
+
+/// The 16 floats from `at`.
+///
+/// # Panics
+/// If they are not all inside `v`.
+#[inline(always)]
+pub(crate) fn lanes(v: &[f32], at: usize) -> &[f32; 16] {
+    v[at..at + 16].first_chunk().expect("a slice of 16")
+}

@@ -1,0 +1,236 @@
+//! Vector operations of a decoder layer between the matrix products.
+
+use super::{Simd, lanes};
+use crate::isa::{Isa, Task};
+
+/// Σ a[i]·b[i].
+///
+/// # Panics
+/// If the lengths differ.
+#[must_use]
+pub fn dot(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    isa.run(Dot { a, b })
+}
+
+struct Dot<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+}
+
+impl Task for Dot<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        dot_lanes(s, self.a, self.b)
+    }
+}
+
+#[inline(always)]
+fn dot_lanes<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+    let mut acc = [s.splat(0.0); 2];
+    let (a_vectors, a_tail) = a.as_chunks::<16>();
+    let (b_vectors, b_tail) = b.as_chunks::<16>();
+    for (k, (a, b)) in a_vectors.iter().zip(b_vectors).enumerate() {
+        acc[k & 1] = s.mul_add(s.load(a), s.load(b), acc[k & 1]);
+    }
+    let (mut a, mut b) = ([0.0; 16], [0.0; 16]);
+    a[..a_tail.len()].copy_from_slice(a_tail);
+    b[..b_tail.len()].copy_from_slice(b_tail);
+    let tail = s.mul_add(s.load(&a), s.load(&b), acc[1]);
+    s.sum(s.add(acc[0], tail))
+}
+
+/// RMSNorm: `out[i] = x[i] · weight[i] / sqrt(mean(x²) + eps)`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == out.len());
+    let scale = 1.0 / (dot(isa, x, x) / x.len() as f32 + eps).sqrt();
+    for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
+        *o = (x * scale) * w;
+    }
+}
+
+/// `gate[i] = silu(gate[i]) · up[i]`, with silu(x) = x / (1 + exp(−x)).
+///
+/// # Panics
+/// If the lengths differ.
+pub fn silu_mul(isa: Isa, gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len());
+    isa.run(SiluMul { gate, up });
+}
+
+struct SiluMul<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl Task for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let one = s.splat(1.0);
+        for_vectors(
+            s,
+            self.gate,
+            self.up,
+            #[inline(always)]
+            |s, gate, up| {
+                let minus = s.sub(s.splat(0.0), gate);
+                s.mul(s.div(gate, s.add(one, exp(s, minus))), up)
+            },
+        );
+    }
+}
+
+/// Applies `f` to vectors of both slices and writes to the first; tails are padded with zeros.
+#[inline(always)]
+fn for_vectors<S: Simd>(s: S, a: &mut [f32], b: &[f32], f: impl Fn(S, S::F, S::F) -> S::F) {
+    let (a_vectors, a_tail) = a.as_chunks_mut::<16>();
+    let (b_vectors, b_tail) = b.as_chunks::<16>();
+    for (a, b) in a_vectors.iter_mut().zip(b_vectors) {
+        let v = f(s, s.load(a), s.load(b));
+        s.store(v, a);
+    }
+    let n = a_tail.len().min(b_tail.len());
+    let (mut a, mut b) = ([0.0; 16], [0.0; 16]);
+    a[..n].copy_from_slice(&a_tail[..n]);
+    b[..n].copy_from_slice(&b_tail[..n]);
+    let v = f(s, s.load(&a), s.load(&b));
+    s.store(v, &mut a);
+    a_tail[..n].copy_from_slice(&a[..n]);
+}
+
+/// exp with a relative error below 2e-7, the same bits on every instruction set: the argument is
+/// split into a power of two and a remainder for a polynomial (Cody and Waite).
+#[inline(always)]
+fn exp<S: Simd>(s: S, x: S::F) -> S::F {
+    // Outside, the result would overflow or lose its normal exponent.
+    let x = s.min(s.max(x, s.splat(-87.3)), s.splat(88.3));
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    // ln 2 in two parts, so that n·ln 2 is exact enough.
+    let r = s.mul_add(n, s.splat(-0.693_359_4), x);
+    let r = s.mul_add(n, s.splat(2.121_944_4e-4), r);
+    let mut p = s.splat(1.987_569_1e-4);
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = s.mul_add(p, r, s.splat(c));
+    }
+    let p = s.add(s.mul_add(p, s.mul(r, r), r), s.splat(1.0));
+    let power = s.shl(s.add_i(s.to_i32(n), s.splat_i(127)), 23);
+    s.mul(p, s.cast_f(power))
+}
+
+/// Softmax in place: exp(x − max) divided by the sum.
+pub fn softmax(isa: Isa, x: &mut [f32]) {
+    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum = isa.run(ExpSum { x, max });
+    let scale = 1.0 / sum;
+    for x in x {
+        *x *= scale;
+    }
+}
+
+struct ExpSum<'a> {
+    x: &'a mut [f32],
+    max: f32,
+}
+
+impl Task for ExpSum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let max = s.splat(self.max);
+        let mut acc = s.splat(0.0);
+        let (vectors, tail) = self.x.as_chunks_mut::<16>();
+        for v in vectors {
+            let e = exp(s, s.sub(s.load(v), max));
+            s.store(e, v);
+            acc = s.add(acc, e);
+        }
+        let mut last = [0.0; 16];
+        last[..tail.len()].copy_from_slice(tail);
+        let e = exp(s, s.sub(s.load(&last), max));
+        s.store(e, &mut last);
+        tail.copy_from_slice(&last[..tail.len()]);
+        last[tail.len()..].fill(0.0);
+        s.sum(s.add(acc, s.load(&last)))
+    }
+}
+
+/// `scores[t] = scale · Σ_i q[i]·keys[t·stride + i]` for each element of `scores`.
+///
+/// # Panics
+/// If `keys` is too short.
+pub fn attention_scores(
+    isa: Isa,
+    q: &[f32],
+    keys: &[f32],
+    stride: usize,
+    scale: f32,
+    scores: &mut [f32],
+) {
+    isa.run(Scores { q, keys, stride, scale, scores });
+}
+
+struct Scores<'a> {
+    q: &'a [f32],
+    keys: &'a [f32],
+    stride: usize,
+    scale: f32,
+    scores: &'a mut [f32],
+}
+
+impl Task for Scores<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let width = self.q.len();
+        for (t, score) in self.scores.iter_mut().enumerate() {
+            let key = &self.keys[t * self.stride..t * self.stride + width];
+            *score = dot_lanes(s, self.q, key) * self.scale;
+        }
+    }
+}
+
+/// `out[i] = Σ_t weights[t]·values[t·stride + i]`.
+///
+/// # Panics
+/// If `values` is too short.
+pub fn attention_mix(isa: Isa, weights: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
+    isa.run(Mix { weights, values, stride, out });
+}
+
+struct Mix<'a> {
+    weights: &'a [f32],
+    values: &'a [f32],
+    stride: usize,
+    out: &'a mut [f32],
+}
+
+impl Task for Mix<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { weights, values, stride, out } = self;
+        let width = out.len();
+        for from in (0..width / 16 * 16).step_by(16) {
+            let mut acc = s.splat(0.0);
+            for (t, w) in weights.iter().enumerate() {
+                let v = s.load(lanes(values, t * stride + from));
+                acc = s.mul_add(s.splat(*w), v, acc);
+            }
+            s.store(acc, out[from..from + 16].first_chunk_mut().expect("a slice of 16"));
+        }
+        for i in width / 16 * 16..width {
+            let terms = weights.iter().enumerate();
+            out[i] = terms.fold(0.0, |sum, (t, w)| w.mul_add(values[t * stride + i], sum));
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! Kernels that compute with packed `.stb` matrices in place.
+//!
+//! The algorithms are written once, in [`cpu`]'s generic part, over a small trait of 16-lane
+//! vector operations; one file per instruction set implements the trait. All of them perform the
+//! same floating-point operations in the same order, so every instruction set gives the same bits.
+//!
+//! ```
+//! use stb_format::encoding::{Dense, Encoding};
+//! use stb_kernels::{Isa, Workspace, matvec};
+//!
+//! let weights = Dense::F32.encode(&[1.0, 2.0, 3.0, 4.0]); // [2, 2]
+//! let view = Encoding::Dense(Dense::F32).view(2, 2, &weights)?;
+//! let (isa, mut work) = (Isa::detect()?, Workspace::default());
+//! let x = work.prepare(&view, &[1.0, -1.0]);
+//! let mut y = [0.0; 2];
+//! matvec(isa, &view, x, 0, &mut y);
+//! assert_eq!(y, [-1.0, -1.0]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod cpu;
+mod isa;
+
+pub use cpu::ops;
+pub use cpu::{Panels, Prepared, Workspace, matmul, matvec};
+pub use isa::{Isa, IsaError};
+
+/// Rows that a kernel computes together: callers split work at multiples of this.
+pub const ROW_TILE: usize = 16;

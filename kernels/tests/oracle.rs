@@ -1,0 +1,266 @@
+//! Every kernel, on every instruction set of this machine, against one naive oracle: the exact
+//! decoder of the format and a product in f64. All instruction sets must agree bit for bit.
+
+use stb_format::Encoding;
+use stb_format::encoding::{Dense, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
+use stb_format::half::f16;
+use stb_kernels::{Isa, Panels, ROW_TILE, Workspace, matmul, matvec, ops};
+
+/// A small deterministic generator (SplitMix64).
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// Uniform in −1..1.
+    fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float()).collect()
+    }
+
+    fn scales(&mut self, n: usize) -> Vec<f16> {
+        (0..n).map(|_| f16::from_f32(self.float())).collect()
+    }
+}
+
+fn encodings() -> Vec<Encoding> {
+    let mut all = vec![
+        Encoding::Dense(Dense::F32),
+        Encoding::Dense(Dense::F16),
+        Encoding::Dense(Dense::Bf16),
+    ];
+    for (bits, group) in [(4, 32), (4, 64), (4, 128), (8, 32), (8, 128)] {
+        all.push(Encoding::IntGroup(IntGroup::new(bits, group).unwrap()));
+    }
+    for n in 1..=8 {
+        for block in [32, 96, 128] {
+            all.push(Encoding::Stbllm(Stbllm::new(n, block).unwrap()));
+        }
+    }
+    for (n, m) in [(1, 4), (1, 8), (2, 4), (2, 8)] {
+        for (bits, block, cols) in [(0, 0, false), (4, 32, true), (4, 128, false), (8, 160, true)] {
+            all.push(Encoding::Nm(Nm::new(n, m, bits, block, cols).unwrap()));
+        }
+    }
+    all
+}
+
+fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> Vec<u8> {
+    match *encoding {
+        Encoding::Dense(kind) => kind.encode(&rng.floats(rows * cols)),
+        Encoding::IntGroup(spec) => {
+            let limit = 1i16 << (spec.bits() - 1);
+            let mut code = || (rng.below(2 * limit as usize) as i16 - limit) as i8;
+            let codes = (0..rows * cols).map(|_| code()).collect();
+            let scales = rng.scales(rows * cols.div_ceil(spec.group()));
+            IntGroupParts { spec, rows, cols, codes, scales }.pack()
+        }
+        Encoding::Stbllm(spec) => stbllm_payload(rng, spec, rows, cols),
+        Encoding::Nm(spec) => {
+            let blocks = if spec.block() == 0 { 0 } else { cols.div_ceil(spec.block()) };
+            let code = 1 << spec.code_bits();
+            let scale = 1 << spec.scale_bits();
+            NmParts {
+                spec,
+                rows,
+                cols,
+                col_factors: rng.scales(if spec.has_col_factors() { cols } else { 0 }),
+                row_scales: rng.scales(rows),
+                block_codes: (0..rows * blocks).map(|_| rng.below(scale) as u8).collect(),
+                codes: (0..rows * cols.div_ceil(spec.m()))
+                    .map(|_| rng.below(code) as u16)
+                    .collect(),
+            }
+            .pack()
+        }
+        _ => unreachable!(),
+    }
+}
+
+fn stbllm_payload(rng: &mut Rng, spec: Stbllm, rows: usize, cols: usize) -> Vec<u8> {
+    let salient: Vec<bool> = (0..cols).map(|_| rng.below(4) == 0).collect();
+    let mut states = vec![0u8; rows * cols];
+    let mut negative = vec![false; rows * cols];
+    for row in 0..rows {
+        for first in (0..cols).step_by(8) {
+            let width = (cols - first).min(8);
+            let mut free: Vec<usize> = (first..first + width).collect();
+            for _ in 0..spec.kept(width) {
+                let col = free.swap_remove(rng.below(free.len()));
+                states[row * cols + col] = 1 + rng.below(if salient[col] { 2 } else { 3 }) as u8;
+                negative[row * cols + col] = rng.below(2) == 0;
+            }
+        }
+    }
+    let scales = rng.scales(rows * cols.div_ceil(spec.block()) * 5);
+    StbllmParts { spec, rows, cols, salient, states, negative, scales }.pack()
+}
+
+/// Shapes with ragged rows, columns, groups, units, blocks and chunks.
+const SHAPES: [(usize, usize); 7] =
+    [(1, 1), (16, 64), (33, 172), (80, 352), (17, 31), (70, 700), (5, 1100)];
+
+fn close(found: f32, exact: f64, magnitude: f64, what: &str) {
+    // Summation in f32: a few rounding errors of the sum of magnitudes.
+    let tolerance = 1e-5 * magnitude + 1e-30;
+    assert!((f64::from(found) - exact).abs() <= tolerance, "{what}: {found} instead of {exact}");
+}
+
+#[test]
+fn products_match_the_oracle_on_every_isa() {
+    let mut rng = Rng(1);
+    for encoding in encodings() {
+        for (rows, cols) in SHAPES {
+            let bytes = payload(&mut rng, &encoding, rows, cols);
+            encoding.check_payload(rows as u64, cols as u64, &bytes).unwrap();
+            let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
+            let weights = view.decode();
+            let tokens = 1 + rng.below(40);
+            let x = rng.floats(tokens * cols);
+            let exact = |r: usize, t: usize| {
+                let terms = (0..cols)
+                    .map(|c| f64::from(weights[r * cols + c]) * f64::from(x[t * cols + c]));
+                terms.fold((0.0, 0.0), |(sum, abs), term| (sum + term, abs + term.abs()))
+            };
+            let mut reference: Option<(Vec<u32>, Vec<u32>)> = None;
+            for isa in Isa::available() {
+                let what = format!("{encoding} {rows}x{cols} {}", isa.name());
+                let mut work = Workspace::default();
+                let prepared = work.prepare(&view, &x[..cols]);
+                let mut y = vec![f32::NAN; rows];
+                matvec(isa, &view, prepared, 0, &mut y);
+                for r in 0..rows {
+                    let (sum, abs) = exact(r, 0);
+                    close(y[r], sum, abs, &what);
+                }
+                let mut panels = Panels::default();
+                panels.pack(&x, cols);
+                let stride = panels.row_stride();
+                let mut z = vec![f32::NAN; rows * stride];
+                matmul(isa, &view, &panels, 0, &mut z);
+                for (r, t) in (0..rows).flat_map(|r| (0..tokens).map(move |t| (r, t))) {
+                    let (sum, abs) = exact(r, t);
+                    close(z[r * stride + t], sum, abs, &what);
+                }
+                let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<u32>>();
+                let found = (bits(&y), bits(&z));
+                let reference = reference.get_or_insert_with(|| found.clone());
+                assert!(*reference == found, "{what}: other bits than the best set");
+            }
+        }
+    }
+}
+
+/// A part of the rows gives the same bits as all of them: threads may split anywhere.
+#[test]
+fn results_do_not_depend_on_the_split() {
+    let mut rng = Rng(2);
+    let (rows, cols) = (150, 352);
+    for encoding in encodings() {
+        let bytes = payload(&mut rng, &encoding, rows, cols);
+        let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
+        let x = rng.floats(5 * cols);
+        let isa = Isa::available().next().unwrap();
+        let mut work = Workspace::default();
+        let prepared = work.prepare(&view, &x[..cols]);
+        let mut panels = Panels::default();
+        panels.pack(&x, cols);
+        let stride = panels.row_stride();
+        let mut whole = (vec![0.0; rows], vec![0.0; rows * stride]);
+        matvec(isa, &view, prepared, 0, &mut whole.0);
+        matmul(isa, &view, &panels, 0, &mut whole.1);
+        for count in [ROW_TILE, 3 * ROW_TILE] {
+            let mut parts = (vec![0.0; rows], vec![0.0; rows * stride]);
+            for (i, y) in parts.0.chunks_mut(count).enumerate() {
+                matvec(isa, &view, prepared, i * count, y);
+            }
+            for (i, y) in parts.1.chunks_mut(count * stride).enumerate() {
+                matmul(isa, &view, &panels, i * count, y);
+            }
+            assert!(whole == parts, "{encoding} in parts of {count}");
+        }
+    }
+}
+
+#[test]
+fn vector_operations_match_f64_on_every_isa() {
+    let mut rng = Rng(3);
+    for n in [1, 15, 16, 17, 33, 100] {
+        let x: Vec<f32> = rng.floats(n).iter().map(|v| v * 20.0).collect();
+        let w = rng.floats(n);
+        let f = |v: &[f32]| v.iter().map(|v| f64::from(*v)).collect::<Vec<f64>>();
+        let (dx, dw) = (f(&x), f(&w));
+        let mut reference: Option<Vec<u32>> = None;
+        for isa in Isa::available() {
+            let what = format!("{n} elements, {}", isa.name());
+            let dot: f64 = dx.iter().zip(&dw).map(|(a, b)| a * b).sum();
+            close(ops::dot(isa, &x, &w), dot, 20.0 * n as f64, &what);
+
+            let mut softmax = x.clone();
+            ops::softmax(isa, &mut softmax);
+            let max = dx.iter().copied().fold(f64::MIN, f64::max);
+            let sum: f64 = dx.iter().map(|v| (v - max).exp()).sum();
+            for (found, v) in softmax.iter().zip(&dx) {
+                let exact = (v - max).exp() / sum;
+                assert!(
+                    (f64::from(*found) - exact).abs() <= 2e-6 * exact + 1e-12,
+                    "softmax, {what}"
+                );
+            }
+
+            let mut gate = x.clone();
+            ops::silu_mul(isa, &mut gate, &w);
+            for ((found, v), w) in gate.iter().zip(&dx).zip(&dw) {
+                close(*found, v / (1.0 + (-v).exp()) * w, v.abs(), &format!("silu, {what}"));
+            }
+
+            let mut norm = vec![0.0; n];
+            ops::rms_norm(isa, &x, &w, 1e-5, &mut norm);
+            let rms = (dx.iter().map(|v| v * v).sum::<f64>() / n as f64 + 1e-5).sqrt();
+            for ((found, v), w) in norm.iter().zip(&dx).zip(&dw) {
+                close(*found, v / rms * w, (v / rms).abs(), &format!("norm, {what}"));
+            }
+
+            let all: Vec<u32> =
+                [softmax, gate, norm].concat().iter().map(|v| v.to_bits()).collect();
+            let reference = reference.get_or_insert_with(|| all.clone());
+            assert!(*reference == all, "{what}: other bits than the best set");
+        }
+    }
+}
+
+#[test]
+fn attention_matches_f64_on_every_isa() {
+    let mut rng = Rng(4);
+    for (width, stride, count) in [(8, 32, 5), (64, 128, 33), (20, 20, 1)] {
+        let q = rng.floats(width);
+        let cache = rng.floats(stride * count);
+        for isa in Isa::available() {
+            let mut scores = vec![0.0; count];
+            ops::attention_scores(isa, &q, &cache, stride, 0.5, &mut scores);
+            for t in 0..count {
+                let terms = (0..width).map(|i| f64::from(q[i]) * f64::from(cache[t * stride + i]));
+                close(scores[t], terms.sum::<f64>() * 0.5, width as f64, isa.name());
+            }
+            let mut out = vec![0.0; width];
+            ops::attention_mix(isa, &scores, &cache, stride, &mut out);
+            for i in 0..width {
+                let terms =
+                    (0..count).map(|t| f64::from(scores[t]) * f64::from(cache[t * stride + i]));
+                close(out[i], terms.sum(), width as f64 * count as f64, isa.name());
+            }
+        }
+    }
+}
