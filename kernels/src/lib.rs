@@ -22,7 +22,7 @@ mod cpu;
 mod isa;
 
 pub use cpu::ops;
-pub use cpu::{Panels, Prepared, Workspace, matmul, matvec};
+pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec};
 pub use isa::{Isa, IsaError};
 
 /// Rows that a kernel computes together: callers split work at multiples of this.

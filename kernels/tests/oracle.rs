@@ -147,9 +147,9 @@ fn products_match_the_oracle_on_every_isa() {
                 }
                 let mut panels = Panels::default();
                 panels.pack(&x, cols);
-                let stride = panels.row_stride();
+                let stride = panels.all().row_stride();
                 let mut z = vec![f32::NAN; rows * stride];
-                matmul(isa, &view, &panels, 0, &mut z);
+                matmul(isa, &view, panels.all(), 0, &mut z);
                 for (r, t) in (0..rows).flat_map(|r| (0..tokens).map(move |t| (r, t))) {
                     let (sum, abs) = exact(r, t);
                     close(z[r * stride + t], sum, abs, &what);
@@ -177,19 +177,53 @@ fn results_do_not_depend_on_the_split() {
         let prepared = work.prepare(&view, &x[..cols]);
         let mut panels = Panels::default();
         panels.pack(&x, cols);
-        let stride = panels.row_stride();
+        let stride = panels.all().row_stride();
         let mut whole = (vec![0.0; rows], vec![0.0; rows * stride]);
         matvec(isa, &view, prepared, 0, &mut whole.0);
-        matmul(isa, &view, &panels, 0, &mut whole.1);
+        matmul(isa, &view, panels.all(), 0, &mut whole.1);
         for count in [ROW_TILE, 3 * ROW_TILE] {
             let mut parts = (vec![0.0; rows], vec![0.0; rows * stride]);
             for (i, y) in parts.0.chunks_mut(count).enumerate() {
                 matvec(isa, &view, prepared, i * count, y);
             }
             for (i, y) in parts.1.chunks_mut(count * stride).enumerate() {
-                matmul(isa, &view, &panels, i * count, y);
+                matmul(isa, &view, panels.all(), i * count, y);
             }
             assert!(whole == parts, "{encoding} in parts of {count}");
+        }
+    }
+}
+
+/// Strided, transposed and partial panels give what a naive product gives.
+#[test]
+fn panels_of_every_kind() {
+    let mut rng = Rng(5);
+    let (rows, cols, tokens) = (20, 45, 70);
+    let weights = rng.floats(rows * cols);
+    let x = rng.floats(tokens * 50);
+    let isa = Isa::available().next().unwrap();
+    for (used_cols, used_tokens) in [(cols, tokens), (cols, 33), (13, 64), (1, 1)] {
+        let part: Vec<f32> =
+            (0..rows * used_cols).map(|i| weights[i / used_cols * cols + i % used_cols]).collect();
+        let bytes = Dense::F32.encode(&part);
+        let encoding = Encoding::Dense(Dense::F32);
+        let view = encoding.view(rows as u64, used_cols as u64, &bytes).unwrap();
+        for transposed in [false, true] {
+            let mut panels = Panels::default();
+            let at = |t: usize, c: usize| if transposed { c * tokens + t } else { t * 50 + c };
+            if transposed {
+                panels.pack_transposed(&x, tokens, cols, tokens);
+            } else {
+                panels.pack_strided(&x, tokens, cols, 50);
+            }
+            let used = panels.first(used_tokens, used_cols);
+            let mut y = vec![0.0; rows * used.row_stride()];
+            matmul(isa, &view, used, 0, &mut y);
+            for (r, t) in (0..rows).flat_map(|r| (0..used_tokens).map(move |t| (r, t))) {
+                let terms = (0..used_cols)
+                    .map(|c| f64::from(weights[r * cols + c]) * f64::from(x[at(t, c)]));
+                close(y[r * used.row_stride() + t], terms.sum(), cols as f64, "panels");
+            }
         }
     }
 }
@@ -212,6 +246,9 @@ fn vector_operations_match_f64_on_every_isa() {
             ops::softmax(isa, &mut softmax);
             let max = dx.iter().copied().fold(f64::MIN, f64::max);
             let sum: f64 = dx.iter().map(|v| (v - max).exp()).sum();
+            let exact = max + sum.ln();
+            let found = f64::from(ops::log_sum_exp(isa, &x));
+            assert!((found - exact).abs() <= 1e-5, "log-sum-exp {found} {exact}, {what}");
             for (found, v) in softmax.iter().zip(&dx) {
                 let exact = (v - max).exp() / sum;
                 assert!(

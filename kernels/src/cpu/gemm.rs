@@ -23,6 +23,16 @@ pub struct Panels {
     cols: usize,
 }
 
+/// Some of the tokens and columns of [`Panels`].
+#[derive(Clone, Copy, Debug)]
+pub struct PanelsRef<'a> {
+    data: &'a [f32],
+    tokens: usize,
+    cols: usize,
+    /// Floats from one panel to the next.
+    stride: usize,
+}
+
 impl Panels {
     /// Repacks `x` ([tokens, cols], row-major), replacing earlier content. The same panels serve
     /// all matrices with these activations.
@@ -31,19 +41,66 @@ impl Panels {
     /// If `x` is not a whole number of rows.
     pub fn pack(&mut self, x: &[f32], cols: usize) {
         assert!(cols != 0 && x.len().is_multiple_of(cols), "whole rows of activations");
-        self.tokens = x.len() / cols;
-        self.cols = cols;
-        self.data.clear();
-        self.data.resize(self.tokens.div_ceil(PANEL) * cols * PANEL, 0.0);
-        for (panel, x) in self.data.chunks_exact_mut(cols * PANEL).zip(x.chunks(cols * PANEL)) {
-            for (t, x) in x.chunks_exact(cols).enumerate() {
-                for (c, x) in x.iter().enumerate() {
+        self.pack_strided(x, x.len() / cols, cols, cols);
+    }
+
+    /// Repacks `tokens` rows of `cols` activations that start `stride` floats apart.
+    ///
+    /// # Panics
+    /// If `x` is too short.
+    pub fn pack_strided(&mut self, x: &[f32], tokens: usize, cols: usize, stride: usize) {
+        self.reset(tokens, cols);
+        for (p, panel) in self.data.chunks_exact_mut(cols * PANEL).enumerate() {
+            for t in 0..PANEL.min(tokens - p * PANEL) {
+                let start = (p * PANEL + t) * stride;
+                for (c, x) in x[start..start + cols].iter().enumerate() {
                     panel[c * PANEL + t] = *x;
                 }
             }
         }
     }
 
+    /// Packs the transpose: the activation of token t in column c is `x[c·stride + t]`.
+    ///
+    /// # Panics
+    /// If `x` is too short.
+    pub fn pack_transposed(&mut self, x: &[f32], tokens: usize, cols: usize, stride: usize) {
+        self.reset(tokens, cols);
+        for (p, panel) in self.data.chunks_exact_mut(cols * PANEL).enumerate() {
+            let count = PANEL.min(tokens - p * PANEL);
+            for (c, line) in panel.chunks_exact_mut(PANEL).enumerate() {
+                let start = c * stride + p * PANEL;
+                line[..count].copy_from_slice(&x[start..start + count]);
+            }
+        }
+    }
+
+    fn reset(&mut self, tokens: usize, cols: usize) {
+        self.tokens = tokens;
+        self.cols = cols;
+        self.data.clear();
+        self.data.resize(tokens.div_ceil(PANEL) * cols * PANEL, 0.0);
+    }
+
+    /// All tokens and columns.
+    #[must_use]
+    pub fn all(&self) -> PanelsRef<'_> {
+        self.first(self.tokens, self.cols)
+    }
+
+    /// The first `tokens` tokens and `cols` columns.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[must_use]
+    pub fn first(&self, tokens: usize, cols: usize) -> PanelsRef<'_> {
+        assert!(tokens <= self.tokens && cols <= self.cols, "a part of what is packed");
+        let stride = self.cols * PANEL;
+        PanelsRef { data: &self.data[..tokens.div_ceil(PANEL) * stride], tokens, cols, stride }
+    }
+}
+
+impl PanelsRef<'_> {
     /// Tokens packed.
     #[must_use]
     pub fn tokens(&self) -> usize {
@@ -57,13 +114,13 @@ impl Panels {
     }
 }
 
-/// `y[r, t] = Σ_c w[first + r, c] · x[t, c]`: output rows of [`Panels::row_stride`] floats, of
+/// `y[r, t] = Σ_c w[first + r, c] · x[t, c]`: output rows of [`PanelsRef::row_stride`] floats, of
 /// which the first `tokens` count.
 ///
 /// # Panics
 /// If `first` is not a multiple of [`crate::ROW_TILE`], the rows are not inside the matrix, the
 /// widths differ, or `y` is not whole rows.
-pub fn matmul(isa: Isa, matrix: &MatrixView<'_>, x: &Panels, first: usize, y: &mut [f32]) {
+pub fn matmul(isa: Isa, matrix: &MatrixView<'_>, x: PanelsRef<'_>, first: usize, y: &mut [f32]) {
     assert!(first.is_multiple_of(crate::ROW_TILE), "work is split at row tiles");
     assert_eq!(x.cols, matrix.cols(), "one activation per column");
     let stride = x.row_stride();
@@ -74,7 +131,7 @@ pub fn matmul(isa: Isa, matrix: &MatrixView<'_>, x: &Panels, first: usize, y: &m
 
 struct MatMul<'a> {
     matrix: &'a MatrixView<'a>,
-    x: &'a Panels,
+    x: PanelsRef<'a>,
     first: usize,
     y: &'a mut [f32],
 }
@@ -96,7 +153,7 @@ impl Task for MatMul<'_> {
                 // Unpacked rows have a width of whole steps of 128 columns.
                 let width = depth.next_multiple_of(super::PAD);
                 unpack(s, matrix, row, count, from, width, &mut weights);
-                for (p, panel) in x.data.chunks_exact(x.cols * PANEL).enumerate() {
+                for (p, panel) in x.data.chunks_exact(x.stride).enumerate() {
                     let panel = &panel[from * PANEL..(from + depth) * PANEL];
                     let out = &mut y[p * PANEL..];
                     block(s, &weights, width, count, panel, out, stride);

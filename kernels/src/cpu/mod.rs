@@ -15,7 +15,7 @@ use stb_format::encoding::MatrixView;
 
 use crate::isa::{Isa, Task};
 
-pub use gemm::{Panels, matmul};
+pub use gemm::{Panels, PanelsRef, matmul};
 
 /// Operations on 16 lanes of f32 (`F`) or u32 (`I`). A value of the implementing type proves that
 /// the machine has its instructions. Every implementation gives the same bits.

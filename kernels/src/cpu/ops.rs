@@ -29,6 +29,10 @@ impl Task for Dot<'_> {
 
 #[inline(always)]
 fn dot_lanes<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+    if a.len() < 16 {
+        // Narrow heads: setting up vectors would cost more than the product.
+        return a.iter().zip(b).fold(0.0, |sum, (a, b)| a * b + sum);
+    }
     let mut acc = [s.splat(0.0); 2];
     let (a_vectors, a_tail) = a.as_chunks::<16>();
     let (b_vectors, b_tail) = b.as_chunks::<16>();
@@ -127,19 +131,27 @@ fn exp<S: Simd>(s: S, x: S::F) -> S::F {
 /// Softmax in place: exp(x − max) divided by the sum.
 pub fn softmax(isa: Isa, x: &mut [f32]) {
     let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum = isa.run(ExpSum { x, max });
+    let sum = isa.run(ExpInPlace { x, max });
     let scale = 1.0 / sum;
     for x in x {
         *x *= scale;
     }
 }
 
-struct ExpSum<'a> {
+/// ln Σ exp(x[i]).
+#[must_use]
+pub fn log_sum_exp(isa: Isa, x: &[f32]) -> f32 {
+    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    max + isa.run(ExpSum { x, max }).ln()
+}
+
+/// exp(x − max) in place; returns the sum.
+struct ExpInPlace<'a> {
     x: &'a mut [f32],
     max: f32,
 }
 
-impl Task for ExpSum<'_> {
+impl Task for ExpInPlace<'_> {
     type Output = f32;
 
     #[inline(always)]
@@ -152,14 +164,42 @@ impl Task for ExpSum<'_> {
             s.store(e, v);
             acc = s.add(acc, e);
         }
-        let mut last = [0.0; 16];
-        last[..tail.len()].copy_from_slice(tail);
-        let e = exp(s, s.sub(s.load(&last), max));
-        s.store(e, &mut last);
+        let last = exp_tail(s, tail, self.max);
         tail.copy_from_slice(&last[..tail.len()]);
-        last[tail.len()..].fill(0.0);
         s.sum(s.add(acc, s.load(&last)))
     }
+}
+
+/// Σ exp(x − max).
+struct ExpSum<'a> {
+    x: &'a [f32],
+    max: f32,
+}
+
+impl Task for ExpSum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let max = s.splat(self.max);
+        let mut acc = s.splat(0.0);
+        let (vectors, tail) = self.x.as_chunks::<16>();
+        for v in vectors {
+            acc = s.add(acc, exp(s, s.sub(s.load(v), max)));
+        }
+        s.sum(s.add(acc, s.load(&exp_tail(s, tail, self.max))))
+    }
+}
+
+/// exp(x − max) of the last elements, zero after them.
+#[inline(always)]
+fn exp_tail<S: Simd>(s: S, tail: &[f32], max: f32) -> [f32; 16] {
+    let mut last = [0.0; 16];
+    last[..tail.len()].copy_from_slice(tail);
+    let e = exp(s, s.sub(s.load(&last), s.splat(max)));
+    s.store(e, &mut last);
+    last[tail.len()..].fill(0.0);
+    last
 }
 
 /// `scores[t] = scale · Σ_i q[i]·keys[t·stride + i]` for each element of `scores`.

@@ -1,0 +1,250 @@
+//! Dense checkpoints in the Hugging Face layout: one or more safetensors files with `config.json`
+//! and tokenizer files beside them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use stb_format::ModelSpec;
+use stb_format::encoding::{Dense, Encoding};
+
+use crate::config::{TokenConfig, parse_config, token_ids};
+use crate::error::{Error, Result};
+use crate::map::Bytes;
+use crate::weights::Weight;
+
+/// An open dense checkpoint: validated configuration, mapped weights, companion files.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The folder.
+    pub folder: PathBuf,
+    /// The architecture.
+    pub spec: ModelSpec,
+    /// Token ids of the configuration files.
+    pub tokens: TokenConfig,
+    /// The text of `config.json`.
+    pub config: String,
+    /// The text of `generation_config.json`, if there.
+    pub generation_config: Option<String>,
+    /// The text of `tokenizer.json`, if there.
+    pub tokenizer: Option<String>,
+    /// The text of `tokenizer_config.json`, if there.
+    pub tokenizer_config: Option<String>,
+    /// The chat template, from its own file or from `tokenizer_config.json`.
+    pub chat_template: Option<String>,
+    /// The safetensors files.
+    pub files: Vec<SourceFile>,
+    weights: BTreeMap<String, Weight>,
+}
+
+/// A safetensors file of a checkpoint.
+#[derive(Clone, Debug)]
+pub struct SourceFile {
+    /// The name without the folder.
+    pub name: String,
+    /// Its bytes.
+    pub bytes: Arc<Bytes>,
+}
+
+/// The part of `model.safetensors.index.json` that counts.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+
+impl Checkpoint {
+    /// Opens `source`: a folder, a `.safetensors` file or an index of shards.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for files that cannot be read; [`Error::Invalid`] for broken ones, tensors
+    /// that are missing or do not fit the configuration; [`Error::Unsupported`] for architectures
+    /// and number types that are not known.
+    pub fn open(source: &Path, map: bool) -> Result<Self> {
+        let (folder, files) = locate(source)?;
+        let config = read_text(&folder.join("config.json"))?.ok_or_else(|| {
+            Error::invalid(format!(
+                "{} has no config.json; put the model's config.json beside the weights",
+                folder.display()
+            ))
+        })?;
+        let (spec, mut tokens) = parse_config(&config)?;
+        let generation_config = read_text(&folder.join("generation_config.json"))?;
+        if let Some(text) = &generation_config {
+            for id in generation_eos(text)? {
+                if !tokens.eos.contains(&id) {
+                    tokens.eos.push(id);
+                }
+            }
+        }
+        let tokenizer_config = read_text(&folder.join("tokenizer_config.json"))?;
+        let chat_template = match read_text(&folder.join("chat_template.jinja"))? {
+            Some(template) => Some(template),
+            None => tokenizer_config.as_deref().and_then(template_in_config),
+        };
+        let mut opened = Vec::new();
+        for name in files {
+            let path = folder.join(&name);
+            opened.push(SourceFile { name, bytes: Arc::new(Bytes::open(&path, map)?) });
+        }
+        let weights = read_weights(&folder, &opened, &spec)?;
+        Ok(Self {
+            spec,
+            tokens,
+            config,
+            generation_config,
+            tokenizer: read_text(&folder.join("tokenizer.json"))?,
+            tokenizer_config,
+            chat_template,
+            files: opened,
+            weights,
+            folder,
+        })
+    }
+
+    /// The weight called `name`; a vector is one row.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the model has no such tensor: all were checked when opening.
+    pub fn weight(&self, name: &str) -> Result<Weight> {
+        self.weights
+            .get(name)
+            .cloned()
+            .ok_or_else(|| Error::Internal { what: format!("no tensor {name}") })
+    }
+}
+
+/// The folder and the names of the weight files for what the user gave.
+fn locate(source: &Path) -> Result<(PathBuf, Vec<String>)> {
+    let metadata = std::fs::metadata(source).map_err(|e| Error::io(source, e))?;
+    if metadata.is_dir() {
+        for name in [INDEX, SINGLE] {
+            let path = source.join(name);
+            if path.exists() {
+                return locate(&path);
+            }
+        }
+        return Err(Error::invalid(format!(
+            "{} has neither {SINGLE} nor {INDEX}; give a folder in the Hugging Face layout or a \
+             .safetensors file",
+            source.display()
+        )));
+    }
+    let folder = source.parent().map(Path::to_owned).unwrap_or_default();
+    let name = source.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
+    if name.ends_with(".safetensors") {
+        return Ok((folder, vec![name]));
+    }
+    if !name.ends_with(".json") {
+        return Err(Error::invalid(format!(
+            "{} is not a .safetensors file, an index of shards or a folder with one",
+            source.display()
+        )));
+    }
+    let text = read_text(source)?.unwrap_or_default();
+    let index: Index = serde_json::from_str(&text).map_err(|e| {
+        Error::invalid(format!("{} is not an index of shards: {e}", source.display()))
+    })?;
+    let names: BTreeSet<String> = index.weight_map.into_values().collect();
+    // A path in an index could name any file of the machine.
+    if let Some(bad) = names.iter().find(|n| n.contains(['/', '\\']) || n.starts_with('.')) {
+        return Err(Error::invalid(format!("{}: shard {bad:?} is a path", source.display())));
+    }
+    Ok((folder, names.into_iter().collect()))
+}
+
+/// The text of a file; `None` if there is none.
+fn read_text(path: &Path) -> Result<Option<String>> {
+    match std::fs::read(path) {
+        Ok(bytes) => String::from_utf8(bytes)
+            .map(Some)
+            .map_err(|_| Error::invalid(format!("{} is not UTF-8 text", path.display()))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, e)),
+    }
+}
+
+fn generation_eos(json: &str) -> Result<Vec<u64>> {
+    let value: serde_json::Value = serde_json::from_str(json)
+        .map_err(|e| Error::invalid(format!("generation_config.json: {e}")))?;
+    Ok(token_ids(value.get("eos_token_id")))
+}
+
+/// `chat_template` of `tokenizer_config.json`: a text, or a list with one named `default`.
+fn template_in_config(json: &str) -> Option<String> {
+    let config: serde_json::Value = serde_json::from_str(json).ok()?;
+    match config.get("chat_template")? {
+        serde_json::Value::String(template) => Some(template.clone()),
+        serde_json::Value::Array(named) => {
+            let default = named.iter().find(|t| t.get("name").is_some_and(|n| n == "default"))?;
+            default.get("template")?.as_str().map(str::to_owned)
+        }
+        _ => None,
+    }
+}
+
+/// Every tensor that the specification names, with its shape; nothing else.
+fn read_weights(
+    folder: &Path,
+    files: &[SourceFile],
+    spec: &ModelSpec,
+) -> Result<BTreeMap<String, Weight>> {
+    let mut stored = BTreeMap::new();
+    for file in files {
+        let path = folder.join(&file.name);
+        let tensors = SafeTensors::deserialize(&file.bytes).map_err(|e| {
+            Error::invalid(format!("{} is not a valid safetensors file: {e}", path.display()))
+        })?;
+        for (name, tensor) in tensors.iter() {
+            let kind = match tensor.dtype() {
+                Dtype::F32 => Ok(Dense::F32),
+                Dtype::F16 => Ok(Dense::F16),
+                Dtype::BF16 => Ok(Dense::Bf16),
+                other => Err(other),
+            };
+            let shape: Vec<u64> = tensor.shape().iter().map(|d| *d as u64).collect();
+            let start = tensor.data().as_ptr().addr() - file.bytes.as_ptr().addr();
+            let range = start..start + tensor.data().len();
+            if stored.insert(name.to_owned(), (file.bytes.clone(), range, kind, shape)).is_some() {
+                return Err(Error::invalid(format!("tensor {name} is in two files")));
+            }
+        }
+    }
+    let mut weights = BTreeMap::new();
+    for (name, shape) in spec.tensors() {
+        let Some((bytes, range, kind, found)) = stored.remove(&name) else {
+            return Err(Error::invalid(format!(
+                "{} has no tensor {name}, which config.json asks for",
+                folder.display()
+            )));
+        };
+        if found != shape {
+            return Err(Error::invalid(format!(
+                "tensor {name} has shape {found:?}, config.json gives {shape:?}"
+            )));
+        }
+        let kind = kind.map_err(|kind| {
+            Error::unsupported(format!(
+                "tensor {name} is stored as {kind:?}; F32, F16 and BF16 are supported"
+            ))
+        })?;
+        let cols = shape.last().copied().unwrap_or(1);
+        let rows = shape.iter().product::<u64>() / cols;
+        weights.insert(name, Weight::new(bytes, range, Encoding::Dense(kind), rows, cols)?);
+    }
+    if let Some(name) = stored.keys().find(|name| !is_redundant(name, spec)) {
+        return Err(Error::unsupported(format!(
+            "tensor {name} is not part of a LLaMA model; dropping it would change the model"
+        )));
+    }
+    Ok(weights)
+}
+
+/// Tensors that repeat what the model has anyway: a copy of tied embeddings, rotary tables.
+fn is_redundant(name: &str, spec: &ModelSpec) -> bool {
+    (name == "lm_head.weight" && spec.tied_embeddings) || name.ends_with("rotary_emb.inv_freq")
+}

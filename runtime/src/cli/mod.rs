@@ -1,0 +1,261 @@
+//! The command line of `stb-run`.
+
+mod bench;
+mod chat;
+mod evaluate;
+mod run;
+mod terminal;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use stb_runtime::{Error, Model, OpenOptions, Verify};
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
+    read, 4 file invalid, 5 not supported, 130 interrupted.\n\
+    STB_ISA=scalar|avx2|avx512 forces an instruction set.";
+
+/// Runs .stb models: language models below one bit per weight, straight from one mapped file.
+#[derive(Parser)]
+#[command(name = "stb-run", version = version(), after_help = EXIT_CODES)]
+#[command(args_conflicts_with_subcommands = true)]
+#[command(override_usage = "stb-run [OPTIONS] <FILE>\n       stb-run <COMMAND>")]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Measure the perplexity of a model on a text
+    Perplexity(PerplexityArgs),
+    /// Measure prefill and decode speed
+    Bench(BenchArgs),
+    /// Print a completion script for a shell
+    #[command(hide = true)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How a model is loaded.
+#[derive(Args, Clone)]
+struct LoadArgs {
+    /// Threads; default: as many as this process may use
+    #[arg(short, long, env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Read the file into memory instead of mapping it
+    #[arg(long, env = "STB_NO_MMAP")]
+    no_mmap: bool,
+    /// What to check before use: tensor checksums of files up to 1 GiB, everything, or structure
+    /// and metadata only
+    #[arg(long, env = "STB_VERIFY", default_value = "auto")]
+    verify: VerifyArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum VerifyArg {
+    Auto,
+    Full,
+    Off,
+}
+
+#[derive(Args)]
+struct RunArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    load: LoadArgs,
+    /// Text to send; without it, from a pipe or an interactive chat
+    #[arg(short, long, help_heading = "Prompt")]
+    prompt: Option<String>,
+    /// Instructions before the conversation
+    #[arg(long, help_heading = "Prompt")]
+    system: Option<String>,
+    /// Continue the prompt as it is, without the model's chat template
+    #[arg(long, help_heading = "Prompt")]
+    no_template: bool,
+    /// Tokens of context; 0 for all the model has
+    #[arg(short, long, env = "STB_CTX", default_value_t = 0, help_heading = "Prompt")]
+    ctx: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Print timings as one line of JSON on standard error
+    #[arg(long, help_heading = "Output")]
+    json_stats: bool,
+    /// Print no timings
+    #[arg(short, long, help_heading = "Output")]
+    quiet: bool,
+}
+
+/// How tokens are chosen. Flags win over what the model file suggests.
+#[derive(Args)]
+#[command(next_help_heading = "Sampling")]
+struct SamplingArgs {
+    /// The most tokens to generate; default: until the model ends or the context is full
+    #[arg(short = 'n', long = "tokens")]
+    tokens: Option<usize>,
+    /// Temperature; 0 always takes the most likely token [default: 0.8]
+    #[arg(long, value_parser = non_negative)]
+    temp: Option<f32>,
+    /// Keep the K most likely tokens; 0 keeps all [default: 40]
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Keep the most likely tokens that together have this probability [default: 0.95]
+    #[arg(long, value_parser = share)]
+    top_p: Option<f32>,
+    /// Keep tokens with this share of the best one's probability [default: 0.05]
+    #[arg(long, value_parser = share)]
+    min_p: Option<f32>,
+    /// Make the last 64 tokens less likely; 1 is off [default: 1]
+    #[arg(long, value_parser = positive)]
+    repeat_penalty: Option<f32>,
+    /// Seed of the random choices; default: a new one each time
+    #[arg(long, env = "STB_SEED")]
+    seed: Option<u64>,
+    /// Stop before this text; may be given several times
+    #[arg(long)]
+    stop: Vec<String>,
+}
+
+#[derive(Args)]
+struct PerplexityArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    file: PathBuf,
+    #[command(flatten)]
+    load: LoadArgs,
+    /// The text, a UTF-8 file
+    #[arg(long)]
+    text: PathBuf,
+    /// Tokens per window; default: the context of the model
+    #[arg(long)]
+    ctx: Option<usize>,
+    /// The most windows to use; default: all
+    #[arg(long)]
+    windows: Option<usize>,
+    /// Split the text at this string into documents that each start a new context
+    #[arg(long, value_name = "STRING")]
+    separator: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    file: PathBuf,
+    #[command(flatten)]
+    load: LoadArgs,
+    /// Prompt tokens
+    #[arg(short, long, default_value_t = 512)]
+    prompt: usize,
+    /// Tokens to generate after a context of --depth tokens
+    #[arg(short = 'n', long, default_value_t = 64)]
+    tokens: usize,
+    /// Tokens in the cache before generation is measured
+    #[arg(short, long, default_value_t = 0)]
+    depth: usize,
+    /// Runs; one more before them is not counted
+    #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    runs: u16,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn version() -> &'static str {
+    static TEXT: LazyLock<String> = LazyLock::new(|| {
+        let isas: Vec<_> = stb_kernels::Isa::available().map(stb_kernels::Isa::name).collect();
+        format!(
+            "{} (format {}, instruction sets here: {})",
+            env!("CARGO_PKG_VERSION"),
+            stb_format::VERSION,
+            isas.join(", ")
+        )
+    });
+    &TEXT
+}
+
+fn number(text: &str, valid: impl Fn(f32) -> bool, what: &str) -> Result<f32, String> {
+    let value: f32 = text.parse().map_err(|_| format!("{text} is not a number"))?;
+    if valid(value) { Ok(value) } else { Err(format!("{text} is not {what}")) }
+}
+
+fn non_negative(text: &str) -> Result<f32, String> {
+    number(text, |v| v >= 0.0 && v.is_finite(), "a finite number from 0")
+}
+
+fn positive(text: &str) -> Result<f32, String> {
+    number(text, |v| v > 0.0 && v.is_finite(), "a finite number above 0")
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    number(text, |v| (0.0..=1.0).contains(&v), "between 0 and 1")
+}
+
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    terminal::catch_interrupts();
+    let result = match cli.command {
+        Some(Command::Completions { shell }) => {
+            let mut command = Cli::command();
+            clap_complete::generate(shell, &mut command, "stb-run", &mut std::io::stdout());
+            Ok(())
+        }
+        Some(Command::Perplexity(args)) => {
+            in_pool(args.load.threads, || evaluate::perplexity(&args))
+        }
+        Some(Command::Bench(args)) => in_pool(args.load.threads, || bench::bench(&args)),
+        None => match &cli.run.file {
+            Some(file) => in_pool(cli.run.load.threads, || run::run(file, &cli.run)),
+            None => {
+                let kind = clap::error::ErrorKind::MissingRequiredArgument;
+                Cli::command().error(kind, "give a model file").exit()
+            }
+        },
+    };
+    match result {
+        Ok(()) if terminal::interrupted() => ExitCode::from(130),
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader of our output has left: nothing to tell anybody.
+        Err(e) if terminal::is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            terminal::note(format_args!("stb-run: {e:#}"));
+            ExitCode::from(stb_runtime::exit_code(&e))
+        }
+    }
+}
+
+/// Runs `work` on a pool of that many threads: everything below enters it only once.
+fn in_pool(
+    threads: Option<u16>,
+    work: impl FnOnce() -> anyhow::Result<()> + Send,
+) -> anyhow::Result<()> {
+    let threads = threads.map_or_else(default_threads, usize::from);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+    pool.install(work)
+}
+
+/// What the scheduler and the container grant this process.
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Opens the model and says how long it took.
+fn open(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
+    let started = Instant::now();
+    let verify = match args.verify {
+        VerifyArg::Auto => Verify::Auto,
+        VerifyArg::Full => Verify::Full,
+        VerifyArg::Off => Verify::Off,
+    };
+    let model = Model::open(file, &OpenOptions { map: !args.no_mmap, verify })?;
+    Ok((model, started.elapsed()))
+}

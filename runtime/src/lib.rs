@@ -1,0 +1,40 @@
+//! Runs `.stb` models and dense LLaMA checkpoints: memory map, decoder graph, tokenizer, chat
+//! template, sampling and evaluation. The program `stb-run` is a thin layer over this crate.
+//!
+//! ```no_run
+//! use stb_runtime::{Model, OpenOptions, State};
+//!
+//! let model = Model::open("model.stb".as_ref(), &OpenOptions::default())?;
+//! let mut state = State::new(&model, 512);
+//! let logits = model.forward(&mut state, &model.tokenizer()?.encode_prompt("Once upon a time")?)?;
+//! # Ok::<(), stb_runtime::Error>(())
+//! ```
+
+mod attention;
+mod checkpoint;
+mod config;
+mod error;
+mod eval;
+mod forward;
+mod generate;
+mod linear;
+mod map;
+mod model;
+mod sampler;
+mod template;
+mod tokenizer;
+mod weights;
+
+pub use checkpoint::{Checkpoint, SourceFile};
+pub use config::{TokenConfig, parse_config};
+pub use error::{Error, Result, exit_code};
+pub use eval::{Perplexity, PerplexityOptions, perplexity};
+pub use forward::{KvCache, LinearInput, Observer, State};
+pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};
+pub use linear::{Linears, apply};
+pub use map::Bytes;
+pub use model::{Layer, Model, OpenOptions, Verify};
+pub use sampler::{Sampler, SamplerOptions};
+pub use template::{ChatTemplate, Message};
+pub use tokenizer::{TextStream, Tokenizer};
+pub use weights::Weight;

@@ -1,0 +1,214 @@
+//! Choosing the next token.
+
+use rand_core::RngCore;
+use rand_core::SeedableRng;
+use rand_pcg::Pcg64Mcg;
+
+/// How tokens are chosen. Filters apply in the order of the fields.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplerOptions {
+    /// Divides the logits of recent tokens if positive, multiplies if negative; 1 does nothing.
+    pub repeat_penalty: f32,
+    /// How many recent tokens the penalty looks at.
+    pub repeat_last: usize,
+    /// 0 takes the most likely token and ignores the rest.
+    pub temperature: f32,
+    /// Keep this many tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keep the most likely tokens that together have this probability; 1 keeps all.
+    pub top_p: f32,
+    /// Keep tokens with at least this share of the best one's probability; 0 keeps all.
+    pub min_p: f32,
+    /// The same seed gives the same text.
+    pub seed: u64,
+}
+
+impl Default for SamplerOptions {
+    fn default() -> Self {
+        Self {
+            repeat_penalty: 1.0,
+            repeat_last: 64,
+            temperature: 0.8,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            seed: 0,
+        }
+    }
+}
+
+/// Chooses tokens from logits.
+#[derive(Debug)]
+pub struct Sampler {
+    options: SamplerOptions,
+    random: Pcg64Mcg,
+    recent: Vec<u32>,
+    logits: Vec<f32>,
+    order: Vec<u32>,
+}
+
+impl Sampler {
+    /// A sampler at the start of its random sequence.
+    #[must_use]
+    pub fn new(options: SamplerOptions) -> Self {
+        let random = Pcg64Mcg::seed_from_u64(options.seed);
+        Self { options, random, recent: Vec::new(), logits: Vec::new(), order: Vec::new() }
+    }
+
+    /// Notes a token of the prompt for the repeat penalty.
+    pub fn accept(&mut self, token: u32) {
+        self.recent.push(token);
+        let surplus = self.recent.len().saturating_sub(self.options.repeat_last);
+        self.recent.drain(..surplus);
+    }
+
+    /// The next token after `logits`, [vocab]. Ties go to the lower id.
+    ///
+    /// # Panics
+    /// If `logits` is empty.
+    pub fn sample(&mut self, logits: &[f32]) -> u32 {
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        self.penalise();
+        let token =
+            if self.options.temperature <= 0.0 { argmax(&self.logits) } else { self.draw() };
+        self.accept(token);
+        token
+    }
+
+    fn penalise(&mut self) {
+        let penalty = self.options.repeat_penalty;
+        if penalty == 1.0 {
+            return;
+        }
+        let mut seen = self.recent.clone();
+        seen.sort_unstable();
+        seen.dedup();
+        for token in seen {
+            if let Some(logit) = self.logits.get_mut(token as usize) {
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+        }
+    }
+
+    fn draw(&mut self) -> u32 {
+        let Self { options, random, logits, order, .. } = self;
+        let by_logit = |a: &u32, b: &u32| {
+            let (x, y) = (logits[*a as usize], logits[*b as usize]);
+            y.total_cmp(&x).then(a.cmp(b))
+        };
+        order.clear();
+        order.extend(0..logits.len() as u32);
+        let keep = if options.top_k == 0 { order.len() } else { options.top_k.min(order.len()) };
+        if keep < order.len() {
+            order.select_nth_unstable_by(keep - 1, by_logit);
+            order.truncate(keep);
+        }
+        order.sort_unstable_by(by_logit);
+        let best = logits[order[0] as usize];
+        let weight = |id: u32| f64::from((logits[id as usize] - best) / options.temperature).exp();
+        let total: f64 = order.iter().map(|id| weight(*id)).sum();
+        let mut kept = 0.0;
+        let mut end = 0;
+        for id in order.iter() {
+            let share = weight(*id);
+            let enough = kept >= f64::from(options.top_p) * total;
+            if end > 0 && (enough || share < f64::from(options.min_p)) {
+                break;
+            }
+            kept += share;
+            end += 1;
+        }
+        // 53 random bits, uniform in 0..1.
+        let mut rest = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * kept;
+        for id in &order[..end] {
+            rest -= weight(*id);
+            if rest < 0.0 {
+                return *id;
+            }
+        }
+        order[end - 1]
+    }
+}
+
+/// The index of the largest value; the first of equals. NaN never wins.
+fn argmax(values: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, v) in values.iter().enumerate() {
+        if *v > values[best] || values[best].is_nan() {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(change: impl Fn(&mut SamplerOptions)) -> Sampler {
+        let mut options = SamplerOptions {
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            temperature: 1.0,
+            ..SamplerOptions::default()
+        };
+        change(&mut options);
+        Sampler::new(options)
+    }
+
+    fn counts(sampler: &mut Sampler, logits: &[f32], draws: usize) -> Vec<usize> {
+        let mut counts = vec![0; logits.len()];
+        for _ in 0..draws {
+            counts[sampler.sample(logits) as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let logits = [0.0, 2f32.ln(), 5f32.ln()];
+        let counts = counts(&mut sampler(|_| {}), &logits, 8000);
+        for (count, expected) in counts.iter().zip([1000, 2000, 5000]) {
+            assert!(count.abs_diff(expected) < 200, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn filters_keep_what_they_should() {
+        let logits = [5f32.ln(), 3f32.ln(), 1.5f32.ln(), 0.5f32.ln()];
+        let kept = |change: fn(&mut SamplerOptions)| {
+            let counts = counts(&mut sampler(change), &logits, 2000);
+            counts.iter().filter(|c| **c > 0).count()
+        };
+        assert_eq!(kept(|_| {}), 4);
+        assert_eq!(kept(|o| o.top_k = 2), 2);
+        assert_eq!(kept(|o| o.top_p = 0.55), 2);
+        assert_eq!(kept(|o| o.min_p = 0.2), 3);
+        assert_eq!(kept(|o| o.temperature = 0.0), 1);
+        assert_eq!(kept(|o| o.top_p = 0.0), 1);
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals_and_penalty_moves_on() {
+        assert_eq!(argmax(&[f32::NAN, 1.0, 3.0, 3.0]), 2);
+        let mut greedy = sampler(|o| {
+            o.temperature = 0.0;
+            o.repeat_penalty = 2.0;
+        });
+        let picks: Vec<u32> = (0..3).map(|_| greedy.sample(&[1.0, 0.9, -0.1])).collect();
+        assert_eq!(picks, [0, 1, 0]);
+    }
+
+    #[test]
+    fn a_seed_fixes_the_sequence() {
+        let logits: Vec<f32> = (0..50).map(|i| (i % 7) as f32).collect();
+        let run = |seed| {
+            let mut s = sampler(|o| o.seed = seed);
+            (0..20).map(|_| s.sample(&logits)).collect::<Vec<u32>>()
+        };
+        assert_eq!(run(1), run(1));
+        assert_ne!(run(1), run(2));
+    }
+}

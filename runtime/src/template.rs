@@ -1,0 +1,196 @@
+//! Chat templates: Jinja programs from the model file, run with bounded effort.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::{Environment, ErrorKind};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Steps that a template may take: far above real ones, far below a hang.
+const FUEL: u64 = 2_000_000;
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+impl Message {
+    /// A turn.
+    #[must_use]
+    pub fn new(role: &str, content: &str) -> Self {
+        Self { role: role.to_owned(), content: content.to_owned() }
+    }
+}
+
+/// A compiled chat template.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos: String,
+    eos: String,
+}
+
+impl std::fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChatTemplate").field("bos", &self.bos).field("eos", &self.eos).finish()
+    }
+}
+
+impl ChatTemplate {
+    /// Compiles `source` with the settings that transformers uses. `bos` and `eos` are the written
+    /// forms of those tokens.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is no valid template.
+    pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
+        let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|e| Error::Internal { what: e.to_string() })?;
+        environment.set_syntax(syntax);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> std::result::Result<String, minijinja::Error> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment.add_function("strftime_now", |format: String| strftime(&format));
+        environment.add_filter("tojson", tojson);
+        environment
+            .add_template_owned("chat", source.to_owned())
+            .map_err(|e| Error::invalid(format!("the chat template does not compile: {e:#}")))?;
+        Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned() })
+    }
+
+    /// The prompt for `messages`, ready for the assistant's answer.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the template fails, refuses the messages or runs too long.
+    pub fn render(&self, messages: &[Message]) -> Result<String> {
+        let fail = |e: minijinja::Error| Error::invalid(format!("the chat template failed: {e:#}"));
+        let template = self.environment.get_template("chat").map_err(fail)?;
+        template
+            .render(minijinja::context! {
+                messages => Value::from(Serde(messages)),
+                add_generation_prompt => true,
+                bos_token => &self.bos,
+                eos_token => &self.eos,
+            })
+            .map_err(fail)
+    }
+}
+
+/// Today's date in a template's format; an invalid format gives an error, not a panic.
+fn strftime(format: &str) -> std::result::Result<String, minijinja::Error> {
+    use std::fmt::Write;
+    let mut out = String::new();
+    write!(out, "{}", chrono::Local::now().format(format)).map_err(|_| {
+        minijinja::Error::new(
+            ErrorKind::InvalidOperation,
+            format!("invalid date format {format:?}"),
+        )
+    })?;
+    Ok(out)
+}
+
+/// As in transformers: plain JSON, nothing escaped for HTML.
+fn tojson(value: Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
+    let fail =
+        |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
+    let indent: Option<usize> = options.get("indent")?;
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let text = match indent {
+        None => python_json(&value).map_err(fail)?,
+        Some(width) => {
+            let indent = " ".repeat(width.min(16));
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
+            let mut out = Vec::new();
+            let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
+            value.serialize(&mut serializer).map_err(fail)?;
+            String::from_utf8(out).unwrap_or_default()
+        }
+    };
+    Ok(Value::from_safe_string(text))
+}
+
+/// JSON with Python's separators: `", "` and `": "`.
+fn python_json(value: &Value) -> std::result::Result<String, serde_json::Error> {
+    struct Spaced;
+    impl serde_json::ser::Formatter for Spaced {
+        fn begin_array_value<W: ?Sized + std::io::Write>(
+            &mut self,
+            w: &mut W,
+            first: bool,
+        ) -> std::io::Result<()> {
+            if first { Ok(()) } else { w.write_all(b", ") }
+        }
+        fn begin_object_key<W: ?Sized + std::io::Write>(
+            &mut self,
+            w: &mut W,
+            first: bool,
+        ) -> std::io::Result<()> {
+            if first { Ok(()) } else { w.write_all(b", ") }
+        }
+        fn begin_object_value<W: ?Sized + std::io::Write>(
+            &mut self,
+            w: &mut W,
+        ) -> std::io::Result<()> {
+            w.write_all(b": ")
+        }
+    }
+    let mut out = Vec::new();
+    value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced))?;
+    Ok(String::from_utf8(out).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn render(source: &str, messages: &[Message]) -> Result<String> {
+        ChatTemplate::new(source, "<s>", "</s>")?.render(messages)
+    }
+
+    #[test]
+    fn llama_2_style() {
+        let source = "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + \
+            m['content'].strip() + ' [/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + \
+            m['content'] + ' ' + eos_token }}{% else %}{{ raise_exception('no ' + m['role']) }}\
+            {% endif %}{% endfor %}";
+        let turns = [
+            Message::new("user", " Hi "),
+            Message::new("assistant", "Hello <b>"),
+            Message::new("user", "Bye"),
+        ];
+        let text = render(source, &turns).unwrap();
+        assert_eq!(text, "<s>[INST] Hi [/INST] Hello <b> </s><s>[INST] Bye [/INST]");
+        let error = render(source, &[Message::new("tool", "x")]).unwrap_err();
+        assert!(error.to_string().contains("no tool"), "{error}");
+    }
+
+    #[test]
+    fn json_is_that_of_python() {
+        let text = render("{{ messages | tojson }}", &[Message::new("user", "<a & 'b'> é")]);
+        assert_eq!(text.unwrap(), r#"[{"role": "user", "content": "<a & 'b'> é"}]"#);
+    }
+
+    #[test]
+    fn endless_and_broken_templates_are_errors() {
+        let endless =
+            "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}";
+        assert!(render(endless, &[]).is_err());
+        assert!(render("{% if %}", &[]).is_err());
+        assert!(render("{{ strftime_now('%') }}", &[]).is_err());
+        assert_eq!(render("{{ strftime_now('%Y') | length }}", &[]).unwrap(), "4");
+    }
+}

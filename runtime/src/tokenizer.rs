@@ -1,0 +1,171 @@
+//! Text to token ids and back.
+
+use crate::error::{Error, Result};
+
+/// The tokenizer of a model, with its begin and end tokens.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// The token that starts every text, if the model wants one.
+    pub bos: Option<u32>,
+    /// Tokens that end a text.
+    pub eos: Vec<u32>,
+    special: Vec<u32>,
+    vocab_size: usize,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`. `vocab_size` is the model's number of embeddings.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the text is no tokenizer or can produce ids the model lacks.
+    pub fn new(json: &str, bos: Option<u32>, eos: Vec<u32>, vocab_size: usize) -> Result<Self> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
+            .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
+        // Settings of training scripts that would cut or fill a prompt.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
+        let highest = inner.get_vocab(true).into_values().max().unwrap_or(0);
+        if highest as usize >= vocab_size {
+            return Err(Error::invalid(format!(
+                "tokenizer.json has token id {highest}, the model has {vocab_size} embeddings"
+            )));
+        }
+        let added = inner.get_added_tokens_decoder();
+        let special = added.into_iter().filter(|(_, t)| t.special).map(|(id, _)| id).collect();
+        Ok(Self { inner, bos, eos, special, vocab_size })
+    }
+
+    /// The ids of `text` without a begin token. Special tokens written out in it are recognised.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the tokenizer fails.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode(text, false)
+            .map_err(|e| Error::invalid(format!("the tokenizer cannot encode the text: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of a text that starts a context: the begin token, if the model wants one, then the
+    /// text.
+    ///
+    /// # Errors
+    /// As for [`Tokenizer::encode`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids: Vec<u32> = self.bos.into_iter().collect();
+        ids.extend(self.encode(text)?);
+        Ok(ids)
+    }
+
+    /// The text of `ids` without special tokens.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the tokenizer fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner
+            .decode(ids, true)
+            .map_err(|e| Error::invalid(format!("the tokenizer cannot decode its tokens: {e}")))
+    }
+
+    /// The written form of a token, such as `<s>`.
+    #[must_use]
+    pub fn token_text(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Whether a token steers the model instead of being text.
+    #[must_use]
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.contains(&id)
+    }
+
+    /// The number of embeddings of the model.
+    #[must_use]
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("bos", &self.bos).field("eos", &self.eos).finish()
+    }
+}
+
+/// Whether the tokenizer itself puts a begin token before a text, and which.
+///
+/// # Errors
+/// [`Error::Invalid`] if the text is no tokenizer.
+pub(crate) fn own_begin_token(json: &str) -> Result<Option<u32>> {
+    let inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
+        .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
+    let encode = |special| {
+        inner
+            .encode("a", special)
+            .map(|e| e.get_ids().to_vec())
+            .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))
+    };
+    let (plain, with_special) = (encode(false)?, encode(true)?);
+    let added = with_special.len() > plain.len() && with_special.get(1) == plain.first();
+    Ok(with_special.first().copied().filter(|_| added))
+}
+
+/// Decodes a growing sequence of tokens into text that is valid at every step: bytes of an
+/// unfinished character wait for the rest.
+#[derive(Debug)]
+pub struct TextStream<'t> {
+    tokenizer: &'t Tokenizer,
+    ids: Vec<u32>,
+    /// Where the decoding context starts: some tokenizers decode the first token of a text
+    /// differently, so a few old tokens stay in front.
+    context: usize,
+    /// Tokens whose text has been returned.
+    done: usize,
+}
+
+impl<'t> TextStream<'t> {
+    /// A stream that continues `prompt`.
+    #[must_use]
+    pub fn new(tokenizer: &'t Tokenizer, prompt: &[u32]) -> Self {
+        let ids = prompt[prompt.len().saturating_sub(8)..].to_vec();
+        let done = ids.len();
+        Self { tokenizer, ids, context: 0, done }
+    }
+
+    /// The text that `id` completes; empty if it ends inside a character.
+    ///
+    /// # Errors
+    /// As for [`Tokenizer::decode`].
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let text = self.pending()?;
+        if text.ends_with('\u{fffd}') {
+            return Ok(String::new());
+        }
+        self.context = self.done.saturating_sub(4).max(self.context);
+        self.done = self.ids.len();
+        Ok(text)
+    }
+
+    /// What is left at the end, with replacement characters for unfinished ones.
+    ///
+    /// # Errors
+    /// As for [`Tokenizer::decode`].
+    pub fn finish(&mut self) -> Result<String> {
+        let text = self.pending()?;
+        self.done = self.ids.len();
+        Ok(text)
+    }
+
+    /// Text of the tokens after `done`.
+    fn pending(&self) -> Result<String> {
+        let before = self.tokenizer.decode(&self.ids[self.context..self.done])?;
+        let all = self.tokenizer.decode(&self.ids[self.context..])?;
+        match all.strip_prefix(&before) {
+            Some(new) => Ok(new.to_owned()),
+            // The context itself ended inside a character that the new tokens complete.
+            None => Ok(all.get(before.len()..).unwrap_or_default().to_owned()),
+        }
+    }
+}
