@@ -58,7 +58,7 @@ pub use meta::{Meta, MetaView, Value, ValueRef};
 pub use profile::{Activation, ModelSpec, RopePairing, RopeScaling};
 pub use reader::{File, Section};
 pub use tensors::Tensor;
-pub use writer::Writer;
+pub use writer::{Writer, file_size};
 
 /// XXH3-64 with seed 0 over `bytes`: the checksum of heads, sections and tensors (spec §3.4).
 #[must_use]

@@ -211,6 +211,14 @@ impl Meta {
         self.entries.get(key)
     }
 
+    /// The length of the META section in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        let entry = |(key, value): (&String, &Value)| {
+            len_u64(key.len()).saturating_add(len_u64(value_bytes(value).len())).saturating_add(8)
+        };
+        self.entries.iter().map(entry).sum::<u64>().saturating_add(8)
+    }
+
     /// The bytes of the META section.
     pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
         let count = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);

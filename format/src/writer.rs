@@ -180,6 +180,21 @@ impl<W: Write + Seek> Writer<W> {
     }
 }
 
+/// The size of the file that a [`Writer`] makes of tensors with these names and payload lengths.
+#[must_use]
+pub fn file_size<'a>(tensors: impl Iterator<Item = (&'a str, u64)>, meta: &Meta) -> u64 {
+    let align = |n, to| align_up(n, to).unwrap_or(u64::MAX);
+    let (mut data, mut table) = (0u64, 16u64);
+    for (name, length) in tensors {
+        data = align(data, TENSOR_ALIGN).saturating_add(length);
+        table =
+            table.saturating_add(len_u64(TENSOR_ENTRY_BYTES)).saturating_add(len_u64(name.len()));
+    }
+    let end = len_u64(HEAD_BYTES).saturating_add(data);
+    let end = align(end, SECTION_ALIGN).saturating_add(table);
+    align(end, SECTION_ALIGN).saturating_add(meta.len())
+}
+
 fn invalid(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, error)
 }

@@ -21,6 +21,17 @@ pub enum LinearInput {
     MlpDown,
 }
 
+impl LinearInput {
+    /// All inputs in the order of computation.
+    pub const ALL: [Self; 4] = [Self::Attention, Self::AttentionOutput, Self::Mlp, Self::MlpDown];
+
+    /// The place in [`LinearInput::ALL`].
+    #[must_use]
+    pub fn index(self) -> usize {
+        self as usize
+    }
+}
+
 /// Sees the inputs of the linear layers as they are computed: how calibration collects statistics.
 pub trait Observer {
     /// `x` is [tokens, in features].

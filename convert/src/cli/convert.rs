@@ -1,0 +1,144 @@
+//! The conversion itself.
+
+use std::path::Path;
+
+use stb_convert::calibration::Source;
+use stb_convert::metadata::metadata;
+use stb_convert::recipe::Body;
+use stb_convert::report::Report;
+use stb_convert::{Job, Plan, Recipe, budget, convert, plan};
+use stb_format::Meta;
+use stb_runtime::{Checkpoint, Error};
+
+use super::progress::Bar;
+use super::{ConvertArgs, note, print, usage};
+
+pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
+    let Some(src) = &args.src else { usage("give a checkpoint and a file to write") };
+    let checkpoint = Checkpoint::open(src, true)?;
+    let recipe = recipe(args)?;
+    let source = match &args.calib {
+        Some(path) => Source::file(path)?,
+        None => Source::built_in(),
+    };
+    let mut plan = plan(&checkpoint, &recipe)?;
+    let target = recipe.body.target()?;
+    let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize);
+    let calibration = if plan.needs_calibration() || target.is_some() {
+        source.describe(&recipe.calibration, length)
+    } else {
+        String::new()
+    };
+    let meta = metadata(&checkpoint, &recipe, &calibration, plan.parameters())?;
+    if let Some(bits) = target {
+        budget::fit(&mut plan, &checkpoint, &recipe, &source, &meta, bits)?;
+    }
+    if args.dry_run {
+        return dry_run(&checkpoint, &recipe, &plan, &meta);
+    }
+    let Some(out) = &args.out else { usage("give a file to write, or --dry-run") };
+    let bar = Bar::new(args.quiet);
+    let job = Job {
+        checkpoint: &checkpoint,
+        recipe: &recipe,
+        plan,
+        meta,
+        calibration: &source,
+        target: out,
+        force: args.force,
+    };
+    let result = convert(job, &bar);
+    bar.finish();
+    let report = result?;
+    if let Some(path) = &args.report {
+        let json = serde_json::to_string_pretty(&report)?;
+        std::fs::write(path, json + "\n").map_err(|e| Error::io(path, e))?;
+    }
+    if !args.quiet {
+        summary(out, &report);
+    }
+    Ok(())
+}
+
+/// The recipe with what the command line changes.
+fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
+    let mut recipe = Recipe::load(&args.recipe)?;
+    if let Some(bits) = args.bits {
+        recipe.name = format!("bits-{bits}");
+        recipe.description = "Encodings chosen for a size".into();
+        recipe.body = Body::budget(bits);
+        recipe.body.target()?;
+    }
+    let calibration = &mut recipe.calibration;
+    if let Some(samples) = args.calib_samples {
+        calibration.samples = samples as usize;
+    }
+    if let Some(length) = args.calib_len {
+        calibration.length = length as usize;
+    }
+    if let Some(seed) = args.seed {
+        calibration.seed = seed;
+    }
+    Ok(recipe)
+}
+
+fn dry_run(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    plan: &Plan,
+    meta: &Meta,
+) -> anyhow::Result<()> {
+    let width = plan.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
+    print(format_args!(
+        "{:<width$}  {:>14}  {:<18} {:>6}  {:>12}",
+        "tensor", "shape", "encoding", "bits", "bytes"
+    ))?;
+    for t in &plan.tensors {
+        let shape: Vec<String> = t.shape.iter().map(u64::to_string).collect();
+        print(format_args!(
+            "{:<width$}  {:>14}  {:<18} {:>6.3}  {:>12}",
+            t.name,
+            shape.join(" x "),
+            t.treatment.encoding().to_string(),
+            t.stored_bits(),
+            t.bytes
+        ))?;
+    }
+    let (bytes, parameters) = (plan.file_bytes(meta), plan.parameters());
+    let weights: u64 = plan.tensors.iter().map(|t| t.bytes).sum();
+    print(format_args!(
+        "\nfile        {bytes} bytes, of which tokenizer, metadata and padding {}",
+        bytes - weights
+    ))?;
+    print(format_args!(
+        "true bits   {:.3} per parameter ({parameters} parameters)",
+        bytes as f64 * 8.0 / parameters as f64
+    ))?;
+    if let Some(bits) = plan.nominal_bits(0.0) {
+        print(format_args!(
+            "nominal     {bits:.3} bits as the paper counts, without salient columns; not what is stored"
+        ))?;
+    }
+    let memory = plan.peak_memory(checkpoint, recipe) as f64 / 1e6;
+    print(format_args!("peak memory {memory:.0} MB beside the mapped source, at most"))?;
+    Ok(())
+}
+
+fn summary(out: &Path, report: &Report) {
+    note(format_args!(
+        "{}: {} bytes for {} parameters = {:.3} true bits per parameter; decoder layers {:.3} stored \
+         bits per weight; {:.1} s",
+        out.display(),
+        report.file_bytes,
+        report.parameters,
+        report.true_bits_per_parameter,
+        report.body_bits,
+        report.seconds
+    ));
+    if let Some(bits) = report.nominal_bits_paper {
+        note(format_args!(
+            "(nominal, as the paper counts: {bits:.3} bits per weight, without masks, regions, scales \
+             and embeddings)"
+        ));
+    }
+}

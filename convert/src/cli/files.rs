@@ -1,0 +1,86 @@
+//! Looking into files that exist.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+use stb_convert::inspect::inspect as describe;
+use stb_convert::recipe::PRESETS;
+use stb_format::encoding::Dense;
+use stb_format::{File, ModelSpec};
+use stb_runtime::{Bytes, Error};
+
+use super::{Dtype, print};
+
+pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
+    let bytes = Bytes::open(path, true)?;
+    let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
+    let inspection = describe(&file);
+    if json {
+        print(serde_json::to_string_pretty(&inspection)?)?;
+    } else {
+        print(inspection.table().trim_end())?;
+    }
+    Ok(())
+}
+
+pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
+    let bytes = Bytes::open(path, true)?;
+    let fail = |e| Error::format(path, e);
+    let file = File::open(&bytes).map_err(fail)?;
+    file.verify_padding().map_err(fail)?;
+    let check = |tensor: &stb_format::Tensor<'_>| {
+        tensor.verify_checksum()?;
+        tensor.verify_payload()
+    };
+    // The first failure in file order, whichever thread finds one first.
+    let results: Vec<_> = file.tensors().par_iter().map(check).collect();
+    results.into_iter().collect::<stb_format::Result<()>>().map_err(fail)?;
+    ModelSpec::from_file(&file).map_err(fail)?;
+    let unknown = describe(&file).unknown_encodings(&file);
+    let note = match unknown {
+        0 => String::new(),
+        n => format!(
+            "; {n} have an encoding of a newer version, of which only the checksum was checked"
+        ),
+    };
+    print(format_args!(
+        "{}: valid, {} tensors match their checksums{note}",
+        path.display(),
+        file.tensors().len()
+    ))?;
+    Ok(())
+}
+
+pub(super) fn export(path: &Path, folder: &Path, dtype: Dtype) -> anyhow::Result<()> {
+    let kind = match dtype {
+        Dtype::F32 => Dense::F32,
+        Dtype::F16 => Dense::F16,
+        Dtype::Bf16 => Dense::Bf16,
+    };
+    let bytes = Bytes::open(path, true)?;
+    let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
+    for tensor in file.tensors() {
+        tensor.verify_checksum().map_err(|e| Error::format(path, e))?;
+    }
+    stb_convert::export::export(&file, path, folder, kind)?;
+    print(format_args!("{}: {} tensors", folder.display(), file.tensors().len()))?;
+    Ok(())
+}
+
+pub(super) fn recipes(name: Option<&str>) -> anyhow::Result<()> {
+    if let Some(name) = name {
+        return match PRESETS.iter().find(|(preset, _)| *preset == name) {
+            Some((_, text)) => Ok(print(text.trim_end())?),
+            None => Err(stb_convert::Recipe::load(name).err().map_or_else(
+                || anyhow::anyhow!("{name} is a file, not a recipe of the program"),
+                anyhow::Error::from,
+            )),
+        };
+    }
+    for (name, text) in PRESETS {
+        let recipe = stb_convert::Recipe::parse(text)?;
+        let mark = if *name == stb_convert::recipe::DEFAULT { " (default)" } else { "" };
+        print(format_args!("{name:<16} {}{mark}", recipe.description))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,42 @@
+//! A progress bar on terminals, silence elsewhere.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use stb_convert::Progress;
+
+/// Shows progress with an estimate of the time left and the error of each layer.
+pub(super) struct Bar(ProgressBar);
+
+impl Bar {
+    pub fn new(quiet: bool) -> Self {
+        let target =
+            if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(Some(1), target);
+        let style = ProgressStyle::with_template("{bar:30} {percent:>3}% {eta:>5} left  {msg}");
+        if let Ok(style) = style {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(250));
+        Self(bar)
+    }
+
+    pub fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+impl Progress for Bar {
+    fn step(&self, done: u64, all: u64, what: &str) {
+        self.0.set_length(all);
+        self.0.set_position(done);
+        self.0.set_message(what.to_owned());
+    }
+
+    fn layer(&self, index: usize, all: usize, error: f64, encoding: &str, seconds: f64) {
+        self.0.println(format!(
+            "layer {:>3} of {all}  {encoding:<18} relative error {error:.4}  {seconds:.1} s",
+            index + 1
+        ));
+    }
+}

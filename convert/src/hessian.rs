@@ -1,0 +1,255 @@
+//! Second moments of layer inputs and their factors: what error compensation needs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
+use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::prelude::*;
+use rayon::prelude::*;
+use stb_format::encoding::{Dense, DenseView, MatrixView};
+use stb_kernels::{Isa, Panels, matmul};
+use stb_runtime::{Error, Result};
+
+/// Rows of a task; also the granularity of the triangle.
+const TASK_ROWS: usize = 64;
+
+/// H = (2/n) Σ Xᵀ X over n calibration sequences, X [tokens, in] (the scale of GPTQ and BiLLM).
+#[derive(Clone, Debug)]
+pub struct Hessian {
+    /// Input features.
+    pub size: usize,
+    /// [in, in]; only the lower triangle until [`Hessian::finish`].
+    matrix: Vec<f32>,
+    sequences: usize,
+}
+
+impl Hessian {
+    /// Zero, for `size` input features.
+    #[must_use]
+    pub fn new(size: usize) -> Self {
+        Self { size, matrix: vec![0.0; size * size], sequences: 0 }
+    }
+
+    /// A finished matrix from elsewhere, [size, size] symmetric.
+    ///
+    /// # Panics
+    /// If the number of elements is wrong.
+    #[must_use]
+    pub fn from_matrix(matrix: Vec<f32>, size: usize) -> Self {
+        assert_eq!(matrix.len(), size * size);
+        Self { size, matrix, sequences: 0 }
+    }
+
+    /// Adds Xᵀ X of some tokens, `x` [tokens, in]. The order of calls decides the rounding, the
+    /// number of threads does not.
+    ///
+    /// # Panics
+    /// If `x` is not whole tokens.
+    pub fn add(&mut self, isa: Isa, x: &[f32]) {
+        let size = self.size;
+        assert!(x.len().is_multiple_of(size), "whole tokens");
+        let tokens = x.len() / size;
+        let mut panels = Panels::default();
+        // Columns of H are the panel's "tokens", tokens are what the product sums over.
+        panels.pack_transposed(x, size, tokens, size);
+        let transposed = transpose(x, tokens, size); // [in, tokens]
+        let left = dense(&transposed, size, tokens);
+        self.matrix.par_chunks_mut(TASK_ROWS * size).enumerate().for_each_init(
+            Vec::new,
+            |product, (task, rows)| {
+                let first = task * TASK_ROWS;
+                let used = panels.first((first + rows.len() / size).min(size), tokens);
+                let stride = used.row_stride();
+                product.resize(rows.len() / size * stride, 0.0);
+                matmul(isa, &left, used, first, product);
+                for (row, product) in rows.chunks_exact_mut(size).zip(product.chunks(stride)) {
+                    for (h, p) in row.iter_mut().zip(&product[..used.tokens()]) {
+                        *h += p;
+                    }
+                }
+            },
+        );
+    }
+
+    /// Notes that a sequence has been added.
+    pub fn count_sequence(&mut self) {
+        self.sequences += 1;
+    }
+
+    /// Scales by 2/n and fills the upper triangle.
+    pub fn finish(&mut self) {
+        let scale = 2.0 / self.sequences.max(1) as f32;
+        self.matrix.par_iter_mut().for_each(|h| *h *= scale);
+        let size = self.size;
+        for i in 0..size {
+            for j in 0..i {
+                self.matrix[j * size + i] = self.matrix[i * size + j];
+            }
+        }
+    }
+
+    /// The elements, [in, in].
+    #[must_use]
+    pub fn matrix(&self) -> &[f32] {
+        &self.matrix
+    }
+
+    /// The diagonal: twice the mean squared norm of each input feature.
+    #[must_use]
+    pub fn diagonal(&self) -> Vec<f32> {
+        self.matrix.iter().step_by(self.size + 1).copied().collect()
+    }
+
+    /// Input features that never occurred.
+    #[must_use]
+    pub fn dead(&self) -> Vec<usize> {
+        let zero = self.diagonal().into_iter().enumerate().filter(|(_, d)| *d == 0.0);
+        zero.map(|(j, _)| j).collect()
+    }
+
+    /// Adds `damping` · mean(diag H) to the diagonal; dead features get 1 before that.
+    pub fn damp(&mut self, damping: f64) {
+        for j in self.dead() {
+            self.matrix[j * (self.size + 1)] = 1.0;
+        }
+        let diagonal = self.diagonal();
+        let mean = diagonal.iter().map(|d| f64::from(*d)).sum::<f64>() / self.size as f64;
+        let add = (damping * mean) as f32;
+        self.matrix.iter_mut().step_by(self.size + 1).for_each(|d| *d += add);
+    }
+}
+
+/// H = M Mᵀ with M upper triangular, and U = M⁻¹, so that H⁻¹ = Uᵀ U: the factor whose rows spread
+/// the error of a column over the later ones (GPTQ). One factorisation gives both; the diagonal
+/// blocks of M are the inverses of those of U, which makes exact block updates a product.
+#[derive(Clone, Debug)]
+pub struct Factor {
+    /// Input features.
+    pub size: usize,
+    /// U, [in, in], upper triangular.
+    pub u: Vec<f32>,
+    /// M, [in, in], upper triangular.
+    pub m: Vec<f32>,
+}
+
+impl Factor {
+    /// Factors a damped Hessian, in f64.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is not positive definite: NaN activations or no damping.
+    pub fn new(hessian: &Hessian) -> Result<Self> {
+        let n = hessian.size;
+        // The upper factor is the lower one of the matrix read backwards.
+        let mut lower = Mat::<f64>::from_fn(n, n, |i, j| {
+            f64::from(hessian.matrix[(n - 1 - i) * n + (n - 1 - j)])
+        });
+        let par = Par::Seq;
+        let scratch = cholesky_in_place_scratch::<f64>(n, par, default());
+        let mut memory = faer::dyn_stack::MemBuffer::new(scratch);
+        let stack = faer::dyn_stack::MemStack::new(&mut memory);
+        cholesky_in_place(lower.as_mut(), default(), par, stack, default()).map_err(|_| {
+            Error::invalid(
+                "the second moments of the calibration inputs are not positive definite; use more \
+                 calibration text or a larger damping",
+            )
+        })?;
+        let mut inverse = Mat::<f64>::zeros(n, n);
+        invert_lower_triangular(inverse.as_mut(), lower.as_ref(), par);
+        let backwards = |matrix: &Mat<f64>| {
+            let mut out = vec![0.0; n * n];
+            out.par_chunks_mut(n).enumerate().for_each(|(i, row)| {
+                for j in i..n {
+                    row[j] = matrix[(n - 1 - i, n - 1 - j)] as f32;
+                }
+            });
+            out
+        };
+        Ok(Self { size: n, u: backwards(&inverse), m: backwards(&lower) })
+    }
+
+    /// 1 / U_jj² for each column: how much an error there costs after compensation.
+    #[must_use]
+    pub fn importance(&self) -> Vec<f32> {
+        self.m.iter().step_by(self.size + 1).map(|m| m * m).collect()
+    }
+}
+
+/// Whether the user wants to stop; long computations look now and then.
+pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the user wants to stop.
+#[must_use]
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
+
+/// Numbers in memory as a matrix.
+pub(crate) fn dense(values: &[f32], rows: usize, cols: usize) -> MatrixView<'_> {
+    let view = DenseView::new(Dense::F32, rows as u64, cols as u64, bytemuck::cast_slice(values));
+    MatrixView::Dense(view.expect("rows × cols values"))
+}
+
+/// [cols, rows] of `x` [rows, cols].
+fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    out.par_chunks_mut(rows).enumerate().for_each(|(c, out)| {
+        for (r, out) in out.iter_mut().enumerate() {
+            *out = x[r * cols + c];
+        }
+    });
+    out
+}
+
+/// `out[r, c] = Σ_k a[r, k] · b[k·stride + from + c]`: the product of some rows with columns
+/// `from..from + width` of a matrix. Sequential; callers split rows over threads.
+pub(crate) fn product(isa: Isa, a: &[f32], k: usize, b: &Panels, out: &mut Vec<f32>) -> usize {
+    let panels = b.all();
+    let stride = panels.row_stride();
+    out.resize(a.len() / k * stride, 0.0);
+    matmul(isa, &dense(a, a.len() / k, k), panels, 0, out);
+    stride
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn factors_are_what_they_claim() {
+        let (n, tokens) = (37, 90);
+        let x: Vec<f32> = (0..n * tokens).map(|i| ((i * i * 31 + i) % 101) as f32 - 50.0).collect();
+        let mut hessian = Hessian::new(n);
+        let isa = Isa::detect().unwrap();
+        hessian.add(isa, &x[..n * 40]);
+        hessian.count_sequence();
+        hessian.add(isa, &x[n * 40..]);
+        hessian.count_sequence();
+        hessian.finish();
+        for i in 0..n {
+            for j in 0..n {
+                let sum: f64 =
+                    (0..tokens).map(|t| f64::from(x[t * n + i]) * f64::from(x[t * n + j])).sum();
+                let h = f64::from(hessian.matrix()[i * n + j]);
+                assert!((h - sum).abs() <= 1e-3 * sum.abs().max(1e3), "{i} {j}: {h} {sum}");
+            }
+        }
+        hessian.damp(0.01);
+        let factor = Factor::new(&hessian).unwrap();
+        for i in 0..n {
+            for j in 0..n {
+                let at = |m: &[f32], r: usize, c: usize| f64::from(m[r * n + c]);
+                let h: f64 = (0..n).map(|k| at(&factor.m, i, k) * at(&factor.m, j, k)).sum();
+                assert!((h - at(hessian.matrix(), i, j)).abs() < 1.0, "{i} {j}");
+                let one: f64 = (0..n).map(|k| at(&factor.m, i, k) * at(&factor.u, k, j)).sum();
+                assert!((one - f64::from(i == j)).abs() < 1e-4, "{i} {j}: {one}");
+                assert!(i <= j || (at(&factor.u, i, j) == 0.0 && at(&factor.m, i, j) == 0.0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_broken_matrix_is_an_error() {
+        let hessian = Hessian::from_matrix(vec![1.0, 2.0, 2.0, 1.0], 2);
+        assert!(Factor::new(&hessian).is_err());
+    }
+}

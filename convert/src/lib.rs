@@ -1,0 +1,23 @@
+//! Converts dense LLaMA checkpoints to `.stb` files.
+//!
+//! [`convert`] reads a checkpoint, runs the calibration text through it one decoder layer at a
+//! time, quantises every linear layer against the second moments of its inputs, and streams packed
+//! tensors into a file. What is done to which tensor is a [`Recipe`]; [`plan`] prices it before
+//! anything is computed.
+
+pub mod budget;
+pub mod calibration;
+pub mod export;
+pub mod hessian;
+pub mod inspect;
+pub mod metadata;
+pub mod output;
+pub mod pipeline;
+pub mod plan;
+pub mod quantise;
+pub mod recipe;
+pub mod report;
+
+pub use pipeline::{Job, Progress, convert};
+pub use plan::{Plan, plan};
+pub use recipe::Recipe;

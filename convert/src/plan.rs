@@ -1,0 +1,216 @@
+//! What will be done to each tensor and what it will cost, before anything is computed.
+
+use stb_format::encoding::{Dense, IntGroup};
+use stb_format::{Encoding, Meta, file_size};
+use stb_runtime::{Checkpoint, Error, LinearInput, Result};
+
+use crate::quantise::{nm, stbllm};
+use crate::recipe::Recipe;
+
+/// A quantiser for linear layers with its options.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Method {
+    /// The strict STBLLM structure.
+    Stbllm(stbllm::Options),
+    /// Joint N:M codes.
+    Nm(nm::Options),
+    /// Integers with error compensation.
+    Int(IntGroup),
+}
+
+impl Method {
+    /// What it writes.
+    #[must_use]
+    pub fn encoding(&self) -> Encoding {
+        match self {
+            Self::Stbllm(o) => Encoding::Stbllm(o.spec),
+            Self::Nm(o) => Encoding::Nm(o.spec),
+            Self::Int(spec) => Encoding::IntGroup(*spec),
+        }
+    }
+}
+
+/// What is done to a tensor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Treatment {
+    /// The bytes of the source.
+    Keep(Dense),
+    /// Each weight rounded by itself.
+    Round(IntGroup),
+    /// A linear layer quantised against its calibrated inputs.
+    Linear(Method),
+}
+
+impl Treatment {
+    /// What is stored.
+    #[must_use]
+    pub fn encoding(&self) -> Encoding {
+        match self {
+            Self::Keep(kind) => Encoding::Dense(*kind),
+            Self::Round(spec) => Encoding::IntGroup(*spec),
+            Self::Linear(method) => method.encoding(),
+        }
+    }
+}
+
+/// One tensor of a plan.
+#[derive(Clone, Debug)]
+pub struct TensorPlan {
+    /// The Hugging Face name.
+    pub name: String,
+    /// PyTorch order.
+    pub shape: Vec<u64>,
+    /// What is done.
+    pub treatment: Treatment,
+    /// Stored bytes.
+    pub bytes: u64,
+}
+
+impl TensorPlan {
+    fn new(name: String, shape: Vec<u64>, treatment: Treatment) -> Result<Self> {
+        let bytes = treatment
+            .encoding()
+            .payload_len(&shape)
+            .map_err(|e| Error::Internal { what: e.to_string() })?
+            .unwrap_or(0);
+        Ok(Self { name, shape, treatment, bytes })
+    }
+
+    /// The number of weights.
+    #[must_use]
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+
+    /// Stored bits per weight.
+    #[must_use]
+    pub fn stored_bits(&self) -> f64 {
+        self.bytes as f64 * 8.0 / self.elements() as f64
+    }
+
+    /// Changes the treatment and the price.
+    ///
+    /// # Errors
+    /// None for a treatment that allows the shape.
+    pub fn set(&mut self, treatment: Treatment) -> Result<()> {
+        *self =
+            Self::new(std::mem::take(&mut self.name), std::mem::take(&mut self.shape), treatment)?;
+        Ok(())
+    }
+
+    /// The decoder layer and the part of a body tensor: `(3, "mlp.up_proj")`.
+    #[must_use]
+    pub fn layer(&self) -> Option<(usize, &str)> {
+        let (index, part) = self.name.strip_prefix("model.layers.")?.split_once('.')?;
+        Some((index.parse().ok()?, part.strip_suffix(".weight")?))
+    }
+}
+
+/// All tensors in file order.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The tensors.
+    pub tensors: Vec<TensorPlan>,
+}
+
+/// What `recipe` does to `checkpoint`.
+///
+/// # Errors
+/// [`Error::Invalid`] for recipes with impossible values.
+pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
+    let method = recipe.body.method()?;
+    let (embeddings, head) = (recipe.embeddings.encoding()?, recipe.head.encoding()?);
+    let mut tensors = Vec::new();
+    for (name, shape) in checkpoint.spec.tensors() {
+        let Encoding::Dense(kind) = *checkpoint.weight(&name)?.encoding() else {
+            return Err(Error::Internal { what: format!("{name} of a checkpoint is not dense") });
+        };
+        let keep = Treatment::Keep(kind);
+        let treatment = match name.as_str() {
+            _ if shape.len() != 2 => keep,
+            "model.embed_tokens.weight" => embeddings.map_or(keep, Treatment::Round),
+            "lm_head.weight" => head.map_or(keep, Treatment::Round),
+            _ => method.map_or(keep, Treatment::Linear),
+        };
+        tensors.push(TensorPlan::new(name, shape, treatment)?);
+    }
+    Ok(Plan { tensors })
+}
+
+impl Plan {
+    /// The exact size of the file with this metadata.
+    #[must_use]
+    pub fn file_bytes(&self, meta: &Meta) -> u64 {
+        file_size(self.tensors.iter().map(|t| (t.name.as_str(), t.bytes)), meta)
+    }
+
+    /// Model parameters.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        self.tensors.iter().map(TensorPlan::elements).sum()
+    }
+
+    /// Whether any tensor needs calibration.
+    #[must_use]
+    pub fn needs_calibration(&self) -> bool {
+        self.tensors.iter().any(|t| matches!(t.treatment, Treatment::Linear(_)))
+    }
+
+    /// Bits that the paper would state for the decoder's linear layers: N/8 per weight, times one
+    /// plus the share of salient columns, without masks, regions, scales, embeddings. `None` if
+    /// they are not of the paper's structure.
+    #[must_use]
+    pub fn nominal_bits(&self, salient: f64) -> Option<f64> {
+        let (mut bits, mut weights) = (0.0, 0u64);
+        for tensor in self.tensors.iter().filter(|t| t.layer().is_some() && t.shape.len() == 2) {
+            let Treatment::Linear(Method::Stbllm(options)) = tensor.treatment else { return None };
+            let n = tensor.elements();
+            bits += n as f64 * options.spec.n() as f64 / 8.0 * (1.0 + salient);
+            weights += n;
+        }
+        (weights > 0).then(|| bits / weights as f64)
+    }
+
+    /// An upper estimate of the memory that conversion takes beside the mapped source, in bytes:
+    /// hidden states of all sequences, one decoder layer's inputs, second moments, factors and
+    /// weights.
+    #[must_use]
+    pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
+        let spec = &checkpoint.spec;
+        let largest = self.tensors.iter().map(TensorPlan::elements).max().unwrap_or(0);
+        if !self.needs_calibration() {
+            return largest * 12;
+        }
+        let q_width = spec.heads * spec.head_dim;
+        let inputs = [spec.hidden_size, q_width, spec.hidden_size, spec.intermediate_size];
+        let length = (recipe.calibration.length as u64).min(spec.context_length);
+        let tokens = recipe.calibration.samples as u64 * length;
+        let hidden = tokens * spec.hidden_size * 4;
+        let batch = crate::pipeline::BATCH as u64 * length;
+        let captured = batch * (inputs.iter().sum::<u64>() + 4 * spec.intermediate_size) * 4;
+        // H in f32, M and U in f32, and two f64 copies while one of them is factored.
+        let moments: u64 = inputs.iter().map(|n| n * n * 12).sum();
+        let factoring = inputs.iter().map(|n| n * n * 16).max().unwrap_or(0);
+        let layer: u64 = self
+            .tensors
+            .iter()
+            .filter(|t| t.layer().is_some_and(|(i, _)| i == 0))
+            .map(|t| t.bytes)
+            .sum();
+        let linear = spec.intermediate_size * spec.hidden_size;
+        hidden + moments + layer + captured.max(factoring).max(linear * 28)
+    }
+}
+
+/// Which of [`LinearInput::ALL`] the linear layer `part` reads.
+#[must_use]
+pub fn input_of(part: &str) -> Option<usize> {
+    let input = match part {
+        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" => LinearInput::Attention,
+        "self_attn.o_proj" => LinearInput::AttentionOutput,
+        "mlp.gate_proj" | "mlp.up_proj" => LinearInput::Mlp,
+        "mlp.down_proj" => LinearInput::MlpDown,
+        _ => return None,
+    };
+    Some(input.index())
+}

@@ -1,0 +1,134 @@
+//! Which weights matter: scores that decide what an N:M mask keeps.
+
+use serde::Deserialize;
+
+use super::Input;
+
+/// An importance metric. All scores are compared within a group of M weights of one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Metric {
+    /// "Standardized Importance" as in the paper's published code: relative importance
+    /// (|w|/Σ column + |w|/Σ row) · ‖x‖^½.
+    Si,
+    /// Equation 3 of the paper: the relative importance standardised over the matrix, times ‖x‖.
+    SiEq3,
+    /// |w|.
+    Magnitude,
+    /// |w| · ‖x‖.
+    Wanda,
+    /// w² / (U_jj)²: what removing a weight costs after compensation (optimal brain surgeon).
+    Sparsegpt,
+}
+
+/// A metric with what it needs of the whole matrix.
+#[derive(Clone, Debug)]
+pub struct Scorer {
+    metric: Metric,
+    /// One factor per column.
+    columns: Vec<f32>,
+    /// 1 / Σ_j |w_ij| per row.
+    rows: Vec<f32>,
+    /// ‖x_j‖ per column to the power the metric asks for.
+    norms: Vec<f32>,
+    /// Mean and standard deviation of the relative importance.
+    mean: f32,
+    deviation: f32,
+}
+
+impl Scorer {
+    /// Prepares `metric` for a layer: sums are over the full matrix as it was given.
+    #[must_use]
+    pub fn new(metric: Metric, input: &Input<'_>) -> Self {
+        let mut scorer = Self {
+            metric,
+            columns: Vec::new(),
+            rows: Vec::new(),
+            norms: Vec::new(),
+            mean: 0.0,
+            deviation: 1.0,
+        };
+        match metric {
+            Metric::Magnitude => {}
+            Metric::Wanda => scorer.norms = input.norms.to_vec(),
+            Metric::Sparsegpt => scorer.columns = input.factor.importance(),
+            Metric::Si | Metric::SiEq3 => {
+                let mut columns = vec![0f64; input.cols];
+                for row in input.weights.chunks_exact(input.cols) {
+                    let mut sum = 0.0;
+                    for (c, w) in columns.iter_mut().zip(row) {
+                        *c += f64::from(w.abs());
+                        sum += f64::from(w.abs());
+                    }
+                    scorer.rows.push(inverse(sum));
+                }
+                scorer.columns = columns.into_iter().map(inverse).collect();
+                let power = |n: &f32| if metric == Metric::Si { n.sqrt() } else { *n };
+                scorer.norms = input.norms.iter().map(power).collect();
+                if metric == Metric::SiEq3 {
+                    scorer.standardise(input);
+                }
+            }
+        }
+        scorer
+    }
+
+    fn standardise(&mut self, input: &Input<'_>) {
+        let (mut sum, mut squares) = (0f64, 0f64);
+        for (r, row) in input.weights.chunks_exact(input.cols).enumerate() {
+            for (c, w) in row.iter().enumerate() {
+                let v = f64::from(self.relative(r, c, *w));
+                sum += v;
+                squares += v * v;
+            }
+        }
+        let n = input.weights.len() as f64;
+        self.mean = (sum / n) as f32;
+        self.deviation = ((squares / n - (sum / n).powi(2)).max(0.0).sqrt() as f32).max(1e-30);
+    }
+
+    /// |w|/Σ column + |w|/Σ row.
+    fn relative(&self, row: usize, col: usize, w: f32) -> f32 {
+        w.abs() * self.columns[col] + w.abs() * self.rows[row]
+    }
+
+    /// The score of value `w` at a place; higher is kept.
+    #[must_use]
+    pub fn score(&self, row: usize, col: usize, w: f32) -> f32 {
+        match self.metric {
+            Metric::Magnitude => w.abs(),
+            Metric::Wanda => w.abs() * self.norms[col],
+            Metric::Sparsegpt => w * w * self.columns[col],
+            Metric::Si => self.relative(row, col, w) * self.norms[col],
+            Metric::SiEq3 => {
+                (self.relative(row, col, w) - self.mean) / self.deviation * self.norms[col]
+            }
+        }
+    }
+
+    /// Marks the `keep` best of a group of at most 8 values that starts at `col`; ties go to the
+    /// lower column.
+    pub fn select(&self, row: usize, col: usize, values: &[f32], keep: usize, mask: &mut [bool]) {
+        let mut scores = [0.0f32; 8];
+        for (k, w) in values.iter().enumerate() {
+            scores[k] = self.score(row, col + k, *w);
+        }
+        mask.fill(false);
+        for _ in 0..keep {
+            let mut best = None;
+            for k in 0..values.len() {
+                if !mask[k] && best.is_none_or(|b: usize| scores[k] > scores[b]) {
+                    best = Some(k);
+                }
+            }
+            if let Some(best) = best {
+                mask[best] = true;
+            }
+        }
+    }
+}
+
+/// 1/x, and zero for an empty row or column: its weights are all zero.
+fn inverse(x: f64) -> f32 {
+    if x > 0.0 { (1.0 / x) as f32 } else { 0.0 }
+}

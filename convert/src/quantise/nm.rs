@@ -1,0 +1,498 @@
+//! Joint N:M codes: a first choice with error compensation group by group, then alternating
+//! closed-form refits of the scales and exact re-choices of each group's code under the Hessian.
+
+use rayon::prelude::*;
+use stb_format::Encoding;
+use stb_format::encoding::{Nm, NmParts};
+use stb_format::half::f16;
+use stb_kernels::Panels;
+
+use super::{Input, Packed, TASK_ROWS, propagate};
+use crate::hessian::product;
+
+/// Options of the quantiser.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Code, scale block and scale bits.
+    pub spec: Nm,
+    /// Rounds of re-choosing all codes and refitting all scales.
+    pub sweeps: usize,
+}
+
+/// Columns between exchanges with the rest of the matrix; a multiple of every group.
+const BLOCK: usize = 128;
+
+/// Codes and scales of a layer while they are optimised.
+struct Fit<'a> {
+    input: &'a Input<'a>,
+    spec: Nm,
+    groups: usize,
+    blocks: usize,
+    /// Columns per scale.
+    span: usize,
+    /// [rows, groups].
+    codes: Vec<u16>,
+    /// [rows, blocks]: the scales as stored, so that choices see their rounding.
+    scales: Vec<f32>,
+    row_scales: Vec<f16>,
+    block_codes: Vec<u8>,
+}
+
+/// Quantises one linear layer.
+#[must_use]
+pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
+    let spec = options.spec;
+    let groups = input.cols.div_ceil(spec.m());
+    let span = if spec.block() == 0 { input.cols } else { spec.block() };
+    let blocks = input.cols.div_ceil(span);
+    let mut fit = Fit {
+        input,
+        spec,
+        groups,
+        blocks,
+        span,
+        codes: vec![0; input.rows * groups],
+        scales: vec![0.0; input.rows * blocks],
+        row_scales: vec![f16::ZERO; input.rows],
+        block_codes: Vec::new(),
+    };
+    fit.choose_with_compensation();
+    let target = fit.times_hessian(input.weights);
+    fit.refit_scales(&target);
+    for _ in 0..options.sweeps {
+        fit.sweep(&target);
+        fit.refit_scales(&target);
+    }
+    let parts = NmParts {
+        spec,
+        rows: input.rows,
+        cols: input.cols,
+        col_factors: Vec::new(),
+        row_scales: fit.row_scales,
+        block_codes: if spec.block() == 0 { Vec::new() } else { fit.block_codes },
+        codes: fit.codes,
+    };
+    Packed { encoding: Encoding::Nm(spec), payload: parts.pack(), salient: None }
+}
+
+impl Fit<'_> {
+    /// First codes and scales: block by block, group by group, each group taking the positions
+    /// with the largest gain, its error spread over the columns still to come.
+    fn choose_with_compensation(&mut self) {
+        let Self { input, spec, groups, blocks, span, .. } = *self;
+        let (cols, u, m) = (input.cols, &input.factor.u, &input.factor.m);
+        let importance = input.factor.importance();
+        let mut weights = input.weights.to_vec();
+        for from in (0..cols).step_by(BLOCK) {
+            let width = BLOCK.min(cols - from);
+            let mut errors = vec![0.0; input.rows * width];
+            weights
+                .par_chunks_exact_mut(cols)
+                .zip(self.codes.par_chunks_exact_mut(groups))
+                .zip(self.scales.par_chunks_exact_mut(blocks))
+                .zip(errors.par_chunks_exact_mut(width))
+                .with_min_len(TASK_ROWS)
+                .for_each(|(((row, codes), scales), errors)| {
+                    errors.copy_from_slice(&row[from..from + width]);
+                    for start in (from..from + width).step_by(spec.m()) {
+                        let end = (start + spec.m()).min(cols);
+                        // The scale of a block is estimated when its first column is reached.
+                        if start.is_multiple_of(span) {
+                            let block = &row[start..cols.min(start + span)];
+                            scales[start / span] = mean_of_largest(block, spec);
+                        }
+                        let scale = scales[start / span];
+                        let h = &importance[start..end];
+                        let code = best_by_gain(&row[start..end], h, scale, spec);
+                        codes[start / spec.m()] = code;
+                        let mut error = [0.0f32; 8];
+                        for (e, w) in error.iter_mut().zip(&row[start..end]) {
+                            *e = *w;
+                        }
+                        for (position, negative) in spec.pattern(code).into_iter().flatten() {
+                            if start + position < end {
+                                let value = if negative { -scale } else { scale };
+                                error[position] -= value;
+                                errors[start + position - from] -= value;
+                            }
+                        }
+                        // (W − Q)·M_gg, then spread inside the block.
+                        let mut scaled = [0.0f32; 8];
+                        for i in 0..end - start {
+                            for j in i..end - start {
+                                scaled[j] += error[i] * m[(start + i) * cols + start + j];
+                            }
+                        }
+                        for (i, s) in scaled.iter().enumerate().take(end - start) {
+                            let line = &u[(start + i) * cols..(start + i + 1) * cols];
+                            for j in end..from + width {
+                                row[j] -= s * line[j];
+                            }
+                        }
+                    }
+                });
+            propagate(input.isa, &mut weights, input.factor, &errors, from, width);
+        }
+        self.store_scales();
+    }
+
+    /// Weights times the Hessian, [rows, cols].
+    fn times_hessian(&self, weights: &[f32]) -> Vec<f32> {
+        let (isa, cols) = (self.input.isa, self.input.cols);
+        let mut panels = Panels::default();
+        panels.pack(self.input.hessian.matrix(), cols);
+        let mut out = vec![0.0; weights.len()];
+        out.par_chunks_mut(TASK_ROWS * cols)
+            .zip(weights.par_chunks(TASK_ROWS * cols))
+            .for_each_init(Vec::new, |memory, (out, weights)| {
+                let stride = product(isa, weights, cols, &panels, memory);
+                for (out, product) in out.chunks_exact_mut(cols).zip(memory.chunks_exact(stride)) {
+                    out.copy_from_slice(&product[..cols]);
+                }
+            });
+        out
+    }
+
+    /// Signs of the kept weights of a row, zero elsewhere.
+    fn signs(&self, row: usize, out: &mut [f32]) {
+        out.fill(0.0);
+        let codes = &self.codes[row * self.groups..(row + 1) * self.groups];
+        for (code, out) in codes.iter().zip(out.chunks_mut(self.spec.m())) {
+            for (position, negative) in self.spec.pattern(*code).into_iter().flatten() {
+                if let Some(o) = out.get_mut(position) {
+                    *o = if negative { -1.0 } else { 1.0 };
+                }
+            }
+        }
+    }
+
+    /// All stored weights, [rows, cols].
+    fn weights(&self) -> Vec<f32> {
+        let cols = self.input.cols;
+        let mut out = vec![0.0; self.input.rows * cols];
+        out.par_chunks_exact_mut(cols).enumerate().for_each(|(r, row)| {
+            self.signs(r, row);
+            let scales = &self.scales[r * self.blocks..(r + 1) * self.blocks];
+            for (block, scale) in row.chunks_mut(self.span).zip(scales) {
+                block.iter_mut().for_each(|w| *w *= scale);
+            }
+        });
+        out
+    }
+
+    /// The scales that minimise the output error for the present codes: per row the small system
+    /// (Tᵀ H T) α = Tᵀ H w, T the signs by block. `target` is W·H.
+    fn refit_scales(&mut self, target: &[f32]) {
+        let (isa, rows, cols) = (self.input.isa, self.input.rows, self.input.cols);
+        let (blocks, span) = (self.blocks, self.span);
+        let mut signs = vec![0.0; rows * cols];
+        signs.par_chunks_exact_mut(cols).enumerate().for_each(|(r, row)| self.signs(r, row));
+        // [rows, blocks, blocks], lower triangle.
+        let mut systems = vec![0f64; rows * blocks * blocks];
+        let mut panels = Panels::default();
+        for b in 0..blocks {
+            let (start, end) = (b * span, cols.min((b + 1) * span));
+            let width = end - start;
+            let rows_of_h = &self.input.hessian.matrix()[start * cols..end * cols];
+            // Only columns up to the end of the block: the system is symmetric.
+            panels.pack_transposed(rows_of_h, end, width, cols);
+            let panels = &panels;
+            systems
+                .par_chunks_mut(TASK_ROWS * blocks * blocks)
+                .zip(signs.par_chunks(TASK_ROWS * cols))
+                .for_each_init(Default::default, |memory: &mut [Vec<f32>; 2], (systems, signs)| {
+                    let [part, out] = memory;
+                    part.clear();
+                    signs.chunks_exact(cols).for_each(|s| part.extend_from_slice(&s[start..end]));
+                    let stride = product(isa, part, width, panels, out);
+                    let rows = systems.chunks_exact_mut(blocks * blocks);
+                    for ((system, signs), out) in
+                        rows.zip(signs.chunks_exact(cols)).zip(out.chunks_exact(stride))
+                    {
+                        let earlier = signs[..end].chunks(span).zip(out[..end].chunks(span));
+                        for (k, (s, p)) in earlier.enumerate() {
+                            system[b * blocks + k] = dot(s, p);
+                        }
+                    }
+                });
+        }
+        self.scales
+            .par_chunks_exact_mut(blocks)
+            .zip(systems.par_chunks_exact_mut(blocks * blocks))
+            .zip(signs.par_chunks_exact(cols))
+            .zip(target.par_chunks_exact(cols))
+            .for_each(|(((scales, system), signs), target)| {
+                let parts = signs.chunks(span).zip(target.chunks(span));
+                let mut right: Vec<f64> = parts.map(|(s, t)| dot(s, t)).collect();
+                if solve(system, &mut right) {
+                    for (scale, value) in scales.iter_mut().zip(right) {
+                        *scale = value.max(0.0) as f32;
+                    }
+                }
+            });
+        self.store_scales();
+    }
+
+    /// Rounds the scales to what the file stores.
+    fn store_scales(&mut self) {
+        let (blocks, bits) = (self.blocks, self.spec.scale_bits());
+        self.block_codes.resize(self.scales.len(), 0);
+        self.scales
+            .par_chunks_exact_mut(blocks)
+            .zip(self.block_codes.par_chunks_exact_mut(blocks))
+            .zip(&mut self.row_scales)
+            .for_each(|((scales, codes), row_scale)| {
+                let largest = scales.iter().copied().fold(0.0, f32::max);
+                *row_scale = f16::from_f32(largest);
+                let row = row_scale.to_f32();
+                if bits == 0 || row == 0.0 {
+                    scales.fill(row);
+                    codes.fill(0);
+                    return;
+                }
+                let steps = f32::from(1u16 << bits);
+                for (scale, code) in scales.iter_mut().zip(codes) {
+                    let level = (*scale / row * steps).round_ties_even().clamp(1.0, steps);
+                    *code = (level - 1.0) as u8;
+                    *scale = row * (level / steps);
+                }
+            });
+    }
+
+    /// Coordinate descent: each group in turn takes the code that minimises the output error with
+    /// all other groups as they are. `target` is W·H.
+    fn sweep(&mut self, target: &[f32]) {
+        let (isa, rows, cols) = (self.input.isa, self.input.rows, self.input.cols);
+        let h = self.input.hessian.matrix();
+        // (W − Q)·H, kept up to date.
+        let mut residual = self.times_hessian(&self.weights());
+        residual.par_iter_mut().zip(target).for_each(|(r, t)| *r = t - *r);
+        let (groups, blocks, span, spec) = (self.groups, self.blocks, self.span, self.spec);
+        let mut panels = Panels::default();
+        for from in (0..cols).step_by(BLOCK) {
+            let width = BLOCK.min(cols - from);
+            let choices: Vec<Choices> = (from..from + width)
+                .step_by(spec.m())
+                .map(|start| Choices::new(spec, h, cols, start))
+                .collect();
+            let mut changes = vec![0.0; rows * width];
+            residual
+                .par_chunks_exact_mut(cols)
+                .zip(self.codes.par_chunks_exact_mut(groups))
+                .zip(self.scales.par_chunks_exact(blocks))
+                .zip(changes.par_chunks_exact_mut(width))
+                .with_min_len(TASK_ROWS)
+                .for_each(|(((residual, codes), scales), changes)| {
+                    for (choice, start) in choices.iter().zip((from..).step_by(spec.m())) {
+                        let code = &mut codes[start / spec.m()];
+                        let scale = scales[start / span];
+                        let end = start + choice.width;
+                        let change = choice.improve(code, scale, &residual[start..end]);
+                        for (i, c) in change.iter().enumerate().take(choice.width) {
+                            changes[start - from + i] = *c;
+                            if *c != 0.0 {
+                                let line = &h[(start + i) * cols..][from..from + width];
+                                for (r, h) in residual[from..from + width].iter_mut().zip(line) {
+                                    *r -= c * h;
+                                }
+                            }
+                        }
+                    }
+                });
+            panels.pack_transposed(&h[from * cols..], cols, width, cols);
+            residual
+                .par_chunks_mut(TASK_ROWS * cols)
+                .zip(changes.par_chunks(TASK_ROWS * width))
+                .for_each_init(Vec::new, |memory, (residual, changes)| {
+                    let stride = product(isa, changes, width, &panels, memory);
+                    let rows = residual.chunks_exact_mut(cols).zip(memory.chunks_exact(stride));
+                    for (residual, product) in rows {
+                        for (j, (r, p)) in residual.iter_mut().zip(product).enumerate() {
+                            // Inside the block it has been done already.
+                            if !(from..from + width).contains(&j) {
+                                *r -= p;
+                            }
+                        }
+                    }
+                });
+        }
+    }
+}
+
+/// Kept positions and whether they are negative.
+type Pattern = [Option<(usize, bool)>; 2];
+
+/// What all rows share about the codes of one group.
+struct Choices {
+    spec: Nm,
+    /// Columns of the group.
+    width: usize,
+    /// H of the group, [8, 8].
+    h: [[f32; 8]; 8],
+    /// Codes with their patterns and sᵀHs. Opposite codes share one entry.
+    codes: Vec<(u16, Pattern, f32)>,
+}
+
+impl Choices {
+    fn new(spec: Nm, hessian: &[f32], cols: usize, start: usize) -> Self {
+        let width = spec.m().min(cols - start);
+        let mut h = [[0.0; 8]; 8];
+        for i in 0..width {
+            for j in 0..width {
+                h[i][j] = hessian[(start + i) * cols + start + j];
+            }
+        }
+        // Codes with a positive sign; the negative one only turns the linear term around.
+        let half = 1u16 << (spec.code_bits() - 1);
+        let entry = |code: u16| {
+            let pattern = spec.pattern(code);
+            let inside = pattern.into_iter().flatten().all(|(p, _)| p < width);
+            let quadratic = match pattern {
+                [Some((i, _)), None] => h[i][i],
+                [Some((i, a)), Some((j, b))] => {
+                    let cross = 2.0 * h[i][j];
+                    h[i][i] + h[j][j] + if a == b { cross } else { -cross }
+                }
+                _ => 0.0,
+            };
+            inside.then_some((code, pattern, quadratic))
+        };
+        Self { spec, width, h, codes: (0..half).filter_map(entry).collect() }
+    }
+
+    /// Replaces `code` by the best one; returns the change of the group's weights. `residual` is
+    /// (W − Q)·H at the group's columns.
+    fn improve(&self, code: &mut u16, scale: f32, residual: &[f32]) -> [f32; 8] {
+        let mut present = [0.0f32; 8];
+        for (position, negative) in self.spec.pattern(*code).into_iter().flatten() {
+            present[position] = if negative { -scale } else { scale };
+        }
+        // What the group should produce: the residual without its own contribution.
+        let mut wanted = [0.0f32; 8];
+        for i in 0..self.width {
+            wanted[i] = residual[i];
+            for j in 0..self.width {
+                wanted[i] += present[j] * self.h[j][i];
+            }
+        }
+        let mut best = (f32::INFINITY, *code);
+        let sign_bit = 1 << (self.spec.code_bits() - 1);
+        for (candidate, pattern, quadratic) in &self.codes {
+            let mut linear = 0.0;
+            for (position, negative) in pattern.iter().flatten() {
+                linear += if *negative { -wanted[*position] } else { wanted[*position] };
+            }
+            let cost = scale * (scale * quadratic - 2.0 * linear.abs());
+            if cost < best.0 {
+                best = (cost, if linear < 0.0 { candidate | sign_bit } else { *candidate });
+            }
+        }
+        *code = best.1;
+        let mut change = [0.0f32; 8];
+        for (position, negative) in self.spec.pattern(*code).into_iter().flatten() {
+            if position < self.width {
+                change[position] = if negative { -scale } else { scale };
+            }
+        }
+        for (c, p) in change.iter_mut().zip(present) {
+            *c -= p;
+        }
+        change
+    }
+}
+
+/// Σ h (w − q)² / Σ h w² of a choice by gain without compensation, h one weight per column.
+#[must_use]
+pub fn plain_error(weights: &[f32], cols: usize, importance: &[f32], spec: Nm) -> f64 {
+    let span = if spec.block() == 0 { cols } else { spec.block() };
+    let row_error = |row: &[f32]| {
+        let (mut error, mut all) = (0f64, 0f64);
+        for (block, h) in row.chunks(span).zip(importance.chunks(span)) {
+            let scale = mean_of_largest(block, spec);
+            for (group, h) in block.chunks(spec.m()).zip(h.chunks(spec.m())) {
+                let mut rest = [0.0f32; 8];
+                rest[..group.len()].copy_from_slice(group);
+                let code = best_by_gain(group, h, scale, spec);
+                for (position, negative) in spec.pattern(code).into_iter().flatten() {
+                    rest[position] -= if negative { -scale } else { scale };
+                }
+                for ((r, w), h) in rest.iter().zip(group).zip(h) {
+                    error += f64::from(h * r * r);
+                    all += f64::from(h * w * w);
+                }
+            }
+        }
+        (error, all)
+    };
+    super::ratio_of_sums(weights.par_chunks_exact(cols).map(row_error).collect())
+}
+
+/// A first scale for a block: the mean of the N largest magnitudes of each group.
+fn mean_of_largest(block: &[f32], spec: Nm) -> f32 {
+    let (mut sum, mut count) = (0.0, 0);
+    for group in block.chunks(spec.m()) {
+        let mut magnitudes = [0.0f32; 8];
+        for (m, w) in magnitudes.iter_mut().zip(group) {
+            *m = w.abs();
+        }
+        magnitudes.sort_unstable_by(|a, b| b.total_cmp(a));
+        sum += magnitudes[..spec.n()].iter().sum::<f32>();
+        count += spec.n().min(group.len());
+    }
+    sum / count.max(1) as f32
+}
+
+/// The code whose kept positions gain most: h (2|w|s − s²) for keeping w at scale s.
+fn best_by_gain(group: &[f32], importance: &[f32], scale: f32, spec: Nm) -> u16 {
+    let gain = |k: usize| importance[k] * (2.0 * group[k].abs() - scale);
+    let mut best: [Option<usize>; 2] = [None, None];
+    for k in 0..group.len() {
+        if best[0].is_none_or(|b| gain(k) > gain(b)) {
+            best = [Some(k), best[0]];
+        } else if best[1].is_none_or(|b| gain(k) > gain(b)) {
+            best[1] = Some(k);
+        }
+    }
+    let kept = |k: usize| (k, group[k] < 0.0);
+    let first = kept(best[0].unwrap_or(0));
+    let second = best[1].filter(|k| spec.n() == 2 && gain(*k) > 0.0).map(kept);
+    spec.code(first, second).expect("positions inside the group")
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// Solves a symmetric positive definite system from its lower triangle by Cholesky; false if it is
+/// singular. A trace of damping keeps blocks that are alike apart.
+fn solve(system: &mut [f64], right: &mut [f64]) -> bool {
+    let n = right.len();
+    let trace: f64 = (0..n).map(|i| system[i * n + i]).sum();
+    if trace.is_nan() || trace <= 0.0 {
+        return false;
+    }
+    for i in 0..n {
+        system[i * n + i] += 1e-9 * trace / n as f64 + f64::MIN_POSITIVE;
+        for j in 0..=i {
+            let sum: f64 = (0..j).map(|k| system[i * n + k] * system[j * n + k]).sum();
+            let rest = system[i * n + j] - sum;
+            if i == j {
+                if rest <= 0.0 {
+                    return false;
+                }
+                system[i * n + i] = rest.sqrt();
+            } else {
+                system[i * n + j] = rest / system[j * n + j];
+            }
+        }
+    }
+    for i in 0..n {
+        let sum: f64 = (0..i).map(|k| system[i * n + k] * right[k]).sum();
+        right[i] = (right[i] - sum) / system[i * n + i];
+    }
+    for i in (0..n).rev() {
+        let sum: f64 = (i + 1..n).map(|k| system[k * n + i] * right[k]).sum();
+        right[i] = (right[i] - sum) / system[i * n + i];
+    }
+    true
+}

@@ -1,0 +1,112 @@
+//! The pruning pass: N:8 masks chosen on compensated weights, and each removed weight's effect
+//! spread over the columns that are still to come (SparseGPT), with any metric for the choice.
+
+use rayon::prelude::*;
+
+use super::metric::Scorer;
+use super::{Input, TASK_ROWS, propagate};
+
+/// Columns between exchanges with the rest of the matrix.
+const BLOCK: usize = 128;
+
+/// Pruned and compensated weights with their mask, both [rows, cols].
+#[derive(Clone, Debug)]
+pub struct Pruned {
+    /// Exactly zero where not kept.
+    pub weights: Vec<f32>,
+    /// Kept weights.
+    pub mask: Vec<bool>,
+}
+
+/// Keeps `kept(width)` weights of each group of 8 columns.
+#[must_use]
+pub fn prune_with_compensation(
+    input: &Input<'_>,
+    scorer: &Scorer,
+    kept: impl Fn(usize) -> usize + Sync,
+) -> Pruned {
+    let cols = input.cols;
+    let mut weights = input.weights.to_vec();
+    let mut mask = vec![false; weights.len()];
+    let mut errors = vec![0.0; input.rows * BLOCK.min(cols)];
+    for from in (0..cols).step_by(BLOCK) {
+        let width = BLOCK.min(cols - from);
+        errors.resize(input.rows * width, 0.0);
+        weights
+            .par_chunks_mut(TASK_ROWS * cols)
+            .zip(mask.par_chunks_mut(TASK_ROWS * cols))
+            .zip(errors.par_chunks_mut(TASK_ROWS * width))
+            .enumerate()
+            .for_each(|(task, ((weights, mask), errors))| {
+                let rows = weights.chunks_exact_mut(cols).zip(mask.chunks_exact_mut(cols));
+                for (i, ((row, mask), errors)) in
+                    rows.zip(errors.chunks_exact_mut(width)).enumerate()
+                {
+                    let before = row[from..from + width].to_vec();
+                    let at = task * TASK_ROWS + i;
+                    prune_block(input, scorer, &kept, at, from, width, row, mask);
+                    // W − Q with W as the block found it: the exchange below is exact for that.
+                    for ((e, b), w) in errors.iter_mut().zip(&before).zip(&row[from..]) {
+                        *e = b - w;
+                    }
+                }
+            });
+        propagate(input.isa, &mut weights, input.factor, &errors, from, width);
+    }
+    Pruned { weights, mask }
+}
+
+/// Columns `from..from + width` of one row, one after another.
+fn prune_block(
+    input: &Input<'_>,
+    scorer: &Scorer,
+    kept: &impl Fn(usize) -> usize,
+    row_index: usize,
+    from: usize,
+    width: usize,
+    row: &mut [f32],
+    mask: &mut [bool],
+) {
+    let (cols, u) = (input.cols, &input.factor.u);
+    let end = from + width;
+    for group in (from..end).step_by(8) {
+        let size = 8.min(end - group);
+        let part = group..group + size;
+        scorer.select(row_index, group, &row[part.clone()], kept(size), &mut mask[part.clone()]);
+        for col in part {
+            if mask[col] {
+                continue;
+            }
+            let line = &u[col * cols..(col + 1) * cols];
+            let error = row[col] / line[col];
+            for j in col + 1..end {
+                row[j] -= error * line[j];
+            }
+            row[col] = 0.0;
+        }
+    }
+}
+
+/// Masks the weights as they are, without compensation.
+#[must_use]
+pub fn prune_plain(
+    input: &Input<'_>,
+    scorer: &Scorer,
+    kept: impl Fn(usize) -> usize + Sync,
+) -> Pruned {
+    let cols = input.cols;
+    let mut weights = input.weights.to_vec();
+    let mut mask = vec![false; weights.len()];
+    let rows = weights.par_chunks_exact_mut(cols).zip(mask.par_chunks_exact_mut(cols));
+    rows.enumerate().for_each(|(r, (row, mask))| {
+        for (g, (group, mask)) in row.chunks_mut(8).zip(mask.chunks_mut(8)).enumerate() {
+            scorer.select(r, 8 * g, group, kept(group.len()), mask);
+            for (w, keep) in group.iter_mut().zip(mask) {
+                if !*keep {
+                    *w = 0.0;
+                }
+            }
+        }
+    });
+    Pruned { weights, mask }
+}
