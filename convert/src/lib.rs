@@ -5,6 +5,7 @@
 //! tensors into a file. What is done to which tensor is a [`Recipe`]; [`plan`] prices it before
 //! anything is computed.
 
+pub mod allocation;
 pub mod budget;
 pub mod calibration;
 pub mod export;
@@ -17,6 +18,7 @@ pub mod plan;
 pub mod quantise;
 pub mod recipe;
 pub mod report;
+pub mod sensitivity;
 
 pub use pipeline::{Job, Progress, convert};
 pub use plan::{Plan, plan};

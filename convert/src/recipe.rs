@@ -280,7 +280,7 @@ impl Body {
         }
         Ok(stbllm::Options {
             spec,
-            metric: word("metric", self.metric.as_deref().unwrap_or("sparsegpt"), METRICS)?,
+            metric: word("metric", self.metric.as_deref().unwrap_or("si"), METRICS)?,
             mask: word("mask", self.mask.as_deref().unwrap_or("compensated"), PLACEMENTS)?,
             salient_limit: limit,
             region_ratio: ratio,

@@ -10,20 +10,20 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {error}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// A file is not a valid `.stb` file, or not one that this version can use.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {error}", path.display())]
     Format {
         /// The file.
         path: PathBuf,
         /// The rule that is broken, with offset and tensor.
-        source: stb_format::Error,
+        error: stb_format::Error,
     },
     /// A file has the wrong content: a checkpoint, configuration, tokenizer or template.
     #[error("{what}")]
@@ -53,13 +53,13 @@ pub enum Error {
 
 impl Error {
     /// An I/O error with its file.
-    pub fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io { path: path.to_owned(), source }
+    pub fn io(path: &Path, error: std::io::Error) -> Self {
+        Self::Io { path: path.to_owned(), error }
     }
 
     /// A format error with its file.
-    pub fn format(path: &Path, source: stb_format::Error) -> Self {
-        Self::Format { path: path.to_owned(), source }
+    pub fn format(path: &Path, error: stb_format::Error) -> Self {
+        Self::Format { path: path.to_owned(), error }
     }
 
     /// Wrong content.
@@ -83,7 +83,7 @@ impl Error {
         match self {
             Self::Usage { .. } => 2,
             Self::Io { .. } => 3,
-            Self::Format { source, .. } => match source.rule().class() {
+            Self::Format { error, .. } => match error.rule().class() {
                 stb_format::Class::Invalid => 4,
                 stb_format::Class::Unsupported => 5,
             },

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use stb_convert::allocation::allocate;
 use stb_convert::calibration::Source;
 use stb_convert::metadata::metadata;
 use stb_convert::recipe::Body;
@@ -22,6 +23,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         None => Source::built_in(),
     };
     let mut plan = plan(&checkpoint, &recipe)?;
+    allocate(&mut plan, &checkpoint, &recipe, &source)?;
     let target = recipe.body.target()?;
     let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize);
     let calibration = if plan.needs_calibration() || target.is_some() {

@@ -84,7 +84,7 @@ struct ConvertArgs {
     #[arg(short, long, default_value = stb_convert::recipe::DEFAULT, help_heading = "What to do")]
     recipe: String,
     /// The size of the whole file in true bits per parameter: chooses encodings that meet it
-    #[arg(short, long, conflicts_with = "recipe", help_heading = "What to do")]
+    #[arg(short, long, conflicts_with = "recipe", value_parser = bits, help_heading = "What to do")]
     bits: Option<f64>,
     /// Only print what would be done and what it would cost
     #[arg(long, help_heading = "What to do")]
@@ -113,6 +113,13 @@ struct ConvertArgs {
     /// Threads; default: as many as this process may use
     #[arg(short, long, env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
     threads: Option<u16>,
+}
+
+fn bits(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(bits) if bits > 0.0 && bits <= 64.0 => Ok(bits),
+        _ => Err("a number above 0 and at most 64 is needed".into()),
+    }
 }
 
 pub(crate) fn main() -> ExitCode {

@@ -1,12 +1,7 @@
 //! Which weights matter: scores that decide what an N:M mask keeps.
 
-use serde::Deserialize;
-
-use super::Input;
-
 /// An importance metric. All scores are compared within a group of M weights of one row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metric {
     /// "Standardized Importance" as in the paper's published code: relative importance
     /// (|w|/Σ column + |w|/Σ row) · ‖x‖^½.
@@ -37,9 +32,14 @@ pub struct Scorer {
 }
 
 impl Scorer {
-    /// Prepares `metric` for a layer: sums are over the full matrix as it was given.
+    /// Prepares `metric` for a layer with `weights`, [rows, cols]; sums are over the full matrix as
+    /// given. `norms` are the norms of the inputs, `importance` is [`Factor::importance`], which
+    /// only [`Metric::Sparsegpt`] looks at.
+    ///
+    /// [`Factor::importance`]: crate::hessian::Factor::importance
     #[must_use]
-    pub fn new(metric: Metric, input: &Input<'_>) -> Self {
+    pub fn new(metric: Metric, weights: &[f32], norms: &[f32], importance: &[f32]) -> Self {
+        let cols = norms.len();
         let mut scorer = Self {
             metric,
             columns: Vec::new(),
@@ -50,11 +50,11 @@ impl Scorer {
         };
         match metric {
             Metric::Magnitude => {}
-            Metric::Wanda => scorer.norms = input.norms.to_vec(),
-            Metric::Sparsegpt => scorer.columns = input.factor.importance(),
+            Metric::Wanda => scorer.norms = norms.to_vec(),
+            Metric::Sparsegpt => scorer.columns = importance.to_vec(),
             Metric::Si | Metric::SiEq3 => {
-                let mut columns = vec![0f64; input.cols];
-                for row in input.weights.chunks_exact(input.cols) {
+                let mut columns = vec![0f64; cols];
+                for row in weights.chunks_exact(cols) {
                     let mut sum = 0.0;
                     for (c, w) in columns.iter_mut().zip(row) {
                         *c += f64::from(w.abs());
@@ -64,25 +64,25 @@ impl Scorer {
                 }
                 scorer.columns = columns.into_iter().map(inverse).collect();
                 let power = |n: &f32| if metric == Metric::Si { n.sqrt() } else { *n };
-                scorer.norms = input.norms.iter().map(power).collect();
+                scorer.norms = norms.iter().map(power).collect();
                 if metric == Metric::SiEq3 {
-                    scorer.standardise(input);
+                    scorer.standardise(weights);
                 }
             }
         }
         scorer
     }
 
-    fn standardise(&mut self, input: &Input<'_>) {
+    fn standardise(&mut self, weights: &[f32]) {
         let (mut sum, mut squares) = (0f64, 0f64);
-        for (r, row) in input.weights.chunks_exact(input.cols).enumerate() {
+        for (r, row) in weights.chunks_exact(self.norms.len()).enumerate() {
             for (c, w) in row.iter().enumerate() {
                 let v = f64::from(self.relative(r, c, *w));
                 sum += v;
                 squares += v * v;
             }
         }
-        let n = input.weights.len() as f64;
+        let n = weights.len() as f64;
         self.mean = (sum / n) as f32;
         self.deviation = ((squares / n - (sum / n).powi(2)).max(0.0).sqrt() as f32).max(1e-30);
     }

@@ -2,7 +2,7 @@
 
 /// Magnitudes of some weights of one row, ascending, with running sums of the quantities that
 /// squared errors are made of; h is the cost weight of a column.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Sorted {
     /// Pairs of magnitude and cost weight, ascending by magnitude.
     values: Vec<(f32, f32)>,
@@ -57,6 +57,13 @@ impl Sums {
     #[must_use]
     pub fn error(self, s: f64) -> f64 {
         (self.haa - 2.0 * s * self.ha + s * s * self.h).max(0.0)
+    }
+}
+
+impl Default for Sorted {
+    /// No magnitudes.
+    fn default() -> Self {
+        Self { values: Vec::new(), sums: vec![Sums::default()] }
     }
 }
 
@@ -170,6 +177,12 @@ mod tests {
             let found = sorted.trisection_error(p1, p2);
             assert!((found - expected).abs() < 1e-9 * expected.max(1.0), "{found} {expected}");
         }
+    }
+
+    #[test]
+    fn nothing_costs_nothing() {
+        assert_eq!(residual_error(&Sorted::default(), &[]), 0.0);
+        assert_eq!(Sorted::default().trisection_error(1.0, 2.0), 0.0);
     }
 
     #[test]

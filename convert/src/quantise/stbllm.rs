@@ -3,7 +3,6 @@
 //! weights are exactly zero; scales are rounded to binary16 before errors are passed on.
 
 use rayon::prelude::*;
-use serde::Deserialize;
 use stb_format::Encoding;
 use stb_format::encoding::{Stbllm, StbllmParts};
 use stb_format::half::f16;
@@ -14,8 +13,7 @@ use super::sorted::{Sorted, residual_error};
 use super::{Input, Packed, TASK_ROWS, propagate};
 
 /// Where the N:8 mask is decided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MaskPlacement {
     /// In a pass of its own that compensates for each removed weight; binarisation follows.
     Compensated,
@@ -57,7 +55,8 @@ struct Regions {
 #[must_use]
 pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
     let (rows, cols, spec) = (input.rows, input.cols, options.spec);
-    let scorer = Scorer::new(options.metric, input);
+    let importance = input.factor.importance();
+    let scorer = Scorer::new(options.metric, input.weights, input.norms, &importance);
     let kept = |width: usize| spec.kept(width);
     let (mut weights, mut mask) = match options.mask {
         MaskPlacement::InLoop => (input.weights.to_vec(), vec![false; rows * cols]),
@@ -70,7 +69,6 @@ pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
             (pruned.weights, pruned.mask)
         }
     };
-    let importance = input.factor.importance();
     let blocks = cols.div_ceil(spec.block());
     let mut parts = StbllmParts {
         spec,

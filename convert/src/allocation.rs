@@ -1,0 +1,119 @@
+//! Spreading N of N:8 over the decoder layers: more for layers with more outlying weights, with the
+//! mean exactly as asked (the paper's §3.3 by the rule of its published code, which misses the mean).
+
+use rayon::prelude::*;
+use stb_format::encoding::Stbllm;
+use stb_runtime::{Checkpoint, Error, Result};
+
+use crate::calibration::Source;
+use crate::plan::{Method, Plan, Treatment, input_of};
+use crate::quantise::metric::Scorer;
+use crate::recipe::{Allocation, Recipe};
+use crate::sensitivity::diagonals;
+
+/// A weight is outlying if its score is above this many times the mean of its decoder layer.
+const OUTLYING: f64 = 6.0;
+/// The layer with most outliers gets this many of 8 more than the one with fewest.
+const SPREAD: f64 = 2.0;
+
+/// Gives each decoder layer of `plan` its own N if the recipe asks for it.
+///
+/// # Errors
+/// As for [`diagonals`].
+pub fn allocate(
+    plan: &mut Plan,
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    source: &Source,
+) -> Result<()> {
+    if recipe.body.allocation()? == Allocation::Uniform {
+        return Ok(());
+    }
+    let Some(Method::Stbllm(options)) = recipe.body.method()? else { return Ok(()) };
+    let moments = diagonals(checkpoint, &recipe.calibration, source)?;
+    let mut ratios = Vec::new();
+    for (index, moments) in moments.iter().enumerate() {
+        let mut parts = Vec::new();
+        for tensor in &plan.tensors {
+            let Some((i, part)) = tensor.layer() else { continue };
+            let Some(input) = input_of(part).filter(|_| i == index) else { continue };
+            let weights = checkpoint.weight(&tensor.name)?.decode();
+            let norms: Vec<f32> = moments[input].iter().map(|s| s.sqrt()).collect();
+            // Before anything is factored, the squared norm is what is known of importance.
+            let scorer = Scorer::new(options.metric, &weights, &norms, &moments[input]);
+            parts.push((scorer, weights, norms.len()));
+        }
+        ratios.push(outlier_ratio(&parts));
+    }
+    let counts = exact_counts(&ratios, options.spec.n() as u8);
+    for tensor in &mut plan.tensors {
+        let layer = tensor.layer().map(|(i, _)| i);
+        if let (Some(i), Treatment::Linear(Method::Stbllm(mut options))) = (layer, tensor.treatment)
+        {
+            options.spec = Stbllm::new(counts[i], options.spec.block() as u16)
+                .ok_or_else(|| Error::Internal { what: format!("N is {}", counts[i]) })?;
+            tensor.set(Treatment::Linear(Method::Stbllm(options)))?;
+        }
+    }
+    Ok(())
+}
+
+/// The share of weights of a decoder layer with outlying scores.
+fn outlier_ratio(parts: &[(Scorer, Vec<f32>, usize)]) -> f64 {
+    let scores = |(scorer, weights, cols): &(Scorer, Vec<f32>, usize)| -> Vec<f32> {
+        let score = |(i, w): (usize, &f32)| scorer.score(i / cols, i % cols, *w);
+        weights.par_iter().enumerate().map(score).collect()
+    };
+    let all: Vec<Vec<f32>> = parts.iter().map(scores).collect();
+    let count: usize = all.iter().map(Vec::len).sum();
+    let mean = all.iter().flatten().map(|s| f64::from(*s)).sum::<f64>() / count.max(1) as f64;
+    let limit = OUTLYING * mean;
+    let outlying = all.iter().flatten().filter(|s| f64::from(**s) > limit).count();
+    outlying as f64 / count.max(1) as f64
+}
+
+/// Whole numbers from 1 to 8 that follow the ratios and have exactly the mean `n`.
+fn exact_counts(ratios: &[f64], n: u8) -> Vec<u8> {
+    let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let place = |r: &f64| if high > low { (r - low) / (high - low) * SPREAD } else { 0.0 };
+    let places: Vec<f64> = ratios.iter().map(place).collect();
+    let mean = places.iter().sum::<f64>() / places.len().max(1) as f64;
+    let targets: Vec<f64> = places.iter().map(|p| f64::from(n) + p - mean).collect();
+    let mut counts: Vec<u8> = targets.iter().map(|t| t.round().clamp(1.0, 8.0) as u8).collect();
+    let wanted = usize::from(n) * counts.len();
+    // Move the layers that rounding served best or worst until the sum is right.
+    loop {
+        let sum: usize = counts.iter().map(|c| usize::from(*c)).sum();
+        let rise = match sum.cmp(&wanted) {
+            std::cmp::Ordering::Equal => return counts,
+            std::cmp::Ordering::Less => true,
+            std::cmp::Ordering::Greater => false,
+        };
+        let movable = |i: &usize| if rise { counts[*i] < 8 } else { counts[*i] > 1 };
+        let shortage = |i: usize| targets[i] - f64::from(counts[i]);
+        let by_shortage = |a: &usize, b: &usize| shortage(*a).total_cmp(&shortage(*b));
+        let layers = (0..counts.len()).filter(movable);
+        let next = if rise { layers.max_by(by_shortage) } else { layers.min_by(by_shortage) };
+        let Some(i) = next else { return counts };
+        counts[i] = if rise { counts[i] + 1 } else { counts[i] - 1 };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mean_is_exact_and_order_is_kept() {
+        let ratios = [0.4, 0.05, 0.1, 0.2, 0.07, 0.3, 0.06];
+        for n in 1..=8 {
+            let counts = exact_counts(&ratios, n);
+            assert_eq!(counts.iter().map(|c| usize::from(*c)).sum::<usize>(), 7 * usize::from(n));
+            assert!(counts.iter().all(|c| (1..=8).contains(c)));
+            assert!(counts[0] >= counts[3] && counts[3] >= counts[1], "{counts:?}");
+        }
+        assert_eq!(exact_counts(&[0.1, 0.1], 4), [4, 4]);
+        assert!(exact_counts(&ratios, 4)[0] > 4);
+    }
+}
