@@ -1,0 +1,23 @@
+//! Where the tests find things.
+
+use std::path::{Path, PathBuf};
+
+/// The root of the repository.
+#[must_use]
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests lie in the repository")
+}
+
+/// The model that is part of the repository.
+#[must_use]
+pub fn quill() -> PathBuf {
+    root().join("tests/models/quill-4m")
+}
+
+/// A file of the material that lies beside the repository on development machines. Tests that need
+/// it say so and pass without it.
+#[must_use]
+pub fn shared(path: &str) -> Option<PathBuf> {
+    let path = root().parent()?.join("shared").join(path);
+    path.exists().then_some(path)
+}

@@ -1,0 +1,53 @@
+//! Random tensors of every encoding.
+
+use stb_format::encoding::{IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
+use stb_format::half::f16;
+
+use crate::random::Rng;
+
+fn scales(rng: &mut Rng, n: usize) -> Vec<f16> {
+    (0..n).map(|_| f16::from_f32(rng.float())).collect()
+}
+
+pub(super) fn int_group(rng: &mut Rng, spec: IntGroup, rows: usize, cols: usize) -> IntGroupParts {
+    let limit = 1i32 << (spec.bits() - 1);
+    let codes = (0..rows * cols).map(|_| (rng.below(2 * limit as usize) as i32 - limit) as i8);
+    let codes = codes.collect();
+    let scales = scales(rng, rows * cols.div_ceil(spec.group()));
+    IntGroupParts { spec, rows, cols, codes, scales }
+}
+
+pub(super) fn stbllm(rng: &mut Rng, spec: Stbllm, rows: usize, cols: usize) -> StbllmParts {
+    let salient: Vec<bool> = (0..cols).map(|_| rng.below(5) == 0).collect();
+    let mut states = vec![0u8; rows * cols];
+    let mut negative = vec![false; rows * cols];
+    for row in 0..rows {
+        for first in (0..cols).step_by(8) {
+            let width = (cols - first).min(8);
+            let mut free: Vec<usize> = (first..first + width).collect();
+            for _ in 0..spec.kept(width) {
+                let col = free.swap_remove(rng.below(free.len()));
+                let states_allowed = if salient[col] { 2 } else { 3 };
+                states[row * cols + col] = 1 + rng.below(states_allowed) as u8;
+                negative[row * cols + col] = rng.below(2) == 0;
+            }
+        }
+    }
+    let scales = scales(rng, rows * cols.div_ceil(spec.block()) * 5);
+    StbllmParts { spec, rows, cols, salient, states, negative, scales }
+}
+
+pub(super) fn nm(rng: &mut Rng, spec: Nm, rows: usize, cols: usize) -> NmParts {
+    let blocks = if spec.block() == 0 { 0 } else { cols.div_ceil(spec.block()) };
+    let scale_codes = 1usize << spec.scale_bits();
+    let codes = 1usize << spec.code_bits();
+    NmParts {
+        spec,
+        rows,
+        cols,
+        col_factors: scales(rng, if spec.has_col_factors() { cols } else { 0 }),
+        row_scales: scales(rng, rows),
+        block_codes: (0..rows * blocks).map(|_| rng.below(scale_codes) as u8).collect(),
+        codes: (0..rows * cols.div_ceil(spec.m())).map(|_| rng.below(codes) as u16).collect(),
+    }
+}

@@ -1,0 +1,281 @@
+//! Files that every reader accepts.
+
+use std::io::Cursor;
+
+use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
+use stb_format::{Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
+
+use super::{Vector, content, patch};
+use crate::random::Rng;
+
+type Tensors = Vec<(String, Vec<u64>, Encoding, Vec<u8>)>;
+
+pub(super) fn file(tensors: &Tensors, meta: &Meta) -> Vec<u8> {
+    let mut writer = Writer::new(Cursor::new(Vec::new())).expect("memory takes anything");
+    for (name, shape, encoding, payload) in tensors {
+        writer.tensor(name, shape, encoding, payload).expect("a valid tensor");
+    }
+    writer.finish(meta).expect("a valid file").into_inner()
+}
+
+fn dense(name: &str, shape: &[u64], kind: Dense, values: &[f32]) -> Tensors {
+    vec![(name.to_owned(), shape.to_vec(), Encoding::Dense(kind), kind.encode(values))]
+}
+
+/// The smallest valid file: one tensor with the weight 1, no metadata.
+pub(super) fn smallest() -> Vec<u8> {
+    file(&dense("w", &[1], Dense::F32, &[1.0]), &Meta::new())
+}
+
+/// Dense tensors of every type and rank.
+pub(super) fn dense_tensors() -> Tensors {
+    let special = [0.0, -0.0, 1.0, -1.5, 6.0e-8, 1.0e-40, 65504.0, -3.0e38];
+    let moderate = [0.0, -0.0, 1.0, -1.5, 6.0e-8, -0.333, 65504.0, -1024.0];
+    let mut tensors = dense("f32", &[8], Dense::F32, &special);
+    tensors.extend(dense("f16", &[2, 4], Dense::F16, &moderate));
+    tensors.extend(dense("bf16", &[2, 2, 2], Dense::Bf16, &special));
+    tensors.extend(dense("f16.rank4", &[1, 2, 1, 3], Dense::F16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+    tensors
+}
+
+pub(super) fn int_tensors() -> Tensors {
+    let mut rng = Rng(16);
+    let mut tensors = Vec::new();
+    for (bits, group) in [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128)] {
+        for (rows, cols) in [(3, 40), (2, 172), (1, 128)] {
+            let spec = IntGroup::new(bits, group).expect("valid parameters");
+            let payload = content::int_group(&mut rng, spec, rows, cols).pack();
+            let name = format!("int{bits}.g{group}.{rows}x{cols}");
+            let shape = vec![rows as u64, cols as u64];
+            tensors.push((name, shape, Encoding::IntGroup(spec), payload));
+        }
+    }
+    tensors
+}
+
+pub(super) fn stbllm_tensors() -> Tensors {
+    let mut rng = Rng(32);
+    let mut tensors = Vec::new();
+    let shapes = [(2, 64, 32), (3, 172, 64), (1, 300, 128), (2, 21, 1024)];
+    for n in 1..=8 {
+        for (rows, cols, block) in shapes {
+            let spec = Stbllm::new(n, block).expect("valid parameters");
+            let payload = content::stbllm(&mut rng, spec, rows, cols).pack();
+            let name = format!("stbllm.{n}of8.b{block}.{rows}x{cols}");
+            let shape = vec![rows as u64, cols as u64];
+            tensors.push((name, shape, Encoding::Stbllm(spec), payload));
+        }
+    }
+    tensors
+}
+
+pub(super) fn nm_tensors() -> Tensors {
+    let mut rng = Rng(48);
+    let mut tensors = Vec::new();
+    let scales = [(0, 0, false), (4, 32, false), (8, 64, true), (4, 128, true)];
+    for (n, m) in [(1, 4), (1, 8), (2, 4), (2, 8)] {
+        for (bits, block, factors) in scales {
+            for (rows, cols) in [(1, 8), (17, 172), (16, 352), (33, 300)] {
+                let spec = Nm::new(n, m, bits, block, factors).expect("valid parameters");
+                let payload = content::nm(&mut rng, spec, rows, cols).pack();
+                let flag = if factors { ".cols" } else { "" };
+                let name = format!("nm.{n}of{m}.b{block}.s{bits}{flag}.{rows}x{cols}");
+                let shape = vec![rows as u64, cols as u64];
+                tensors.push((name, shape, Encoding::Nm(spec), payload));
+            }
+        }
+    }
+    tensors
+}
+
+/// Every value type, and texts of several scripts.
+fn metadata() -> Meta {
+    let mut meta = Meta::new();
+    let entries = [
+        ("a", Value::Text(String::new())),
+        ("text.unicode", Value::Text("naïve 日本語 🦀 \u{1b}[31m\n".into())),
+        ("u64.max", Value::U64(u64::MAX)),
+        ("f64.small", Value::F64(-5.0e-324)),
+        ("f64.large", Value::F64(f64::MAX)),
+        ("bool.true", Value::Bool(true)),
+        ("bool.false", Value::Bool(false)),
+        ("list.empty", Value::U64List(vec![])),
+        ("list", Value::U64List(vec![0, 1, u64::MAX])),
+        ("x.private-use_0", Value::U64(7)),
+    ];
+    for (key, value) in entries {
+        meta.set(key, value).expect("a valid entry");
+    }
+    meta
+}
+
+/// A complete model of two layers with a small tokenizer.
+pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
+    let spec = ModelSpec {
+        vocab_size: 40,
+        hidden_size: 32,
+        intermediate_size: 48,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 8,
+        context_length: 64,
+        norm_eps: 1e-5,
+        rope_theta: 10000.0,
+        rope_pairing: RopePairing::Half,
+        rope_scaling: RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 32,
+        },
+        tied_embeddings: true,
+        activation: stb_format::Activation::Silu,
+    };
+    let mut rng = Rng(7);
+    let mut tensors = Tensors::new();
+    for (name, shape) in spec.tensors() {
+        let (rows, cols) = (shape[0] as usize, shape.get(1).map_or(1, |c| *c as usize));
+        let (encoding, payload) = if shape.len() == 1 {
+            (Encoding::Dense(Dense::F32), Dense::F32.encode(&vec![1.0; rows]))
+        } else if name.contains("embed") {
+            let spec = IntGroup::new(8, 32).expect("valid parameters");
+            (Encoding::IntGroup(spec), content::int_group(&mut rng, spec, rows, cols).pack())
+        } else if name.contains("mlp") {
+            let spec = Nm::new(2, 8, 4, 32, false).expect("valid parameters");
+            (Encoding::Nm(spec), content::nm(&mut rng, spec, rows, cols).pack())
+        } else {
+            let spec = Stbllm::new(4, 32).expect("valid parameters");
+            (Encoding::Stbllm(spec), content::stbllm(&mut rng, spec, rows, cols).pack())
+        };
+        tensors.push((name, shape, encoding, payload));
+    }
+    let mut meta = Meta::new();
+    spec.write_meta(&mut meta).expect("valid keys");
+    let parameters = spec.tensors().map(|(_, s)| s.iter().product::<u64>()).sum();
+    for (key, value) in [
+        ("model.parameters", Value::U64(parameters)),
+        ("tokenizer.json", Value::Text(tokenizer())),
+        ("tokenizer.add_bos", Value::Bool(true)),
+        ("tokenizer.bos_id", Value::U64(0)),
+        ("tokenizer.eos_ids", Value::U64List(vec![1])),
+        ("tokenizer.chat_template", Value::Text("{{ messages[0].content }}".into())),
+    ] {
+        meta.set(key, value).expect("a valid entry");
+    }
+    (tensors, meta, spec)
+}
+
+/// A word-level tokenizer for letters.
+fn tokenizer() -> String {
+    let special = ["<s>", "</s>", "<unk>"];
+    let letters = ('a'..='z').map(|c| c.to_string());
+    let words = special.iter().map(|s| (*s).to_owned()).chain(letters);
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        words.enumerate().map(|(i, word)| (word, i.into())).collect();
+    let added: Vec<serde_json::Value> = special
+        .iter()
+        .enumerate()
+        .map(|(id, content)| {
+            serde_json::json!({
+                "id": id, "content": content, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true,
+            })
+        })
+        .collect();
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+        "normalizer": null,
+        "pre_tokenizer": { "type": "Split", "pattern": { "Regex": "." }, "behavior": "Isolated", "invert": false },
+        "post_processor": null, "decoder": { "type": "Fuse" },
+        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "<unk>" },
+    })
+    .to_string()
+}
+
+/// All valid vectors; the smallest comes first.
+#[must_use]
+pub fn valid() -> Vec<Vector> {
+    let none = Meta::new();
+    let (model_tensors, model_meta, _) = model();
+    let long = "n".repeat(255);
+    let mut longest = dense(&long, &[1, 1, 1, 1], Dense::F16, &[1.0]);
+    longest.extend(dense("~", &[1], Dense::F16, &[2.0]));
+    let mut long_key = Meta::new();
+    long_key.set(&"k".repeat(255), Value::U64(1)).expect("a key at the limit");
+    let mut unknown = dense("before", &[2], Dense::F32, &[1.0, 2.0]);
+    let strange = Encoding::Unknown { id: 0x8000_0001, params: [0xa5; 16] };
+    unknown.push(("strange".into(), vec![3, 5], strange, vec![0xee; 100]));
+    unknown.extend(dense("after", &[2], Dense::F32, &[3.0, 4.0]));
+    let list = [
+        ("smallest", "one f32 weight, no metadata: the file of example.md", smallest()),
+        (
+            "dense",
+            "f32, f16 and bf16 of ranks 1 to 4, with zeros of both signs and subnormals",
+            file(&dense_tensors(), &none),
+        ),
+        (
+            "int-group",
+            "all bits and group sizes, with ragged last groups",
+            file(&int_tensors(), &none),
+        ),
+        (
+            "stbllm",
+            "every N, several blocks, ragged last groups, units and blocks",
+            file(&stbllm_tensors(), &none),
+        ),
+        (
+            "nm",
+            "every N:M and kind of scale, ragged tiles, quads, chunks and blocks",
+            file(&nm_tensors(), &none),
+        ),
+        (
+            "metadata",
+            "every value type, empty values, scripts, a control sequence in a text",
+            file(&dense("w", &[1], Dense::F32, &[1.0]), &metadata()),
+        ),
+        (
+            "longest-names",
+            "a tensor name and a key of 255 bytes, the characters ! to ~ at their ends",
+            file(&longest, &long_key),
+        ),
+        (
+            "model",
+            "a model file: the whole profile, llama3 rotary scaling, mixed encodings",
+            file(&model_tensors, &model_meta),
+        ),
+        (
+            "unknown-encoding",
+            "a tensor of a private encoding between two that can be decoded",
+            file(&unknown, &none),
+        ),
+        (
+            "unknown-section",
+            "a section of a private type that is not critical, between DATA and TENSORS",
+            patch::with_section(&smallest(), 0x8000_0002, 0),
+        ),
+        (
+            "64-sections",
+            "the most sections a file may have",
+            patch::with_many_sections(&smallest(), 64),
+        ),
+        (
+            "sections-in-other-order",
+            "META, then DATA, then TENSORS",
+            patch::reordered(&smallest(), [2, 0, 1]),
+        ),
+        (
+            "newer-writer",
+            "written by version 7 for readers from version 1",
+            patch::edit(&smallest(), |b| patch::put16(b, 10, 7)),
+        ),
+    ];
+    list.into_iter()
+        .map(|(name, about, bytes)| Vector {
+            name: format!("{name}.stb"),
+            about,
+            bytes,
+            rule: None,
+        })
+        .collect()
+}
