@@ -1,5 +1,8 @@
-//! What the tests share: where things are, test vectors, a small deterministic generator.
+//! What the tests share: where things are, how to run the programs, test vectors, small random
+//! checkpoints.
 
 pub mod paths;
+pub mod programs;
 pub mod random;
+pub mod tiny;
 pub mod vectors;

@@ -18,7 +18,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3
 /// Converts LLaMA checkpoints to .stb: weights below one bit, in one file, with true sizes.
 #[derive(Parser)]
 #[command(name = "stb-convert", version, after_help = EXIT_CODES)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(args_conflicts_with_subcommands = true, allow_negative_numbers = true)]
 #[command(
     override_usage = "stb-convert [OPTIONS] <SRC> <OUT>\n       stb-convert [OPTIONS] --dry-run <SRC>\n       stb-convert <COMMAND>"
 )]

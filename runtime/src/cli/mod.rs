@@ -21,7 +21,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3
 /// Runs .stb models: language models below one bit per weight, straight from one mapped file.
 #[derive(Parser)]
 #[command(name = "stb-run", version = version(), after_help = EXIT_CODES)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(args_conflicts_with_subcommands = true, allow_negative_numbers = true)]
 #[command(override_usage = "stb-run [OPTIONS] <FILE>\n       stb-run <COMMAND>")]
 struct Cli {
     #[command(subcommand)]

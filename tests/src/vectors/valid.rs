@@ -7,6 +7,7 @@ use stb_format::{Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
 
 use super::{Vector, content, patch};
 use crate::random::Rng;
+use crate::tiny::tokenizer;
 
 type Tensors = Vec<(String, Vec<u64>, Encoding, Vec<u8>)>;
 
@@ -164,33 +165,6 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
         meta.set(key, value).expect("a valid entry");
     }
     (tensors, meta, spec)
-}
-
-/// A word-level tokenizer for letters.
-fn tokenizer() -> String {
-    let special = ["<s>", "</s>", "<unk>"];
-    let letters = ('a'..='z').map(|c| c.to_string());
-    let words = special.iter().map(|s| (*s).to_owned()).chain(letters);
-    let vocab: serde_json::Map<String, serde_json::Value> =
-        words.enumerate().map(|(i, word)| (word, i.into())).collect();
-    let added: Vec<serde_json::Value> = special
-        .iter()
-        .enumerate()
-        .map(|(id, content)| {
-            serde_json::json!({
-                "id": id, "content": content, "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false, "special": true,
-            })
-        })
-        .collect();
-    serde_json::json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
-        "normalizer": null,
-        "pre_tokenizer": { "type": "Split", "pattern": { "Regex": "." }, "behavior": "Isolated", "invert": false },
-        "post_processor": null, "decoder": { "type": "Fuse" },
-        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "<unk>" },
-    })
-    .to_string()
 }
 
 /// All valid vectors; the smallest comes first.

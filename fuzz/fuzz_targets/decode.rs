@@ -1,0 +1,60 @@
+//! Any payload for any encoding and shape: decoding and every kernel stay inside their buffers, and
+//! a payload that passes the content check is the canonical form of what it decodes to.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use stb_format::Encoding;
+use stb_format::encoding::MatrixView;
+use stb_kernels::{Isa, Panels, Workspace, matmul, matvec};
+
+fuzz_target!(|data: &[u8]| {
+    let Some((head, rest)) = data.split_at_checked(11) else { return };
+    let id = [1, 2, 3, 16, 32, 48][usize::from(head[0]) % 6];
+    let (rows, cols) = (1 + u64::from(head[1]) % 40, 1 + u64::from(head[2]) * 2);
+    let mut params = [0; 16];
+    params[..6].copy_from_slice(&head[3..9]);
+    let Ok(encoding) = Encoding::parse(id, params) else { return };
+    let Ok(Some(length)) = encoding.payload_len(&[rows, cols]) else { return };
+    // The input again and again, up to the length that the shape needs.
+    let payload: Vec<u8> =
+        rest.iter().chain(&[0]).cycle().take(length as usize).copied().collect();
+    let view = encoding.view(rows, cols, &payload).expect("the length is right");
+    let weights = view.decode();
+    let valid = encoding.check_payload(rows, cols, &payload).is_ok();
+    if valid {
+        assert!(weights.iter().all(|w| w.is_finite()));
+        let packed = match view {
+            MatrixView::Dense(_) => payload.clone(),
+            MatrixView::IntGroup(v) => v.unpack().pack(),
+            MatrixView::Stbllm(v) => v.unpack().pack(),
+            MatrixView::Nm(v) => v.unpack().pack(),
+        };
+        assert!(packed == payload);
+    }
+    kernels(&view, &weights, valid);
+});
+
+fn kernels(view: &MatrixView<'_>, weights: &[f32], valid: bool) {
+    let (rows, cols) = (view.rows(), view.cols());
+    let x: Vec<f32> = (0..cols).map(|i| (i % 5) as f32 - 2.0).collect();
+    let mut panels = Panels::default();
+    panels.pack(&x, cols);
+    for isa in Isa::available() {
+        let mut work = Workspace::default();
+        let (mut y, mut z) = (vec![0.0; rows], vec![0.0; rows * panels.all().row_stride()]);
+        let prepared = work.prepare(view, &x);
+        matvec(isa, view, prepared, 0, &mut y);
+        matmul(isa, view, panels.all(), 0, &mut z);
+        if !valid {
+            continue;
+        }
+        for (r, w) in weights.chunks_exact(cols).enumerate() {
+            let terms = || w.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+            let (sum, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+            for found in [y[r], z[r * panels.all().row_stride()]] {
+                let off = (f64::from(found) - sum).abs();
+                assert!(off <= 1e-4 * size + 1e-30 || size > 1e38, "{found} for {sum}");
+            }
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! Any META section in an otherwise valid file: a named error, or entries that are written back as
+//! the same bytes.
+#![no_main]
+
+use std::io::Cursor;
+
+use libfuzzer_sys::fuzz_target;
+use stb_format::encoding::{Dense, Encoding};
+use stb_format::{File, Meta, ModelSpec, Writer, checksum};
+
+fuzz_target!(|data: &[u8]| {
+    let mut bytes = write(&Meta::new());
+    // META is the last section and starts at 12288.
+    bytes.truncate(12288);
+    bytes.extend_from_slice(data);
+    seal(&mut bytes, data);
+    let Ok(file) = File::open(&bytes) else { return };
+    let _ = ModelSpec::from_file(&file);
+    let mut meta = Meta::new();
+    for (key, value) in file.meta().iter() {
+        assert_eq!(file.meta().get(key), Some(value));
+        meta.set(key, value.to_value()).expect("what was read can be written");
+    }
+    assert!(write(&meta) == bytes, "another form of the same metadata");
+});
+
+fn write(meta: &Meta) -> Vec<u8> {
+    let mut writer = Writer::new(Cursor::new(Vec::new())).unwrap();
+    let dense = Encoding::Dense(Dense::F32);
+    writer.tensor("w", &[1], &dense, &Dense::F32.encode(&[1.0])).unwrap();
+    writer.finish(meta).unwrap().into_inner()
+}
+
+fn seal(b: &mut [u8], meta: &[u8]) {
+    let (length, meta_length) = (b.len() as u64, meta.len() as u64);
+    b[16..24].copy_from_slice(&length.to_le_bytes());
+    let at = 64 + 48 * 2;
+    b[at + 16..at + 24].copy_from_slice(&meta_length.to_le_bytes());
+    b[at + 24..at + 32].copy_from_slice(&checksum(meta).to_le_bytes());
+    let sum = checksum(&b[..4088]);
+    b[4088..4096].copy_from_slice(&sum.to_le_bytes());
+}

@@ -1,0 +1,311 @@
+//! What users see when things go wrong, and what pipes and scripts rely on.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::Value as Json;
+use stb_format::encoding::Dense;
+use stb_tests::paths::{quill, root};
+use stb_tests::programs::{Run, command, convert, run};
+use stb_tests::tiny;
+use tempfile::TempDir;
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A small valid model file.
+fn model(folder: &TempDir) -> std::path::PathBuf {
+    let (source, file) = (folder.path().join("model"), folder.path().join("model.stb"));
+    if !file.exists() {
+        tiny::write(&source, &tiny::config(), Dense::F16, |_, _| {});
+        convert(&source, &file, &["--recipe", "source"]);
+    }
+    file
+}
+
+/// Every command that reads an .stb file, as program and arguments around the file.
+fn readers<'a>(file: &'a str, other: &'a str, new: &'a str) -> Vec<(&'static str, Vec<&'a str>)> {
+    vec![
+        ("stb-run", vec![file, "--prompt", "a", "-n", "2"]),
+        ("stb-run", vec!["perplexity", file, "--text", other]),
+        ("stb-run", vec!["bench", file, "-p", "2", "-n", "1", "-r", "1"]),
+        ("stb-convert", vec!["inspect", file]),
+        ("stb-convert", vec!["verify", file]),
+        ("stb-convert", vec!["export", file, new]),
+    ]
+}
+
+#[test]
+fn bad_files_give_one_clear_error_and_the_documented_code() {
+    let folder = folder();
+    let good = std::fs::read(model(&folder)).unwrap();
+    let other = folder.path().join("other.txt");
+    std::fs::write(&other, "some text").unwrap();
+    let new = folder.path().join("new");
+    let bad = folder.path().join("bad.stb");
+    let cases: [(&str, Option<Vec<u8>>, i32); 6] = [
+        ("missing", None, 3),
+        ("empty", Some(vec![]), 4),
+        ("truncated", Some(good[..good.len() / 2].to_vec()), 4),
+        (
+            "flipped",
+            Some(good.iter().enumerate().map(|(i, b)| b ^ u8::from(i == 100)).collect()),
+            4,
+        ),
+        ("other type", Some(b"GGUF, or so they say".repeat(400)), 4),
+        ("newer", Some(newer(&good)), 5),
+    ];
+    for (what, content, code) in cases {
+        let _ = std::fs::remove_file(&bad);
+        if let Some(content) = content {
+            std::fs::write(&bad, content).unwrap();
+        }
+        for (program, args) in readers(text(&bad), text(&other), text(&new)) {
+            let error = run(program, &args).failure(code);
+            assert!(error.contains("bad.stb"), "{what}, {program} {args:?}: {error}");
+            assert_eq!(error.trim_end().lines().count(), 1, "{what}, {program} {args:?}: {error}");
+        }
+        assert!(!new.exists(), "{what}: export left a folder");
+    }
+    // A folder where a file belongs.
+    let error = run("stb-convert", &["inspect", text(folder.path())]).failure(3);
+    assert!(error.contains("not a regular file"), "{error}");
+}
+
+/// The file as a version of the future would write it.
+fn newer(good: &[u8]) -> Vec<u8> {
+    let mut bytes = good.to_vec();
+    bytes[8] = 2;
+    bytes[10] = 2;
+    let sum = stb_format::checksum(&bytes[..4088]);
+    bytes[4088..4096].copy_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+/// Every 64th part of a file, through a program.
+#[test]
+fn truncated_files_are_refused() {
+    let folder = folder();
+    let good = std::fs::read(model(&folder)).unwrap();
+    let bad = folder.path().join("bad.stb");
+    for part in 0..64 {
+        std::fs::write(&bad, &good[..good.len() * part / 64]).unwrap();
+        let error = run("stb-run", &[text(&bad), "--prompt", "a"]).failure(4);
+        assert!(error.contains("STB-R-00"), "{part}/64: {error}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_explained() {
+    let folder = folder();
+    let file = model(&folder);
+    let out = folder.path().join("out.stb");
+    let source = folder.path().join("model");
+    let cases: Vec<(&str, Vec<&str>, &str)> = vec![
+        ("stb-run", vec![], "give a model file"),
+        ("stb-run", vec![text(&file), "--temp", "-1"], "finite number"),
+        ("stb-run", vec![text(&file), "--top-p", "1.5"], "between 0 and 1"),
+        ("stb-run", vec![text(&file), "--no-such-flag"], "--no-such-flag"),
+        ("stb-run", vec![text(&file), "--prompt", "a", "-c", "1"], "context"),
+        ("stb-run", vec![text(&file), "-t", "0"], "threads"),
+        ("stb-convert", vec![], "give a checkpoint"),
+        ("stb-convert", vec![text(&source)], "give a file to write"),
+        ("stb-convert", vec![text(&source), text(&file)], "--force"),
+        ("stb-convert", vec![text(&source), text(&out), "--recipe", "nonsense"], "stbllm-4of8"),
+        ("stb-convert", vec![text(&source), text(&out), "--bits", "-1"], "above 0"),
+        ("stb-convert", vec![text(&source), text(&out), "--calib-len", "1"], "calib-len"),
+        ("stb-convert", vec!["recipes", "nonsense"], "stbllm-4of8"),
+    ];
+    for (program, args, word) in cases {
+        let error = run(program, &args).failure(2);
+        assert!(error.contains(word), "{program} {args:?}: {error}");
+    }
+    assert!(!out.exists());
+    let mut forced = command("stb-run", &[text(&file), "--prompt", "a"]);
+    forced.env("STB_ISA", "quantum");
+    let error = Run::from(forced.output().unwrap()).failure(2);
+    assert!(error.contains("quantum") && error.contains("scalar"), "{error}");
+}
+
+#[test]
+fn checkpoints_that_cannot_be_converted_are_refused() {
+    let folder = folder();
+    let base = tiny::config();
+    let out = folder.path().join("out.stb");
+    let mut count = 0;
+    let mut refuse = |code: i32, word: &str, config: &Json, spoil: &dyn Fn(&Path)| {
+        count += 1;
+        let source = folder.path().join(format!("m{count}"));
+        let write =
+            std::panic::AssertUnwindSafe(|| tiny::write(&source, &base, Dense::F32, |_, _| {}));
+        write();
+        std::fs::write(source.join("config.json"), config.to_string()).unwrap();
+        spoil(&source);
+        let error = run("stb-convert", &[text(&source), text(&out)]).failure(code);
+        assert!(error.contains(word), "{word}: {error}");
+        assert_eq!(error.trim_end().lines().count(), 1, "{error}");
+        assert!(!out.exists(), "{word}: a file was left");
+    };
+    let with = |key: &str, value: Json| {
+        let mut config = tiny::config();
+        config[key] = value;
+        config
+    };
+    let nothing = |_: &Path| {};
+    refuse(5, "mamba", &with("model_type", "mamba".into()), &nothing);
+    refuse(5, "gelu", &with("hidden_act", "gelu".into()), &nothing);
+    refuse(4, "shape", &with("intermediate_size", 104.into()), &nothing);
+    refuse(4, "no tensor", &with("num_hidden_layers", 3.into()), &nothing);
+    refuse(5, "model.layers.1", &with("num_hidden_layers", 1.into()), &nothing);
+    refuse(4, "embeddings", &with("vocab_size", 20.into()), &|source| {
+        // Smaller embeddings than the tokenizer has tokens.
+        tiny::write(source, &with("vocab_size", 20.into()), Dense::F32, |_, _| {});
+    });
+    refuse(4, "tokenizer.json", &base, &|source| {
+        std::fs::remove_file(source.join("tokenizer.json")).unwrap();
+    });
+    refuse(4, "config.json", &base, &|source| {
+        std::fs::remove_file(source.join("config.json")).unwrap();
+    });
+    refuse(4, "NaN", &base, &|source| {
+        tiny::write(source, &base, Dense::F32, |name, values| {
+            if name.contains("layers.1.mlp.up") {
+                values[77] = f32::NAN;
+            }
+        });
+    });
+    refuse(4, "safetensors", &base, &|source| {
+        std::fs::write(source.join("model.safetensors"), b"\x08\0\0\0\0\0\0\0notjson!").unwrap();
+    });
+    refuse(4, "safetensors", &base, &|source| {
+        let path = source.join("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(path, &bytes[..bytes.len() - 9]).unwrap();
+    });
+    refuse(4, "neither", &base, &|source| {
+        std::fs::remove_file(source.join("model.safetensors")).unwrap();
+    });
+    let index = folder.path().join("m1/model.safetensors.index.json");
+    std::fs::write(&index, r#"{"weight_map": {"a": "../../etc/passwd"}}"#).unwrap();
+    let error = run("stb-convert", &[text(&index), text(&out)]).failure(4);
+    assert!(error.contains("path"), "{error}");
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let folder = folder();
+    let _ = model(&folder);
+    let source = folder.path().join("model");
+    let nowhere = folder.path().join("no/such/folder/out.stb");
+    let error = run("stb-convert", &[text(&source), text(&nowhere)]).failure(3);
+    assert!(error.contains("no/such/folder"), "{error}");
+}
+
+/// Standard output is model text and nothing else; statistics are JSON on standard error.
+#[test]
+fn pipes_get_text_only() {
+    let args = ["--no-template", "-n", "12", "--temp", "0", "--json-stats"];
+    let mut command = command("stb-run", &args);
+    command.arg(quill()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"Once upon a time").unwrap();
+    let run = Run::from(child.wait_with_output().unwrap());
+    let stats: Json = serde_json::from_str(run.err.trim()).unwrap();
+    assert_eq!(stats["decode_tokens"], 12);
+    assert_eq!(stats["finish"], "length");
+    let out = run.success();
+    assert!(out.starts_with(", there was a little") && out.ends_with('\n'), "{out:?}");
+    assert!(!out.contains('\u{1b}') && !out.contains("<|"), "{out:?}");
+}
+
+#[test]
+fn stop_texts_end_the_answer() {
+    let base = ["--no-template", "--temp", "0", "-n", "60", "--prompt", "Once upon a time"];
+    let quill = quill();
+    let all = run("stb-run", &[&base[..], &[text(&quill)]].concat()).success();
+    let cut = run("stb-run", &[&base[..], &["--stop", ". She", text(&quill)]].concat()).success();
+    assert!(all.contains(". She"));
+    assert_eq!(cut.trim_end(), all.split(". She").next().unwrap());
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let mut command = command("stb-convert", &["recipes"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    let mut err = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+    assert!(child.wait().unwrap().success(), "{err}");
+    assert_eq!(err, "");
+}
+
+/// Sends Ctrl-C after a while and waits for the end.
+#[cfg(unix)]
+fn interrupt(mut command: std::process::Command, ready: impl Fn() -> bool) -> Run {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let started = Instant::now();
+    while !ready() && started.elapsed() < Duration::from_secs(30) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    let mut kill = std::process::Command::new("kill");
+    assert!(kill.args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    Run::from(child.wait_with_output().unwrap())
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_nothing_half_written() {
+    let folder = folder();
+    let out = folder.path().join("out.stb");
+    // More calibration than the test has time for.
+    let options = ["--calib-samples", "2000", text(&quill()), text(&out)].map(str::to_owned);
+    let entries = || std::fs::read_dir(folder.path()).unwrap().count();
+    let run = interrupt(command("stb-convert", &options), || entries() > 0);
+    assert_eq!(run.code, Some(130), "{}", run.err);
+    assert!(run.err.contains("interrupted"), "{}", run.err);
+    assert_eq!(entries(), 0, "a partial file was left");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_an_answer() {
+    // A temperature that never finds the end token soon.
+    let args = ["--no-template", "--prompt", "Once", "--temp", "5", "--top-k", "0", "--min-p", "0"];
+    let mut command = command("stb-run", &args);
+    command.arg(quill()).args(["-c", "100000"]);
+    let run = interrupt(command, || true);
+    assert_eq!(run.code, Some(130), "{}", run.err);
+    assert!(run.err.contains("interrupt"), "{}", run.err);
+}
+
+/// The help texts are part of the interface. `STB_BLESS=1` accepts a deliberate change.
+#[test]
+fn help_texts_are_as_committed() {
+    for (program, args, name) in [
+        ("stb-run", vec!["--help"], "stb-run.txt"),
+        ("stb-run", vec!["perplexity", "--help"], "stb-run-perplexity.txt"),
+        ("stb-run", vec!["bench", "--help"], "stb-run-bench.txt"),
+        ("stb-convert", vec!["--help"], "stb-convert.txt"),
+        ("stb-convert", vec!["recipes"], "stb-convert-recipes.txt"),
+    ] {
+        let mut command = command(program, &args);
+        command.env("COLUMNS", "100").env_remove("CLICOLOR_FORCE");
+        let help = Run::from(command.output().unwrap()).success();
+        let path = root().join("tests/golden").join(name);
+        if std::env::var_os("STB_BLESS").is_some() {
+            std::fs::write(&path, &help).unwrap();
+        }
+        let golden = std::fs::read_to_string(&path).unwrap_or_default();
+        assert_eq!(help, golden, "{}", path.display());
+    }
+}

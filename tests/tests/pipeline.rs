@@ -1,0 +1,248 @@
+//! From a checkpoint to text, through the programs, on the bundled model and on small random ones.
+
+use std::path::Path;
+
+use serde_json::{Value as Json, json};
+use stb_format::encoding::Dense;
+use stb_format::{File, Rule};
+use stb_tests::paths::{quill, shared};
+use stb_tests::programs::{Run, command, convert, run, skip};
+use stb_tests::tiny;
+use tempfile::TempDir;
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A quick conversion of the bundled model: enough calibration to be sane, not to be good.
+const QUICK: [&str; 4] = ["--calib-samples", "16", "--calib-len", "128"];
+
+fn json(run: Run) -> Json {
+    serde_json::from_str(&run.success()).unwrap()
+}
+
+fn greedy(file: &Path, isa: &str) -> String {
+    let prompt = "Once upon a time, there was a little dog who";
+    let args = ["--prompt", prompt, "--no-template", "--temp", "0", "-n", "200"];
+    let mut command = command("stb-run", &args);
+    command.arg(file).env("STB_ISA", isa);
+    Run::from(command.output().unwrap()).success()
+}
+
+#[test]
+fn the_bundled_model_end_to_end() {
+    let folder = folder();
+    let file = folder.path().join("quill.stb");
+    convert(&quill(), &file, &QUICK);
+
+    // The same input and options give the same bytes, whatever the number of threads.
+    let again = folder.path().join("again.stb");
+    convert(&quill(), &again, &[&QUICK[..], &["-t", "1"]].concat());
+    assert!(std::fs::read(&file).unwrap() == std::fs::read(&again).unwrap(), "other bytes");
+
+    // True bits: recomputed from the file itself.
+    let inspection = json(run("stb-convert", &["inspect", "--json", text(&file)]));
+    let bytes = std::fs::read(&file).unwrap();
+    let parsed = File::open(&bytes).unwrap();
+    let parameters: u64 = parsed.tensors().iter().map(|t| t.shape().iter().product::<u64>()).sum();
+    assert_eq!(parameters, 3_672_320);
+    let bits = bytes.len() as f64 * 8.0 / parameters as f64;
+    assert_eq!(inspection["true_bits_per_parameter"].as_f64().unwrap(), bits);
+    assert_eq!(inspection["file_bytes"].as_u64().unwrap(), bytes.len() as u64);
+    for (shown, stored) in inspection["tensors"].as_array().unwrap().iter().zip(parsed.tensors()) {
+        let bits = stored.payload().len() as f64 * 8.0 / stored.elements() as f64;
+        assert_eq!(shown["stored_bits"].as_f64().unwrap(), bits, "{}", stored.name());
+    }
+    let _ = run("stb-convert", &["verify", text(&file)]).success();
+
+    // Strict: every group of 8 has exactly as many zeros as the mask says.
+    let down = parsed.tensor("model.layers.1.mlp.down_proj.weight").unwrap();
+    let stb_format::Encoding::Stbllm(spec) = *down.encoding() else { panic!("not the structure") };
+    for group in down.decode().unwrap().chunks(8) {
+        assert_eq!(group.iter().filter(|w| **w == 0.0).count(), 8 - spec.n());
+    }
+
+    // It still tells a story, the same one on every instruction set.
+    let story = greedy(&file, "");
+    assert!(story.len() > 400 && story.contains(" dog"), "{story}");
+    for isa in stb_run_isas() {
+        assert_eq!(greedy(&file, &isa), story, "{isa}");
+    }
+
+    // What is exported computes the same in the dense graph.
+    let dense = folder.path().join("dense");
+    let _ = run("stb-convert", &["export", text(&file), text(&dense)]).success();
+    let sample = folder.path().join("sample.txt");
+    std::fs::write(&sample, story.repeat(3)).unwrap();
+    let perplexity = |model: &Path| {
+        let args = ["perplexity", text(model), "--text", text(&sample), "--ctx", "64", "--json"];
+        json(run("stb-run", &args))["perplexity"].as_f64().unwrap()
+    };
+    let (packed, exported) = (perplexity(&file), perplexity(&dense));
+    assert!((packed / exported - 1.0).abs() < 1e-5, "{packed} {exported}");
+    // And the exported folder converts again.
+    let source = folder.path().join("source.stb");
+    convert(&dense, &source, &["--recipe", "source"]);
+    let from_source = perplexity(&source);
+    assert!((from_source / exported - 1.0).abs() < 1e-6, "{from_source} {exported}");
+}
+
+/// The instruction sets that `stb-run --version` lists.
+fn stb_run_isas() -> Vec<String> {
+    let version = run("stb-run", &["--version"]).success();
+    let list = version.split("here: ").nth(1).unwrap().trim_end().trim_end_matches(')');
+    list.split(", ").map(str::to_owned).collect()
+}
+
+/// The joint codes below one bit, and a size that is met.
+#[test]
+fn files_meet_the_size_they_are_asked_for() {
+    let model = quill();
+    let folder = folder();
+    let file = folder.path().join("small.stb");
+    for target in ["1.6", "2.5", "4.2"] {
+        convert(&quill(), &file, &[&QUICK[..], &["--bits", target, "--force"]].concat());
+        let inspection = json(run("stb-convert", &["inspect", "--json", text(&file)]));
+        let bits = inspection["true_bits_per_parameter"].as_f64().unwrap();
+        let target: f64 = target.parse().unwrap();
+        assert!(bits <= target && bits > 0.97 * target, "{bits} for {target}");
+        let dry = [&["--dry-run", "--bits", "2.5"], &QUICK[..], &[text(&model)]].concat();
+        let plan = run("stb-convert", &dry).success();
+        assert!(plan.contains("true bits") && plan.contains("peak memory"), "{plan}");
+    }
+    let tight = [&["--bits", "0.3", text(&model), text(&file), "--force"], &QUICK[..]].concat();
+    let error = run("stb-convert", &tight).failure(2);
+    assert!(error.contains("smallest file"), "{error}");
+}
+
+/// The price that a dry run prints is the size of the file.
+#[test]
+fn dry_runs_are_exact() {
+    let model = quill();
+    let folder = folder();
+    let file = folder.path().join("x.stb");
+    for recipe in ["stbllm-5of8", "nm-1of4", "int8"] {
+        let options = [&["--recipe", recipe, "--force"], &QUICK[..]].concat();
+        let dry = [&options[..], &["--dry-run", text(&model)]].concat();
+        let plan = run("stb-convert", &dry).success();
+        convert(&quill(), &file, &options);
+        let bytes = std::fs::metadata(&file).unwrap().len();
+        assert!(plan.contains(&format!("file        {bytes} bytes")), "{recipe}: {plan}");
+    }
+}
+
+#[test]
+fn ragged_models_of_every_type_and_layout() {
+    let folder = folder();
+    let untied = tiny::config();
+    let mut tied = tiny::config();
+    tied["tie_word_embeddings"] = true.into();
+    tied["rope_scaling"] = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    });
+    let sample = folder.path().join("sample.txt");
+    std::fs::write(&sample, "the quick brown fox jumps over the lazy dog ".repeat(20)).unwrap();
+    let calib = ["--calib", text(&sample), "--calib-samples", "6", "--calib-len", "48"];
+    for (i, (config, kind)) in
+        [(&untied, Dense::F32), (&tied, Dense::F16), (&untied, Dense::Bf16)].into_iter().enumerate()
+    {
+        let source = folder.path().join(format!("model{i}"));
+        tiny::write(&source, config, kind, |_, _| {});
+        let perplexity = |model: &Path| {
+            let args =
+                ["perplexity", text(model), "--text", text(&sample), "--ctx", "32", "--json"];
+            json(run("stb-run", &args))["perplexity"].as_f64().unwrap()
+        };
+        let dense = perplexity(&source);
+        for (recipe, limit) in [
+            ("source", 1e-6),
+            ("int8", 0.03),
+            ("stbllm-6of8", 2.0),
+            ("nm-2of8", 3.0),
+            ("nm-1of8", 3.0),
+        ] {
+            let file = folder.path().join("model.stb");
+            convert(&source, &file, &[&calib[..], &["--recipe", recipe, "--force"]].concat());
+            let _ = run("stb-convert", &["verify", text(&file)]).success();
+            let packed = perplexity(&file);
+            let change = (packed / dense).ln().abs();
+            assert!(change < limit, "{kind} {recipe}: {dense} became {packed}");
+        }
+    }
+}
+
+/// A single file, a folder and an index of shards give the same tensors.
+#[test]
+fn sources_of_every_form() {
+    let folder = folder();
+    let config = tiny::config();
+    let (single, sharded) = (folder.path().join("single"), folder.path().join("sharded"));
+    tiny::write(&single, &config, Dense::F16, |_, _| {});
+    tiny::write_shards(&sharded, &config, Dense::F16, 3, |_, _| {});
+    let mut tables = Vec::new();
+    for source in [
+        single.clone(),
+        single.join("model.safetensors"),
+        sharded.clone(),
+        sharded.join("model.safetensors.index.json"),
+    ] {
+        let file = folder.path().join("out.stb");
+        convert(&source, &file, &["--recipe", "source", "--force"]);
+        let bytes = std::fs::read(&file).unwrap();
+        let file = File::open(&bytes).unwrap();
+        let table: Vec<_> =
+            file.tensors().iter().map(|t| (t.name().to_owned(), t.checksum())).collect();
+        tables.push(table);
+    }
+    assert!(tables.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+/// Widths of real models that are no multiples of 8, 32 or 128.
+#[test]
+fn third_party_models_convert_and_speak() {
+    let folder = folder();
+    for name in ["stories260k", "babyllama-105"] {
+        let Some(source) = shared(&format!("data/models/{name}")) else {
+            return skip("third-party models are not here");
+        };
+        for recipe in ["stbllm-6of8", "nm-2of4"] {
+            let file = folder.path().join("m.stb");
+            convert(&source, &file, &[&QUICK[..], &["--recipe", recipe, "--force"]].concat());
+            let _ = run("stb-convert", &["verify", text(&file)]).success();
+            let args = [text(&file), "--prompt", "Once upon a time", "-n", "20", "--temp", "0"];
+            let story = run("stb-run", &args).success();
+            assert!(story.trim().len() > 5, "{name} {recipe}: {story:?}");
+        }
+    }
+}
+
+/// `verify` finds what opening does not look at.
+#[test]
+fn a_changed_weight_is_found() {
+    let folder = folder();
+    let source = folder.path().join("model");
+    tiny::write(&source, &tiny::config(), Dense::F16, |_, _| {});
+    let file = folder.path().join("m.stb");
+    convert(&source, &file, &["--recipe", "source"]);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let offset = File::open(&bytes).unwrap().tensors()[4].offset() as usize;
+    bytes[offset] ^= 4;
+    std::fs::write(&file, &bytes).unwrap();
+    for (program, args) in [
+        ("stb-convert", vec!["verify", text(&file)]),
+        ("stb-run", vec![text(&file), "--prompt", "a"]),
+    ] {
+        let error = run(program, &args).failure(4);
+        assert!(error.contains(Rule::TensorChecksum.id()), "{error}");
+        assert!(error.contains("model.layers.0.self_attn"), "{error}");
+    }
+    let args = [text(&file), "--prompt", "a", "-n", "3", "--verify", "off"];
+    let run = run("stb-run", &args);
+    assert!(run.err.contains("not checked"), "{}", run.err);
+    let _ = run.success();
+}
