@@ -35,7 +35,10 @@ pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
     // The first failure in file order, whichever thread finds one first.
     let results: Vec<_> = file.tensors().par_iter().map(check).collect();
     results.into_iter().collect::<stb_format::Result<()>>().map_err(fail)?;
-    ModelSpec::from_file(&file).map_err(fail)?;
+    let is_model = file.meta().get("model.architecture").is_some();
+    if is_model {
+        ModelSpec::from_file(&file).map_err(fail)?;
+    }
     let unknown = describe(&file).unknown_encodings(&file);
     let note = match unknown {
         0 => String::new(),
@@ -43,8 +46,9 @@ pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
             "; {n} have an encoding of a newer version, of which only the checksum was checked"
         ),
     };
+    let kind = if is_model { "a valid model" } else { "valid, but not a model: a set of tensors" };
     print(format_args!(
-        "{}: valid, {} tensors match their checksums{note}",
+        "{}: {kind}, {} tensors match their checksums{note}",
         path.display(),
         file.tensors().len()
     ))?;
@@ -60,7 +64,10 @@ pub(super) fn export(path: &Path, folder: &Path, dtype: Dtype) -> anyhow::Result
     let bytes = Bytes::open(path, true)?;
     let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
     for tensor in file.tensors() {
-        tensor.verify_checksum().map_err(|e| Error::format(path, e))?;
+        tensor
+            .verify_checksum()
+            .and_then(|()| tensor.verify_payload())
+            .map_err(|e| Error::format(path, e))?;
     }
     stb_convert::export::export(&file, path, folder, kind)?;
     print(format_args!("{}: {} tensors", folder.display(), file.tensors().len()))?;

@@ -331,13 +331,21 @@ impl<'a> StbllmView<'a> {
                 let at = len_u64(start.saturating_add(index.saturating_mul(16)));
                 let (low, high) = self.state_words(row, unit);
                 self.check_counts(row, unit, low | high).map_err(|e| e.at(at))?;
-                if low & high & self.salient_word(unit) != 0 {
+                if low & high & self.salient_word(unit) & self.used_columns(unit) != 0 {
                     let detail = format!("row {row}, columns from {} ", unit.saturating_mul(UNIT));
                     return Err(Error::new(Rule::StbllmState, detail).at(at));
                 }
             }
         }
         Ok(())
+    }
+
+    /// A bit for every column of the unit that exists.
+    fn used_columns(&self, unit: usize) -> u64 {
+        match self.cols.saturating_sub(unit.saturating_mul(UNIT)) {
+            width @ 0..UNIT => (1u64 << width).saturating_sub(1),
+            _ => u64::MAX,
+        }
     }
 
     fn check_counts(&self, row: usize, unit: usize, kept: u64) -> Result<()> {

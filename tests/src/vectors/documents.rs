@@ -43,6 +43,7 @@ pub fn registry() -> Value {
             { "id": 4, "name": "bool" },
             { "id": 5, "name": "u64 list" },
         ],
+        "keys": keys(),
         "private_key_prefix": "x.",
         "architectures": ["llama"],
         "rope_pairings": ["half", "interleaved"],
@@ -59,6 +60,20 @@ pub fn registry() -> Value {
         },
         "rules": Rule::ALL.iter().map(rule).collect::<Vec<_>>(),
     })
+}
+
+/// The metadata keys, from the tables of the text itself.
+fn keys() -> Vec<Value> {
+    let types = ["text", "u64", "f64", "bool", "u64 list"];
+    let mut keys = Vec::new();
+    for line in include_str!("../../../spec/metadata.md").lines() {
+        let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+        let [_, names, kind, ..] = cells[..] else { continue };
+        if types.contains(&kind) {
+            keys.extend(names.split(", ").map(|name| json!({ "key": name, "type": kind })));
+        }
+    }
+    keys
 }
 
 /// A field of the example: length, meaning.

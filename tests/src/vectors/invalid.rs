@@ -529,6 +529,17 @@ fn payloads(list: &mut List) {
     edit(padding, "stbllm-state", "a state of a column that does not exist", &stbllm, &|p| {
         p[64 + 7] |= 1
     });
+    edit(
+        padding,
+        "stbllm-both",
+        "a salient state 3 of a column that does not exist",
+        &stbllm,
+        &|p| {
+            p[2] |= 0x20;
+            p[64 + 2] |= 0x20;
+            p[72 + 2] |= 0x20;
+        },
+    );
     edit(padding, "stbllm-sign", "a sign of a weight that does not exist", &stbllm, &|p| {
         p[128 + 3] |= 0x80
     });
