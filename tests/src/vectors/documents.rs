@@ -69,7 +69,7 @@ fn keys() -> Vec<Value> {
     for line in include_str!("../../../spec/metadata.md").lines() {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
         let [_, names, kind, ..] = cells[..] else { continue };
-        if types.contains(&kind) {
+        if types.contains(&kind) && names.contains('.') {
             keys.extend(names.split(", ").map(|name| json!({ "key": name, "type": kind })));
         }
     }
