@@ -119,6 +119,16 @@ fn json_value(value: ValueRef<'_>) -> serde_json::Value {
     }
 }
 
+/// One line without control characters, which terminals may obey. Quotes stay as they are.
+fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| match c {
+            '"' | '\'' => c.to_string().chars().collect::<Vec<_>>(),
+            _ => c.escape_debug().collect(),
+        })
+        .collect()
+}
+
 impl Inspection {
     /// A table for people. Text from the file is escaped: it must not steer a terminal.
     #[must_use]
@@ -137,7 +147,7 @@ impl Inspection {
         let _ = writeln!(out);
         for (key, value) in &self.metadata {
             let text = match value {
-                serde_json::Value::String(text) => text.escape_debug().to_string(),
+                serde_json::Value::String(text) => printable(text),
                 other => other.to_string(),
             };
             let _ = writeln!(out, "{key:<32} {text}");

@@ -4,5 +4,6 @@
 pub mod paths;
 pub mod programs;
 pub mod random;
+pub mod random_model;
 pub mod tiny;
 pub mod vectors;

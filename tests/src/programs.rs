@@ -1,6 +1,7 @@
 //! Building and running the programs as a user would.
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -15,9 +16,12 @@ use crate::paths::root;
 pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
-        // Test programs lie in target/PROFILE/deps.
-        let test = std::env::current_exe().expect("the path of the test");
-        let folder = test.ancestors().nth(2).expect("a profile folder").to_owned();
+        // Test programs lie in target/PROFILE/deps, others in target/PROFILE.
+        let this = std::env::current_exe().expect("the path of the test");
+        let mut folder = this.parent().expect("a folder").to_owned();
+        if folder.ends_with("deps") {
+            folder.pop();
+        }
         let mut build = Command::new(env!("CARGO"));
         build.current_dir(root()).args(["build", "--quiet", "--bins"]);
         build.args(["-p", "stb-runtime", "-p", "stb-convert"]);
@@ -105,6 +109,15 @@ pub fn convert(source: &Path, target: &Path, options: &[&str]) {
 
 /// Tells, past the capture of test output, that something was not tested.
 pub fn skip(what: &str) {
-    use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "SKIPPED: {what}");
+    note(&format!("SKIPPED: {what}"));
+}
+
+/// Writes a line to standard error.
+pub fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Writes a text to standard output.
+pub fn print(text: &str) {
+    let _ = write!(std::io::stdout(), "{text}");
 }

@@ -246,3 +246,19 @@ fn a_changed_weight_is_found() {
     assert!(run.err.contains("not checked"), "{}", run.err);
     let _ = run.success();
 }
+
+/// The generator behind the measurements writes files that are valid and run.
+#[test]
+fn random_models_of_every_encoding_run() {
+    let folder = folder();
+    for recipe in ["stbllm-4of8", "nm-1of8", "nm-2of4", "int4", "source"] {
+        let spec = stb_tests::random_model::shape("tiny", None).unwrap();
+        let recipe = stb_convert::Recipe::load(recipe).unwrap();
+        let file = folder.path().join("random.stb");
+        let out = std::fs::File::create(&file).unwrap();
+        stb_tests::random_model::write(&spec, &recipe, out).unwrap();
+        let _ = run("stb-convert", &["verify", text(&file)]).success();
+        let args = ["--prompt", "abc", "-n", "5", "--no-template", "--temp", "0", text(&file)];
+        let _ = run("stb-run", &args).success();
+    }
+}

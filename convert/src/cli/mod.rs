@@ -81,10 +81,10 @@ struct ConvertArgs {
     /// The .stb file to write
     out: Option<PathBuf>,
     /// A recipe's name or a .toml file
-    #[arg(short, long, default_value = stb_convert::recipe::DEFAULT, help_heading = "What to do")]
+    #[arg(short, long, value_name = "NAME|FILE", default_value = stb_convert::recipe::DEFAULT, help_heading = "What to do")]
     recipe: String,
     /// The size of the whole file in true bits per parameter: chooses encodings that meet it
-    #[arg(short, long, conflicts_with = "recipe", value_parser = bits, help_heading = "What to do")]
+    #[arg(short, long, value_name = "X", conflicts_with = "recipe", value_parser = bits, help_heading = "What to do")]
     bits: Option<f64>,
     /// Only print what would be done and what it would cost
     #[arg(long, help_heading = "What to do")]
@@ -99,7 +99,7 @@ struct ConvertArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Calibration")]
     calib_len: Option<u32>,
     /// Seed of the calibration windows
-    #[arg(long, help_heading = "Calibration")]
+    #[arg(long, value_name = "N", help_heading = "Calibration")]
     seed: Option<u64>,
     /// Replace OUT if it exists
     #[arg(short, long, help_heading = "Output")]
@@ -111,7 +111,7 @@ struct ConvertArgs {
     #[arg(short, long, help_heading = "Output")]
     quiet: bool,
     /// Threads; default: as many as this process may use
-    #[arg(short, long, env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
+    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
     threads: Option<u16>,
 }
 

@@ -48,14 +48,14 @@ enum Command {
 #[derive(Args, Clone)]
 struct LoadArgs {
     /// Threads; default: as many as this process may use
-    #[arg(short, long, env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Read the file into memory instead of mapping it
     #[arg(long, env = "STB_NO_MMAP")]
     no_mmap: bool,
     /// What to check before use: tensor checksums of files up to 1 GiB, everything, or structure
     /// and metadata only
-    #[arg(long, env = "STB_VERIFY", default_value = "auto")]
+    #[arg(long, value_name = "WHAT", env = "STB_VERIFY", default_value = "auto")]
     verify: VerifyArg,
 }
 
@@ -73,16 +73,23 @@ struct RunArgs {
     #[command(flatten)]
     load: LoadArgs,
     /// Text to send; without it, from a pipe or an interactive chat
-    #[arg(short, long, help_heading = "Prompt")]
+    #[arg(short, long, value_name = "TEXT", help_heading = "Prompt")]
     prompt: Option<String>,
     /// Instructions before the conversation
-    #[arg(long, help_heading = "Prompt")]
+    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
     system: Option<String>,
     /// Continue the prompt as it is, without the model's chat template
     #[arg(long, help_heading = "Prompt")]
     no_template: bool,
     /// Tokens of context; 0 for all the model has
-    #[arg(short, long, env = "STB_CTX", default_value_t = 0, help_heading = "Prompt")]
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        env = "STB_CTX",
+        default_value_t = 0,
+        help_heading = "Prompt"
+    )]
     ctx: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -99,28 +106,28 @@ struct RunArgs {
 #[command(next_help_heading = "Sampling")]
 struct SamplingArgs {
     /// The most tokens to generate; default: until the model ends or the context is full
-    #[arg(short = 'n', long = "tokens")]
+    #[arg(short = 'n', long = "tokens", value_name = "N")]
     tokens: Option<usize>,
     /// Temperature; 0 always takes the most likely token [default: 0.8]
-    #[arg(long, value_parser = non_negative)]
+    #[arg(long, value_name = "T", value_parser = non_negative)]
     temp: Option<f32>,
     /// Keep the K most likely tokens; 0 keeps all [default: 40]
-    #[arg(long)]
+    #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Keep the most likely tokens that together have this probability [default: 0.95]
-    #[arg(long, value_parser = share)]
+    #[arg(long, value_name = "P", value_parser = share)]
     top_p: Option<f32>,
     /// Keep tokens with this share of the best one's probability [default: 0.05]
-    #[arg(long, value_parser = share)]
+    #[arg(long, value_name = "P", value_parser = share)]
     min_p: Option<f32>,
     /// Make the last 64 tokens less likely; 1 is off [default: 1]
-    #[arg(long, value_parser = positive)]
+    #[arg(long, value_name = "X", value_parser = positive)]
     repeat_penalty: Option<f32>,
     /// Seed of the random choices; default: a new one each time
-    #[arg(long, env = "STB_SEED")]
+    #[arg(long, value_name = "N", env = "STB_SEED")]
     seed: Option<u64>,
     /// Stop before this text; may be given several times
-    #[arg(long)]
+    #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 }
 
@@ -131,16 +138,16 @@ struct PerplexityArgs {
     #[command(flatten)]
     load: LoadArgs,
     /// The text, a UTF-8 file
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     text: PathBuf,
     /// Tokens per window; default: the context of the model
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     ctx: Option<usize>,
     /// The most windows to use; default: all
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     windows: Option<usize>,
     /// Split the text at this string into documents that each start a new context
-    #[arg(long, value_name = "STRING")]
+    #[arg(long, value_name = "TEXT")]
     separator: Option<String>,
     /// Print JSON
     #[arg(long)]
@@ -154,16 +161,16 @@ struct BenchArgs {
     #[command(flatten)]
     load: LoadArgs,
     /// Prompt tokens
-    #[arg(short, long, default_value_t = 512)]
+    #[arg(short, long, value_name = "N", default_value_t = 512)]
     prompt: usize,
     /// Tokens to generate after a context of --depth tokens
-    #[arg(short = 'n', long, default_value_t = 64)]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 64)]
     tokens: usize,
     /// Tokens in the cache before generation is measured
-    #[arg(short, long, default_value_t = 0)]
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
     depth: usize,
     /// Runs; one more before them is not counted
-    #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
     /// Print JSON
     #[arg(long)]

@@ -9,7 +9,7 @@ fn scales(rng: &mut Rng, n: usize) -> Vec<f16> {
     (0..n).map(|_| f16::from_f32(rng.float())).collect()
 }
 
-pub(super) fn int_group(rng: &mut Rng, spec: IntGroup, rows: usize, cols: usize) -> IntGroupParts {
+pub(crate) fn int_group(rng: &mut Rng, spec: IntGroup, rows: usize, cols: usize) -> IntGroupParts {
     let limit = 1i32 << (spec.bits() - 1);
     let codes = (0..rows * cols).map(|_| (rng.below(2 * limit as usize) as i32 - limit) as i8);
     let codes = codes.collect();
@@ -17,7 +17,7 @@ pub(super) fn int_group(rng: &mut Rng, spec: IntGroup, rows: usize, cols: usize)
     IntGroupParts { spec, rows, cols, codes, scales }
 }
 
-pub(super) fn stbllm(rng: &mut Rng, spec: Stbllm, rows: usize, cols: usize) -> StbllmParts {
+pub(crate) fn stbllm(rng: &mut Rng, spec: Stbllm, rows: usize, cols: usize) -> StbllmParts {
     let salient: Vec<bool> = (0..cols).map(|_| rng.below(5) == 0).collect();
     let mut states = vec![0u8; rows * cols];
     let mut negative = vec![false; rows * cols];
@@ -37,7 +37,7 @@ pub(super) fn stbllm(rng: &mut Rng, spec: Stbllm, rows: usize, cols: usize) -> S
     StbllmParts { spec, rows, cols, salient, states, negative, scales }
 }
 
-pub(super) fn nm(rng: &mut Rng, spec: Nm, rows: usize, cols: usize) -> NmParts {
+pub(crate) fn nm(rng: &mut Rng, spec: Nm, rows: usize, cols: usize) -> NmParts {
     let blocks = if spec.block() == 0 { 0 } else { cols.div_ceil(spec.block()) };
     let scale_codes = 1usize << spec.scale_bits();
     let codes = 1usize << spec.code_bits();

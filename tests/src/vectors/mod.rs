@@ -1,7 +1,7 @@
 //! The test vectors of the specification: files that readers must accept, and files that they must
 //! refuse with a certain rule.
 
-mod content;
+pub(crate) mod content;
 mod documents;
 mod invalid;
 mod patch;

@@ -1,0 +1,29 @@
+//! Prints the logits of a model after each of the given tokens, as f32 little-endian: what the
+//! comparison with other frameworks reads.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Parser;
+use stb_runtime::{Model, OpenOptions, State};
+
+/// Writes logits [tokens, vocabulary] as f32 little-endian to standard output.
+#[derive(Parser)]
+struct Cli {
+    /// An .stb file or a dense checkpoint
+    model: PathBuf,
+    /// Token ids, separated by commas
+    #[arg(value_delimiter = ',', required = true)]
+    ids: Vec<u32>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    let model = Model::open(&cli.model, &OpenOptions::default())?;
+    let mut state = State::new(&model, cli.ids.len());
+    let mut bytes = Vec::new();
+    model.forward_all(&mut state, &cli.ids, |_, logits| {
+        bytes.extend(logits.iter().flat_map(|v| v.to_le_bytes()));
+    })?;
+    Ok(std::io::stdout().lock().write_all(&bytes)?)
+}

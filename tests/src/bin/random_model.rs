@@ -1,0 +1,35 @@
+//! Writes a model of a well-known shape with random weights, for measurements.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+use stb_convert::Recipe;
+use stb_tests::random_model::{SHAPES, shape, write};
+
+/// Writes a model of a well-known shape with random weights, for measurements.
+#[derive(Parser)]
+struct Cli {
+    /// The shape
+    #[arg(value_parser = SHAPES)]
+    shape: String,
+    /// The .stb file to write
+    out: PathBuf,
+    /// A recipe of stb-convert, for the encodings
+    #[arg(long, default_value = "nm-1of8")]
+    recipe: String,
+    /// Decoder layers; default: those of the shape
+    #[arg(long, value_name = "N")]
+    layers: Option<u64>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    let spec = shape(&cli.shape, cli.layers)?;
+    let file = File::create(&cli.out).with_context(|| cli.out.display().to_string())?;
+    let out = write(&spec, &Recipe::load(&cli.recipe)?, BufWriter::new(file))?;
+    out.into_inner()?.sync_all()?;
+    Ok(())
+}

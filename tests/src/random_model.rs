@@ -1,0 +1,115 @@
+//! Models of well-known shapes with random weights: for measuring memory, start and speed where no
+//! checkpoint is at hand. They speak nonsense.
+
+use std::collections::HashMap;
+use std::io::{Seek, Write};
+
+use anyhow::bail;
+use stb_convert::Recipe;
+use stb_format::encoding::{Dense, IntGroup};
+use stb_format::{Activation, Encoding, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
+
+use crate::random::Rng;
+use crate::tiny::tokenizer;
+use crate::vectors::content;
+
+/// The names that [`shape`] knows.
+pub const SHAPES: [&str; 6] =
+    ["llama-1b", "llama-7b", "llama-13b", "llama-3-8b", "llama-70b", "tiny"];
+
+/// The architecture called `name`; `layers` replaces its number of decoder layers.
+///
+/// # Errors
+/// A name that is not in [`SHAPES`].
+pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
+    // vocabulary, hidden, intermediate, layers, heads, key and value heads, context
+    let [vocab_size, hidden_size, intermediate_size, depth, heads, kv_heads, context_length] =
+        match name {
+            // Llama 3.2 1B
+            "llama-1b" => [128_256, 2048, 8192, 16, 32, 8, 131_072],
+            "llama-7b" => [32_000, 4096, 11_008, 32, 32, 32, 4096],
+            "llama-13b" => [32_000, 5120, 13_824, 40, 40, 40, 4096],
+            "llama-3-8b" => [128_256, 4096, 14_336, 32, 32, 8, 8192],
+            "llama-70b" => [32_000, 8192, 28_672, 80, 64, 8, 4096],
+            "tiny" => [64, 96, 160, 2, 4, 2, 128],
+            _ => bail!("{name} is not a shape; there are {}", SHAPES.join(", ")),
+        };
+    Ok(ModelSpec {
+        vocab_size,
+        hidden_size,
+        intermediate_size,
+        layers: layers.unwrap_or(depth),
+        heads,
+        kv_heads,
+        head_dim: hidden_size / heads,
+        context_length,
+        norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_pairing: RopePairing::Half,
+        rope_scaling: RopeScaling::None,
+        tied_embeddings: matches!(name, "llama-1b" | "tiny"),
+        activation: Activation::Silu,
+    })
+}
+
+/// Writes a model of this architecture with the encodings that `recipe` would give it. Tensors of
+/// the same shape and encoding have the same weights, so that a large model takes seconds.
+///
+/// # Errors
+/// A recipe whose encodings are not fixed (one with a budget); whatever `out` reports.
+pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyhow::Result<W> {
+    if recipe.body.target()?.is_some() {
+        bail!("{}: a recipe with fixed encodings is needed", recipe.name);
+    }
+    let dense = Encoding::Dense(Dense::F16);
+    let body = recipe.body.method()?.map_or(dense.clone(), |method| method.encoding());
+    let table = |spec: Option<IntGroup>| spec.map_or(dense.clone(), Encoding::IntGroup);
+    let (embeddings, head) = (table(recipe.embeddings.encoding()?), table(recipe.head.encoding()?));
+    let mut writer = Writer::new(out)?;
+    let mut payloads: HashMap<(Vec<u64>, [u8; 16], u32), Vec<u8>> = HashMap::new();
+    let mut parameters = 0u64;
+    for (name, shape) in spec.tensors() {
+        let encoding = match (shape.len(), name.as_str()) {
+            (1, _) => Encoding::Dense(Dense::F32),
+            (_, "model.embed_tokens.weight") => embeddings.clone(),
+            (_, "lm_head.weight") => head.clone(),
+            _ => body.clone(),
+        };
+        parameters += shape.iter().product::<u64>();
+        let key = (shape.clone(), encoding.params(), encoding.id());
+        let payload = payloads.entry(key).or_insert_with(|| random(&shape, &encoding));
+        writer.tensor(&name, &shape, &encoding, payload)?;
+    }
+    let mut meta = Meta::new();
+    spec.write_meta(&mut meta)?;
+    let entries = [
+        ("model.parameters", Value::U64(parameters)),
+        ("tokenizer.json", Value::Text(tokenizer())),
+        ("tokenizer.add_bos", Value::Bool(true)),
+        ("tokenizer.bos_id", Value::U64(0)),
+        ("tokenizer.eos_ids", Value::U64List(Vec::new())),
+        ("provenance.converter", Value::Text("random weights, for measurements only".into())),
+    ];
+    for (key, value) in entries {
+        meta.set(key, value)?;
+    }
+    Ok(writer.finish(&meta)?)
+}
+
+fn random(shape: &[u64], encoding: &Encoding) -> Vec<u8> {
+    let mut rng = Rng(shape.iter().sum());
+    let (rows, cols) = (shape[0] as usize, shape.get(1).map_or(1, |c| *c as usize));
+    match *encoding {
+        Encoding::IntGroup(spec) => content::int_group(&mut rng, spec, rows, cols).pack(),
+        Encoding::Stbllm(spec) => content::stbllm(&mut rng, spec, rows, cols).pack(),
+        Encoding::Nm(spec) => content::nm(&mut rng, spec, rows, cols).pack(),
+        Encoding::Dense(kind) => {
+            let spread = if shape.len() == 1 { 0.1 } else { 0.5 };
+            let centre = if shape.len() == 1 { 1.0 } else { 0.0 };
+            let values: Vec<f32> =
+                (0..rows * cols).map(|_| centre + spread * rng.float()).collect();
+            kind.encode(&values)
+        }
+        Encoding::Unknown { .. } => Vec::new(),
+    }
+}
