@@ -102,6 +102,7 @@ fn metadata() -> Meta {
         ("bool.false", Value::Bool(false)),
         ("list.empty", Value::U64List(vec![])),
         ("list", Value::U64List(vec![0, 1, u64::MAX])),
+        ("text.nul-and-bom", Value::Text("\u{feff}\0".into())),
         ("x.private-use_0", Value::U64(7)),
     ];
     for (key, value) in entries {
@@ -167,6 +168,29 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
     (tensors, meta, spec)
 }
 
+/// A tensor of an unknown encoding with an empty payload, and sections of length 0.
+fn empty() -> Vec<u8> {
+    let strange = Encoding::Unknown { id: 0, params: [0; 16] };
+    let base = file(&vec![("none".to_owned(), vec![3], strange, Vec::new())], &Meta::new());
+    let mut sections = patch::sections(&base);
+    let meta = sections.pop().expect("META");
+    sections.insert(0, meta);
+    sections.push(patch::Section { kind: 0x8000_0005, flags: 0, content: Vec::new() });
+    patch::assemble(&sections)
+}
+
+/// The model without rotary scaling; keys that are not looked at hold what they must not hold.
+fn unscaled() -> Vec<u8> {
+    super::invalid::changed_model(&[
+        ("model.rope.scaling", Some(Value::Text("none".into()))),
+        ("model.rope.factor", Some(Value::F64(-1.0))),
+        ("model.rope.original_context", Some(Value::Text("no number".into()))),
+        ("model.rope.high_freq_factor", None),
+        ("tokenizer.add_bos", Some(Value::Bool(false))),
+        ("generation.temperature", Some(Value::Text("hot".into()))),
+    ])
+}
+
 /// All valid vectors; the smallest comes first.
 #[must_use]
 pub fn valid() -> Vec<Vector> {
@@ -227,6 +251,21 @@ pub fn valid() -> Vec<Vector> {
             "unknown-section",
             "a section of a private type that is not critical, between DATA and TENSORS",
             patch::with_section(&smallest(), 0x8000_0002, 0),
+        ),
+        (
+            "empty",
+            "a payload of no bytes in an empty DATA, META before it, an empty section at the end",
+            empty(),
+        ),
+        (
+            "reserved-section",
+            "a section of a type that is reserved, not critical, twice",
+            patch::with_section(&patch::with_section(&smallest(), 16, 0), 16, 0),
+        ),
+        (
+            "unscaled-model",
+            "values of scaling keys that are not in use, and a begin token that is not used",
+            unscaled(),
         ),
         (
             "64-sections",
