@@ -2,7 +2,7 @@
 //!
 //! [`convert`] reads a checkpoint, runs the calibration text through it one decoder layer at a
 //! time, quantises every linear layer against the second moments of its inputs, and streams packed
-//! tensors into a file. What is done to which tensor is a [`Recipe`]; [`plan`] prices it before
+//! tensors into a file. What is done to which tensor is a [`Recipe`]; [`plan()`] prices it before
 //! anything is computed.
 
 pub mod allocation;

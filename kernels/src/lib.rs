@@ -1,6 +1,6 @@
 //! Kernels that compute with packed `.stb` matrices in place.
 //!
-//! The algorithms are written once, in [`cpu`]'s generic part, over a small trait of 16-lane
+//! The algorithms are written once, in the generic part of `cpu`, over a small trait of 16-lane
 //! vector operations; one file per instruction set implements the trait. All of them perform the
 //! same floating-point operations in the same order, so every instruction set gives the same bits.
 //!

@@ -123,7 +123,7 @@ impl State {
 }
 
 impl Model {
-    /// Appends `tokens` and returns the logits after the last of them, [vocab].
+    /// Appends `tokens` and returns the logits after the last of them, `[vocab]`.
     ///
     /// # Errors
     /// [`Error::Usage`] if they do not fit into the context or are none; [`Error::Invalid`] if a

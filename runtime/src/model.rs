@@ -47,7 +47,7 @@ impl Default for OpenOptions {
 /// The weights of one decoder layer; shapes as [out, in].
 #[derive(Clone, Debug)]
 pub struct Layer {
-    /// Scale of the norm before attention, [hidden].
+    /// Scale of the norm before attention, `[hidden]`.
     pub attention_norm: Vec<f32>,
     /// Queries, [heads · head_dim, hidden].
     pub q: Weight,
@@ -57,7 +57,7 @@ pub struct Layer {
     pub v: Weight,
     /// Attention output, [hidden, heads · head_dim].
     pub o: Weight,
-    /// Scale of the norm before the feed-forward network, [hidden].
+    /// Scale of the norm before the feed-forward network, `[hidden]`.
     pub mlp_norm: Vec<f32>,
     /// Gate, [intermediate, hidden].
     pub gate: Weight,
@@ -76,7 +76,7 @@ pub struct Model {
     pub embeddings: Weight,
     /// Decoder layers.
     pub layers: Vec<Layer>,
-    /// Scale of the last norm, [hidden].
+    /// Scale of the last norm, `[hidden]`.
     pub norm: Vec<f32>,
     /// The head, [vocab, hidden]; `None` if it is the embeddings.
     pub head: Option<Weight>,

@@ -62,7 +62,7 @@ impl Sampler {
         self.recent.drain(..surplus);
     }
 
-    /// The next token after `logits`, [vocab]. Ties go to the lower id.
+    /// The next token after `logits`, `[vocab]`. Ties go to the lower id.
     ///
     /// # Panics
     /// If `logits` is empty.

@@ -43,7 +43,7 @@ pub fn write(folder: &Path, config: &Json, kind: Dense, change: impl Fn(&str, &m
 /// The same in several files with an index.
 ///
 /// # Panics
-/// As for [`write`].
+/// As for [`write()`].
 pub fn write_shards(
     folder: &Path,
     config: &Json,

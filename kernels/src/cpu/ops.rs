@@ -3,7 +3,7 @@
 use super::{Simd, lanes};
 use crate::isa::{Isa, Task};
 
-/// Σ a[i]·b[i].
+/// Σ a`[i]`·b`[i]`.
 ///
 /// # Panics
 /// If the lengths differ.
@@ -138,7 +138,7 @@ pub fn softmax(isa: Isa, x: &mut [f32]) {
     }
 }
 
-/// ln Σ exp(x[i]).
+/// ln Σ exp(x`[i]`).
 #[must_use]
 pub fn log_sum_exp(isa: Isa, x: &[f32]) -> f32 {
     let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
