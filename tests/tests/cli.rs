@@ -121,6 +121,11 @@ fn wrong_usage_is_explained() {
         ("stb-convert", vec![text(&source), text(&out), "--recipe", "nonsense"], "stbllm-4of8"),
         ("stb-convert", vec![text(&source), text(&out), "--bits", "-1"], "above 0"),
         ("stb-convert", vec![text(&source), text(&out), "--calib-len", "1"], "calib-len"),
+        (
+            "stb-convert",
+            vec![text(&source), text(&out), "--calib-samples", "4000000000"],
+            "MB of memory",
+        ),
         ("stb-convert", vec!["recipes", "nonsense"], "stbllm-4of8"),
     ];
     for (program, args, word) in cases {

@@ -39,6 +39,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         return dry_run(&checkpoint, &recipe, &plan, &meta);
     }
     let Some(out) = &args.out else { usage("give a file to write, or --dry-run") };
+    check_memory(plan.peak_memory(&checkpoint, &recipe), &recipe)?;
     let bar = Bar::new(args.quiet);
     let job = Job {
         checkpoint: &checkpoint,
@@ -60,6 +61,24 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         summary(out, &report);
     }
     Ok(())
+}
+
+/// Says before hours of work that there is too little memory, where the system tells how much there
+/// is (Linux).
+fn check_memory(needed: u64, recipe: &Recipe) -> Result<(), Error> {
+    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return Ok(()) };
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    match kilobytes.map(|k| k.saturating_mul(1024)) {
+        Some(available) if needed > available => Err(Error::usage(format!(
+            "the conversion needs up to {} MB of memory, {} MB are available: use fewer \
+             --calib-samples (now {}) or shorter ones with --calib-len",
+            needed / 1_000_000,
+            available / 1_000_000,
+            recipe.calibration.samples
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// The recipe with what the command line changes.
