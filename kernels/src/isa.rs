@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-use crate::cpu::{Simd, scalar::Scalar};
+use crate::cpu::{Bytes, Simd, scalar::Scalar};
 
 /// An instruction set that this machine supports. Values exist only for supported sets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,7 +15,9 @@ enum Kind {
     #[cfg(target_arch = "x86_64")]
     Avx2(crate::cpu::avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
-    Avx512(crate::cpu::avx512::Avx512),
+    Avx512(crate::cpu::avx512::Avx512<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vbmi(crate::cpu::avx512::Avx512<true>),
 }
 
 /// `STB_ISA` names a set that does not exist or that this machine lacks.
@@ -64,6 +66,7 @@ impl Isa {
     pub fn available() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
         let simd = [
+            crate::cpu::avx512::Avx512::detect().map(Kind::Avx512Vbmi),
             crate::cpu::avx512::Avx512::detect().map(Kind::Avx512),
             crate::cpu::avx2::Avx2::detect().map(Kind::Avx2),
         ];
@@ -81,6 +84,8 @@ impl Isa {
             Kind::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vbmi(_) => "avx512vbmi",
         }
     }
 
@@ -93,6 +98,8 @@ impl Isa {
             Kind::Avx2(s) => s.enter(task),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512(s) => s.enter(task),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vbmi(s) => s.enter(task),
         }
     }
 }
@@ -104,5 +111,5 @@ pub(crate) trait Task {
 
     /// The computation. `#[inline(always)]` in every implementation, and so is what it calls: only
     /// code inlined into the entry of an instruction set is compiled for that set.
-    fn run<S: Simd>(self, s: S) -> Self::Output;
+    fn run<S: Bytes>(self, s: S) -> Self::Output;
 }

@@ -163,6 +163,73 @@ fn products_match_the_oracle_on_every_isa() {
     }
 }
 
+/// Activations of 8 bits: within the bound that is stated, the same bits on every set, whatever the
+/// split, for outliers and zeros too.
+#[test]
+fn rounded_products_keep_their_bound_on_every_isa() {
+    let mut rng = Rng(6);
+    let mut kernels = 0;
+    for encoding in encodings() {
+        for (rows, cols) in SHAPES {
+            let bytes = payload(&mut rng, &encoding, rows, cols);
+            let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
+            let weights = view.decode();
+            for kind in 0..4 {
+                let mut x = rng.floats(cols);
+                match kind {
+                    1 => x[rng.below(cols)] = 1e4,
+                    2 => x.fill(0.0),
+                    3 => x.iter_mut().for_each(|v| *v *= 1e-36),
+                    _ => {}
+                }
+                let factor = |c: usize| match &view {
+                    stb_format::encoding::MatrixView::Nm(m) => {
+                        m.col_factors.get(c).map_or(1.0, |b| f16::from_le_bytes(*b).to_f64())
+                    }
+                    _ => 1.0,
+                };
+                // a / 254 for the block of column c, where a is the largest |x · factor|.
+                let step = |c: usize| {
+                    let block = c / 128 * 128..(c / 128 * 128 + 128).min(cols);
+                    let largest = block.map(|c| (f64::from(x[c]) * factor(c)).abs());
+                    largest.fold(0.0, f64::max) / 254.0
+                };
+                let steps: Vec<f64> = (0..cols).map(step).collect();
+                let mut reference: Option<Vec<u32>> = None;
+                for isa in Isa::available() {
+                    let what = format!("{encoding} {rows}x{cols} {} {kind}", isa.name());
+                    let mut work = Workspace::default();
+                    let prepared = work.prepare_rounded(isa, &view, &x);
+                    let mut y = vec![f32::NAN; rows];
+                    for (i, y) in y.chunks_mut(3 * ROW_TILE).enumerate() {
+                        matvec(isa, &view, prepared, i * 3 * ROW_TILE, y);
+                    }
+                    for r in 0..rows {
+                        let (mut sum, mut size, mut bound) = (0.0, 0.0, 0.0);
+                        for c in 0..cols {
+                            let w = f64::from(weights[r * cols + c]);
+                            let term = w * f64::from(x[c]);
+                            let factor = factor(c);
+                            sum += term;
+                            size += term.abs();
+                            bound +=
+                                if factor == 0.0 { 0.0 } else { (w / factor).abs() * steps[c] };
+                        }
+                        let tolerance = 1.001 * bound + 1e-5 * (size + bound) + 1e-36;
+                        let error = (f64::from(y[r]) - sum).abs();
+                        assert!(error <= tolerance, "{what}: {} for {sum} ± {tolerance}", y[r]);
+                    }
+                    let bits: Vec<u32> = y.iter().map(|v| v.to_bits()).collect();
+                    let reference = reference.get_or_insert_with(|| bits.clone());
+                    assert!(*reference == bits, "{what}: other bits than the best set");
+                    kernels += usize::from(format!("{prepared:?}").contains("Some"));
+                }
+            }
+        }
+    }
+    assert!(kernels > 100, "most joint codes and 4-bit integers have a kernel");
+}
+
 /// A part of the rows gives the same bits as all of them: threads may split anywhere.
 #[test]
 fn results_do_not_depend_on_the_split() {

@@ -85,7 +85,7 @@ impl State {
             caches: vec![KvCache::default(); model.layers.len()],
             tokens: 0,
             context,
-            memory: Memory::default(),
+            memory: Memory { linears: Linears::new(!model.exact), ..Memory::default() },
             logits: Vec::new(),
         }
     }

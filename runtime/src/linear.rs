@@ -14,10 +14,20 @@ const SERIAL_WEIGHTS: usize = 1 << 17;
 /// Reusable memory of linear layers.
 #[derive(Default, Debug)]
 pub struct Linears {
+    /// Whether the activations of single tokens are rounded to 8 bits where there is a kernel for it.
+    rounded: bool,
     works: Vec<Workspace>,
     panels: Panels,
     /// Outputs by rows, [rows, tokens padded], before they are transposed.
     by_rows: Vec<f32>,
+}
+
+impl Linears {
+    /// Memory for products whose activations may be rounded, or not.
+    #[must_use]
+    pub fn new(rounded: bool) -> Self {
+        Self { rounded, ..Self::default() }
+    }
 }
 
 /// `out[i] = x · weights[i]ᵀ` for matrices that share their input: `x` is [tokens, in], each output
@@ -55,9 +65,15 @@ fn one_token(
     outputs: &mut [&mut Vec<f32>],
 ) {
     memory.works.resize_with(views.len(), Workspace::default);
+    let rounded = memory.rounded;
     // Column factors differ from matrix to matrix, so each has its own activations.
-    let prepared: Vec<_> =
-        memory.works.iter_mut().zip(views).map(|(work, view)| work.prepare(view, x)).collect();
+    let works = memory.works.iter_mut().zip(views);
+    let prepared: Vec<_> = works
+        .map(|(work, view)| match rounded {
+            true => work.prepare_rounded(isa, view, x),
+            false => work.prepare(view, x),
+        })
+        .collect();
     let tasks: Vec<_> = outputs
         .iter_mut()
         .enumerate()

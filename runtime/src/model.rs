@@ -36,11 +36,13 @@ pub struct OpenOptions {
     pub map: bool,
     /// What to check.
     pub verify: Verify,
+    /// Never round activations; see [`Model::exact`].
+    pub exact: bool,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { map: true, verify: Verify::Auto }
+        Self { map: true, verify: Verify::Auto, exact: false }
     }
 }
 
@@ -82,6 +84,10 @@ pub struct Model {
     pub head: Option<Weight>,
     /// The instruction set its kernels use.
     pub isa: Isa,
+    /// Whether products with packed weights use activations as they are. If not, those of single
+    /// tokens are rounded to 8 bits, one scale per 128 columns, where there is a kernel for it
+    /// ([`stb_kernels::Workspace::prepare_rounded`]): several times faster.
+    pub exact: bool,
     /// Where it was loaded from.
     pub source: PathBuf,
     /// Bytes of the file, or of all weight files.
@@ -143,7 +149,8 @@ impl Model {
             let (rows, cols) = tensor.matrix_shape();
             Weight::new(bytes.clone(), range, tensor.encoding().clone(), rows, cols)
         };
-        Self::assemble(spec, isa, path, bytes.len() as u64, verified, texts, find)
+        let model = Self::assemble(spec, isa, path, bytes.len() as u64, verified, texts, find)?;
+        Ok(Self { exact: options.exact, ..model })
     }
 
     /// A model with the weights of a dense checkpoint, in place.
@@ -191,6 +198,7 @@ impl Model {
             norm: vector("model.norm.weight")?,
             head,
             isa,
+            exact: false,
             source: source.to_owned(),
             file_bytes,
             verified,

@@ -8,6 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::Simd;
+use super::bytes::Bytes;
 use crate::isa::Task;
 
 /// Exists only on machines with AVX2, FMA, F16C and BMI2.
@@ -286,4 +287,154 @@ impl Simd for Avx2 {
 #[inline(always)]
 fn halves_of<A, B>(parts: &[A], f: impl Fn(&A) -> B) -> [B; 2] {
     [f(&parts[0]), f(&parts[1])]
+}
+
+/// Lanes 0 and 1, lanes 2 and 3.
+impl Bytes for Avx2 {
+    type B = I;
+    /// 16-bit sums of rows 0 to 7 and 8 to 15, those of lane 0 and 2 in the low halves, of lane 1
+    /// and 3 in the high ones.
+    type Acc = I;
+
+    #[inline(always)]
+    fn load_b(self, v: &[u8; 64]) -> I {
+        let (halves, _) = v.as_chunks::<32>();
+        halves_of(
+            halves,
+            #[inline(always)]
+            |half: &[u8; 32]| {
+                // SAFETY: 32 bytes are readable behind the reference; any alignment is fine.
+                unsafe { _mm256_loadu_si256(half.as_ptr().cast()) }
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn store_b(self, v: I, to: &mut [u8; 64]) {
+        let (halves, _) = to.as_chunks_mut::<32>();
+        for (half, v) in halves.iter_mut().zip(v) {
+            // SAFETY: 32 bytes are writable behind the reference; the store takes any alignment.
+            unsafe { _mm256_storeu_si256(half.as_mut_ptr().cast(), v) }
+        }
+    }
+
+    #[inline(always)]
+    fn splat_b(self, v: u8) -> I {
+        values!([_mm256_set1_epi8(v.cast_signed()); 2])
+    }
+
+    #[inline(always)]
+    fn and_b(self, a: I, b: I) -> I {
+        both!(_mm256_and_si256, a, b)
+    }
+
+    #[inline(always)]
+    fn or_b(self, a: I, b: I) -> I {
+        both!(_mm256_or_si256, a, b)
+    }
+
+    #[inline(always)]
+    fn xor_b(self, a: I, b: I) -> I {
+        both!(_mm256_xor_si256, a, b)
+    }
+
+    #[inline(always)]
+    fn sub_b(self, a: I, b: I) -> I {
+        both!(_mm256_sub_epi8, a, b)
+    }
+
+    #[inline(always)]
+    fn shr_b<const K: u32>(self, a: I) -> I {
+        let count = values!(_mm_cvtsi32_si128(K.cast_signed()));
+        values!([_mm256_srl_epi16(a[0], count), _mm256_srl_epi16(a[1], count)])
+    }
+
+    #[inline(always)]
+    fn shl_b<const K: u32>(self, a: I) -> I {
+        let count = values!(_mm_cvtsi32_si128(K.cast_signed()));
+        values!([_mm256_sll_epi16(a[0], count), _mm256_sll_epi16(a[1], count)])
+    }
+
+    #[inline(always)]
+    fn gt_b(self, a: I, b: I) -> I {
+        both!(_mm256_cmpgt_epi8, a, b)
+    }
+
+    #[inline(always)]
+    fn eq_b(self, a: I, b: I) -> I {
+        both!(_mm256_cmpeq_epi8, a, b)
+    }
+
+    #[inline(always)]
+    fn lookup_b(self, table: I, index: I) -> I {
+        both!(_mm256_shuffle_epi8, table, index)
+    }
+
+    #[inline(always)]
+    fn zero_acc(self) -> I {
+        values!([_mm256_setzero_si256(); 2])
+    }
+
+    #[inline(always)]
+    fn dot2(self, acc: I, a: I, b: I) -> I {
+        // a and b of a row side by side, times one, added: 16-bit sums.
+        let one = values!(_mm256_set1_epi8(1));
+        let low = both!(_mm256_unpacklo_epi8, a, b);
+        let high = both!(_mm256_unpackhi_epi8, a, b);
+        let low = values!([_mm256_maddubs_epi16(one, low[0]), _mm256_maddubs_epi16(one, low[1])]);
+        let high =
+            values!([_mm256_maddubs_epi16(one, high[0]), _mm256_maddubs_epi16(one, high[1])]);
+        // Two lanes of each half add up to ±508, so 64 steps fit 16 bits.
+        values!([
+            _mm256_add_epi16(acc[0], _mm256_add_epi16(low[0], low[1])),
+            _mm256_add_epi16(acc[1], _mm256_add_epi16(high[0], high[1])),
+        ])
+    }
+
+    #[inline(always)]
+    fn finish(self, acc: I) -> I {
+        // The sum of the lanes in the two halves of 16 bytes, for 8 rows each.
+        let low = values!([
+            _mm256_cvtepi16_epi32(_mm256_castsi256_si128(acc[0])),
+            _mm256_cvtepi16_epi32(_mm256_castsi256_si128(acc[1])),
+        ]);
+        let high = values!([
+            _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<1>(acc[0])),
+            _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<1>(acc[1])),
+        ]);
+        both!(_mm256_add_epi32, low, high)
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: I, u: I, v: I) -> I {
+        let pairs = both!(_mm256_maddubs_epi16, u, v);
+        let one = values!([_mm256_set1_epi16(1); 2]);
+        let fours = both!(_mm256_madd_epi16, pairs, one);
+        both!(_mm256_add_epi32, acc, fours)
+    }
+
+    #[inline(always)]
+    fn load_i(self, v: &[i32; 16]) -> I {
+        let (halves, _) = v.as_chunks::<8>();
+        halves_of(
+            halves,
+            #[inline(always)]
+            |half: &[i32; 8]| {
+                // SAFETY: 32 bytes are readable behind the reference; any alignment is fine.
+                unsafe { _mm256_loadu_si256(half.as_ptr().cast()) }
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn store_low_bytes(self, v: I, to: &mut [i8; 16]) {
+        let packed = values!({
+            let words = _mm256_packs_epi32(v[0], v[1]);
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let (low, high) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_packs_epi16(low, high)
+        });
+        // SAFETY: 16 bytes are writable behind the reference; the store takes any alignment.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), packed) }
+    }
 }

@@ -8,13 +8,15 @@
 use std::arch::x86_64::*;
 
 use super::Simd;
+use super::bytes::Bytes;
 use crate::isa::Task;
 
-/// Exists only on machines with AVX-512 F, BW, DQ and VL, AVX2, FMA, F16C and BMI2.
+/// Exists only on machines with AVX-512 F, BW, DQ and VL, AVX2, FMA, F16C and BMI2; with `VBMI`, also
+/// VBMI and VNNI.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const VBMI: bool>(());
 
-impl Avx512 {
+impl<const VBMI: bool> Avx512<VBMI> {
     /// The proof that this machine has the instructions.
     pub(crate) fn detect() -> Option<Self> {
         let all = is_x86_feature_detected!("avx512f")
@@ -25,13 +27,22 @@ impl Avx512 {
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
             && is_x86_feature_detected!("bmi2");
-        all.then_some(Self(()))
+        let more = is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vnni");
+        (all && (more || !VBMI)).then_some(Self(()))
     }
 }
 
 /// Compiles `task` for AVX-512: everything it calls is inlined into this function.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
-fn enter<T: Task>(s: Avx512, task: T) -> T::Output {
+fn enter<T: Task>(s: Avx512<false>, task: T) -> T::Output {
+    task.run(s)
+}
+
+/// The same with VBMI and VNNI.
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,avx512vbmi,avx512vnni"
+)]
+fn enter_vbmi<T: Task>(s: Avx512<true>, task: T) -> T::Output {
     task.run(s)
 }
 
@@ -47,7 +58,7 @@ macro_rules! values {
     };
 }
 
-impl Simd for Avx512 {
+impl<const VBMI: bool> Simd for Avx512<VBMI> {
     type F = __m512;
     type I = __m512i;
     const GEMM_ROWS: usize = 8;
@@ -55,8 +66,13 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn enter<T: Task>(self, task: T) -> T::Output {
-        // SAFETY: `self` proves that the CPU has every feature the function is compiled for.
-        unsafe { enter(self, task) }
+        if VBMI {
+            // SAFETY: a value with `VBMI` proves that the CPU has every feature of the function.
+            unsafe { enter_vbmi(Avx512(()), task) }
+        } else {
+            // SAFETY: `self` proves that the CPU has every feature the function is compiled for.
+            unsafe { enter(Avx512(()), task) }
+        }
     }
 
     #[inline(always)]
@@ -219,3 +235,150 @@ impl Simd for Avx512 {
         values!(_pdep_u64(bits, mask))
     }
 }
+
+impl<const VBMI: bool> Bytes for Avx512<VBMI> {
+    type B = __m512i;
+    /// With `VBMI`: two vectors of 16 sums. Without: 16-bit sums of rows 0 to 7 and 8 to 15, by lane.
+    type Acc = [__m512i; 2];
+
+    #[inline(always)]
+    fn load_b(self, v: &[u8; 64]) -> __m512i {
+        // SAFETY: 64 bytes are readable behind the reference; the load takes any alignment.
+        unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn store_b(self, v: __m512i, to: &mut [u8; 64]) {
+        // SAFETY: 64 bytes are writable behind the reference; the store takes any alignment.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
+    }
+
+    #[inline(always)]
+    fn splat_b(self, v: u8) -> __m512i {
+        values!(_mm512_set1_epi8(v.cast_signed()))
+    }
+
+    #[inline(always)]
+    fn and_b(self, a: __m512i, b: __m512i) -> __m512i {
+        values!(_mm512_and_si512(a, b))
+    }
+
+    #[inline(always)]
+    fn or_b(self, a: __m512i, b: __m512i) -> __m512i {
+        values!(_mm512_or_si512(a, b))
+    }
+
+    #[inline(always)]
+    fn xor_b(self, a: __m512i, b: __m512i) -> __m512i {
+        values!(_mm512_xor_si512(a, b))
+    }
+
+    #[inline(always)]
+    fn sub_b(self, a: __m512i, b: __m512i) -> __m512i {
+        values!(_mm512_sub_epi8(a, b))
+    }
+
+    #[inline(always)]
+    fn shr_b<const K: u32>(self, a: __m512i) -> __m512i {
+        values!(_mm512_srli_epi16::<K>(a))
+    }
+
+    #[inline(always)]
+    fn shl_b<const K: u32>(self, a: __m512i) -> __m512i {
+        values!(_mm512_slli_epi16::<K>(a))
+    }
+
+    #[inline(always)]
+    fn gt_b(self, a: __m512i, b: __m512i) -> __m512i {
+        values!(_mm512_movm_epi8(_mm512_cmpgt_epi8_mask(a, b)))
+    }
+
+    #[inline(always)]
+    fn eq_b(self, a: __m512i, b: __m512i) -> __m512i {
+        values!(_mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)))
+    }
+
+    #[inline(always)]
+    fn lookup_b(self, table: __m512i, index: __m512i) -> __m512i {
+        values!(_mm512_shuffle_epi8(table, index))
+    }
+
+    #[inline(always)]
+    fn zero_acc(self) -> Self::Acc {
+        values!([_mm512_setzero_si512(); 2])
+    }
+
+    #[inline(always)]
+    fn dot2(self, acc: Self::Acc, a: __m512i, b: __m512i) -> Self::Acc {
+        let one = self.splat_b(1);
+        if VBMI {
+            // The four lanes of a row side by side, times one, added.
+            let order = self.load_b(&ROWS_FIRST);
+            return values!([
+                _mm512_dpbusd_epi32(acc[0], one, _mm512_permutexvar_epi8(order, a)),
+                _mm512_dpbusd_epi32(acc[1], one, _mm512_permutexvar_epi8(order, b)),
+            ]);
+        }
+        // a and b of a row side by side, times one, added.
+        values!([
+            _mm512_add_epi16(acc[0], _mm512_maddubs_epi16(one, _mm512_unpacklo_epi8(a, b))),
+            _mm512_add_epi16(acc[1], _mm512_maddubs_epi16(one, _mm512_unpackhi_epi8(a, b))),
+        ])
+    }
+
+    #[inline(always)]
+    fn finish(self, acc: Self::Acc) -> __m512i {
+        if VBMI {
+            return values!(_mm512_add_epi32(acc[0], acc[1]));
+        }
+        // Lanes 0 and 2, 1 and 3: their 16-bit sums are within ±508 · 64. Then both, in 32 bits.
+        values!({
+            let rows_low = _mm256_add_epi16(
+                _mm512_castsi512_si256(acc[0]),
+                _mm512_extracti64x4_epi64::<1>(acc[0]),
+            );
+            let rows_high = _mm256_add_epi16(
+                _mm512_castsi512_si256(acc[1]),
+                _mm512_extracti64x4_epi64::<1>(acc[1]),
+            );
+            let even = _mm256_permute2x128_si256::<0x20>(rows_low, rows_high);
+            let odd = _mm256_permute2x128_si256::<0x31>(rows_low, rows_high);
+            _mm512_add_epi32(_mm512_cvtepi16_epi32(even), _mm512_cvtepi16_epi32(odd))
+        })
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: __m512i, u: __m512i, v: __m512i) -> __m512i {
+        if VBMI {
+            return values!(_mm512_dpbusd_epi32(acc, u, v));
+        }
+        values!({
+            let pairs = _mm512_maddubs_epi16(u, v);
+            _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
+        })
+    }
+
+    #[inline(always)]
+    fn load_i(self, v: &[i32; 16]) -> __m512i {
+        // SAFETY: 64 bytes are readable behind the reference; the load takes any alignment.
+        unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn store_low_bytes(self, v: __m512i, to: &mut [i8; 16]) {
+        let packed = values!(_mm512_cvtepi32_epi8(v));
+        // SAFETY: 16 bytes are writable behind the reference; the store takes any alignment.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), packed) }
+    }
+}
+
+/// Byte 4·row + lane comes from byte 16·lane + row.
+const ROWS_FIRST: [u8; 64] = {
+    let mut order = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        order[i] = (i % 4 * 16 + i / 4) as u8;
+        i += 1;
+    }
+    order
+};

@@ -4,7 +4,7 @@
 
 use stb_format::encoding::MatrixView;
 
-use super::{Simd, nm, rows};
+use super::{Bytes, Simd, nm, rows};
 use crate::isa::{Isa, Task};
 
 /// Activations per panel: two vectors.
@@ -140,7 +140,7 @@ impl Task for MatMul<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Bytes>(self, s: S) {
         let Self { matrix, x, first, y } = self;
         let stride = x.row_stride();
         let mut weights = vec![0.0; ROWS * DEPTH];

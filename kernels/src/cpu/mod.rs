@@ -5,8 +5,12 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+mod bytes;
 mod gemm;
+mod int4;
+mod int8;
 mod nm;
+mod nm8;
 pub mod ops;
 mod rows;
 pub(crate) mod scalar;
@@ -15,7 +19,9 @@ use stb_format::encoding::MatrixView;
 
 use crate::isa::{Isa, Task};
 
+pub(crate) use bytes::Bytes;
 pub use gemm::{Panels, PanelsRef, matmul};
+use int8::Rounded;
 
 /// Operations on 16 lanes of f32 (`F`) or u32 (`I`). A value of the implementing type proves that
 /// the machine has its instructions. Every implementation gives the same bits.
@@ -104,18 +110,49 @@ pub(crate) const PAD: usize = 128;
 #[derive(Default, Debug)]
 pub struct Workspace {
     x: Vec<f32>,
+    rounded: Rounded,
 }
 
-/// Activations ready for [`matvec`] with one matrix: padded, column factors applied.
+/// Activations ready for [`matvec`] with one matrix: padded, column factors applied; rounded to 8
+/// bits if that was asked for and there is a kernel for it.
 #[derive(Clone, Copy, Debug)]
-pub struct Prepared<'a>(&'a [f32]);
+pub struct Prepared<'a> {
+    x: &'a [f32],
+    rounded: Option<&'a Rounded>,
+}
 
 impl Workspace {
-    /// Prepares `x` (one element per column of `matrix`).
+    /// Prepares `x` (one element per column of `matrix`) as it is.
     ///
     /// # Panics
     /// If `x` has another length.
     pub fn prepare(&mut self, matrix: &MatrixView<'_>, x: &[f32]) -> Prepared<'_> {
+        self.set(matrix, x);
+        Prepared { x: &self.x, rounded: None }
+    }
+
+    /// Prepares `x` rounded to 8 bits with one scale per 128 columns, for encodings that have a kernel
+    /// for it: joint codes with blocks of whole 128 columns or none, and 4-bit integers. A product
+    /// then differs from the exact one by at most Σ_blocks max|x| / 254 · Σ|w|, and by summation in
+    /// f32. For other encodings the same as [`Workspace::prepare`].
+    ///
+    /// # Panics
+    /// If `x` has another length.
+    pub fn prepare_rounded(
+        &mut self,
+        isa: Isa,
+        matrix: &MatrixView<'_>,
+        x: &[f32],
+    ) -> Prepared<'_> {
+        self.set(matrix, x);
+        if !int8::supports(matrix) {
+            return Prepared { x: &self.x, rounded: None };
+        }
+        isa.run(Round { matrix, x: &self.x, to: &mut self.rounded });
+        Prepared { x: &self.x, rounded: Some(&self.rounded) }
+    }
+
+    fn set(&mut self, matrix: &MatrixView<'_>, x: &[f32]) {
         assert_eq!(x.len(), matrix.cols(), "one activation per column");
         self.x.clear();
         self.x.extend_from_slice(x);
@@ -123,7 +160,21 @@ impl Workspace {
             nm::apply_factors(nm, &mut self.x);
         }
         self.x.resize(x.len().next_multiple_of(PAD), 0.0);
-        Prepared(&self.x)
+    }
+}
+
+struct Round<'a> {
+    matrix: &'a MatrixView<'a>,
+    x: &'a [f32],
+    to: &'a mut Rounded,
+}
+
+impl Task for Round<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) {
+        self.to.set(s, self.matrix, self.x);
     }
 }
 
@@ -135,13 +186,13 @@ impl Workspace {
 pub fn matvec(isa: Isa, matrix: &MatrixView<'_>, x: Prepared<'_>, first: usize, y: &mut [f32]) {
     assert!(first.is_multiple_of(crate::ROW_TILE), "work is split at row tiles");
     assert!(first + y.len() <= matrix.rows(), "rows outside the matrix");
-    assert_eq!(x.0.len(), matrix.cols().next_multiple_of(PAD), "activations of another width");
-    isa.run(MatVec { matrix, x: x.0, first, y });
+    assert_eq!(x.x.len(), matrix.cols().next_multiple_of(PAD), "activations of another width");
+    isa.run(MatVec { matrix, x, first, y });
 }
 
 struct MatVec<'a> {
     matrix: &'a MatrixView<'a>,
-    x: &'a [f32],
+    x: Prepared<'a>,
     first: usize,
     y: &'a mut [f32],
 }
@@ -150,8 +201,14 @@ impl Task for MatVec<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Bytes>(self, s: S) {
         let Self { matrix, x, first, y } = self;
+        match (matrix, x.rounded) {
+            (MatrixView::Nm(m), Some(x)) => return nm8::matvec(s, m, x, first, y),
+            (MatrixView::IntGroup(m), Some(x)) => return int4::matvec(s, m, x, first, y),
+            _ => {}
+        }
+        let x = x.x;
         match matrix {
             MatrixView::Nm(m) => nm::matvec(s, m, x, first, y),
             MatrixView::Dense(m) => rows::matvec(s, m, x, first, y),

@@ -1,6 +1,6 @@
 //! Vector operations of a decoder layer between the matrix products.
 
-use super::{Simd, lanes};
+use super::{Bytes, Simd, lanes};
 use crate::isa::{Isa, Task};
 
 /// Σ a`[i]`·b`[i]`.
@@ -22,7 +22,7 @@ impl Task for Dot<'_> {
     type Output = f32;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
+    fn run<S: Bytes>(self, s: S) -> f32 {
         dot_lanes(s, self.a, self.b)
     }
 }
@@ -76,7 +76,7 @@ impl Task for SiluMul<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Bytes>(self, s: S) {
         let one = s.splat(1.0);
         for_vectors(
             s,
@@ -155,7 +155,7 @@ impl Task for ExpInPlace<'_> {
     type Output = f32;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
+    fn run<S: Bytes>(self, s: S) -> f32 {
         let max = s.splat(self.max);
         let mut acc = s.splat(0.0);
         let (vectors, tail) = self.x.as_chunks_mut::<16>();
@@ -180,7 +180,7 @@ impl Task for ExpSum<'_> {
     type Output = f32;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
+    fn run<S: Bytes>(self, s: S) -> f32 {
         let max = s.splat(self.max);
         let mut acc = s.splat(0.0);
         let (vectors, tail) = self.x.as_chunks::<16>();
@@ -229,7 +229,7 @@ impl Task for Scores<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Bytes>(self, s: S) {
         let width = self.q.len();
         for (t, score) in self.scores.iter_mut().enumerate() {
             let key = &self.keys[t * self.stride..t * self.stride + width];
@@ -257,7 +257,7 @@ impl Task for Mix<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Bytes>(self, s: S) {
         let Self { weights, values, stride, out } = self;
         let width = out.len();
         for from in (0..width / 16 * 16).step_by(16) {

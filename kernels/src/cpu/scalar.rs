@@ -3,6 +3,7 @@
 use stb_format::half::f16;
 
 use super::Simd;
+use super::bytes::Bytes;
 use crate::isa::Task;
 
 /// Runs everywhere.
@@ -206,5 +207,129 @@ impl Simd for Scalar {
             mask ^= lowest;
         }
         out
+    }
+}
+
+#[inline(always)]
+fn zip_b(a: [u8; 64], b: [u8; 64], f: impl Fn(u8, u8) -> u8) -> [u8; 64] {
+    let mut out = [0; 64];
+    for i in 0..64 {
+        out[i] = f(a[i], b[i]);
+    }
+    out
+}
+
+impl Bytes for Scalar {
+    type B = [u8; 64];
+    type Acc = [u32; 16];
+
+    #[inline(always)]
+    fn load_b(self, v: &[u8; 64]) -> Self::B {
+        *v
+    }
+
+    #[inline(always)]
+    fn store_b(self, v: Self::B, to: &mut [u8; 64]) {
+        *to = v;
+    }
+
+    #[inline(always)]
+    fn splat_b(self, v: u8) -> Self::B {
+        [v; 64]
+    }
+
+    #[inline(always)]
+    fn and_b(self, a: Self::B, b: Self::B) -> Self::B {
+        zip_b(a, b, |a, b| a & b)
+    }
+
+    #[inline(always)]
+    fn or_b(self, a: Self::B, b: Self::B) -> Self::B {
+        zip_b(a, b, |a, b| a | b)
+    }
+
+    #[inline(always)]
+    fn xor_b(self, a: Self::B, b: Self::B) -> Self::B {
+        zip_b(a, b, |a, b| a ^ b)
+    }
+
+    #[inline(always)]
+    fn sub_b(self, a: Self::B, b: Self::B) -> Self::B {
+        zip_b(a, b, u8::wrapping_sub)
+    }
+
+    #[inline(always)]
+    fn shr_b<const K: u32>(self, a: Self::B) -> Self::B {
+        zip_b(a, a, |a, _| a >> K)
+    }
+
+    #[inline(always)]
+    fn shl_b<const K: u32>(self, a: Self::B) -> Self::B {
+        zip_b(a, a, |a, _| a << K)
+    }
+
+    #[inline(always)]
+    fn gt_b(self, a: Self::B, b: Self::B) -> Self::B {
+        zip_b(a, b, |a, b| if a.cast_signed() > b.cast_signed() { 255 } else { 0 })
+    }
+
+    #[inline(always)]
+    fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
+        zip_b(a, b, |a, b| if a == b { 255 } else { 0 })
+    }
+
+    #[inline(always)]
+    fn lookup_b(self, table: Self::B, index: Self::B) -> Self::B {
+        let mut out = [0; 64];
+        for i in 0..64 {
+            if index[i] < 128 {
+                out[i] = table[i / 16 * 16 + usize::from(index[i] & 15)];
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn zero_acc(self) -> Self::Acc {
+        [0; 16]
+    }
+
+    #[inline(always)]
+    fn dot2(self, mut acc: Self::Acc, a: Self::B, b: Self::B) -> Self::Acc {
+        for i in 0..64 {
+            let sum = i32::from(a[i].cast_signed()) + i32::from(b[i].cast_signed());
+            acc[i % 16] = acc[i % 16].wrapping_add_signed(sum);
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn finish(self, acc: Self::Acc) -> Self::I {
+        acc
+    }
+
+    #[inline(always)]
+    fn dot4(self, mut acc: Self::I, u: Self::B, v: Self::B) -> Self::I {
+        for i in 0..64 {
+            let product = i32::from(u[i]) * i32::from(v[i].cast_signed());
+            acc[i / 4] = acc[i / 4].wrapping_add_signed(product);
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn load_i(self, v: &[i32; 16]) -> Self::I {
+        let mut out = [0; 16];
+        for i in 0..16 {
+            out[i] = v[i].cast_unsigned();
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn store_low_bytes(self, v: Self::I, to: &mut [i8; 16]) {
+        for i in 0..16 {
+            to[i] = v[i] as i8;
+        }
     }
 }

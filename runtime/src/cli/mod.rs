@@ -57,6 +57,9 @@ struct LoadArgs {
     /// and metadata only
     #[arg(long, value_name = "WHAT", env = "STB_VERIFY", default_value = "auto")]
     verify: VerifyArg,
+    /// Do not round activations to 8 bits when generating; slower
+    #[arg(long, env = "STB_EXACT")]
+    exact: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -263,6 +266,6 @@ fn open(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
         VerifyArg::Full => Verify::Full,
         VerifyArg::Off => Verify::Off,
     };
-    let model = Model::open(file, &OpenOptions { map: !args.no_mmap, verify })?;
+    let model = Model::open(file, &OpenOptions { map: !args.no_mmap, verify, exact: args.exact })?;
     Ok((model, started.elapsed()))
 }

@@ -1,0 +1,50 @@
+//! Matrix-vector products at 4096 × 4096, weights in cache and from memory, on every instruction set
+//! of the machine. Throughput is in stored bytes; `STB_ISA` limits it to one set.
+//!
+//! `cargo bench -p stb-kernels --bench matvec -- nm`
+
+#![allow(missing_docs, reason = "made by the macros of criterion")]
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use stb_format::Encoding;
+use stb_format::encoding::{IntGroup, Nm};
+use stb_kernels::{Isa, Workspace, matvec};
+
+const COLS: usize = 4096;
+
+fn encodings() -> Vec<Encoding> {
+    let nm = |n, m| Encoding::Nm(Nm::new(n, m, 4, 128, false).expect("valid parameters"));
+    let int4 = Encoding::IntGroup(IntGroup::new(4, 32).expect("valid parameters"));
+    vec![nm(1, 8), nm(1, 4), nm(2, 8), nm(2, 4), int4]
+}
+
+fn benches(c: &mut Criterion) {
+    let x: Vec<f32> = (0..COLS).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+    let only = std::env::var("STB_ISA").unwrap_or_default();
+    for encoding in encodings() {
+        // 256 rows stay in the second-level cache; the large one does not fit any cache.
+        for (place, rows) in [("cache", 256), ("memory", 65536)] {
+            let shape = [rows as u64, COLS as u64];
+            let bytes = encoding.payload_len(&shape).expect("a valid shape").expect("known");
+            // Any bits are codes; what they decode to does not matter for speed.
+            let payload: Vec<u8> = (0..bytes).map(|i| (i * 2654435761 >> 7) as u8 & 0x3b).collect();
+            let view = encoding.view(shape[0], shape[1], &payload).expect("the right length");
+            let mut group = c.benchmark_group(format!("{encoding} {place}"));
+            group.throughput(Throughput::Bytes(bytes));
+            group.sample_size(20);
+            for isa in Isa::available().filter(|isa| only.is_empty() || isa.name() == only) {
+                let mut y = vec![0.0; rows];
+                let mut work = Workspace::default();
+                group.bench_function(isa.name(), |b| {
+                    b.iter(|| {
+                        let prepared = work.prepare_rounded(isa, &view, &x);
+                        matvec(isa, &view, prepared, 0, &mut y);
+                    });
+                });
+            }
+        }
+    }
+}
+
+criterion_group!(all, benches);
+criterion_main!(all);

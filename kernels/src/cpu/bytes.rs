@@ -1,0 +1,50 @@
+//! Operations on bytes, for products with activations of 8 bits.
+
+use super::Simd;
+
+/// Operations on 64 bytes in four *lanes* of 16 (`B`), and sums over them (`Acc`). Every
+/// implementation gives the same numbers: all of it is integer arithmetic without overflow.
+pub(crate) trait Bytes: Simd {
+    /// 4 × 16 bytes.
+    type B: Copy;
+    /// 16 sums, in whatever form suits the instructions.
+    type Acc: Copy;
+
+    fn load_b(self, v: &[u8; 64]) -> Self::B;
+    fn store_b(self, v: Self::B, to: &mut [u8; 64]);
+    fn splat_b(self, v: u8) -> Self::B;
+    fn and_b(self, a: Self::B, b: Self::B) -> Self::B;
+    fn or_b(self, a: Self::B, b: Self::B) -> Self::B;
+    fn xor_b(self, a: Self::B, b: Self::B) -> Self::B;
+    /// Wrapping.
+    fn sub_b(self, a: Self::B, b: Self::B) -> Self::B;
+    /// Each byte to the right; the `K` high bits of the result are unspecified.
+    fn shr_b<const K: u32>(self, a: Self::B) -> Self::B;
+    /// Each byte to the left; the `K` low bits of the result are unspecified.
+    fn shl_b<const K: u32>(self, a: Self::B) -> Self::B;
+    /// All ones where a > b, as signed bytes.
+    fn gt_b(self, a: Self::B, b: Self::B) -> Self::B;
+    /// All ones where a = b.
+    fn eq_b(self, a: Self::B, b: Self::B) -> Self::B;
+    /// Byte by byte `table[index]` within the lane; zero where the index has its top bit set. Other
+    /// indices are below 16.
+    fn lookup_b(self, table: Self::B, index: Self::B) -> Self::B;
+
+    fn zero_acc(self) -> Self::Acc;
+    /// `acc[r] += Σ_lane a[lane, r] + b[lane, r]` as signed bytes above −128, for r = 0..16. At
+    /// most [`MAX_DOTS`] times on one accumulator: the bytes of two lanes are within ±508, and
+    /// 64 · 508 = 32512 fits 16 bits, which is what the narrowest implementation adds in.
+    fn dot2(self, acc: Self::Acc, a: Self::B, b: Self::B) -> Self::Acc;
+    /// The sums.
+    fn finish(self, acc: Self::Acc) -> Self::I;
+
+    /// `acc[i] += Σ_k u[4i + k] · v[4i + k]` for i = 0..16, with u unsigned and below 128, v signed:
+    /// products of neighbours then fit 16 bits.
+    fn dot4(self, acc: Self::I, u: Self::B, v: Self::B) -> Self::I;
+    fn load_i(self, v: &[i32; 16]) -> Self::I;
+    /// Numbers from −128 to 127 as bytes.
+    fn store_low_bytes(self, v: Self::I, to: &mut [i8; 16]);
+}
+
+/// See [`Bytes::dot2`].
+pub(crate) const MAX_DOTS: usize = 64;

@@ -1,0 +1,324 @@
+//! Joint N:M codes with rounded activations: a code is the index of a look-up in 16 bytes, and one
+//! instruction looks up 16 rows for each of 4 groups. No weight is ever expanded.
+//!
+//! Operations for 1:8 per 64 bytes of codes (1024 weights): 2 ANDs, a shift, 2 look-ups, and the
+//! two vectors' addition into 16 sums; the other rates need more to put the index together.
+
+use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
+use stb_format::encoding::{Nm, NmView};
+use stb_format::half::f16;
+
+use super::bytes::{Bytes, MAX_DOTS};
+use super::int8::{BLOCK, Rounded};
+
+/// Tiles that share the loads of tables.
+const TILES: usize = 2;
+/// Quads whose codes are taken apart together: as many as a byte has 2-bit fields.
+const PART: usize = 4;
+
+/// Look-up tables for each quad, a lane for each of its groups: one, or two for 2:4.
+#[inline(always)]
+pub(super) fn tables<S: Bytes>(s: S, spec: Nm, x: &[i8], tables: &mut Vec<[u8; 64]>) {
+    match (spec.n(), spec.m()) {
+        (_, 8) => signed::<8>(x, tables),
+        (1, _) => signed::<4>(x, tables),
+        _ => pairs(s, x, tables),
+    }
+}
+
+/// Activations of the group, then their negatives, again if there is room.
+#[inline(always)]
+fn signed<const M: usize>(x: &[i8], tables: &mut Vec<[u8; 64]>) {
+    tables.resize(x.len() / (QUAD * M), [0; 64]);
+    for (table, quad) in tables.iter_mut().zip(x.chunks_exact(QUAD * M)) {
+        for (lane, group) in table.as_chunks_mut::<16>().0.iter_mut().zip(quad.as_chunks::<M>().0) {
+            for pair in lane.chunks_exact_mut(2 * M) {
+                for k in 0..M {
+                    pair[k] = group[k].cast_unsigned();
+                    pair[k + M] = group[k].wrapping_neg().cast_unsigned();
+                }
+            }
+        }
+    }
+}
+
+/// 2:4: by the index i + 4j the first and the second term for a plus sign: x_i; and x_j if i < j,
+/// −x_j if i > j, nothing if they are equal.
+#[inline(always)]
+fn pairs<S: Bytes>(s: S, x: &[i8], tables: &mut Vec<[u8; 64]>) {
+    /// Which entry of `x0..x3, −x0..−x3` is the term; 128 for none.
+    const TERMS: [[u8; 64]; 2] = {
+        let mut terms = [[0; 64]; 2];
+        let mut at = 0;
+        while at < 64 {
+            let (i, j) = (at % 4, at / 4 % 4);
+            terms[0][at] = i as u8;
+            terms[1][at] = if i < j {
+                j as u8
+            } else if i > j {
+                4 + j as u8
+            } else {
+                128
+            };
+            at += 1;
+        }
+        terms
+    };
+    let quads = x.len() / (QUAD * 4);
+    signed::<4>(x, tables);
+    tables.resize(2 * quads, [0; 64]);
+    // From the end, so that nothing is overwritten before it is read.
+    for quad in (0..quads).rev() {
+        let signed = s.load_b(&tables[quad]);
+        for (k, terms) in TERMS.iter().enumerate() {
+            s.store_b(s.lookup_b(signed, s.load_b(terms)), &mut tables[2 * quad + k]);
+        }
+    }
+}
+
+/// See [`super::matvec`].
+#[inline(always)]
+pub(super) fn matvec<S: Bytes>(s: S, m: &NmView<'_>, x: &Rounded, first: usize, y: &mut [f32]) {
+    match (m.spec.n(), m.spec.m()) {
+        (1, 4) => all_tiles::<S, 1, 4>(s, m, x, first, y),
+        (1, 8) => all_tiles::<S, 1, 8>(s, m, x, first, y),
+        (2, 4) => all_tiles::<S, 2, 4>(s, m, x, first, y),
+        (2, 8) => all_tiles::<S, 2, 8>(s, m, x, first, y),
+        (n, m) => unreachable!("the format has no {n}:{m} codes"),
+    }
+}
+
+#[inline(always)]
+fn all_tiles<S: Bytes, const N: usize, const M: usize>(
+    s: S,
+    m: &NmView<'_>,
+    x: &Rounded,
+    first: usize,
+    y: &mut [f32],
+) {
+    let row_scales = m.row_scales.as_flattened();
+    for (i, y) in y.chunks_mut(TILE * TILES).enumerate() {
+        let tile = first / TILE + i * TILES;
+        let totals = if y.len() > TILE {
+            tiles::<S, N, M, TILES>(s, m, x, tile)
+        } else {
+            let [one] = tiles::<S, N, M, 1>(s, m, x, tile);
+            [one, s.splat(0.0)]
+        };
+        for (t, y) in y.chunks_mut(TILE).enumerate() {
+            let mut sums = [0.0; TILE];
+            let from = (tile + t) * TILE;
+            match row_scales.get(from * 2..).and_then(|b| b.first_chunk()) {
+                Some(scales) => s.store(s.mul(totals[t], s.f16_to_f32(scales)), &mut sums),
+                None => {
+                    s.store(totals[t], &mut sums);
+                    for (sum, scale) in sums.iter_mut().zip(&m.row_scales[from..]) {
+                        *sum *= f16::from_le_bytes(*scale).to_f32();
+                    }
+                }
+            }
+            y.copy_from_slice(&sums[..y.len()]);
+        }
+    }
+}
+
+/// Sums of `T` tiles from `tile`, without the row scales.
+#[inline(always)]
+fn tiles<S: Bytes, const N: usize, const M: usize, const T: usize>(
+    s: S,
+    m: &NmView<'_>,
+    x: &Rounded,
+    tile: usize,
+) -> [S::F; T] {
+    let mut codes: [&[[u8; 64]]; T] = [&[]; T];
+    for (t, codes) in codes.iter_mut().enumerate() {
+        *codes = m.tile_codes(tile + t).as_chunks().0;
+    }
+    let quads = m.groups().div_ceil(QUAD);
+    let parts_per_block = BLOCK / (PART * QUAD * M);
+    let mut totals = [s.splat(0.0); T];
+    let parts = quads.div_ceil(PART);
+    for (block, from) in (0..parts).step_by(parts_per_block).enumerate() {
+        let mut acc = [s.zero_acc(); T];
+        for part in from..parts.min(from + parts_per_block) {
+            for t in 0..T {
+                acc[t] = add_part::<S, N, M>(s, codes[t], quads, part, &x.tables, acc[t]);
+            }
+        }
+        for t in 0..T {
+            let scale = scales(s, m, tile + t, block * BLOCK, x.scales[block]);
+            totals[t] = s.mul_add(scale, s.to_f32(s.finish(acc[t])), totals[t]);
+        }
+    }
+    totals
+}
+
+/// Activation scale × block scales of the rows of a tile for the block of column `col`.
+#[inline(always)]
+fn scales<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, col: usize, activation: f32) -> S::F {
+    if m.blocks() == 0 {
+        return s.splat(activation);
+    }
+    let index = tile * m.blocks() + col / m.spec.block();
+    let (codes, step) = if m.spec.scale_bits() == 8 {
+        let stored = m.block_codes.get(index * 16..).and_then(|b| b.first_chunk());
+        (*stored.unwrap_or(&[0; 16]), 1.0 / 256.0)
+    } else {
+        let stored = m.block_codes.get(index * 8..).and_then(|b| b.first_chunk());
+        let pairs = u64::from_le_bytes(*stored.unwrap_or(&[0; 8]));
+        const LOW: u64 = 0x0f0f_0f0f_0f0f_0f0f;
+        let both = u128::from(pairs & LOW) | u128::from(pairs >> 4 & LOW) << 64;
+        (both.to_le_bytes(), 1.0 / 16.0)
+    };
+    let codes = s.to_f32(s.widen_u8(&codes));
+    s.mul(s.add(codes, s.splat(1.0)), s.splat(activation * step))
+}
+
+/// The vectors of a plane: those that do not exist are zero, as are the tables of their quads.
+struct Planes<'a> {
+    codes: &'a [[u8; 64]],
+    /// First vector of the planes of width 4, 2 and 1 of the chunk.
+    four: usize,
+    two: usize,
+    one: usize,
+    /// Which half of the chunk.
+    half: usize,
+}
+
+impl<'a> Planes<'a> {
+    #[inline(always)]
+    fn new(codes: &'a [[u8; 64]], bits: usize, quads: usize, part: usize) -> Self {
+        let (chunk, half) = (part / 2, part % 2);
+        let n = (quads - chunk * CHUNK_QUADS).min(CHUNK_QUADS);
+        let four = chunk * bits;
+        let two = four + if bits & 4 != 0 { n.div_ceil(2) } else { 0 };
+        let one = two + if bits & 2 != 0 { n.div_ceil(4) } else { 0 };
+        Self { codes, four, two, one, half }
+    }
+
+    #[inline(always)]
+    fn load<S: Bytes>(&self, s: S, at: usize) -> S::B {
+        s.load_b(self.codes.get(at).unwrap_or(&[0; 64]))
+    }
+
+    /// Low nibbles of quads 0 and 2 of the part, high ones of quads 1 and 3, as indices.
+    #[inline(always)]
+    fn nibbles<S: Bytes>(&self, s: S) -> [S::B; PART] {
+        let a = self.load(s, self.four + 2 * self.half);
+        let b = self.load(s, self.four + 2 * self.half + 1);
+        let mask = s.splat_b(15);
+        [
+            s.and_b(a, mask),
+            s.and_b(s.shr_b::<4>(a), mask),
+            s.and_b(b, mask),
+            s.and_b(s.shr_b::<4>(b), mask),
+        ]
+    }
+
+    /// Four fields of two bits each.
+    #[inline(always)]
+    fn twos<S: Bytes>(&self, s: S) -> S::B {
+        self.load(s, self.two + self.half)
+    }
+
+    /// The bits of quads 0 to 3 of the part at bits 0 to 3.
+    #[inline(always)]
+    fn ones<S: Bytes>(&self, s: S) -> S::B {
+        let all = self.load(s, self.one);
+        if self.half == 0 { all } else { s.shr_b::<4>(all) }
+    }
+}
+
+/// Adds the four quads of a part.
+#[inline(always)]
+fn add_part<S: Bytes, const N: usize, const M: usize>(
+    s: S,
+    codes: &[[u8; 64]],
+    quads: usize,
+    part: usize,
+    tables: &[[u8; 64]],
+    acc: S::Acc,
+) -> S::Acc {
+    let bits = N * M.trailing_zeros() as usize + 1;
+    let planes = Planes::new(codes, bits, quads, part);
+    let per_quad = if (N, M) == (2, 4) { 2 } else { 1 };
+    let tables = &tables[part * PART * per_quad..(part + 1) * PART * per_quad];
+    match (N, M) {
+        (1, 8) => one_of_8(s, &planes, tables, acc),
+        (1, 4) => one_of_4(s, &planes, tables, acc),
+        (2, 8) => two_of_8(s, &planes, tables, acc),
+        _ => two_of_4(s, &planes, tables, acc),
+    }
+}
+
+#[inline(always)]
+fn one_of_8<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
+    let index = planes.nibbles(s);
+    let mut term = [s.splat_b(0); PART];
+    for q in 0..PART {
+        term[q] = s.lookup_b(s.load_b(&tables[q]), index[q]);
+    }
+    s.dot2(s.dot2(acc, term[0], term[1]), term[2], term[3])
+}
+
+#[inline(always)]
+fn one_of_4<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
+    let (position, sign) = (planes.twos(s), planes.ones(s));
+    // The sign goes to bit 2.
+    let positions =
+        [position, s.shr_b::<2>(position), s.shr_b::<4>(position), s.shr_b::<6>(position)];
+    let signs = [s.shl_b::<2>(sign), s.shl_b::<1>(sign), sign, s.shr_b::<1>(sign)];
+    let (three, four) = (s.splat_b(3), s.splat_b(4));
+    let mut term = [s.splat_b(0); PART];
+    for q in 0..PART {
+        let index = s.or_b(s.and_b(positions[q], three), s.and_b(signs[q], four));
+        term[q] = s.lookup_b(s.load_b(&tables[q]), index);
+    }
+    s.dot2(s.dot2(acc, term[0], term[1]), term[2], term[3])
+}
+
+#[inline(always)]
+fn two_of_8<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
+    let low = planes.nibbles(s); // i, and bit 0 of j
+    let (high, sign) = (planes.twos(s), planes.ones(s)); // bits 1 and 2 of j; s
+    let highs = [s.shl_b::<1>(high), s.shr_b::<1>(high), s.shr_b::<3>(high), s.shr_b::<5>(high)];
+    let signs = [s.shl_b::<3>(sign), s.shl_b::<2>(sign), s.shl_b::<1>(sign), sign];
+    let (one, six, seven, eight) = (s.splat_b(1), s.splat_b(6), s.splat_b(7), s.splat_b(8));
+    let mut acc = acc;
+    for q in 0..PART {
+        let table = s.load_b(&tables[q]);
+        let i = s.and_b(low[q], seven);
+        let j = s.or_b(s.and_b(s.shr_b::<3>(low[q]), one), s.and_b(highs[q], six));
+        let sign = s.and_b(signs[q], eight);
+        let first = s.lookup_b(table, s.or_b(i, sign));
+        // The sign of j is the other one if i is above; nothing is at j if they are equal.
+        let flip = s.and_b(s.gt_b(i, j), eight);
+        let index = s.or_b(s.xor_b(s.or_b(j, sign), flip), s.eq_b(i, j));
+        acc = s.dot2(acc, first, s.lookup_b(table, index));
+    }
+    acc
+}
+
+#[inline(always)]
+fn two_of_4<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
+    let index = planes.nibbles(s);
+    let sign = planes.ones(s);
+    let mut acc = acc;
+    for q in 0..PART {
+        let bit = s.splat_b(1 << q);
+        let negative = s.eq_b(s.and_b(sign, bit), bit);
+        let first = s.lookup_b(s.load_b(&tables[2 * q]), index[q]);
+        let second = s.lookup_b(s.load_b(&tables[2 * q + 1]), index[q]);
+        acc = s.dot2(acc, negate(s, first, negative), negate(s, second, negative));
+    }
+    acc
+}
+
+/// −v where `mask` is all ones, v where it is zero.
+#[inline(always)]
+fn negate<S: Bytes>(s: S, v: S::B, mask: S::B) -> S::B {
+    s.sub_b(s.xor_b(v, mask), mask)
+}
+
+// A block of activations is at most 8 quads of M = 4, each one step of `dot2`.
+const _: () = assert!(BLOCK / (QUAD * 4) <= MAX_DOTS);
