@@ -27,7 +27,8 @@ fn benches(c: &mut Criterion) {
             let shape = [rows as u64, COLS as u64];
             let bytes = encoding.payload_len(&shape).expect("a valid shape").expect("known");
             // Any bits are codes; what they decode to does not matter for speed.
-            let payload: Vec<u8> = (0..bytes).map(|i| (i * 2654435761 >> 7) as u8 & 0x3b).collect();
+            let payload: Vec<u8> =
+                (0..bytes).map(|i| ((i * 2654435761) >> 7) as u8 & 0x3b).collect();
             let view = encoding.view(shape[0], shape[1], &payload).expect("the right length");
             let mut group = c.benchmark_group(format!("{encoding} {place}"));
             group.throughput(Throughput::Bytes(bytes));

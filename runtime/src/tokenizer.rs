@@ -47,14 +47,17 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The ids of a text that starts a context: the begin token, if the model wants one, then the
-    /// text.
+    /// The ids of a text that starts a context: the begin token, if the model wants one and the text
+    /// does not have it, then the text.
     ///
     /// # Errors
     /// As for [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids: Vec<u32> = self.bos.into_iter().collect();
-        ids.extend(self.encode(text)?);
+        let mut ids = self.encode(text)?;
+        // Not twice, if it is written out in the text (spec, metadata §2.3).
+        if let Some(bos) = self.bos.filter(|bos| ids.first() != Some(bos)) {
+            ids.insert(0, bos);
+        }
         Ok(ids)
     }
 

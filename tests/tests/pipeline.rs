@@ -5,8 +5,8 @@ use std::path::Path;
 use serde_json::{Value as Json, json};
 use stb_format::encoding::Dense;
 use stb_format::{File, Rule};
-use stb_tests::paths::{quill, shared};
-use stb_tests::programs::{Run, command, convert, run, skip};
+use stb_tests::paths::{quill, root, shared};
+use stb_tests::programs::{Run, command, convert, note, run, skip};
 use stb_tests::tiny;
 use tempfile::TempDir;
 
@@ -260,5 +260,47 @@ fn random_models_of_every_encoding_run() {
         let _ = run("stb-convert", &["verify", text(&file)]).success();
         let args = ["--prompt", "abc", "-n", "5", "--no-template", "--temp", "0", text(&file)];
         let _ = run("stb-run", &args).success();
+    }
+}
+
+/// Rounding activations to 8 bits, as generation does, costs next to nothing; `exact` switches it
+/// off, and then one token at a time gives what many at once give.
+#[test]
+fn rounded_activations_cost_little() {
+    use stb_runtime::{Model, OpenOptions, State};
+    let folder = folder();
+    let file = folder.path().join("m.stb");
+    let text = std::fs::read_to_string(root().join("convert/data/calibration.txt")).unwrap();
+    for recipe in ["nm-2of4", "nm-2of8"] {
+        convert(&quill(), &file, &[&QUICK[..], &["--recipe", recipe, "--force"]].concat());
+        let loss = |exact: bool, step: usize| {
+            let options = OpenOptions { exact, ..OpenOptions::default() };
+            let model = Model::open(&file, &options).unwrap();
+            let tokenizer = model.tokenizer().unwrap();
+            let start: String = text.chars().take(1500).collect();
+            let ids = tokenizer.encode_prompt(&start).unwrap();
+            let ids = &ids[..200];
+            let vocab = model.embeddings.rows();
+            let mut state = State::new(&model, ids.len());
+            let mut sum = 0.0;
+            for (i, part) in ids.chunks(step).enumerate() {
+                let add = |first: usize, logits: &[f32]| {
+                    for (t, logits) in logits.chunks_exact(vocab).enumerate() {
+                        if let Some(target) = ids.get(i * step + first + t + 1) {
+                            let max = logits.iter().copied().fold(f32::MIN, f32::max);
+                            let all: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
+                            sum += all.ln() + f64::from(max - logits[*target as usize]);
+                        }
+                    }
+                };
+                model.forward_all(&mut state, part, add).unwrap();
+            }
+            sum / (ids.len() - 1) as f64
+        };
+        let (exact, single, rounded) = (loss(true, 200), loss(true, 1), loss(false, 1));
+        assert!((single / exact - 1.0).abs() < 1e-4, "{recipe}: {single} for {exact}");
+        assert!((rounded / exact - 1.0).abs() < 3e-3, "{recipe}: {rounded} for {exact}");
+        assert_ne!(rounded, single, "{recipe}: nothing was rounded");
+        note(&format!("{recipe}: loss {exact:.5}, rounded {rounded:.5}"));
     }
 }

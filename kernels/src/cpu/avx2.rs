@@ -297,6 +297,12 @@ impl Bytes for Avx2 {
     type Acc = I;
 
     #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint without effect on memory; the instruction never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     fn load_b(self, v: &[u8; 64]) -> I {
         let (halves, _) = v.as_chunks::<32>();
         halves_of(

@@ -242,6 +242,12 @@ impl<const VBMI: bool> Bytes for Avx512<VBMI> {
     type Acc = [__m512i; 2];
 
     #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint without effect on memory; the instruction never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     fn load_b(self, v: &[u8; 64]) -> __m512i {
         // SAFETY: 64 bytes are readable behind the reference; the load takes any alignment.
         unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }

@@ -10,6 +10,8 @@ pub(crate) trait Bytes: Simd {
     /// 16 sums, in whatever form suits the instructions.
     type Acc: Copy;
 
+    /// Asks for the cache line at `at`, which may be any address.
+    fn prefetch(self, at: *const u8);
     fn load_b(self, v: &[u8; 64]) -> Self::B;
     fn store_b(self, v: Self::B, to: &mut [u8; 64]);
     fn splat_b(self, v: u8) -> Self::B;

@@ -142,7 +142,7 @@ fn tiles<S: Bytes, const N: usize, const M: usize, const T: usize>(
         let mut acc = [s.zero_acc(); T];
         for part in from..parts.min(from + parts_per_block) {
             for t in 0..T {
-                acc[t] = add_part::<S, N, M>(s, codes[t], quads, part, &x.tables, acc[t]);
+                acc[t] = add_part::<S, N, M, T>(s, codes[t], quads, part, &x.tables, acc[t]);
             }
         }
         for t in 0..T {
@@ -177,6 +177,8 @@ fn scales<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, col: usize, activation: f
 /// The vectors of a plane: those that do not exist are zero, as are the tables of their quads.
 struct Planes<'a> {
     codes: &'a [[u8; 64]],
+    /// How far ahead to fetch, in vectors: the tiles that come next lie behind the present ones.
+    ahead: usize,
     /// First vector of the planes of width 4, 2 and 1 of the chunk.
     four: usize,
     two: usize,
@@ -187,17 +189,18 @@ struct Planes<'a> {
 
 impl<'a> Planes<'a> {
     #[inline(always)]
-    fn new(codes: &'a [[u8; 64]], bits: usize, quads: usize, part: usize) -> Self {
+    fn new(codes: &'a [[u8; 64]], ahead: usize, bits: usize, quads: usize, part: usize) -> Self {
         let (chunk, half) = (part / 2, part % 2);
         let n = (quads - chunk * CHUNK_QUADS).min(CHUNK_QUADS);
         let four = chunk * bits;
         let two = four + if bits & 4 != 0 { n.div_ceil(2) } else { 0 };
         let one = two + if bits & 2 != 0 { n.div_ceil(4) } else { 0 };
-        Self { codes, four, two, one, half }
+        Self { codes, ahead, four, two, one, half }
     }
 
     #[inline(always)]
     fn load<S: Bytes>(&self, s: S, at: usize) -> S::B {
+        s.prefetch(self.codes.as_ptr().wrapping_add(at + self.ahead).cast());
         s.load_b(self.codes.get(at).unwrap_or(&[0; 64]))
     }
 
@@ -229,9 +232,9 @@ impl<'a> Planes<'a> {
     }
 }
 
-/// Adds the four quads of a part.
+/// Adds the four quads of a part of one of `T` tiles.
 #[inline(always)]
-fn add_part<S: Bytes, const N: usize, const M: usize>(
+fn add_part<S: Bytes, const N: usize, const M: usize, const T: usize>(
     s: S,
     codes: &[[u8; 64]],
     quads: usize,
@@ -240,7 +243,7 @@ fn add_part<S: Bytes, const N: usize, const M: usize>(
     acc: S::Acc,
 ) -> S::Acc {
     let bits = N * M.trailing_zeros() as usize + 1;
-    let planes = Planes::new(codes, bits, quads, part);
+    let planes = Planes::new(codes, T * codes.len(), bits, quads, part);
     let per_quad = if (N, M) == (2, 4) { 2 } else { 1 };
     let tables = &tables[part * PART * per_quad..(part + 1) * PART * per_quad];
     match (N, M) {

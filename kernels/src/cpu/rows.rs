@@ -69,7 +69,11 @@ pub(crate) fn unpack<S: Simd>(s: S, m: &impl Rows, row: usize, from: usize, to: 
 
 /// `N` bytes from `at`, in place; at the end of `v` copied to `spare` and padded with zeros.
 #[inline(always)]
-fn bytes<'a, const N: usize>(v: &'a [u8], at: usize, spare: &'a mut [u8; N]) -> &'a [u8; N] {
+pub(super) fn bytes<'a, const N: usize>(
+    v: &'a [u8],
+    at: usize,
+    spare: &'a mut [u8; N],
+) -> &'a [u8; N] {
     let rest = v.get(at..).unwrap_or_default();
     if let Some(chunk) = rest.first_chunk() {
         return chunk;

@@ -224,6 +224,9 @@ impl Bytes for Scalar {
     type Acc = [u32; 16];
 
     #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+
+    #[inline(always)]
     fn load_b(self, v: &[u8; 64]) -> Self::B {
         *v
     }
