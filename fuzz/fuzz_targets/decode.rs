@@ -45,6 +45,8 @@ fn kernels(view: &MatrixView<'_>, weights: &[f32], valid: bool) {
         let prepared = work.prepare(view, &x);
         matvec(isa, view, prepared, 0, &mut y);
         matmul(isa, view, panels.all(), 0, &mut z);
+        let mut rounded = vec![0.0; rows];
+        matvec(isa, view, Workspace::default().prepare_rounded(isa, view, &x), 0, &mut rounded);
         if !valid {
             continue;
         }
