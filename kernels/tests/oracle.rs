@@ -227,6 +227,24 @@ fn rounded_products_keep_their_bound_on_every_isa() {
             }
         }
     }
+    // An activation that is not finite is not lost.
+    for encoding in encodings() {
+        let bytes = payload(&mut rng, &encoding, 16, 300);
+        let view = encoding.view(16, 300, &bytes).unwrap();
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = rng.floats(300);
+            x[130] = bad;
+            for isa in Isa::available() {
+                let mut work = Workspace::default();
+                let prepared = work.prepare_rounded(isa, &view, &x);
+                if format!("{prepared:?}").contains("Some") {
+                    let mut y = vec![0.0; 16];
+                    matvec(isa, &view, prepared, 0, &mut y);
+                    assert!(y.iter().all(|v| v.is_nan()), "{encoding} {} {y:?}", isa.name());
+                }
+            }
+        }
+    }
     assert!(kernels > 100, "most joint codes and 4-bit integers have a kernel");
 }
 

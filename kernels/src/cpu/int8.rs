@@ -51,11 +51,18 @@ impl Rounded {
         self.scales.clear();
         self.codes.resize(x.len(), 0);
         for (block, codes) in x.chunks_exact(BLOCK).zip(self.codes.chunks_exact_mut(BLOCK)) {
-            let mut max = s.splat(0.0);
+            let (mut max, mut poison) = (s.splat(0.0), s.splat(0.0));
             for at in (0..BLOCK).step_by(16) {
                 let v = s.load(lanes(block, at));
                 let magnitude = s.and(s.cast_i(v), s.splat_i(0x7fff_ffff));
                 max = s.max(max, s.cast_f(magnitude));
+                poison = s.mul_add(v, s.splat(0.0), poison);
+            }
+            // What is not finite has no code: it makes the scale, and so the product, NaN.
+            if s.sum(poison).is_nan() {
+                self.scales.push(f32::NAN);
+                codes.fill(0);
+                continue;
             }
             let max = largest(s, max);
             self.scales.push(max / 127.0);

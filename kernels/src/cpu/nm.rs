@@ -81,33 +81,35 @@ fn tiles<S: Simd, const N: usize, const M: usize, const T: usize>(
             totals[t] = if m.blocks() == 0 {
                 acc[t]
             } else {
-                s.mul_add(multipliers(s, m, tile + t, block), acc[t], totals[t])
+                s.mul_add(multipliers(s, m, tile + t, block, 1.0), acc[t], totals[t])
             };
         }
     }
     totals
 }
 
-/// The scale multipliers of the rows of a tile: (code + 1) / 2^bits.
+/// The scale multipliers of the rows of a tile, times `factor`: (code + 1) / 2^bits · factor.
 #[inline(always)]
-fn multipliers<S: Simd>(s: S, m: &NmView<'_>, tile: usize, block: usize) -> S::F {
+pub(crate) fn multipliers<S: Simd>(
+    s: S,
+    m: &NmView<'_>,
+    tile: usize,
+    block: usize,
+    factor: f32,
+) -> S::F {
     let index = tile * m.blocks() + block;
-    let mut codes = [0; 16];
-    let step = if m.spec.scale_bits() == 8 {
-        if let Some(stored) = m.block_codes.get(index * 16..index * 16 + 16) {
-            codes.copy_from_slice(stored);
-        }
-        1.0 / 256.0
+    let (codes, step) = if m.spec.scale_bits() == 8 {
+        let stored = m.block_codes.get(index * 16..).and_then(|b| b.first_chunk());
+        (*stored.unwrap_or(&[0; 16]), 1.0 / 256.0)
     } else {
-        let stored = m.block_codes.get(index * 8..index * 8 + 8).unwrap_or(&[0; 8]);
-        for (k, pair) in stored.iter().enumerate() {
-            codes[k] = pair & 15;
-            codes[k + 8] = pair >> 4;
-        }
-        1.0 / 16.0
+        let stored = m.block_codes.get(index * 8..).and_then(|b| b.first_chunk());
+        let pairs = u64::from_le_bytes(*stored.unwrap_or(&[0; 8]));
+        const LOW: u64 = 0x0f0f_0f0f_0f0f_0f0f;
+        let both = u128::from(pairs & LOW) | u128::from(pairs >> 4 & LOW) << 64;
+        (both.to_le_bytes(), 1.0 / 16.0)
     };
     let codes = s.to_f32(s.widen_u8(&codes));
-    s.mul(s.add(codes, s.splat(1.0)), s.splat(step))
+    s.mul(s.add(codes, s.splat(1.0)), s.splat(factor * step))
 }
 
 /// Adds the four groups of a quad for `T` tiles.
@@ -261,7 +263,7 @@ pub(crate) fn unpack<S: Simd>(
         let place = Place::new(m.spec.code_bits() as usize, quad, quads);
         if m.blocks() != 0 {
             let block = quad * quad_cols / m.spec.block();
-            s.store(s.mul(row_scales, multipliers(s, m, tile, block)), &mut scales);
+            s.store(s.mul(row_scales, multipliers(s, m, tile, block, 1.0)), &mut scales);
         }
         for lane in 0..QUAD {
             let mut codes = [0.0; TILE];

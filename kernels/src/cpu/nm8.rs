@@ -159,19 +159,7 @@ fn scales<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, col: usize, activation: f
     if m.blocks() == 0 {
         return s.splat(activation);
     }
-    let index = tile * m.blocks() + col / m.spec.block();
-    let (codes, step) = if m.spec.scale_bits() == 8 {
-        let stored = m.block_codes.get(index * 16..).and_then(|b| b.first_chunk());
-        (*stored.unwrap_or(&[0; 16]), 1.0 / 256.0)
-    } else {
-        let stored = m.block_codes.get(index * 8..).and_then(|b| b.first_chunk());
-        let pairs = u64::from_le_bytes(*stored.unwrap_or(&[0; 8]));
-        const LOW: u64 = 0x0f0f_0f0f_0f0f_0f0f;
-        let both = u128::from(pairs & LOW) | u128::from(pairs >> 4 & LOW) << 64;
-        (both.to_le_bytes(), 1.0 / 16.0)
-    };
-    let codes = s.to_f32(s.widen_u8(&codes));
-    s.mul(s.add(codes, s.splat(1.0)), s.splat(activation * step))
+    super::nm::multipliers(s, m, tile, col / m.spec.block(), activation)
 }
 
 /// The vectors of a plane: those that do not exist are zero, as are the tables of their quads.
