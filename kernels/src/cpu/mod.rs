@@ -2,11 +2,14 @@
 //! the algorithms over it.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 mod bytes;
 mod gemm;
+mod gemm8;
 mod int4;
 mod int8;
 mod nm;
@@ -21,6 +24,7 @@ use crate::isa::{Isa, Task};
 
 pub(crate) use bytes::Bytes;
 pub use gemm::{Panels, PanelsRef, matmul};
+pub use gemm8::{RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
 use int8::Rounded;
 
 /// Operations on 16 lanes of f32 (`F`) or u32 (`I`). A value of the implementing type proves that

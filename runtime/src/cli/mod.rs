@@ -132,6 +132,9 @@ struct SamplingArgs {
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Never choose the end token: go on to -n or the end of the context
+    #[arg(long)]
+    ignore_eos: bool,
 }
 
 #[derive(Args)]

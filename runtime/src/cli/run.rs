@@ -79,7 +79,8 @@ pub(super) fn run(file: &Path, args: &RunArgs) -> anyhow::Result<()> {
     let options = GenerateOptions {
         max_tokens: args.sampling.tokens,
         stop: args.sampling.stop.clone(),
-        stop_at_special: session.template.is_some(),
+        stop_at_special: session.template.is_some() && !args.sampling.ignore_eos,
+        ignore_end: args.sampling.ignore_eos,
     };
     let sampler = Sampler::new(sampler_options(&args.sampling, &session.model));
     let text = match &args.prompt {
