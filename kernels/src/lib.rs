@@ -22,8 +22,8 @@ mod cpu;
 mod isa;
 
 pub use cpu::ops;
+pub use cpu::{Lanes, RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
 pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec};
-pub use cpu::{RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
 pub use isa::{Isa, IsaError};
 
 /// Rows that a kernel computes together: callers split work at multiples of this.

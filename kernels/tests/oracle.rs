@@ -5,8 +5,8 @@ use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
 use stb_format::half::f16;
 use stb_kernels::{
-    Isa, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul, matmul_rounded, matvec,
-    ops,
+    Isa, Lanes, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul,
+    matmul_rounded, matvec, ops,
 };
 
 /// A small deterministic generator (SplitMix64).
@@ -276,12 +276,12 @@ fn rounded_tokens_do_not_depend_on_each_other() {
                     let mut together = RoundedTokens::default();
                     together.parts(&view, &x).for_each(|part| part.round(isa, &view));
                     let stride = together.tile_stride();
-                    let mut y = vec![f32::NAN; rows.div_ceil(16) * stride];
+                    let mut y = vec![Lanes([f32::NAN; 16]); rows.div_ceil(16) * stride];
                     for (i, y) in y.chunks_mut(3 * stride).enumerate() {
                         matmul_rounded(isa, &view, &together, i * 48, y);
                     }
                     for (t, r) in (0..tokens).flat_map(|t| (0..rows).map(move |r| (t, r))) {
-                        let found = y[r / 16 * stride + t * 16 + r % 16];
+                        let found = y[r / 16 * stride + t].0[r % 16];
                         assert_eq!(
                             found.to_bits(),
                             alone[t * rows + r].to_bits(),

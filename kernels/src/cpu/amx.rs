@@ -94,48 +94,41 @@ pub(crate) unsafe fn end() {
     unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// `to[i][j][t][r] = Σ_k x[(16i + t)·stride + k] · w[j][k / 4][4r + k % 4]` over 128 columns, for 16
-/// rows (j = 0, 1 by `V`) and `16·T` tokens, all as signed bytes.
+/// See [`super::Bytes::tile_products`].
 ///
 /// # Safety
 /// [`begin`] must have been called on this thread, without [`end`] since.
-///
-/// # Panics
-/// If `x` is shorter than the last token's 128 columns.
 #[inline(always)]
 pub(crate) unsafe fn block_products<const T: usize>(
     w: [&[[u8; 64]; BLOCK / 4]; 2],
-    x: &[i8],
-    stride: usize,
+    x: &[[i8; BLOCK]; 32],
     to: &mut TileSums,
 ) {
     const { assert!(T == 1 || T == 2) };
-    assert!(x.len() >= (16 * T - 1) * stride + BLOCK, "activations of all tokens");
-    let second = x.as_ptr().wrapping_add((T - 1) * 16 * stride);
     // Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
     //
     // SAFETY: the tiles are configured by the caller's promise. Loads of weights read 16 rows of 64
-    // bytes, of 64 apart, at the start and in the middle of arrays of 32 such rows. Loads of
-    // activations read 64 bytes at columns 0 and 64 of 16 rows `stride` apart: inside `x` by the
-    // assertion. Stores write 16 rows of 64 bytes to the arrays of `to`.
+    // bytes, 64 apart, at the start and in the middle of arrays of 32 such rows. Loads of activations
+    // read 64 bytes at columns 0 and 64 of 16 rows of 128 bytes, from row 0 or 16 of 32. Stores
+    // write 16 rows of 64 bytes to the four arrays of `to`.
     unsafe {
         if T == 2 {
             std::arch::asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
                 "tileloadd tmm6, [{w0} + {line}]",
-                "tileloadd tmm4, [{x0} + {stride}]",
+                "tileloadd tmm4, [{x} + {wide}]",
                 "tdpbssd tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{w1} + {line}]",
                 "tdpbssd tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{x1} + {stride}]",
+                "tileloadd tmm5, [{x} + {wide} + 2048]",
                 "tdpbssd tmm2, tmm5, tmm6",
                 "tdpbssd tmm3, tmm5, tmm7",
                 "tileloadd tmm6, [{w0} + {line} + 1024]",
-                "tileloadd tmm4, [{x0} + {stride} + 64]",
+                "tileloadd tmm4, [{x} + {wide} + 64]",
                 "tdpbssd tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{w1} + {line} + 1024]",
                 "tdpbssd tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{x1} + {stride} + 64]",
+                "tileloadd tmm5, [{x} + {wide} + 2112]",
                 "tdpbssd tmm2, tmm5, tmm6",
                 "tdpbssd tmm3, tmm5, tmm7",
                 "tilestored [{to} + {line}], tmm0",
@@ -143,8 +136,8 @@ pub(crate) unsafe fn block_products<const T: usize>(
                 "tilestored [{to} + {line} + 2048], tmm2",
                 "tilestored [{to} + {line} + 3072], tmm3",
                 w0 = in(reg) w[0].as_ptr(), w1 = in(reg) w[1].as_ptr(),
-                x0 = in(reg) x.as_ptr(), x1 = in(reg) second,
-                line = in(reg) 64usize, stride = in(reg) stride, to = in(reg) to.as_mut_ptr(),
+                x = in(reg) x.as_ptr(), wide = in(reg) BLOCK,
+                line = in(reg) 64usize, to = in(reg) to.as_mut_ptr(),
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
@@ -153,20 +146,20 @@ pub(crate) unsafe fn block_products<const T: usize>(
             std::arch::asm!(
                 "tilezero tmm0", "tilezero tmm1",
                 "tileloadd tmm6, [{w0} + {line}]",
-                "tileloadd tmm4, [{x0} + {stride}]",
+                "tileloadd tmm4, [{x} + {wide}]",
                 "tdpbssd tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{w1} + {line}]",
                 "tdpbssd tmm1, tmm4, tmm7",
                 "tileloadd tmm6, [{w0} + {line} + 1024]",
-                "tileloadd tmm5, [{x0} + {stride} + 64]",
+                "tileloadd tmm5, [{x} + {wide} + 64]",
                 "tdpbssd tmm0, tmm5, tmm6",
                 "tileloadd tmm7, [{w1} + {line} + 1024]",
                 "tdpbssd tmm1, tmm5, tmm7",
                 "tilestored [{to} + {line}], tmm0",
                 "tilestored [{to} + {line} + 1024], tmm1",
                 w0 = in(reg) w[0].as_ptr(), w1 = in(reg) w[1].as_ptr(),
-                x0 = in(reg) x.as_ptr(),
-                line = in(reg) 64usize, stride = in(reg) stride, to = in(reg) to.as_mut_ptr(),
+                x = in(reg) x.as_ptr(), wide = in(reg) BLOCK,
+                line = in(reg) 64usize, to = in(reg) to.as_mut_ptr(),
                 out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm5") _,
                 out("tmm6") _, out("tmm7") _,
                 options(nostack),

@@ -406,13 +406,12 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     fn tile_products<const T: usize>(
         self,
         w: [&[[u8; 64]; BLOCK / 4]; 2],
-        x: &[i8],
-        stride: usize,
+        x: &[[i8; BLOCK]; 32],
         to: &mut TileSums,
     ) {
         assert!(LEVEL >= AMX, "a set with tiles");
         // SAFETY: the trait demands to be called inside `with_tiles`, which configures the tiles.
-        unsafe { amx::block_products::<T>(w, x, stride, to) }
+        unsafe { amx::block_products::<T>(w, x, to) }
     }
 
     #[inline(always)]

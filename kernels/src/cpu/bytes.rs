@@ -61,18 +61,17 @@ pub(crate) trait Bytes: Simd {
         task.run(self)
     }
 
-    /// `to[i][j][t][r] = Σ_k x[(16i + t)·stride + k] · w[j][k / 4][4r + k % 4]`, all signed, over 128
-    /// columns: 16·`T` tokens, i < `T` ≤ 2, times two tiles of 16 rows. Only inside
-    /// [`Bytes::with_tiles`] of a set with [`Bytes::TILES`].
+    /// `to[i][j][t][r] = Σ_k x[16i + t][k] · w[j][k / 4][4r + k % 4]`, all signed, over 128 columns:
+    /// 16·`T` tokens, i < `T` ≤ 2, times two tiles of 16 rows. Only inside [`Bytes::with_tiles`]
+    /// of a set with [`Bytes::TILES`].
     ///
     /// # Panics
-    /// If `x` is too short or there is no such unit.
+    /// If there is no such unit.
     #[inline(always)]
     fn tile_products<const T: usize>(
         self,
         _w: [&[[u8; 64]; BLOCK / 4]; 2],
-        _x: &[i8],
-        _stride: usize,
+        _x: &[[i8; BLOCK]; 32],
         _to: &mut TileSums,
     ) {
         unreachable!("a set without tiles")

@@ -22,19 +22,36 @@ const TILES: usize = 4;
 /// Tokens are padded with zeros to a multiple of this.
 const TOKENS: usize = 32;
 
+/// Where a cache line begins: vectors that cross lines take twice the time.
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C, align(64))]
+struct Aligned<T>(T);
+
 /// Bytes of 16 rows × 128 columns: for every four columns, the rows' four bytes side by side.
-type Expanded = [[u8; 64]; BLOCK / 4];
+type Expanded = Aligned<[[u8; 64]; BLOCK / 4]>;
+
+/// Activations of a block of columns, [token][column].
+type Codes = Aligned<[[i8; BLOCK]; TOKENS]>;
+
+/// Products of tiles before they are scaled.
+type Sums = Aligned<TileSums>;
+
+/// Results of 16 rows for one token.
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C, align(64))]
+pub struct Lanes(pub [f32; TILE]);
 
 /// Activations of several tokens, rounded to 8 bits with one scale per token and 128 columns, ready
 /// for [`matmul_rounded`].
 #[derive(Default, Debug)]
 pub struct RoundedTokens {
-    /// [tokens padded, columns padded].
-    codes: Vec<i8>,
-    /// [tokens padded, blocks].
-    scales: Vec<f32>,
-    /// Minus the sums of codes, [tokens padded, blocks].
-    sums: Vec<i32>,
+    /// By [`TOKENS`] tokens, for each block: [token][column]. Whole rows of activations would lie at
+    /// multiples of a page and so in the same few places of a cache.
+    codes: Vec<Codes>,
+    /// By [`TOKENS`] tokens, for each block: the scale of each token.
+    scales: Vec<[f32; TOKENS]>,
+    /// Minus the sums of codes, in the same order.
+    sums: Vec<[i32; TOKENS]>,
     tokens: usize,
     cols: usize,
 }
@@ -45,16 +62,14 @@ pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
     matches!(matrix, MatrixView::Nm(_)) && int8::supports(matrix)
 }
 
-/// Tokens of a part of [`RoundedTokens`] that is rounded apart from the others.
-const ROUND_TOKENS: usize = 8;
-
-/// Activations of a few tokens on their way into [`RoundedTokens`].
+/// Activations of up to [`TOKENS`] tokens on their way into [`RoundedTokens`].
 #[derive(Debug)]
 pub struct RoundingPart<'a> {
     x: &'a [f32],
-    codes: &'a mut [i8],
-    scales: &'a mut [f32],
-    sums: &'a mut [i32],
+    codes: &'a mut [Codes],
+    /// For each block.
+    scales: &'a mut [[f32; TOKENS]],
+    sums: &'a mut [[i32; TOKENS]],
 }
 
 impl RoundedTokens {
@@ -74,15 +89,15 @@ impl RoundedTokens {
         self.cols = cols;
         let (padded, blocks) = (self.tokens.next_multiple_of(TOKENS), cols.div_ceil(BLOCK));
         self.codes.clear();
-        self.codes.resize(padded * blocks * BLOCK, 0);
+        self.codes.resize(padded / TOKENS * blocks, Aligned([[0; BLOCK]; TOKENS]));
         self.scales.clear();
-        self.scales.resize(padded * blocks, 0.0);
+        self.scales.resize(padded / TOKENS * blocks, [0.0; TOKENS]);
         self.sums.clear();
-        self.sums.resize(padded * blocks, 0);
-        let codes = self.codes.chunks_mut(ROUND_TOKENS * blocks * BLOCK);
-        let scales = self.scales.chunks_mut(ROUND_TOKENS * blocks);
-        let sums = self.sums.chunks_mut(ROUND_TOKENS * blocks);
-        let parts = x.chunks(ROUND_TOKENS * cols).zip(codes).zip(scales).zip(sums);
+        self.sums.resize(padded / TOKENS * blocks, [0; TOKENS]);
+        let codes = self.codes.chunks_mut(blocks);
+        let scales = self.scales.chunks_mut(blocks);
+        let sums = self.sums.chunks_mut(blocks);
+        let parts = x.chunks(TOKENS * cols).zip(codes).zip(scales).zip(sums);
         parts.map(|(((x, codes), scales), sums)| RoundingPart { x, codes, scales, sums })
     }
 
@@ -96,10 +111,10 @@ impl RoundedTokens {
         self.cols.div_ceil(BLOCK)
     }
 
-    /// Floats that the output of [`matmul_rounded`] takes for one tile of 16 rows.
+    /// Lanes that the output of [`matmul_rounded`] takes for one tile of 16 rows: tokens, padded.
     #[must_use]
     pub fn tile_stride(&self) -> usize {
-        self.tokens.next_multiple_of(TOKENS) * TILE
+        self.tokens.next_multiple_of(TOKENS)
     }
 }
 
@@ -130,17 +145,17 @@ impl Task for Round<'_, '_> {
                 nm::apply_factors(m, &mut factored);
             }
             for b in 0..blocks {
-                let codes = &mut part.codes[(t * blocks + b) * BLOCK..][..BLOCK];
+                let codes = &mut part.codes[b].0[t];
                 let x = &factored[b * BLOCK..(b + 1) * BLOCK];
-                part.scales[t * blocks + b] = int8::round_block(s, x, codes);
-                part.sums[t * blocks + b] = -codes.iter().map(|c| i32::from(*c)).sum::<i32>();
+                part.scales[b][t] = int8::round_block(s, x, codes);
+                part.sums[b][t] = -codes.iter().map(|c| i32::from(*c)).sum::<i32>();
             }
         }
     }
 }
 
 /// `y[tile, t, r] = Σ_c w[first + 16·tile + r, c] · x[t, c]` with rounded activations: for each tile
-/// of 16 rows [`RoundedTokens::tile_stride`] floats, of which those of the first tokens count. Rows
+/// of 16 rows [`RoundedTokens::tile_stride`] tokens, of which the first count. Rows
 /// past the last are zero.
 ///
 /// # Panics
@@ -151,7 +166,7 @@ pub fn matmul_rounded(
     matrix: &MatrixView<'_>,
     x: &RoundedTokens,
     first: usize,
-    y: &mut [f32],
+    y: &mut [Lanes],
 ) {
     assert!(has_rounded_matmul(matrix), "an encoding with a kernel");
     assert!(first.is_multiple_of(TILE), "work is split at row tiles");
@@ -167,7 +182,7 @@ struct MatMul<'a> {
     matrix: &'a NmView<'a>,
     x: &'a RoundedTokens,
     first: usize,
-    y: &'a mut [f32],
+    y: &'a mut [Lanes],
 }
 
 impl Task for MatMul<'_> {
@@ -202,8 +217,9 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize>(s: S, job: MatMul<'_>) {
     let MatMul { matrix: m, x, first, y } = job;
     let stride = x.tile_stride();
     let patterns = Patterns::<S>::new::<N, M>(s);
-    let mut weights = vec![[[0; 64]; BLOCK / 4]; TILES * DEPTH / BLOCK];
-    y.fill(0.0);
+    let mut weights = vec![Aligned([[0; 64]; BLOCK / 4]); TILES * DEPTH / BLOCK];
+    let mut sums: [Sums; 2] = [Aligned([[[[0; 16]; 16]; 2]; 2]); 2];
+    y.fill(Lanes::default());
     for (i, y) in y.chunks_mut(TILES * stride).enumerate() {
         let tile = first / TILE + i * TILES;
         let tiles = y.len() / stride;
@@ -217,7 +233,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize>(s: S, job: MatMul<'_>) {
             }
             let part = Part { m, x, tile, blocks, weights: &weights };
             if S::TILES {
-                part.multiply_tiles(s, tiles, y);
+                part.multiply_tiles(s, tiles, &mut sums, y);
             } else {
                 part.multiply(s, tiles, y);
             }
@@ -230,13 +246,13 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize>(s: S, job: MatMul<'_>) {
 
 /// Multiplies the sums of a tile, [token][row], by the scales of its rows.
 #[inline(always)]
-fn scale_rows<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [f32]) {
+fn scale_rows<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes]) {
     let mut scales = [0.0; TILE];
     for (to, scale) in scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
         *to = f16::from_le_bytes(*scale).to_f32();
     }
     let scales = s.load(&scales);
-    for y in y.as_chunks_mut::<TILE>().0 {
+    for Lanes(y) in y {
         s.store(s.mul(s.load(y), scales), y);
     }
 }
@@ -305,7 +321,7 @@ impl<S: Bytes> Patterns<S> {
         let quads = m.groups().div_ceil(QUAD);
         let codes = m.tile_codes(tile);
         let per_block = BLOCK / (QUAD * M);
-        for (q, to) in to.chunks_exact_mut(QUAD * M / 4).enumerate() {
+        for (q, to) in to.0.chunks_exact_mut(QUAD * M / 4).enumerate() {
             let quad = block * per_block + q;
             if quad >= quads {
                 // Activations are zero there.
@@ -377,7 +393,7 @@ impl<'a> Part<'a> {
 
     /// Adds to `y`, [tile][token][row], with [`Bytes::dot4`].
     #[inline(always)]
-    fn multiply<S: Bytes>(&self, s: S, tiles: usize, y: &mut [f32]) {
+    fn multiply<S: Bytes>(&self, s: S, tiles: usize, y: &mut [Lanes]) {
         // The trait's sizes as constants that the micro-kernel can be unrolled for.
         match S::GEMM_ROWS {
             8 => self.multiply_sized::<S, 4, 4>(s, tiles, y),
@@ -390,7 +406,7 @@ impl<'a> Part<'a> {
         &self,
         s: S,
         tiles: usize,
-        y: &mut [f32],
+        y: &mut [Lanes],
     ) {
         let stride = self.x.tile_stride();
         for token in (0..self.x.tokens).step_by(T) {
@@ -413,21 +429,22 @@ impl<'a> Part<'a> {
         s: S,
         tile: usize,
         token: usize,
-        y: &mut [f32],
+        y: &mut [Lanes],
     ) {
         let (x, all, stride) = (self.x, self.x.blocks(), self.x.tile_stride());
         for (k, block) in self.blocks.clone().enumerate() {
             let mut rows: [&[[i8; 4]]; T] = [&[]; T];
             let mut acc = [[s.splat_i(0); V]; T];
             for t in 0..T {
-                let at = (token + t) * all + block;
-                rows[t] = &x.codes[at * BLOCK..(at + 1) * BLOCK].as_chunks().0[..BLOCK / 4];
+                let (at, t_in) = (token / TOKENS * all + block, token % TOKENS + t);
+                rows[t] = &x.codes[at].0[t_in].as_chunks().0[..BLOCK / 4];
                 // The offset of the bytes, times the activations, is taken off beforehand.
-                acc[t] = [s.splat_i(x.sums[at].cast_unsigned()); V];
+                let sum = x.sums[at][t_in];
+                acc[t] = [s.splat_i(sum.cast_unsigned()); V];
             }
             let mut weights: [&[[u8; 64]]; V] = [&[]; V];
             for v in 0..V {
-                weights[v] = &self.expanded(tile + v, k)[..];
+                weights[v] = &self.expanded(tile + v, k).0[..];
             }
             for c in 0..BLOCK / 4 {
                 let mut w = [s.splat_b(0); V];
@@ -444,9 +461,9 @@ impl<'a> Part<'a> {
             for v in 0..V {
                 let base = Base::new(s, self.m, self.tile + tile + v, block);
                 for t in 0..T {
-                    let at = v * stride + (token + t) * TILE;
-                    let scale = base.times(s, x.scales[(token + t) * all + block]);
-                    add_to(s, scale, acc[t][v], y[at..].first_chunk_mut().expect("padded tokens"));
+                    let at = v * stride + token + t;
+                    let scale = x.scales[token / TOKENS * all + block][token % TOKENS + t];
+                    add_to(s, base.times(s, scale), acc[t][v], &mut y[at]);
                 }
             }
         }
@@ -454,13 +471,13 @@ impl<'a> Part<'a> {
 
     /// Adds to `y`, [tile][token][row], with [`Bytes::tile_products`].
     #[inline(always)]
-    fn multiply_tiles<S: Bytes>(&self, s: S, tiles: usize, y: &mut [f32]) {
+    fn multiply_tiles<S: Bytes>(&self, s: S, tiles: usize, sums: &mut [Sums; 2], y: &mut [Lanes]) {
         for token in (0..self.x.tokens).step_by(TOKENS) {
             for tile in (0..tiles).step_by(2) {
                 if self.x.tokens - token > 16 {
-                    self.tiles::<S, 2>(s, tile, tiles, token, y);
+                    self.tiles::<S, 2>(s, tile, tiles, token, sums, y);
                 } else {
-                    self.tiles::<S, 1>(s, tile, tiles, token, y);
+                    self.tiles::<S, 1>(s, tile, tiles, token, sums, y);
                 }
             }
         }
@@ -474,23 +491,23 @@ impl<'a> Part<'a> {
         tile: usize,
         tiles: usize,
         token: usize,
-        y: &mut [f32],
+        sums: &mut [Sums; 2],
+        y: &mut [Lanes],
     ) {
         let all = self.x.blocks();
         let second = (tile + 1).min(tiles - 1);
         // Products of one block are computed while those of the block before are added: what a tile
         // has just stored cannot be loaded at once.
-        let mut sums: [TileSums; 2] = [[[[[0; 16]; 16]; 2]; 2]; 2];
         let count = self.blocks.len();
         for k in 0..=count {
             if k < count {
-                let w = [self.expanded(tile, k), self.expanded(second, k)];
-                let x = &self.x.codes[(token * all + self.blocks.start + k) * BLOCK..];
-                s.tile_products::<T>(w, x, all * BLOCK, &mut sums[k % 2]);
+                let w = [&self.expanded(tile, k).0, &self.expanded(second, k).0];
+                let x = &self.x.codes[token / TOKENS * all + self.blocks.start + k];
+                s.tile_products::<T>(w, &x.0, &mut sums[k % 2].0);
             }
             if k > 0 {
                 let block = self.blocks.start + k - 1;
-                let sums = &sums[(k - 1) % 2];
+                let sums = &sums[(k - 1) % 2].0;
                 for j in 0..(tiles - tile).min(2) {
                     self.add_sums::<S, T>(s, tile + j, block, token, sums, j, y);
                 }
@@ -507,23 +524,24 @@ impl<'a> Part<'a> {
         token: usize,
         sums: &TileSums,
         j: usize,
-        y: &mut [f32],
+        y: &mut [Lanes],
     ) {
         let (x, all) = (self.x, self.x.blocks());
         let base = Base::new(s, self.m, self.tile + tile, block);
-        let y = &mut y[tile * x.tile_stride() + token * TILE..][..16 * T * TILE];
-        let scales = &x.scales[token * all + block..];
-        for (t, y) in y.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-            let scale = base.times(s, scales[t * all]);
-            add_to(s, scale, s.load_i(&sums[t / 16][j][t % 16]), y);
+        let y = &mut y[tile * x.tile_stride() + token..][..16 * T];
+        let scales = x.scales[token / TOKENS * all + block].as_chunks::<16>().0;
+        for ((y, scales), sums) in y.as_chunks_mut::<16>().0.iter_mut().zip(scales).zip(sums) {
+            for ((y, scale), sums) in y.iter_mut().zip(scales).zip(&sums[j]) {
+                add_to(s, base.times(s, *scale), s.load_i(sums), y);
+            }
         }
     }
 }
 
 /// `y += scale · sums`.
 #[inline(always)]
-fn add_to<S: Bytes>(s: S, scale: S::F, sums: S::I, y: &mut [f32; TILE]) {
-    s.store(s.mul_add(scale, s.to_f32(sums), s.load(y)), y);
+fn add_to<S: Bytes>(s: S, scale: S::F, sums: S::I, y: &mut Lanes) {
+    s.store(s.mul_add(scale, s.to_f32(sums), s.load(&y.0)), &mut y.0);
 }
 
 /// The scales of 16 rows in a block of columns, without the rows' own.
