@@ -33,7 +33,7 @@ fn benches(c: &mut Criterion) {
                 group.sample_size(10);
                 for isa in Isa::available().filter(|isa| only.is_empty() || isa.name() == only) {
                     let mut rounded = RoundedTokens::default();
-                    rounded.parts(&view, &x).for_each(|part| part.round(isa, &view));
+                    rounded.parts(&view, &x).for_each(|mut part| part.round(isa, &view));
                     let mut y = vec![Lanes::default(); ROWS / 16 * rounded.tile_stride()];
                     group.bench_function(isa.name(), |b| {
                         b.iter(|| matmul_rounded(isa, &view, &rounded, 0, &mut y));

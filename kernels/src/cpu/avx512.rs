@@ -199,6 +199,13 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn store_low_u16(self, v: __m512i, to: &mut [u8; 32]) {
+        let packed = values!(_mm512_cvtepi32_epi16(v));
+        // SAFETY: 32 bytes are writable behind the reference; the store takes any alignment.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), packed) }
+    }
+
+    #[inline(always)]
     fn add_i(self, a: __m512i, b: __m512i) -> __m512i {
         values!(_mm512_add_epi32(a, b))
     }

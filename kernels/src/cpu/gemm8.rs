@@ -120,17 +120,17 @@ impl RoundedTokens {
 
 impl RoundingPart<'_> {
     /// Rounds these activations, with the column factors of `matrix`.
-    pub fn round(self, isa: Isa, matrix: &MatrixView<'_>) {
+    pub fn round(&mut self, isa: Isa, matrix: &MatrixView<'_>) {
         isa.run(Round { part: self, matrix });
     }
 }
 
-struct Round<'a, 'm> {
-    part: RoundingPart<'a>,
+struct Round<'p, 'a, 'm> {
+    part: &'p mut RoundingPart<'a>,
     matrix: &'m MatrixView<'m>,
 }
 
-impl Task for Round<'_, '_> {
+impl Task for Round<'_, '_, '_> {
     type Output = ();
 
     #[inline(always)]

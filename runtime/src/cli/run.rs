@@ -137,7 +137,7 @@ pub(super) fn report(args: &RunArgs, session: &Session, answer: &Generated) {
             "checksums_verified": session.model.verified,
             "file_bytes": session.model.file_bytes,
             "isa": session.model.isa.name(),
-            "threads": rayon::current_num_threads(),
+            "threads": session.model.pool.threads(),
             "prefill_tokens": timings.prefill_tokens,
             "prefill_seconds": timings.prefill.as_secs_f64(),
             "prefill_tokens_per_second": prefill,
