@@ -18,6 +18,10 @@ enum Kind {
     Avx512(crate::cpu::avx512::Avx512<false>),
     #[cfg(target_arch = "x86_64")]
     Avx512Vbmi(crate::cpu::avx512::Avx512<true>),
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    Neon(crate::cpu::neon::Neon<false>),
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    NeonDotprod(crate::cpu::neon::Neon<true>),
 }
 
 /// `STB_ISA` names a set that does not exist or that this machine lacks.
@@ -70,7 +74,15 @@ impl Isa {
             crate::cpu::avx512::Avx512::detect().map(Kind::Avx512),
             crate::cpu::avx2::Avx2::detect().map(Kind::Avx2),
         ];
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        let simd = [
+            crate::cpu::neon::Neon::detect().map(Kind::NeonDotprod),
+            crate::cpu::neon::Neon::detect().map(Kind::Neon),
+        ];
+        #[cfg(not(any(
+            target_arch = "x86_64",
+            all(target_arch = "aarch64", target_endian = "little")
+        )))]
         let simd: [Option<Kind>; 0] = [];
         simd.into_iter().flatten().chain([Kind::Scalar]).map(Self)
     }
@@ -86,6 +98,10 @@ impl Isa {
             Kind::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Vbmi(_) => "avx512vbmi",
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Kind::Neon(_) => "neon",
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Kind::NeonDotprod(_) => "neon-dotprod",
         }
     }
 
@@ -100,6 +116,10 @@ impl Isa {
             Kind::Avx512(s) => s.enter(task),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Vbmi(s) => s.enter(task),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Kind::Neon(s) => s.enter(task),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Kind::NeonDotprod(s) => s.enter(task),
         }
     }
 }

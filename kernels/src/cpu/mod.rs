@@ -9,11 +9,15 @@ mod bytes;
 mod gemm;
 mod int4;
 mod int8;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(crate) mod neon;
 mod nm;
 mod nm8;
 pub mod ops;
 mod rows;
 pub(crate) mod scalar;
+#[cfg(test)]
+mod tests;
 
 use stb_format::encoding::MatrixView;
 
