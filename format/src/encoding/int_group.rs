@@ -326,7 +326,8 @@ impl<'a> IntGroupView<'a> {
         let scales = self.scales.as_flattened().len();
         let padding = payload.len().saturating_sub(scales);
         let padding = payload.get(self.codes.len()..padding).unwrap_or_default();
-        let unused = self.cols..self.cols.next_multiple_of(self.spec.group());
+        let end = self.cols.checked_next_multiple_of(self.spec.group());
+        let unused = self.cols..end.unwrap_or(self.cols);
         let row_is_zero = |row: usize| {
             let planes = self.row_planes(row);
             unused.clone().all(|col| self.field(planes, col) == 0)

@@ -7,8 +7,8 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 mod bytes;
 mod gemm;
-mod int4;
 mod int8;
+mod int_group;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) mod neon;
 mod nm;
@@ -136,7 +136,7 @@ impl Workspace {
     }
 
     /// Prepares `x` rounded to 8 bits with one scale per 128 columns, for encodings that have a kernel
-    /// for it: joint codes with blocks of whole 128 columns or none, and 4-bit integers. A product
+    /// for it: joint codes with blocks of whole 128 columns or none, and integer groups. A product
     /// then differs from the exact one by at most Σ_blocks max|x| / 254 · Σ|w|, and by summation in
     /// f32. For other encodings the same as [`Workspace::prepare`].
     ///
@@ -209,7 +209,7 @@ impl Task for MatVec<'_> {
         let Self { matrix, x, first, y } = self;
         match (matrix, x.rounded) {
             (MatrixView::Nm(m), Some(x)) => return nm8::matvec(s, m, x, first, y),
-            (MatrixView::IntGroup(m), Some(x)) => return int4::matvec(s, m, x, first, y),
+            (MatrixView::IntGroup(m), Some(x)) => return int_group::matvec(s, m, x, first, y),
             _ => {}
         }
         let x = x.x;
