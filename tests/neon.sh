@@ -94,3 +94,45 @@ if ! [ -d "$(rustc --print sysroot)/lib/rustlib/$triple/lib" ]; then
     fi
     export RUSTC="$here/rustc"
 fi
+
+export CARGO_BUILD_TARGET=$triple CARGO_TARGET_DIR="$here/build"
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+
+say "everything builds for aarch64"
+cargo build --workspace --all-targets
+say "format and kernels, with dot products of bytes and without"
+cargo test -p stb-format -p stb-kernels --tests
+QEMU_CPU=cortex-a53 cargo test -p stb-kernels --tests
+
+# The programs do the same as those of this machine: files with the same bytes, the same text.
+unset RUSTC CARGO_BUILD_TARGET CARGO_TARGET_DIR
+say "conversion and generation as on this machine"
+cargo build --quiet -p stb-runtime -p stb-convert --bins
+native() { program=$1 && shift && "target/debug/$program" "$@"; }
+emulated() {
+    program=$1 && shift
+    qemu-aarch64 -L /usr/aarch64-linux-gnu "$here/build/$triple/debug/$program" "$@"
+}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+model=tests/models/quill-4m
+quick="--quiet --force --calib-samples 2 --calib-len 64"
+# shellcheck disable=SC2086
+for side in native emulated; do
+    $side stb-convert $model "$work/$side.stb" --recipe int4 $quick
+done
+cmp "$work/native.stb" "$work/emulated.stb"
+for recipe in int4 int3 nm-1of8 nm-2of4 stbllm-4of8; do
+    # shellcheck disable=SC2086
+    native stb-convert $model "$work/model.stb" --recipe $recipe $quick
+    set -- "$work/model.stb" --no-template --temp 0 --prompt "Once upon a time"
+    native stb-run "$@" -n 200 > "$work/native.txt" 2> "$work/log" || { cat "$work/log"; exit 1; }
+    for isa in neon neon-dotprod; do
+        STB_ISA=$isa emulated stb-run "$@" -n 200 > "$work/emulated.txt" 2> "$work/log" ||
+            { cat "$work/log"; exit 1; }
+        cmp "$work/native.txt" "$work/emulated.txt"
+    done
+    say "$recipe: $(wc -c < "$work/native.txt") bytes of text, the same on both"
+done
+say "passed"
