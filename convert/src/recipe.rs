@@ -102,7 +102,7 @@ pub struct Body {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Table {
-    /// 4 or 8; 0 keeps the numbers of the source.
+    /// 1, 2, 3, 4 or 8; 0 keeps the numbers of the source.
     pub bits: u8,
     /// Columns per scale.
     pub group: u16,
@@ -135,7 +135,7 @@ macro_rules! presets {
 presets! {
     "stbllm-4of8" "stbllm-5of8" "stbllm-6of8" "stbllm-si-4of8"
     "nm-1of8" "nm-1of4" "nm-2of8" "nm-2of4"
-    "int4" "int8" "source"
+    "sign" "int2" "int3" "int4" "int8" "source"
 }
 
 /// The recipe used when none is asked for.
@@ -219,7 +219,7 @@ impl Body {
                 self.allow(&["bits", "group"])?;
                 let (bits, group) = (self.bits.unwrap_or(4), self.group.unwrap_or(128));
                 let spec = IntGroup::new(bits, group).ok_or_else(|| {
-                    Error::invalid("recipe: int takes bits 4 or 8 and group 32, 64 or 128")
+                    Error::invalid("recipe: int takes bits 1, 2, 3, 4 or 8 and group 32, 64 or 128")
                 })?;
                 Some(Method::Int(spec))
             }
@@ -341,7 +341,7 @@ impl Table {
         }
         IntGroup::new(self.bits, self.group).map(Some).ok_or_else(|| {
             Error::invalid(
-                "recipe: embeddings and head take bits 0, 4 or 8 and group 32, 64 or 128",
+                "recipe: embeddings and head take bits 0, 1, 2, 3, 4 or 8 and group 32, 64 or 128",
             )
         })
     }
@@ -396,7 +396,7 @@ mod tests {
         refuse("method = 'stbllm'\nmetric = 'best'", "wanda");
         refuse("method = 'stbllm'\nn = 9", "1 to 8");
         refuse("method = 'stbllm'\nnn = 4", "nn");
-        refuse("method = 'int'\nbits = 5", "bits 4 or 8");
+        refuse("method = 'int'\nbits = 5", "1, 2, 3, 4 or 8");
         assert!(Recipe::load("nonsense").unwrap_err().to_string().contains("stbllm-4of8"));
         assert_eq!(Recipe::load("nowhere.toml").unwrap_err().exit_code(), 3);
     }

@@ -22,10 +22,13 @@ fn view<'a>(encoding: &Encoding, rows: usize, cols: usize, payload: &'a [u8]) ->
 }
 
 fn int_group() -> impl Strategy<Value = IntGroupParts> {
-    let specs = prop::sample::select(vec![(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128)]);
-    (specs, 1usize..20, 1usize..200).prop_flat_map(|((bits, group), rows, cols)| {
+    let bits = prop::sample::select(vec![1, 2, 3, 4, 8]);
+    let groups = prop::sample::select(vec![32, 64, 128]);
+    (bits, groups, 1usize..20, 1usize..200).prop_flat_map(|(bits, group, rows, cols)| {
         let spec = IntGroup::new(bits, group).unwrap();
-        let codes = if bits == 4 { -8i8..=7 } else { -128i8..=127 };
+        let (low, high) = spec.limits();
+        // The odd integers, or all.
+        let codes = (low..=high).prop_map(move |c| if bits < 4 && c % 2 == 0 { c + 1 } else { c });
         let scales = rows * cols.div_ceil(spec.group());
         let codes = prop::collection::vec(codes, rows * cols);
         (codes, prop::collection::vec(scale(), scales))
@@ -222,8 +225,15 @@ fn parameters_out_of_range_are_refused() {
     assert!(Nm::new(1, 8, 4, 0, false).is_none() && Nm::new(1, 8, 0, 128, false).is_none());
     let mut params = [0; 16];
     params[15] = 1;
-    for id in [1, 2, 3, 16, 32, 48] {
+    for id in [1, 2, 3, 16, 17, 32, 48] {
         assert!(Encoding::parse(id, params).is_err(), "{id}");
+    }
+    // Few bits have an id of their own.
+    for (bits, id, other) in [(1, 17, 16), (2, 17, 16), (3, 17, 16), (4, 16, 17), (8, 16, 17)] {
+        let spec = IntGroup::new(bits, 32).unwrap();
+        let params = Encoding::IntGroup(spec).params();
+        assert_eq!(Encoding::parse(id, params).unwrap(), Encoding::IntGroup(spec));
+        assert!(Encoding::parse(other, params).is_err(), "{bits} bits with id {other}");
     }
     assert!(matches!(Encoding::parse(999, params), Ok(Encoding::Unknown { id: 999, .. })));
 }
@@ -244,6 +254,10 @@ fn stored_bits_are_those_of_the_formulas() {
     assert_eq!(stbllm, 2.0 + 0.5 + 80.0 / 128.0 + 1.0 / 4096.0);
     assert_eq!(bits(Encoding::IntGroup(IntGroup::new(4, 32).unwrap())), 4.5);
     assert_eq!(bits(Encoding::IntGroup(IntGroup::new(8, 32).unwrap())), 8.5);
+    for few in [1, 2, 3] {
+        let encoding = Encoding::IntGroup(IntGroup::new(few, 128).unwrap());
+        assert_eq!(bits(encoding), f64::from(few) + 0.125);
+    }
 }
 
 #[test]

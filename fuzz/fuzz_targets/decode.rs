@@ -9,7 +9,7 @@ use stb_kernels::{Isa, Panels, Workspace, matmul, matvec};
 
 fuzz_target!(|data: &[u8]| {
     let Some((head, rest)) = data.split_at_checked(11) else { return };
-    let id = [1, 2, 3, 16, 32, 48][usize::from(head[0]) % 6];
+    let id = [1, 2, 3, 16, 17, 32, 48][usize::from(head[0]) % 7];
     let (rows, cols) = (1 + u64::from(head[1]) % 40, 1 + u64::from(head[2]) * 2);
     let mut params = [0; 16];
     params[..6].copy_from_slice(&head[3..9]);

@@ -22,6 +22,10 @@ enum Kind {
     Avx512Vbmi(Avx512<{ avx512::VBMI }>),
     #[cfg(target_arch = "x86_64")]
     Avx512Amx(Avx512<{ avx512::AMX }>),
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    Neon(crate::cpu::neon::Neon<false>),
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    NeonDotprod(crate::cpu::neon::Neon<true>),
 }
 
 /// `STB_ISA` names a set that does not exist or that this machine lacks.
@@ -75,7 +79,15 @@ impl Isa {
             Avx512::detect().map(Kind::Avx512),
             crate::cpu::avx2::Avx2::detect().map(Kind::Avx2),
         ];
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        let simd = [
+            crate::cpu::neon::Neon::detect().map(Kind::NeonDotprod),
+            crate::cpu::neon::Neon::detect().map(Kind::Neon),
+        ];
+        #[cfg(not(any(
+            target_arch = "x86_64",
+            all(target_arch = "aarch64", target_endian = "little")
+        )))]
         let simd: [Option<Kind>; 0] = [];
         simd.into_iter().flatten().chain([Kind::Scalar]).map(Self)
     }
@@ -93,6 +105,10 @@ impl Isa {
             Kind::Avx512Vbmi(_) => "avx512vbmi",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Amx(_) => "avx512amx",
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Kind::Neon(_) => "neon",
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Kind::NeonDotprod(_) => "neon-dotprod",
         }
     }
 
@@ -109,6 +125,10 @@ impl Isa {
             Kind::Avx512Vbmi(s) => s.enter(task),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Amx(s) => s.enter(task),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Kind::Neon(s) => s.enter(task),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Kind::NeonDotprod(s) => s.enter(task),
         }
     }
 }

@@ -44,8 +44,10 @@ fn encodings() -> Vec<Encoding> {
         Encoding::Dense(Dense::F16),
         Encoding::Dense(Dense::Bf16),
     ];
-    for (bits, group) in [(4, 32), (4, 64), (4, 128), (8, 32), (8, 128)] {
-        all.push(Encoding::IntGroup(IntGroup::new(bits, group).unwrap()));
+    for bits in [1, 2, 3, 4, 8] {
+        for group in [32, 64, 128] {
+            all.push(Encoding::IntGroup(IntGroup::new(bits, group).unwrap()));
+        }
     }
     for n in 1..=8 {
         for block in [32, 96, 128] {
@@ -64,8 +66,9 @@ fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> Vec<
     match *encoding {
         Encoding::Dense(kind) => kind.encode(&rng.floats(rows * cols)),
         Encoding::IntGroup(spec) => {
-            let limit = 1i16 << (spec.bits() - 1);
-            let mut code = || (rng.below(2 * limit as usize) as i16 - limit) as i8;
+            let step = if spec.is_odd() { 2 } else { 1 };
+            let low = i32::from(spec.limits().0);
+            let mut code = || (low + step * rng.below(1 << spec.bits()) as i32) as i8;
             let codes = (0..rows * cols).map(|_| code()).collect();
             let scales = rng.scales(rows * cols.div_ceil(spec.group()));
             IntGroupParts { spec, rows, cols, codes, scales }.pack()
@@ -166,6 +169,9 @@ fn products_match_the_oracle_on_every_isa() {
     }
 }
 
+/// Activations of a block whose largest is below 127 / `f32::MAX` have no 8-bit codes.
+const COUNTS_AS_ZERO: f64 = 3.74e-37;
+
 /// Activations of 8 bits: within the bound that is stated, the same bits on every set, whatever the
 /// split, for outliers and zeros too.
 #[test]
@@ -215,10 +221,11 @@ fn rounded_products_keep_their_bound_on_every_isa() {
                             let factor = factor(c);
                             sum += term;
                             size += term.abs();
-                            bound +=
-                                if factor == 0.0 { 0.0 } else { (w / factor).abs() * steps[c] };
+                            if factor != 0.0 {
+                                bound += (w / factor).abs() * (steps[c] + COUNTS_AS_ZERO);
+                            }
                         }
-                        let tolerance = 1.001 * bound + 1e-5 * (size + bound) + 1e-36;
+                        let tolerance = 1.001 * bound + 1e-5 * (size + bound) + 1e-40;
                         let error = (f64::from(y[r]) - sum).abs();
                         assert!(error <= tolerance, "{what}: {} for {sum} ± {tolerance}", y[r]);
                     }
@@ -248,7 +255,7 @@ fn rounded_products_keep_their_bound_on_every_isa() {
             }
         }
     }
-    assert!(kernels > 100, "most joint codes and 4-bit integers have a kernel");
+    assert!(kernels > 100, "most joint codes and all integer groups have a kernel");
 }
 
 /// Many tokens at once give what each gives alone, bit for bit, on every set and for every split.

@@ -292,10 +292,11 @@ types:
         enum: encoding
         valid:
           expr: >-
-            ndim == 2 or (_ != encoding::int_group and _ != encoding::stbllm and _ != encoding::nm)
+            ndim == 2 or (_ != encoding::int_group and _ != encoding::odd_group
+            and _ != encoding::stbllm and _ != encoding::nm)
         doc: |
-          How the weights are stored. Ids from 0x80000000 up are for private use. Encodings 16, 32 and 48 are
-          for two dimensions (STB-R-037).
+          How the weights are stored. Ids from 0x80000000 up are for private use. Encodings 16, 17, 32 and
+          48 are for two dimensions (STB-R-037).
         doc-ref: Encodings
       - id: reserved2
         type: u4
@@ -310,6 +311,7 @@ types:
             'encoding::f16': dense_params
             'encoding::bf16': dense_params
             'encoding::int_group': int_group_params
+            'encoding::odd_group': int_group_params
             'encoding::stbllm': stbllm_params
             'encoding::nm': nm_params
         doc: Parameters of the encoding (STB-R-036). Bytes for an encoding that is not known.
@@ -360,11 +362,12 @@ types:
           switch-on: encoding
           cases:
             'encoding::int_group': int_group_payload
+            'encoding::odd_group': int_group_payload
             'encoding::stbllm': stbllm_payload
             'encoding::nm': nm_payload
         doc: |
-          The stored bytes, cut into segments for encodings 16, 32 and 48. For dense tensors, the elements in
-          row-major order. Bytes for an encoding that is not known.
+          The stored bytes, cut into segments for encodings 16, 17, 32 and 48. For dense tensors, the elements
+          in row-major order. Bytes for an encoding that is not known.
         doc-ref: Encodings §1
       gap:
         io: _root._io
@@ -395,10 +398,12 @@ types:
       is_known:
         value: >-
           encoding == encoding::f32 or encoding == encoding::f16 or encoding == encoding::bf16
-          or encoding == encoding::int_group or encoding == encoding::stbllm or encoding == encoding::nm
+          or encoding == encoding::int_group or encoding == encoding::odd_group
+          or encoding == encoding::stbllm or encoding == encoding::nm
       known_length:
         value: >-
-          encoding == encoding::int_group ? params.as<int_group_params>.payload_length
+          encoding == encoding::int_group or encoding == encoding::odd_group
+          ? params.as<int_group_params>.payload_length
           : encoding == encoding::stbllm ? params.as<stbllm_params>.payload_length
           : encoding == encoding::nm ? params.as<nm_params>.payload_length
           : encoding == encoding::f32 ? elements * 4
@@ -421,8 +426,9 @@ types:
       - id: bits
         type: u1
         valid:
-          any-of: [4, 8]
-        doc: Bits of a code (STB-R-036).
+          expr: >-
+            _parent.encoding == encoding::int_group ? _ == 4 or _ == 8 : _ >= 1 and _ <= 3
+        doc: Bits of a code, 4 or 8 for encoding 16, 1 to 3 for encoding 17 (STB-R-036).
       - id: reserved1
         type: u1
         valid: 0
@@ -458,7 +464,9 @@ types:
     seq:
       - id: codes
         size: layout.codes_length
-        doc: Rows one after another, columns in order, each row padded to whole groups.
+        doc: |
+          Rows one after another, units of 32 columns in order, each row padded to whole groups. Rows of 3 bits
+          are two planes.
       - id: gap1
         size: layout.scales_start - layout.codes_length
         type: zeros
@@ -834,6 +842,9 @@ enums:
     16:
       id: int_group
       doc: Integers of 4 or 8 bits in groups (Encodings §3).
+    17:
+      id: odd_group
+      doc: Odd integers of 1 to 3 bits in groups (Encodings §3).
     32:
       id: stbllm
       doc: The structure of the STBLLM paper (Encodings §4).

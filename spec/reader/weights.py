@@ -81,7 +81,7 @@ class Dense:
 
 
 class Matrix:
-    """What encodings 16, 32 and 48 have in common (§1): two dimensions, segments, rows.
+    """What encodings 16, 17, 32 and 48 have in common (§1): two dimensions, segments, rows.
 
     A subclass sets its parameters in `read_params`, gives the lengths of its segments, checks the
     content of a payload, and decodes some of its rows.
@@ -142,10 +142,12 @@ class Matrix:
 class IntGroup(Matrix):
     """Encoding 16 (§3): integers of 4 or 8 bits, with one scale for each group of G columns."""
 
+    BITS_ALLOWED = (4, 8)
+
     def read_params(self, params):
         self.bits, self.G = params[0], u16(params, 2)
         require_params(
-            self.bits in (4, 8) and self.G in (32, 64, 128),
+            self.bits in self.BITS_ALLOWED and self.G in (32, 64, 128),
             params[1:2] + params[4:],
             f"integers of {self.bits} bits in groups of {self.G}",
         )
@@ -164,8 +166,7 @@ class IntGroup(Matrix):
         require_finite(parts[1].view("<f2"), "a scale")
 
     def decode_rows(self, parts, first, last):
-        codes = self._stored_codes(parts, first, last)[:, : self.cols]
-        codes = codes.view(np.int8) if self.bits == 8 else codes.astype(np.int8) - np.int8(8)
+        codes = self._codes(self._stored_codes(parts, first, last)[:, : self.cols])
         scales = parts[1].view("<f2").reshape(self.rows, self.groups)[first:last]
         scales = np.repeat(scales.astype(np.float32), self.G, axis=1)[:, : self.cols]
         return scales * codes.astype(np.float32)
@@ -176,6 +177,30 @@ class IntGroup(Matrix):
         if self.bits == 4:
             codes = unpack_nibbles(codes.reshape(last - first, -1, 16))
         return codes.reshape(last - first, self.groups * self.G)
+
+    def _codes(self, stored):
+        return stored.view(np.int8) if self.bits == 8 else stored.astype(np.int8) - np.int8(8)
+
+
+class OddGroup(IntGroup):
+    """Encoding 17 (§3): odd integers of 1 to 3 bits; 3 bits are stored as planes of 2 and 1."""
+
+    BITS_ALLOWED = (1, 2, 3)
+
+    def _stored_codes(self, parts, first, last):
+        rows = parts[0].reshape(self.rows, self.row_bytes)[first:last]
+        stored = np.zeros((last - first, self.groups * self.G), np.uint8)
+        at = shift = 0
+        for width in [2, 1] if self.bits == 3 else [self.bits]:
+            end = at + stored.shape[1] * width // 8
+            units = rows[:, at:end].reshape(last - first, -1, 4 * width)
+            fields = [units >> place & (1 << width) - 1 for place in range(0, 8, width)]
+            stored |= np.concatenate(fields, axis=-1).reshape(stored.shape) << shift
+            at, shift = end, shift + width
+        return stored
+
+    def _codes(self, stored):
+        return stored.astype(np.int8) * np.int8(2) + np.int8(1 - (1 << self.bits))
 
 
 class Stbllm(Matrix):
@@ -388,7 +413,7 @@ class JointNM(Matrix):
 
 ENCODING_NAMES = {1: "f32", 2: "f16", 3: "bf16", 16: "int group", 32: "stbllm", 48: "nm"}
 DENSE_TYPES = {1: "<f4", 2: "<f2", 3: "<u2"}
-MATRIX_CODECS = {16: IntGroup, 32: Stbllm, 48: JointNM}
+MATRIX_CODECS = {16: IntGroup, 17: OddGroup, 32: Stbllm, 48: JointNM}
 
 
 def codec_for(encoding: int, params: bytes, shape: tuple[int, ...]):

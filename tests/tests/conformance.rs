@@ -111,6 +111,13 @@ fn worked_examples_are_right() {
     let parts = [(0, "00 0f 08 09 07"), (64, "00 38")];
     check(Encoding::IntGroup(spec), [1, 5], &payload, &parts, &[-4.0, 3.5, 0.0, 0.5, -0.5]);
 
+    let spec = IntGroup::new(3, 32).unwrap();
+    let codes = vec![-7, 7, 1, -1, 3];
+    let payload = IntGroupParts { spec, rows: 1, cols: 5, codes, scales: half(&[0.5]) }.pack();
+    assert_eq!(payload.len(), 66);
+    let parts = [(0, "00 03 00 03 01 00 00 00"), (8, "02 01 01 00"), (64, "00 38")];
+    check(Encoding::IntGroup(spec), [1, 5], &payload, &parts, &[-3.5, 3.5, 0.5, -0.5, 1.5]);
+
     let spec = Stbllm::new(4, 32).unwrap();
     let payload = StbllmParts {
         spec,

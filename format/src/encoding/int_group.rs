@@ -1,4 +1,5 @@
-//! Id 16: 4- or 8-bit integers with one binary16 scale per group of columns (spec §6.3).
+//! Ids 16 and 17: integers of 4 or 8 bits, odd integers of 1 to 3 bits, with one binary16 scale per
+//! group of columns (spec, encodings §3).
 
 use std::fmt;
 
@@ -6,8 +7,12 @@ use half::f16;
 
 use super::{as_f16, check_canonical, check_finite_f16, f16_at, f16_bytes, f16_vec, join, split};
 use crate::error::Result;
+use crate::num::first_nonzero;
 
-/// Parameters of the integer group encoding.
+/// Columns whose codes lie together: 4 bytes for each bit of a code.
+pub const UNIT: usize = 32;
+
+/// Parameters of the integer group encodings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IntGroup {
     bits: u8,
@@ -15,21 +20,80 @@ pub struct IntGroup {
 }
 
 impl IntGroup {
-    /// The registered id.
+    /// The registered id for 4 and 8 bits.
     pub const ID: u32 = 16;
+    /// The registered id for 1, 2 and 3 bits.
+    pub const ODD_ID: u32 = 17;
 
-    /// `bits` 4 or 8; `group` 32, 64 or 128 columns per scale.
+    /// `bits` 1, 2, 3, 4 or 8; `group` 32, 64 or 128 columns per scale.
     #[must_use]
     pub fn new(bits: u8, group: u16) -> Option<Self> {
-        let valid = matches!(bits, 4 | 8) && matches!(group, 32 | 64 | 128);
+        let valid = matches!(bits, 1..=4 | 8) && matches!(group, 32 | 64 | 128);
         valid.then_some(Self { bits, group })
     }
 
-    /// Bits per code: 4 or 8.
+    /// The registered id.
+    #[must_use]
+    pub fn id(self) -> u32 {
+        if self.is_odd() { Self::ODD_ID } else { Self::ID }
+    }
+
+    /// Bits per code: 1, 2, 3, 4 or 8.
     #[must_use]
     #[inline]
     pub fn bits(self) -> u8 {
         self.bits
+    }
+
+    /// Whether the codes are the odd integers (1 to 3 bits): ±1; ±1, ±3; or ±1, ±3, ±5, ±7.
+    #[must_use]
+    #[inline]
+    pub fn is_odd(self) -> bool {
+        self.bits < 4
+    }
+
+    /// The smallest and the largest code.
+    #[must_use]
+    pub fn limits(self) -> (i8, i8) {
+        match self.bits {
+            1 => (-1, 1),
+            2 => (-3, 3),
+            3 => (-7, 7),
+            4 => (-8, 7),
+            _ => (-128, 127),
+        }
+    }
+
+    /// Widths of the planes of a row: 3 bits are stored as 2 and 1.
+    #[inline]
+    fn planes(self) -> &'static [u8] {
+        match self.bits {
+            1 => &[1],
+            2 => &[2],
+            3 => &[2, 1],
+            4 => &[4],
+            _ => &[8],
+        }
+    }
+
+    /// The code that is stored as the number `field`.
+    #[inline]
+    fn code_of(self, field: u8) -> i8 {
+        match self.bits {
+            8 => field.cast_signed(),
+            4 => field.cast_signed().wrapping_sub(8),
+            _ => field.cast_signed().wrapping_mul(2).wrapping_add(self.limits().0),
+        }
+    }
+
+    /// The inverse of [`IntGroup::code_of`].
+    fn field_of(self, code: i8) -> u8 {
+        let low = self.limits().0;
+        match self.bits {
+            8 => code.cast_unsigned(),
+            4 => code.wrapping_sub(low).cast_unsigned() & 15,
+            _ => code.wrapping_sub(low).cast_unsigned().wrapping_shr(1),
+        }
     }
 
     /// Columns per scale.
@@ -39,12 +103,12 @@ impl IntGroup {
         usize::from(self.group)
     }
 
-    pub(crate) fn parse(params: [u8; 16]) -> Option<Self> {
+    pub(crate) fn parse(id: u32, params: [u8; 16]) -> Option<Self> {
         let [bits, 0, g0, g1, rest @ ..] = params else { return None };
         if rest != [0; 12] {
             return None;
         }
-        Self::new(bits, u16::from_le_bytes([g0, g1]))
+        Self::new(bits, u16::from_le_bytes([g0, g1])).filter(|spec| spec.id() == id)
     }
 
     pub(crate) fn params(self) -> [u8; 16] {
@@ -67,7 +131,10 @@ impl IntGroup {
 
 impl fmt::Display for IntGroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "int{}/g{}", self.bits, self.group)
+        match self.bits {
+            1 => write!(f, "sign/g{}", self.group),
+            bits => write!(f, "int{bits}/g{}", self.group),
+        }
     }
 }
 
@@ -80,7 +147,7 @@ pub struct IntGroupParts {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Signed codes, rows × cols: −8 to 7 for 4 bits, −128 to 127 for 8.
+    /// Signed codes, rows × cols: all between [`IntGroup::limits`], the odd ones for 1 to 3 bits.
     pub codes: Vec<i8>,
     /// Scales, rows × ceil(cols / group).
     pub scales: Vec<f16>,
@@ -92,30 +159,42 @@ impl IntGroupParts {
     pub fn pack(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for row in self.codes.chunks(self.cols.max(1)) {
-            for group in row.chunks(self.spec.group()) {
-                self.pack_group(group, &mut bytes);
+            let mut shift = 0;
+            for &width in self.spec.planes() {
+                let mask = u8::MAX.wrapping_shr(8u32.saturating_sub(width.into()));
+                for unit in row.chunks(UNIT) {
+                    let field = |code: &i8| self.spec.field_of(*code).wrapping_shr(shift) & mask;
+                    bytes.extend(pack_unit(unit.iter().map(field), width));
+                }
+                let units = row.len().next_multiple_of(self.spec.group()).div_ceil(UNIT);
+                let missing = units.saturating_sub(row.len().div_ceil(UNIT));
+                let zeros = missing.saturating_mul(unit_bytes(width));
+                bytes.resize(bytes.len().saturating_add(zeros), 0);
+                shift = shift.saturating_add(u32::from(width));
             }
         }
         join([&bytes, &f16_bytes(&self.scales)])
     }
+}
 
-    fn pack_group(&self, group: &[i8], bytes: &mut Vec<u8>) {
-        let mut padded = group.iter().copied();
-        if self.spec.bits == 8 {
-            let end = bytes.len().saturating_add(self.spec.group());
-            bytes.extend(padded.map(i8::cast_unsigned));
-            bytes.resize(end, 0);
-            return;
+/// Bytes of a unit in a plane of `width` bits.
+#[inline]
+fn unit_bytes(width: u8) -> usize {
+    usize::from(width).saturating_mul(4)
+}
+
+/// Byte k holds the fields of columns k, k + n, k + 2n, … where n is the number of bytes. Columns
+/// that do not exist are zero bits, not the code of weight 0.
+fn pack_unit(mut fields: impl Iterator<Item = u8>, width: u8) -> Vec<u8> {
+    let mut bytes = vec![0u8; unit_bytes(width)];
+    let mut shift = 0;
+    while shift < 8 {
+        for byte in &mut bytes {
+            *byte |= fields.next().unwrap_or(0).wrapping_shl(shift);
         }
-        for _ in 0..self.spec.group().div_ceil(32) {
-            // Unused nibbles are zero, not the code of weight 0.
-            let nibbles: [u8; 32] = [(); 32].map(|()| {
-                padded.next().map_or(0, |code| code.wrapping_add(8).cast_unsigned() & 15)
-            });
-            let (low, high) = nibbles.split_at(16);
-            bytes.extend(low.iter().zip(high).map(|(l, h)| l | h << 4));
-        }
+        shift = shift.saturating_add(u32::from(width));
     }
+    bytes
 }
 
 /// An integer group matrix in place.
@@ -127,7 +206,7 @@ pub struct IntGroupView<'a> {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Codes: rows × (cols padded to whole groups) × bits.
+    /// Codes: rows × planes × (cols padded to whole groups) × bits of the plane.
     pub codes: &'a [u8],
     /// Scales: rows × groups, binary16.
     pub scales: &'a [[u8; 2]],
@@ -167,15 +246,42 @@ impl<'a> IntGroupView<'a> {
         self.scales.get(start..start.saturating_add(self.groups())).unwrap_or_default()
     }
 
-    /// The signed code of column `col` within `codes`, the code bytes of one row.
-    fn code(&self, codes: &[u8], col: usize) -> i8 {
-        if self.spec.bits == 8 {
-            return codes.get(col).copied().unwrap_or(0).cast_signed();
+    /// The planes of row `row`: all bits of its codes, or the low two and the third of 3 bits. The
+    /// second is empty unless there are 3 bits.
+    #[must_use]
+    #[inline]
+    pub fn row_planes(&self, row: usize) -> [&'a [u8]; 2] {
+        let codes = self.row_codes(row);
+        let first = if self.spec.bits == 3 { self.low_plane_bytes() } else { codes.len() };
+        codes.split_at_checked(first).map_or([codes, &[]], |(low, high)| [low, high])
+    }
+
+    /// Bytes of the low plane of a row of 3 bits: two thirds.
+    #[inline]
+    fn low_plane_bytes(&self) -> usize {
+        self.row_bytes.wrapping_div(3).saturating_mul(2)
+    }
+
+    /// The signed code of column `col` of a row with these planes.
+    fn code(&self, planes: [&[u8]; 2], col: usize) -> i8 {
+        self.spec.code_of(self.field(planes, col))
+    }
+
+    /// The number that is stored for column `col` of a row with these planes.
+    fn field(&self, planes: [&[u8]; 2], col: usize) -> u8 {
+        let (mut field, mut shift) = (0u8, 0u32);
+        for (&width, plane) in self.spec.planes().iter().zip(planes) {
+            let n = unit_bytes(width);
+            let (unit, place) = (col.wrapping_div(UNIT), col.wrapping_rem(UNIT));
+            let at = unit.saturating_mul(n).saturating_add(place.checked_rem(n).unwrap_or(0));
+            let turn = place.checked_div(n).unwrap_or(0).saturating_mul(usize::from(width));
+            let byte = plane.get(at).copied().unwrap_or(0);
+            let mask = u8::MAX.wrapping_shr(8u32.saturating_sub(width.into()));
+            let bits = byte.wrapping_shr(u32::try_from(turn).unwrap_or(0)) & mask;
+            field |= bits.wrapping_shl(shift);
+            shift = shift.saturating_add(u32::from(width));
         }
-        let byte = (col & !31).wrapping_shr(1).saturating_add(col & 15);
-        let pair = codes.get(byte).copied().unwrap_or(0);
-        let nibble = if col & 16 == 0 { pair & 15 } else { pair >> 4 };
-        nibble.cast_signed().wrapping_sub(8)
+        field
     }
 
     /// See [`super::MatrixView::decode_row`]: `w = scale × code`.
@@ -183,13 +289,13 @@ impl<'a> IntGroupView<'a> {
         if row >= self.rows {
             return;
         }
-        let (codes, scales) = (self.row_codes(row), self.row_scales(row));
+        let (planes, scales) = (self.row_planes(row), self.row_scales(row));
         let groups = out.chunks_mut(self.spec.group());
         for (index, (group, scale)) in groups.zip(scales).enumerate() {
             let scale = f16::from_le_bytes(*scale).to_f32();
             let start = index.saturating_mul(self.spec.group());
             for (k, o) in group.iter_mut().enumerate() {
-                *o = scale * f32::from(self.code(codes, start.saturating_add(k)));
+                *o = scale * f32::from(self.code(planes, start.saturating_add(k)));
             }
         }
     }
@@ -199,8 +305,8 @@ impl<'a> IntGroupView<'a> {
     pub fn unpack(&self) -> IntGroupParts {
         let codes = (0..self.rows)
             .flat_map(|row| {
-                let bytes = self.row_codes(row);
-                (0..self.cols).map(move |col| self.code(bytes, col))
+                let planes = self.row_planes(row);
+                (0..self.cols).map(move |col| self.code(planes, col))
             })
             .collect();
         let (spec, rows, cols) = (self.spec, self.rows, self.cols);
@@ -208,8 +314,25 @@ impl<'a> IntGroupView<'a> {
     }
 
     pub(crate) fn check(&self, payload: &[u8]) -> Result<()> {
-        check_canonical(payload, &self.unpack().pack())?;
+        if !self.unused_is_zero(payload) {
+            check_canonical(payload, &self.unpack().pack())?;
+        }
         check_finite_f16(payload, self.scales, "scale")
+    }
+
+    /// Whether the columns that fill the last group of each row, and the bytes before the scales, are
+    /// zero: what packing the content again would show, without the time that takes.
+    fn unused_is_zero(&self, payload: &[u8]) -> bool {
+        let scales = self.scales.as_flattened().len();
+        let padding = payload.len().saturating_sub(scales);
+        let padding = payload.get(self.codes.len()..padding).unwrap_or_default();
+        let end = self.cols.checked_next_multiple_of(self.spec.group());
+        let unused = self.cols..end.unwrap_or(self.cols);
+        let row_is_zero = |row: usize| {
+            let planes = self.row_planes(row);
+            unused.clone().all(|col| self.field(planes, col) == 0)
+        };
+        first_nonzero(padding).is_none() && (unused.is_empty() || (0..self.rows).all(row_is_zero))
     }
 
     /// The scale of group `group` in row `row`.

@@ -25,7 +25,7 @@ pub use stbllm::{Stbllm, StbllmParts, StbllmView};
 pub enum Encoding {
     /// Ids 1 to 3: plain floating-point numbers.
     Dense(Dense),
-    /// Id 16: 4- or 8-bit integers with one scale per group of columns.
+    /// Ids 16 and 17: integers of 8 bits or fewer with one scale per group of columns.
     IntGroup(IntGroup),
     /// Id 32: the N:8 structure of STBLLM with three regions and salient columns.
     Stbllm(Stbllm),
@@ -48,7 +48,7 @@ impl Encoding {
     pub fn parse(id: u32, params: [u8; 16]) -> Result<Self> {
         let known = match id {
             1..=3 => Dense::parse(id, params).map(Self::Dense),
-            IntGroup::ID => IntGroup::parse(params).map(Self::IntGroup),
+            IntGroup::ID | IntGroup::ODD_ID => IntGroup::parse(id, params).map(Self::IntGroup),
             Stbllm::ID => Stbllm::parse(params).map(Self::Stbllm),
             Nm::ID => Nm::parse(params).map(Self::Nm),
             _ => return Ok(Self::Unknown { id, params }),
@@ -63,7 +63,7 @@ impl Encoding {
     pub fn id(&self) -> u32 {
         match self {
             Self::Dense(e) => e.id(),
-            Self::IntGroup(_) => IntGroup::ID,
+            Self::IntGroup(e) => e.id(),
             Self::Stbllm(_) => Stbllm::ID,
             Self::Nm(_) => Nm::ID,
             Self::Unknown { id, .. } => *id,

@@ -142,7 +142,7 @@ impl Task for Round<'_, '_, '_> {
         for (t, x) in part.x.chunks_exact(cols).enumerate() {
             factored[..cols].copy_from_slice(x);
             if let MatrixView::Nm(m) = matrix {
-                nm::apply_factors(m, &mut factored);
+                nm::multiply_factors(s, m, &mut factored);
             }
             for b in 0..blocks {
                 let codes = &mut part.codes[b].0[t];

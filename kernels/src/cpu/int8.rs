@@ -7,6 +7,7 @@
 
 use stb_format::encoding::MatrixView;
 
+use super::int_group::{Arranged, arrange};
 use super::{Bytes, Simd, lanes};
 
 /// Columns that share the scale of activations.
@@ -17,10 +18,12 @@ pub(crate) const BLOCK: usize = 128;
 pub(crate) struct Rounded {
     /// a/127 of each block.
     pub scales: Vec<f32>,
-    /// What the kernel reads beside the codes; see [`super::nm8`] and [`super::int4`].
+    /// What the kernel reads beside the codes; see [`super::nm8`] and [`super::int_group`].
     pub tables: Vec<[u8; 64]>,
     /// Sums of activations, for encodings with an offset.
     pub sums: Vec<[i32; 16]>,
+    /// `scales` repeated for each 32 columns, for integer groups.
+    pub unit_scales: Vec<[f32; 16]>,
     codes: Vec<i8>,
 }
 
@@ -29,7 +32,7 @@ pub(crate) fn supports(matrix: &MatrixView<'_>) -> bool {
     match matrix {
         // One scale of activations belongs to one scale of weights; no blocks (0) are fine.
         MatrixView::Nm(m) => m.spec.block().is_multiple_of(BLOCK),
-        MatrixView::IntGroup(m) => m.spec.bits() == 4,
+        MatrixView::IntGroup(_) => true,
         MatrixView::Dense(_) | MatrixView::Stbllm(_) => false,
     }
 }
@@ -39,10 +42,14 @@ impl Rounded {
     #[inline(always)]
     pub(crate) fn set<S: Bytes>(&mut self, s: S, matrix: &MatrixView<'_>, x: &[f32]) {
         self.round(s, x);
-        self.sums.clear();
         match matrix {
             MatrixView::Nm(m) => super::nm8::tables(s, m.spec, &self.codes, &mut self.tables),
-            _ => super::int4::arrange(&self.codes, &mut self.tables, &mut self.sums),
+            MatrixView::IntGroup(m) => {
+                let (tables, sums) = (&mut self.tables, &mut self.sums);
+                let mut to = Arranged { tables, sums, unit_scales: &mut self.unit_scales };
+                arrange(m.spec, &self.codes, &self.scales, &mut to);
+            }
+            MatrixView::Dense(_) | MatrixView::Stbllm(_) => {}
         }
     }
 

@@ -10,14 +10,18 @@ pub(crate) mod avx512;
 mod bytes;
 mod gemm;
 mod gemm8;
-mod int4;
 mod int8;
+mod int_group;
 pub mod kv;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(crate) mod neon;
 mod nm;
 mod nm8;
 pub mod ops;
 mod rows;
 pub(crate) mod scalar;
+#[cfg(test)]
+mod tests;
 
 use stb_format::encoding::MatrixView;
 
@@ -144,6 +148,9 @@ impl Workspace {
     /// If `x` has another length.
     pub fn prepare(&mut self, matrix: &MatrixView<'_>, x: &[f32]) -> Prepared<'_> {
         self.set(matrix, x);
+        if let MatrixView::Nm(nm) = matrix {
+            nm::apply_factors(nm, &mut self.x);
+        }
         self.is_rounded = false;
         self.prepared()
     }
@@ -155,7 +162,7 @@ impl Workspace {
     }
 
     /// Prepares `x` rounded to 8 bits with one scale per 128 columns, for encodings that have a kernel
-    /// for it: joint codes with blocks of whole 128 columns or none, and 4-bit integers. A product
+    /// for it: joint codes with blocks of whole 128 columns or none, and integer groups. A product
     /// then differs from the exact one by at most Σ_blocks max|x| / 254 · Σ|w|, and by summation in
     /// f32. For other encodings the same as [`Workspace::prepare`].
     ///
@@ -168,10 +175,12 @@ impl Workspace {
         x: &[f32],
     ) -> Prepared<'_> {
         self.set(matrix, x);
-        self.is_rounded = int8::supports(matrix);
-        if self.is_rounded {
-            isa.run(Round { matrix, x: &self.x, to: &mut self.rounded });
+        if !int8::supports(matrix) {
+            return self.prepare(matrix, x);
         }
+        self.set(matrix, x);
+        self.is_rounded = true;
+        isa.run(Round { matrix, x: &mut self.x, to: &mut self.rounded });
         self.prepared()
     }
 
@@ -179,9 +188,6 @@ impl Workspace {
         assert_eq!(x.len(), matrix.cols(), "one activation per column");
         self.x.clear();
         self.x.extend_from_slice(x);
-        if let MatrixView::Nm(nm) = matrix {
-            nm::apply_factors(nm, &mut self.x);
-        }
         self.x.resize(x.len().next_multiple_of(PAD), 0.0);
     }
 }
@@ -192,7 +198,7 @@ pub fn share_preparation(a: &MatrixView<'_>, b: &MatrixView<'_>, rounded: bool) 
     let factors = |m: &MatrixView<'_>| matches!(m, MatrixView::Nm(m) if !m.col_factors.is_empty());
     let arrangement = |m: &MatrixView<'_>| match m {
         MatrixView::Nm(m) if int8::supports(&MatrixView::Nm(*m)) => (m.spec.n(), m.spec.m()),
-        MatrixView::IntGroup(m) if m.spec.bits() == 4 => (0, 4),
+        MatrixView::IntGroup(m) => (16 + usize::from(m.spec.is_odd()), usize::from(m.spec.bits())),
         _ => (0, 0),
     };
     a.cols() == b.cols()
@@ -203,7 +209,7 @@ pub fn share_preparation(a: &MatrixView<'_>, b: &MatrixView<'_>, rounded: bool) 
 
 struct Round<'a> {
     matrix: &'a MatrixView<'a>,
-    x: &'a [f32],
+    x: &'a mut [f32],
     to: &'a mut Rounded,
 }
 
@@ -212,6 +218,9 @@ impl Task for Round<'_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
+        if let MatrixView::Nm(m) = self.matrix {
+            nm::multiply_factors(s, m, self.x);
+        }
         self.to.set(s, self.matrix, self.x);
     }
 }
@@ -243,7 +252,7 @@ impl Task for MatVec<'_> {
         let Self { matrix, x, first, y } = self;
         match (matrix, x.rounded) {
             (MatrixView::Nm(m), Some(x)) => return nm8::matvec(s, m, x, first, y),
-            (MatrixView::IntGroup(m), Some(x)) => return int4::matvec(s, m, x, first, y),
+            (MatrixView::IntGroup(m), Some(x)) => return int_group::matvec(s, m, x, first, y),
             _ => {}
         }
         let x = x.x;

@@ -17,6 +17,20 @@ pub(crate) fn apply_factors(m: &NmView<'_>, x: &mut [f32]) {
     }
 }
 
+/// The same with vectors; `x` is padded with zeros.
+#[inline(always)]
+pub(crate) fn multiply_factors<S: Simd>(s: S, m: &NmView<'_>, x: &mut [f32]) {
+    let (factors, tail) = m.col_factors.as_chunks::<16>();
+    let (vectors, _) = x.as_chunks_mut::<16>();
+    for (x, factors) in vectors.iter_mut().zip(factors) {
+        let factors = factors.as_flattened().first_chunk().expect("16 factors");
+        s.store(s.mul(s.load(x), s.f16_to_f32(factors)), x);
+    }
+    for (x, factor) in x[m.col_factors.len() - tail.len()..].iter_mut().zip(tail) {
+        *x *= f16::from_le_bytes(*factor).to_f32();
+    }
+}
+
 /// See [`super::matvec`]. `x` is padded with zeros to a multiple of [`super::PAD`].
 #[inline(always)]
 pub(crate) fn matvec<S: Simd>(s: S, m: &NmView<'_>, x: &[f32], first: usize, y: &mut [f32]) {

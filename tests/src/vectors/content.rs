@@ -10,8 +10,9 @@ fn scales(rng: &mut Rng, n: usize) -> Vec<f16> {
 }
 
 pub(crate) fn int_group(rng: &mut Rng, spec: IntGroup, rows: usize, cols: usize) -> IntGroupParts {
-    let limit = 1i32 << (spec.bits() - 1);
-    let codes = (0..rows * cols).map(|_| (rng.below(2 * limit as usize) as i32 - limit) as i8);
+    let step = if spec.is_odd() { 2 } else { 1 };
+    let low = i32::from(spec.limits().0);
+    let codes = (0..rows * cols).map(|_| (low + step * rng.below(1 << spec.bits()) as i32) as i8);
     let codes = codes.collect();
     let scales = scales(rng, rows * cols.div_ceil(spec.group()));
     IntGroupParts { spec, rows, cols, codes, scales }

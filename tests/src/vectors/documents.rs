@@ -32,6 +32,7 @@ pub fn registry() -> Value {
             { "id": 2, "name": "f16" },
             { "id": 3, "name": "bf16" },
             { "id": 16, "name": "int group" },
+            { "id": 17, "name": "odd group" },
             { "id": 32, "name": "stbllm" },
             { "id": 48, "name": "nm" },
             { "from": 0x8000_0000u32, "to": 0xffff_ffffu32, "name": "private use" },

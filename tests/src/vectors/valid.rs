@@ -40,10 +40,18 @@ pub(super) fn dense_tensors() -> Tensors {
 }
 
 pub(super) fn int_tensors() -> Tensors {
-    let mut rng = Rng(16);
+    integers(Rng(16), &[4, 8], &[(3, 40), (2, 172), (1, 128)])
+}
+
+/// Rows that end within a unit, a group and a plane too.
+pub(super) fn odd_tensors() -> Tensors {
+    integers(Rng(17), &[1, 2, 3], &[(3, 40), (2, 172), (1, 128), (2, 5), (1, 1100)])
+}
+
+fn integers(mut rng: Rng, bits: &[u8], shapes: &[(usize, usize)]) -> Tensors {
     let mut tensors = Vec::new();
-    for (bits, group) in [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128)] {
-        for (rows, cols) in [(3, 40), (2, 172), (1, 128)] {
+    for (bits, group) in bits.iter().flat_map(|b| [32, 64, 128].map(|g| (*b, g))) {
+        for &(rows, cols) in shapes {
             let spec = IntGroup::new(bits, group).expect("valid parameters");
             let payload = content::int_group(&mut rng, spec, rows, cols).pack();
             let name = format!("int{bits}.g{group}.{rows}x{cols}");
@@ -216,6 +224,11 @@ pub fn valid() -> Vec<Vector> {
             "int-group",
             "all bits and group sizes, with ragged last groups",
             file(&int_tensors(), &none),
+        ),
+        (
+            "odd-group",
+            "1 to 3 bits, all group sizes, ragged last units and groups",
+            file(&odd_tensors(), &none),
         ),
         (
             "stbllm",

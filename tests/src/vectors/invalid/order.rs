@@ -183,6 +183,15 @@ fn unused(list: &mut List) {
     edit("nm-scale-low", "a scale of a row that does not exist, low half", &scaled, 64 + 1, 1);
     let int = int_file(4, 1, 40);
     edit("int4-high", "the high half of a byte of a column that does not exist", &int, 16, 0x80);
+    // 1 x 40, G 32: two units; columns 40 to 63 are those from 8 on of the second.
+    let sign = int_file(1, 1, 40);
+    edit("sign-unit", "column 48 of 40, 1 bit", &sign, 4, 0x10);
+    let two = int_file(2, 1, 40);
+    edit("odd2-unit", "column 63 of 40, 2 bits", &two, 8 + 7, 0x80);
+    let three = int_file(3, 1, 40);
+    edit("odd3-low", "column 40 of 40, the low plane of 3 bits", &three, 8, 4);
+    edit("odd3-high", "column 40 of 40, the high plane of 3 bits", &three, 16 + 4, 4);
+    edit("odd3-segment", "a byte between codes and scales", &three, 24, 1);
     let scales = vec![(
         "w".to_owned(),
         vec![2],

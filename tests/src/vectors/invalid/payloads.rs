@@ -82,6 +82,7 @@ pub(super) fn payloads(list: &mut List) {
         p[end - 2] = 0;
     };
     edit(finite, "int-scale", "an infinite scale", &int4, &infinite);
+    edit(finite, "odd-scale", "an infinite scale", &int_file(3, 1, 40), &infinite);
     edit(finite, "stbllm-scale", "an infinite scale", &stbllm, &infinite);
     edit(finite, "nm-row-scale", "a row scale that is no number", &nm, &|p| {
         p[..2].copy_from_slice(&[1, 0x7e])

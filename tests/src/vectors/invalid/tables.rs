@@ -264,6 +264,12 @@ pub(super) fn encodings(list: &mut List) {
     add("int-bits", "integers of 5 bits", &int, 0, 5);
     add("int-group", "groups of 33 columns", &int, 2, 33);
     add("int-reserved", "a reserved byte of integer groups", &int, 15, 1);
+    add("int-odd", "integers of 3 bits, which have id 17", &int, 0, 3);
+    let odd = int_file(2, 2, 40);
+    add("odd-bits-0", "odd integers of no bits", &odd, 0, 0);
+    add("odd-bits-4", "odd integers of 4 bits", &odd, 0, 4);
+    add("odd-group", "groups of 96 columns", &odd, 2, 96);
+    add("odd-reserved", "a reserved byte of odd groups", &odd, 1, 1);
     let stbllm = stbllm_file(4, 2, 40);
     add("stbllm-n-0", "0 of 8", &stbllm, 0, 0);
     add("stbllm-n-9", "9 of 8", &stbllm, 0, 9);
@@ -281,11 +287,19 @@ pub(super) fn encodings(list: &mut List) {
         put64(t, 16 + 40, 0);
     });
     list.add(Rule::EncodingShape, "int-vector", "integer groups of a vector", flat);
+    let flat = with_table(&odd, |t| {
+        t[16 + 6] = 1;
+        put64(t, 16 + 32, 80);
+        put64(t, 16 + 40, 0);
+    });
+    list.add(Rule::EncodingShape, "odd-vector", "odd groups of a vector", flat);
     let deep = with_table(&nm, |t| {
         t[16 + 6] = 3;
         put64(t, 16 + 48, 1);
     });
     list.add(Rule::EncodingShape, "nm-3-dims", "joint codes of three dimensions", deep);
+    let other = with_table(&int_file(2, 4, 40), |t| t[32] = 3);
+    list.add(Rule::TensorLength, "odd-3-bits", "payload of 2 bits, parameters of 3", other);
     let other = with_table(&nm, |t| t[32] = 2);
     list.add(Rule::TensorLength, "nm-2of8", "payload of 1:8, parameters of 2:8", other);
 }

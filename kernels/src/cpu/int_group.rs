@@ -1,0 +1,271 @@
+//! Integer groups with rounded activations. In a plane of w bits (1, 2, 4 or 8) a *stride* of 512
+//! columns takes w vectors of 64 bytes; every 4 bytes of them belong to one unit of 32 columns, so
+//! each of the 16 sums of a vector has one scale. A field of 8/w in a byte is moved to a fixed place,
+//! and multiplied with the activations of its columns by [`Bytes::dot4`].
+//!
+//! Odd codes of few bits are 2q + low for the stored number q, so fields are placed at bit 1, where
+//! they count 2q; −low times the sum of activations is where sums begin, as for 4 bits, which are
+//! q − 8. The upper bit of 3 is a plane of its own, whose sums count four times. Codes of 8 bits are
+//! not unsigned below 128 as `dot4` needs them, but activations are, apart from their signs: positive
+//! and negative ones make two tables.
+//!
+//! No sum overflows: in `dot4` a factor is at most 127, as it asks for. A sum over 4 bytes and all
+//! fields is, for 1, 2 and 4 bits, within 32 · 2 · 127, 16 · 6 · 127 and 8 · 15 · 127, for 8 bits
+//! within 4 · 128 · 127; with what they begin with, up to 32 · 8 · 127, all are below 2¹⁷. So they
+//! are converted to f32 exactly, and only products with scales and their sum are rounded.
+
+use stb_format::encoding::int_group::UNIT;
+use stb_format::encoding::{IntGroup, IntGroupView};
+
+use super::bytes::Bytes;
+use super::int8::{BLOCK, Rounded};
+use super::rows::bytes;
+
+/// Columns whose codes are a whole number of vectors for every width, and whose units are as many as
+/// a vector has lanes.
+const STRIDE: usize = 16 * UNIT;
+
+/// How far ahead to fetch codes, in bytes: rows follow one another.
+const AHEAD: usize = 4096;
+
+/// Arranges rounded activations, with the scale of each [`BLOCK`], for the codes of `spec`.
+pub(super) fn arrange(spec: IntGroup, x: &[i8], scales: &[f32], to: &mut Arranged<'_>) {
+    to.tables.clear();
+    to.sums.clear();
+    to.unit_scales.clear();
+    for stride in x.chunks(STRIDE) {
+        let mut line = [0; STRIDE];
+        line[..stride.len()].copy_from_slice(stride);
+        match spec.bits() {
+            1 => fields(&line, 1, to.tables),
+            2 => fields(&line, 2, to.tables),
+            3 => {
+                fields(&line, 2, to.tables);
+                fields(&line, 1, to.tables);
+            }
+            4 => fields(&line, 4, to.tables),
+            _ => halves(&line, to.tables),
+        }
+        if spec.bits() != 8 {
+            offsets(&line, spec, to.sums);
+        }
+    }
+    let blocks = STRIDE / BLOCK;
+    to.unit_scales.extend(scales.chunks(blocks).map(|part| {
+        let mut units = [0.0; 16];
+        for (units, scale) in units.chunks_exact_mut(16 / blocks).zip(part) {
+            units.fill(*scale);
+        }
+        units
+    }));
+}
+
+/// Where [`arrange`] writes to.
+pub(super) struct Arranged<'a> {
+    /// For each stride, the activations of each field of each vector; for 8 bits, the positive ones
+    /// and the magnitudes of the negative ones.
+    pub tables: &'a mut Vec<[u8; 64]>,
+    /// What the sums of each vector of the first plane begin with.
+    pub sums: &'a mut Vec<[i32; 16]>,
+    /// The scales of the units of each stride.
+    pub unit_scales: &'a mut Vec<[f32; 16]>,
+}
+
+/// Byte k of a unit holds the fields of columns k, k + n, k + 2n, …, n being the bytes of a unit.
+fn fields(line: &[i8; STRIDE], width: usize, tables: &mut Vec<[u8; 64]>) {
+    let bytes = 4 * width;
+    for vector in line.chunks_exact(STRIDE / width) {
+        for field in 0..8 / width {
+            let mut table = [0; 64];
+            for (to, unit) in table.chunks_exact_mut(bytes).zip(vector.as_chunks::<UNIT>().0) {
+                for (to, x) in to.iter_mut().zip(&unit[field * bytes..]) {
+                    *to = x.cast_unsigned();
+                }
+            }
+            tables.push(table);
+        }
+    }
+}
+
+fn halves(line: &[i8; STRIDE], tables: &mut Vec<[u8; 64]>) {
+    for vector in line.as_chunks::<64>().0 {
+        // Activations are −127 at least, so their magnitudes are below 128.
+        tables.push(vector.map(|x| x.max(0).unsigned_abs()));
+        tables.push(vector.map(|x| x.min(0).unsigned_abs()));
+    }
+}
+
+/// The lowest code times the sum of activations of each unit, at its first place.
+fn offsets(line: &[i8; STRIDE], spec: IntGroup, sums: &mut Vec<[i32; 16]>) {
+    let width = if spec.bits() == 3 { 2 } else { usize::from(spec.bits()) };
+    let low = i32::from(spec.limits().0);
+    for vector in line.chunks_exact(STRIDE / width) {
+        let mut sum = [0; 16];
+        for (places, unit) in sum.chunks_exact_mut(width).zip(vector.as_chunks::<UNIT>().0) {
+            places[0] = low * unit.iter().map(|x| i32::from(*x)).sum::<i32>();
+        }
+        sums.push(sum);
+    }
+}
+
+/// See [`super::matvec`]. One row at a time: several at once, each half a page long, share the loads
+/// of activations but were 10 to 25 % slower from memory.
+#[inline(always)]
+pub(super) fn matvec<S: Bytes>(
+    s: S,
+    m: &IntGroupView<'_>,
+    x: &Rounded,
+    first: usize,
+    y: &mut [f32],
+) {
+    match m.spec.bits() {
+        1 => rows::<S, 1, 1, 8>(s, m, x, first, y),
+        2 => rows::<S, 2, 2, 4>(s, m, x, first, y),
+        3 => rows::<S, 3, 2, 4>(s, m, x, first, y),
+        4 => rows::<S, 4, 4, 2>(s, m, x, first, y),
+        _ => rows::<S, 8, 8, 2>(s, m, x, first, y),
+    }
+}
+
+/// For codes of `BITS`, whose first plane has `WIDTH` and `TABLES` for each of its vectors.
+#[inline(always)]
+fn rows<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
+    s: S,
+    m: &IntGroupView<'_>,
+    x: &Rounded,
+    first: usize,
+    y: &mut [f32],
+) {
+    for (r, y) in y.iter_mut().enumerate() {
+        *y = row::<S, BITS, WIDTH, TABLES>(s, m, x, first + r);
+    }
+}
+
+#[inline(always)]
+fn row<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
+    s: S,
+    m: &IntGroupView<'_>,
+    x: &Rounded,
+    row: usize,
+) -> f32 {
+    let [low, high] = m.row_planes(row);
+    let scales = m.row_scales(row).as_flattened();
+    // 16 scales at a time serve as many strides as a group has units.
+    let (places, part) = match m.spec.group() {
+        32 => (&PLACES[0], 1),
+        64 => (&PLACES[1], 2),
+        _ => (&PLACES[2], 4),
+    };
+    let tables_of_stride = WIDTH * TABLES + if BITS == 3 { 8 } else { 0 };
+    let mut tables = x.tables.chunks_exact(tables_of_stride);
+    let mut sums = x.sums.chunks_exact(WIDTH);
+    let mut sixteen = s.splat(0.0);
+    let mut acc = s.splat(0.0);
+    for (stride, activations) in x.unit_scales.iter().enumerate() {
+        if stride % part == 0 {
+            sixteen = s.f16_to_f32(bytes(scales, stride / part * 32, &mut [0; 32]));
+        }
+        let units = s.lookup(sixteen, s.widen_u8(&places[stride % part]));
+        let units = s.mul(units, s.load(activations));
+        let tables = tables.next().unwrap_or_default();
+        let (first, second) = tables.split_at(WIDTH * TABLES);
+        let first = first.as_chunks::<TABLES>().0;
+        let sums = sums.next().unwrap_or_default();
+        let from = stride * WIDTH * 64;
+        let rest = low.get(from..).unwrap_or_default();
+        let mut spare = [[0; 64]; WIDTH];
+        let vectors = match rest.as_chunks::<64>().0.first_chunk::<WIDTH>() {
+            Some(vectors) => vectors,
+            None => {
+                spare.as_flattened_mut()[..rest.len()].copy_from_slice(rest);
+                &spare
+            }
+        };
+        for v in 0..WIDTH {
+            s.prefetch(vectors[v].as_ptr().wrapping_add(AHEAD));
+            let start = if BITS == 8 { s.splat_i(0) } else { s.load_i(&sums[v]) };
+            let sum = dots::<S, WIDTH, TABLES>(s, start, &vectors[v], &first[v]);
+            acc = s.mul_add(spread::<S, WIDTH>(s, units, v), s.to_f32(sum), acc);
+        }
+        if let (3, Some(tables)) = (BITS, second.first_chunk::<8>()) {
+            let mut spare = [0; 64];
+            let codes = bytes(high, stride * 64, &mut spare);
+            s.prefetch(codes.as_ptr().wrapping_add(AHEAD));
+            let sum = dots::<S, 1, 8>(s, s.splat_i(0), codes, tables);
+            acc = s.mul_add(s.mul(units, s.splat(4.0)), s.to_f32(sum), acc);
+        }
+    }
+    s.sum(acc)
+}
+
+/// `sum` plus the products of the fields of a vector with their activations.
+#[inline(always)]
+fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
+    s: S,
+    mut sum: S::I,
+    codes: &[u8; 64],
+    tables: &[[u8; 64]; TABLES],
+) -> S::I {
+    let codes = s.load_b(codes);
+    macro_rules! add {
+        ($mask:literal: $($table:literal $shifted:expr),+) => {$(
+            let field = s.and_b($shifted, s.splat_b($mask));
+            sum = s.dot4(sum, field, s.load_b(&tables[$table]));
+        )+};
+    }
+    match WIDTH {
+        1 => {
+            add!(2: 0 s.shl_b::<1>(codes), 1 codes, 2 s.shr_b::<1>(codes), 3 s.shr_b::<2>(codes));
+            add!(2: 4 s.shr_b::<3>(codes), 5 s.shr_b::<4>(codes));
+            add!(2: 6 s.shr_b::<5>(codes), 7 s.shr_b::<6>(codes));
+        }
+        2 => {
+            add!(6: 0 s.shl_b::<1>(codes), 1 s.shr_b::<1>(codes));
+            add!(6: 2 s.shr_b::<3>(codes), 3 s.shr_b::<5>(codes));
+        }
+        4 => {
+            add!(15: 0 codes, 1 s.shr_b::<4>(codes));
+        }
+        _ => {
+            // Negative activations first, negated: −n = !(n − 1).
+            let ones = s.splat_i(u32::MAX);
+            let negative = s.dot4(ones, s.load_b(&tables[1]), codes);
+            sum = s.add_i(sum, s.xor(negative, ones));
+            sum = s.dot4(sum, s.load_b(&tables[0]), codes);
+        }
+    }
+    sum
+}
+
+/// The scales of the sums of vector `v` of a stride: every `WIDTH` of them belong to one unit.
+#[inline(always)]
+fn spread<S: Bytes, const WIDTH: usize>(s: S, units: S::F, v: usize) -> S::F {
+    if WIDTH == 1 {
+        return units;
+    }
+    s.lookup(units, s.widen_u8(&SPREAD[WIDTH.ilog2() as usize][v]))
+}
+
+/// By the logarithm of the width, by vector: the unit of each sum.
+const SPREAD: [[[u8; 16]; 8]; 4] = {
+    let mut spread = [[[0; 16]; 8]; 4];
+    let mut i = 0;
+    while i < 512 {
+        let (log, v, place) = (i / 128, i / 16 % 8, i % 16);
+        spread[log][v][place] = (((v * 16 + place) >> log) % 16) as u8;
+        i += 1;
+    }
+    spread
+};
+
+/// For groups of 1, 2 and 4 units, for as many strides: which of 16 scales each unit has.
+const PLACES: [[[u8; 16]; 4]; 3] = {
+    let mut places = [[[0; 16]; 4]; 3];
+    let mut i = 0;
+    while i < 192 {
+        let (log, stride, unit) = (i / 64, i / 16 % 4, i % 16);
+        places[log][stride][unit] = (((stride * 16 + unit) >> log) % 16) as u8;
+        i += 1;
+    }
+    places
+};

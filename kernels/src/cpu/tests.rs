@@ -1,0 +1,264 @@
+//! Every vector operation of every instruction set of this machine against the portable code, bit
+//! for bit, with the numbers that instructions like to treat differently.
+
+use super::bytes::{Bytes, MAX_DOTS};
+use super::scalar::Scalar;
+use super::{Simd, lanes};
+use crate::isa::{Isa, Task};
+
+/// A small deterministic generator (SplitMix64).
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    fn bytes<const N: usize>(&mut self) -> [u8; N] {
+        std::array::from_fn(|_| self.next() as u8)
+    }
+}
+
+const SPECIAL: [f32; 16] = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.5,
+    0.5,
+    -2.5,
+    3.5,
+    f32::INFINITY,
+    f32::NEG_INFINITY,
+    f32::NAN,
+    f32::MIN_POSITIVE,
+    -1e-40,
+    1e-45,
+    f32::MAX,
+    16_777_217.0,
+    8_388_607.5,
+];
+
+/// Pairs of every two special numbers, then random bits.
+fn inputs(rng: &mut Rng) -> Vec<[[f32; 16]; 3]> {
+    let turned = |by: usize| std::array::from_fn(|i| SPECIAL[(i + by) % 16]);
+    let mut all: Vec<_> = (0..16).map(|k| [SPECIAL, turned(k), turned(3 * k + 1)]).collect();
+    all.extend((0..200).map(|_| {
+        std::array::from_fn(|_| std::array::from_fn(|_| f32::from_bits(rng.next() as u32)))
+    }));
+    all
+}
+
+/// The same bits, or both not a number: which bits a new NaN has is the processor's affair.
+fn same(found: [f32; 16], expected: [f32; 16], what: &str) {
+    for i in 0..16 {
+        let (found, expected) = (found[i], expected[i]);
+        let equal = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
+        assert!(equal, "{what}, lane {i}: {found:e} instead of {expected:e}");
+    }
+}
+
+fn floats<S: Simd>(s: S, v: S::F) -> [f32; 16] {
+    let mut out = [0.0; 16];
+    s.store(v, &mut out);
+    out
+}
+
+fn ints<S: Simd>(s: S, v: S::I) -> [u32; 16] {
+    floats(s, s.cast_f(v)).map(f32::to_bits)
+}
+
+fn from_ints<S: Simd>(s: S, v: [u32; 16]) -> S::I {
+    s.cast_i(s.load(&v.map(f32::from_bits)))
+}
+
+struct Numbers(&'static str);
+
+impl Task for Numbers {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) {
+        let name = self.0;
+        let mut rng = Rng(1);
+        for [a, b, c] in inputs(&mut rng) {
+            macro_rules! check {
+                ($op:ident, $($v:ident),+) => {{
+                    let found = floats(s, s.$op($(s.load(&$v)),+));
+                    let what = format!("{name} {}", stringify!($op));
+                    same(found, floats(Scalar, Scalar.$op($($v),+)), &what);
+                    found
+                }};
+            }
+            check!(add, a, b);
+            check!(sub, a, b);
+            check!(mul, a, b);
+            check!(div, a, b);
+            check!(mul_add, a, b, c);
+            check!(round, a);
+            let max = check!(max, a, b);
+            let min = check!(min, a, b);
+            for i in 0..16 {
+                // The same operand, also if it is not a number or zero.
+                let expected = if a[i] > b[i] { a[i] } else { b[i] };
+                assert_eq!(max[i].to_bits(), expected.to_bits(), "{name} max");
+                let expected = if a[i] < b[i] { a[i] } else { b[i] };
+                assert_eq!(min[i].to_bits(), expected.to_bits(), "{name} min");
+            }
+            let mut bytes = [0; 64];
+            for (to, v) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(a) {
+                *to = v.to_le_bytes();
+            }
+            let exact = |v: [f32; 16]| v.map(f32::to_bits);
+            assert_eq!(exact(floats(s, s.load_bytes(&bytes))), exact(a), "{name} load_bytes");
+            assert_eq!(ints(s, s.cast_i(s.load(&a))), exact(a), "{name} cast_i");
+            let small = a.map(|v| if v.abs() < 2e9 { v } else { -2e9 });
+            assert_eq!(ints(s, s.to_i32(s.load(&small))), Scalar.to_i32(small), "{name} to_i32");
+            let index: [u32; 16] = std::array::from_fn(|_| rng.next() as u32);
+            let found = floats(s, s.lookup(s.load(&a), from_ints(s, index)));
+            assert_eq!(exact(found), exact(Scalar.lookup(a, index)), "{name} lookup");
+        }
+        for first in (0..=u16::MAX).step_by(16) {
+            let mut half = [0; 32];
+            for (to, v) in half.as_chunks_mut::<2>().0.iter_mut().zip(first..=u16::MAX) {
+                *to = v.to_le_bytes();
+            }
+            same(floats(s, s.f16_to_f32(&half)), Scalar.f16_to_f32(&half), name);
+            assert_eq!(ints(s, s.widen_u16(&half)), Scalar.widen_u16(&half), "{name} widen_u16");
+        }
+    }
+}
+
+struct Integers(&'static str);
+
+impl Task for Integers {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) {
+        let name = self.0;
+        let mut rng = Rng(2);
+        for round in 0..300 {
+            let mut word = |i: usize| match (round + i) % 7 {
+                0 => 0,
+                1 => u32::MAX,
+                2 => 1 << 31,
+                _ => rng.next() as u32,
+            };
+            let a: [u32; 16] = std::array::from_fn(&mut word);
+            let b: [u32; 16] = std::array::from_fn(|i| if i == 5 { a[5] } else { word(i + 3) });
+            let (va, vb) = (from_ints(s, a), from_ints(s, b));
+            assert_eq!(ints(s, s.add_i(va, vb)), Scalar.add_i(a, b), "{name} add_i");
+            assert_eq!(ints(s, s.and(va, vb)), Scalar.and(a, b), "{name} and");
+            assert_eq!(ints(s, s.or(va, vb)), Scalar.or(a, b), "{name} or");
+            assert_eq!(ints(s, s.xor(va, vb)), Scalar.xor(a, b), "{name} xor");
+            assert_eq!(ints(s, s.gt_i(va, vb)), Scalar.gt_i(a, b), "{name} gt_i");
+            same(floats(s, s.to_f32(va)), Scalar.to_f32(a), name);
+            for by in [0, 1, 4, 16, 31] {
+                assert_eq!(ints(s, s.shl(va, by)), Scalar.shl(a, by), "{name} shl {by}");
+                assert_eq!(ints(s, s.shr(va, by)), Scalar.shr(a, by), "{name} shr {by}");
+            }
+            let bits = a[7] as u16;
+            assert_eq!(ints(s, s.select_bits(bits, b[1])), Scalar.select_bits(bits, b[1]));
+            let (bits, mask) = (rng.next(), rng.next() | rng.next() & rng.next());
+            assert_eq!(s.deposit(bits, mask), Scalar.deposit(bits, mask), "{name} deposit");
+            assert_eq!(s.deposit(bits, u64::MAX), bits, "{name} deposit");
+            let low = rng.bytes::<16>();
+            assert_eq!(ints(s, s.widen_u8(&low)), Scalar.widen_u8(&low), "{name} widen_u8");
+            let signed = low.map(u8::cast_signed);
+            let mut found = [0; 16];
+            let wide = signed.map(|v| i32::from(v).cast_unsigned());
+            s.store_low_bytes(from_ints(s, wide), &mut found);
+            assert_eq!(found, signed, "{name} store_low_bytes");
+            let wide = wide.map(u32::cast_signed);
+            assert_eq!(ints(s, s.load_i(&wide)), Scalar.load_i(&wide), "{name} load_i");
+        }
+        let x: Vec<f32> = (0..20).map(|v| v as f32).collect();
+        assert_eq!(floats(s, s.load(lanes(&x, 3)))[15], 18.0);
+    }
+}
+
+struct Eights(&'static str);
+
+impl Eights {
+    #[inline(always)]
+    fn out<S: Bytes>(s: S, v: S::B) -> [u8; 64] {
+        let mut out = [0; 64];
+        s.store_b(v, &mut out);
+        out
+    }
+}
+
+impl Task for Eights {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) {
+        let name = self.0;
+        let mut rng = Rng(3);
+        for round in 0..300 {
+            let (mut a, mut b) = (rng.bytes::<64>(), rng.bytes::<64>());
+            if round < 8 {
+                a.fill([0, 127, 128, 255][round % 4]);
+                b.fill([128, 127][round / 4]);
+            }
+            b[9] = a[9];
+            let (va, vb) = (s.load_b(&a), s.load_b(&b));
+            assert_eq!(Self::out(s, va), a, "{name} load_b");
+            assert_eq!(Self::out(s, s.splat_b(a[0])), [a[0]; 64], "{name} splat_b");
+            assert_eq!(Self::out(s, s.and_b(va, vb)), Scalar.and_b(a, b), "{name} and_b");
+            assert_eq!(Self::out(s, s.or_b(va, vb)), Scalar.or_b(a, b), "{name} or_b");
+            assert_eq!(Self::out(s, s.xor_b(va, vb)), Scalar.xor_b(a, b), "{name} xor_b");
+            assert_eq!(Self::out(s, s.sub_b(va, vb)), Scalar.sub_b(a, b), "{name} sub_b");
+            assert_eq!(Self::out(s, s.gt_b(va, vb)), Scalar.gt_b(a, b), "{name} gt_b");
+            assert_eq!(Self::out(s, s.eq_b(va, vb)), Scalar.eq_b(a, b), "{name} eq_b");
+            // The bits that come from the neighbour are unspecified.
+            macro_rules! shifts {
+                ($($k:literal)+) => {$(
+                    let found = Self::out(s, s.shr_b::<$k>(va)).map(|v| v & (255 >> $k));
+                    assert_eq!(found, Scalar.shr_b::<$k>(a), "{name} shr_b");
+                    let found = Self::out(s, s.shl_b::<$k>(va)).map(|v| v >> $k << $k);
+                    assert_eq!(found, Scalar.shl_b::<$k>(a), "{name} shl_b");
+                )+};
+            }
+            shifts!(0 1 2 3 4 5 6 7);
+            let index = b.map(|v| if v < 128 { v & 15 } else { v });
+            let found = Self::out(s, s.lookup_b(va, s.load_b(&index)));
+            assert_eq!(found, Scalar.lookup_b(a, index), "{name} lookup_b");
+
+            let u = a.map(|v| v & 127);
+            let start: [u32; 16] = std::array::from_fn(|_| rng.next() as u32);
+            let found = ints(s, s.dot4(from_ints(s, start), s.load_b(&u), vb));
+            assert_eq!(found, Scalar.dot4(start, u, b), "{name} dot4");
+
+            // As often as is allowed, with the largest bytes too.
+            let above = |v: u8| if v == 128 { 129 } else { v };
+            let (a, b) = (a.map(above), b.map(above));
+            let (va, vb) = (s.load_b(&a), s.load_b(&b));
+            let (mut acc, mut expected) = (s.zero_acc(), Scalar.zero_acc());
+            for _ in 0..MAX_DOTS {
+                acc = s.dot2(acc, va, vb);
+                expected = Scalar.dot2(expected, a, b);
+            }
+            assert_eq!(ints(s, s.finish(acc)), Scalar.finish(expected), "{name} dot2");
+            s.prefetch(std::ptr::null());
+        }
+    }
+}
+
+#[test]
+fn operations_on_numbers_are_those_of_the_portable_code() {
+    Isa::available().for_each(|isa| isa.run(Numbers(isa.name())));
+}
+
+#[test]
+fn operations_on_integers_are_those_of_the_portable_code() {
+    Isa::available().for_each(|isa| isa.run(Integers(isa.name())));
+}
+
+#[test]
+fn operations_on_bytes_are_those_of_the_portable_code() {
+    Isa::available().for_each(|isa| isa.run(Eights(isa.name())));
+}
