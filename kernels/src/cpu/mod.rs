@@ -18,6 +18,7 @@ pub(crate) mod neon;
 mod nm;
 mod nm8;
 pub mod ops;
+pub mod probe;
 mod rows;
 pub(crate) mod scalar;
 mod stbllm8;
