@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use stb_runtime::{Error, Model, OpenOptions, Verify};
+use stb_runtime::{Error, Model, OpenOptions, Task, Verify};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
     read, 4 file invalid, 5 not supported, 130 interrupted.\n\
@@ -32,8 +32,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measure the perplexity of a model on a text
+    /// Measure the perplexity of a model on a text, and its distance to another model
     Perplexity(PerplexityArgs),
+    /// Measure the accuracy of a model on multiple-choice tasks
+    ZeroShot(ZeroShotArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
     /// Print a completion script for a shell
@@ -143,15 +145,48 @@ struct PerplexityArgs {
     /// The text, a UTF-8 file
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
+    /// A model to compare with, usually the dense checkpoint: KL divergence from it, share of
+    /// tokens with the same best prediction
+    #[arg(long, value_name = "PATH")]
+    reference: Option<PathBuf>,
     /// Tokens per window; default: the context of the model
     #[arg(long, value_name = "N")]
     ctx: Option<usize>,
     /// The most windows to use; default: all
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
-    /// Split the text at this string into documents that each start a new context
+    /// Split the text at this string into documents; each is stripped and gets a begin token
     #[arg(long, value_name = "TEXT")]
     separator: Option<String>,
+    /// The lines are rows of a data set, to be joined by two newlines: for wiki.test.raw
+    #[arg(long, conflicts_with = "separator")]
+    rows: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ZeroShotArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    file: PathBuf,
+    /// Files of questions, one JSON object per line, whose names start with the task's:
+    /// winogrande, openbookqa, hellaswag, boolq, arc_easy, arc_challenge, rte or piqa
+    tasks: Vec<PathBuf>,
+    #[command(flatten)]
+    load: LoadArgs,
+    /// A file of questions for this task, whatever its name; may be given several times
+    #[arg(long = "task", value_name = "NAME=FILE", value_parser = evaluate::named_task)]
+    named: Vec<(Task, PathBuf)>,
+    /// Only the first N questions of each file
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    /// The most tokens that the model sees; default: its context
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: Option<u32>,
+    /// Put the model's begin token before each question
+    #[arg(long)]
+    begin_token: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -222,6 +257,7 @@ pub(crate) fn main() -> ExitCode {
         Some(Command::Perplexity(args)) => {
             in_pool(args.load.threads, || evaluate::perplexity(&args))
         }
+        Some(Command::ZeroShot(args)) => in_pool(args.load.threads, || evaluate::zero_shot(&args)),
         Some(Command::Bench(args)) => in_pool(args.load.threads, || bench::bench(&args)),
         None => match &cli.run.file {
             Some(file) => in_pool(cli.run.load.threads, || run::run(file, &cli.run)),
