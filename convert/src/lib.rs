@@ -15,10 +15,12 @@ pub mod metadata;
 pub mod output;
 pub mod pipeline;
 pub mod plan;
+pub mod plot;
 pub mod quantise;
 pub mod recipe;
 pub mod report;
 pub mod sensitivity;
+pub mod study;
 
 pub use pipeline::{Job, Progress, convert};
 pub use plan::{Plan, plan};
