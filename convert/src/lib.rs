@@ -9,6 +9,7 @@ pub mod allocation;
 pub mod budget;
 pub mod calibration;
 pub mod export;
+pub mod flips;
 pub mod hessian;
 pub mod inspect;
 pub mod metadata;

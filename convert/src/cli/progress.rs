@@ -21,6 +21,15 @@ impl Bar {
         Self(bar)
     }
 
+    /// A line above the bar, or on standard error where there is no bar.
+    pub fn line(&self, text: &str) {
+        if self.0.is_hidden() {
+            super::note(text);
+        } else {
+            self.0.println(text);
+        }
+    }
+
     pub fn finish(&self) {
         self.0.finish_and_clear();
     }

@@ -51,14 +51,14 @@ pub enum Outcome {
 }
 
 /// All cells of a study, in the order models, recipes, texts.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Table {
     /// The cells.
     pub entries: Vec<Entry>,
     /// How many of them were measured now.
     pub measured: usize,
-    /// The first error of a cell, for the exit code.
-    pub failure: Option<String>,
+    /// The first error of a cell.
+    pub failure: Option<anyhow::Error>,
 }
 
 /// Measures all cells of `study` that are not in `folder` yet.
@@ -193,7 +193,7 @@ impl Row<'_> {
                         Err(e) => {
                             let what = format!("{e:#}");
                             events.note(&format!("{}, {}: {what}", names.0, names.1));
-                            table.failure.get_or_insert_with(|| what.clone());
+                            table.failure.get_or_insert(e);
                             Outcome::Failed(what)
                         }
                     }
