@@ -360,6 +360,7 @@ pub fn plot(title: &str, found: &[Flipped]) -> String {
             "flipped signs, % of the weights of each layer that are neither pruned nor salient"
                 .into(),
         y_label: "perplexity".into(),
+        log_x: false,
         log_y: true,
         series: vec![
             Series { name: "at random (bar: range over seeds)".into(), points: random, line: true },

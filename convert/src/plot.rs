@@ -35,6 +35,8 @@ pub struct Chart {
     pub x_label: String,
     /// Beside it.
     pub y_label: String,
+    /// Whether the horizontal axis is logarithmic. Values that are not above zero are then left out.
+    pub log_x: bool,
     /// Whether the vertical axis is logarithmic. Values that are not above zero are then left out.
     pub log_y: bool,
     /// What is drawn.
@@ -131,7 +133,7 @@ impl Chart {
         let points = || self.series.iter().flat_map(|s| &s.points);
         let middle = (left + right) / 2.0;
         text(out, middle, 24.0, "middle", "font-size=\"15\"", &self.title);
-        let x = Axis::new(points().map(|p| p.x), false, [left, right]);
+        let x = Axis::new(points().map(|p| p.x), self.log_x, [left, right]);
         let values = points().flat_map(|p| [p.y, p.y - p.error, p.y + p.error]);
         let y = Axis::new(values, self.log_y, [bottom, top]);
         let (Some(x), Some(y)) = (x, y) else {
@@ -252,7 +254,12 @@ impl Labels {
             line(out, [x, y, end, place.1 - 4.0], "#aaa", 0.6);
         }
         self.taken.push(size(place));
-        text(out, place.0, place.1, "start", "font-size=\"10.5\" fill=\"#333\"", label);
+        let look = "font-size=\"10.5\" fill=\"#333\"";
+        // The width is an estimate: the end at the point is the one that is exact.
+        match place.0 > x {
+            true => text(out, place.0, place.1, "start", look, label),
+            false => text(out, place.0 + width, place.1, "end", look, label),
+        }
     }
 }
 
@@ -295,6 +302,7 @@ mod tests {
             title: "t & u".into(),
             x_label: "x".into(),
             y_label: "y".into(),
+            log_x: log_y,
             log_y,
             series: vec![Series {
                 name: "s".into(),

@@ -143,11 +143,15 @@ impl Cell {
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let fail = |e: std::io::Error| Error::io(path, e);
     let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new().prefix(".").suffix(".partial").tempfile_in(folder);
-    let file = file.as_mut().map_err(|e| fail(std::io::Error::new(e.kind(), e.to_string())))?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".").suffix(".partial");
+    // Temporary files are private unless told otherwise; the system applies the umask.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).map_err(fail)?;
     file.write_all(text.as_bytes()).map_err(fail)?;
     file.as_file().sync_all().map_err(fail)?;
-    std::fs::rename(file.path(), path).map_err(fail)?;
+    file.persist(path).map_err(|e| fail(e.error))?;
     Ok(())
 }
 

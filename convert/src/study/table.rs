@@ -193,6 +193,7 @@ impl Table {
                     title: format!("{}: {} on {}", study.title, model.name, text.name),
                     x_label: "true bits per parameter of the whole file".into(),
                     y_label: "perplexity".into(),
+                    log_x: true,
                     log_y: true,
                     series: vec![Series { name: model.name.clone(), points, line: false }],
                 });
