@@ -18,6 +18,7 @@ pub mod plan;
 pub mod quantise;
 pub mod recipe;
 pub mod report;
+pub mod resume;
 pub mod sensitivity;
 
 pub use pipeline::{Job, Progress, convert};
