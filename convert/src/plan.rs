@@ -42,7 +42,7 @@ impl Method {
                  N:M, and stored as 16-bit numbers; it is for comparison, its size means nothing"
                     .into(),
             ),
-            Self::Stbllm(o) if o.search.means => Some(
+            Self::Stbllm(o) if o.means => Some(
                 "no encoding holds binarised weights with means: they are stored as 16-bit \
                  numbers; the file is for comparison, its size means nothing"
                     .into(),

@@ -65,7 +65,7 @@ pub struct SearchOptions {
     pub region_ratio: f32,
     /// Where thresholds are looked for.
     pub quantiles: Quantiles,
-    /// Whether binarising subtracts means.
+    /// Whether binarising subtracts means while candidates are compared.
     pub means: bool,
 }
 

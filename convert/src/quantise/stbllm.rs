@@ -68,6 +68,8 @@ pub struct Options {
     pub order: Order,
     /// Salient columns and regions.
     pub search: SearchOptions,
+    /// Whether binarising subtracts means, one more number for each scale.
+    pub means: bool,
     /// How errors are passed on.
     pub propagation: Propagation,
 }
@@ -76,7 +78,7 @@ impl Options {
     /// Whether [`Encoding::Stbllm`] holds the values.
     #[must_use]
     pub fn storable(&self) -> bool {
-        self.strict && !self.search.means
+        self.strict && !self.means
     }
 
     /// What is written.
@@ -293,7 +295,7 @@ impl Place {
                     values: &mut values[part],
                     scales: &mut scales[index * 5..index * 5 + 5],
                 };
-                row.binarise(options.search.means, rounded);
+                row.binarise(options.means, rounded);
             });
     }
 

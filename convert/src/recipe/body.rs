@@ -78,6 +78,8 @@ body! {
     quantiles "quantiles": String,
     /// stbllm: whether binarising subtracts means.
     means "means": bool,
+    /// stbllm: whether it does while searches compare candidates; else as for the result.
+    search_means "search-means": bool,
     /// stbllm: how errors are passed on to later blocks: solve, diagonal or off.
     propagation "propagation": String,
     /// int, pb-llm: bits per code.
@@ -129,7 +131,7 @@ impl Body {
         self.allow(&[
             "n", "block", "metric", "mask", "pass", "scope", "pruned", "order", "allocation",
             "salient", "salient-limit", "partition", "region-ratio", "search", "quantiles",
-            "means", "propagation",
+            "means", "search-means", "propagation",
         ])?;
         let (n, block) = (self.n.unwrap_or(4), self.block.unwrap_or(128));
         let spec = Stbllm::new(n, block).ok_or_else(|| {
@@ -144,6 +146,7 @@ impl Body {
             strict: word("pruned", &self.pruned, &[("zero", true), ("forgotten", false)])?,
             order: word("order", &self.order, ORDERS)?,
             search: self.search_options()?,
+            means: self.means.unwrap_or(false),
             propagation: word("propagation", &self.propagation, PROPAGATIONS)?,
         };
         let in_loop = options.mask == MaskPlacement::InLoop;
@@ -169,7 +172,7 @@ impl Body {
             partition: word("partition", &self.partition, PARTITIONS)?,
             region_ratio: self.region_ratio.unwrap_or(2.0),
             quantiles: word("quantiles", &self.quantiles, QUANTILES)?,
-            means: self.means.unwrap_or(false),
+            means: self.search_means.or(self.means).unwrap_or(false),
         };
         if !(options.region_ratio > 1.0 && options.region_ratio < 100.0)
             || options.salient_limit == 0
