@@ -29,7 +29,10 @@ mod weights;
 pub use checkpoint::{Checkpoint, SourceFile};
 pub use config::{TokenConfig, parse_config};
 pub use error::{Error, Result, exit_code};
-pub use eval::{Perplexity, PerplexityOptions, perplexity};
+pub use eval::{
+    Divergence, Estimate, Item, Perplexity, PerplexityOptions, Prompt, Score, Task, TaskResult,
+    TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_item, zero_shot,
+};
 pub use forward::{LinearInput, Observer, State};
 pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};
 pub use linear::{Linears, apply};

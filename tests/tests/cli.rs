@@ -30,11 +30,16 @@ fn model(folder: &TempDir) -> std::path::PathBuf {
     file
 }
 
+const QUILL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/quill-4m");
+const QUESTIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tasks/piqa_sample.jsonl");
+
 /// Every command that reads an .stb file, as program and arguments around the file.
 fn readers<'a>(file: &'a str, other: &'a str, new: &'a str) -> Vec<(&'static str, Vec<&'a str>)> {
     vec![
         ("stb-run", vec![file, "--prompt", "a", "-n", "2"]),
         ("stb-run", vec!["perplexity", file, "--text", other]),
+        ("stb-run", vec!["perplexity", QUILL, "--text", other, "--reference", file]),
+        ("stb-run", vec!["zero-shot", file, QUESTIONS]),
         ("stb-run", vec!["bench", file, "-p", "2", "-n", "1", "-r", "1"]),
         ("stb-convert", vec!["inspect", file]),
         ("stb-convert", vec!["verify", file]),
@@ -298,9 +303,12 @@ fn help_texts_are_as_committed() {
     for (program, args, name) in [
         ("stb-run", vec!["--help"], "stb-run.txt"),
         ("stb-run", vec!["perplexity", "--help"], "stb-run-perplexity.txt"),
+        ("stb-run", vec!["zero-shot", "--help"], "stb-run-zero-shot.txt"),
         ("stb-run", vec!["bench", "--help"], "stb-run-bench.txt"),
         ("stb-convert", vec!["--help"], "stb-convert.txt"),
         ("stb-convert", vec!["recipes"], "stb-convert-recipes.txt"),
+        ("stb-convert", vec!["study", "--help"], "stb-convert-study.txt"),
+        ("stb-convert", vec!["flips", "--help"], "stb-convert-flips.txt"),
     ] {
         let mut command = command(program, &args);
         command.env("COLUMNS", "100").env_remove("CLICOLOR_FORCE");

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value as Json;
 use stb_runtime::{
     GenerateOptions, Message, Model, OpenOptions, PerplexityOptions, Sampler, SamplerOptions,
-    State, generate, perplexity,
+    State, TextLayout, generate, perplexity,
 };
 use stb_tests::paths::{quill, shared};
 use stb_tests::programs::skip;
@@ -138,11 +138,11 @@ fn perplexities_equal_the_reference() {
         };
         let (model, reference) = open(&folder);
         let tokenizer = model.tokenizer().unwrap();
-        let options = PerplexityOptions { context, windows: None, separator: None };
-        let result = perplexity(&model, &tokenizer, &text, &options, &|_, _| {}).unwrap();
+        let options = PerplexityOptions { context, windows: None, layout: TextLayout::Whole };
+        let result = perplexity(&model, None, &tokenizer, &text, &options, &|_, _| {}).unwrap();
         let tokens = reference["wikitext2_raw_test"]["tokens"].as_u64().unwrap();
         assert_eq!(result.tokens as u64, tokens, "{name}");
-        let found = result.perplexity;
+        let found = result.perplexity.value;
         assert!((found / expected - 1.0).abs() < 1e-3, "{name}: {found}, reference {expected}");
     }
 }

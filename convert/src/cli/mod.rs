@@ -3,6 +3,7 @@
 mod convert;
 mod files;
 mod progress;
+mod study;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -59,6 +60,10 @@ enum Command {
         /// The recipe to print
         name: Option<String>,
     },
+    /// Compare recipes on models and texts: one table, measured cell by cell, resumable
+    Study(study::StudyArgs),
+    /// Flip signs of a binarised model and measure what it costs
+    Flips(study::FlipArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
@@ -127,7 +132,7 @@ pub(crate) fn main() -> ExitCode {
     // The first Ctrl-C asks the work to stop, the second does not wait. Neither leaves a file.
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
-            stb_convert::output::remove_unfinished();
+            stb_convert::resume::leave_at_once();
             std::process::exit(130);
         }
     };
@@ -147,6 +152,8 @@ pub(crate) fn main() -> ExitCode {
         Some(Command::Verify { file }) => files::verify(&file),
         Some(Command::Export { file, folder, dtype }) => files::export(&file, &folder, dtype),
         Some(Command::Recipes { name }) => files::recipes(name.as_deref()),
+        Some(Command::Study(args)) => in_pool(args.threads, || study::study(&args)),
+        Some(Command::Flips(args)) => in_pool(args.threads, || study::flips(&args)),
         None => in_pool(threads, || convert::run(&cli.convert)),
     };
     match result {

@@ -1,19 +1,84 @@
-//! Integers with a scale per group of columns: rounding for embeddings, rounding with error
-//! compensation (GPTQ) where the inputs are known.
+//! Integers with a scale per group of columns: rounding for embeddings, rounding (RTN) or rounding
+//! with error compensation (GPTQ) for layers whose inputs are known.
+//!
+//! Codes of any width from 1 to 8 bits are stored exactly, in the narrowest encoding that has them.
+
+use std::time::Instant;
 
 use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{IntGroup, IntGroupParts};
 use stb_format::half::f16;
 
-use super::{Input, Packed, TASK_ROWS, propagate};
+use super::{Input, Packed, Propagation, Seconds, TASK_ROWS, propagate};
 
 /// Scales tried for a group, as shares of the one that just covers its largest value.
 const TRIES: usize = 17;
 
+/// Which integers a group may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Bits per code, 1 to 8.
+    pub bits: u8,
+    /// Whether the codes lie around zero and the scale has the least squared error (those of 1 to 3
+    /// bits are odd); otherwise they span minimum and maximum of the group, zero included (GPTQ's
+    /// default).
+    pub symmetric: bool,
+}
+
+/// How a linear layer is quantised to integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// What is stored.
+    pub spec: IntGroup,
+    /// The codes.
+    pub grid: Grid,
+    /// Whether errors are compensated (GPTQ) or each weight is rounded by itself (RTN).
+    pub compensate: bool,
+}
+
+impl Options {
+    /// GPTQ with all codes of an encoding.
+    #[must_use]
+    pub fn full(spec: IntGroup) -> Self {
+        let grid = Grid { bits: spec.bits(), symmetric: true };
+        Self { spec, grid, compensate: true }
+    }
+
+    /// The narrowest encoding for codes of `grid`; `None` if there is none.
+    #[must_use]
+    pub fn new(grid: Grid, group: u16, compensate: bool) -> Option<Self> {
+        let stored = match grid {
+            Grid { bits: bits @ (1..=4 | 8), symmetric: true } => bits,
+            Grid { bits: 5..=7, symmetric: true } => 8,
+            // Codes less a zero point between 0 and the highest need one bit more for their sign.
+            Grid { bits: 1..=3, symmetric: false } => 4,
+            Grid { bits: 4..=7, symmetric: false } => 8,
+            _ => return None,
+        };
+        Some(Self { spec: IntGroup::new(stored, group)?, grid, compensate })
+    }
+}
+
 /// Rounds each weight to the nearest code; scales minimise the squared error of their group.
 #[must_use]
 pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packed {
+    round_to(weights, rows, cols, &Options { compensate: false, ..Options::full(spec) })
+}
+
+/// Quantises one linear layer.
+#[must_use]
+pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
+    if options.compensate {
+        compensate(input, options)
+    } else {
+        round_to(input.weights, input.rows, input.cols, options)
+    }
+}
+
+fn round_to(weights: &[f32], rows: usize, cols: usize, options: &Options) -> Packed {
+    let clock = Instant::now();
+    let spec = options.spec;
     let groups = cols.div_ceil(spec.group());
     let mut codes = vec![0i8; rows * cols];
     let mut scales = vec![f16::ZERO; rows * groups];
@@ -24,19 +89,21 @@ pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packe
         .for_each(|((codes, scales), row)| {
             let parts = codes.chunks_mut(spec.group()).zip(row.chunks(spec.group()));
             for ((codes, values), scale) in parts.zip(scales) {
-                *scale = best_scale(values, spec);
+                let levels = Levels::new(values, options);
+                *scale = levels.scale;
                 for (code, value) in codes.iter_mut().zip(values) {
-                    *code = nearest(*value, scale.to_f32(), spec);
+                    *code = levels.nearest(*value);
                 }
             }
         });
-    pack(IntGroupParts { spec, rows, cols, codes, scales })
+    pack(IntGroupParts { spec, rows, cols, codes, scales }, clock)
 }
 
 /// GPTQ: columns are rounded one after another and the error of each is spread over the later ones.
 /// The scale of a group is fixed when its first column is reached.
-#[must_use]
-pub fn compensate(input: &Input<'_>, spec: IntGroup) -> Packed {
+fn compensate(input: &Input<'_>, options: &Options) -> Packed {
+    let clock = Instant::now();
+    let spec = options.spec;
     let (rows, cols, u) = (input.rows, input.cols, &input.factor.u);
     let groups = cols.div_ceil(spec.group());
     let mut weights = input.weights.to_vec();
@@ -53,11 +120,11 @@ pub fn compensate(input: &Input<'_>, spec: IntGroup) -> Packed {
             .with_min_len(TASK_ROWS)
             .for_each(|(((row, codes), scales), errors)| {
                 errors.copy_from_slice(&row[from..from + width]);
-                let scale = best_scale(errors, spec);
-                scales[index] = scale;
+                let levels = Levels::new(errors, options);
+                scales[index] = levels.scale;
                 for col in from..from + width {
-                    codes[col] = nearest(row[col], scale.to_f32(), spec);
-                    let value = scale.to_f32() * f32::from(codes[col]);
+                    codes[col] = levels.nearest(row[col]);
+                    let value = levels.scale.to_f32() * f32::from(codes[col]);
                     let line = &u[col * cols..(col + 1) * cols];
                     let error = (row[col] - value) / line[col];
                     for j in col + 1..from + width {
@@ -66,9 +133,10 @@ pub fn compensate(input: &Input<'_>, spec: IntGroup) -> Packed {
                     errors[col - from] -= value;
                 }
             });
-        propagate(input.isa, &mut weights, input.factor, &errors, from, width);
+        let mode = Propagation::Solve;
+        propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
     }
-    pack(IntGroupParts { spec, rows, cols, codes, scales })
+    pack(IntGroupParts { spec, rows, cols, codes, scales }, clock)
 }
 
 /// Σ h (w − q)² / Σ h w² of rounding some rows, h one weight per column.
@@ -77,9 +145,9 @@ pub fn plain_error(weights: &[f32], cols: usize, importance: &[f32], spec: IntGr
     let row_error = |row: &[f32]| {
         let (mut error, mut all) = (0f64, 0f64);
         for (group, h) in row.chunks(spec.group()).zip(importance.chunks(spec.group())) {
-            let scale = best_scale(group, spec).to_f32();
+            let levels = Levels::new(group, &Options::full(spec));
             for (w, h) in group.iter().zip(h) {
-                let q = scale * f32::from(nearest(*w, scale, spec));
+                let q = levels.scale.to_f32() * f32::from(levels.nearest(*w));
                 error += f64::from(h * (w - q) * (w - q));
                 all += f64::from(h * w * w);
             }
@@ -89,38 +157,92 @@ pub fn plain_error(weights: &[f32], cols: usize, importance: &[f32], spec: IntGr
     super::ratio_of_sums(weights.par_chunks_exact(cols).map(row_error).collect())
 }
 
-fn pack(parts: IntGroupParts) -> Packed {
+fn pack(parts: IntGroupParts, clock: Instant) -> Packed {
+    let quantise = clock.elapsed().as_secs_f64();
     let payload = parts.pack();
-    Packed { encoding: Encoding::IntGroup(parts.spec), payload, salient: None }
+    let pack = clock.elapsed().as_secs_f64() - quantise;
+    let seconds = Seconds { quantise, pack, ..Seconds::default() };
+    Packed { encoding: Encoding::IntGroup(parts.spec), payload, salient: None, seconds }
 }
 
-fn nearest(value: f32, scale: f32, spec: IntGroup) -> i8 {
-    let (low, high) = spec.limits();
-    if scale == 0.0 {
-        return if spec.is_odd() { 1 } else { 0 };
+/// The codes that a group may use.
+#[derive(Clone, Copy, Debug)]
+struct Codes {
+    low: f32,
+    high: f32,
+    /// Only every second: low, low + 2, …
+    odd: bool,
+    /// The smallest scale tried, as a share of the covering one: with few codes, large values are best
+    /// clipped, the more the fewer there are.
+    least: f32,
+}
+
+impl Codes {
+    /// Those of a symmetric grid.
+    fn around_zero(options: &Options) -> Self {
+        let Options { spec, grid, .. } = options;
+        let least =
+            [0.65, 0.2, 0.35, 0.5, 0.65, 0.65, 0.65, 0.65, 0.65][usize::from(grid.bits.min(8))];
+        if spec.is_odd() {
+            let (low, high) = spec.limits();
+            return Self { low: f32::from(low), high: f32::from(high), odd: true, least };
+        }
+        let half = f32::from(1i16 << (grid.bits - 1));
+        Self { low: -half, high: half - 1.0, odd: false, least }
     }
-    let (low, high) = (f32::from(low), f32::from(high));
-    if spec.is_odd() {
-        // Codes are low, low + 2, …
-        let steps = ((value / scale - low) / 2.0).round_ties_even();
-        return (low + 2.0 * steps).clamp(low, high) as i8;
+
+    fn nearest(self, value: f32, scale: f32) -> i8 {
+        let Self { low, high, odd, .. } = self;
+        if scale == 0.0 {
+            return i8::from(odd);
+        }
+        if odd {
+            let steps = ((value / scale - low) / 2.0).round_ties_even();
+            return (low + 2.0 * steps).clamp(low, high) as i8;
+        }
+        (value / scale).round_ties_even().clamp(low, high) as i8
     }
-    (value / scale).round_ties_even().clamp(low, high) as i8
+}
+
+/// The values that weights of a group can take: whole multiples of a scale.
+#[derive(Clone, Copy, Debug)]
+struct Levels {
+    scale: f16,
+    codes: Codes,
+}
+
+impl Levels {
+    fn new(values: &[f32], options: &Options) -> Self {
+        if options.grid.symmetric {
+            let codes = Codes::around_zero(options);
+            return Self { scale: best_scale(values, codes), codes };
+        }
+        let least = values.iter().copied().fold(0.0f32, f32::min);
+        let most = values.iter().copied().fold(0.0f32, f32::max);
+        let steps = f32::from((1u16 << options.grid.bits) - 1);
+        let scale = f16::from_f32((most - least) / steps);
+        let zero = if scale == f16::ZERO { 0.0 } else { -least / scale.to_f32() };
+        let zero = zero.round_ties_even().clamp(0.0, steps);
+        let codes = Codes { low: -zero, high: steps - zero, odd: false, least: 1.0 };
+        Self { scale, codes }
+    }
+
+    fn nearest(&self, value: f32) -> i8 {
+        self.codes.nearest(value, self.scale.to_f32())
+    }
 }
 
 /// The binary16 scale with the least squared error, of those tried. All integers: the largest value
 /// takes the lowest code, which has one step more than the highest, so the scale may be negative.
-/// Odd integers are symmetric; with so few of them large values are best clipped, the more the
-/// fewer there are.
-fn best_scale(values: &[f32], spec: IntGroup) -> f16 {
+/// Odd integers are symmetric.
+fn best_scale(values: &[f32], codes: Codes) -> f16 {
     let largest = values.iter().copied().fold(0.0f32, |m, v| if v.abs() > m.abs() { v } else { m });
     if largest == 0.0 {
         return f16::ZERO;
     }
-    let (low, high) = (f32::from(spec.limits().0), f32::from(spec.limits().1));
     let error = |scale: f16| -> f32 {
         let s = scale.to_f32();
-        let difference = |v: &f32| v - s * f32::from(nearest(*v, s, spec));
+        let difference = |v: &f32| v - s * f32::from(codes.nearest(*v, s));
         values.iter().map(difference).map(|d| d * d).sum()
     };
     let mut best = (f32::INFINITY, f16::ZERO);
@@ -131,22 +253,21 @@ fn best_scale(values: &[f32], spec: IntGroup) -> f16 {
             best = (e, scale);
         }
     };
-    // From 1.05 of the covering scale down to this share.
-    let least = [0.65, 0.2, 0.35, 0.5][usize::from(spec.bits() % 4)];
     for i in 0..TRIES {
-        let share = 1.05 - (1.05 - least) * i as f32 / (TRIES - 1) as f32;
-        if spec.is_odd() {
-            try_scale(largest.abs() / high * share);
+        // From 1.05 of the covering scale down.
+        let share = 1.05 - (1.05 - codes.least) * i as f32 / (TRIES - 1) as f32;
+        if codes.odd {
+            try_scale(largest.abs() / codes.high * share);
         } else {
-            try_scale(largest / low * share);
-            try_scale(largest / high * share);
+            try_scale(largest / codes.low * share);
+            try_scale(largest / codes.high * share);
         }
     }
-    if spec.is_odd() {
+    if codes.odd {
         // The best scale for the codes that the best one so far gives.
         let scale = best.1.to_f32();
-        let codes = values.iter().map(|v| (v, f32::from(nearest(*v, scale, spec))));
-        let (vc, cc) = codes.fold((0.0, 0.0), |(vc, cc), (v, c)| (vc + v * c, cc + c * c));
+        let pairs = values.iter().map(|v| (v, f32::from(codes.nearest(*v, scale))));
+        let (vc, cc) = pairs.fold((0.0, 0.0), |(vc, cc), (v, c)| (vc + v * c, cc + c * c));
         let fitted = f16::from_f32(vc / cc);
         if fitted.is_finite() && error(fitted) < best.0 {
             best.1 = fitted;
@@ -165,7 +286,7 @@ mod tests {
         let cols = 70;
         let weights: Vec<f32> =
             (0..3 * cols).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
-        for (bits, group) in [(4, 32), (8, 64), (3, 32)] {
+        for (bits, group) in [(4, 32), (8, 64)] {
             let spec = IntGroup::new(bits, group).unwrap();
             let packed = round(&weights, 3, cols, spec);
             let view = packed.encoding.view(3, cols as u64, &packed.payload).unwrap();
@@ -173,8 +294,41 @@ mod tests {
             for (i, (w, q)) in weights.iter().zip(view.decode()).enumerate() {
                 let step = codes.scale(i / cols, i % cols / spec.group()).abs();
                 // Clipping may cost a little more at the ends of the range.
-                let step = if bits == 3 { 2.0 * step } else { step };
                 assert!((w - q).abs() <= 0.9 * step, "{bits} bits, {i}: {w} {q}");
+            }
+        }
+    }
+
+    /// Codes of every width and kind fit the encoding that is chosen for them.
+    #[test]
+    fn narrow_codes_are_stored_exactly() {
+        let cols = 96;
+        let weights: Vec<f32> =
+            (0..2 * cols).map(|i| ((i * 7919) % 1000) as f32 / 400.0 - 0.5).collect();
+        for symmetric in [true, false] {
+            for bits in 1..=8 {
+                let grid = Grid { bits, symmetric };
+                let Some(options) = Options::new(grid, 32, false) else {
+                    assert!(bits == 8 && !symmetric);
+                    continue;
+                };
+                let packed = round_to(&weights, 2, cols, &options);
+                let view = packed.encoding.view(2, cols as u64, &packed.payload).unwrap();
+                let decoded = view.decode();
+                for (values, found) in weights.chunks(32).zip(decoded.chunks(32)) {
+                    let levels = Levels::new(values, &options);
+                    for (w, q) in values.iter().zip(found) {
+                        assert_eq!(*q, levels.scale.to_f32() * f32::from(levels.nearest(*w)));
+                    }
+                    let mut distinct: Vec<f32> = found.to_vec();
+                    distinct.sort_by(f32::total_cmp);
+                    distinct.dedup();
+                    assert!(distinct.len() <= 1 << bits, "{bits} bits: {distinct:?}");
+                }
+                // Half a step, or the whole range for a bit.
+                let worst = weights.iter().zip(&decoded).map(|(w, q)| (w - q).abs());
+                let step = 2.5 / f32::from(2u16.pow(u32::from(bits)) - 1);
+                assert!(worst.fold(0.0, f32::max) <= step * 1.2, "{bits} {symmetric}");
             }
         }
     }

@@ -12,7 +12,9 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use stb_runtime::{Error, KvKind, Model, OpenOptions, Verify, default_threads};
+use stb_runtime::{
+    Error, KvKind, Model, OpenOptions, Task, Verify, default_threads, open_to_measure,
+};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
     read, 4 file invalid, 5 not supported, 130 interrupted.\n\
@@ -32,8 +34,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measure the perplexity of a model on a text
+    /// Measure the perplexity of a model on a text, and its distance to another model
     Perplexity(PerplexityArgs),
+    /// Measure the accuracy of a model on multiple-choice tasks
+    ZeroShot(ZeroShotArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
     /// Print a completion script for a shell
@@ -159,15 +163,49 @@ struct PerplexityArgs {
     /// The text, a UTF-8 file
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
+    /// A model to compare with, usually the dense checkpoint: KL divergence from it, share of
+    /// tokens with the same best prediction
+    #[arg(long, value_name = "PATH")]
+    reference: Option<PathBuf>,
     /// Tokens per window; default: the context of the model
     #[arg(long, value_name = "N")]
     ctx: Option<usize>,
     /// The most windows to use; default: all
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
-    /// Split the text at this string into documents that each start a new context
+    /// Split the text at this string into documents; each is stripped and gets a begin token
     #[arg(long, value_name = "TEXT")]
     separator: Option<String>,
+    /// The lines are rows of a data set, to be joined by two newlines: for wiki.test.raw
+    #[arg(long, conflicts_with = "separator")]
+    rows: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ZeroShotArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    file: PathBuf,
+    /// Files of questions, one JSON object per line, whose names start with the task's:
+    /// winogrande, openbookqa, hellaswag, boolq, arc_easy, arc_challenge, rte or piqa
+    tasks: Vec<PathBuf>,
+    #[command(flatten)]
+    load: LoadArgs,
+    /// A file of questions for this task, whatever its name; may be given several times
+    #[arg(long = "task", value_name = "NAME=FILE", value_parser = evaluate::named_task)]
+    named: Vec<(Task, PathBuf)>,
+    /// Only the first N questions of each file
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    /// The most tokens that the model sees; default: its context
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: Option<u32>,
+    /// Do not put the begin token before questions even if the tokenizer does so, as old versions of
+    /// the harness
+    #[arg(long)]
+    no_begin_token: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -241,6 +279,7 @@ pub(crate) fn main() -> ExitCode {
         Some(Command::Perplexity(args)) => {
             in_pool(args.load.threads, || evaluate::perplexity(&args))
         }
+        Some(Command::ZeroShot(args)) => in_pool(args.load.threads, || evaluate::zero_shot(&args)),
         Some(Command::Bench(args)) => bench::bench(&args),
         None => match &cli.run.file {
             Some(file) => run::run(file, &cli.run),
@@ -272,14 +311,20 @@ fn in_pool(
     pool.install(work)
 }
 
-/// Opens the model to measure what the file holds: exactly, one thread per window.
-fn open_exact(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
-    open(file, &LoadArgs { exact: true, kv: None, threads: Some(1), ..args.clone() })
+/// Opens the model to measure what the file holds.
+fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
+    let threads = args.threads.map_or_else(default_threads, usize::from);
+    open_to_measure(file, &OpenOptions { threads: Some(threads), ..open_options(args) })
 }
 
 /// Opens the model and says how long it took.
 fn open(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
     let started = Instant::now();
+    let model = Model::open(file, &open_options(args))?;
+    Ok((model, started.elapsed()))
+}
+
+fn open_options(args: &LoadArgs) -> OpenOptions {
     let verify = match args.verify {
         VerifyArg::Auto => Verify::Auto,
         VerifyArg::Full => Verify::Full,
@@ -292,14 +337,12 @@ fn open(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
         None if args.exact => KvKind::F32,
         None => KvKind::F16,
     };
-    let options = OpenOptions {
+    OpenOptions {
         map: !args.no_mmap,
         verify,
         exact: args.exact,
         kv,
         threads: args.threads.map(usize::from),
         lock: args.mlock,
-    };
-    let model = Model::open(file, &options)?;
-    Ok((model, started.elapsed()))
+    }
 }

@@ -1,0 +1,256 @@
+//! `stb-convert study` and `stb-convert flips`.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use stb_convert::calibration::Source;
+use stb_convert::flips::{self, FlipOptions};
+use stb_convert::hessian::interrupted;
+use stb_convert::study::{self, Definition, Events, StudyModel, convert_file, write_whole};
+use stb_convert::{Progress, Recipe};
+use stb_runtime::{Checkpoint, Error, OpenOptions, PerplexityOptions, TextLayout, open_to_measure};
+
+use super::progress::Bar;
+use super::{note, print};
+
+#[derive(Args)]
+pub(super) struct StudyArgs {
+    /// What to compare, a TOML file
+    study: PathBuf,
+    /// A folder for results; cells that are there already are not measured again
+    out: PathBuf,
+    /// What {NAME} in paths of the study stands for; models and texts that need what is not given
+    /// are left out
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = pair)]
+    define: Vec<(String, String)>,
+    /// Another model, or another path for one of the study
+    #[arg(short, long, value_name = "NAME=PATH", value_parser = pair)]
+    model: Vec<(String, String)>,
+    /// Measure everything again
+    #[arg(long)]
+    fresh: bool,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// Threads; default: as many as this process may use
+    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(super) threads: Option<u16>,
+}
+
+#[derive(Args)]
+pub(super) struct FlipArgs {
+    /// A folder in the Hugging Face layout, a .safetensors file, or an index of shards
+    src: PathBuf,
+    /// A folder for flips.csv, flips.md and flips.svg
+    out: PathBuf,
+    /// How the model is binarised: a recipe's name or a .toml file; default: the structure of the
+    /// paper with no weight pruned
+    #[arg(short, long, value_name = "NAME|FILE")]
+    recipe: Option<String>,
+    /// The text for perplexity, a UTF-8 file
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Split the text at this string into documents; each is stripped and gets a begin token
+    #[arg(long, value_name = "TEXT")]
+    separator: Option<String>,
+    /// Tokens per window; default: the context of the model
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    ctx: Option<u32>,
+    /// The most windows to use; default: all
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    windows: Option<u32>,
+    /// Percentages of the signs to flip
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1,2,3,5,7,10,15,20,25,30,40,50", value_parser = percentage)]
+    percent: Vec<f64>,
+    /// Random orders
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    seeds: u64,
+    /// Flip signs in salient columns too
+    #[arg(long)]
+    salient: bool,
+    /// A text to calibrate on, UTF-8; default: what the recipe says
+    #[arg(long, value_name = "FILE")]
+    calib: Option<PathBuf>,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// Threads; default: as many as this process may use
+    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(super) threads: Option<u16>,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("NAME=VALUE is needed".into()),
+    }
+}
+
+fn percentage(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(percent),
+        _ => Err("a number from 0 to 100 is needed".into()),
+    }
+}
+
+pub(super) fn study(args: &StudyArgs) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(&args.study).map_err(|e| Error::io(&args.study, e))?;
+    let folder = args.study.parent().unwrap_or(Path::new("."));
+    let mut study = Definition::parse(&text)?.resolve(folder, &args.define)?;
+    for (name, path) in &args.model {
+        match study.models.iter_mut().find(|m| m.name == *name) {
+            Some(model) => model.path = path.into(),
+            None => study.models.push(StudyModel {
+                name: name.clone(),
+                path: path.into(),
+                context: None,
+            }),
+        }
+    }
+    study.check()?;
+    if args.fresh {
+        let cells = args.out.join("cells");
+        match std::fs::remove_dir_all(&cells) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(&cells, e).into());
+            }
+            _ => {}
+        }
+    }
+    let shown = Shown { bar: Bar::new(args.quiet) };
+    let table = study::run(&study, &args.out, &shown);
+    shown.bar.finish();
+    let table = table?;
+    let markdown = table.markdown(&study);
+    for (suffix, text) in
+        [("md", markdown.clone()), ("csv", table.csv()), ("svg", table.svg(&study))]
+    {
+        write_whole(&args.out.join(format!("{}.{suffix}", study.name)), &text)?;
+    }
+    if !args.quiet {
+        let all = table.entries.len();
+        note(format_args!("{} of {all} cells measured now", table.measured));
+        if table.builds().len() > 1 {
+            note("cells are from several builds of this program; --fresh measures all again");
+        }
+    }
+    print(markdown.trim_end())?;
+    match table.failure {
+        Some(first) => Err(first.context("not all cells could be measured; the first")),
+        None => Ok(()),
+    }
+}
+
+/// Progress of a study.
+struct Shown {
+    bar: Bar,
+}
+
+impl Progress for Shown {
+    fn step(&self, done: u64, all: u64, what: &str) {
+        self.bar.step(done, all, what);
+    }
+
+    fn layer(&self, _: usize, _: usize, _: f64, _: &str, _: f64) {}
+
+    fn note(&self, text: &str) {
+        self.bar.note(text);
+    }
+}
+
+impl Events for Shown {
+    fn begin(&self, done: usize, all: usize, model: &str, recipe: &str, text: &str) {
+        self.bar.note(&format!("cell {} of {all}: {model}, {recipe}, {text}", done + 1));
+    }
+
+    fn window(&self, done: usize, all: usize) {
+        if interrupted() {
+            // Finished cells are safe, and nothing of this one is on disk.
+            std::process::exit(130);
+        }
+        self.bar.step(done as u64, all as u64, "windows");
+    }
+}
+
+pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(&args.src, true)?;
+    let recipe = match &args.recipe {
+        Some(name) => Recipe::load(name)?,
+        None => flips::binarised()?,
+    };
+    let source = match &args.calib {
+        Some(path) => Source::file(path)?,
+        None => Source::of(&recipe.calibration)?,
+    };
+    let text = Source::file(&args.text)?.text;
+    let work = args.out.join(".work");
+    std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
+    let file = work.join("model.stb");
+    let bar = Bar::new(args.quiet);
+    let report = convert_file(&checkpoint, &recipe, &source, &file, &bar);
+    bar.finish();
+    let report = report?;
+    let threads = Some(rayon::current_num_threads());
+    let mut model = open_to_measure(&file, &OpenOptions { threads, ..OpenOptions::default() })?;
+    // Where a mapped file can lose its name, it does now; elsewhere at the end.
+    let _ = std::fs::remove_dir_all(&work);
+    let layout = args.separator.clone().map_or(TextLayout::Whole, TextLayout::Documents);
+    let context = args.ctx.map_or(model.spec.context_length as usize, |n| n as usize);
+    let options = FlipOptions {
+        shares: args.percent.iter().map(|p| p / 100.0).collect(),
+        seeds: (0..args.seeds).collect(),
+        salient: args.salient,
+        evaluation: PerplexityOptions {
+            context,
+            windows: args.windows.map(|n| n as usize),
+            layout,
+        },
+    };
+    let quiet = args.quiet;
+    let progress = |done: usize, all: usize, f: &flips::Flipped| {
+        if interrupted() {
+            std::process::exit(130);
+        }
+        if !quiet {
+            let order = f.order.map_or("nothing flipped".into(), |o| o.to_string());
+            let (percent, found, error) = (flips::percent(f.share), f.perplexity, f.standard_error);
+            note(format_args!(
+                "{done} of {all}: {order}, {percent} %: perplexity {found:.4} ± {error:.4}"
+            ));
+        }
+    };
+    let calibration = &recipe.calibration;
+    let found =
+        flips::flip(&mut model, &checkpoint, calibration, &source, &text, &options, &progress)?;
+    drop(model);
+    let _ = std::fs::remove_dir_all(&work);
+    let name = args.src.file_name().unwrap_or_default().to_string_lossy();
+    let title = format!("Flipped signs: {name}, recipe {}", recipe.name);
+    let table = flips::markdown(&title, &found);
+    for (file, text) in [
+        ("flips.md", table.clone()),
+        ("flips.csv", flips::csv(&found)),
+        ("flips.svg", flips::plot(&title, &found)),
+    ] {
+        write_whole(&args.out.join(file), &text)?;
+    }
+    print(table.trim_end())?;
+    print(format_args!(
+        "\nThe binarised file has {:.3} true bits per parameter.",
+        report.true_bits_per_parameter
+    ))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{pair, percentage};
+
+    #[test]
+    fn options_are_parsed() {
+        assert_eq!(pair("data=/a=b").unwrap(), ("data".into(), "/a=b".into()));
+        assert!(pair("data").is_err() && pair("=x").is_err());
+        assert_eq!(percentage("1.5"), Ok(1.5));
+        assert!(percentage("101").is_err() && percentage("NaN").is_err());
+    }
+}

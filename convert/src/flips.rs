@@ -1,0 +1,434 @@
+//! The flip experiment of the paper (§1, appendix B, algorithm 3, table 13): how much perplexity
+//! suffers when a share of the signs of a binarised model is turned around, chosen at random or from
+//! the least important on.
+//!
+//! In each linear layer of the decoder a share of the weights that are neither pruned nor in a salient
+//! column changes sign. Sets of a growing share contain each other.
+
+use std::fmt::Write;
+
+use rand_core::{RngCore, SeedableRng};
+use rand_pcg::Pcg64Mcg;
+use rayon::prelude::*;
+use serde::Serialize;
+use stb_format::encoding::MatrixView;
+use stb_runtime::{
+    Checkpoint, Error, Layer, Model, PerplexityOptions, Result, Tokenizer, Weight, perplexity,
+};
+
+use crate::calibration::Source;
+use crate::plan::input_of;
+use crate::plot::{Chart, Point, Series, svg};
+use crate::recipe::{Calibration, Recipe};
+use crate::sensitivity::diagonals;
+
+/// What is flipped, and how often.
+#[derive(Clone, Debug)]
+pub struct FlipOptions {
+    /// Shares of the weights of each layer that may be flipped, each from 0 to 1.
+    pub shares: Vec<f64>,
+    /// Seeds of the random order; each is a curve.
+    pub seeds: Vec<u64>,
+    /// Whether salient columns are flipped too.
+    pub salient: bool,
+    /// How perplexity is measured.
+    pub evaluation: PerplexityOptions,
+}
+
+/// In which order weights are flipped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// At random.
+    Random {
+        /// The seed.
+        seed: u64,
+    },
+    /// From the smallest |w|·‖x‖ on, with w of the dense checkpoint and ‖x‖ the norm of the weight's
+    /// input in calibration.
+    LeastImportant,
+}
+
+impl std::fmt::Display for Order {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Random { seed } => write!(f, "random, seed {seed}"),
+            Self::LeastImportant => write!(f, "least important first"),
+        }
+    }
+}
+
+/// One measurement.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Flipped {
+    /// How weights were chosen; `None` before any was flipped.
+    pub order: Option<Order>,
+    /// Share of the weights that may be flipped.
+    pub share: f64,
+    /// Weights whose sign changed.
+    pub flipped: u64,
+    /// exp of the mean loss.
+    pub perplexity: f64,
+    /// One standard error over windows.
+    pub standard_error: f64,
+}
+
+/// A binarisation in which every weight keeps its sign: the paper's structure without its mask.
+///
+/// # Errors
+/// None in practice: it is made of a shipped recipe.
+pub fn binarised() -> Result<Recipe> {
+    let mut recipe = Recipe::load("stbllm-4of8")?;
+    recipe.name = "stbllm-8of8".into();
+    recipe.description = "The STBLLM structure with no weight pruned".into();
+    recipe.body.n = Some(8);
+    recipe.body.allocation = None;
+    Ok(recipe)
+}
+
+/// Flips signs in `model`, a conversion of `checkpoint`, and measures. The model is left as it was.
+/// All its linear layers are decoded: 8 bytes of memory per weight. `progress` hears the number of
+/// measurements done, that of all, and the latest.
+///
+/// # Errors
+/// [`Error::Usage`] for shares out of range, and those of [`perplexity`]; [`Error::Invalid`] if model
+/// and checkpoint do not belong together.
+pub fn flip(
+    model: &mut Model,
+    checkpoint: &Checkpoint,
+    calibration: &Calibration,
+    source: &Source,
+    text: &str,
+    options: &FlipOptions,
+    progress: &dyn Fn(usize, usize, &Flipped),
+) -> Result<Vec<Flipped>> {
+    if !options.shares.iter().all(|s| (0.0..=1.0).contains(s)) {
+        return Err(Error::usage("the share of flipped signs is between 0 and 1"));
+    }
+    let mut shares = options.shares.clone();
+    shares.sort_by(f64::total_cmp);
+    shares.dedup();
+    let tokenizer = model.tokenizer()?;
+    let mut matrices = matrices(model, checkpoint, calibration, source, options.salient)?;
+    let mut orders = vec![Order::LeastImportant];
+    orders.extend(options.seeds.iter().map(|seed| Order::Random { seed: *seed }));
+    let all = 1 + orders.len() * shares.len();
+    let original = model.layers.clone();
+    let first = measure(model, &tokenizer, text, options, None, 0.0, 0)?;
+    progress(1, all, &first);
+    let mut found = vec![first];
+    for order in orders {
+        matrices.par_iter_mut().enumerate().for_each(|(i, m)| m.arrange(order, i as u64));
+        for share in &shares {
+            let mut flipped = 0;
+            for matrix in &matrices {
+                flipped += matrix.put(&mut model.layers, *share)?;
+            }
+            let result = measure(model, &tokenizer, text, options, Some(order), *share, flipped);
+            let result = match result {
+                Ok(result) => result,
+                Err(e) => {
+                    model.layers = original;
+                    return Err(e);
+                }
+            };
+            found.push(result);
+            progress(found.len(), all, &result);
+        }
+    }
+    model.layers = original;
+    Ok(found)
+}
+
+fn measure(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    text: &str,
+    options: &FlipOptions,
+    order: Option<Order>,
+    share: f64,
+    flipped: u64,
+) -> Result<Flipped> {
+    let found = perplexity(model, None, tokenizer, text, &options.evaluation, &|_, _| {})?;
+    Ok(Flipped {
+        order,
+        share,
+        flipped,
+        perplexity: found.perplexity.value,
+        standard_error: found.perplexity.standard_error,
+    })
+}
+
+/// Calibration sequences for the norms of inputs.
+const SEQUENCES: usize = 32;
+
+/// Parts of a decoder layer.
+const PARTS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+fn part<'a>(layer: &'a mut Layer, name: &str) -> &'a mut Weight {
+    match name {
+        "self_attn.q_proj" => &mut layer.q,
+        "self_attn.k_proj" => &mut layer.k,
+        "self_attn.v_proj" => &mut layer.v,
+        "self_attn.o_proj" => &mut layer.o,
+        "mlp.gate_proj" => &mut layer.gate,
+        "mlp.up_proj" => &mut layer.up,
+        _ => &mut layer.down,
+    }
+}
+
+/// A matrix with the places that may be flipped.
+struct Matrix {
+    layer: usize,
+    part: &'static str,
+    rows: u64,
+    cols: u64,
+    /// Decoded, [rows, cols].
+    values: Vec<f32>,
+    /// Places that may be flipped, in the order in which they are.
+    places: Vec<u32>,
+    /// Importance of each weight, [rows, cols].
+    importance: Vec<f32>,
+}
+
+fn matrices(
+    model: &mut Model,
+    checkpoint: &Checkpoint,
+    calibration: &Calibration,
+    source: &Source,
+    salient: bool,
+) -> Result<Vec<Matrix>> {
+    let moments = diagonals(checkpoint, calibration, source, SEQUENCES)?;
+    let mut matrices = Vec::new();
+    for (index, layer) in model.layers.iter_mut().enumerate() {
+        for name in PARTS {
+            let weight = part(layer, name);
+            let dense = checkpoint.weight(&format!("model.layers.{index}.{name}.weight"))?;
+            let norms = input_of(name).and_then(|input| moments.get(index).map(|m| &m[input]));
+            let norms = norms.filter(|norms| norms.len() == weight.cols());
+            let (Some(norms), true) = (norms, dense.rows() == weight.rows()) else {
+                return Err(Error::invalid("the model is not a conversion of the checkpoint"));
+            };
+            let (cols, values) = (weight.cols(), weight.decode());
+            if u32::try_from(values.len()).is_err() {
+                return Err(Error::unsupported("matrices of 2^32 weights cannot be flipped"));
+            }
+            let mut importance = dense.decode();
+            for row in importance.chunks_exact_mut(cols) {
+                for (w, square) in row.iter_mut().zip(norms) {
+                    *w = w.abs() * square.sqrt();
+                }
+            }
+            let skipped = match weight.view() {
+                MatrixView::Stbllm(view) if !salient => view.unpack().salient,
+                _ => vec![false; cols],
+            };
+            let open = |i: &u32| values[*i as usize] != 0.0 && !skipped[*i as usize % cols];
+            let places = (0..values.len() as u32).filter(open).collect();
+            let (rows, cols) = (weight.rows() as u64, cols as u64);
+            matrices.push(Matrix {
+                layer: index,
+                part: name,
+                rows,
+                cols,
+                values,
+                places,
+                importance,
+            });
+        }
+    }
+    Ok(matrices)
+}
+
+impl Matrix {
+    /// Puts the places into the order in which they are flipped.
+    fn arrange(&mut self, order: Order, stream: u64) {
+        // Whatever order came before: results must not depend on it.
+        self.places.sort_unstable();
+        match order {
+            Order::LeastImportant => {
+                let key = |i: &u32| self.importance[*i as usize];
+                self.places.sort_by(|a, b| key(a).total_cmp(&key(b)));
+            }
+            Order::Random { seed } => {
+                // Fisher-Yates; each matrix has numbers of its own.
+                let mut random = Pcg64Mcg::seed_from_u64(seed ^ (stream + 1).wrapping_mul(GOLDEN));
+                for i in (1..self.places.len()).rev() {
+                    let j = (random.next_u64() % (i as u64 + 1)) as usize;
+                    self.places.swap(i, j);
+                }
+            }
+        }
+    }
+
+    /// Puts the weights with the first `share` of the places flipped into `layers`; their number.
+    fn put(&self, layers: &mut [Layer], share: f64) -> Result<u64> {
+        let count = (self.places.len() as f64 * share) as usize;
+        let mut values = self.values.clone();
+        for place in &self.places[..count] {
+            values[*place as usize] *= -1.0;
+        }
+        *part(&mut layers[self.layer], self.part) =
+            Weight::from_floats(values, self.rows, self.cols)?;
+        Ok(count as u64)
+    }
+}
+
+/// 2⁶⁴ over the golden ratio: spreads small numbers over all bits.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Mean over seeds of the random orders at each share: share, mean, half the range.
+fn random_mean(found: &[Flipped]) -> Vec<(f64, f64, f64)> {
+    let random = |f: &&Flipped| matches!(f.order, Some(Order::Random { .. }));
+    let mut shares: Vec<f64> = found.iter().filter(random).map(|f| f.share).collect();
+    shares.sort_by(f64::total_cmp);
+    shares.dedup();
+    let mean = |share: f64| {
+        let at = found.iter().filter(random).filter(|f| f.share == share).map(|f| f.perplexity);
+        let (low, high) = at.clone().fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
+        // Of the losses, so that one bad curve does not hide the others.
+        let loss = at.clone().map(f64::ln).sum::<f64>() / at.count() as f64;
+        (share, loss.exp(), (high - low) / 2.0)
+    };
+    shares.into_iter().map(mean).collect()
+}
+
+/// A table: flipped share, perplexity for random and for least important signs.
+#[must_use]
+pub fn markdown(title: &str, found: &[Flipped]) -> String {
+    let mut out = format!(
+        "# {title}\n\n| flipped share % | random: perplexity (mean over seeds) | ± half range | least \
+         important first: perplexity | ± se |\n|---|---|---|---|---|\n"
+    );
+    if let Some(first) = found.iter().find(|f| f.order.is_none()) {
+        let (p, e) = (first.perplexity, first.standard_error);
+        let _ = writeln!(out, "| 0 | {p:.3} | | {p:.3} | {e:.3} |");
+    }
+    for (share, mean, range) in random_mean(found) {
+        let least = |f: &&Flipped| f.order == Some(Order::LeastImportant) && f.share == share;
+        let least = found.iter().find(least);
+        let least = least
+            .map_or(" | ".to_owned(), |f| format!("{:.3} | {:.3}", f.perplexity, f.standard_error));
+        let _ = writeln!(out, "| {} | {mean:.3} | {range:.3} | {least} |", percent(share));
+    }
+    out
+}
+
+/// All measurements.
+#[must_use]
+pub fn csv(found: &[Flipped]) -> String {
+    let mut out = String::from("order,seed,share,flipped,perplexity,standard_error\n");
+    for f in found {
+        let (order, seed) = match f.order {
+            None => ("none", String::new()),
+            Some(Order::Random { seed }) => ("random", seed.to_string()),
+            Some(Order::LeastImportant) => ("least-important", String::new()),
+        };
+        let (p, e) = (f.perplexity, f.standard_error);
+        let _ = writeln!(out, "{order},{seed},{},{},{p},{e}", f.share, f.flipped);
+    }
+    out
+}
+
+/// Perplexity against flipped share.
+#[must_use]
+pub fn plot(title: &str, found: &[Flipped]) -> String {
+    let start = found.iter().find(|f| f.order.is_none()).map(|f| Point {
+        x: 0.0,
+        y: f.perplexity,
+        error: 0.0,
+        label: String::new(),
+    });
+    let point = |x: f64, y: f64, error: f64| Point { x: 100.0 * x, y, error, label: String::new() };
+    let mut random: Vec<Point> = start.iter().cloned().collect();
+    random.extend(random_mean(found).into_iter().map(|(x, y, error)| point(x, y, error)));
+    let mut least: Vec<Point> = start.into_iter().collect();
+    least.extend(
+        found
+            .iter()
+            .filter(|f| f.order == Some(Order::LeastImportant))
+            .map(|f| point(f.share, f.perplexity, f.standard_error)),
+    );
+    let chart = Chart {
+        title: title.to_owned(),
+        x_label:
+            "flipped signs, % of the weights of each layer that are neither pruned nor salient"
+                .into(),
+        y_label: "perplexity".into(),
+        log_x: false,
+        log_y: true,
+        series: vec![
+            Series { name: "at random (bar: range over seeds)".into(), points: random, line: true },
+            Series {
+                name: "least important first (bar: standard error)".into(),
+                points: least,
+                line: true,
+            },
+        ],
+    };
+    svg(&[chart])
+}
+
+/// A share as a percentage without superfluous digits.
+#[must_use]
+pub fn percent(share: f64) -> String {
+    let text = format!("{:.4}", share * 100.0);
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix() -> Matrix {
+        let values: Vec<f32> = (0..64).map(|i| if i % 7 == 0 { 0.0 } else { 1.0 }).collect();
+        let places = (0..64).filter(|i| values[*i as usize] != 0.0).collect();
+        let importance = (0..64).map(|i| ((i * 37) % 64) as f32).collect();
+        Matrix { layer: 0, part: "mlp.up_proj", rows: 8, cols: 8, values, places, importance }
+    }
+
+    #[test]
+    fn orders_are_permutations_that_do_not_depend_on_the_one_before() {
+        let (mut a, mut b) = (matrix(), matrix());
+        let all = a.places.clone();
+        a.arrange(Order::Random { seed: 1 }, 3);
+        b.arrange(Order::Random { seed: 2 }, 3);
+        assert_ne!(a.places, b.places);
+        b.arrange(Order::Random { seed: 1 }, 3);
+        assert_eq!(a.places, b.places);
+        assert_ne!(a.places, all);
+        a.arrange(Order::LeastImportant, 3);
+        let importance = |i: &u32| a.importance[*i as usize];
+        assert!(a.places.windows(2).all(|p| importance(&p[0]) < importance(&p[1])));
+        a.places.sort_unstable();
+        assert_eq!(a.places, all);
+    }
+
+    #[test]
+    fn random_curves_are_averaged() {
+        let at = |seed, share, perplexity| Flipped {
+            order: Some(Order::Random { seed }),
+            share,
+            flipped: 1,
+            perplexity,
+            standard_error: 0.1,
+        };
+        let found = [at(0, 0.1, 10.0), at(0, 0.2, 20.0), at(1, 0.1, 40.0), at(1, 0.2, 20.0)];
+        let mean = random_mean(&found);
+        assert_eq!(mean.len(), 2);
+        assert!((mean[0].1 - 20.0).abs() < 1e-9 && mean[0].2 == 15.0);
+        assert!((mean[1].1 - 20.0).abs() < 1e-9 && mean[1].2 == 0.0);
+        assert!(markdown("t", &found).contains("| 10 | 20.000 | 15.000 |"));
+        assert_eq!(csv(&found).lines().count(), 5);
+        assert!(plot("t", &found).contains("polyline"));
+        assert_eq!(percent(0.015), "1.5");
+    }
+}

@@ -1,0 +1,441 @@
+//! What a study compares: a TOML file with models, texts and recipes.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use stb_runtime::{Error, Result, TextLayout};
+
+use crate::recipe::{Body, Recipe};
+
+/// A study as written.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Definition {
+    /// The name of its output files: letters, digits, `-` and `_`.
+    pub name: String,
+    /// One line.
+    pub title: String,
+    /// Paragraphs below the title of the table.
+    #[serde(default)]
+    pub description: String,
+    /// Options for all recipes, before their own changes: `{ embeddings.bits = 0 }`.
+    #[serde(default)]
+    pub set: toml::Table,
+    /// What recipes calibrate on that do not say so themselves; default: the built-in text.
+    pub calibration: Option<CalibrationText>,
+    /// The columns.
+    #[serde(default, rename = "model")]
+    pub models: Vec<ModelEntry>,
+    /// What the models are evaluated on.
+    #[serde(default, rename = "text")]
+    pub texts: Vec<TextEntry>,
+    /// The rows.
+    #[serde(default, rename = "recipe")]
+    pub recipes: Vec<RecipeEntry>,
+}
+
+/// A dense checkpoint.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ModelEntry {
+    /// For the table.
+    pub name: String,
+    /// A path, relative to the study; `{word}` stands for what `--define word=…` gives.
+    pub path: String,
+    /// Tokens per window; default: the context of the model.
+    pub context: Option<usize>,
+}
+
+/// A text.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct TextEntry {
+    /// For the table.
+    pub name: String,
+    /// A UTF-8 file; see [`ModelEntry::path`].
+    pub path: String,
+    /// What separates its documents.
+    pub separator: Option<String>,
+    /// Whether its lines are rows of a data set, to be joined by two newlines.
+    #[serde(default)]
+    pub rows: bool,
+    /// The most windows to use; default: all.
+    pub windows: Option<usize>,
+}
+
+/// A recipe, or a change of one.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct RecipeEntry {
+    /// The name of a shipped recipe or a `.toml` file, relative to the study.
+    pub base: Option<String>,
+    /// Instead of a base: true bits per parameter of the whole file.
+    pub bits: Option<f64>,
+    /// For the table; default: the base, or the bits.
+    pub label: Option<String>,
+    /// Options that differ from the base, as in a recipe: `{ body.metric = "wanda" }`.
+    #[serde(default)]
+    pub set: toml::Table,
+    /// Options of the base that are dropped, such as `body.region-ratio`.
+    #[serde(default)]
+    pub unset: Vec<String>,
+    /// Another calibration text than the study's.
+    pub calibration: Option<CalibrationText>,
+}
+
+/// A text to calibrate on.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct CalibrationText {
+    /// A UTF-8 file; see [`ModelEntry::path`].
+    pub path: String,
+    /// What separates its documents; each is stripped and begins with the begin token.
+    pub separator: Option<String>,
+}
+
+/// A study whose paths and recipes are known.
+#[derive(Clone, Debug)]
+pub struct Study {
+    /// The name of its output files.
+    pub name: String,
+    /// One line.
+    pub title: String,
+    /// Paragraphs.
+    pub description: String,
+    /// The columns.
+    pub models: Vec<StudyModel>,
+    /// What the models are evaluated on.
+    pub texts: Vec<StudyText>,
+    /// The rows.
+    pub recipes: Vec<StudyRecipe>,
+    /// Models and texts that were left out, and why.
+    pub left_out: Vec<String>,
+}
+
+/// A dense checkpoint.
+#[derive(Clone, Debug)]
+pub struct StudyModel {
+    /// For the table.
+    pub name: String,
+    /// A folder, a `.safetensors` file or an index of shards.
+    pub path: PathBuf,
+    /// Tokens per window; `None` for the context of the model.
+    pub context: Option<usize>,
+}
+
+/// A text.
+#[derive(Clone, Debug)]
+pub struct StudyText {
+    /// For the table.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+    /// What it consists of.
+    pub layout: TextLayout,
+    /// The most windows to use.
+    pub windows: Option<usize>,
+}
+
+/// A recipe.
+#[derive(Clone, Debug)]
+pub struct StudyRecipe {
+    /// For the table.
+    pub label: String,
+    /// What is done.
+    pub recipe: Recipe,
+    /// A file to calibrate on; `None` for what the recipe says.
+    pub calibration: Option<PathBuf>,
+}
+
+impl Definition {
+    /// Reads TOML.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the place in the text, or for a name that is no file name.
+    pub fn parse(text: &str) -> Result<Self> {
+        let definition: Self =
+            toml::from_str(text).map_err(|e| Error::invalid(format!("study: {e}")))?;
+        let valid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if definition.name.is_empty() || !definition.name.chars().all(valid) {
+            return Err(Error::invalid(format!(
+                "study: the name {:?} is to be letters, digits, - and _",
+                definition.name
+            )));
+        }
+        Ok(definition)
+    }
+
+    /// Finds paths and recipes. `folder` is that of the study, `defined` what `{word}` in paths
+    /// stands for. Models and texts with words that are not defined are left out.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if nothing is left to do, [`Error::Invalid`] for recipes that cannot be and
+    /// for labels that stand for two recipes; those of [`Recipe::load`].
+    pub fn resolve(&self, folder: &Path, defined: &[(String, String)]) -> Result<Study> {
+        let mut left_out = Vec::new();
+        let mut path = |kind: &str, name: &str, text: &str| match place(folder, text, defined) {
+            Ok(path) => Some(path),
+            Err(word) => {
+                left_out.push(format!("{kind} {name}: its path needs --define {word}=…"));
+                None
+            }
+        };
+        let mut models = Vec::new();
+        for model in &self.models {
+            if let Some(path) = path("model", &model.name, &model.path) {
+                models.push(StudyModel { name: model.name.clone(), path, context: model.context });
+            }
+        }
+        let mut texts = Vec::new();
+        for text in &self.texts {
+            if let Some(path) = path("text", &text.name, &text.path) {
+                texts.push(StudyText {
+                    name: text.name.clone(),
+                    path,
+                    layout: text.layout()?,
+                    windows: text.windows,
+                });
+            }
+        }
+        let mut recipes = Vec::new();
+        for entry in &self.recipes {
+            let (label, mut recipe) = entry.recipe(folder, &self.set)?;
+            let study = self.calibration.as_ref().filter(|_| recipe.calibration.text.is_none());
+            let calibration = match entry.calibration.as_ref().or(study) {
+                None => None,
+                Some(text) => {
+                    recipe.calibration.text = None;
+                    recipe.calibration.separator.clone_from(&text.separator);
+                    // A recipe without its calibration text would be another recipe.
+                    Some(place(folder, &text.path, defined).map_err(|word| {
+                        let path = &text.path;
+                        Error::usage(format!("the calibration text {path} needs --define {word}=…"))
+                    })?)
+                }
+            };
+            recipes.push(StudyRecipe { label, recipe, calibration });
+        }
+        unique("model", models.iter().map(|m| m.name.as_str()))?;
+        unique("text", texts.iter().map(|t| t.name.as_str()))?;
+        unique("recipe", recipes.iter().map(|r| r.label.as_str()))?;
+        Ok(Study {
+            name: self.name.clone(),
+            title: self.title.clone(),
+            description: self.description.clone(),
+            models,
+            texts,
+            recipes,
+            left_out,
+        })
+    }
+}
+
+impl Study {
+    /// Whether there is anything to do.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] with what is missing.
+    pub fn check(&self) -> Result<()> {
+        for (what, none) in [
+            ("models", self.models.is_empty()),
+            ("texts", self.texts.is_empty()),
+            ("recipes", self.recipes.is_empty()),
+        ] {
+            if none {
+                let why: String = self.left_out.iter().map(|l| format!("; {l}")).collect();
+                return Err(Error::usage(format!("the study has no {what}{why}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl TextEntry {
+    fn layout(&self) -> Result<TextLayout> {
+        match (&self.separator, self.rows) {
+            (None, false) => Ok(TextLayout::Whole),
+            (None, true) => Ok(TextLayout::Rows),
+            (Some(separator), false) => Ok(TextLayout::Documents(separator.clone())),
+            (Some(_), true) => Err(Error::invalid(format!(
+                "study: text {} has both a separator and rows",
+                self.name
+            ))),
+        }
+    }
+}
+
+impl RecipeEntry {
+    /// Label and recipe; `all` are the study's changes.
+    fn recipe(&self, folder: &Path, all: &toml::Table) -> Result<(String, Recipe)> {
+        let (name, base) = match (&self.base, self.bits) {
+            (Some(base), None) if base.ends_with(".toml") => {
+                let path = folder.join(base);
+                (base.clone(), Recipe::load(&path.to_string_lossy())?)
+            }
+            (Some(base), None) => (base.clone(), Recipe::load(base)?),
+            (None, Some(bits)) => {
+                let name = format!("bits-{bits}");
+                let mut recipe = Recipe::load("source")?;
+                recipe.name.clone_from(&name);
+                recipe.description = "Encodings chosen for a size".into();
+                recipe.body = Body::budget(bits);
+                recipe.embeddings = crate::recipe::Table::default();
+                recipe.head = crate::recipe::Table::default();
+                (name, recipe)
+            }
+            _ => return Err(Error::invalid("study: a recipe needs either base or bits")),
+        };
+        let label = self.label.clone().unwrap_or(name);
+        let wrong = |e: String| Error::invalid(format!("study: recipe {label}: {e}"));
+        let mut table: toml::Table =
+            toml::from_str(&base.to_toml()?).map_err(|e| wrong(e.to_string()))?;
+        merge(&mut table, all);
+        merge(&mut table, &self.set);
+        for path in &self.unset {
+            if !remove(&mut table, path) {
+                return Err(wrong(format!("unset: there is no option {path}")));
+            }
+        }
+        let text = toml::to_string(&table).map_err(|e| wrong(e.to_string()))?;
+        let recipe = Recipe::parse(&text).map_err(|e| wrong(e.to_string()))?;
+        Ok((label, recipe))
+    }
+}
+
+fn merge(table: &mut toml::Table, changes: &toml::Table) {
+    for (key, value) in changes {
+        match (table.get_mut(key), value) {
+            (Some(toml::Value::Table(inner)), toml::Value::Table(changes)) => {
+                merge(inner, changes);
+            }
+            _ => {
+                table.insert(key.clone(), value.clone());
+            }
+        }
+    }
+}
+
+fn remove(table: &mut toml::Table, path: &str) -> bool {
+    match path.split_once('.') {
+        None => table.remove(path).is_some(),
+        Some((first, rest)) => match table.get_mut(first) {
+            Some(toml::Value::Table(inner)) => remove(inner, rest),
+            _ => false,
+        },
+    }
+}
+
+/// The path that `text` means; the word in it that is not defined otherwise.
+fn place(
+    folder: &Path,
+    text: &str,
+    defined: &[(String, String)],
+) -> std::result::Result<PathBuf, String> {
+    let (mut out, mut rest) = (String::new(), text);
+    while let Some((before, after)) = rest.split_once('{') {
+        let Some((word, after)) = after.split_once('}') else { break };
+        let value = defined.iter().find(|(name, _)| name == word).ok_or_else(|| word.to_owned())?;
+        out += before;
+        out += &value.1;
+        rest = after;
+    }
+    out += rest;
+    // What is defined on the command line is meant from where it was typed.
+    Ok(if text.starts_with('{') { PathBuf::from(out) } else { folder.join(out) })
+}
+
+fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    for name in names {
+        if !seen.insert(name) {
+            return Err(Error::invalid(format!(
+                "study: two entries for {kind} {name:?}; give them different names"
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STUDY: &str = r#"
+        name = "s"
+        title = "A study"
+        set = { calibration = { samples = 9, seed = 4 }, embeddings.bits = 0 }
+        [[model]]
+        name = "here"
+        path = "../model"
+        context = 256
+        [[model]]
+        name = "there"
+        path = "{data}/models/m"
+        [[text]]
+        name = "t"
+        path = "{data}/t.txt"
+        separator = "<|endoftext|>"
+        windows = 10
+        [[recipe]]
+        base = "stbllm-4of8"
+        [[recipe]]
+        base = "stbllm-4of8"
+        label = "Wanda"
+        set = { body.metric = "wanda", body.block = 64, calibration.seed = 3 }
+        unset = ["body.mask"]
+        [[recipe]]
+        bits = 2.0
+    "#;
+
+    #[test]
+    fn studies_are_resolved() {
+        let definition = Definition::parse(STUDY).unwrap();
+        let defined = [("data".to_owned(), "/d".to_owned())];
+        let study = definition.resolve(Path::new("a/b"), &defined).unwrap();
+        assert_eq!(study.models[0].path, Path::new("a/b/../model"));
+        assert_eq!(study.models[1].path, Path::new("/d/models/m"));
+        assert_eq!(study.texts[0].layout, TextLayout::Documents("<|endoftext|>".into()));
+        let [plain, wanda, bits] = &study.recipes[..] else { panic!("three recipes") };
+        let mut expected = Recipe::load("stbllm-4of8").unwrap();
+        expected.calibration.samples = 9;
+        expected.calibration.seed = 4;
+        expected.embeddings.bits = 0;
+        assert_eq!(plain.recipe, expected);
+        assert_eq!(wanda.recipe.calibration.samples, 9);
+        let body = &wanda.recipe.body;
+        assert_eq!(
+            (body.metric.as_deref(), body.block, body.n),
+            (Some("wanda"), Some(64), Some(4))
+        );
+        assert_eq!((body.mask.as_deref(), wanda.recipe.calibration.seed), (None, 3));
+        assert_eq!((wanda.label.as_str(), bits.label.as_str()), ("Wanda", "bits-2"));
+        assert_eq!(bits.recipe.body.target().unwrap(), Some(2.0));
+        study.check().unwrap();
+
+        let study = definition.resolve(Path::new("a/b"), &[]).unwrap();
+        assert_eq!((study.models.len(), study.texts.len()), (1, 0));
+        let error = study.check().unwrap_err().to_string();
+        assert!(error.contains("no texts") && error.contains("--define data"), "{error}");
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let refuse = |text: &str, word: &str| {
+            let resolved = Definition::parse(text).and_then(|d| d.resolve(Path::new("."), &[]));
+            let error = resolved.unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        };
+        let with = |text: &str| format!("name = 's'\ntitle = 't'\n{text}");
+        refuse("name = '../s'\ntitle = 't'", "letters");
+        refuse(&with("recipes = 1"), "recipes");
+        refuse(&with("[[recipe]]\nbase = 'nonsense'"), "nonsense");
+        refuse(&with("[[recipe]]\nlabel = 'x'"), "base or bits");
+        refuse(&with("[[recipe]]\nbits = -1.0"), "target-bits");
+        refuse(&with("[[recipe]]\nbase = 'int4'\nset = { body.metric = 'si' }"), "metric");
+        refuse(&with("[[recipe]]\nbase = 'int4'\nunset = ['body.magic']"), "magic");
+        refuse(&with("[[recipe]]\nbase = 'int4'\n[[recipe]]\nbase = 'int4'"), "two entries");
+        refuse(&with("[[text]]\nname = 'x'\npath = 'x'\nrows = true\nseparator = 'y'"), "both");
+        let text = "calibration = { path = '{data}/c' }\n[[recipe]]\nbase = 'int4'";
+        refuse(&with(text), "--define data");
+    }
+}

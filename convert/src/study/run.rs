@@ -1,0 +1,348 @@
+//! Measuring what is missing.
+
+use std::path::Path;
+use std::time::Instant;
+
+use sha2::{Digest, Sha256};
+use stb_runtime::{
+    Checkpoint, Error, Model, OpenOptions, PerplexityOptions, Result, open_to_measure, perplexity,
+};
+
+use super::cell::{Cell, Inputs, fingerprint};
+use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
+use crate::allocation::allocate;
+use crate::budget;
+use crate::calibration::{Source, hex};
+use crate::metadata::metadata;
+use crate::pipeline::{Interrupted, Job, Progress, convert};
+use crate::plan::plan;
+use crate::recipe::Recipe;
+use crate::report::Report;
+
+/// Hears how far a study is.
+pub trait Events: Progress + Sync {
+    /// Cell `done` + 1 of `all` begins.
+    fn begin(&self, done: usize, all: usize, model: &str, recipe: &str, text: &str);
+    /// Windows of an evaluation.
+    fn window(&self, done: usize, all: usize);
+}
+
+/// A cell of a table.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The model's name.
+    pub model: String,
+    /// The recipe's label.
+    pub recipe: String,
+    /// The text's name.
+    pub text: String,
+    /// What was measured.
+    pub outcome: Outcome,
+}
+
+/// What became of a cell.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Measured, now or before.
+    Done(Box<Cell>),
+    /// Not possible, and why.
+    Failed(String),
+}
+
+/// All cells of a study, in the order models, recipes, texts.
+#[derive(Debug)]
+pub struct Table {
+    /// The cells.
+    pub entries: Vec<Entry>,
+    /// How many of them were measured now.
+    pub measured: usize,
+    /// The first error of a cell.
+    pub failure: Option<anyhow::Error>,
+}
+
+/// Measures all cells of `study` that are not in `folder` yet.
+///
+/// A recipe that cannot be applied to a model fails its cells, not the study; failed cells are not
+/// kept.
+///
+/// # Errors
+/// [`Interrupted`]; [`Error`] for models, texts and cells that cannot be read or written.
+pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<Table> {
+    study.check()?;
+    let cells = folder.join("cells");
+    std::fs::create_dir_all(&cells).map_err(|e| Error::io(&cells, e))?;
+    let _lock = lock(&cells)?;
+    let mut texts = Vec::new();
+    for text in &study.texts {
+        let source = Source::file(&text.path)?;
+        texts.push(Text { entry: text, hash: hash(&source.text), text: source.text });
+    }
+    // All texts before any work: a mistake in the last one must not cost hours.
+    let mut sources = Vec::new();
+    for recipe in &study.recipes {
+        sources.push(match &recipe.calibration {
+            Some(path) => Source::file(path)?,
+            None => Source::of(&recipe.recipe.calibration)?,
+        });
+    }
+    for line in &study.left_out {
+        events.note(&format!("left out: {line}"));
+    }
+    let all = study.models.len() * study.recipes.len() * texts.len();
+    let mut table = Table { entries: Vec::new(), measured: 0, failure: None };
+    for entry in &study.models {
+        let model = StudiedModel::open(entry)?;
+        for (recipe, source) in study.recipes.iter().zip(&sources) {
+            let row = Row { model: &model, recipe, source, cells: &cells, all };
+            row.measure(&texts, &mut table, events)?;
+        }
+    }
+    clean(&cells)?;
+    Ok(table)
+}
+
+/// Keeps other studies out of the folder.
+fn lock(cells: &Path) -> Result<std::fs::File> {
+    let path = cells.join(".lock");
+    let fail = |e: std::io::Error| Error::io(&path, e);
+    let file = std::fs::File::create(&path).map_err(fail)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => {
+            return Err(Error::usage(format!(
+                "another study is running in {}; wait for it or give another folder",
+                cells.display()
+            )));
+        }
+        Err(std::fs::TryLockError::Error(e)) => return Err(fail(e)),
+    }
+    Ok(file)
+}
+
+/// Removes what killed studies have left: nothing of this one is unfinished any more.
+fn clean(cells: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(cells).map_err(|e| Error::io(cells, e))?.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(WORK) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        } else if name.starts_with('.') && name.ends_with(".partial") {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// What folders of conversions on their way begin with.
+const WORK: &str = ".work-";
+
+/// A text in memory.
+struct Text<'a> {
+    entry: &'a StudyText,
+    text: String,
+    hash: String,
+}
+
+/// A checkpoint in use.
+struct StudiedModel<'a> {
+    entry: &'a StudyModel,
+    checkpoint: Checkpoint,
+    hash: String,
+    context: usize,
+}
+
+impl<'a> StudiedModel<'a> {
+    fn open(entry: &'a StudyModel) -> Result<Self> {
+        let checkpoint = Checkpoint::open(&entry.path, true)?;
+        let hash = fingerprint(&checkpoint);
+        let context = entry.context.unwrap_or(checkpoint.spec.context_length as usize);
+        Ok(Self { entry, checkpoint, hash, context })
+    }
+}
+
+/// One model and one recipe: converted at most once for all texts.
+struct Row<'a> {
+    model: &'a StudiedModel<'a>,
+    recipe: &'a StudyRecipe,
+    source: &'a Source,
+    cells: &'a Path,
+    all: usize,
+}
+
+impl Row<'_> {
+    fn measure(
+        &self,
+        texts: &[Text<'_>],
+        table: &mut Table,
+        events: &dyn Events,
+    ) -> anyhow::Result<()> {
+        let mut converted = None;
+        for text in texts {
+            let inputs = self.inputs(text)?;
+            let path = inputs.file(self.cells);
+            let names = (&self.model.entry.name, &self.recipe.label, &text.entry.name);
+            let outcome = match Cell::load(&path, &inputs)? {
+                Some(cell) => Outcome::Done(Box::new(cell)),
+                None => {
+                    events.begin(table.entries.len(), self.all, names.0, names.1, names.2);
+                    let found = self.cell(text, inputs, &mut converted, events);
+                    match found {
+                        Ok(cell) => {
+                            cell.store(&path)?;
+                            table.measured += 1;
+                            Outcome::Done(Box::new(cell))
+                        }
+                        Err(e) if e.is::<Interrupted>() => return Err(e),
+                        Err(e) => {
+                            let what = format!("{e:#}");
+                            events.note(&format!("{}, {}: {what}", names.0, names.1));
+                            table.failure.get_or_insert(e);
+                            Outcome::Failed(what)
+                        }
+                    }
+                }
+            };
+            table.entries.push(Entry {
+                model: names.0.clone(),
+                recipe: names.1.clone(),
+                text: names.2.clone(),
+                outcome,
+            });
+        }
+        Ok(())
+    }
+
+    fn inputs(&self, text: &Text<'_>) -> Result<Inputs> {
+        let needs = plan(&self.model.checkpoint, &self.recipe.recipe)
+            .is_ok_and(|plan| plan.needs_calibration())
+            || self.recipe.recipe.body.target()?.is_some();
+        let calibration = match needs {
+            true => format!("{} sha256:{}", self.source.name, hash(&self.source.text)),
+            false => String::new(),
+        };
+        Ok(Inputs {
+            model_hash: self.model.hash.clone(),
+            recipe: self.recipe.recipe.to_toml()?,
+            calibration,
+            text_hash: text.hash.clone(),
+            layout: text.entry.layout.describe(),
+            context: self.model.context,
+            windows: text.entry.windows,
+        })
+    }
+
+    fn cell(
+        &self,
+        text: &Text<'_>,
+        inputs: Inputs,
+        converted: &mut Option<Converted>,
+        events: &dyn Events,
+    ) -> anyhow::Result<Cell> {
+        let Converted { model, report } = match converted {
+            Some(converted) => converted,
+            None => converted.insert(self.convert(&inputs, events)?),
+        };
+        let started = Instant::now();
+        let reference = open_to_measure(&self.model.entry.path, &options())?;
+        let tokenizer = reference.tokenizer()?;
+        let options = PerplexityOptions {
+            context: inputs.context,
+            windows: inputs.windows,
+            layout: text.entry.layout.clone(),
+        };
+        let progress = |done, all| events.window(done, all);
+        let found =
+            perplexity(model, Some(&reference), &tokenizer, &text.text, &options, &progress)?;
+        let divergence = found
+            .divergence
+            .ok_or_else(|| Error::Internal { what: "a comparison without a result".into() })?;
+        Ok(Cell {
+            inputs,
+            build: build(),
+            isa: model.isa.name().to_owned(),
+            parameters: report.parameters,
+            file_bytes: report.file_bytes,
+            true_bits: report.true_bits_per_parameter,
+            body_bits: report.body_bits,
+            nominal_bits_paper: report.nominal_bits_paper,
+            convert_seconds: report.seconds,
+            evaluate_seconds: started.elapsed().as_secs_f64(),
+            windows: found.windows,
+            tokens: found.tokens,
+            perplexity: found.perplexity.into(),
+            dense_perplexity: divergence.reference_perplexity.into(),
+            nll_difference: divergence.nll_difference.into(),
+            kl: divergence.kl.into(),
+            top1: divergence.top1.into(),
+        })
+    }
+
+    /// Converts, or goes on with the conversion that a killed study has left.
+    fn convert(&self, inputs: &Inputs, events: &dyn Events) -> anyhow::Result<Converted> {
+        let conversion = [&inputs.model_hash, &inputs.recipe, &inputs.calibration];
+        let name = hash(&conversion.map(|part| format!("{} {part}", part.len())).concat());
+        let work = self.cells.join(format!("{WORK}{}", &name[..24]));
+        std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
+        let file = work.join("model.stb");
+        let (checkpoint, recipe) = (&self.model.checkpoint, &self.recipe.recipe);
+        let report = convert_file(checkpoint, recipe, self.source, &file, events)?;
+        let model = open_to_measure(&file, &options())?;
+        // Where a mapped file can lose its name, it does now; elsewhere at the end of the study.
+        let _ = std::fs::remove_dir_all(&work);
+        Ok(Converted { model, report })
+    }
+}
+
+/// Evaluation uses the threads of the pool that it is called in.
+fn options() -> OpenOptions {
+    OpenOptions { threads: Some(rayon::current_num_threads()), ..OpenOptions::default() }
+}
+
+/// A converted model, mapped.
+struct Converted {
+    model: Model,
+    report: Report,
+}
+
+/// Converts `checkpoint` by `recipe` into the file `target`, over an older one.
+///
+/// # Errors
+/// As for [`convert`] and [`plan`].
+pub fn convert_file(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    source: &Source,
+    target: &Path,
+    progress: &dyn Progress,
+) -> anyhow::Result<Report> {
+    let mut plan = plan(checkpoint, recipe)?;
+    allocate(&mut plan, checkpoint, recipe, source)?;
+    let bits = recipe.body.target()?;
+    let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize);
+    let calibration = if plan.needs_calibration() || bits.is_some() {
+        source.describe(&recipe.calibration, length)
+    } else {
+        String::new()
+    };
+    let meta = metadata(checkpoint, recipe, &calibration, plan.parameters())?;
+    if let Some(bits) = bits {
+        budget::fit(&mut plan, checkpoint, recipe, source, &meta, bits)?;
+    }
+    let job = Job { checkpoint, recipe, plan, meta, calibration: source, target, force: true };
+    convert(job, progress)
+}
+
+fn hash(text: &str) -> String {
+    hex(&Sha256::digest(text.as_bytes()))
+}
+
+/// Names this build: its version and a hash of the program's file. Cells of another build are used,
+/// but it shows.
+fn build() -> String {
+    static BUILD: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
+        let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
+        let sum = stb_format::checksum(&program);
+        format!("{} {sum:016x}", env!("CARGO_PKG_VERSION"))
+    });
+    BUILD.clone()
+}

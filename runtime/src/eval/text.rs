@@ -1,0 +1,79 @@
+//! How a text becomes the tokens that are predicted.
+
+use rayon::prelude::*;
+
+use crate::error::Result;
+use crate::tokenizer::Tokenizer;
+
+/// What a text file consists of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum TextLayout {
+    /// One document: a begin token, if the model wants one, then all of the text.
+    #[default]
+    Whole,
+    /// Documents with this text between them. Each is stripped of white space at its ends, starts
+    /// with the begin token and follows the one before; empty ones are left out.
+    Documents(String),
+    /// One row of a data set per line, as in `wiki.test.raw`: rows are joined by two newlines, a
+    /// blank line being an empty row, as in the evaluation of GPTQ and of the paper. The result is
+    /// one document.
+    Rows,
+}
+
+impl TextLayout {
+    /// All tokens of `text`.
+    ///
+    /// # Errors
+    /// As for [`Tokenizer::encode_prompt`].
+    pub fn tokenize(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+        match self {
+            Self::Whole => tokenizer.encode_prompt(text),
+            Self::Rows => tokenizer.encode_prompt(&join_rows(text)),
+            Self::Documents(separator) if separator.is_empty() => tokenizer.encode_prompt(text),
+            Self::Documents(separator) => {
+                let documents: Vec<&str> =
+                    text.split(separator).map(str::trim).filter(|d| !d.is_empty()).collect();
+                let ids: Vec<Vec<u32>> = documents
+                    .par_iter()
+                    .map(|d| tokenizer.encode_prompt(d))
+                    .collect::<Result<_>>()?;
+                Ok(ids.concat())
+            }
+        }
+    }
+
+    /// A few words for a description of the protocol.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Documents(s) if !s.is_empty() => {
+                format!("documents split at {s:?}, each after a begin token")
+            }
+            Self::Rows => "lines as rows, joined by two newlines".into(),
+            _ => "one document".into(),
+        }
+    }
+}
+
+/// The rows of the Hugging Face data set, line and newline or nothing for a blank line, joined by
+/// two newlines.
+fn join_rows(text: &str) -> String {
+    let mut lines: Vec<&str> = text.split('\n').collect();
+    if lines.last().is_some_and(|line| line.is_empty()) {
+        lines.pop();
+    }
+    let row = |line: &str| if line.trim().is_empty() { String::new() } else { format!("{line}\n") };
+    lines.into_iter().map(row).collect::<Vec<_>>().join("\n\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::join_rows;
+
+    #[test]
+    fn rows_are_those_of_the_data_set() {
+        assert_eq!(join_rows(" \n = A = \n \nText .\n"), "\n\n = A = \n\n\n\n\nText .\n");
+        assert_eq!(join_rows(""), "");
+        assert_eq!(join_rows("no newline at the end"), "no newline at the end\n");
+    }
+}
