@@ -58,7 +58,9 @@ pub enum Interrupted {
     #[error("interrupted; nothing was written")]
     AtOnce,
     /// With this many decoder layers finished.
-    #[error("interrupted; {0} finished decoder layers are kept: the same command goes on from there")]
+    #[error(
+        "interrupted; {0} finished decoder layers are kept: the same command goes on from there"
+    )]
     Later(usize),
 }
 
@@ -380,8 +382,7 @@ impl Run<'_> {
         }
         let mut layer = self.model.layers[index].clone();
         let pruned = self.prune_first(tensors, &mut layer, &mut hidden.pruned)?;
-        let moments =
-            if linear { Some(self.moments(&layer, &hidden.quantised)?) } else { None };
+        let moments = if linear { Some(self.moments(&layer, &hidden.quantised)?) } else { None };
         let (mut error, mut count) = (0.0, 0);
         let mut payloads = Vec::new();
         for (i, tensor) in tensors.iter().enumerate() {
@@ -518,7 +519,11 @@ impl Run<'_> {
             }
         };
         let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
-        put(layer, part, Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?);
+        put(
+            layer,
+            part,
+            Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?,
+        );
         self.write(tensor, &packed, error, started)?;
         Ok((packed.payload, error))
     }

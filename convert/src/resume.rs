@@ -73,7 +73,9 @@ impl Workspace {
         }
         let mut workspace = Self { folder, _lock: lock, finished: 0, discarded: false };
         match workspace.read("key") {
-            Some(found) if found == key.as_bytes() => workspace.finished = workspace.count_finished(),
+            Some(found) if found == key.as_bytes() => {
+                workspace.finished = workspace.count_finished()
+            }
             _ => {
                 workspace.discarded = workspace.layer_path(0).exists();
                 workspace.clear()?;
@@ -116,10 +118,13 @@ impl Workspace {
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&mut self, index: usize, layer: &SavedLayer, states: &[&States]) -> Result<()> {
-        let header = serde_json::to_vec(layer).map_err(|e| Error::Internal { what: e.to_string() })?;
+        let header =
+            serde_json::to_vec(layer).map_err(|e| Error::Internal { what: e.to_string() })?;
         let length = (header.len() as u64).to_le_bytes();
-        let parts: Vec<&[u8]> =
-            [&length[..], &header].into_iter().chain(layer.payloads.iter().map(Vec::as_slice)).collect();
+        let parts: Vec<&[u8]> = [&length[..], &header]
+            .into_iter()
+            .chain(layer.payloads.iter().map(Vec::as_slice))
+            .collect();
         self.write(&layer_name(index), &parts)?;
         let count = (index as u64 + 1).to_le_bytes();
         let values = states.iter().flat_map(|s| s.iter()).map(|s| bytemuck::cast_slice(s));

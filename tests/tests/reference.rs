@@ -67,7 +67,9 @@ impl Moments {
 }
 
 fn options(body: &str) -> stbllm::Options {
-    let recipe = stb_convert::Recipe::parse(&format!("name = 'x'\n[body]\nmethod = 'stbllm'\n{body}")).unwrap();
+    let recipe =
+        stb_convert::Recipe::parse(&format!("name = 'x'\n[body]\nmethod = 'stbllm'\n{body}"))
+            .unwrap();
     let body: &Body = &recipe.body;
     match body.method().unwrap() {
         Some(Method::Stbllm(options)) => options,
@@ -101,8 +103,7 @@ fn agree(name: &str, body: &str, in_loop: bool) {
     let factor = relative(&moments.factor.u, &dump.floats["Hinv_chol_upper"]);
     assert!(factor < 1e-3, "{name}: factor {factor}");
     let weights = &dump.floats["W_in"];
-    let pruned =
-        (!in_loop).then(|| Pruned { weights: weights.clone(), mask: dump.mask() });
+    let pruned = (!in_loop).then(|| Pruned { weights: weights.clone(), mask: dump.mask() });
     let options = options(body);
     let input = moments.input(weights);
     let layer = stbllm::binarise(&input, &options, pruned.as_ref(), false);
@@ -137,7 +138,8 @@ fn agree(name: &str, body: &str, in_loop: bool) {
 
 #[test]
 fn published_code() {
-    let body = format!("{PUBLISHED}n = 3\nmask = 'before'\npruned = 'forgotten'\nquantiles = 'block'");
+    let body =
+        format!("{PUBLISHED}n = 3\nmask = 'before'\npruned = 'forgotten'\nquantiles = 'block'");
     agree("L2down-4of8-owl-ascoded", &body, false);
 }
 
@@ -154,7 +156,8 @@ fn algorithm_1() {
 
 #[test]
 fn billm() {
-    let body = format!("{PUBLISHED}n = 8\nmask = 'before'\npartition = 'bell'\nquantiles = 'block'");
+    let body =
+        format!("{PUBLISHED}n = 8\nmask = 'before'\npartition = 'bell'\nquantiles = 'block'");
     agree("L2down-billm-dense", &body, false);
 }
 

@@ -235,8 +235,7 @@ impl Block<'_> {
             f64::from(below) + (f64::from(above) - f64::from(below)) * at.fract()
         };
         let step = (HIGHEST - LOWEST) / (grid - 1) as f64;
-        let mut points: Vec<f64> =
-            (0..grid).map(|i| quantile(LOWEST + step * i as f64)).collect();
+        let mut points: Vec<f64> = (0..grid).map(|i| quantile(LOWEST + step * i as f64)).collect();
         points.dedup();
         let ratio = f64::from(options.region_ratio);
         let highest = quantile(HIGHEST);

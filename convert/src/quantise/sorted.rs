@@ -182,8 +182,7 @@ pub fn residual_error(set: &(impl Members + ?Sized), means: bool) -> f64 {
         return 0.0;
     };
     let n = low.n + high.n;
-    let mean =
-        if means { (low.deviation(under) + high.deviation(over)) / n } else { 0.0 };
+    let mean = if means { (low.deviation(under) + high.deviation(over)) / n } else { 0.0 };
     // Each half splits where its residual changes sign.
     let low_split = set.between(f64::NEG_INFINITY, middle.min(under + mean));
     let high_split = set.between(middle, middle.max(over + mean));

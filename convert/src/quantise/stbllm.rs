@@ -364,7 +364,8 @@ impl Row<'_> {
         rounded: bool,
         note: impl Fn(&mut Self, usize, bool),
     ) {
-        let members: Vec<usize> = (0..self.weights.len()).filter(|c| self.regions[*c] == set).collect();
+        let members: Vec<usize> =
+            (0..self.weights.len()).filter(|c| self.regions[*c] == set).collect();
         if members.is_empty() {
             return;
         }

@@ -129,9 +129,24 @@ impl Body {
 
     fn stbllm(&self) -> Result<stbllm::Options> {
         self.allow(&[
-            "n", "block", "metric", "mask", "pass", "scope", "pruned", "order", "allocation",
-            "salient", "salient-limit", "partition", "region-ratio", "search", "quantiles",
-            "means", "search-means", "propagation",
+            "n",
+            "block",
+            "metric",
+            "mask",
+            "pass",
+            "scope",
+            "pruned",
+            "order",
+            "allocation",
+            "salient",
+            "salient-limit",
+            "partition",
+            "region-ratio",
+            "search",
+            "quantiles",
+            "means",
+            "search-means",
+            "propagation",
         ])?;
         let (n, block) = (self.n.unwrap_or(4), self.block.unwrap_or(128));
         let spec = Stbllm::new(n, block).ok_or_else(|| {
@@ -324,11 +339,7 @@ const PROPAGATIONS: &[(&str, Propagation)] = &[
 ];
 
 /// The value that a word stands for; that of the first without one.
-pub(super) fn word<T: Copy>(
-    option: &str,
-    word: &Option<String>,
-    words: &[(&str, T)],
-) -> Result<T> {
+pub(super) fn word<T: Copy>(option: &str, word: &Option<String>, words: &[(&str, T)]) -> Result<T> {
     let Some(word) = word else { return Ok(words[0].1) };
     words.iter().find(|(w, _)| w == word).map(|(_, value)| *value).ok_or_else(|| {
         let known: Vec<_> = words.iter().map(|(w, _)| *w).collect();

@@ -91,9 +91,8 @@ fn main() -> anyhow::Result<()> {
             run(&checkpoint, &recipe, &calibration, &file)?;
             ours.push(measure(&file, &text)?);
         }
-        let list = |values: &[f64]| -> Vec<String> {
-            values.iter().map(|v| format!("{v:.3}")).collect()
-        };
+        let list =
+            |values: &[f64]| -> Vec<String> { values.iter().map(|v| format!("{v:.3}")).collect() };
         // The geometric mean over the seeds that both have.
         let pairs: Vec<f64> = cli
             .seeds
