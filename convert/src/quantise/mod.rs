@@ -5,7 +5,7 @@ pub mod metric;
 pub mod nm;
 pub mod pb_llm;
 pub mod prune;
-mod refit;
+pub(crate) mod refit;
 pub mod search;
 pub mod sorted;
 pub mod stbllm;

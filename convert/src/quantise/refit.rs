@@ -9,12 +9,23 @@ use stb_format::encoding::StbllmParts;
 use stb_format::half::f16;
 use stb_kernels::Panels;
 
+use super::Input;
 use super::nm::solve;
-use super::{Input, TASK_ROWS};
 use crate::hessian::product;
 
 /// Sets per block: three regions, the salient set, its residual.
 const SETS: usize = 5;
+
+/// Rows of a task: each has a system of its own in memory.
+const ROWS: usize = 16;
+
+/// Bytes that a refit of rows of `cols` columns takes at most, beside the layer itself.
+pub(crate) fn memory(cols: u64, block: u64) -> u64 {
+    let unknowns = cols.div_ceil(block) * SETS as u64;
+    let systems = rayon::current_num_threads() as u64 * ROWS as u64 * unknowns * unknowns * 8;
+    // H whole and by blocks, as operands of products.
+    systems + cols * cols * 6
+}
 
 /// Refits scales, then `sweeps` times re-chooses signs and regions and refits again.
 pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) {
@@ -36,10 +47,10 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) {
     let (cols, numbers) = (input.cols, fit.blocks.len() * SETS);
     parts
         .states
-        .par_chunks_mut(TASK_ROWS * cols)
-        .zip(parts.negative.par_chunks_mut(TASK_ROWS * cols))
-        .zip(parts.scales.par_chunks_mut(TASK_ROWS * numbers))
-        .zip(input.weights.par_chunks(TASK_ROWS * cols))
+        .par_chunks_mut(ROWS * cols)
+        .zip(parts.negative.par_chunks_mut(ROWS * cols))
+        .zip(parts.scales.par_chunks_mut(ROWS * numbers))
+        .zip(input.weights.par_chunks(ROWS * cols))
         .for_each(|(((states, negative), scales), weights)| {
             let mut rows = Rows { weights, states, negative, scales };
             fit.scales(&mut rows);
