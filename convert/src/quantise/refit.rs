@@ -184,11 +184,15 @@ impl Fit<'_> {
                     let members = self.members(c, state, negative).into_iter().flatten();
                     let value: f32 = members.map(|(k, s)| s * scales[k]).sum();
                     let distance = (value - target).abs();
-                    if distance < best.0 {
+                    // A kept weight stays one: zeros are for the mask.
+                    if distance < best.0 && value != 0.0 {
                         best = (distance, state, negative, value);
                     }
                 }
-                let (_, state, negative, value) = best;
+                let (distance, state, negative, value) = best;
+                if distance.is_infinite() {
+                    continue;
+                }
                 let change = value - values[i];
                 if change != 0.0 {
                     (rows.states[i], rows.negative[i]) = (state, negative);
