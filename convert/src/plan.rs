@@ -259,7 +259,14 @@ impl Plan {
             .map(|t| t.bytes)
             .sum();
         let linear = spec.intermediate_size * spec.hidden_size;
-        hidden + moments + layer + captured.max(factoring).max(linear * 36)
+        let fitting = self.tensors.iter().map(|t| match t.treatment {
+            Treatment::Linear(Method::Stbllm(o)) if o.sweeps.is_some() => {
+                crate::quantise::refit::memory(t.shape[1], o.spec.block() as u64)
+            }
+            _ => 0,
+        });
+        let quantising = linear * 36 + fitting.max().unwrap_or(0);
+        hidden + moments + layer + captured.max(factoring).max(quantising)
     }
 }
 

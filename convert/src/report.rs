@@ -44,6 +44,8 @@ pub struct Stages {
     pub quantise: f64,
     /// Passing errors on to later blocks.
     pub propagate: f64,
+    /// Refitting scales and codes after the block loop.
+    pub refit: f64,
     /// Packing.
     pub pack: f64,
     /// Measuring the error of what is stored.
@@ -59,6 +61,7 @@ impl Stages {
         self.search += seconds.search;
         self.quantise += seconds.quantise;
         self.propagate += seconds.propagate;
+        self.refit += seconds.refit;
         self.pack += seconds.pack;
     }
 
@@ -71,6 +74,7 @@ impl Stages {
         self.search += other.search;
         self.quantise += other.quantise;
         self.propagate += other.propagate;
+        self.refit += other.refit;
         self.pack += other.pack;
         self.check += other.check;
         self.output += other.output;

@@ -59,7 +59,12 @@ impl Workspace {
     pub fn open(target: &Path, key: &str) -> Result<Self> {
         let name = target.file_name().unwrap_or_default().to_string_lossy();
         let folder = target.with_file_name(format!(".{name}.unfinished"));
-        std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
+        match std::fs::create_dir(&folder) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::io(&folder, e));
+            }
+            _ => {}
+        }
         let path = folder.join("lock");
         let lock = File::create(&path).map_err(|e| Error::io(&path, e))?;
         if let Err(std::fs::TryLockError::WouldBlock) = lock.try_lock() {

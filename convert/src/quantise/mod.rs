@@ -5,6 +5,7 @@ pub mod metric;
 pub mod nm;
 pub mod pb_llm;
 pub mod prune;
+pub(crate) mod refit;
 pub mod search;
 pub mod sorted;
 pub mod stbllm;
@@ -61,19 +62,10 @@ pub struct Seconds {
     pub quantise: f64,
     /// Passing errors on to later blocks.
     pub propagate: f64,
+    /// Refitting scales and codes after the block loop.
+    pub refit: f64,
     /// Packing.
     pub pack: f64,
-}
-
-impl Seconds {
-    /// Adds those of another layer.
-    pub fn add(&mut self, other: &Self) {
-        self.prune += other.prune;
-        self.search += other.search;
-        self.quantise += other.quantise;
-        self.propagate += other.propagate;
-        self.pack += other.pack;
-    }
 }
 
 /// How the error of a block is passed on to the later columns.

@@ -473,7 +473,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 
 /// Solves a symmetric positive definite system from its lower triangle by Cholesky; false if it is
 /// singular. A trace of damping keeps blocks that are alike apart.
-fn solve(system: &mut [f64], right: &mut [f64]) -> bool {
+pub(super) fn solve(system: &mut [f64], right: &mut [f64]) -> bool {
     let n = right.len();
     let trace: f64 = (0..n).map(|i| system[i * n + i]).sum();
     if trace.is_nan() || trace <= 0.0 {

@@ -15,6 +15,7 @@ use stb_format::half::f16;
 
 use super::metric::{Metric, Scorer};
 use super::prune::{Pruned, prune_plain, prune_with_compensation};
+use super::refit::refit;
 use super::search::{Block, Regions, SearchOptions};
 use super::{Input, Packed, Propagation, Seconds, propagate};
 
@@ -72,6 +73,9 @@ pub struct Options {
     pub means: bool,
     /// How errors are passed on.
     pub propagation: Propagation,
+    /// Whether scales are refitted at the end, and how often after re-choosing signs and regions.
+    /// Only for what is storable.
+    pub sweeps: Option<usize>,
 }
 
 impl Options {
@@ -105,7 +109,12 @@ pub struct Binarised {
 /// Quantises one linear layer. `pruned` is its pruned form where that comes from a pass of its own.
 #[must_use]
 pub fn quantise(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -> Packed {
-    let layer = binarise(input, options, pruned, options.storable());
+    let mut layer = binarise(input, options, pruned, options.storable());
+    if let Some(sweeps) = options.sweeps.filter(|_| options.storable()) {
+        let started = Instant::now();
+        refit(input, &mut layer.parts, sweeps);
+        layer.seconds.refit += started.elapsed().as_secs_f64();
+    }
     let started = Instant::now();
     let (encoding, payload) = if options.storable() {
         (Encoding::Stbllm(options.spec), layer.parts.pack())

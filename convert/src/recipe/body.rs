@@ -45,7 +45,8 @@ body! {
     block "block": u16,
     /// nm: bits of a block's scale.
     scale_bits "scale-bits": u8,
-    /// nm: rounds of re-choosing codes and refitting scales.
+    /// nm: rounds of re-choosing codes and refitting scales; stbllm: the same with signs and
+    /// regions, no refit at all if not given.
     sweeps "sweeps": usize,
     /// stbllm: the importance metric: si (published code), si-eq3 (the paper's equation 3),
     /// magnitude, wanda or sparsegpt.
@@ -147,6 +148,7 @@ impl Body {
             "means",
             "search-means",
             "propagation",
+            "sweeps",
         ])?;
         let (n, block) = (self.n.unwrap_or(4), self.block.unwrap_or(128));
         let spec = Stbllm::new(n, block).ok_or_else(|| {
@@ -163,9 +165,12 @@ impl Body {
             search: self.search_options()?,
             means: self.means.unwrap_or(false),
             propagation: word("propagation", &self.propagation, PROPAGATIONS)?,
+            sweeps: self.sweeps,
         };
         let in_loop = options.mask == MaskPlacement::InLoop;
-        let contradiction = if in_loop && options.separate {
+        let contradiction = if options.sweeps.is_some() && !options.storable() {
+            "sweeps needs pruned = \"zero\" and no means"
+        } else if in_loop && options.separate {
             "pass = \"model\" needs mask = \"compensated\" or \"before\""
         } else if !in_loop && options.order == Order::QuantiseFirst {
             "order = \"quantise-first\" needs mask = \"in-loop\""

@@ -1,12 +1,13 @@
 //! The conversion: one decoder layer at a time through calibration, quantisation and output.
 
+mod tensor;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
 
 use rayon::prelude::*;
-use stb_format::encoding::{Dense, IntGroup};
-use stb_format::{Encoding, Meta, Writer};
+use stb_format::{Meta, Writer};
 use stb_runtime::{Checkpoint, Error, Layer, LinearInput, Model, Observer, Result, Weight};
 
 use crate::calibration::Source;
@@ -15,10 +16,11 @@ use crate::metadata;
 use crate::output::{Output, refuse_existing};
 use crate::plan::{Method, Plan, TensorPlan, Treatment, input_of};
 use crate::quantise::prune::Pruned;
-use crate::quantise::{Input, Packed, int_group, nm, pb_llm, relative_error, stbllm};
+use crate::quantise::{Input, Packed, relative_error, stbllm};
 use crate::recipe::Recipe;
 use crate::report::{LayerReport, Report, Stages, TensorReport};
 use crate::resume::{SavedLayer, States, Workspace};
+use tensor::{clear_dead, decode, finite, in_range, linear, squared_error, without_inputs};
 
 /// Sequences that run through a layer together: threads take whole sequences.
 pub const BATCH: usize = 8;
@@ -581,15 +583,6 @@ impl Run<'_> {
     }
 }
 
-fn linear(input: &Input<'_>, method: Method, pruned: Option<&Pruned>) -> Packed {
-    match method {
-        Method::Stbllm(options) => stbllm::quantise(input, &options, pruned),
-        Method::Nm(options) => nm::quantise(input, &options),
-        Method::Int(options) => int_group::quantise(input, &options),
-        Method::PbLlm(options) => pb_llm::quantise(input, &options),
-    }
-}
-
 /// Replaces a linear layer.
 fn put(layer: &mut Layer, part: &str, weight: Weight) {
     match part {
@@ -601,82 +594,5 @@ fn put(layer: &mut Layer, part: &str, weight: Weight) {
         "mlp.up_proj" => layer.up = weight,
         "mlp.down_proj" => layer.down = weight,
         _ => {}
-    }
-}
-
-/// Weights of inputs that never occurred do nothing; zero costs least.
-fn clear_dead(values: &mut [f32], norms: &[f32]) {
-    if norms.contains(&0.0) {
-        for row in values.chunks_exact_mut(norms.len()) {
-            for (w, norm) in row.iter_mut().zip(norms) {
-                if *norm == 0.0 {
-                    *w = 0.0;
-                }
-            }
-        }
-    }
-}
-
-/// A tensor without statistics of its inputs.
-fn without_inputs(tensor: &TensorPlan, weight: &Weight, values: &[f32]) -> Packed {
-    let round = |spec: IntGroup| int_group::round(values, weight.rows(), weight.cols(), spec);
-    let keep = |kind: Dense| Packed {
-        encoding: Encoding::Dense(kind),
-        payload: kind.encode(values),
-        salient: None,
-        seconds: Default::default(),
-    };
-    match tensor.treatment {
-        Treatment::Keep(kind) => keep(kind),
-        Treatment::Round(spec) => round(spec),
-        // Only reached for parts that are not linear layers, which plans keep.
-        Treatment::Linear(_) => keep(Dense::F32),
-    }
-}
-
-fn decode(packed: &Packed, weight: &Weight) -> Vec<f32> {
-    let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
-    let view = packed.encoding.view(rows, cols, &packed.payload);
-    let view = view.expect("a payload that was packed for this shape");
-    let mut out = vec![0.0; weight.rows() * weight.cols()];
-    out.par_chunks_exact_mut(weight.cols())
-        .enumerate()
-        .for_each(|(r, row)| view.decode_row(r, row));
-    out
-}
-
-/// Σ (w − q)² / Σ w².
-fn squared_error(packed: &Packed, weight: &Weight, values: &[f32]) -> f64 {
-    let decoded = decode(packed, weight);
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let error: f64 = values.iter().zip(&decoded).map(|(w, q)| square(w - q)).sum();
-    let all: f64 = values.iter().map(|w| square(*w)).sum();
-    if all > 0.0 { error / all } else { 0.0 }
-}
-
-/// Refuses results beyond the range of binary16, in which scales and values are stored.
-fn in_range(decoded: &[f32], name: &str) -> Result<()> {
-    if decoded.iter().all(|w| w.is_finite()) {
-        return Ok(());
-    }
-    Err(Error::unsupported(format!(
-        "tensor {name} has quantised weights beyond 65504, the range of 16-bit numbers; nothing was \
-         written"
-    )))
-}
-
-/// The decoded weights, all finite.
-fn finite(weight: &Weight, name: &str) -> Result<Vec<f32>> {
-    let values = weight.decode();
-    let (rows, cols) = (weight.rows(), weight.cols());
-    match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(values),
-        Some(i) => Err(Error::invalid(format!(
-            "tensor {name} [{rows}, {cols}] has {} at row {}, column {}: the checkpoint is damaged \
-             or its training diverged; nothing was written",
-            values[i],
-            i / cols,
-            i % cols
-        ))),
     }
 }

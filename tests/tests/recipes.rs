@@ -1,0 +1,273 @@
+//! Every shipped recipe, through the programs: what it writes is valid, is what it claims to be, and
+//! survives being killed on the way.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::Value as Json;
+use stb_convert::Recipe;
+use stb_convert::recipe::PRESETS;
+use stb_format::encoding::Dense;
+use stb_format::{Encoding, File};
+use stb_tests::paths::quill;
+use stb_tests::programs::{Run, command, convert, run};
+use stb_tests::tiny;
+use tempfile::TempDir;
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A text that is enough for models with 32 tokens.
+fn calibration(folder: &TempDir) -> PathBuf {
+    let path = folder.path().join("calibration.txt");
+    std::fs::write(&path, "the quick brown fox jumps over the lazy dog ".repeat(40)).unwrap();
+    path
+}
+
+/// The linear layers of the decoder in a file: name, encoding, exported numbers and row length.
+fn linears(file: &Path, folder: &Path) -> Vec<(String, Encoding, Vec<f32>, usize)> {
+    let _ = run("stb-convert", &["export", text(file), text(folder)]).success();
+    let exported = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let exported = safetensors::SafeTensors::deserialize(&exported).unwrap();
+    let bytes = std::fs::read(file).unwrap();
+    let parsed = File::open(&bytes).unwrap();
+    let mut found = Vec::new();
+    for tensor in parsed.tensors().iter().filter(|t| t.name().ends_with("_proj.weight")) {
+        let values = exported.tensor(tensor.name()).unwrap();
+        let values = values.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+        let cols = tensor.shape()[1] as usize;
+        found.push((tensor.name().to_owned(), tensor.encoding().clone(), values.collect(), cols));
+    }
+    found
+}
+
+/// Zeros in each group of 8 columns, with the width of the group.
+fn zeros(values: &[f32], cols: usize) -> Vec<(usize, usize)> {
+    let count = |group: &[f32]| (group.iter().filter(|w| **w == 0.0).count(), group.len());
+    values.chunks(cols).flat_map(|row| row.chunks(8).map(count)).collect()
+}
+
+/// Each preset writes a valid file with what it says, and says so where no encoding fits its values.
+#[test]
+fn every_preset_writes_what_it_says() {
+    let folder = folder();
+    let (source, calib) = (folder.path().join("model"), calibration(&folder));
+    tiny::write(&source, &tiny::config(), Dense::F16, |_, _| {});
+    let (file, report) = (folder.path().join("m.stb"), folder.path().join("report.json"));
+    for (name, _) in PRESETS {
+        let options = [
+            "--recipe",
+            name,
+            "--calib",
+            text(&calib),
+            "--calib-samples",
+            "6",
+            "--calib-len",
+            "40",
+        ];
+        let output = ["--force", "--report", text(&report), text(&source), text(&file)];
+        let converted = run("stb-convert", &[&options[..], &output].concat());
+        let err = converted.err.clone();
+        let _ = converted.success();
+        let _ = run("stb-convert", &["verify", text(&file)]).success();
+        let report: Json =
+            serde_json::from_str(&std::fs::read_to_string(&report).unwrap()).unwrap();
+        let method = Recipe::load(name).unwrap().body.method().unwrap();
+        let exported = folder.path().join(format!("{name}.export"));
+        for (tensor, encoding, ..) in linears(&file, &exported) {
+            match &method {
+                // The allocation may give a layer another N.
+                Some(method) if matches!(encoding, Encoding::Stbllm(_)) => {
+                    assert!(matches!(method.encoding(), Encoding::Stbllm(_)), "{name} {tensor}");
+                }
+                Some(method) => assert_eq!(encoding, method.encoding(), "{name} {tensor}"),
+                None => assert_eq!(encoding, Encoding::Dense(Dense::F16), "{name} {tensor}"),
+            }
+        }
+        let note = method.and_then(|method| method.note());
+        assert_eq!(note.is_some(), err.contains("note: "), "{name}: {err}");
+        assert_eq!(note.is_some(), report["notes"].is_array(), "{name}");
+        if let Some(note) = note {
+            assert!(err.contains(&note), "{name}: {err}");
+            // No size of the paper for what is not of its structure.
+            assert!(report["nominal_bits_paper"].is_null(), "{name}");
+        }
+        let layers = report["layers"].as_array().unwrap();
+        assert_eq!(layers.is_empty(), method.is_none(), "{name}");
+        for layer in layers {
+            let stages = layer["stages"].as_object().unwrap();
+            let sum: f64 = stages.values().map(|s| s.as_f64().unwrap()).sum();
+            assert!(sum > 0.0 && sum <= layer["seconds"].as_f64().unwrap(), "{name}: {layer}");
+        }
+    }
+}
+
+/// `strict` is N:M: 8 − N zeros in each group of the exported weights, ragged groups at the ends of
+/// rows in proportion. What the published code computes is not.
+#[test]
+fn strict_recipes_are_n_of_8() {
+    let folder = folder();
+    let calib = calibration(&folder);
+    let ragged = folder.path().join("ragged");
+    tiny::write(&ragged, &tiny::config(), Dense::F32, |_, _| {});
+    let file = folder.path().join("m.stb");
+    let (mut groups, mut surplus) = (0, 0);
+    for name in [
+        "stbllm-4of8",
+        "stbllm-5of8",
+        "stbllm-6of8",
+        "stbllm-si-4of8",
+        "stbllm-paper-4of8",
+        "stbllm-published-strict",
+        "billm-4of8",
+        "billm-6of8",
+    ] {
+        let recipe = Recipe::load(name).unwrap();
+        let n = usize::from(recipe.body.n.unwrap());
+        for (source, calib) in [(&ragged, Some(&calib)), (&quill(), None)] {
+            let mut options =
+                vec!["--recipe", name, "--force", "--calib-samples", "6", "--calib-len", "40"];
+            if let Some(calib) = calib {
+                options.extend(["--calib", text(calib)]);
+            }
+            convert(source, &file, &options);
+            let exported = tempfile::tempdir_in(folder.path()).unwrap();
+            for (tensor, encoding, values, cols) in linears(&file, exported.path()) {
+                let found = zeros(&values, cols);
+                // Uniform unless the file says otherwise, or the first group does.
+                let kept = match encoding {
+                    Encoding::Stbllm(spec) => spec.n(),
+                    _ if name == "stbllm-published-strict" => 8 - found[0].0,
+                    _ => n,
+                };
+                for (zeros, width) in found {
+                    let expected = width - (kept * width).div_ceil(8);
+                    assert!(zeros >= expected, "{name} {tensor}, {kept} of 8: {zeros} zeros");
+                    surplus += zeros - expected;
+                    groups += 1;
+                }
+            }
+        }
+    }
+    // A kept weight close to zero may become zero: ±α₁ ± α₂ with scales that rounding makes equal.
+    assert!(groups > 100_000 && surplus * 1000 < groups, "{surplus} zeros more in {groups}");
+
+    convert(
+        &quill(),
+        &file,
+        &["--recipe", "stbllm-published-code", "--force", "--calib-samples", "6"],
+    );
+    let exported = folder.path().join("published");
+    for (tensor, _, values, _) in linears(&file, &exported) {
+        let zeros = values.iter().filter(|w| **w == 0.0).count();
+        assert!(zeros * 20 < values.len(), "{tensor}: {zeros} zeros");
+    }
+}
+
+/// Options of a conversion that takes long enough to be killed on its way.
+const SLOW: [&str; 4] = ["--calib-samples", "48", "--calib-len", "128"];
+
+/// Converts until `ready`, then kills the process without warning.
+fn killed(out: &Path, options: &[&str], ready: impl Fn() -> bool) {
+    let source = quill();
+    let mut command =
+        command("stb-convert", &[options, &SLOW, &[text(&source), text(out)]].concat());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let started = Instant::now();
+    while !ready() {
+        assert!(started.elapsed() < Duration::from_secs(120), "it is never ready");
+        assert!(child.try_wait().unwrap().is_none(), "it ended too early");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!out.exists());
+}
+
+fn finished(out: &Path, options: &[&str]) -> Run {
+    let source = quill();
+    run("stb-convert", &[options, &SLOW, &[text(&source), text(out)]].concat())
+}
+
+#[test]
+fn a_killed_conversion_goes_on_and_gives_the_same_bytes() {
+    let folder = folder();
+    for recipe in ["stbllm-4of8", "billm-4of8"] {
+        let options = ["--recipe", recipe];
+        let whole = folder.path().join(format!("{recipe}-whole.stb"));
+        let _ = finished(&whole, &options).success();
+        let whole = std::fs::read(&whole).unwrap();
+        let name = format!("{recipe}.stb");
+        let out = folder.path().join(&name);
+        let work = folder.path().join(format!(".{name}.unfinished"));
+        // Killed again and again: before the first layer, and after each.
+        killed(&out, &options, || work.join("output").exists());
+        for layer in 0..3 {
+            killed(&out, &options, || work.join(format!("layer-{layer:05}")).exists());
+        }
+        let run = finished(&out, &options);
+        assert!(run.err.contains("going on after"), "{}", run.err);
+        let _ = run.success();
+        assert!(std::fs::read(&out).unwrap() == whole, "{recipe}: other bytes");
+        assert!(!work.exists(), "{recipe}: the folder was left");
+    }
+}
+
+#[test]
+fn what_is_left_of_another_or_damaged_conversion_is_discarded() {
+    let folder = folder();
+    let (out, work) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
+    let expected = |recipe: &str| {
+        let out = folder.path().join(format!("{recipe}.stb"));
+        let _ = finished(&out, &["--recipe", recipe]).success();
+        std::fs::read(out).unwrap()
+    };
+    // Another recipe.
+    killed(&out, &["--recipe", "nm-2of8"], || work.join("states").exists());
+    let run = finished(&out, &["--recipe", "nm-1of8"]);
+    assert!(run.err.contains("discarded"), "{}", run.err);
+    let _ = run.success();
+    assert!(std::fs::read(&out).unwrap() == expected("nm-1of8"));
+    std::fs::remove_file(&out).unwrap();
+
+    // A changed byte in any of the files.
+    let whole = expected("nm-2of8");
+    for damaged in ["states", "layer-00000", "key"] {
+        killed(&out, &["--recipe", "nm-2of8"], || work.join("states").exists());
+        let path = work.join(damaged);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let run = finished(&out, &["--recipe", "nm-2of8"]);
+        assert!(!run.err.contains("going on"), "{damaged}: {}", run.err);
+        let _ = run.success();
+        assert!(std::fs::read(&out).unwrap() == whole, "{damaged}: other bytes");
+        std::fs::remove_file(&out).unwrap();
+    }
+}
+
+/// Two conversions to one file would spoil each other's work.
+#[test]
+fn one_conversion_at_a_time() {
+    let folder = folder();
+    let (out, work) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
+    let source = quill();
+    let mut first = command("stb-convert", &[&SLOW[..], &[text(&source), text(&out)]].concat());
+    let mut first = first.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let started = Instant::now();
+    while !work.join("output").exists() && started.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let error = finished(&out, &[]).failure(2);
+    assert!(error.contains("running"), "{error}");
+    first.kill().unwrap();
+    first.wait().unwrap();
+}
