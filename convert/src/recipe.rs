@@ -219,9 +219,7 @@ impl Body {
                 self.allow(&["bits", "group"])?;
                 let (bits, group) = (self.bits.unwrap_or(4), self.group.unwrap_or(128));
                 let spec = IntGroup::new(bits, group).ok_or_else(|| {
-                    Error::invalid(
-                        "recipe: int takes bits 1, 2, 3, 4 or 8 and group 32, 64 or 128",
-                    )
+                    Error::invalid("recipe: int takes bits 1, 2, 3, 4 or 8 and group 32, 64 or 128")
                 })?;
                 Some(Method::Int(spec))
             }

@@ -2,13 +2,17 @@
 //! the algorithms over it.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 mod bytes;
 mod gemm;
+mod gemm8;
 mod int8;
 mod int_group;
+pub mod kv;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) mod neon;
 mod nm;
@@ -25,6 +29,7 @@ use crate::isa::{Isa, Task};
 
 pub(crate) use bytes::Bytes;
 pub use gemm::{Panels, PanelsRef, matmul};
+pub use gemm8::{Lanes, RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
 use int8::Rounded;
 
 /// Operations on 16 lanes of f32 (`F`) or u32 (`I`). A value of the implementing type proves that
@@ -91,6 +96,16 @@ pub(crate) trait Simd: Copy {
     /// Low bits of `bits` in order at the set bits of `mask`.
     fn deposit(self, bits: u64, mask: u64) -> u64;
 
+    /// The low 16 bits of each lane, little-endian.
+    #[inline(always)]
+    fn store_low_u16(self, v: Self::I, to: &mut [u8; 32]) {
+        let mut lanes = [0.0; 16];
+        self.store(self.cast_f(v), &mut lanes);
+        for (to, lane) in to.as_chunks_mut::<2>().0.iter_mut().zip(lanes) {
+            *to = (lane.to_bits() as u16).to_le_bytes();
+        }
+    }
+
     /// The sum of all lanes, in one fixed order.
     #[inline(always)]
     fn sum(self, a: Self::F) -> f32 {
@@ -115,6 +130,7 @@ pub(crate) const PAD: usize = 128;
 pub struct Workspace {
     x: Vec<f32>,
     rounded: Rounded,
+    is_rounded: bool,
 }
 
 /// Activations ready for [`matvec`] with one matrix: padded, column factors applied; rounded to 8
@@ -132,7 +148,17 @@ impl Workspace {
     /// If `x` has another length.
     pub fn prepare(&mut self, matrix: &MatrixView<'_>, x: &[f32]) -> Prepared<'_> {
         self.set(matrix, x);
-        Prepared { x: &self.x, rounded: None }
+        if let MatrixView::Nm(nm) = matrix {
+            nm::apply_factors(nm, &mut self.x);
+        }
+        self.is_rounded = false;
+        self.prepared()
+    }
+
+    /// What was prepared last.
+    #[must_use]
+    pub fn prepared(&self) -> Prepared<'_> {
+        Prepared { x: &self.x, rounded: self.is_rounded.then_some(&self.rounded) }
     }
 
     /// Prepares `x` rounded to 8 bits with one scale per 128 columns, for encodings that have a kernel
@@ -150,26 +176,40 @@ impl Workspace {
     ) -> Prepared<'_> {
         self.set(matrix, x);
         if !int8::supports(matrix) {
-            return Prepared { x: &self.x, rounded: None };
+            return self.prepare(matrix, x);
         }
-        isa.run(Round { matrix, x: &self.x, to: &mut self.rounded });
-        Prepared { x: &self.x, rounded: Some(&self.rounded) }
+        self.set(matrix, x);
+        self.is_rounded = true;
+        isa.run(Round { matrix, x: &mut self.x, to: &mut self.rounded });
+        self.prepared()
     }
 
     fn set(&mut self, matrix: &MatrixView<'_>, x: &[f32]) {
         assert_eq!(x.len(), matrix.cols(), "one activation per column");
         self.x.clear();
         self.x.extend_from_slice(x);
-        if let MatrixView::Nm(nm) = matrix {
-            nm::apply_factors(nm, &mut self.x);
-        }
         self.x.resize(x.len().next_multiple_of(PAD), 0.0);
     }
 }
 
+/// Whether activations that are prepared for `a` (rounded, if `rounded`) serve `b` as well.
+#[must_use]
+pub fn share_preparation(a: &MatrixView<'_>, b: &MatrixView<'_>, rounded: bool) -> bool {
+    let factors = |m: &MatrixView<'_>| matches!(m, MatrixView::Nm(m) if !m.col_factors.is_empty());
+    let arrangement = |m: &MatrixView<'_>| match m {
+        MatrixView::Nm(m) if int8::supports(&MatrixView::Nm(*m)) => (m.spec.n(), m.spec.m()),
+        MatrixView::IntGroup(m) => (16 + usize::from(m.spec.is_odd()), usize::from(m.spec.bits())),
+        _ => (0, 0),
+    };
+    a.cols() == b.cols()
+        && !factors(a)
+        && !factors(b)
+        && (!rounded || arrangement(a) == arrangement(b))
+}
+
 struct Round<'a> {
     matrix: &'a MatrixView<'a>,
-    x: &'a [f32],
+    x: &'a mut [f32],
     to: &'a mut Rounded,
 }
 
@@ -178,6 +218,9 @@ impl Task for Round<'_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
+        if let MatrixView::Nm(m) = self.matrix {
+            nm::multiply_factors(s, m, self.x);
+        }
         self.to.set(s, self.matrix, self.x);
     }
 }

@@ -474,6 +474,20 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn splat_4(self, v: [u8; 4]) -> Self::B {
+        values!([vreinterpretq_u8_u32(vdupq_n_u32(u32::from_le_bytes(v))); 4])
+    }
+
+    #[inline(always)]
+    fn store_words(self, v: I, to: &mut [u8; 64]) {
+        for (part, v) in to.as_chunks_mut::<16>().0.iter_mut().zip(v) {
+            // SAFETY: 16 bytes are writable behind the reference; the store takes any alignment, and
+            // words are little-endian as on disk (the module is for such systems only).
+            unsafe { vst1q_u32(part.as_mut_ptr().cast(), v) }
+        }
+    }
+
+    #[inline(always)]
     fn load_i(self, v: &[i32; 16]) -> I {
         parts(
             v.as_chunks::<4>().0,

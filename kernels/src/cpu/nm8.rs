@@ -32,14 +32,24 @@ fn signed<const M: usize>(x: &[i8], tables: &mut Vec<[u8; 64]>) {
     tables.resize(x.len() / (QUAD * M), [0; 64]);
     for (table, quad) in tables.iter_mut().zip(x.chunks_exact(QUAD * M)) {
         for (lane, group) in table.as_chunks_mut::<16>().0.iter_mut().zip(quad.as_chunks::<M>().0) {
-            for pair in lane.chunks_exact_mut(2 * M) {
-                for k in 0..M {
-                    pair[k] = group[k].cast_unsigned();
-                    pair[k + M] = group[k].wrapping_neg().cast_unsigned();
-                }
-            }
+            let mut bytes = [0; 8];
+            bytes[..M].copy_from_slice(&group.map(i8::cast_unsigned));
+            let plus = u64::from_le_bytes(bytes);
+            let halves =
+                if M == 8 { [plus, negatives(plus)] } else { [plus | negatives(plus) << 32; 2] };
+            let (low, high) = lane.split_at_mut(8);
+            low.copy_from_slice(&halves[0].to_le_bytes());
+            high.copy_from_slice(&halves[1].to_le_bytes());
         }
     }
+}
+
+/// Each byte with the other sign: its complement plus one, the carry kept inside the byte.
+#[inline(always)]
+fn negatives(bytes: u64) -> u64 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    let complement = !bytes;
+    ((complement & LOW) + 0x0101_0101_0101_0101) ^ (complement & !LOW)
 }
 
 /// 2:4: by the index i + 4j the first and the second term for a plus sign: x_i; and x_j if i < j,

@@ -4,13 +4,13 @@ use std::io::{IsTerminal, Write};
 
 use stb_runtime::{Error, PerplexityOptions, perplexity as measure};
 
-use super::{PerplexityArgs, open, terminal};
+use super::{PerplexityArgs, open_exact, terminal};
 
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let text = std::fs::read(&args.text).map_err(|e| Error::io(&args.text, e))?;
     let text = String::from_utf8(text)
         .map_err(|_| Error::invalid(format!("{} is not UTF-8 text", args.text.display())))?;
-    let (model, _) = open(&args.file, &args.load)?;
+    let (model, _) = open_exact(&args.file, &args.load)?;
     let tokenizer = model.tokenizer()?;
     let options = PerplexityOptions {
         context: args.ctx.unwrap_or(model.spec.context_length as usize),
