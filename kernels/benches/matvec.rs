@@ -7,7 +7,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use stb_format::Encoding;
-use stb_format::encoding::{IntGroup, Nm};
+use stb_format::encoding::{IntGroup, Nm, Stbllm};
 use stb_kernels::{Isa, Workspace, matvec};
 
 const COLS: usize = 4096;
@@ -15,7 +15,8 @@ const COLS: usize = 4096;
 fn encodings() -> Vec<Encoding> {
     let nm = |n, m| Encoding::Nm(Nm::new(n, m, 4, 128, false).expect("valid parameters"));
     let int4 = Encoding::IntGroup(IntGroup::new(4, 32).expect("valid parameters"));
-    vec![nm(1, 8), nm(1, 4), nm(2, 8), nm(2, 4), int4]
+    let stbllm = Encoding::Stbllm(Stbllm::new(4, 128).expect("valid parameters"));
+    vec![nm(1, 8), nm(1, 4), nm(2, 8), nm(2, 4), int4, stbllm]
 }
 
 fn benches(c: &mut Criterion) {

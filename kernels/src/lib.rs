@@ -24,7 +24,7 @@ mod pool;
 
 pub use cpu::{Lanes, RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
 pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec, share_preparation};
-pub use cpu::{kv, ops};
+pub use cpu::{kv, ops, probe};
 pub use isa::{Isa, IsaError};
 pub use pool::Pool;
 

@@ -58,8 +58,10 @@ impl<T> Part<T> {
     /// `first + len` must be within the part, and nobody else may use these elements meanwhile.
     #[expect(clippy::mut_from_ref, reason = "pieces are disjoint by the caller's promise")]
     unsafe fn piece(&self, first: usize, len: usize) -> &mut [T] {
-        // SAFETY: by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
+        // SAFETY: `first` is within the part by the caller's promise.
+        let start = unsafe { self.start.add(first) };
+        // SAFETY: so are `len` elements from there, which nobody else uses.
+        unsafe { std::slice::from_raw_parts_mut(start, len) }
     }
 }
 

@@ -92,6 +92,14 @@ pub struct Layer {
     pub down: Weight,
 }
 
+impl Layer {
+    /// Its matrices in order of use.
+    #[must_use]
+    pub fn matrices(&self) -> [&Weight; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+}
+
 /// A LLaMA-type decoder, from an `.stb` file or a dense checkpoint.
 #[derive(Debug)]
 pub struct Model {
@@ -262,16 +270,18 @@ impl Model {
         self.head.as_ref().unwrap_or(&self.embeddings)
     }
 
+    /// All matrices that every token is multiplied with, in order.
+    pub fn matrices(&self) -> impl Iterator<Item = &Weight> {
+        self.layers.iter().flat_map(Layer::matrices).chain([self.head()])
+    }
+
     /// Bytes of weights that one decoded token reads: all matrices, one row of the embeddings.
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
-        let layer = |l: &Layer| {
-            let matrices = [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down];
-            matrices.iter().map(|w| w.byte_len() as u64).sum::<u64>()
-                + 4 * (l.attention_norm.len() + l.mlp_norm.len()) as u64
-        };
-        let head = self.head().byte_len() as u64 + 4 * self.norm.len() as u64;
-        self.layers.iter().map(layer).sum::<u64>() + head
+        let matrices: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();
+        let norms = |l: &Layer| l.attention_norm.len() + l.mlp_norm.len();
+        let norms = self.layers.iter().map(norms).sum::<usize>() + self.norm.len();
+        matrices + 4 * norms as u64
     }
 
     /// The tokenizer.

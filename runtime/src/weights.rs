@@ -94,6 +94,12 @@ impl Weight {
         self.range.len()
     }
 
+    /// The stored bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[self.range.clone()]
+    }
+
     /// All weights, decoded.
     #[must_use]
     pub fn decode(&self) -> Vec<f32> {

@@ -1,4 +1,4 @@
-"""Decode speed beside llama.cpp on models of LLaMA-7B's shape with random weights, alternating in one run.
+"""Prefill and decode speed beside llama.cpp on models of LLaMA-7B's shape with random weights, alternating in one run.
 
     python3 -m venv target/gguf && target/gguf/bin/pip install gguf numpy
     target/gguf/bin/python tests/bench/compare_llama_cpp.py --llama-cpp BUILD/bin [--layers 4] [--threads 1,2]
@@ -91,22 +91,25 @@ def prepare(options: argparse.Namespace, work: pathlib.Path) -> None:
 
 
 def measure_llama(options: argparse.Namespace, file: pathlib.Path, threads: int) -> dict:
-    found = output(
-        options.llama_cpp / "llama-bench", "-m", file, "-t", threads, "-p", 0, "-n", options.tokens, "-r", 3, "-o", "json"
-    )
-    result = json.loads(found)[0]
-    return {"program": "llama.cpp", "tokens_per_second": result["avg_ts"], "file_bytes": result["model_size"]}
+    bench = [options.llama_cpp / "llama-bench", "-m", file, "-t", threads, "-r", options.runs, "-o", "json"]
+    found = json.loads(output(*bench, "-p", options.prompt, "-n", options.tokens, "-d", options.depth))
+    prefill = [result["avg_ts"] for result in found if result["n_prompt"]]
+    decode = [result["avg_ts"] for result in found if result["n_gen"]]
+    return {"program": "llama.cpp", "prefill": prefill[0], "decode": decode[0], "file_bytes": found[0]["model_size"]}
 
 
 def measure_stb(options: argparse.Namespace, file: pathlib.Path, threads: int) -> dict:
     program = ROOT / "target/release/stb-run"
-    found = output(program, "bench", file, "-t", threads, "-p", 1, "-n", options.tokens, "-r", 3, "--json")
-    result = json.loads(found)
+    bench = [program, "bench", file, "-t", threads, "-r", options.runs, "--json"]
+    result = json.loads(output(*bench, "-p", options.prompt, "-n", options.tokens, "-d", options.depth))
     return {
         "program": "stb",
-        "tokens_per_second": result["decode_tokens_per_second"]["median"],
+        "prefill": result["prefill_tokens_per_second"]["median"],
+        "decode": result["decode_tokens_per_second"]["median"],
         "file_bytes": result["file_bytes"],
         "isa": result["isa"],
+        "gigabytes_per_second": result["decode_gigabytes_per_second"],
+        "machine_gigabytes_per_second": result["machine_read_bytes_per_second"]["median"] / 1e9,
     }
 
 
@@ -118,7 +121,10 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=pathlib.Path, required=True, help="folder with llama-bench and llama-quantize")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=words, default=["2", "1"])
+    parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--depth", type=int, default=0, help="tokens in the cache before both are measured (stb: before decoding)")
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--recipes", type=words, default=["nm-1of8", "nm-1of4", "nm-2of8", "nm-2of4"])
     parser.add_argument("--types", type=words, default=["TQ2_0", "Q2_K", "Q4_0"], help="types of llama.cpp")
@@ -129,7 +135,7 @@ def main() -> None:
         work = (options.work or pathlib.Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         prepare(options, work)
-        found: dict[tuple, list[float]] = {}
+        found: dict[tuple, list[dict]] = {}
         for threads in options.threads:
             for _ in range(options.rounds):
                 runs = [(kind, measure_llama, f"{kind}.gguf") for kind in options.types]
@@ -137,10 +143,14 @@ def main() -> None:
                 for name, measure, file in runs:
                     result = {"name": name, "threads": int(threads)} | measure(options, work / file, int(threads))
                     print(json.dumps(result), flush=True)
-                    found.setdefault((threads, name), []).append(result["tokens_per_second"])
-    print("\n| threads | type or recipe | tokens/s |\n| --- | --- | --- |")
-    for (threads, name), rates in found.items():
-        print(f"| {threads} | {name} | {statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f}) |")
+                    found.setdefault((threads, name), []).append(result)
+    print("\n| threads | type or recipe | file, MB | prefill, tokens/s | decode, tokens/s |\n| --- | --- | --- | --- | --- |")
+    for (threads, name), results in found.items():
+        cells = [f"{results[0]['file_bytes'] / 1e6:.0f}"]
+        for what in ("prefill", "decode"):
+            rates = [result[what] for result in results]
+            cells.append(f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})")
+        print(f"| {threads} | {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,17 @@ impl Run {
 pub fn command<S: AsRef<OsStr>>(name: &str, args: &[S]) -> Command {
     let mut command = Command::new(program(name));
     command.args(args).stdin(std::process::Stdio::null());
-    for variable in
-        ["STB_ISA", "STB_THREADS", "STB_CTX", "STB_SEED", "STB_VERIFY", "STB_NO_MMAP", "STB_EXACT"]
-    {
+    for variable in [
+        "STB_ISA",
+        "STB_THREADS",
+        "STB_CTX",
+        "STB_SEED",
+        "STB_VERIFY",
+        "STB_NO_MMAP",
+        "STB_EXACT",
+        "STB_KV",
+        "STB_MLOCK",
+    ] {
         command.env_remove(variable);
     }
     command

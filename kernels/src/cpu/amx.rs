@@ -98,6 +98,7 @@ pub(crate) unsafe fn end() {
 ///
 /// # Safety
 /// [`begin`] must have been called on this thread, without [`end`] since.
+#[allow(clippy::multiple_unsafe_ops_per_block, reason = "one of two blocks runs, with one proof")]
 #[inline(always)]
 pub(crate) unsafe fn block_products<const T: usize>(
     w: [&[[u8; 64]; BLOCK / 4]; 2],

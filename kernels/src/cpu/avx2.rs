@@ -367,6 +367,29 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
+    fn select_bytes(self, bits: u64, v: u8) -> I {
+        // Every byte gets the eight bits that its own is among, then its own bit.
+        values!({
+            let all = _mm256_set1_epi64x(bits.cast_signed());
+            let own = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+            let low = _mm256_setr_epi64x(
+                0,
+                0x0101_0101_0101_0101,
+                0x0202_0202_0202_0202,
+                0x0303_0303_0303_0303,
+            );
+            let high = _mm256_add_epi8(low, _mm256_set1_epi8(4));
+            let value = _mm256_set1_epi8(v.cast_signed());
+            let low = _mm256_and_si256(_mm256_shuffle_epi8(all, low), own);
+            let high = _mm256_and_si256(_mm256_shuffle_epi8(all, high), own);
+            [
+                _mm256_and_si256(_mm256_cmpeq_epi8(low, own), value),
+                _mm256_and_si256(_mm256_cmpeq_epi8(high, own), value),
+            ]
+        })
+    }
+
+    #[inline(always)]
     fn eq_b(self, a: I, b: I) -> I {
         both!(_mm256_cmpeq_epi8, a, b)
     }

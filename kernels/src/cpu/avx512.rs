@@ -322,6 +322,11 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn select_bytes(self, bits: u64, v: u8) -> __m512i {
+        values!(_mm512_maskz_set1_epi8(bits, v.cast_signed()))
+    }
+
+    #[inline(always)]
     fn eq_b(self, a: __m512i, b: __m512i) -> __m512i {
         values!(_mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)))
     }

@@ -30,6 +30,8 @@ pub(crate) trait Bytes: Simd {
     fn shl_b<const K: u32>(self, a: Self::B) -> Self::B;
     /// All ones where a > b, as signed bytes.
     fn gt_b(self, a: Self::B, b: Self::B) -> Self::B;
+    /// `v` in byte i where bit i is set, else zero.
+    fn select_bytes(self, bits: u64, v: u8) -> Self::B;
     /// All ones where a = b.
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B;
     /// Byte by byte `table[index]` within the lane; zero where the index has its top bit set. Other

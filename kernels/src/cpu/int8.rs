@@ -18,7 +18,8 @@ pub(crate) const BLOCK: usize = 128;
 pub(crate) struct Rounded {
     /// a/127 of each block.
     pub scales: Vec<f32>,
-    /// What the kernel reads beside the codes; see [`super::nm8`] and [`super::int_group`].
+    /// What the kernel reads beside the codes; see [`super::nm8`],
+    /// [`super::int_group`] and [`super::stbllm8`].
     pub tables: Vec<[u8; 64]>,
     /// Sums of activations, for encodings with an offset.
     pub sums: Vec<[i32; 16]>,
@@ -33,7 +34,8 @@ pub(crate) fn supports(matrix: &MatrixView<'_>) -> bool {
         // One scale of activations belongs to one scale of weights; no blocks (0) are fine.
         MatrixView::Nm(m) => m.spec.block().is_multiple_of(BLOCK),
         MatrixView::IntGroup(_) => true,
-        MatrixView::Dense(_) | MatrixView::Stbllm(_) => false,
+        MatrixView::Stbllm(m) => m.spec.block().is_multiple_of(BLOCK),
+        MatrixView::Dense(_) => false,
     }
 }
 
@@ -49,7 +51,8 @@ impl Rounded {
                 let mut to = Arranged { tables, sums, unit_scales: &mut self.unit_scales };
                 arrange(m.spec, &self.codes, &self.scales, &mut to);
             }
-            MatrixView::Dense(_) | MatrixView::Stbllm(_) => {}
+            MatrixView::Stbllm(_) => super::stbllm8::arrange(&self.codes, &mut self.tables),
+            MatrixView::Dense(_) => {}
         }
     }
 

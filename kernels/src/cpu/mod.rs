@@ -18,8 +18,10 @@ pub(crate) mod neon;
 mod nm;
 mod nm8;
 pub mod ops;
+pub mod probe;
 mod rows;
 pub(crate) mod scalar;
+mod stbllm8;
 #[cfg(test)]
 mod tests;
 
@@ -162,7 +164,7 @@ impl Workspace {
     }
 
     /// Prepares `x` rounded to 8 bits with one scale per 128 columns, for encodings that have a kernel
-    /// for it: joint codes with blocks of whole 128 columns or none, and integer groups. A product
+    /// for it: integer groups, and joint codes and the STBLLM structure with blocks of whole 128 columns or none. A product
     /// then differs from the exact one by at most Σ_blocks max|x| / 254 · Σ|w|, and by summation in
     /// f32. For other encodings the same as [`Workspace::prepare`].
     ///
@@ -197,7 +199,8 @@ impl Workspace {
 pub fn share_preparation(a: &MatrixView<'_>, b: &MatrixView<'_>, rounded: bool) -> bool {
     let factors = |m: &MatrixView<'_>| matches!(m, MatrixView::Nm(m) if !m.col_factors.is_empty());
     let arrangement = |m: &MatrixView<'_>| match m {
-        MatrixView::Nm(m) if int8::supports(&MatrixView::Nm(*m)) => (m.spec.n(), m.spec.m()),
+        MatrixView::Nm(nm) if int8::supports(m) => (nm.spec.n(), nm.spec.m()),
+        MatrixView::Stbllm(_) if int8::supports(m) => (32, 0),
         MatrixView::IntGroup(m) => (16 + usize::from(m.spec.is_odd()), usize::from(m.spec.bits())),
         _ => (0, 0),
     };
@@ -252,6 +255,7 @@ impl Task for MatVec<'_> {
         let Self { matrix, x, first, y } = self;
         match (matrix, x.rounded) {
             (MatrixView::Nm(m), Some(x)) => return nm8::matvec(s, m, x, first, y),
+            (MatrixView::Stbllm(m), Some(x)) => return stbllm8::matvec(s, m, x, first, y),
             (MatrixView::IntGroup(m), Some(x)) => return int_group::matvec(s, m, x, first, y),
             _ => {}
         }

@@ -409,6 +409,21 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn select_bytes(self, bits: u64, v: u8) -> Self::B {
+        // Every byte gets the eight bits that its own is among, then its own bit.
+        let mut parts = [values!(vdupq_n_u8(0)); 4];
+        for (k, part) in parts.iter_mut().enumerate() {
+            let sixteen = (bits >> (16 * k)) as u16;
+            *part = values!({
+                let own = vreinterpretq_u8_u64(vdupq_n_u64(0x8040_2010_0804_0201));
+                let eight = vcombine_u8(vdup_n_u8(sixteen as u8), vdup_n_u8((sixteen >> 8) as u8));
+                vandq_u8(vtstq_u8(eight, own), vdupq_n_u8(v))
+            });
+        }
+        parts
+    }
+
+    #[inline(always)]
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
         each!(vceqq_u8, a, b)
     }

@@ -277,6 +277,11 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
+    fn select_bytes(self, bits: u64, v: u8) -> Self::B {
+        std::array::from_fn(|i| if bits >> i & 1 != 0 { v } else { 0 })
+    }
+
+    #[inline(always)]
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
         zip_b(a, b, |a, b| if a == b { 255 } else { 0 })
     }

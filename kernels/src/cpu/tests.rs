@@ -214,6 +214,11 @@ impl Task for Eights {
             assert_eq!(Self::out(s, s.sub_b(va, vb)), Scalar.sub_b(a, b), "{name} sub_b");
             assert_eq!(Self::out(s, s.gt_b(va, vb)), Scalar.gt_b(a, b), "{name} gt_b");
             assert_eq!(Self::out(s, s.eq_b(va, vb)), Scalar.eq_b(a, b), "{name} eq_b");
+            let bits = u64::from_le_bytes(*a.first_chunk().unwrap());
+            let selected = Self::out(s, s.select_bytes(bits, b[0]));
+            assert_eq!(selected, Scalar.select_bytes(bits, b[0]), "{name} select_bytes");
+            let four = *b.first_chunk().unwrap();
+            assert_eq!(Self::out(s, s.splat_4(four)), Scalar.splat_4(four), "{name} splat_4");
             // The bits that come from the neighbour are unspecified.
             macro_rules! shifts {
                 ($($k:literal)+) => {$(

@@ -1,72 +1,45 @@
-//! `stb-run bench`: prefill and decode speed with their spread.
+//! `stb-run bench`: prefill and decode speed with their spread, beside what the machine can do.
 
+use std::fmt;
 use std::time::Instant;
 
+use stb_kernels::probe;
 use stb_runtime::{Error, Model, State};
 
 use super::{BenchArgs, open, terminal};
 
 pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
+    let started = Instant::now();
     let (model, load) = open(&args.file, &args.load)?;
-    let longest = args.prompt.max(args.depth + args.tokens);
-    if args.prompt < 1 || args.tokens < 1 {
-        return Err(Error::usage("give at least one prompt token and one token to generate").into());
+    if args.prompt < 1 || args.tokens < 1 || args.batch < 1 {
+        let text = "give at least one prompt token, one token to generate and one sequence";
+        return Err(Error::usage(text).into());
     }
-    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    let mut state = State::new(&model, 1);
+    model.forward(&mut state, &[token(&model, 0)])?;
+    let first_token = started.elapsed().as_secs_f64();
+    let mut runs = Runs::default();
     for run in 0..=args.runs {
-        let prompt_time = time_prefill(&model, longest, args.prompt)?;
-        let token_time = time_decode(&model, longest, args.depth, args.tokens)?;
+        let prefill = time_prefill(&model, args.prompt)?;
+        let (decode, cache) = time_decode(&model, args.depth, args.tokens, args.batch)?;
+        let (read, multiply) = (time_read(&model), time_multiply(&model));
         if terminal::interrupted() {
             return Ok(());
         }
+        runs.cache_bytes = cache;
         if run > 0 {
-            prefill.push(args.prompt as f64 / prompt_time);
-            decode.push(args.tokens as f64 / token_time);
+            runs.prefill.push(args.prompt as f64 / prefill);
+            runs.decode.push((args.tokens * args.batch) as f64 / decode);
+            runs.read.push(read);
+            runs.multiply.push(multiply);
         }
     }
-    let (prefill, decode) = (Spread::of(prefill), Spread::of(decode));
-    let bytes = model.bytes_per_token();
-    let bandwidth = |rate: f64| rate * bytes as f64 / 1e9;
+    let report = Report::new(&model, args, runs, load.as_secs_f64(), first_token);
     if args.json {
-        let json = serde_json::json!({
-            "file_bytes": model.file_bytes,
-            "parameters": model.parameters(),
-            "isa": model.isa.name(),
-            "threads": model.pool.threads(),
-            "load_seconds": load.as_secs_f64(),
-            "prompt_tokens": args.prompt,
-            "depth": args.depth,
-            "tokens": args.tokens,
-            "runs": args.runs,
-            "prefill_tokens_per_second": prefill.json(),
-            "decode_tokens_per_second": decode.json(),
-            "weight_bytes_per_token": bytes,
-            "decode_gigabytes_per_second": bandwidth(decode.median),
-            "peak_memory_bytes": terminal::peak_memory(),
-        });
-        terminal::line(json)?;
-        return Ok(());
+        terminal::line(report.json(args))?;
+    } else {
+        terminal::line(report.text(args))?;
     }
-    terminal::line(format_args!(
-        "{}, {} parameters, {}, {} threads, {} runs\n\
-         load                    {:>10.1} ms\n\
-         prefill {:>6} tokens   {:>10.1} tokens/s {prefill}\n\
-         decode  {:>6} tokens   {:>10.1} tokens/s {decode}\n\
-         weights read per token  {:>10}\n\
-         decode bandwidth        {:>10.2} GB/s",
-        terminal::bytes(model.file_bytes),
-        model.parameters(),
-        model.isa.name(),
-        model.pool.threads(),
-        args.runs,
-        load.as_secs_f64() * 1e3,
-        args.prompt,
-        prefill.median,
-        args.tokens,
-        decode.median,
-        terminal::bytes(bytes),
-        bandwidth(decode.median),
-    ))?;
     Ok(())
 }
 
@@ -75,25 +48,191 @@ fn token(model: &Model, i: usize) -> u32 {
     ((i * 7919 + 1) % model.embeddings.rows()) as u32
 }
 
-fn time_prefill(model: &Model, context: usize, count: usize) -> Result<f64, Error> {
+fn time_prefill(model: &Model, count: usize) -> Result<f64, Error> {
     let tokens: Vec<u32> = (0..count).map(|i| token(model, i)).collect();
-    let mut state = State::new(model, context);
+    let mut state = State::new(model, count);
     let started = Instant::now();
     model.forward(&mut state, &tokens)?;
     Ok(started.elapsed().as_secs_f64())
 }
 
-fn time_decode(model: &Model, context: usize, depth: usize, count: usize) -> Result<f64, Error> {
-    let mut state = State::new(model, context);
-    if depth > 0 {
-        let tokens: Vec<u32> = (0..depth).map(|i| token(model, i)).collect();
-        model.forward(&mut state, &tokens)?;
+/// Seconds for `count` tokens in each of `batch` sequences with `depth` tokens before them, and the
+/// bytes of keys and values of one sequence at the end.
+fn time_decode(
+    model: &Model,
+    depth: usize,
+    count: usize,
+    batch: usize,
+) -> Result<(f64, usize), Error> {
+    /// Tokens of the prompt at a time, as for a real one.
+    const CHUNK: usize = 512;
+    let mut states: Vec<State> = (0..batch).map(|_| State::new(model, depth + count)).collect();
+    let prompt: Vec<u32> = (0..depth).map(|i| token(model, i)).collect();
+    for state in &mut states {
+        for chunk in prompt.chunks(CHUNK) {
+            model.forward(state, chunk)?;
+        }
     }
     let started = Instant::now();
     for i in 0..count {
-        model.forward(&mut state, &[token(model, depth + i)])?;
+        if let [state] = &mut states[..] {
+            model.forward(state, &[token(model, depth + i)])?;
+        } else {
+            let tokens: Vec<u32> = (0..batch).map(|b| token(model, depth + i + b)).collect();
+            model.forward_batch(&mut states, &tokens)?;
+        }
     }
-    Ok(started.elapsed().as_secs_f64())
+    Ok((started.elapsed().as_secs_f64(), states[0].cache_bytes()))
+}
+
+/// Bytes per second at which the threads can read the weights, and do nothing with them.
+fn time_read(model: &Model) -> f64 {
+    const PIECE: usize = 1 << 18;
+    let pieces: Vec<&[u8]> = model.matrices().flat_map(|w| w.bytes().chunks(PIECE)).collect();
+    let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
+    // Small models several times, for a time that can be measured.
+    let rounds = ((64 << 20) / bytes.max(1)).max(1);
+    let started = Instant::now();
+    for _ in 0..rounds {
+        model.pool.run(pieces.len(), |i| {
+            std::hint::black_box(probe::read(model.isa, pieces[i]));
+        });
+    }
+    (rounds * bytes) as f64 / started.elapsed().as_secs_f64()
+}
+
+/// 8-bit multiplications per second of all threads, from cache.
+fn time_multiply(model: &Model) -> f64 {
+    const COUNT: u64 = 1 << 30;
+    let started = Instant::now();
+    let threads = model.pool.threads();
+    model.pool.run(threads, |_| {
+        std::hint::black_box(probe::multiply(model.isa, COUNT));
+    });
+    (threads as u64 * COUNT) as f64 / started.elapsed().as_secs_f64()
+}
+
+#[derive(Default)]
+struct Runs {
+    prefill: Vec<f64>,
+    decode: Vec<f64>,
+    read: Vec<f64>,
+    multiply: Vec<f64>,
+    cache_bytes: usize,
+}
+
+struct Report<'a> {
+    model: &'a Model,
+    load: f64,
+    first_token: f64,
+    prefill: Spread,
+    decode: Spread,
+    read: Spread,
+    multiply: Spread,
+    cache_bytes: usize,
+    /// Weights that every token is multiplied with, without and with the head.
+    body: f64,
+    weights: f64,
+    /// Bytes per second of weights and cache that decoding reads.
+    bandwidth: f64,
+}
+
+impl<'a> Report<'a> {
+    fn new(model: &'a Model, args: &BenchArgs, runs: Runs, load: f64, first_token: f64) -> Self {
+        let size = |w: &stb_runtime::Weight| (w.rows() * w.cols()) as f64;
+        let weights: f64 = model.matrices().map(size).sum();
+        let decode = Spread::of(runs.decode);
+        let passes = decode.median / args.batch as f64;
+        let read = model.bytes_per_token() as f64 + (args.batch * runs.cache_bytes) as f64;
+        Self {
+            model,
+            load,
+            first_token,
+            prefill: Spread::of(runs.prefill),
+            bandwidth: passes * read,
+            decode,
+            read: Spread::of(runs.read),
+            multiply: Spread::of(runs.multiply),
+            cache_bytes: runs.cache_bytes,
+            body: weights - size(model.head()),
+            weights,
+        }
+    }
+
+    /// Multiplications per second of the prompt: the head is needed once.
+    fn products(&self) -> f64 {
+        self.prefill.median * self.body
+    }
+
+    fn json(&self, args: &BenchArgs) -> serde_json::Value {
+        let model = self.model;
+        serde_json::json!({
+            "file_bytes": model.file_bytes,
+            "parameters": model.parameters(),
+            "isa": model.isa.name(),
+            "threads": model.pool.threads(),
+            "exact": model.exact,
+            "kv": format!("{:?}", model.kv).to_lowercase(),
+            "load_seconds": self.load,
+            "first_token_seconds": self.first_token,
+            "prompt_tokens": args.prompt,
+            "depth": args.depth,
+            "tokens": args.tokens,
+            "batch": args.batch,
+            "runs": args.runs,
+            "prefill_tokens_per_second": self.prefill.json(),
+            "prefill_products_per_second": self.products(),
+            "machine_products_per_second": self.multiply.json(),
+            "decode_tokens_per_second": self.decode.json(),
+            "decode_weights_per_second": self.decode.median * self.weights,
+            "weight_bytes_per_token": model.bytes_per_token(),
+            "cache_bytes": self.cache_bytes,
+            "decode_gigabytes_per_second": self.bandwidth / 1e9,
+            "machine_read_bytes_per_second": self.read.json(),
+            "peak_memory_bytes": terminal::peak_memory(),
+        })
+    }
+
+    fn text(&self, args: &BenchArgs) -> String {
+        let model = self.model;
+        let percent = |part: f64, whole: f64| 100.0 * part / whole;
+        format!(
+            "{}, {} parameters, {}, {} threads, {} runs\n\
+             load                    {:>10.1} ms, first token after {:.1} ms\n\
+             prefill {:>6} tokens   {:>10.1} tokens/s {}\n\
+             {:24}{:>10.1} G products/s, {:.0} % of the {:.0} G/s that the instructions allow\n\
+             decode  {:>6} tokens   {:>10.1} tokens/s {}{}\n\
+             {:24}{:>10.1} G weights/s\n\
+             {:24}{:>10.2} GB/s, {:.0} % of the {:.2} GB/s at which the threads can read\n\
+             per pass                {:>10} of weights, {} of keys and values",
+            terminal::bytes(model.file_bytes),
+            model.parameters(),
+            model.isa.name(),
+            model.pool.threads(),
+            args.runs,
+            self.load * 1e3,
+            self.first_token * 1e3,
+            args.prompt,
+            self.prefill.median,
+            self.prefill,
+            "",
+            self.products() / 1e9,
+            percent(self.products(), self.multiply.median),
+            self.multiply.median / 1e9,
+            args.tokens,
+            self.decode.median,
+            self.decode,
+            if args.batch > 1 { format!(", {} sequences", args.batch) } else { String::new() },
+            "",
+            self.decode.median * self.weights / 1e9,
+            "",
+            self.bandwidth / 1e9,
+            percent(self.bandwidth, self.read.median),
+            self.read.median / 1e9,
+            terminal::bytes(model.bytes_per_token()),
+            terminal::bytes((self.cache_bytes * args.batch) as u64),
+        )
+    }
 }
 
 /// Median and range of several runs.
@@ -114,8 +253,8 @@ impl Spread {
     }
 }
 
-impl std::fmt::Display for Spread {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Spread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (low, high) = (self.all[0], self.all[self.all.len() - 1]);
         write!(f, "(median; {low:.1} to {high:.1})")
     }

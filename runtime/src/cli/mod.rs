@@ -188,6 +188,9 @@ struct BenchArgs {
     /// Tokens in the cache before generation is measured
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     depth: usize,
+    /// Sequences that generate side by side
+    #[arg(short, long, value_name = "N", default_value_t = 1)]
+    batch: usize,
     /// Runs; one more before them is not counted
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,

@@ -1,0 +1,123 @@
+//! What this machine can do at most, to compare results with.
+
+use std::hint::black_box;
+
+use super::bytes::{Bytes, TileSums};
+use super::int8::BLOCK;
+use crate::isa::{Isa, Task};
+
+/// Reads all of `data` as fast as kernels can; the result depends on every byte.
+#[must_use]
+pub fn read(isa: Isa, data: &[u8]) -> u64 {
+    isa.run(Read(data))
+}
+
+struct Read<'a>(&'a [u8]);
+
+impl Task for Read<'_> {
+    type Output = u64;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) -> u64 {
+        const WIDE: usize = 4;
+        let (lines, tail) = self.0.as_chunks::<64>();
+        let mut acc = [s.splat_b(0); WIDE];
+        for lines in lines.chunks_exact(WIDE) {
+            for (acc, line) in acc.iter_mut().zip(lines) {
+                s.prefetch(line.as_ptr().wrapping_add(4096));
+                *acc = s.xor_b(*acc, s.load_b(line));
+            }
+        }
+        let rest = lines.chunks_exact(WIDE).remainder();
+        let mut all = rest.iter().fold(acc[0], |acc, line| s.xor_b(acc, s.load_b(line)));
+        for acc in &acc[1..] {
+            all = s.xor_b(all, *acc);
+        }
+        let mut bytes = [0; 64];
+        s.store_b(all, &mut bytes);
+        bytes.iter().chain(tail).fold(0, |sum, b| sum.rotate_left(8) ^ u64::from(*b))
+    }
+}
+
+/// Multiplies 8-bit numbers from cache, as fast as the instruction set can, at least `count` times;
+/// returns how many multiplications were done.
+#[must_use]
+pub fn multiply(isa: Isa, count: u64) -> u64 {
+    isa.run(Multiply(count))
+}
+
+struct Multiply(u64);
+
+impl Task for Multiply {
+    type Output = u64;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) -> u64 {
+        s.with_tiles(Multiplications(self.0))
+    }
+}
+
+struct Multiplications(u64);
+
+#[repr(align(64))]
+struct Aligned<T>(T);
+
+impl Task for Multiplications {
+    type Output = u64;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) -> u64 {
+        let mut done = 0;
+        if S::TILES {
+            let w = Aligned([[1u8; 64]; BLOCK / 4]);
+            let x = Aligned([[1i8; BLOCK]; 32]);
+            let mut sums: Aligned<TileSums> = Aligned([[[[0; 16]; 16]; 2]; 2]);
+            while done < self.0 {
+                s.tile_products::<2>([&w.0, &w.0], black_box(&x.0), &mut sums.0);
+                done += 2 * 16 * 2 * 16 * BLOCK as u64;
+            }
+            black_box(&sums.0);
+            return done;
+        }
+        // Enough independent sums to hide the latency of any instruction set here.
+        const SUMS: usize = 8;
+        const STEPS: usize = 64;
+        let (u, mut v) = (s.splat_b(1), s.splat_b(2));
+        let mut sums = [s.splat_i(0); SUMS];
+        while done < self.0 {
+            for _ in 0..STEPS {
+                for sum in &mut sums {
+                    *sum = s.dot4(*sum, u, v);
+                }
+            }
+            v = s.xor_b(v, black_box(u));
+            done += (STEPS * SUMS * 64) as u64;
+        }
+        for sum in sums {
+            let mut bytes = [0; 64];
+            s.store_words(sum, &mut bytes);
+            black_box(bytes);
+        }
+        done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_counts() {
+        let mut data: Vec<u8> = (0..1000).map(|i| (i * 7) as u8).collect();
+        for isa in Isa::available() {
+            let before = read(isa, &data);
+            assert_eq!(before, read(Isa::scalar(), &data), "{}", isa.name());
+            for at in [0, 63, 64, 511, 959, 960, 999] {
+                data[at] ^= 1;
+                assert_ne!(before, read(isa, &data), "{} byte {at}", isa.name());
+                data[at] ^= 1;
+            }
+            assert!(multiply(isa, 1 << 20) >= 1 << 20);
+        }
+    }
+}
