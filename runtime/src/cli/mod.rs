@@ -18,7 +18,7 @@ use stb_runtime::{
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
     read, 4 file invalid, 5 not supported, 130 interrupted.\n\
-    STB_ISA=scalar|avx2|avx512|avx512vbmi forces an instruction set.";
+    STB_ISA=scalar|avx2|avx512|avx512vbmi|avx512amx|neon|neon-dotprod forces an instruction set.";
 
 /// Runs .stb models: language models below one bit per weight, straight from one mapped file.
 #[derive(Parser)]
