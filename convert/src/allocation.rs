@@ -1,5 +1,4 @@
-//! Spreading N of N:8 over the decoder layers: more for layers with more outlying weights, with the
-//! mean exactly as asked (the paper's §3.3 by the rule of its published code, which misses the mean).
+//! Spreading N of N:8 over the decoder layers.
 
 use rayon::prelude::*;
 use stb_format::encoding::Stbllm;
@@ -8,12 +7,31 @@ use stb_runtime::{Checkpoint, Error, Result};
 use crate::calibration::Source;
 use crate::plan::{Method, Plan, Treatment, input_of};
 use crate::quantise::metric::Scorer;
-use crate::recipe::{Allocation, Recipe};
+use crate::recipe::Recipe;
 use crate::sensitivity::diagonals;
 
-/// A weight is outlying if its score is above this many times the mean of its decoder layer.
+/// How N is spread over the decoder layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// The same N everywhere.
+    Uniform,
+    /// More for layers with more outlying weights, the mean exactly N.
+    Outlier,
+    /// The paper's §3.3: N_i/M = α_i + (1 − α_i)·N/M with α_i the share of the layer in the sum of
+    /// the norms of all layers, rounded. The mean is above N.
+    Paper,
+    /// The rule of the published code: like `Outlier`, but rounded as OWL's code does and with
+    /// offsets of 1 raised to 2. The mean is not N.
+    PublishedCode,
+    /// More in the first half of the model, fewer in the second: one period of a sine with
+    /// amplitude 1, the mean exactly N.
+    Sine,
+}
+
+/// A weight is outlying if its score is above this many times the mean of its decoder layer
+/// (`Hyper_m` of the published code).
 const OUTLYING: f64 = 6.0;
-/// The layer with most outliers gets this many of 8 more than the one with fewest.
+/// The layer with most outliers gets this many of 8 more than the one with fewest (`Lamda`).
 const SPREAD: f64 = 2.0;
 
 /// Gives each decoder layer of `plan` its own N if the recipe asks for it.
@@ -26,11 +44,49 @@ pub fn allocate(
     recipe: &Recipe,
     source: &Source,
 ) -> Result<()> {
-    if recipe.body.allocation()? == Allocation::Uniform {
-        return Ok(());
-    }
     let Some(Method::Stbllm(options)) = recipe.body.method()? else { return Ok(()) };
-    let moments = diagonals(checkpoint, &recipe.calibration, source)?;
+    let n = options.spec.n() as u8;
+    let counts = match recipe.body.allocation()? {
+        Allocation::Uniform => return Ok(()),
+        Allocation::Outlier => {
+            let samples = recipe.calibration.samples.min(crate::sensitivity::SEQUENCES);
+            let ratios = outlier_ratios(plan, checkpoint, recipe, source, samples)?;
+            exact_counts(&spread(&ratios), n)
+        }
+        Allocation::PublishedCode => {
+            let samples = recipe.calibration.samples;
+            published_counts(&outlier_ratios(plan, checkpoint, recipe, source, samples)?, n)
+        }
+        Allocation::Paper => paper_counts(&layer_norms(plan, checkpoint)?, n),
+        Allocation::Sine => {
+            let layers = checkpoint.spec.layers as usize;
+            let angle = |i: usize| (i as f64 + 0.5) / layers as f64 * std::f64::consts::TAU;
+            exact_counts(&(0..layers).map(|i| angle(i).sin()).collect::<Vec<_>>(), n)
+        }
+    };
+    for tensor in &mut plan.tensors {
+        let layer = tensor.layer().map(|(i, _)| i);
+        if let (Some(i), Treatment::Linear(Method::Stbllm(mut options))) = (layer, tensor.treatment)
+        {
+            options.spec = Stbllm::new(counts[i], options.spec.block() as u16)
+                .ok_or_else(|| Error::Internal { what: format!("N is {}", counts[i]) })?;
+            tensor.set(Treatment::Linear(Method::Stbllm(options)))?;
+        }
+    }
+    Ok(())
+}
+
+/// The share of outlying weights of each decoder layer, by the metric of the recipe on the inputs
+/// of the dense model.
+fn outlier_ratios(
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    source: &Source,
+    samples: usize,
+) -> Result<Vec<f64>> {
+    let Some(Method::Stbllm(options)) = recipe.body.method()? else { return Ok(Vec::new()) };
+    let moments = diagonals(checkpoint, &recipe.calibration, source, samples)?;
     let mut ratios = Vec::new();
     for (index, moments) in moments.iter().enumerate() {
         let mut parts = Vec::new();
@@ -45,17 +101,47 @@ pub fn allocate(
         }
         ratios.push(outlier_ratio(&parts));
     }
-    let counts = exact_counts(&ratios, options.spec.n() as u8);
-    for tensor in &mut plan.tensors {
-        let layer = tensor.layer().map(|(i, _)| i);
-        if let (Some(i), Treatment::Linear(Method::Stbllm(mut options))) = (layer, tensor.treatment)
-        {
-            options.spec = Stbllm::new(counts[i], options.spec.block() as u16)
-                .ok_or_else(|| Error::Internal { what: format!("N is {}", counts[i]) })?;
-            tensor.set(Treatment::Linear(Method::Stbllm(options)))?;
+    Ok(ratios)
+}
+
+/// The Frobenius norm of all linear weights of each decoder layer.
+fn layer_norms(plan: &Plan, checkpoint: &Checkpoint) -> Result<Vec<f64>> {
+    let mut squares = vec![0.0; checkpoint.spec.layers as usize];
+    for tensor in &plan.tensors {
+        let Some((i, part)) = tensor.layer() else { continue };
+        if input_of(part).is_some() {
+            let weights = checkpoint.weight(&tensor.name)?.decode();
+            squares[i] += weights.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>();
         }
     }
-    Ok(())
+    Ok(squares.into_iter().map(f64::sqrt).collect())
+}
+
+fn paper_counts(norms: &[f64], n: u8) -> Vec<u8> {
+    let all: f64 = norms.iter().sum();
+    let ratio = f64::from(n) / 8.0;
+    let share = |norm: &f64| if all > 0.0 { norm / all } else { 0.0 };
+    let count = |norm: &f64| 8.0 * (share(norm) + (1.0 - share(norm)) * ratio);
+    norms.iter().map(|norm| count(norm).round().clamp(1.0, 8.0) as u8).collect()
+}
+
+fn published_counts(ratios: &[f64], n: u8) -> Vec<u8> {
+    let offset = |place: f64| match place.round_ties_even() {
+        1.0 => 2.0,
+        other => other,
+    };
+    let places = spread(ratios).into_iter();
+    places.map(|p| (f64::from(n) + offset(p)).clamp(1.0, 8.0) as u8).collect()
+}
+
+/// The ratios scaled to a range of [`SPREAD`] around a mean of zero.
+fn spread(ratios: &[f64]) -> Vec<f64> {
+    let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let place = |r: &f64| if high > low { (r - low) / (high - low) * SPREAD } else { 0.0 };
+    let places: Vec<f64> = ratios.iter().map(place).collect();
+    let mean = places.iter().sum::<f64>() / places.len().max(1) as f64;
+    places.into_iter().map(|p| p - mean).collect()
 }
 
 /// The share of weights of a decoder layer with outlying scores.
@@ -72,14 +158,9 @@ fn outlier_ratio(parts: &[(Scorer, Vec<f32>, usize)]) -> f64 {
     outlying as f64 / count.max(1) as f64
 }
 
-/// Whole numbers from 1 to 8 that follow the ratios and have exactly the mean `n`.
-fn exact_counts(ratios: &[f64], n: u8) -> Vec<u8> {
-    let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
-    let high = ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let place = |r: &f64| if high > low { (r - low) / (high - low) * SPREAD } else { 0.0 };
-    let places: Vec<f64> = ratios.iter().map(place).collect();
-    let mean = places.iter().sum::<f64>() / places.len().max(1) as f64;
-    let targets: Vec<f64> = places.iter().map(|p| f64::from(n) + p - mean).collect();
+/// Whole numbers from 1 to 8 that follow n + offset and have exactly the mean `n`.
+fn exact_counts(offsets: &[f64], n: u8) -> Vec<u8> {
+    let targets: Vec<f64> = offsets.iter().map(|p| f64::from(n) + p).collect();
     let mut counts: Vec<u8> = targets.iter().map(|t| t.round().clamp(1.0, 8.0) as u8).collect();
     let wanted = usize::from(n) * counts.len();
     // Move the layers that rounding served best or worst until the sum is right.
@@ -108,12 +189,20 @@ mod tests {
     fn the_mean_is_exact_and_order_is_kept() {
         let ratios = [0.4, 0.05, 0.1, 0.2, 0.07, 0.3, 0.06];
         for n in 1..=8 {
-            let counts = exact_counts(&ratios, n);
+            let counts = exact_counts(&spread(&ratios), n);
             assert_eq!(counts.iter().map(|c| usize::from(*c)).sum::<usize>(), 7 * usize::from(n));
             assert!(counts.iter().all(|c| (1..=8).contains(c)));
             assert!(counts[0] >= counts[3] && counts[3] >= counts[1], "{counts:?}");
         }
-        assert_eq!(exact_counts(&[0.1, 0.1], 4), [4, 4]);
-        assert!(exact_counts(&ratios, 4)[0] > 4);
+        assert_eq!(exact_counts(&spread(&[0.1, 0.1]), 4), [4, 4]);
+        assert!(exact_counts(&spread(&ratios), 4)[0] > 4);
+    }
+
+    /// The reference's record of the published code and of the paper's formula (N:8 kept).
+    #[test]
+    fn published_rules() {
+        let ratios = [0.51975, 0.39714, 0.32444, 0.35590, 0.30165];
+        assert_eq!(published_counts(&ratios, 4), [6, 4, 3, 4, 3]);
+        assert_eq!(paper_counts(&[1.0; 5], 4), [5; 5]);
     }
 }

@@ -12,7 +12,7 @@ use crate::calibration::Source;
 use crate::plan::{Method, Plan, Treatment, input_of};
 use crate::quantise::{int_group, nm};
 use crate::recipe::Recipe;
-use crate::sensitivity::{Diagonals, diagonals};
+use crate::sensitivity::{Diagonals, SEQUENCES, diagonals};
 
 /// Rows of a matrix that the estimate looks at, spread evenly.
 const ROWS: usize = 128;
@@ -42,7 +42,8 @@ pub fn fit(
     bits: f64,
 ) -> Result<()> {
     let budget = (bits * plan.parameters() as f64 / 8.0).floor() as u64;
-    let moments = diagonals(checkpoint, &recipe.calibration, source)?;
+    let samples = recipe.calibration.samples.min(SEQUENCES);
+    let moments = diagonals(checkpoint, &recipe.calibration, source, samples)?;
     let mut hulls: Vec<Vec<Candidate>> = Vec::new();
     for tensor in &plan.tensors {
         let candidates = candidates(plan, tensor.name.as_str(), checkpoint, &moments)?;
@@ -122,7 +123,7 @@ fn candidates(
     for spec in ints.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group)) {
         let error = int_group::plain_error(&sample, cols, importance, spec);
         let treatment = match inputs {
-            Some(_) => Treatment::Linear(Method::Int(spec)),
+            Some(_) => Treatment::Linear(Method::Int(int_group::Options::full(spec))),
             None => Treatment::Round(spec),
         };
         add(treatment, error)?;

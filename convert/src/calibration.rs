@@ -2,10 +2,11 @@
 
 use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64Mcg;
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use stb_runtime::{Error, Result, Tokenizer};
 
-use crate::recipe::Calibration;
+use crate::recipe::{Calibration, Draw};
 
 /// Public-domain English of several kinds, part of the program. See `data/README.md`.
 pub const BUILT_IN: &str = include_str!("../data/calibration.txt");
@@ -38,13 +39,29 @@ impl Source {
         Ok(Self { name, text })
     }
 
+    /// What a recipe asks for: the file of its own, if it names one, or the built-in text.
+    ///
+    /// # Errors
+    /// As for [`Source::file`].
+    pub fn of(options: &Calibration) -> Result<Self> {
+        match &options.text {
+            Some(path) => Self::file(std::path::Path::new(path)),
+            None => Ok(Self::built_in()),
+        }
+    }
+
     /// Name, SHA-256 and use of the text: what makes a conversion repeatable.
     #[must_use]
     pub fn describe(&self, options: &Calibration, length: usize) -> String {
+        let documents = match &options.separator {
+            Some(separator) => format!(", documents separated by {separator:?}"),
+            None => String::new(),
+        };
+        let draw = if options.draw.as_deref() == Some("python") { " of Python" } else { "" };
         format!(
-            "{} sha256:{}, {} windows of {length} tokens, seed {}",
+            "{} sha256:{}{documents}, {} windows of {length} tokens, seed {}{draw}",
             self.name,
-            hex(&Sha256::digest(self.text.as_bytes())),
+            digest(self.text.as_bytes()),
             options.samples,
             options.seed
         )
@@ -60,25 +77,92 @@ impl Source {
         options: &Calibration,
         length: usize,
     ) -> Result<Vec<Vec<u32>>> {
-        let tokens = tokenizer.encode_prompt(&self.text)?;
-        let Some(starts) = tokens.len().checked_sub(length) else {
-            return Err(Error::usage(format!(
+        let tokens = self.tokens(tokenizer, options.separator.as_deref())?;
+        let too_short = || {
+            Error::usage(format!(
                 "the calibration text has {} tokens, a sequence needs {length}: give a longer text \
                  or a smaller --calib-len",
                 tokens.len()
-            )));
+            ))
         };
-        let mut random = Pcg64Mcg::seed_from_u64(options.seed);
-        let mut window = || {
-            let start = (random.next_u64() % (starts as u64 + 1)) as usize;
-            tokens[start..start + length].to_vec()
-        };
-        Ok((0..options.samples).map(|_| window()).collect())
+        let starts = tokens.len().checked_sub(length).ok_or_else(too_short)? as u64;
+        let window = |start: u64| tokens[start as usize..start as usize + length].to_vec();
+        match options.draw()? {
+            Draw::Pcg => {
+                let mut random = Pcg64Mcg::seed_from_u64(options.seed);
+                let start = |_| random.next_u64() % (starts + 1);
+                Ok((0..options.samples).map(start).map(window).collect())
+            }
+            Draw::Python => {
+                // `random.randint(0, n - length - 1)`: the last start is never drawn.
+                let starts = u32::try_from(starts).ok().filter(|n| *n > 0).ok_or_else(too_short)?;
+                let mut random = PythonRandom::new(options.seed);
+                let start = |_| u64::from(random.below(starts));
+                Ok((0..options.samples).map(start).map(window).collect())
+            }
+        }
     }
+
+    /// All tokens of the text, or of its documents one after another.
+    fn tokens(&self, tokenizer: &Tokenizer, separator: Option<&str>) -> Result<Vec<u32>> {
+        let Some(separator) = separator.filter(|s| !s.is_empty()) else {
+            return tokenizer.encode_prompt(&self.text);
+        };
+        let documents: Vec<&str> =
+            self.text.split(separator).map(str::trim).filter(|d| !d.is_empty()).collect();
+        let parts: Vec<Vec<u32>> =
+            documents.par_iter().map(|d| tokenizer.encode_prompt(d)).collect::<Result<_>>()?;
+        Ok(parts.concat())
+    }
+}
+
+/// `random.seed(n)` and `random.randrange(n)` of Python 3.2 and newer.
+struct PythonRandom(rand_mt::Mt);
+
+impl PythonRandom {
+    fn new(seed: u64) -> Self {
+        // Words of the seed, least significant first, without leading zeros but at least one.
+        let words = [seed as u32, (seed >> 32) as u32];
+        let used = if words[1] == 0 { 1 } else { 2 };
+        Self(rand_mt::Mt::new_with_key(words.into_iter().take(used)))
+    }
+
+    /// A number below `n`, which is at least 1.
+    fn below(&mut self, n: u32) -> u32 {
+        let bits = u32::BITS - n.leading_zeros();
+        loop {
+            let value = self.0.next_u32() >> (u32::BITS - bits);
+            if value < n {
+                return value;
+            }
+        }
+    }
+}
+
+/// The SHA-256 of some bytes, in hexadecimal digits.
+#[must_use]
+pub fn digest(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
 }
 
 /// Lower-case hexadecimal digits.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `random.seed(0); [random.randint(0, 99999) for _ in range(5)]` and so on, from Python 3.
+    #[test]
+    fn python_draws() {
+        let draw = |seed: u64, n: u32| {
+            let mut random = PythonRandom::new(seed);
+            [(); 5].map(|()| random.below(n))
+        };
+        assert_eq!(draw(0, 100_000), [50494, 99346, 55125, 5306, 33936]);
+        assert_eq!(draw((1 << 40) + 7, 256), [243, 128, 64, 192, 185]);
+    }
 }

@@ -20,6 +20,7 @@ pub mod plot;
 pub mod quantise;
 pub mod recipe;
 pub mod report;
+pub mod resume;
 pub mod sensitivity;
 pub mod study;
 

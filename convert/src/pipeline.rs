@@ -1,5 +1,6 @@
 //! The conversion: one decoder layer at a time through calibration, quantisation and output.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -11,11 +12,13 @@ use stb_runtime::{Checkpoint, Error, Layer, LinearInput, Model, Observer, Result
 use crate::calibration::Source;
 use crate::hessian::{Factor, Hessian, interrupted};
 use crate::metadata;
-use crate::output::Output;
+use crate::output::{Output, refuse_existing};
 use crate::plan::{Method, Plan, TensorPlan, Treatment, input_of};
-use crate::quantise::{Input, Packed, int_group, nm, relative_error, stbllm};
+use crate::quantise::prune::Pruned;
+use crate::quantise::{Input, Packed, int_group, nm, pb_llm, relative_error, stbllm};
 use crate::recipe::Recipe;
-use crate::report::{Report, Stages, TensorReport};
+use crate::report::{LayerReport, Report, Stages, TensorReport};
+use crate::resume::{SavedLayer, States, Workspace};
 
 /// Sequences that run through a layer together: threads take whole sequences.
 pub const BATCH: usize = 8;
@@ -44,44 +47,109 @@ pub trait Progress {
     fn step(&self, done: u64, all: u64, what: &str);
     /// A decoder layer is finished with this mean relative error.
     fn layer(&self, index: usize, all: usize, error: f64, encoding: &str, seconds: f64);
+    /// Something that the user should know.
+    fn note(&self, text: &str);
 }
 
 /// The user has asked to stop.
 #[derive(Debug, thiserror::Error)]
-#[error("interrupted; nothing was written")]
-pub struct Interrupted;
+pub enum Interrupted {
+    /// Before anything was worth keeping.
+    #[error("interrupted; nothing was written")]
+    AtOnce,
+    /// With this many decoder layers finished.
+    #[error("interrupted; {0} finished decoder layers are kept: the same command goes on from there")]
+    Later(usize),
+}
 
-/// Runs the conversion and writes the file.
+/// Runs the conversion and writes the file. If one of the same source, recipe and text was stopped
+/// before, goes on after its last finished decoder layer; the bytes are the same.
 ///
 /// # Errors
 /// [`Interrupted`] if [`crate::hessian::INTERRUPTED`] is set; [`Error::Invalid`] for weights that
-/// are not finite; [`Error::Io`] for the output. No partial file stays behind.
+/// are not finite; [`Error::Io`] for the output. After an interruption or an error of the file
+/// system finished layers are kept ([`crate::resume`]), else nothing is.
 pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> {
     let started = Instant::now();
-    let output = Output::create(job.target, job.force)?;
-    let fail = |e: std::io::Error| Error::io(job.target, e);
-    let writer = Writer::new(output).map_err(fail)?;
+    refuse_existing(job.target, job.force)?;
     let model = Model::from_checkpoint(job.checkpoint)?;
-    let mut run = Run { job: &job, model, writer, reports: Vec::new(), stages: Stages::default() };
-    let calibration_tokens = run.all_tensors(progress)?;
-    let Run { writer, reports, mut stages, .. } = run;
-    let hashing = Instant::now();
     let mut meta = job.meta.clone();
     metadata::add_hashes(&mut meta, job.checkpoint)?;
-    let output = writer.finish(&meta).map_err(fail)?;
+    let key = key(&job, &meta, &model);
+    let mut workspace = Workspace::open(job.target, &key)?;
+    if workspace.discarded {
+        progress.note(
+            "an unfinished conversion to this file was of another source, recipe, calibration or \
+             version: it is discarded",
+        );
+    }
+    let result = convert_in(&job, &meta, model, &mut workspace, progress, started);
+    let keep = match &result {
+        Ok(_) => false,
+        Err(e) => {
+            let io = e.downcast_ref::<Error>().is_some_and(|e| matches!(e, Error::Io { .. }));
+            workspace.finished() > 0 && (io || e.is::<Interrupted>())
+        }
+    };
+    if !keep {
+        workspace.remove();
+    } else if result.as_ref().is_err_and(|e| e.is::<Interrupted>()) {
+        return Err(Interrupted::Later(workspace.finished()).into());
+    }
+    result
+}
+
+fn convert_in(
+    job: &Job<'_>,
+    meta: &Meta,
+    model: Model,
+    workspace: &mut Workspace,
+    progress: &dyn Progress,
+    started: Instant,
+) -> anyhow::Result<Report> {
+    let output = Output::create(job.target, workspace.output(), job.force)?;
+    let fail = |e: std::io::Error| Error::io(job.target, e);
+    let writer = Writer::new(output).map_err(fail)?;
+    let mut run = Run {
+        job,
+        model,
+        writer,
+        workspace,
+        reports: Vec::new(),
+        layers: Vec::new(),
+        stages: Stages::default(),
+        resumed: 0,
+    };
+    let calibration_tokens = run.all_tensors(progress)?;
+    let writing = Instant::now();
+    let Run { writer, reports, layers, mut stages, resumed, .. } = run;
+    let output = writer.finish(meta).map_err(fail)?;
     check_interrupt()?;
     output.commit()?;
-    stages.output += hashing.elapsed().as_secs_f64();
-    Ok(make_report(&job, reports, stages, calibration_tokens, &meta, started))
+    stages.output += writing.elapsed().as_secs_f64();
+    let mut report = make_report(job, reports, calibration_tokens, meta);
+    layers.iter().for_each(|layer| stages.add(&layer.stages));
+    report.stages = stages;
+    report.layers = layers;
+    report.resumed_layers = resumed;
+    report.seconds = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// The text of everything that the bytes of the file depend on.
+fn key(job: &Job<'_>, meta: &Meta, model: &Model) -> String {
+    let mut text = format!("{meta:?}\n{}\n", model.isa.name());
+    for tensor in &job.plan.tensors {
+        text += &format!("{} {:?} {:?}\n", tensor.name, tensor.shape, tensor.treatment);
+    }
+    text
 }
 
 fn make_report(
     job: &Job<'_>,
     tensors: Vec<TensorReport>,
-    stages: Stages,
     calibration_tokens: usize,
     meta: &Meta,
-    started: Instant,
 ) -> Report {
     let (file_bytes, parameters) = (job.plan.file_bytes(meta), job.plan.parameters());
     let body = || job.plan.tensors.iter().filter(|t| t.layer().is_some() && t.shape.len() == 2);
@@ -102,15 +170,18 @@ fn make_report(
         nominal_bits_paper: job.plan.nominal_bits(salient),
         calibration,
         calibration_tokens,
-        seconds: started.elapsed().as_secs_f64(),
-        stages,
+        notes: job.plan.notes(),
+        seconds: 0.0,
+        resumed_layers: 0,
+        stages: Stages::default(),
+        layers: Vec::new(),
         tensors,
     }
 }
 
 /// [`Interrupted`] if the user has asked to stop.
 fn check_interrupt() -> anyhow::Result<()> {
-    if interrupted() { Err(Interrupted.into()) } else { Ok(()) }
+    if interrupted() { Err(Interrupted::AtOnce.into()) } else { Ok(()) }
 }
 
 /// A conversion on its way.
@@ -118,8 +189,22 @@ struct Run<'a> {
     job: &'a Job<'a>,
     model: Model,
     writer: Writer<Output>,
+    workspace: &'a mut Workspace,
     reports: Vec<TensorReport>,
+    layers: Vec<LayerReport>,
+    /// Of the layer at work; outside the layers, of what is outside.
     stages: Stages,
+    /// Layers taken over from a run that was stopped.
+    resumed: usize,
+}
+
+/// The inputs of a decoder layer, [tokens, hidden] for each sequence.
+#[derive(Default)]
+struct Hidden {
+    /// Behind the quantised layers so far.
+    quantised: States,
+    /// Behind the layers so far that were only pruned, for masks of a pass of their own.
+    pruned: States,
 }
 
 /// Second moments of one input of a decoder layer, damped and factored.
@@ -144,7 +229,35 @@ impl Run<'_> {
     fn all_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
         let job = self.job;
         let layers = self.model.layers.len();
-        let mut hidden = Vec::new();
+        let mut hidden = self.embedded()?;
+        let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / self.model.norm.len();
+        let mut tensors = job.plan.tensors.iter().peekable();
+        let before: Vec<_> =
+            std::iter::from_fn(|| tensors.next_if(|t| t.layer().is_none())).collect();
+        self.outside(&before)?;
+        let parts: Vec<Vec<&TensorPlan>> = (0..layers)
+            .map(|index| {
+                std::iter::from_fn(|| {
+                    tensors.next_if(|t| t.layer().is_some_and(|(i, _)| i == index))
+                })
+                .collect()
+            })
+            .collect();
+        let outside = std::mem::take(&mut self.stages);
+        let finished = self.take_over(&parts, &mut hidden, progress)?;
+        for (index, part) in parts.iter().enumerate().skip(finished) {
+            self.layer(index, part, &mut hidden, progress)?;
+        }
+        self.stages = outside;
+        let after: Vec<_> = tensors.collect();
+        self.outside(&after)?;
+        Ok(tokens)
+    }
+
+    /// The inputs of the first layer.
+    fn embedded(&self) -> anyhow::Result<Hidden> {
+        let job = self.job;
+        let mut hidden = Hidden::default();
         if job.plan.needs_calibration() {
             let tokenizer = self.model.tokenizer()?;
             let options = &job.recipe.calibration;
@@ -152,23 +265,53 @@ impl Run<'_> {
             for window in job.calibration.windows(&tokenizer, options, length)? {
                 let mut states = Vec::new();
                 self.model.embed(&window, &mut states)?;
-                hidden.push(states);
+                hidden.quantised.push(states);
             }
         }
-        let mut tensors = job.plan.tensors.iter().peekable();
-        let before: Vec<_> =
-            std::iter::from_fn(|| tensors.next_if(|t| t.layer().is_none())).collect();
-        self.outside(&before)?;
-        for index in 0..layers {
-            let part: Vec<_> = std::iter::from_fn(|| {
-                tensors.next_if(|t| t.layer().is_some_and(|(i, _)| i == index))
-            })
-            .collect();
-            self.layer(index, &part, &mut hidden, progress)?;
+        if job.plan.prunes_first() {
+            hidden.pruned.clone_from(&hidden.quantised);
         }
-        let after: Vec<_> = tensors.collect();
-        self.outside(&after)?;
-        Ok(hidden.iter().map(Vec::len).sum::<usize>() / self.model.norm.len())
+        Ok(hidden)
+    }
+
+    /// Writes the layers that a run before has finished; returns their number.
+    fn take_over(
+        &mut self,
+        parts: &[Vec<&TensorPlan>],
+        hidden: &mut Hidden,
+        progress: &dyn Progress,
+    ) -> anyhow::Result<usize> {
+        let finished = self.workspace.finished().min(parts.len());
+        if finished == 0 {
+            return Ok(0);
+        }
+        let mut saved = Vec::new();
+        for (index, part) in parts[..finished].iter().enumerate() {
+            let lengths: Vec<u64> = part.iter().map(|t| t.bytes).collect();
+            saved.extend(self.workspace.load(index, &lengths));
+        }
+        let mut states = [&mut hidden.quantised, &mut hidden.pruned];
+        let complete = saved.len() == finished
+            && (finished == parts.len() || self.workspace.load_states(&mut states).is_some());
+        if !complete {
+            progress.note("what was kept of an unfinished conversion is damaged: it starts anew");
+            self.workspace.forget();
+            *hidden = self.embedded()?;
+            return Ok(0);
+        }
+        for (part, layer) in parts.iter().zip(saved) {
+            for ((tensor, payload), report) in part.iter().zip(&layer.payloads).zip(layer.tensors) {
+                let encoding = tensor.treatment.encoding();
+                self.writer
+                    .tensor(&tensor.name, &tensor.shape, &encoding, payload)
+                    .map_err(|e| Error::io(self.job.target, e))?;
+                self.reports.push(report);
+            }
+            self.layers.push(layer.layer);
+        }
+        self.resumed = finished;
+        progress.note(&format!("going on after {finished} of {} decoder layers", parts.len()));
+        Ok(finished)
     }
 
     /// Tensors outside the decoder layers.
@@ -193,7 +336,7 @@ impl Run<'_> {
         started: Instant,
     ) -> anyhow::Result<()> {
         let target = self.job.target;
-        self.stages.quantise += started.elapsed().as_secs_f64();
+        self.stages.add_quantiser(&packed.seconds);
         let writing = Instant::now();
         self.writer
             .tensor(&tensor.name, &tensor.shape, &packed.encoding, &packed.payload)
@@ -212,17 +355,18 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// One decoder layer: statistics with the dense weights, all its tensors, then the hidden
+    /// One decoder layer: statistics with its weights as they are, all its tensors, then the hidden
     /// states that the next layer will really see.
     fn layer(
         &mut self,
         index: usize,
         tensors: &[&TensorPlan],
-        hidden: &mut [Vec<f32>],
+        hidden: &mut Hidden,
         progress: &dyn Progress,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
         let layers = self.model.layers.len();
+        self.stages = Stages::default();
         // Units of progress: calibration, each tensor, the second forward pass.
         let units = tensors.len() as u64 + 2;
         let step = |done: u64, what: &str| {
@@ -234,60 +378,137 @@ impl Run<'_> {
         for tensor in tensors {
             finite(&self.job.checkpoint.weight(&tensor.name)?, &tensor.name)?;
         }
-        let moments = if linear { Some(self.moments(index, hidden)?) } else { None };
         let mut layer = self.model.layers[index].clone();
+        let pruned = self.prune_first(tensors, &mut layer, &mut hidden.pruned)?;
+        let moments =
+            if linear { Some(self.moments(&layer, &hidden.quantised)?) } else { None };
         let (mut error, mut count) = (0.0, 0);
+        let mut payloads = Vec::new();
         for (i, tensor) in tensors.iter().enumerate() {
             check_interrupt()?;
             let part = tensor.layer().map_or("", |(_, part)| part);
             step(1 + i as u64, part);
-            let tensor_error = self.layer_tensor(tensor, part, moments.as_deref(), &mut layer)?;
+            let pruned = pruned.get(part);
+            let (payload, tensor_error) =
+                self.layer_tensor(tensor, part, moments.as_deref(), pruned, &mut layer)?;
+            payloads.push(payload);
             if let Treatment::Linear(_) = tensor.treatment {
                 error += tensor_error;
                 count += 1;
             }
         }
-        drop(moments);
+        drop((moments, pruned));
         step(units - 1, "next inputs");
         if index + 1 < layers {
-            self.forward(&layer, hidden)?;
+            self.forward(&layer, &mut hidden.quantised)?;
+        } else {
+            *hidden = Hidden::default();
         }
         let encoding = tensors
             .iter()
             .find(|t| t.shape.len() == 2)
             .map_or(String::new(), |t| t.treatment.encoding().to_string());
         let mean = error / f64::from(count.max(1));
+        if self.job.plan.needs_calibration() {
+            self.keep(index, mean, payloads, hidden, started)?;
+        }
         progress.layer(index, layers, mean, &encoding, started.elapsed().as_secs_f64());
         Ok(())
     }
 
-    /// Quantises and writes one tensor of a layer and puts it into `layer`; returns its error.
+    /// Keeps a finished layer for a later run and in the report.
+    fn keep(
+        &mut self,
+        index: usize,
+        relative_error: f64,
+        payloads: Vec<Vec<u8>>,
+        hidden: &Hidden,
+        started: Instant,
+    ) -> anyhow::Result<()> {
+        let keeping = Instant::now();
+        let tensors = self.reports[self.reports.len() - payloads.len()..].to_vec();
+        let mut layer = LayerReport {
+            index,
+            relative_error,
+            seconds: started.elapsed().as_secs_f64(),
+            stages: self.stages,
+        };
+        let saved = SavedLayer { tensors, layer, payloads };
+        self.workspace.save(index, &saved, &[&hidden.quantised, &hidden.pruned])?;
+        layer.stages.output += keeping.elapsed().as_secs_f64();
+        layer.seconds = started.elapsed().as_secs_f64();
+        self.layers.push(layer);
+        Ok(())
+    }
+
+    /// The pruning pass of methods whose masks come from a pass of their own: prunes the layer
+    /// against inputs behind pruned layers and makes those of the next. What this does layer by
+    /// layer is what a pass over the whole model would do.
+    fn prune_first<'t>(
+        &mut self,
+        tensors: &[&'t TensorPlan],
+        layer: &mut Layer,
+        states: &mut States,
+    ) -> anyhow::Result<HashMap<&'t str, Pruned>> {
+        let mut pruned = HashMap::new();
+        if states.is_empty() {
+            return Ok(pruned);
+        }
+        let moments = self.moments(layer, states)?;
+        for tensor in tensors {
+            check_interrupt()?;
+            let part = tensor.layer().map_or("", |(_, part)| part);
+            let Treatment::Linear(Method::Stbllm(options)) = tensor.treatment else { continue };
+            let Some(input) = input_of(part) else { continue };
+            let clock = Instant::now();
+            let weight = self.job.checkpoint.weight(&tensor.name)?;
+            let values = weight.decode();
+            let result = stbllm::prune(&self.input(&values, &weight, &moments[input]), &options);
+            let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
+            let stored = Weight::from_floats(result.weights.clone(), rows, cols)?;
+            put(layer, part, stored);
+            pruned.insert(part, result);
+            self.stages.prune += clock.elapsed().as_secs_f64();
+        }
+        self.forward(layer, states)?;
+        Ok(pruned)
+    }
+
+    fn input<'a>(&self, values: &'a [f32], weight: &Weight, moments: &'a Moments) -> Input<'a> {
+        Input {
+            isa: self.model.isa,
+            weights: values,
+            rows: weight.rows(),
+            cols: weight.cols(),
+            hessian: &moments.hessian,
+            factor: &moments.factor,
+            norms: &moments.norms,
+        }
+    }
+
+    /// Quantises and writes one tensor of a layer and puts it into `layer`; returns its payload and
+    /// its error.
     fn layer_tensor(
         &mut self,
         tensor: &TensorPlan,
         part: &str,
         moments: Option<&[Moments]>,
+        pruned: Option<&Pruned>,
         layer: &mut Layer,
-    ) -> anyhow::Result<f64> {
+    ) -> anyhow::Result<(Vec<u8>, f64)> {
         let started = Instant::now();
         let weight = self.job.checkpoint.weight(&tensor.name)?;
         let mut values = weight.decode();
         let (packed, error) = match (tensor.treatment, moments.zip(input_of(part))) {
             (Treatment::Linear(method), Some((moments, input))) => {
-                let Moments { hessian, factor, norms } = &moments[input];
-                clear_dead(&mut values, norms);
-                let input = Input {
-                    isa: self.model.isa,
-                    weights: &values,
-                    rows: weight.rows(),
-                    cols: weight.cols(),
-                    hessian,
-                    factor,
-                    norms,
-                };
-                let packed = linear(&input, method);
+                clear_dead(&mut values, &moments[input].norms);
+                let input = self.input(&values, &weight, &moments[input]);
+                let packed = linear(&input, method, pruned);
+                let clock = Instant::now();
                 let decoded = decode(&packed, &weight);
+                in_range(&decoded, &tensor.name)?;
                 let error = relative_error(&input, &decoded);
+                self.stages.check += clock.elapsed().as_secs_f64();
                 (packed, error)
             }
             _ => {
@@ -297,24 +518,13 @@ impl Run<'_> {
             }
         };
         let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
-        let stored = Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?;
-        match part {
-            "self_attn.q_proj" => layer.q = stored,
-            "self_attn.k_proj" => layer.k = stored,
-            "self_attn.v_proj" => layer.v = stored,
-            "self_attn.o_proj" => layer.o = stored,
-            "mlp.gate_proj" => layer.gate = stored,
-            "mlp.up_proj" => layer.up = stored,
-            "mlp.down_proj" => layer.down = stored,
-            _ => {}
-        }
+        put(layer, part, Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?);
         self.write(tensor, &packed, error, started)?;
-        Ok(error)
+        Ok((packed.payload, error))
     }
 
-    /// Second moments of the four inputs of a layer, with its dense weights.
-    fn moments(&mut self, index: usize, hidden: &[Vec<f32>]) -> anyhow::Result<Vec<Moments>> {
-        let layer = &self.model.layers[index];
+    /// Second moments of the four inputs of a layer, with its weights as they are.
+    fn moments(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<Vec<Moments>> {
         let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
         let mut hessians = sizes.map(Hessian::new);
         for batch in hidden.chunks(BATCH) {
@@ -366,11 +576,26 @@ impl Run<'_> {
     }
 }
 
-fn linear(input: &Input<'_>, method: Method) -> Packed {
+fn linear(input: &Input<'_>, method: Method, pruned: Option<&Pruned>) -> Packed {
     match method {
-        Method::Stbllm(options) => stbllm::quantise(input, &options),
+        Method::Stbllm(options) => stbllm::quantise(input, &options, pruned),
         Method::Nm(options) => nm::quantise(input, &options),
-        Method::Int(spec) => int_group::compensate(input, spec),
+        Method::Int(options) => int_group::quantise(input, &options),
+        Method::PbLlm(options) => pb_llm::quantise(input, &options),
+    }
+}
+
+/// Replaces a linear layer.
+fn put(layer: &mut Layer, part: &str, weight: Weight) {
+    match part {
+        "self_attn.q_proj" => layer.q = weight,
+        "self_attn.k_proj" => layer.k = weight,
+        "self_attn.v_proj" => layer.v = weight,
+        "self_attn.o_proj" => layer.o = weight,
+        "mlp.gate_proj" => layer.gate = weight,
+        "mlp.up_proj" => layer.up = weight,
+        "mlp.down_proj" => layer.down = weight,
+        _ => {}
     }
 }
 
@@ -394,10 +619,11 @@ fn without_inputs(tensor: &TensorPlan, weight: &Weight, values: &[f32]) -> Packe
         encoding: Encoding::Dense(kind),
         payload: kind.encode(values),
         salient: None,
+        seconds: Default::default(),
     };
     match tensor.treatment {
         Treatment::Keep(kind) => keep(kind),
-        Treatment::Round(spec) | Treatment::Linear(Method::Int(spec)) => round(spec),
+        Treatment::Round(spec) => round(spec),
         // Only reached for parts that are not linear layers, which plans keep.
         Treatment::Linear(_) => keep(Dense::F32),
     }
@@ -421,6 +647,17 @@ fn squared_error(packed: &Packed, weight: &Weight, values: &[f32]) -> f64 {
     let error: f64 = values.iter().zip(&decoded).map(|(w, q)| square(w - q)).sum();
     let all: f64 = values.iter().map(|w| square(*w)).sum();
     if all > 0.0 { error / all } else { 0.0 }
+}
+
+/// Refuses results beyond the range of binary16, in which scales and values are stored.
+fn in_range(decoded: &[f32], name: &str) -> Result<()> {
+    if decoded.iter().all(|w| w.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!(
+        "tensor {name} has quantised weights beyond 65504, the range of 16-bit numbers; nothing was \
+         written"
+    )))
 }
 
 /// The decoded weights, all finite.

@@ -4,18 +4,20 @@ use stb_format::encoding::{Dense, IntGroup};
 use stb_format::{Encoding, Meta, file_size};
 use stb_runtime::{Checkpoint, Error, LinearInput, Result};
 
-use crate::quantise::{nm, stbllm};
+use crate::quantise::{int_group, nm, pb_llm, stbllm};
 use crate::recipe::Recipe;
 
 /// A quantiser for linear layers with its options.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Method {
-    /// The strict STBLLM structure.
+    /// Structured binarisation: STBLLM, BiLLM and variants.
     Stbllm(stbllm::Options),
     /// Joint N:M codes.
     Nm(nm::Options),
-    /// Integers with error compensation.
-    Int(IntGroup),
+    /// Integers: GPTQ and rounding.
+    Int(int_group::Options),
+    /// Partial binarisation.
+    PbLlm(pb_llm::Options),
 }
 
 impl Method {
@@ -23,9 +25,39 @@ impl Method {
     #[must_use]
     pub fn encoding(&self) -> Encoding {
         match self {
-            Self::Stbllm(o) => Encoding::Stbllm(o.spec),
+            Self::Stbllm(o) => o.encoding(),
             Self::Nm(o) => Encoding::Nm(o.spec),
-            Self::Int(spec) => Encoding::IntGroup(*spec),
+            Self::Int(o) => Encoding::IntGroup(o.spec),
+            Self::PbLlm(_) => Encoding::Dense(Dense::F16),
+        }
+    }
+
+    /// How what is written falls short of the method, if it does: values that no encoding of the
+    /// format fits, and so a size that says nothing about the method.
+    #[must_use]
+    pub fn note(&self) -> Option<String> {
+        match self {
+            Self::Stbllm(o) if !o.strict => Some(
+                "pruned weights are forgotten as in the published code: the result is dense, not \
+                 N:M, and stored as 16-bit numbers; it is for comparison, its size means nothing"
+                    .into(),
+            ),
+            Self::Stbllm(o) if o.means => Some(
+                "no encoding holds binarised weights with means: they are stored as 16-bit \
+                 numbers; the file is for comparison, its size means nothing"
+                    .into(),
+            ),
+            Self::PbLlm(_) => Some(
+                "no encoding mixes bits within a row: the weights are stored as 16-bit numbers; \
+                 the file is for comparison, its size means nothing"
+                    .into(),
+            ),
+            Self::Int(o) if o.grid.bits != o.spec.bits() => Some(format!(
+                "the format has no {}-bit integers: their codes are stored exactly in {} bits each",
+                o.grid.bits,
+                o.spec.bits()
+            )),
+            Self::Stbllm(_) | Self::Nm(_) | Self::Int(_) => None,
         }
     }
 }
@@ -150,6 +182,31 @@ impl Plan {
         self.tensors.iter().map(TensorPlan::elements).sum()
     }
 
+    /// What the file is not, see [`Method::note`].
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        for tensor in &self.tensors {
+            if let Treatment::Linear(method) = tensor.treatment
+                && let Some(note) = method.note()
+                && !notes.contains(&note)
+            {
+                notes.push(note);
+            }
+        }
+        notes
+    }
+
+    /// Whether masks come from a pass over the whole model, see [`stbllm::Options::separate`].
+    #[must_use]
+    pub fn prunes_first(&self) -> bool {
+        let separate = |t: &TensorPlan| match t.treatment {
+            Treatment::Linear(Method::Stbllm(o)) => o.separate,
+            _ => false,
+        };
+        self.tensors.iter().any(separate)
+    }
+
     /// Whether any tensor needs calibration.
     #[must_use]
     pub fn needs_calibration(&self) -> bool {
@@ -164,6 +221,9 @@ impl Plan {
         let (mut bits, mut weights) = (0.0, 0u64);
         for tensor in self.tensors.iter().filter(|t| t.layer().is_some() && t.shape.len() == 2) {
             let Treatment::Linear(Method::Stbllm(options)) = tensor.treatment else { return None };
+            if !options.storable() {
+                return None;
+            }
             let n = tensor.elements();
             bits += n as f64 * options.spec.n() as f64 / 8.0 * (1.0 + salient);
             weights += n;
@@ -185,7 +245,8 @@ impl Plan {
         let inputs = [spec.hidden_size, q_width, spec.hidden_size, spec.intermediate_size];
         let length = (recipe.calibration.length as u64).min(spec.context_length);
         let tokens = recipe.calibration.samples as u64 * length;
-        let hidden = tokens * spec.hidden_size * 4;
+        // A separate pruning pass has hidden states of its own.
+        let hidden = tokens * spec.hidden_size * if self.prunes_first() { 8 } else { 4 };
         let batch = crate::pipeline::BATCH as u64 * length;
         let captured = batch * (inputs.iter().sum::<u64>() + 4 * spec.intermediate_size) * 4;
         // H in f32, M and U in f32, and two f64 copies while one of them is factored.
@@ -198,7 +259,7 @@ impl Plan {
             .map(|t| t.bytes)
             .sum();
         let linear = spec.intermediate_size * spec.hidden_size;
-        hidden + moments + layer + captured.max(factoring).max(linear * 28)
+        hidden + moments + layer + captured.max(factoring).max(linear * 36)
     }
 }
 

@@ -1,9 +1,11 @@
 //! What a conversion did, for people and programs.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use crate::quantise::Seconds;
 
 /// One tensor of a report.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TensorReport {
     /// The Hugging Face name.
     pub name: String,
@@ -18,26 +20,74 @@ pub struct TensorReport {
     /// tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) on the calibration inputs; for tensors without inputs the
     /// squared error over the squared weights.
     pub relative_error: f64,
-    /// Share of salient columns.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Share of salient columns (PB-LLM: weights).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub salient: Option<f64>,
     /// Time spent on quantising it.
     pub seconds: f64,
 }
 
-/// Seconds per stage, over all layers.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+/// Wall-clock seconds of a decoder layer, or of all.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Stages {
-    /// Forward passes.
+    /// Forward passes of the calibration: with the layer as it was, and as it has become.
     pub forward: f64,
-    /// Second moments.
+    /// Second moments (the Hessian).
     pub moments: f64,
-    /// Factorisations.
+    /// Their factorisation.
     pub factors: f64,
-    /// Quantisation and packing.
+    /// Choosing masks, compensation of pruned weights included.
+    pub prune: f64,
+    /// Searching salient columns and thresholds.
+    pub search: f64,
+    /// Scales, codes and values.
     pub quantise: f64,
-    /// Writing, hashing and the rest.
+    /// Passing errors on to later blocks.
+    pub propagate: f64,
+    /// Packing.
+    pub pack: f64,
+    /// Measuring the error of what is stored.
+    pub check: f64,
+    /// Writing, and keeping what a later run can go on from.
     pub output: f64,
+}
+
+impl Stages {
+    /// Adds the steps of a quantiser.
+    pub fn add_quantiser(&mut self, seconds: &Seconds) {
+        self.prune += seconds.prune;
+        self.search += seconds.search;
+        self.quantise += seconds.quantise;
+        self.propagate += seconds.propagate;
+        self.pack += seconds.pack;
+    }
+
+    /// Adds another layer.
+    pub fn add(&mut self, other: &Self) {
+        self.forward += other.forward;
+        self.moments += other.moments;
+        self.factors += other.factors;
+        self.prune += other.prune;
+        self.search += other.search;
+        self.quantise += other.quantise;
+        self.propagate += other.propagate;
+        self.pack += other.pack;
+        self.check += other.check;
+        self.output += other.output;
+    }
+}
+
+/// A decoder layer of a report.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct LayerReport {
+    /// Its place, from 0.
+    pub index: usize,
+    /// Mean relative error of its linear layers.
+    pub relative_error: f64,
+    /// Time from start to end.
+    pub seconds: f64,
+    /// Where it went.
+    pub stages: Stages,
 }
 
 /// A whole conversion.
@@ -60,10 +110,17 @@ pub struct Report {
     pub calibration: String,
     /// Tokens of calibration.
     pub calibration_tokens: usize,
-    /// Wall-clock time.
+    /// What the file is not, for methods whose values no encoding fits.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+    /// Wall-clock time of this run.
     pub seconds: f64,
-    /// Where it went.
+    /// Decoder layers taken over from a run that was stopped.
+    pub resumed_layers: usize,
+    /// Where the time of all layers went, of those taken over too.
     pub stages: Stages,
+    /// The decoder layers.
+    pub layers: Vec<LayerReport>,
     /// All tensors in file order.
     pub tensors: Vec<TensorReport>,
 }

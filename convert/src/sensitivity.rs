@@ -6,8 +6,8 @@ use stb_runtime::{Checkpoint, LinearInput, Model, Observer, Result};
 use crate::calibration::Source;
 use crate::recipe::Calibration;
 
-/// Calibration sequences for the look.
-const SEQUENCES: usize = 8;
+/// Calibration sequences that are enough for a look.
+pub const SEQUENCES: usize = 8;
 
 /// Sums of squares of the inputs of each decoder layer, in the order of
 /// [`LinearInput::ALL`].
@@ -26,7 +26,7 @@ impl Observer for Squares<'_> {
     }
 }
 
-/// Runs a few calibration sequences through the dense model.
+/// Runs `samples` calibration sequences through the dense model.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Usage`] if the text is too short for one sequence.
@@ -34,10 +34,10 @@ pub fn diagonals(
     checkpoint: &Checkpoint,
     calibration: &Calibration,
     source: &Source,
+    samples: usize,
 ) -> Result<Diagonals> {
     let model = Model::from_checkpoint(checkpoint)?;
-    let options =
-        Calibration { samples: calibration.samples.min(SEQUENCES), ..calibration.clone() };
+    let options = Calibration { samples, ..calibration.clone() };
     let length = options.length.min(checkpoint.spec.context_length as usize);
     let mut hidden = Vec::new();
     for window in source.windows(&model.tokenizer()?, &options, length)? {

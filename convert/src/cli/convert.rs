@@ -20,7 +20,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     let recipe = recipe(args)?;
     let source = match &args.calib {
         Some(path) => Source::file(path)?,
-        None => Source::built_in(),
+        None => Source::of(&recipe.calibration)?,
     };
     let mut plan = plan(&checkpoint, &recipe)?;
     allocate(&mut plan, &checkpoint, &recipe, &source)?;
@@ -135,6 +135,9 @@ fn dry_run(
         "true bits   {:.3} per parameter ({parameters} parameters)",
         bytes as f64 * 8.0 / parameters as f64
     ))?;
+    for note in plan.notes() {
+        print(format_args!("note        {note}"))?;
+    }
     if let Some(bits) = plan.nominal_bits(0.0) {
         print(format_args!(
             "nominal     {bits:.3} bits as the paper counts, without salient columns; not what is stored"
@@ -156,6 +159,9 @@ fn summary(out: &Path, report: &Report) {
         report.body_bits,
         report.seconds
     ));
+    for text in &report.notes {
+        note(format_args!("note: {text}"));
+    }
     if let Some(bits) = report.nominal_bits_paper {
         note(format_args!(
             "(nominal, as the paper counts: {bits:.3} bits per weight, without masks, regions, scales \

@@ -87,7 +87,7 @@ pub(super) fn recipes(name: Option<&str>) -> anyhow::Result<()> {
     for (name, text) in PRESETS {
         let recipe = stb_convert::Recipe::parse(text)?;
         let mark = if *name == stb_convert::recipe::DEFAULT { " (default)" } else { "" };
-        print(format_args!("{name:<16} {}{mark}", recipe.description))?;
+        print(format_args!("{name:<23} {}{mark}", recipe.description))?;
     }
     Ok(())
 }

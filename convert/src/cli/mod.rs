@@ -132,7 +132,7 @@ pub(crate) fn main() -> ExitCode {
     // The first Ctrl-C asks the work to stop, the second does not wait. Neither leaves a file.
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
-            stb_convert::output::remove_unfinished();
+            stb_convert::resume::leave_at_once();
             std::process::exit(130);
         }
     };

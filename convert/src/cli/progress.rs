@@ -6,7 +6,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use stb_convert::Progress;
 
 /// Shows progress with an estimate of the time left and the error of each layer.
-pub(super) struct Bar(ProgressBar);
+pub(super) struct Bar {
+    bar: ProgressBar,
+    quiet: bool,
+}
 
 impl Bar {
     pub fn new(quiet: bool) -> Self {
@@ -18,7 +21,7 @@ impl Bar {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(250));
-        Self(bar)
+        Self { bar, quiet }
     }
 
     /// A line above the bar, or on standard error where there is no bar.
@@ -31,21 +34,28 @@ impl Bar {
     }
 
     pub fn finish(&self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }
 
 impl Progress for Bar {
     fn step(&self, done: u64, all: u64, what: &str) {
-        self.0.set_length(all);
-        self.0.set_position(done);
-        self.0.set_message(what.to_owned());
+        self.bar.set_length(all);
+        self.bar.set_position(done);
+        self.bar.set_message(what.to_owned());
     }
 
     fn layer(&self, index: usize, all: usize, error: f64, encoding: &str, seconds: f64) {
-        self.0.println(format!(
+        self.bar.println(format!(
             "layer {:>3} of {all}  {encoding:<18} relative error {error:.4}  {seconds:.1} s",
             index + 1
         ));
+    }
+
+    fn note(&self, text: &str) {
+        if !self.quiet {
+            // Other than progress, this is said where there is no terminal, too.
+            self.bar.suspend(|| super::note(text));
+        }
     }
 }

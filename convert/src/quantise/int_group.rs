@@ -1,19 +1,83 @@
-//! Integers with a scale per group of columns: rounding for embeddings, rounding with error
-//! compensation (GPTQ) where the inputs are known.
+//! Integers with a scale per group of columns: rounding for embeddings, rounding (RTN) or rounding
+//! with error compensation (GPTQ) for layers whose inputs are known.
+//!
+//! Codes of any width from 1 to 8 bits are stored exactly, in the 4- or 8-bit encoding: the format
+//! has no narrower one.
+
+use std::time::Instant;
 
 use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{IntGroup, IntGroupParts};
 use stb_format::half::f16;
 
-use super::{Input, Packed, TASK_ROWS, propagate};
+use super::{Input, Packed, Propagation, Seconds, TASK_ROWS, propagate};
 
 /// Scales tried for a group, as shares of the one that just covers its largest value.
 const TRIES: usize = 17;
 
+/// Which integers a group may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Bits per code, 1 to 8.
+    pub bits: u8,
+    /// Whether the codes lie around zero and the scale has the least squared error; otherwise they
+    /// span minimum and maximum of the group, zero included (GPTQ's default). Symmetric codes of
+    /// one bit are −1 and 1.
+    pub symmetric: bool,
+}
+
+/// How a linear layer is quantised to integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// What is stored.
+    pub spec: IntGroup,
+    /// The codes.
+    pub grid: Grid,
+    /// Whether errors are compensated (GPTQ) or each weight is rounded by itself (RTN).
+    pub compensate: bool,
+}
+
+impl Options {
+    /// GPTQ with all codes of an encoding.
+    #[must_use]
+    pub fn full(spec: IntGroup) -> Self {
+        let grid = Grid { bits: spec.bits(), symmetric: true };
+        Self { spec, grid, compensate: true }
+    }
+
+    /// The narrowest encoding for codes of `grid`; `None` if there is none.
+    #[must_use]
+    pub fn new(grid: Grid, group: u16, compensate: bool) -> Option<Self> {
+        // Codes less a zero point between 0 and the highest need one bit more for their sign.
+        let wide = match grid {
+            Grid { bits: 1..=4, symmetric: true } | Grid { bits: 1..=3, symmetric: false } => 4,
+            Grid { bits: 5..=8, symmetric: true } | Grid { bits: 4..=7, symmetric: false } => 8,
+            _ => return None,
+        };
+        Some(Self { spec: IntGroup::new(wide, group)?, grid, compensate })
+    }
+}
+
 /// Rounds each weight to the nearest code; scales minimise the squared error of their group.
 #[must_use]
 pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packed {
+    round_to(weights, rows, cols, &Options { compensate: false, ..Options::full(spec) })
+}
+
+/// Quantises one linear layer.
+#[must_use]
+pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
+    if options.compensate {
+        compensate(input, options)
+    } else {
+        round_to(input.weights, input.rows, input.cols, options)
+    }
+}
+
+fn round_to(weights: &[f32], rows: usize, cols: usize, options: &Options) -> Packed {
+    let clock = Instant::now();
+    let spec = options.spec;
     let groups = cols.div_ceil(spec.group());
     let mut codes = vec![0i8; rows * cols];
     let mut scales = vec![f16::ZERO; rows * groups];
@@ -24,19 +88,21 @@ pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packe
         .for_each(|((codes, scales), row)| {
             let parts = codes.chunks_mut(spec.group()).zip(row.chunks(spec.group()));
             for ((codes, values), scale) in parts.zip(scales) {
-                *scale = best_scale(values, spec.bits());
+                let levels = Levels::new(values, options.grid);
+                *scale = levels.scale;
                 for (code, value) in codes.iter_mut().zip(values) {
-                    *code = nearest(*value, scale.to_f32(), spec.bits());
+                    *code = levels.nearest(*value);
                 }
             }
         });
-    pack(IntGroupParts { spec, rows, cols, codes, scales })
+    pack(IntGroupParts { spec, rows, cols, codes, scales }, clock)
 }
 
 /// GPTQ: columns are rounded one after another and the error of each is spread over the later ones.
 /// The scale of a group is fixed when its first column is reached.
-#[must_use]
-pub fn compensate(input: &Input<'_>, spec: IntGroup) -> Packed {
+fn compensate(input: &Input<'_>, options: &Options) -> Packed {
+    let clock = Instant::now();
+    let spec = options.spec;
     let (rows, cols, u) = (input.rows, input.cols, &input.factor.u);
     let groups = cols.div_ceil(spec.group());
     let mut weights = input.weights.to_vec();
@@ -53,11 +119,11 @@ pub fn compensate(input: &Input<'_>, spec: IntGroup) -> Packed {
             .with_min_len(TASK_ROWS)
             .for_each(|(((row, codes), scales), errors)| {
                 errors.copy_from_slice(&row[from..from + width]);
-                let scale = best_scale(errors, spec.bits());
-                scales[index] = scale;
+                let levels = Levels::new(errors, options.grid);
+                scales[index] = levels.scale;
                 for col in from..from + width {
-                    codes[col] = nearest(row[col], scale.to_f32(), spec.bits());
-                    let value = scale.to_f32() * f32::from(codes[col]);
+                    codes[col] = levels.nearest(row[col]);
+                    let value = levels.scale.to_f32() * f32::from(codes[col]);
                     let line = &u[col * cols..(col + 1) * cols];
                     let error = (row[col] - value) / line[col];
                     for j in col + 1..from + width {
@@ -66,9 +132,10 @@ pub fn compensate(input: &Input<'_>, spec: IntGroup) -> Packed {
                     errors[col - from] -= value;
                 }
             });
-        propagate(input.isa, &mut weights, input.factor, &errors, from, width);
+        let mode = Propagation::Solve;
+        propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
     }
-    pack(IntGroupParts { spec, rows, cols, codes, scales })
+    pack(IntGroupParts { spec, rows, cols, codes, scales }, clock)
 }
 
 /// Σ h (w − q)² / Σ h w² of rounding some rows, h one weight per column.
@@ -89,12 +156,62 @@ pub fn plain_error(weights: &[f32], cols: usize, importance: &[f32], spec: IntGr
     super::ratio_of_sums(weights.par_chunks_exact(cols).map(row_error).collect())
 }
 
-fn pack(parts: IntGroupParts) -> Packed {
+fn pack(parts: IntGroupParts, clock: Instant) -> Packed {
+    let quantise = clock.elapsed().as_secs_f64();
     let payload = parts.pack();
-    Packed { encoding: Encoding::IntGroup(parts.spec), payload, salient: None }
+    let pack = clock.elapsed().as_secs_f64() - quantise;
+    let seconds = Seconds { quantise, pack, ..Seconds::default() };
+    Packed { encoding: Encoding::IntGroup(parts.spec), payload, salient: None, seconds }
 }
 
-/// The lowest and highest code.
+/// The values that weights of a group can take: whole multiples of a scale.
+#[derive(Clone, Copy, Debug)]
+struct Levels {
+    scale: f16,
+    lowest: f32,
+    highest: f32,
+    /// Only ±scale.
+    signs: bool,
+}
+
+impl Levels {
+    fn new(values: &[f32], grid: Grid) -> Self {
+        let Grid { bits, symmetric } = grid;
+        let (low, high) = limits(bits);
+        match (symmetric, bits) {
+            (true, 1) => {
+                let sum: f32 = values.iter().map(|v| v.abs()).sum();
+                let scale = f16::from_f32(sum / values.len().max(1) as f32);
+                Self { scale, lowest: -1.0, highest: 1.0, signs: true }
+            }
+            (true, _) => {
+                Self { scale: best_scale(values, bits), lowest: low, highest: high, signs: false }
+            }
+            (false, _) => {
+                let least = values.iter().copied().fold(0.0f32, f32::min);
+                let most = values.iter().copied().fold(0.0f32, f32::max);
+                let steps = high - low;
+                let scale = f16::from_f32((most - least) / steps);
+                let zero = if scale == f16::ZERO { 0.0 } else { -least / scale.to_f32() };
+                let zero = zero.round_ties_even().clamp(0.0, steps);
+                Self { scale, lowest: -zero, highest: steps - zero, signs: false }
+            }
+        }
+    }
+
+    fn nearest(&self, value: f32) -> i8 {
+        let scale = self.scale.to_f32();
+        if self.signs {
+            return if value < 0.0 { -1 } else { 1 };
+        }
+        if scale == 0.0 {
+            return 0;
+        }
+        (value / scale).round_ties_even().clamp(self.lowest, self.highest) as i8
+    }
+}
+
+/// The lowest and highest code around zero.
 fn limits(bits: u8) -> (f32, f32) {
     let half = f32::from(1i16 << (bits - 1));
     (-half, half - 1.0)
@@ -155,6 +272,40 @@ mod tests {
                 let step = codes.scale(i / cols, i % cols / spec.group()).abs();
                 // Clipping may cost a little more at the ends of the range.
                 assert!((w - q).abs() <= 0.9 * step, "{bits} bits, {i}: {w} {q}");
+            }
+        }
+    }
+
+    /// Codes of every width and kind fit the encoding that is chosen for them.
+    #[test]
+    fn narrow_codes_are_stored_exactly() {
+        let cols = 96;
+        let weights: Vec<f32> =
+            (0..2 * cols).map(|i| ((i * 7919) % 1000) as f32 / 400.0 - 0.5).collect();
+        for symmetric in [true, false] {
+            for bits in 1..=8 {
+                let grid = Grid { bits, symmetric };
+                let Some(options) = Options::new(grid, 32, false) else {
+                    assert!(bits == 8 && !symmetric);
+                    continue;
+                };
+                let packed = round_to(&weights, 2, cols, &options);
+                let view = packed.encoding.view(2, cols as u64, &packed.payload).unwrap();
+                let decoded = view.decode();
+                for (values, found) in weights.chunks(32).zip(decoded.chunks(32)) {
+                    let levels = Levels::new(values, grid);
+                    for (w, q) in values.iter().zip(found) {
+                        assert_eq!(*q, levels.scale.to_f32() * f32::from(levels.nearest(*w)));
+                    }
+                    let mut distinct: Vec<f32> = found.to_vec();
+                    distinct.sort_by(f32::total_cmp);
+                    distinct.dedup();
+                    assert!(distinct.len() <= 1 << bits, "{bits} bits: {distinct:?}");
+                }
+                // Half a step, or the whole range for a bit.
+                let worst = weights.iter().zip(&decoded).map(|(w, q)| (w - q).abs());
+                let step = 2.5 / f32::from(2u16.pow(u32::from(bits)) - 1);
+                assert!(worst.fold(0.0, f32::max) <= step * 1.2, "{bits} {symmetric}");
             }
         }
     }

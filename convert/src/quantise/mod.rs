@@ -3,7 +3,9 @@
 pub mod int_group;
 pub mod metric;
 pub mod nm;
+pub mod pb_llm;
 pub mod prune;
+pub mod search;
 pub mod sorted;
 pub mod stbllm;
 
@@ -42,8 +44,47 @@ pub struct Packed {
     pub encoding: Encoding,
     /// The stored bytes.
     pub payload: Vec<u8>,
-    /// Share of columns that are salient, where the method has any.
+    /// Share of columns (PB-LLM: of weights) that are salient, where the method has any.
     pub salient: Option<f64>,
+    /// Where the time went.
+    pub seconds: Seconds,
+}
+
+/// Wall-clock seconds per step of a quantiser.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Seconds {
+    /// Choosing masks, compensation of pruned weights included.
+    pub prune: f64,
+    /// Searching salient columns and thresholds.
+    pub search: f64,
+    /// Scales, codes and values.
+    pub quantise: f64,
+    /// Passing errors on to later blocks.
+    pub propagate: f64,
+    /// Packing.
+    pub pack: f64,
+}
+
+impl Seconds {
+    /// Adds those of another layer.
+    pub fn add(&mut self, other: &Self) {
+        self.prune += other.prune;
+        self.search += other.search;
+        self.quantise += other.quantise;
+        self.propagate += other.propagate;
+        self.pack += other.pack;
+    }
+}
+
+/// How the error of a block is passed on to the later columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Propagation {
+    /// Exactly: `(W − Q) · U_bb⁻¹ · U`.
+    Solve,
+    /// With the diagonal of `U_bb` only (BiLLM, published code).
+    Diagonal,
+    /// Not at all.
+    Off,
 }
 
 /// The error of a layer's output that `quantised` causes, relative to the output itself:
@@ -82,7 +123,8 @@ pub(crate) fn ratio_of_sums(parts: Vec<(f64, f64)>) -> f64 {
 
 /// Spreads the errors of columns `from..from + width` over all later columns:
 /// `w[:, later] -= (errors · M_bb) · U[block, later]`, the exact minimiser of the layer's output
-/// error for fixed earlier columns. `errors` is [rows, width], W − Q of the block.
+/// error for fixed earlier columns, or with diag(M_bb). `errors` is [rows, width], W − Q of the
+/// block.
 pub(crate) fn propagate(
     isa: Isa,
     weights: &mut [f32], // [rows, cols]
@@ -90,24 +132,32 @@ pub(crate) fn propagate(
     errors: &[f32],
     from: usize,
     width: usize,
+    mode: Propagation,
 ) {
     let cols = factor.size;
     let later = from + width;
-    if later == cols {
+    if later == cols || mode == Propagation::Off {
         return;
     }
     let (mut diagonal, mut right) = (Panels::default(), Panels::default());
     diagonal.pack_transposed(&factor.m[from * cols + from..], width, width, cols);
+    let entries: Vec<f32> = (from..later).map(|j| factor.m[j * (cols + 1)]).collect();
     right.pack_transposed(&factor.u[from * cols + later..], cols - later, width, cols);
     weights
         .par_chunks_mut(TASK_ROWS * cols)
         .zip(errors.par_chunks(TASK_ROWS * width))
         .for_each_init(Default::default, |memory: &mut [Vec<f32>; 3], (weights, errors)| {
             let [scaled, compact, change] = memory;
-            let stride = product(isa, errors, width, &diagonal, scaled);
             compact.clear();
-            for row in scaled.chunks_exact(stride) {
-                compact.extend_from_slice(&row[..width]);
+            if mode == Propagation::Solve {
+                let stride = product(isa, errors, width, &diagonal, scaled);
+                for row in scaled.chunks_exact(stride) {
+                    compact.extend_from_slice(&row[..width]);
+                }
+            } else {
+                for row in errors.chunks_exact(width) {
+                    compact.extend(row.iter().zip(&entries).map(|(e, m)| e * m));
+                }
             }
             let stride = product(isa, compact, width, &right, change);
             for (row, change) in weights.chunks_exact_mut(cols).zip(change.chunks_exact(stride)) {

@@ -1,13 +1,15 @@
 //! Joint N:M codes: a first choice with error compensation group by group, then alternating
 //! closed-form refits of the scales and exact re-choices of each group's code under the Hessian.
 
+use std::time::Instant;
+
 use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{Nm, NmParts};
 use stb_format::half::f16;
 use stb_kernels::Panels;
 
-use super::{Input, Packed, TASK_ROWS, propagate};
+use super::{Input, Packed, Propagation, Seconds, TASK_ROWS, propagate};
 use crate::hessian::product;
 
 /// Options of the quantiser.
@@ -41,6 +43,8 @@ struct Fit<'a> {
 /// Quantises one linear layer.
 #[must_use]
 pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
+    let mut seconds = Seconds::default();
+    let clock = Instant::now();
     let spec = options.spec;
     let groups = input.cols.div_ceil(spec.m());
     let span = if spec.block() == 0 { input.cols } else { spec.block() };
@@ -72,7 +76,10 @@ pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
         block_codes: if spec.block() == 0 { Vec::new() } else { fit.block_codes },
         codes: fit.codes,
     };
-    Packed { encoding: Encoding::Nm(spec), payload: parts.pack(), salient: None }
+    seconds.quantise = clock.elapsed().as_secs_f64();
+    let payload = parts.pack();
+    seconds.pack = clock.elapsed().as_secs_f64() - seconds.quantise;
+    Packed { encoding: Encoding::Nm(spec), payload, salient: None, seconds }
 }
 
 impl Fit<'_> {
@@ -131,7 +138,8 @@ impl Fit<'_> {
                         }
                     }
                 });
-            propagate(input.isa, &mut weights, input.factor, &errors, from, width);
+            let mode = Propagation::Solve;
+            propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
         }
         self.store_scales();
     }

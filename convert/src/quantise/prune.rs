@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 use super::metric::Scorer;
-use super::{Input, TASK_ROWS, propagate};
+use super::{Input, Propagation, TASK_ROWS, propagate};
 
 /// Columns between exchanges with the rest of the matrix.
 const BLOCK: usize = 128;
@@ -51,7 +51,8 @@ pub fn prune_with_compensation(
                     }
                 }
             });
-        propagate(input.isa, &mut weights, input.factor, &errors, from, width);
+        let mode = Propagation::Solve;
+        propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
     }
     Pruned { weights, mask }
 }

@@ -1,67 +1,81 @@
-//! Sums over magnitudes in sorted order: the error of any threshold or scale in constant time.
+//! Sums over the values of a row in sorted order: the error of binarising any range of them in the
+//! time of a few binary searches.
 
-/// Magnitudes of some weights of one row, ascending, with running sums of the quantities that
-/// squared errors are made of; h is the cost weight of a column.
-#[derive(Clone, Debug)]
-pub struct Sorted {
-    /// Pairs of magnitude and cost weight, ascending by magnitude.
-    values: Vec<(f32, f32)>,
-    /// Running sums, one entry more than values.
-    sums: Vec<Sums>,
-}
-
-/// Sums over a range of magnitudes a with cost weights h.
+/// Sums over some values x with cost weights h.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sums {
     /// How many.
     pub n: f64,
-    /// Σ a.
-    pub a: f64,
+    /// Σ x.
+    pub x: f64,
     /// Σ h.
     pub h: f64,
-    /// Σ h·a.
-    pub ha: f64,
-    /// Σ h·a².
-    pub haa: f64,
+    /// Σ h·x.
+    pub hx: f64,
+    /// Σ h·x².
+    pub hxx: f64,
 }
 
 impl Sums {
-    fn add(self, a: f32, h: f32) -> Self {
-        let (a, h) = (f64::from(a), f64::from(h));
+    fn add(self, x: f32, h: f32) -> Self {
+        let (x, h) = (f64::from(x), f64::from(h));
         Self {
             n: self.n + 1.0,
-            a: self.a + a,
+            x: self.x + x,
             h: self.h + h,
-            ha: self.ha + h * a,
-            haa: self.haa + h * a * a,
+            hx: self.hx + h * x,
+            hxx: self.hxx + h * x * x,
+        }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            n: self.n + other.n,
+            x: self.x + other.x,
+            h: self.h + other.h,
+            hx: self.hx + other.hx,
+            hxx: self.hxx + other.hxx,
         }
     }
 
     fn minus(self, other: Self) -> Self {
         Self {
             n: self.n - other.n,
-            a: self.a - other.a,
+            x: self.x - other.x,
             h: self.h - other.h,
-            ha: self.ha - other.ha,
-            haa: self.haa - other.haa,
+            hx: self.hx - other.hx,
+            hxx: self.hxx - other.hxx,
         }
     }
 
-    /// The mean magnitude: the scale of a binarised set (paper equation 1). Zero if empty.
-    #[must_use]
-    pub fn mean(self) -> f64 {
-        if self.n > 0.0 { self.a / self.n } else { 0.0 }
+    /// Σ (x − c).
+    fn deviation(self, c: f64) -> f64 {
+        self.x - c * self.n
     }
 
-    /// Σ h (a − s)² for scale `s`.
-    #[must_use]
-    pub fn error(self, s: f64) -> f64 {
-        (self.haa - 2.0 * s * self.ha + s * s * self.h).max(0.0)
+    /// Σ h (x − c)²: the error if all of them become `c`.
+    fn error(self, c: f64) -> f64 {
+        (self.hxx - 2.0 * c * self.hx + c * c * self.h).max(0.0)
     }
 }
 
+/// Values of which sums over any range can be had.
+pub trait Members {
+    /// Sums over the values in `low..high`.
+    fn between(&self, low: f64, high: f64) -> Sums;
+}
+
+/// All values of a row, ascending, with running sums.
+#[derive(Clone, Debug)]
+pub struct Sorted {
+    /// Pairs of value and cost weight, ascending by value.
+    values: Vec<(f32, f32)>,
+    /// Running sums, one entry more than values.
+    sums: Vec<Sums>,
+}
+
 impl Default for Sorted {
-    /// No magnitudes.
+    /// No values.
     fn default() -> Self {
         Self { values: Vec::new(), sums: vec![Sums::default()] }
     }
@@ -76,78 +90,134 @@ impl Sorted {
         self.sums.clear();
         self.sums.push(Sums::default());
         let mut sum = Sums::default();
-        for (a, h) in &self.values {
-            sum = sum.add(*a, *h);
+        for (x, h) in &self.values {
+            sum = sum.add(*x, *h);
             self.sums.push(sum);
         }
     }
 
-    /// How many magnitudes are below `limit`.
-    #[must_use]
-    pub fn below(&self, limit: f32) -> usize {
-        self.values.partition_point(|v| v.0 < limit)
+    /// How many values are below `limit`.
+    fn below(&self, limit: f64) -> usize {
+        self.values.partition_point(|v| f64::from(v.0) < limit)
     }
 
-    /// How many there are.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.values.len()
+    /// How many values are at most `limit`.
+    fn up_to(&self, limit: f64) -> usize {
+        self.values.partition_point(|v| f64::from(v.0) <= limit)
     }
 
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.values.is_empty()
+    /// Sums of the values with ranks `from..to`.
+    fn ranks(&self, from: usize, to: usize) -> Sums {
+        if from < to { self.sums[to].minus(self.sums[from]) } else { Sums::default() }
     }
 
-    /// Sums of the magnitudes with ranks `from..to`.
+    /// The values whose magnitude is in `p1..p2`.
     #[must_use]
-    pub fn range(&self, from: usize, to: usize) -> Sums {
-        self.sums[to].minus(self.sums[from])
+    pub fn band(&self, p1: f64, p2: f64) -> Band<'_> {
+        let parts = if p1 > 0.0 {
+            [(self.up_to(-p2), self.up_to(-p1)), (self.below(p1), self.below(p2))]
+        } else {
+            [(self.up_to(-p2), self.below(p2)), (0, 0)]
+        };
+        Band { sorted: self, parts }
     }
 
-    /// Sums of everything.
+    /// All values but those in `chosen`.
     #[must_use]
-    pub fn all(&self) -> Sums {
-        self.range(0, self.len())
-    }
-
-    /// Error of three regions split at `p1` and `p2`, each with its own mean as scale (paper
-    /// algorithm 2, in constant time).
-    #[must_use]
-    pub fn trisection_error(&self, p1: f32, p2: f32) -> f64 {
-        let (i, j) = (self.below(p1), self.below(p2));
-        [(0, i), (i, j), (j, self.len())]
-            .map(|(from, to)| self.range(from, to))
-            .map(|s| s.error(s.mean()))
-            .iter()
-            .sum()
+    pub fn without<'a>(&'a self, chosen: &'a [(f32, f32)]) -> Without<'a> {
+        Without { sorted: self, chosen }
     }
 }
 
-/// Order-2 binarisation of the values that are in a set of weights but not in `without`: scale 1 is
-/// the mean magnitude, scale 2 the mean magnitude of what is left (paper equations 5 and 6).
-/// Returns Σ h·(error)².
+/// Values of two ranges of ranks, see [`Sorted::band`].
+#[derive(Clone, Copy, Debug)]
+pub struct Band<'a> {
+    sorted: &'a Sorted,
+    parts: [(usize, usize); 2],
+}
+
+impl Members for Band<'_> {
+    fn between(&self, low: f64, high: f64) -> Sums {
+        let (low, high) = (self.sorted.below(low), self.sorted.below(high));
+        let part = |(from, to): (usize, usize)| self.sorted.ranks(from.max(low), to.min(high));
+        part(self.parts[0]).plus(part(self.parts[1]))
+    }
+}
+
+/// Values less a few others, see [`Sorted::without`].
+#[derive(Clone, Copy, Debug)]
+pub struct Without<'a> {
+    sorted: &'a Sorted,
+    chosen: &'a [(f32, f32)],
+}
+
+impl Members for Without<'_> {
+    fn between(&self, low: f64, high: f64) -> Sums {
+        let all = self.sorted.ranks(self.sorted.below(low), self.sorted.below(high));
+        all.minus(self.chosen.between(low, high))
+    }
+}
+
+impl Members for [(f32, f32)] {
+    fn between(&self, low: f64, high: f64) -> Sums {
+        let inside = self.iter().filter(|v| f64::from(v.0) >= low && f64::from(v.0) < high);
+        inside.fold(Sums::default(), |sum, (x, h)| sum.add(*x, *h))
+    }
+}
+
+/// Σ h (x − q)² of binarising a set once: q = μ ± α with α the mean magnitude of x − μ (paper
+/// equation 1) and μ the mean of x if `means`, else 0.
 #[must_use]
-pub fn residual_error(set: &Sorted, without: &[(f32, f32)]) -> f64 {
-    let removed = without.iter().fold(Sums::default(), |s, (a, h)| s.add(*a, *h));
-    let sums = set.all().minus(removed);
-    if sums.n < 0.5 {
+pub fn binary_error(set: &(impl Members + ?Sized), means: bool) -> f64 {
+    match first_order(set, means) {
+        Some(first) => first.low.error(first.levels[0]) + first.high.error(first.levels[1]),
+        None => 0.0,
+    }
+}
+
+/// The same for binarising twice, the second time the residual of the first.
+#[must_use]
+pub fn residual_error(set: &(impl Members + ?Sized), means: bool) -> f64 {
+    let Some(First { middle, low, high, levels: [under, over] }) = first_order(set, means) else {
         return 0.0;
+    };
+    let n = low.n + high.n;
+    let mean =
+        if means { (low.deviation(under) + high.deviation(over)) / n } else { 0.0 };
+    // Each half splits where its residual changes sign.
+    let low_split = set.between(f64::NEG_INFINITY, middle.min(under + mean));
+    let high_split = set.between(middle, middle.max(over + mean));
+    let quarters = [
+        (low_split, under + mean, -1.0),
+        (low.minus(low_split), under + mean, 1.0),
+        (high_split, over + mean, -1.0),
+        (high.minus(high_split), over + mean, 1.0),
+    ];
+    let scale = quarters.iter().map(|(s, c, sign)| sign * s.deviation(*c)).sum::<f64>() / n;
+    quarters.iter().map(|(s, c, sign)| s.error(c + sign * scale)).sum()
+}
+
+/// A set binarised once.
+struct First {
+    /// Where signs change.
+    middle: f64,
+    /// What is below and above.
+    low: Sums,
+    high: Sums,
+    /// What those become.
+    levels: [f64; 2],
+}
+
+fn first_order(set: &(impl Members + ?Sized), means: bool) -> Option<First> {
+    let all = set.between(f64::NEG_INFINITY, f64::INFINITY);
+    if all.n < 0.5 {
+        return None;
     }
-    let first = sums.mean();
-    let split = set.below(first as f32);
-    let (low, high) = (set.range(0, split), set.range(split, set.len()));
-    // Σ |a − first| and Σ h |a − first| of the whole set, then without the removed ones.
-    let mut spread = first * low.n - low.a + high.a - first * high.n;
-    let mut weighted = first * low.h - low.ha + high.ha - first * high.h;
-    for (a, h) in without {
-        let r = (f64::from(*a) - first).abs();
-        spread -= r;
-        weighted -= f64::from(*h) * r;
-    }
-    let second = spread / sums.n;
-    (sums.error(first) - 2.0 * second * weighted + second * second * sums.h).max(0.0)
+    let middle = if means { all.x / all.n } else { 0.0 };
+    let low = set.between(f64::NEG_INFINITY, middle);
+    let high = all.minus(low);
+    let scale = (high.deviation(middle) - low.deviation(middle)) / all.n;
+    Some(First { middle, low, high, levels: [middle - scale, middle + scale] })
 }
 
 #[cfg(test)]
@@ -155,52 +225,61 @@ mod tests {
     use super::*;
 
     fn sample(n: usize) -> Vec<(f32, f32)> {
-        (0..n).map(|i| (((i * 37) % 53) as f32 / 10.0, 0.5 + ((i * 11) % 7) as f32)).collect()
+        let value = |i: usize| ((i * 37) % 53) as f32 / 10.0 - 2.0;
+        (0..n).map(|i| (value(i), 0.5 + ((i * 11) % 7) as f32)).collect()
+    }
+
+    /// Binarises `order` times as defined, without shortcuts.
+    fn expected(values: &[(f32, f32)], order: usize, means: bool) -> f64 {
+        let n = values.len().max(1) as f64;
+        let mut rest: Vec<f64> = values.iter().map(|v| f64::from(v.0)).collect();
+        for _ in 0..order {
+            let mean = if means { rest.iter().sum::<f64>() / n } else { 0.0 };
+            let scale = rest.iter().map(|x| (x - mean).abs()).sum::<f64>() / n;
+            for x in &mut rest {
+                *x -= if *x < mean { mean - scale } else { mean + scale };
+            }
+        }
+        rest.iter().zip(values).map(|(x, v)| f64::from(v.1) * x * x).sum()
+    }
+
+    fn close(found: f64, expected: f64) {
+        assert!((found - expected).abs() < 1e-9 * expected.max(1.0), "{found} {expected}");
     }
 
     #[test]
-    fn regions_match_the_definition() {
+    fn bands_match_the_definition() {
         let values = sample(40);
         let mut sorted = Sorted::default();
         sorted.fill(values.iter().copied());
-        for (p1, p2) in [(1.0, 2.0), (0.0, 9.0), (2.3, 4.6)] {
-            let mut expected = 0.0;
-            for region in [0.0..p1, p1..p2, p2..f32::INFINITY] {
-                let part: Vec<_> = values.iter().filter(|v| region.contains(&v.0)).collect();
-                let mean =
-                    part.iter().map(|v| f64::from(v.0)).sum::<f64>() / part.len().max(1) as f64;
-                expected += part
-                    .iter()
-                    .map(|(a, h)| f64::from(*h) * (f64::from(*a) - mean).powi(2))
-                    .sum::<f64>();
+        for means in [false, true] {
+            for (p1, p2) in [(1.0, 2.0), (0.0, 9.0), (0.0, 1.2), (2.3, 4.6), (8.0, 9.0)] {
+                let inside = |v: &&(f32, f32)| (p1..p2).contains(&f64::from(v.0.abs()));
+                let part: Vec<_> = values.iter().filter(inside).copied().collect();
+                let band = sorted.band(p1, p2);
+                close(binary_error(&band, means), expected(&part, 1, means));
+                close(residual_error(&band, means), expected(&part, 2, means));
             }
-            let found = sorted.trisection_error(p1, p2);
-            assert!((found - expected).abs() < 1e-9 * expected.max(1.0), "{found} {expected}");
         }
     }
 
     #[test]
     fn nothing_costs_nothing() {
-        assert_eq!(residual_error(&Sorted::default(), &[]), 0.0);
-        assert_eq!(Sorted::default().trisection_error(1.0, 2.0), 0.0);
+        assert_eq!(residual_error(&Sorted::default().without(&[]), true), 0.0);
+        assert_eq!(binary_error(&Sorted::default().band(1.0, 2.0), false), 0.0);
     }
 
     #[test]
-    fn residuals_match_the_definition() {
+    fn what_is_left_out_does_not_count() {
         let values = sample(30);
         let mut sorted = Sorted::default();
         sorted.fill(values.iter().copied());
-        for k in [0, 1, 7, 29, 30] {
-            let rest = &values[k..];
-            let n = rest.len().max(1) as f64;
-            let mean = rest.iter().map(|v| f64::from(v.0)).sum::<f64>() / n;
-            let second = rest.iter().map(|v| (f64::from(v.0) - mean).abs()).sum::<f64>() / n;
-            let expected: f64 = rest
-                .iter()
-                .map(|(a, h)| f64::from(*h) * ((f64::from(*a) - mean).abs() - second).powi(2))
-                .sum();
-            let found = residual_error(&sorted, &values[..k]);
-            assert!((found - expected).abs() < 1e-6 * expected.max(1.0), "{k}: {found} {expected}");
+        for means in [false, true] {
+            for k in [0, 1, 7, 29, 30] {
+                let (chosen, rest) = values.split_at(k);
+                close(residual_error(&sorted.without(chosen), means), expected(rest, 2, means));
+                close(residual_error(chosen, means), expected(chosen, 2, means));
+            }
         }
     }
 }

@@ -1,16 +1,22 @@
-//! The strict STBLLM structure (paper §3, algorithms 1 and 2): an N:8 mask, salient columns with a
-//! residual sign, three magnitude regions for the rest, and block-wise error compensation. Pruned
-//! weights are exactly zero; scales are rounded to binary16 before errors are passed on.
+//! Structured binarisation (paper §3, algorithms 1 and 2) with every choice that the paper, its
+//! published code, BiLLM or their ablations make: an N:8 mask, salient columns with a residual sign,
+//! magnitude regions for the rest, and block-wise error compensation.
+//!
+//! What is strict and has no means is stored as it is (spec §6.4), its scales rounded to binary16
+//! before errors are passed on. No encoding holds the values of the other variants, so they are
+//! stored as binary16 numbers, to be compared and not to be small.
+
+use std::time::Instant;
 
 use rayon::prelude::*;
 use stb_format::Encoding;
-use stb_format::encoding::{Stbllm, StbllmParts};
+use stb_format::encoding::{Dense, Stbllm, StbllmParts};
 use stb_format::half::f16;
 
 use super::metric::{Metric, Scorer};
-use super::prune::{prune_plain, prune_with_compensation};
-use super::sorted::{Sorted, residual_error};
-use super::{Input, Packed, TASK_ROWS, propagate};
+use super::prune::{Pruned, prune_plain, prune_with_compensation};
+use super::search::{Block, Regions, SearchOptions};
+use super::{Input, Packed, Propagation, Seconds, propagate};
 
 /// Where the N:8 mask is decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +29,24 @@ pub enum MaskPlacement {
     Before,
 }
 
+/// Over which weights an importance metric takes its sums, for masks in the block loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// The original matrix.
+    Matrix,
+    /// The block, as compensated so far (paper algorithm 1, line 9).
+    Block,
+}
+
+/// What comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Pruning, then binarisation of what is kept.
+    PruneFirst,
+    /// Binarisation of all weights of a block, then the mask on the result.
+    QuantiseFirst,
+}
+
 /// Options of the quantiser.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Options {
@@ -32,288 +56,329 @@ pub struct Options {
     pub metric: Metric,
     /// Where the mask is chosen.
     pub mask: MaskPlacement,
-    /// The most salient columns of a block, plus one.
-    pub salient_limit: usize,
-    /// Upper threshold over lower one, on magnitudes.
-    pub region_ratio: f32,
+    /// Whether a mask that is not chosen in the loop comes from a pass over the whole model before
+    /// the first layer is binarised (published code), not from the step of its own layer.
+    pub separate: bool,
+    /// What the metric sums over.
+    pub scope: Scope,
+    /// Whether pruned weights stay zero. The published code forgets them: binarisation makes them
+    /// weights again.
+    pub strict: bool,
+    /// What comes first.
+    pub order: Order,
+    /// Salient columns and regions.
+    pub search: SearchOptions,
+    /// Whether binarising subtracts means, one more number for each scale.
+    pub means: bool,
+    /// How errors are passed on.
+    pub propagation: Propagation,
 }
 
-/// Lower thresholds tried for the three regions: quantiles from 10 % to 90 %.
-const THRESHOLDS: usize = 160;
+impl Options {
+    /// Whether [`Encoding::Stbllm`] holds the values.
+    #[must_use]
+    pub fn storable(&self) -> bool {
+        self.strict && !self.means
+    }
 
-/// The regions of one block, the same for all rows.
-struct Regions {
-    /// Which columns of the block are salient.
-    salient: Vec<bool>,
-    /// Magnitudes below are dense.
-    p1: f32,
-    /// Magnitudes from here on are sparse.
-    p2: f32,
+    /// What is written.
+    #[must_use]
+    pub fn encoding(&self) -> Encoding {
+        if self.storable() { Encoding::Stbllm(self.spec) } else { Encoding::Dense(Dense::F16) }
+    }
 }
 
-/// Quantises one linear layer.
+/// A binarised layer; matrices are [rows, cols].
+#[derive(Clone, Debug)]
+pub struct Binarised {
+    /// What weights have become.
+    pub values: Vec<f32>,
+    /// 0 pruned; 1, 2, 3 dense, intermediate and sparse region; 4 salient.
+    pub regions: Vec<u8>,
+    /// Which columns are salient, cols.
+    pub salient: Vec<bool>,
+    /// The same in the form that is stored, scales and signs included.
+    parts: StbllmParts,
+    seconds: Seconds,
+}
+
+/// Quantises one linear layer. `pruned` is its pruned form where that comes from a pass of its own.
 #[must_use]
-pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
-    let (rows, cols, spec) = (input.rows, input.cols, options.spec);
+pub fn quantise(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -> Packed {
+    let layer = binarise(input, options, pruned, options.storable());
+    let started = Instant::now();
+    let (encoding, payload) = if options.storable() {
+        (Encoding::Stbllm(options.spec), layer.parts.pack())
+    } else {
+        (Encoding::Dense(Dense::F16), Dense::F16.encode(&layer.values))
+    };
+    let mut seconds = layer.seconds;
+    seconds.pack += started.elapsed().as_secs_f64();
+    let salient = layer.salient.iter().filter(|s| **s).count() as f64 / input.cols as f64;
+    Packed { encoding, payload, salient: Some(salient), seconds }
+}
+
+/// The pruning pass: masked weights, compensated if the options say so.
+#[must_use]
+pub fn prune(input: &Input<'_>, options: &Options) -> Pruned {
     let importance = input.factor.importance();
     let scorer = Scorer::new(options.metric, input.weights, input.norms, &importance);
-    let kept = |width: usize| spec.kept(width);
-    let (mut weights, mut mask) = match options.mask {
-        MaskPlacement::InLoop => (input.weights.to_vec(), vec![false; rows * cols]),
-        MaskPlacement::Compensated => {
-            let pruned = prune_with_compensation(input, &scorer, kept);
-            (pruned.weights, pruned.mask)
-        }
-        MaskPlacement::Before => {
-            let pruned = prune_plain(input, &scorer, kept);
-            (pruned.weights, pruned.mask)
+    let kept = |width: usize| options.spec.kept(width);
+    match options.mask {
+        MaskPlacement::Compensated => prune_with_compensation(input, &scorer, kept),
+        MaskPlacement::Before | MaskPlacement::InLoop => prune_plain(input, &scorer, kept),
+    }
+}
+
+/// Binarises one linear layer; scales are rounded to binary16 if `rounded`.
+#[must_use]
+pub fn binarise(
+    input: &Input<'_>,
+    options: &Options,
+    pruned: Option<&Pruned>,
+    rounded: bool,
+) -> Binarised {
+    let (rows, cols, spec) = (input.rows, input.cols, options.spec);
+    let mut seconds = Seconds::default();
+    let clock = Instant::now();
+    let importance = input.factor.importance();
+    let (mut weights, mut mask) = match (options.mask, pruned) {
+        (MaskPlacement::InLoop, _) => (input.weights.to_vec(), vec![true; rows * cols]),
+        (_, Some(pruned)) => (pruned.weights.clone(), pruned.mask.clone()),
+        (_, None) => {
+            let Pruned { weights, mask } = prune(input, options);
+            (weights, mask)
         }
     };
+    if !options.strict {
+        mask.fill(true);
+    }
+    seconds.prune += clock.elapsed().as_secs_f64();
     let blocks = cols.div_ceil(spec.block());
-    let mut parts = StbllmParts {
-        spec,
-        rows,
-        cols,
+    let mut out = Binarised {
+        values: vec![0.0; rows * cols],
+        regions: vec![0; rows * cols],
         salient: vec![false; cols],
-        states: vec![0; rows * cols],
-        negative: vec![false; rows * cols],
-        scales: vec![f16::ZERO; rows * blocks * 5],
+        parts: StbllmParts {
+            spec,
+            rows,
+            cols,
+            salient: Vec::new(),
+            states: vec![0; rows * cols],
+            negative: vec![false; rows * cols],
+            scales: vec![f16::ZERO; rows * blocks * 5],
+        },
+        seconds,
     };
+    let whole = (options.scope == Scope::Matrix)
+        .then(|| Scorer::new(options.metric, input.weights, input.norms, &importance));
     for (index, from) in (0..cols).step_by(spec.block()).enumerate() {
+        let clock = Instant::now();
         let width = spec.block().min(cols - from);
-        if options.mask == MaskPlacement::InLoop {
-            select_block(&scorer, spec, &weights, &mut mask, cols, from, width);
+        let at = Place { index, blocks, cols, from, width };
+        if options.mask == MaskPlacement::InLoop && options.order == Order::PruneFirst {
+            let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
+            at.select(&selector, spec, &weights, &mut mask);
         }
+        let pruning = clock.elapsed().as_secs_f64();
         let block =
             Block { weights: &weights, mask: &mask, importance: &importance, cols, from, width };
-        let regions = block.search(options);
-        parts.salient[from..from + width].copy_from_slice(&regions.salient);
-        let errors = binarise(&block, &regions, index, blocks, &mut parts);
-        propagate(input.isa, &mut weights, input.factor, &errors, from, width);
+        let regions = block.search(&options.search);
+        out.salient[from..from + width].copy_from_slice(&regions.salient);
+        let searching = clock.elapsed().as_secs_f64();
+        at.binarise(&block, &regions, options, rounded, &mut out);
+        if options.order == Order::QuantiseFirst {
+            let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
+            at.select(&selector, spec, &out.values, &mut mask);
+            at.remove(&mask, &mut out);
+        }
+        let errors = at.errors(&weights, &out.values);
+        let binarising = clock.elapsed().as_secs_f64();
+        let mode = options.propagation;
+        propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
+        out.seconds.prune += pruning;
+        out.seconds.search += searching - pruning;
+        out.seconds.quantise += binarising - searching;
+        out.seconds.propagate += clock.elapsed().as_secs_f64() - binarising;
     }
-    let salient = parts.salient.iter().filter(|s| **s).count() as f64 / cols as f64;
-    Packed { encoding: Encoding::Stbllm(spec), payload: parts.pack(), salient: Some(salient) }
+    out.parts.salient.clone_from(&out.salient);
+    out
 }
 
-/// The N:8 mask of a block on the current weights.
-fn select_block(
-    scorer: &Scorer,
-    spec: Stbllm,
-    weights: &[f32],
-    mask: &mut [bool],
-    cols: usize,
-    from: usize,
-    width: usize,
-) {
-    let rows = weights.par_chunks_exact(cols).zip(mask.par_chunks_exact_mut(cols));
-    rows.enumerate().for_each(|(r, (row, mask))| {
-        for group in (from..from + width).step_by(8) {
-            let part = group..(group + 8).min(from + width);
-            let kept = spec.kept(part.len());
-            scorer.select(r, group, &row[part.clone()], kept, &mut mask[part]);
-        }
-    });
-}
-
-/// A block of columns with all rows.
-struct Block<'a> {
-    weights: &'a [f32],
-    mask: &'a [bool],
-    importance: &'a [f32],
-    cols: usize,
-    from: usize,
-    width: usize,
-}
-
-impl Block<'_> {
-    /// Weights and mask of the block in each row of a task.
-    fn rows(&self, task: usize) -> impl Iterator<Item = (&[f32], &[bool])> {
-        let part = self.from..self.from + self.width;
-        let span = TASK_ROWS * self.cols;
-        let end = self.weights.len().min((task + 1) * span);
-        let weights = self.weights[task * span..end].chunks_exact(self.cols);
-        let mask = self.mask[task * span..end].chunks_exact(self.cols);
-        weights.zip(mask).map(move |(w, m)| (&w[part.clone()], &m[part.clone()]))
-    }
-
-    /// Sums what `cost` gives for each row, in an order that does not depend on threads.
-    fn sum_rows(
-        &self,
-        count: usize,
-        cost: impl Fn(&[f32], &[bool], &mut [f64]) + Sync,
-    ) -> Vec<f64> {
-        let tasks = self.weights.len().div_ceil(TASK_ROWS * self.cols);
-        let part = |task: usize| {
-            let mut sums = vec![0.0; count];
-            self.rows(task).for_each(|(weights, mask)| cost(weights, mask, &mut sums));
-            sums
-        };
-        let parts: Vec<Vec<f64>> = (0..tasks).into_par_iter().map(part).collect();
-        let mut total = vec![0.0; count];
-        for sums in parts {
-            total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
-        }
-        total
-    }
-
-    /// Salient columns, then thresholds, each with the least weighted error.
-    fn search(&self, options: &Options) -> Regions {
-        let importance = &self.importance[self.from..self.from + self.width];
-        let salient = self.salient_columns(importance, options.salient_limit);
-        let (p1, p2) = self.thresholds(importance, &salient, options.region_ratio);
-        Regions { salient, p1, p2 }
-    }
-
-    /// Columns ranked by Σ w²/d²; as many of them are salient as make the error of binarising both
-    /// sets twice smallest (equal orders keep the number small; the true orders would always take
-    /// the limit).
-    fn salient_columns(&self, importance: &[f32], limit: usize) -> Vec<bool> {
-        let scores = self.sum_rows(self.width, |weights, mask, sums| {
-            for c in 0..weights.len() {
-                if mask[c] {
-                    sums[c] += f64::from(weights[c] * weights[c] * importance[c]);
-                }
-            }
-        });
-        let mut ranked: Vec<usize> = (0..self.width).collect();
-        ranked.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
-        let counts = limit.min(self.width).saturating_sub(1);
-        let errors = self.sum_rows(counts, |weights, mask, sums| {
-            let pair = |c: usize| (weights[c].abs(), importance[c]);
-            let (mut all, mut top) = (Sorted::default(), Sorted::default());
-            all.fill((0..weights.len()).filter(|c| mask[*c]).map(pair));
-            let mut chosen = Vec::new();
-            for (k, sum) in sums.iter_mut().enumerate() {
-                if mask[ranked[k]] {
-                    chosen.push(pair(ranked[k]));
-                    top.fill(chosen.iter().copied());
-                }
-                *sum += residual_error(&top, &[]) + residual_error(&all, &chosen);
-            }
-        });
-        let best = (0..counts).min_by(|a, b| errors[*a].total_cmp(&errors[*b]));
-        let mut salient = vec![false; self.width];
-        for c in ranked.iter().take(best.map_or(0, |k| k + 1)) {
-            salient[*c] = true;
-        }
-        salient
-    }
-
-    /// The thresholds of the three regions with the least error over kept, non-salient weights.
-    fn thresholds(&self, importance: &[f32], salient: &[bool], ratio: f32) -> (f32, f32) {
-        let rest = |c: &usize, mask: &[bool]| mask[*c] && !salient[*c];
-        let tasks = self.weights.len().div_ceil(TASK_ROWS * self.cols);
-        let mut magnitudes: Vec<f32> = (0..tasks)
-            .into_par_iter()
-            .flat_map_iter(|task| {
-                self.rows(task).flat_map(|(weights, mask)| {
-                    (0..weights.len()).filter(|c| rest(c, mask)).map(|c| weights[c].abs())
-                })
-            })
-            .collect();
-        magnitudes.par_sort_unstable_by(f32::total_cmp);
-        let Some(last) = magnitudes.len().checked_sub(1) else { return (0.0, 0.0) };
-        let quantile = |q: f64| magnitudes[(q * last as f64).round() as usize];
-        let step = 0.8 / (THRESHOLDS - 1) as f64;
-        let highest = quantile(0.9);
-        let mut candidates: Vec<f32> = (0..THRESHOLDS)
-            .map(|i| quantile(0.1 + step * i as f64))
-            .filter(|p1| p1 * ratio <= highest)
-            .collect();
-        candidates.dedup();
-        if candidates.is_empty() {
-            return (quantile(0.1), highest);
-        }
-        let errors = self.sum_rows(candidates.len(), |weights, mask, sums| {
-            let mut sorted = Sorted::default();
-            let kept = (0..weights.len()).filter(|c| rest(c, mask));
-            sorted.fill(kept.map(|c| (weights[c].abs(), importance[c])));
-            for (sum, p1) in sums.iter_mut().zip(&candidates) {
-                *sum += sorted.trisection_error(*p1, p1 * ratio);
-            }
-        });
-        let best = (0..candidates.len()).min_by(|a, b| errors[*a].total_cmp(&errors[*b]));
-        let p1 = best.map_or(0.0, |i| candidates[i]);
-        (p1, p1 * ratio)
-    }
-}
-
-/// Writes states, signs and scales of a block; returns W − Q, [rows, width].
-fn binarise(
-    block: &Block<'_>,
-    regions: &Regions,
+/// A block and where its scales are.
+#[derive(Clone, Copy)]
+struct Place {
     index: usize,
     blocks: usize,
-    parts: &mut StbllmParts,
-) -> Vec<f32> {
-    let (cols, from, width) = (block.cols, block.from, block.width);
-    let mut errors = vec![0.0; parts.rows * width];
-    parts
-        .states
-        .par_chunks_exact_mut(cols)
-        .zip(parts.negative.par_chunks_exact_mut(cols))
-        .zip(parts.scales.par_chunks_exact_mut(blocks * 5))
-        .zip(errors.par_chunks_exact_mut(width))
-        .enumerate()
-        .for_each(|(r, (((states, negative), scales), errors))| {
-            let part = r * cols + from..r * cols + from + width;
-            let row = Row { weights: &block.weights[part.clone()], mask: &block.mask[part] };
-            let part = from..from + width;
-            let scales = &mut scales[index * 5..index * 5 + 5];
-            let negative = &mut negative[part.clone()];
-            row.binarise(regions, &mut states[part], negative, scales, errors);
-        });
-    errors
+    cols: usize,
+    from: usize,
+    width: usize,
 }
 
+/// A metric and the column that it counts from.
+struct Selector<'a> {
+    scorer: std::borrow::Cow<'a, Scorer>,
+    first: usize,
+}
+
+impl Place {
+    /// The metric for a mask in the block loop.
+    fn selector<'a>(
+        &self,
+        input: &Input<'_>,
+        options: &Options,
+        whole: Option<&'a Scorer>,
+        weights: &[f32],
+        importance: &[f32],
+    ) -> Selector<'a> {
+        use std::borrow::Cow;
+        if let Some(scorer) = whole {
+            return Selector { scorer: Cow::Borrowed(scorer), first: 0 };
+        }
+        let part = self.from..self.from + self.width;
+        let block: Vec<f32> =
+            weights.chunks_exact(self.cols).flat_map(|row| &row[part.clone()]).copied().collect();
+        let (norms, importance) = (&input.norms[part.clone()], &importance[part]);
+        let scorer = Scorer::new(options.metric, &block, norms, importance);
+        Selector { scorer: Cow::Owned(scorer), first: self.from }
+    }
+
+    /// The N:8 mask of the block for `values`, [rows, cols].
+    fn select(&self, selector: &Selector<'_>, spec: Stbllm, values: &[f32], mask: &mut [bool]) {
+        let end = self.from + self.width;
+        let rows = values.par_chunks_exact(self.cols).zip(mask.par_chunks_exact_mut(self.cols));
+        rows.enumerate().for_each(|(r, (row, mask))| {
+            for group in (self.from..end).step_by(8) {
+                let part = group..(group + 8).min(end);
+                let (kept, first) = (spec.kept(part.len()), group - selector.first);
+                selector.scorer.select(r, first, &row[part.clone()], kept, &mut mask[part]);
+            }
+        });
+    }
+
+    /// Writes values, states, signs and scales of the block.
+    fn binarise(
+        &self,
+        block: &Block<'_>,
+        regions: &Regions,
+        options: &Options,
+        rounded: bool,
+        out: &mut Binarised,
+    ) {
+        let Self { index, blocks, cols, from, width } = *self;
+        out.parts
+            .states
+            .par_chunks_exact_mut(cols)
+            .zip(out.parts.negative.par_chunks_exact_mut(cols))
+            .zip(out.parts.scales.par_chunks_exact_mut(blocks * 5))
+            .zip(out.values.par_chunks_exact_mut(cols))
+            .zip(out.regions.par_chunks_exact_mut(cols))
+            .enumerate()
+            .for_each(|(r, ((((states, negative), scales), values), found))| {
+                let part = r * cols + from..r * cols + from + width;
+                let (w, mask) = (&block.weights[part.clone()], &block.mask[part]);
+                let part = from..from + width;
+                let found = &mut found[part.clone()];
+                for c in 0..width {
+                    let (value, _) = options.search.error.value(w[c], block.importance()[c]);
+                    found[c] = match (mask[c], regions.salient[c]) {
+                        (false, _) => 0,
+                        (true, true) => 4,
+                        (true, false) => regions.of(value) as u8 + 1,
+                    };
+                }
+                let mut row = Row {
+                    weights: w,
+                    regions: found,
+                    states: &mut states[part.clone()],
+                    negative: &mut negative[part.clone()],
+                    values: &mut values[part],
+                    scales: &mut scales[index * 5..index * 5 + 5],
+                };
+                row.binarise(options.means, rounded);
+            });
+    }
+
+    /// Zeroes what the mask does not keep.
+    fn remove(&self, mask: &[bool], out: &mut Binarised) {
+        let part = self.from..self.from + self.width;
+        for (r, mask) in mask.chunks_exact(self.cols).enumerate() {
+            for c in part.clone().filter(|c| !mask[*c]) {
+                let i = r * self.cols + c;
+                out.values[i] = 0.0;
+                out.regions[i] = 0;
+                out.parts.states[i] = 0;
+                out.parts.negative[i] = false;
+            }
+        }
+    }
+
+    /// W − Q of the block, [rows, width].
+    fn errors(&self, weights: &[f32], values: &[f32]) -> Vec<f32> {
+        let mut errors = vec![0.0; weights.len() / self.cols * self.width];
+        errors
+            .par_chunks_exact_mut(self.width)
+            .zip(weights.par_chunks_exact(self.cols))
+            .zip(values.par_chunks_exact(self.cols))
+            .for_each(|((errors, weights), values)| {
+                let pairs = weights[self.from..].iter().zip(&values[self.from..]);
+                errors.iter_mut().zip(pairs).for_each(|(e, (w, q))| *e = w - q);
+            });
+        errors
+    }
+}
+
+/// One row of a block.
 struct Row<'a> {
     weights: &'a [f32],
-    mask: &'a [bool],
+    /// See [`Binarised::regions`].
+    regions: &'a [u8],
+    states: &'a mut [u8],
+    negative: &'a mut [bool],
+    values: &'a mut [f32],
+    /// Of the three regions, of the salient set and of its residual.
+    scales: &'a mut [f16],
 }
 
 impl Row<'_> {
-    fn binarise(
-        &self,
-        regions: &Regions,
-        states: &mut [u8],
-        negative: &mut [bool],
-        scales: &mut [f16],
-        errors: &mut [f32],
-    ) {
-        let w = self.weights;
-        // Regions 0 to 2 and, as 3, the salient set.
-        let region = |c: usize| match (regions.salient[c], w[c].abs()) {
-            (true, _) => 3,
-            (false, a) if a < regions.p1 => 0,
-            (false, a) if a < regions.p2 => 1,
-            (false, _) => 2,
-        };
-        let kept: Vec<usize> = (0..w.len()).filter(|c| self.mask[*c]).collect();
-        let mean = |values: &mut dyn Iterator<Item = f32>| {
-            let (n, sum) = values.fold((0, 0f64), |(n, sum), v| (n + 1, sum + f64::from(v)));
-            f16::from_f64(if n > 0 { sum / f64::from(n) } else { 0.0 })
-        };
-        for set in 0..4 {
-            let part = kept.iter().filter(|c| region(**c) == set);
-            scales[set] = mean(&mut part.map(|c| w[*c].abs()));
+    fn binarise(&mut self, means: bool, rounded: bool) {
+        self.values.fill(0.0);
+        for set in 1..=3 {
+            self.binarise_set(set, usize::from(set) - 1, means, rounded, |row, c, negative| {
+                row.states[c] = set;
+                row.negative[c] = negative;
+            });
         }
-        let first = scales[3].to_f32();
-        let residual = |c: usize| w[c] - if w[c] < 0.0 { -first } else { first };
-        let salient = kept.iter().filter(|c| regions.salient[**c]);
-        scales[4] = mean(&mut salient.map(|c| residual(*c).abs()));
-        let second = scales[4].to_f32();
+        self.binarise_set(4, 3, means, rounded, |row, c, negative| row.negative[c] = negative);
+        self.binarise_set(4, 4, means, rounded, |row, c, negative| {
+            row.states[c] = 1 + u8::from(negative);
+        });
+    }
 
-        errors.copy_from_slice(w);
-        for c in kept {
-            negative[c] = w[c] < 0.0;
-            let (state, value) = match region(c) {
-                3 if residual(c) < 0.0 => (2, -second),
-                3 => (1, second),
-                set => (set as u8 + 1, 0.0),
-            };
-            states[c] = state;
-            let scale = scales[region(c)].to_f32();
-            errors[c] -= if negative[c] { -scale } else { scale } + value;
+    /// Adds μ ± α to the values of a set, both of what the values so far leave (paper equation 1).
+    fn binarise_set(
+        &mut self,
+        set: u8,
+        scale: usize,
+        means: bool,
+        rounded: bool,
+        note: impl Fn(&mut Self, usize, bool),
+    ) {
+        let members: Vec<usize> = (0..self.weights.len()).filter(|c| self.regions[*c] == set).collect();
+        if members.is_empty() {
+            return;
+        }
+        let n = members.len() as f64;
+        let rest: Vec<f32> = members.iter().map(|c| self.weights[*c] - self.values[*c]).collect();
+        let sum = rest.iter().map(|x| f64::from(*x)).sum::<f64>();
+        let mean = if means { (sum / n) as f32 } else { 0.0 };
+        let alpha = rest.iter().map(|x| f64::from((x - mean).abs())).sum::<f64>() / n;
+        self.scales[scale] = f16::from_f64(alpha);
+        let alpha = if rounded { self.scales[scale].to_f32() } else { alpha as f32 };
+        for (c, x) in members.into_iter().zip(rest) {
+            let negative = x < mean;
+            self.values[c] += if negative { mean - alpha } else { mean + alpha };
+            note(self, c, negative);
         }
     }
 }

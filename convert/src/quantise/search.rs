@@ -1,0 +1,310 @@
+//! The searches of a block (paper algorithms 1 and 2): how many columns are salient, and where the
+//! magnitudes of the other weights are split into regions.
+
+use rayon::prelude::*;
+
+use super::TASK_ROWS;
+use super::sorted::{Sorted, binary_error, residual_error};
+
+/// What is binarised, and with which error, while a search compares its candidates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SearchError {
+    /// The weights, each error weighted by 1/d², what it costs after compensation.
+    Weighted,
+    /// The weights, all errors alike (paper algorithm 2).
+    Weights,
+    /// The saliencies w²/d² instead of the weights (published code).
+    Saliency,
+}
+
+/// How the columns of a block are ranked; the first ones are salient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Salient {
+    /// By Σ w²/d² over the rows.
+    Hessian,
+    /// By Σ |w|.
+    Magnitude,
+    /// No column is salient.
+    Off,
+}
+
+/// The regions of the weights that are not salient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Partition {
+    /// Three, the upper threshold a fixed multiple of the lower (paper §3.4).
+    Trisection,
+    /// Two: the bell-shaped split of BiLLM.
+    Bell,
+    /// Three, all pairs of thresholds tried.
+    Exhaustive,
+    /// One.
+    None,
+}
+
+/// Over which values the candidates for thresholds are quantiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quantiles {
+    /// Those that the regions will hold.
+    Members,
+    /// All of the block, those of salient columns as zeros (published code).
+    Block,
+}
+
+/// Options of the searches.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SearchOptions {
+    /// What is compared.
+    pub error: SearchError,
+    /// The ranking of columns.
+    pub salient: Salient,
+    /// The most salient columns of a block, plus one.
+    pub salient_limit: usize,
+    /// The regions.
+    pub partition: Partition,
+    /// Upper threshold over lower one, for [`Partition::Trisection`].
+    pub region_ratio: f32,
+    /// Where thresholds are looked for.
+    pub quantiles: Quantiles,
+    /// Whether binarising subtracts means while candidates are compared.
+    pub means: bool,
+}
+
+/// Thresholds tried for three regions: quantiles from 10 % to 90 %.
+const THRESHOLDS: usize = 160;
+/// Thresholds tried for two regions (BiLLM).
+const BELL_THRESHOLDS: usize = 81;
+/// Quantiles between which thresholds lie.
+const LOWEST: f64 = 0.1;
+const HIGHEST: f64 = 0.9;
+
+/// The regions of one block, the same for all rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Regions {
+    /// Which columns of the block are salient.
+    pub salient: Vec<bool>,
+    /// Thresholds between regions, ascending: none, one or two, on what is searched.
+    pub thresholds: Vec<f64>,
+}
+
+impl Regions {
+    /// The region of a value of a column that is not salient, from 0.
+    #[must_use]
+    pub fn of(&self, value: f32) -> usize {
+        self.thresholds.iter().filter(|p| f64::from(value.abs()) >= **p).count()
+    }
+}
+
+/// A block of columns with all rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Block<'a> {
+    /// Weights of the whole matrix, [rows, cols].
+    pub weights: &'a [f32],
+    /// Which of them are kept.
+    pub mask: &'a [bool],
+    /// 1/d² per column of the matrix.
+    pub importance: &'a [f32],
+    /// Columns of the matrix.
+    pub cols: usize,
+    /// First column of the block.
+    pub from: usize,
+    /// Columns of the block.
+    pub width: usize,
+}
+
+impl SearchError {
+    /// What is binarised for weight `w` in a column of this importance, and its cost weight.
+    #[must_use]
+    pub fn value(self, w: f32, importance: f32) -> (f32, f32) {
+        match self {
+            Self::Weighted => (w, importance),
+            Self::Weights => (w, 1.0),
+            Self::Saliency => (w * w * importance, 1.0),
+        }
+    }
+}
+
+impl Block<'_> {
+    /// Weights and mask of the block in each row of a task.
+    fn rows(&self, task: usize) -> impl Iterator<Item = (&[f32], &[bool])> {
+        let part = self.from..self.from + self.width;
+        let span = TASK_ROWS * self.cols;
+        let end = self.weights.len().min((task + 1) * span);
+        let weights = self.weights[task * span..end].chunks_exact(self.cols);
+        let mask = self.mask[task * span..end].chunks_exact(self.cols);
+        weights.zip(mask).map(move |(w, m)| (&w[part.clone()], &m[part.clone()]))
+    }
+
+    fn tasks(&self) -> usize {
+        self.weights.len().div_ceil(TASK_ROWS * self.cols)
+    }
+
+    /// 1/d² of the columns of the block.
+    #[must_use]
+    pub fn importance(&self) -> &[f32] {
+        &self.importance[self.from..self.from + self.width]
+    }
+
+    /// Sums what `cost` gives for each row, in an order that does not depend on threads.
+    fn sum_rows(
+        &self,
+        count: usize,
+        cost: impl Fn(&[f32], &[bool], &mut [f64]) + Sync,
+    ) -> Vec<f64> {
+        let part = |task: usize| {
+            let mut sums = vec![0.0; count];
+            self.rows(task).for_each(|(weights, mask)| cost(weights, mask, &mut sums));
+            sums
+        };
+        let parts: Vec<Vec<f64>> = (0..self.tasks()).into_par_iter().map(part).collect();
+        let mut total = vec![0.0; count];
+        for sums in parts {
+            total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
+        }
+        total
+    }
+
+    /// Salient columns, then thresholds, each with the least error.
+    #[must_use]
+    pub fn search(&self, options: &SearchOptions) -> Regions {
+        let salient = self.salient_columns(options);
+        let thresholds = self.thresholds(options, &salient);
+        Regions { salient, thresholds }
+    }
+
+    /// As many of the first ranked columns as make the error of binarising both sets twice
+    /// smallest. Equal orders keep the number small; the true orders would always take the limit.
+    fn salient_columns(&self, options: &SearchOptions) -> Vec<bool> {
+        let mut salient = vec![false; self.width];
+        if options.salient == Salient::Off {
+            return salient;
+        }
+        let importance = self.importance();
+        let scores = self.sum_rows(self.width, |weights, mask, sums| {
+            for c in 0..weights.len() {
+                if mask[c] {
+                    let score = match options.salient {
+                        Salient::Magnitude => weights[c].abs(),
+                        _ => weights[c] * weights[c] * importance[c],
+                    };
+                    sums[c] += f64::from(score);
+                }
+            }
+        });
+        let mut ranked: Vec<usize> = (0..self.width).collect();
+        ranked.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
+        let counts = options.salient_limit.min(self.width).saturating_sub(1);
+        let errors = self.sum_rows(counts, |weights, mask, sums| {
+            let pair = |c: usize| options.error.value(weights[c], importance[c]);
+            let mut all = Sorted::default();
+            all.fill((0..weights.len()).filter(|c| mask[*c]).map(pair));
+            let mut chosen = Vec::with_capacity(counts);
+            let mut error = 0.0;
+            for (k, sum) in sums.iter_mut().enumerate() {
+                if mask[ranked[k]] || k == 0 {
+                    if mask[ranked[k]] {
+                        chosen.push(pair(ranked[k]));
+                    }
+                    error = residual_error(&chosen[..], options.means)
+                        + residual_error(&all.without(&chosen), options.means);
+                }
+                *sum += error;
+            }
+        });
+        let best = (0..counts).min_by(|a, b| errors[*a].total_cmp(&errors[*b]));
+        for c in ranked.iter().take(best.map_or(0, |k| k + 1)) {
+            salient[*c] = true;
+        }
+        salient
+    }
+
+    /// The thresholds of the regions with the least error over kept, non-salient weights.
+    fn thresholds(&self, options: &SearchOptions, salient: &[bool]) -> Vec<f64> {
+        let grid = match options.partition {
+            Partition::None => return Vec::new(),
+            Partition::Bell => BELL_THRESHOLDS,
+            Partition::Trisection | Partition::Exhaustive => THRESHOLDS,
+        };
+        let magnitudes = self.magnitudes(options, salient);
+        let Some(last) = magnitudes.len().checked_sub(1) else {
+            return vec![0.0; if options.partition == Partition::Bell { 1 } else { 2 }];
+        };
+        // Linear between order statistics, as NumPy's default.
+        let quantile = |q: f64| {
+            let at = q * last as f64;
+            let (below, above) = (magnitudes[at as usize], magnitudes[last.min(at as usize + 1)]);
+            f64::from(below) + (f64::from(above) - f64::from(below)) * at.fract()
+        };
+        let step = (HIGHEST - LOWEST) / (grid - 1) as f64;
+        let mut points: Vec<f64> =
+            (0..grid).map(|i| quantile(LOWEST + step * i as f64)).collect();
+        points.dedup();
+        let ratio = f64::from(options.region_ratio);
+        let highest = quantile(HIGHEST);
+        let candidates: Vec<Vec<f64>> = match options.partition {
+            Partition::Bell => points.iter().map(|p| vec![*p]).collect(),
+            Partition::Exhaustive => {
+                let pairs = |(i, p1): (usize, &f64)| {
+                    let p1 = *p1;
+                    points[i + 1..].iter().map(move |p2| vec![p1, *p2]).collect::<Vec<_>>()
+                };
+                points.iter().enumerate().flat_map(pairs).collect()
+            }
+            _ => {
+                let pairs = points.iter().map(|p| vec![*p, p * ratio]);
+                pairs.filter(|pair| pair[1] <= highest).collect()
+            }
+        };
+        let best = self.best_thresholds(options, salient, &candidates);
+        best.unwrap_or_else(|| vec![quantile(LOWEST), highest])
+    }
+
+    /// The magnitudes of which thresholds are quantiles, ascending.
+    fn magnitudes(&self, options: &SearchOptions, salient: &[bool]) -> Vec<f32> {
+        let importance = self.importance();
+        let whole = options.quantiles == Quantiles::Block;
+        let of_row = |(weights, mask): (&[f32], &[bool])| -> Vec<f32> {
+            let value = |c: usize| options.error.value(weights[c], importance[c]).0.abs();
+            let columns = 0..weights.len();
+            let inside = |c: usize| mask[c] && !salient[c];
+            if whole {
+                columns.map(|c| if inside(c) { value(c) } else { 0.0 }).collect()
+            } else {
+                columns.filter(|c| inside(*c)).map(value).collect()
+            }
+        };
+        let of_task = |task: usize| self.rows(task).flat_map(of_row).collect::<Vec<f32>>();
+        let parts: Vec<Vec<f32>> = (0..self.tasks()).into_par_iter().map(of_task).collect();
+        let mut magnitudes = parts.concat();
+        magnitudes.par_sort_unstable_by(f32::total_cmp);
+        magnitudes
+    }
+
+    /// The first of the candidates with the least error.
+    fn best_thresholds(
+        &self,
+        options: &SearchOptions,
+        salient: &[bool],
+        candidates: &[Vec<f64>],
+    ) -> Option<Vec<f64>> {
+        let importance = self.importance();
+        let errors = self.sum_rows(candidates.len(), |weights, mask, sums| {
+            let pair = |c: usize| options.error.value(weights[c], importance[c]);
+            let mut sorted = Sorted::default();
+            let members = (0..weights.len()).filter(|c| mask[*c] && !salient[*c]);
+            sorted.fill(members.map(pair));
+            let error = |p1: f64, p2: f64| binary_error(&sorted.band(p1, p2), options.means);
+            // Pairs come ordered by the lower threshold: its region is the same for many.
+            let mut lowest = (f64::NAN, 0.0);
+            for (sum, thresholds) in sums.iter_mut().zip(candidates) {
+                let (first, last) = (thresholds[0], thresholds[thresholds.len() - 1]);
+                if first != lowest.0 {
+                    lowest = (first, error(0.0, first));
+                }
+                let middle = if first < last { error(first, last) } else { 0.0 };
+                *sum += lowest.1 + middle + error(last, f64::INFINITY);
+            }
+        });
+        let best = (0..candidates.len()).min_by(|a, b| errors[*a].total_cmp(&errors[*b]))?;
+        candidates.get(best).cloned()
+    }
+}

@@ -1,0 +1,233 @@
+//! What a conversion keeps on its way, so that the same command can go on where it was stopped.
+//!
+//! Beside the output `NAME` lies the folder `.NAME.unfinished`: the file in the making, the packed
+//! tensors of every finished decoder layer, and the inputs of the next one. It belongs to one
+//! source, recipe, calibration text, instruction set and version; for any other it is discarded.
+//! The folder disappears with the end of the conversion.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use stb_runtime::{Error, Result};
+
+use crate::report::{LayerReport, TensorReport};
+
+/// The folder in use, for the case that the program has to leave at once.
+static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// What makes a file of this module. The last byte is its version.
+const MAGIC: &[u8; 8] = b"stbwork\x01";
+/// Bytes of a SHA-256.
+const HASH: usize = 32;
+
+/// The folder of a conversion on its way.
+pub struct Workspace {
+    folder: PathBuf,
+    /// Held while a conversion works here; the system releases it with the process.
+    _lock: File,
+    /// Decoder layers that are finished.
+    finished: usize,
+    /// What was there before belonged to another conversion.
+    pub discarded: bool,
+}
+
+/// A finished decoder layer.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SavedLayer {
+    /// Its tensors, in file order.
+    pub tensors: Vec<TensorReport>,
+    /// Its times.
+    pub layer: LayerReport,
+    /// The packed tensors.
+    #[serde(skip)]
+    pub payloads: Vec<Vec<u8>>,
+}
+
+/// Hidden states, a list per sequence.
+pub type States = Vec<Vec<f32>>;
+
+impl Workspace {
+    /// Opens or makes the folder for `target`; `key` is the text of everything that the result
+    /// depends on.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if another process is converting to the same file, [`Error::Io`].
+    pub fn open(target: &Path, key: &str) -> Result<Self> {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        let folder = target.with_file_name(format!(".{name}.unfinished"));
+        std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
+        let path = folder.join("lock");
+        let lock = File::create(&path).map_err(|e| Error::io(&path, e))?;
+        if let Err(std::fs::TryLockError::WouldBlock) = lock.try_lock() {
+            return Err(Error::usage(format!(
+                "another conversion to {} is running",
+                target.display()
+            )));
+        }
+        if let Ok(mut unfinished) = UNFINISHED.lock() {
+            *unfinished = Some(folder.clone());
+        }
+        let mut workspace = Self { folder, _lock: lock, finished: 0, discarded: false };
+        match workspace.read("key") {
+            Some(found) if found == key.as_bytes() => workspace.finished = workspace.count_finished(),
+            _ => {
+                workspace.discarded = workspace.layer_path(0).exists();
+                workspace.clear()?;
+                workspace.write("key", &[key.as_bytes()])?;
+            }
+        }
+        Ok(workspace)
+    }
+
+    /// Decoder layers that need not be computed again.
+    #[must_use]
+    pub fn finished(&self) -> usize {
+        self.finished
+    }
+
+    /// The file in the making.
+    #[must_use]
+    pub fn output(&self) -> PathBuf {
+        self.folder.join("output")
+    }
+
+    /// The folder, for messages.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Removes the folder.
+    pub fn remove(self) {
+        // What cannot be removed now will be found and used or discarded next time.
+        let _ = std::fs::remove_dir_all(&self.folder);
+        if let Ok(mut unfinished) = UNFINISHED.lock() {
+            *unfinished = None;
+        }
+    }
+
+    /// Keeps a finished layer, then the inputs of the next: without those the layer counts as
+    /// unfinished.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&mut self, index: usize, layer: &SavedLayer, states: &[&States]) -> Result<()> {
+        let header = serde_json::to_vec(layer).map_err(|e| Error::Internal { what: e.to_string() })?;
+        let length = (header.len() as u64).to_le_bytes();
+        let parts: Vec<&[u8]> =
+            [&length[..], &header].into_iter().chain(layer.payloads.iter().map(Vec::as_slice)).collect();
+        self.write(&layer_name(index), &parts)?;
+        let count = (index as u64 + 1).to_le_bytes();
+        let values = states.iter().flat_map(|s| s.iter()).map(|s| bytemuck::cast_slice(s));
+        let parts: Vec<&[u8]> = std::iter::once(&count[..]).chain(values).collect();
+        self.write("states", &parts)?;
+        self.finished = index + 1;
+        Ok(())
+    }
+
+    /// A finished layer with tensors of these lengths; `None` if the file is damaged.
+    #[must_use]
+    pub fn load(&self, index: usize, lengths: &[u64]) -> Option<SavedLayer> {
+        let bytes = self.read(&layer_name(index))?;
+        let (length, rest) = bytes.split_first_chunk::<8>()?;
+        let (header, mut rest) = rest.split_at_checked(u64::from_le_bytes(*length) as usize)?;
+        let mut layer: SavedLayer = serde_json::from_slice(header).ok()?;
+        for length in lengths {
+            let (payload, next) = rest.split_at_checked(usize::try_from(*length).ok()?)?;
+            layer.payloads.push(payload.to_vec());
+            rest = next;
+        }
+        (rest.is_empty() && layer.tensors.len() == lengths.len()).then_some(layer)
+    }
+
+    /// Replaces the states by those after the last finished layer; `None` if the file is damaged.
+    pub fn load_states(&self, states: &mut [&mut States]) -> Option<()> {
+        let bytes = self.read("states")?;
+        let mut rest = bytes.get(8..)?;
+        for sequence in states.iter_mut().flat_map(|s| s.iter_mut()) {
+            let (part, next) = rest.split_at_checked(sequence.len() * 4)?;
+            bytemuck::cast_slice_mut(sequence).copy_from_slice(part);
+            rest = next;
+        }
+        rest.is_empty().then_some(())
+    }
+
+    /// Forgets what is finished, for the case that it cannot be read.
+    pub fn forget(&mut self) {
+        self.finished = 0;
+    }
+
+    fn layer_path(&self, index: usize) -> PathBuf {
+        self.folder.join(layer_name(index))
+    }
+
+    /// What the states say, if they are whole and all layers before are there.
+    fn count_finished(&self) -> usize {
+        let count = self.read("states").and_then(|b| b.first_chunk::<8>().copied());
+        let count = count.map_or(0, u64::from_le_bytes) as usize;
+        if (0..count.min(1 << 16)).all(|i| self.layer_path(i).exists()) { count } else { 0 }
+    }
+
+    /// Removes everything but the lock.
+    fn clear(&self) -> Result<()> {
+        let fail = |e| Error::io(&self.folder, e);
+        for entry in std::fs::read_dir(&self.folder).map_err(fail)? {
+            let path = entry.map_err(fail)?.path();
+            if path.file_name().is_some_and(|name| name != "lock") {
+                std::fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a file that is there whole or not at all: magic, parts, SHA-256 of both.
+    fn write(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
+        let (path, temporary) = (self.folder.join(name), self.folder.join("new"));
+        let write = || -> std::io::Result<()> {
+            let mut file = std::io::BufWriter::new(File::create(&temporary)?);
+            let mut hash = Sha256::new();
+            for part in std::iter::once(&MAGIC[..]).chain(parts.iter().copied()) {
+                hash.update(part);
+                file.write_all(part)?;
+            }
+            file.write_all(&hash.finalize())?;
+            file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+            std::fs::rename(&temporary, &path)
+        };
+        write().map_err(|e| Error::io(&path, e))
+    }
+
+    /// The parts of a file that [`Self::write`] has made, joined; `None` if it is not whole.
+    fn read(&self, name: &str) -> Option<Vec<u8>> {
+        let mut bytes = std::fs::read(self.folder.join(name)).ok()?;
+        let (content, hash) = bytes.split_last_chunk::<HASH>()?;
+        if Sha256::digest(content).as_slice() != hash || !content.starts_with(MAGIC) {
+            return None;
+        }
+        bytes.truncate(bytes.len() - HASH);
+        bytes.drain(..MAGIC.len());
+        Some(bytes)
+    }
+}
+
+fn layer_name(index: usize) -> String {
+    format!("layer-{index:05}")
+}
+
+/// Removes the unfinished file, and the folder if no layer is finished: for a second Ctrl-C, which
+/// does not wait.
+pub fn leave_at_once() {
+    if let Ok(mut unfinished) = UNFINISHED.lock()
+        && let Some(folder) = unfinished.take()
+    {
+        if folder.join("states").exists() {
+            let _ = std::fs::remove_file(folder.join("output"));
+        } else {
+            let _ = std::fs::remove_dir_all(&folder);
+        }
+    }
+}
