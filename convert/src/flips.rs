@@ -159,6 +159,9 @@ fn measure(
     })
 }
 
+/// Calibration sequences for the norms of inputs.
+const SEQUENCES: usize = 32;
+
 /// Parts of a decoder layer.
 const PARTS: [&str; 7] = [
     "self_attn.q_proj",
@@ -203,7 +206,7 @@ fn matrices(
     source: &Source,
     salient: bool,
 ) -> Result<Vec<Matrix>> {
-    let moments = diagonals(checkpoint, calibration, source)?;
+    let moments = diagonals(checkpoint, calibration, source, SEQUENCES)?;
     let mut matrices = Vec::new();
     for (index, layer) in model.layers.iter_mut().enumerate() {
         for name in PARTS {

@@ -333,7 +333,7 @@ impl SmallStudy {
         let sample = "the quick brown fox jumps over the lazy dog ".repeat(30);
         std::fs::write(folder.path().join("sample.txt"), sample).unwrap();
         let study = format!(
-            "name = 'small'\ntitle = 'A small study'\ncalibration = 'sample.txt'\n\
+            "name = 'small'\ntitle = 'A small study'\ncalibration = {{ path = 'sample.txt' }}\n\
              [[model]]\nname = 'tiny'\npath = 'model'\ncontext = 32\n\
              [[text]]\nname = 'fox'\npath = 'sample.txt'\n\
              [[text]]\nname = 'four windows'\npath = 'sample.txt'\nwindows = 4\n{recipes}"

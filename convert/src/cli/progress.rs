@@ -24,15 +24,6 @@ impl Bar {
         Self { bar, quiet }
     }
 
-    /// A line above the bar, or on standard error where there is no bar.
-    pub fn line(&self, text: &str) {
-        if self.0.is_hidden() {
-            super::note(text);
-        } else {
-            self.0.println(text);
-        }
-    }
-
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }

@@ -117,7 +117,7 @@ pub(super) fn study(args: &StudyArgs) -> anyhow::Result<()> {
             _ => {}
         }
     }
-    let shown = Shown { bar: Bar::new(args.quiet), quiet: args.quiet };
+    let shown = Shown { bar: Bar::new(args.quiet) };
     let table = study::run(&study, &args.out, &shown);
     shown.bar.finish();
     let table = table?;
@@ -144,7 +144,6 @@ pub(super) fn study(args: &StudyArgs) -> anyhow::Result<()> {
 /// Progress of a study.
 struct Shown {
     bar: Bar,
-    quiet: bool,
 }
 
 impl Progress for Shown {
@@ -153,13 +152,15 @@ impl Progress for Shown {
     }
 
     fn layer(&self, _: usize, _: usize, _: f64, _: &str, _: f64) {}
+
+    fn note(&self, text: &str) {
+        self.bar.note(text);
+    }
 }
 
 impl Events for Shown {
     fn begin(&self, done: usize, all: usize, model: &str, recipe: &str, text: &str) {
-        if !self.quiet {
-            self.bar.line(&format!("cell {} of {all}: {model}, {recipe}, {text}", done + 1));
-        }
+        self.bar.note(&format!("cell {} of {all}: {model}, {recipe}, {text}", done + 1));
     }
 
     fn window(&self, done: usize, all: usize) {
@@ -170,9 +171,6 @@ impl Events for Shown {
         self.bar.step(done as u64, all as u64, "windows");
     }
 
-    fn note(&self, text: &str) {
-        self.bar.line(text);
-    }
 }
 
 pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {

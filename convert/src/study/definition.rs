@@ -18,8 +18,8 @@ pub struct Definition {
     /// Paragraphs below the title of the table.
     #[serde(default)]
     pub description: String,
-    /// A file to calibrate on; default: the built-in text.
-    pub calibration: Option<String>,
+    /// What recipes calibrate on that do not say so themselves; default: the built-in text.
+    pub calibration: Option<CalibrationText>,
     /// The columns.
     #[serde(default, rename = "model")]
     pub models: Vec<ModelEntry>,
@@ -76,8 +76,18 @@ pub struct RecipeEntry {
     /// Options of the base that are dropped, such as `body.region-ratio`.
     #[serde(default)]
     pub unset: Vec<String>,
-    /// Another calibration text than the study's; see [`ModelEntry::path`].
-    pub calibration: Option<String>,
+    /// Another calibration text than the study's.
+    pub calibration: Option<CalibrationText>,
+}
+
+/// A text to calibrate on.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct CalibrationText {
+    /// A UTF-8 file; see [`ModelEntry::path`].
+    pub path: String,
+    /// What separates its documents; each is stripped and begins with the begin token.
+    pub separator: Option<String>,
 }
 
 /// A study whose paths and recipes are known.
@@ -130,7 +140,7 @@ pub struct StudyRecipe {
     pub label: String,
     /// What is done.
     pub recipe: Recipe,
-    /// A file to calibrate on; `None` for the built-in text.
+    /// A file to calibrate on; `None` for what the recipe says.
     pub calibration: Option<PathBuf>,
 }
 
@@ -186,15 +196,20 @@ impl Definition {
         }
         let mut recipes = Vec::new();
         for entry in &self.recipes {
-            let calibration = entry.calibration.as_ref().or(self.calibration.as_ref());
-            let calibration = match calibration {
+            let (label, mut recipe) = entry.recipe(folder)?;
+            let study = self.calibration.as_ref().filter(|_| recipe.calibration.text.is_none());
+            let calibration = match entry.calibration.as_ref().or(study) {
                 None => None,
-                // A recipe without its calibration text would be another recipe.
-                Some(text) => Some(place(folder, text, defined).map_err(|word| {
-                    Error::usage(format!("the calibration text {text} needs --define {word}=…"))
-                })?),
+                Some(text) => {
+                    recipe.calibration.text = None;
+                    recipe.calibration.separator.clone_from(&text.separator);
+                    // A recipe without its calibration text would be another recipe.
+                    Some(place(folder, &text.path, defined).map_err(|word| {
+                        let path = &text.path;
+                        Error::usage(format!("the calibration text {path} needs --define {word}=…"))
+                    })?)
+                }
             };
-            let (label, recipe) = entry.recipe(folder)?;
             recipes.push(StudyRecipe { label, recipe, calibration });
         }
         unique("model", models.iter().map(|m| m.name.as_str()))?;
@@ -410,6 +425,7 @@ mod tests {
         refuse(&with("[[recipe]]\nbase = 'int4'\nunset = ['body.magic']"), "magic");
         refuse(&with("[[recipe]]\nbase = 'int4'\n[[recipe]]\nbase = 'int4'"), "two entries");
         refuse(&with("[[text]]\nname = 'x'\npath = 'x'\nrows = true\nseparator = 'y'"), "both");
-        refuse(&with("calibration = '{data}/c'\n[[recipe]]\nbase = 'int4'"), "--define data");
+        let text = "calibration = { path = '{data}/c' }\n[[recipe]]\nbase = 'int4'";
+        refuse(&with(text), "--define data");
     }
 }

@@ -11,6 +11,7 @@ mod table;
 
 pub use cell::{Cell, Inputs, Value, fingerprint, write_whole};
 pub use definition::{
-    Definition, ModelEntry, RecipeEntry, Study, StudyModel, StudyRecipe, StudyText, TextEntry,
+    CalibrationText, Definition, ModelEntry, RecipeEntry, Study, StudyModel, StudyRecipe,
+    StudyText, TextEntry,
 };
 pub use run::{Entry, Events, Outcome, Table, convert_file, run};

@@ -1,6 +1,5 @@
 //! Measuring what is missing.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -24,8 +23,6 @@ pub trait Events: Progress + Sync {
     fn begin(&self, done: usize, all: usize, model: &str, recipe: &str, text: &str);
     /// Windows of an evaluation.
     fn window(&self, done: usize, all: usize);
-    /// Something to tell: a cell that failed, a model that was left out.
-    fn note(&self, text: &str);
 }
 
 /// A cell of a table.
@@ -78,15 +75,14 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
         let source = Source::file(&text.path)?;
         texts.push(Text { entry: text, hash: hash(&source.text), text: source.text });
     }
-    let mut sources = BTreeMap::new();
+    // All texts before any work: a mistake in the last one must not cost hours.
+    let mut sources = Vec::new();
     for recipe in &study.recipes {
-        if let Some(path) = &recipe.calibration
-            && !sources.contains_key(path)
-        {
-            sources.insert(path.clone(), Source::file(path)?);
-        }
+        sources.push(match &recipe.calibration {
+            Some(path) => Source::file(path)?,
+            None => Source::of(&recipe.recipe.calibration)?,
+        });
     }
-    let built_in = Source::built_in();
     for line in &study.left_out {
         events.note(&format!("left out: {line}"));
     }
@@ -94,16 +90,16 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
     let mut table = Table { entries: Vec::new(), measured: 0, failure: None };
     for entry in &study.models {
         let model = StudiedModel::open(entry)?;
-        for recipe in &study.recipes {
-            let source = recipe.calibration.as_ref().map_or(&built_in, |path| &sources[path]);
+        for (recipe, source) in study.recipes.iter().zip(&sources) {
             let row = Row { model: &model, recipe, source, cells: &cells, all };
             row.measure(&texts, &mut table, events)?;
         }
     }
+    clean(&cells)?;
     Ok(table)
 }
 
-/// Keeps other studies out of the folder and removes what a killed one has left there.
+/// Keeps other studies out of the folder.
 fn lock(cells: &Path) -> Result<std::fs::File> {
     let path = cells.join(".lock");
     let fail = |e: std::io::Error| Error::io(&path, e);
@@ -118,7 +114,12 @@ fn lock(cells: &Path) -> Result<std::fs::File> {
         }
         Err(std::fs::TryLockError::Error(e)) => return Err(fail(e)),
     }
-    for entry in std::fs::read_dir(cells).map_err(fail)?.flatten() {
+    Ok(file)
+}
+
+/// Removes what killed studies have left: nothing of this one is unfinished any more.
+fn clean(cells: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(cells).map_err(|e| Error::io(cells, e))?.flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         if name.starts_with(WORK) {
@@ -127,10 +128,10 @@ fn lock(cells: &Path) -> Result<std::fs::File> {
             let _ = std::fs::remove_file(entry.path());
         }
     }
-    Ok(file)
+    Ok(())
 }
 
-/// What folders with unfinished files begin with.
+/// What folders of conversions on their way begin with.
 const WORK: &str = ".work-";
 
 /// A text in memory.
@@ -235,9 +236,9 @@ impl Row<'_> {
         converted: &mut Option<Converted>,
         events: &dyn Events,
     ) -> anyhow::Result<Cell> {
-        let Converted { model, report, .. } = match converted {
+        let Converted { model, report } = match converted {
             Some(converted) => converted,
-            None => converted.insert(self.convert(events)?),
+            None => converted.insert(self.convert(&inputs, events)?),
         };
         let started = Instant::now();
         let reference = Model::from_checkpoint(&self.model.checkpoint)?;
@@ -274,16 +275,19 @@ impl Row<'_> {
         })
     }
 
-    fn convert(&self, events: &dyn Events) -> anyhow::Result<Converted> {
-        let work = tempfile::Builder::new().prefix(WORK).tempdir_in(self.cells);
-        let work = work.map_err(|e| Error::io(self.cells, e))?;
-        let file = work.path().join("model.stb");
+    /// Converts, or goes on with the conversion that a killed study has left.
+    fn convert(&self, inputs: &Inputs, events: &dyn Events) -> anyhow::Result<Converted> {
+        let conversion = [&inputs.model_hash, &inputs.recipe, &inputs.calibration];
+        let name = hash(&conversion.map(|part| format!("{} {part}", part.len())).concat());
+        let work = self.cells.join(format!("{WORK}{}", &name[..24]));
+        std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
+        let file = work.join("model.stb");
         let (checkpoint, recipe) = (&self.model.checkpoint, &self.recipe.recipe);
         let report = convert_file(checkpoint, recipe, self.source, &file, events)?;
         let model = Model::open(&file, &OpenOptions { exact: true, ..OpenOptions::default() })?;
-        // Where a mapped file can lose its name, it does now, so that no kill can leave it behind.
-        let work = if cfg!(unix) { None } else { Some(work) };
-        Ok(Converted { model, report, _work: work })
+        // Where a mapped file can lose its name, it does now; elsewhere at the end of the study.
+        let _ = std::fs::remove_dir_all(&work);
+        Ok(Converted { model, report })
     }
 }
 
@@ -291,11 +295,9 @@ impl Row<'_> {
 struct Converted {
     model: Model,
     report: Report,
-    /// The folder of the file, removed after the model.
-    _work: Option<tempfile::TempDir>,
 }
 
-/// Converts `checkpoint` by `recipe` into the new file `target`.
+/// Converts `checkpoint` by `recipe` into the file `target`, over an older one.
 ///
 /// # Errors
 /// As for [`convert`] and [`plan`].
@@ -319,7 +321,7 @@ pub fn convert_file(
     if let Some(bits) = bits {
         budget::fit(&mut plan, checkpoint, recipe, source, &meta, bits)?;
     }
-    let job = Job { checkpoint, recipe, plan, meta, calibration: source, target, force: false };
+    let job = Job { checkpoint, recipe, plan, meta, calibration: source, target, force: true };
     convert(job, progress)
 }
 
