@@ -238,7 +238,9 @@ impl Labels {
     fn write(&mut self, out: &mut String, x: f64, y: f64, label: &str) {
         let width = label.chars().count() as f64 * 5.6;
         let mut places = Vec::new();
-        for shift in [0.0, -10.0, 10.0, -20.0, 20.0, -32.0, 32.0, -44.0, 44.0] {
+        // Beside the point, then further and further above and below.
+        for step in 0..24 {
+            let shift = f64::from((step + 1) / 2 * 11) * if step % 2 == 1 { -1.0 } else { 1.0 };
             places.push((x + 7.0, y + 4.0 + shift));
             places.push((x - 7.0 - width, y + 4.0 + shift));
         }

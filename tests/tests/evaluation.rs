@@ -454,6 +454,32 @@ fn cells_that_fail_do_not_stop_a_study() {
     assert!(run.err.contains("0 of 8 cells measured now"), "{}", run.err);
 }
 
+/// The studies in the repository name recipes and options that exist, for models that can have them.
+#[test]
+fn shipped_studies_can_be_run() {
+    let folder = root().join("tests/bench/studies");
+    let checkpoint = stb_runtime::Checkpoint::open(&quill(), true).unwrap();
+    let defined = [("data".to_owned(), "data".to_owned())];
+    let mut count = 0;
+    for entry in std::fs::read_dir(&folder).unwrap().flatten() {
+        let path = entry.path();
+        if path.extension().is_none_or(|e| e != "toml") {
+            continue;
+        }
+        let definition = std::fs::read_to_string(&path).unwrap();
+        let definition = stb_convert::study::Definition::parse(&definition).unwrap();
+        assert_eq!(path.file_stem().unwrap().to_str(), Some(definition.name.as_str()));
+        let study = definition.resolve(&folder, &defined).unwrap();
+        study.check().unwrap();
+        assert!(study.left_out.is_empty() && study.models[0].path.exists());
+        for recipe in &study.recipes {
+            let _ = stb_convert::plan(&checkpoint, &recipe.recipe).unwrap();
+        }
+        count += 1;
+    }
+    assert!(count >= 8, "{count} studies");
+}
+
 #[test]
 fn flipped_signs_cost_perplexity() {
     let folder = folder();

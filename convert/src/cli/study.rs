@@ -68,7 +68,7 @@ pub(super) struct FlipArgs {
     /// Flip signs in salient columns too
     #[arg(long)]
     salient: bool,
-    /// A text to calibrate on, UTF-8; default: a public-domain text in the program
+    /// A text to calibrate on, UTF-8; default: what the recipe says
     #[arg(long, value_name = "FILE")]
     calib: Option<PathBuf>,
     /// Print nothing but errors
@@ -181,7 +181,7 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     };
     let source = match &args.calib {
         Some(path) => Source::file(path)?,
-        None => Source::built_in(),
+        None => Source::of(&recipe.calibration)?,
     };
     let text = Source::file(&args.text)?.text;
     std::fs::create_dir_all(&args.out).map_err(|e| Error::io(&args.out, e))?;

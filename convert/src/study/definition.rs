@@ -18,6 +18,9 @@ pub struct Definition {
     /// Paragraphs below the title of the table.
     #[serde(default)]
     pub description: String,
+    /// Options for all recipes, before their own changes: `{ embeddings.bits = 0 }`.
+    #[serde(default)]
+    pub set: toml::Table,
     /// What recipes calibrate on that do not say so themselves; default: the built-in text.
     pub calibration: Option<CalibrationText>,
     /// The columns.
@@ -196,7 +199,7 @@ impl Definition {
         }
         let mut recipes = Vec::new();
         for entry in &self.recipes {
-            let (label, mut recipe) = entry.recipe(folder)?;
+            let (label, mut recipe) = entry.recipe(folder, &self.set)?;
             let study = self.calibration.as_ref().filter(|_| recipe.calibration.text.is_none());
             let calibration = match entry.calibration.as_ref().or(study) {
                 None => None,
@@ -262,8 +265,8 @@ impl TextEntry {
 }
 
 impl RecipeEntry {
-    /// Label and recipe.
-    fn recipe(&self, folder: &Path) -> Result<(String, Recipe)> {
+    /// Label and recipe; `all` are the study's changes.
+    fn recipe(&self, folder: &Path, all: &toml::Table) -> Result<(String, Recipe)> {
         let (name, base) = match (&self.base, self.bits) {
             (Some(base), None) if base.ends_with(".toml") => {
                 let path = folder.join(base);
@@ -286,6 +289,7 @@ impl RecipeEntry {
         let wrong = |e: String| Error::invalid(format!("study: recipe {label}: {e}"));
         let mut table: toml::Table =
             toml::from_str(&base.to_toml()?).map_err(|e| wrong(e.to_string()))?;
+        merge(&mut table, all);
         merge(&mut table, &self.set);
         for path in &self.unset {
             if !remove(&mut table, path) {
@@ -359,6 +363,7 @@ mod tests {
     const STUDY: &str = r#"
         name = "s"
         title = "A study"
+        set = { calibration = { samples = 9, seed = 4 }, embeddings.bits = 0 }
         [[model]]
         name = "here"
         path = "../model"
@@ -391,7 +396,12 @@ mod tests {
         assert_eq!(study.models[1].path, Path::new("/d/models/m"));
         assert_eq!(study.texts[0].layout, TextLayout::Documents("<|endoftext|>".into()));
         let [plain, wanda, bits] = &study.recipes[..] else { panic!("three recipes") };
-        assert_eq!(plain.recipe, Recipe::load("stbllm-4of8").unwrap());
+        let mut expected = Recipe::load("stbllm-4of8").unwrap();
+        expected.calibration.samples = 9;
+        expected.calibration.seed = 4;
+        expected.embeddings.bits = 0;
+        assert_eq!(plain.recipe, expected);
+        assert_eq!(wanda.recipe.calibration.samples, 9);
         let body = &wanda.recipe.body;
         assert_eq!(
             (body.metric.as_deref(), body.block, body.n),
