@@ -124,6 +124,9 @@ fn begin_tokens_are_put_before_questions_on_request() {
     };
     assert!(tokenizer.bos.is_some());
     assert!((score(true) - score(false)).abs() > 1e-3);
+    let (quill, file) = (quill(), sample_tasks()[1].1.clone());
+    let args = ["zero-shot", text(&quill), text(&file), "--no-begin-token"];
+    assert!(run("stb-run", &args).success().contains("no begin token"));
 }
 
 #[test]
@@ -280,7 +283,7 @@ fn zero_shot_prints_tables_and_json() {
     let json: Json = serde_json::from_str(&run("stb-run", &args).success()).unwrap();
     let task = &json["tasks"][0];
     assert_eq!((task["task"].as_str(), task["questions"].as_u64()), (Some("arc_easy"), Some(3)));
-    assert!(task["acc_norm"].as_f64().is_some() && json["begin_token"] == false);
+    assert!(task["acc_norm"].as_f64().is_some() && json["begin_token"] == true);
 }
 
 /// The figures that transformers on PyTorch found (data/README.md beside the models).

@@ -147,7 +147,8 @@ pub(super) fn zero_shot(args: &ZeroShotArgs) -> anyhow::Result<()> {
     let model = open_exact(&args.file, &args.load)?;
     let tokenizer = model.tokenizer()?;
     let context = args.ctx.map_or(model.spec.context_length as usize, |n| n as usize);
-    let options = ZeroShotOptions { context, begin: args.begin_token };
+    let begin = tokenizer.bos.is_some() && !args.no_begin_token;
+    let options = ZeroShotOptions { context, begin };
     let mut results = Vec::new();
     for ((task, file), items) in tasks.iter().zip(&questions) {
         let progress = Progress::new(task.name());
@@ -159,9 +160,9 @@ pub(super) fn zero_shot(args: &ZeroShotArgs) -> anyhow::Result<()> {
         return Ok(terminal::line(zero_shot_json(args, &model, &options, &results))?);
     }
     print_tasks(&results)?;
-    let begin = if args.begin_token { "a" } else { "no" };
+    let begin = if begin { "a" } else { "no" };
     terminal::line(format_args!(
-        "prompts and scores of lm-evaluation-harness 0.4, no examples, {begin} begin token, context \
+        "prompts and scores of lm-evaluation-harness 0.4.13, no examples, {begin} begin token, context \
          {context}; acc: highest likelihood, acc_norm: highest per character; ± is one standard \
          error\n{} bytes, {:.3} true bits per parameter",
         model.file_bytes,

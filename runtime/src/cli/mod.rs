@@ -184,9 +184,10 @@ struct ZeroShotArgs {
     /// The most tokens that the model sees; default: its context
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     ctx: Option<u32>,
-    /// Put the model's begin token before each question
+    /// Do not put the begin token before questions even if the tokenizer does so, as old versions of
+    /// the harness
     #[arg(long)]
-    begin_token: bool,
+    no_begin_token: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,

@@ -1,5 +1,5 @@
 //! Multiple-choice tasks: files of questions, and the prompts that lm-evaluation-harness makes of
-//! them (version 0.4, `lm_eval/tasks/*`, no examples before the question).
+//! them (version 0.4.13, `lm_eval/tasks/*`, no examples before the question).
 
 use std::path::Path;
 

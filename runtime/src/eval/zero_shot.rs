@@ -1,4 +1,4 @@
-//! Multiple choice by likelihood, by the rules of lm-evaluation-harness (version 0.4,
+//! Multiple choice by likelihood, by the rules of lm-evaluation-harness (version 0.4.13,
 //! `output_type: multiple_choice`): a choice's score is ln p(continuation | context). `acc` takes the
 //! highest score, `acc_norm` the highest score per character of the choice; the first of equals wins.
 //! What does not fit into the context is cut off at the left.
@@ -18,8 +18,8 @@ use crate::tokenizer::Tokenizer;
 pub struct ZeroShotOptions {
     /// The most tokens that the model sees.
     pub context: usize,
-    /// Whether a begin token is put before each context, if the model has one (`add_bos_token` of
-    /// the harness, which does not do so by default).
+    /// Whether a begin token is put before each context, if the model's tokenizer does so: the
+    /// default of the harness since it asks the tokenizer (0.4.13 does, early 0.4 never put one).
     pub begin: bool,
 }
 
