@@ -184,14 +184,16 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
         None => Source::of(&recipe.calibration)?,
     };
     let text = Source::file(&args.text)?.text;
-    std::fs::create_dir_all(&args.out).map_err(|e| Error::io(&args.out, e))?;
-    let work = tempfile::tempdir_in(&args.out).map_err(|e| Error::io(&args.out, e))?;
-    let file = work.path().join("model.stb");
+    let work = args.out.join(".work");
+    std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
+    let file = work.join("model.stb");
     let bar = Bar::new(args.quiet);
     let report = convert_file(&checkpoint, &recipe, &source, &file, &bar);
     bar.finish();
     let report = report?;
     let mut model = Model::open(&file, &OpenOptions { exact: true, ..OpenOptions::default() })?;
+    // Where a mapped file can lose its name, it does now; elsewhere at the end.
+    let _ = std::fs::remove_dir_all(&work);
     let layout = args.separator.clone().map_or(TextLayout::Whole, TextLayout::Documents);
     let context = args.ctx.map_or(model.spec.context_length as usize, |n| n as usize);
     let options = FlipOptions {
@@ -207,7 +209,6 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     let quiet = args.quiet;
     let progress = |done: usize, all: usize, f: &flips::Flipped| {
         if interrupted() {
-            let _ = std::fs::remove_dir_all(work.path());
             std::process::exit(130);
         }
         if !quiet {
@@ -221,6 +222,8 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     let calibration = &recipe.calibration;
     let found =
         flips::flip(&mut model, &checkpoint, calibration, &source, &text, &options, &progress)?;
+    drop(model);
+    let _ = std::fs::remove_dir_all(&work);
     let name = args.src.file_name().unwrap_or_default().to_string_lossy();
     let title = format!("Flipped signs: {name}, recipe {}", recipe.name);
     let table = flips::markdown(&title, &found);
