@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::avx512::{self, Avx512};
 use crate::cpu::{Bytes, Simd, scalar::Scalar};
 
 /// An instruction set that this machine supports. Values exist only for supported sets.
@@ -15,9 +17,11 @@ enum Kind {
     #[cfg(target_arch = "x86_64")]
     Avx2(crate::cpu::avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
-    Avx512(crate::cpu::avx512::Avx512<false>),
+    Avx512(Avx512<{ avx512::BASE }>),
     #[cfg(target_arch = "x86_64")]
-    Avx512Vbmi(crate::cpu::avx512::Avx512<true>),
+    Avx512Vbmi(Avx512<{ avx512::VBMI }>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Amx(Avx512<{ avx512::AMX }>),
 }
 
 /// `STB_ISA` names a set that does not exist or that this machine lacks.
@@ -66,8 +70,9 @@ impl Isa {
     pub fn available() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
         let simd = [
-            crate::cpu::avx512::Avx512::detect().map(Kind::Avx512Vbmi),
-            crate::cpu::avx512::Avx512::detect().map(Kind::Avx512),
+            Avx512::detect().map(Kind::Avx512Amx),
+            Avx512::detect().map(Kind::Avx512Vbmi),
+            Avx512::detect().map(Kind::Avx512),
             crate::cpu::avx2::Avx2::detect().map(Kind::Avx2),
         ];
         #[cfg(not(target_arch = "x86_64"))]
@@ -86,6 +91,8 @@ impl Isa {
             Kind::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Vbmi(_) => "avx512vbmi",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Amx(_) => "avx512amx",
         }
     }
 
@@ -100,6 +107,8 @@ impl Isa {
             Kind::Avx512(s) => s.enter(task),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Vbmi(s) => s.enter(task),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Amx(s) => s.enter(task),
         }
     }
 }

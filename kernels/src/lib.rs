@@ -20,10 +20,13 @@
 
 mod cpu;
 mod isa;
+mod pool;
 
-pub use cpu::ops;
-pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec};
+pub use cpu::{Lanes, RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
+pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec, share_preparation};
+pub use cpu::{kv, ops};
 pub use isa::{Isa, IsaError};
+pub use pool::Pool;
 
 /// Rows that a kernel computes together: callers split work at multiples of this.
 pub const ROW_TILE: usize = 16;

@@ -4,7 +4,10 @@
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
 use stb_format::half::f16;
-use stb_kernels::{Isa, Panels, ROW_TILE, Workspace, matmul, matvec, ops};
+use stb_kernels::{
+    Isa, Lanes, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul,
+    matmul_rounded, matvec, ops,
+};
 
 /// A small deterministic generator (SplitMix64).
 struct Rng(u64);
@@ -248,6 +251,52 @@ fn rounded_products_keep_their_bound_on_every_isa() {
     assert!(kernels > 100, "most joint codes and 4-bit integers have a kernel");
 }
 
+/// Many tokens at once give what each gives alone, bit for bit, on every set and for every split.
+#[test]
+fn rounded_tokens_do_not_depend_on_each_other() {
+    let mut rng = Rng(7);
+    let mut kernels = 0;
+    for encoding in encodings() {
+        for (rows, cols) in SHAPES {
+            let bytes = payload(&mut rng, &encoding, rows, cols);
+            let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
+            if !has_rounded_matmul(&view) {
+                continue;
+            }
+            for tokens in [1, 2, 7, 16, 17, 33, 50] {
+                let mut x = rng.floats(tokens * cols);
+                x[rng.below(tokens * cols)] = 1e3;
+                let mut alone = vec![0.0; tokens * rows];
+                let scalar = Isa::scalar();
+                for (x, y) in x.chunks(cols).zip(alone.chunks_mut(rows)) {
+                    let mut work = Workspace::default();
+                    matvec(scalar, &view, work.prepare_rounded(scalar, &view, x), 0, y);
+                }
+                for isa in Isa::available() {
+                    let mut together = RoundedTokens::default();
+                    together.parts(&view, &x).for_each(|mut part| part.round(isa, &view));
+                    let stride = together.tile_stride();
+                    let mut y = vec![Lanes([f32::NAN; 16]); rows.div_ceil(16) * stride];
+                    for (i, y) in y.chunks_mut(3 * stride).enumerate() {
+                        matmul_rounded(isa, &view, &together, i * 48, y);
+                    }
+                    for (t, r) in (0..tokens).flat_map(|t| (0..rows).map(move |r| (t, r))) {
+                        let found = y[r / 16 * stride + t].0[r % 16];
+                        assert_eq!(
+                            found.to_bits(),
+                            alone[t * rows + r].to_bits(),
+                            "{encoding} {rows}x{cols} {} token {t} of {tokens} row {r}: {found}",
+                            isa.name()
+                        );
+                    }
+                    kernels += 1;
+                }
+            }
+        }
+    }
+    assert!(kernels > 100, "most joint codes have a kernel");
+}
+
 /// A part of the rows gives the same bits as all of them: threads may split anywhere.
 #[test]
 fn results_do_not_depend_on_the_split() {
@@ -359,30 +408,6 @@ fn vector_operations_match_f64_on_every_isa() {
                 [softmax, gate, norm].concat().iter().map(|v| v.to_bits()).collect();
             let reference = reference.get_or_insert_with(|| all.clone());
             assert!(*reference == all, "{what}: other bits than the best set");
-        }
-    }
-}
-
-#[test]
-fn attention_matches_f64_on_every_isa() {
-    let mut rng = Rng(4);
-    for (width, stride, count) in [(8, 32, 5), (64, 128, 33), (20, 20, 1)] {
-        let q = rng.floats(width);
-        let cache = rng.floats(stride * count);
-        for isa in Isa::available() {
-            let mut scores = vec![0.0; count];
-            ops::attention_scores(isa, &q, &cache, stride, 0.5, &mut scores);
-            for t in 0..count {
-                let terms = (0..width).map(|i| f64::from(q[i]) * f64::from(cache[t * stride + i]));
-                close(scores[t], terms.sum::<f64>() * 0.5, width as f64, isa.name());
-            }
-            let mut out = vec![0.0; width];
-            ops::attention_mix(isa, &scores, &cache, stride, &mut out);
-            for i in 0..width {
-                let terms =
-                    (0..count).map(|t| f64::from(scores[t]) * f64::from(cache[t * stride + i]));
-                close(out[i], terms.sum(), width as f64 * count as f64, isa.name());
-            }
         }
     }
 }

@@ -1,16 +1,20 @@
 //! Causal attention over cached keys and values.
 
-use rayon::prelude::*;
 use stb_format::encoding::{Dense, DenseView, MatrixView};
-use stb_kernels::{Isa, Panels, matmul, ops};
+use stb_kernels::kv::{KvKind, KvRows, mix, scores};
+use stb_kernels::{Isa, Panels, Pool, matmul, ops};
 
 /// Queries that share a pass over the keys when there are many.
 const BLOCK: usize = 64;
+/// Fewer tokens than this are computed one by one.
+const FEW_TOKENS: usize = 4;
+/// Keys or values of a head that stay in cache while all its queries use them.
+const CACHED: usize = 256;
 /// Below this many multiplications, threads cost more than they save.
-const SERIAL_WORK: usize = 1 << 17;
+const SERIAL_WORK: usize = 1 << 15;
 
 /// Widths of the tensors of attention.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Heads {
     /// heads · head width.
     pub q_width: usize,
@@ -21,124 +25,190 @@ pub(crate) struct Heads {
 }
 
 impl Heads {
-    fn count(self) -> usize {
-        self.q_width / self.width
-    }
-
-    /// Where the keys of query head `head` start in a row of the cache.
-    fn kv_offset(self, head: usize) -> usize {
-        head / (self.q_width / self.kv_width) * self.width
+    /// Query heads that share a key head.
+    fn group(self) -> usize {
+        self.q_width / self.kv_width
     }
 }
 
-/// Attention of the last tokens over all of them: `q` and `out` are [tokens, q_width], `keys` and
-/// `values` [all tokens, kv_width]; the last query sees every key.
-pub(crate) fn attention(
-    isa: Isa,
-    q: &[f32],
-    keys: &[f32],
-    values: &[f32],
+/// Keys and values of the tokens so far in one decoder layer.
+#[derive(Clone, Debug)]
+pub(crate) struct KvCache {
     heads: Heads,
-    out: &mut [f32],
-) {
-    let (tokens, seen) = (q.len() / heads.q_width, keys.len() / heads.kv_width);
-    let parallel = q.len() * seen >= SERIAL_WORK;
-    if tokens < 4 {
-        one_by_one(isa, q, keys, values, heads, parallel, out);
-        return;
+    /// By key head: keys (rotated), values, and what is computed with them.
+    by_head: Vec<Head>,
+}
+
+#[derive(Clone, Debug)]
+struct Head {
+    keys: KvRows,
+    values: KvRows,
+    memory: Memory,
+}
+
+/// Reusable memory of one key head.
+#[derive(Clone, Debug, Default)]
+struct Memory {
+    /// Queries of the group, padded, [group, padded width].
+    queries: Vec<f32>,
+    /// [group, keys], or by block of queries.
+    scores: Vec<f32>,
+    mixed: Vec<f32>,
+    /// [tokens, group · width].
+    out: Vec<f32>,
+}
+
+impl KvCache {
+    pub(crate) fn new(kind: KvKind, heads: Heads) -> Self {
+        let rows = || KvRows::new(kind, heads.width);
+        let head = || Head { keys: rows(), values: rows(), memory: Memory::default() };
+        Self { heads, by_head: (0..heads.kv_width / heads.width).map(|_| head()).collect() }
     }
-    // The output of a head is strided, so heads are computed apart and interleaved at the end.
-    let head = |h: usize| one_head(isa, q, keys, values, heads, h);
-    let by_head: Vec<Vec<f32>> = if parallel {
-        (0..heads.count()).into_par_iter().map(head).collect()
-    } else {
-        (0..heads.count()).map(head).collect()
-    };
-    for (t, out) in out.chunks_exact_mut(heads.q_width).enumerate() {
-        for (out, head) in out.chunks_exact_mut(heads.width).zip(&by_head) {
-            out.copy_from_slice(&head[t * heads.width..(t + 1) * heads.width]);
+
+    pub(crate) fn truncate(&mut self, tokens: usize) {
+        for head in &mut self.by_head {
+            head.keys.truncate(tokens);
+            head.values.truncate(tokens);
+        }
+    }
+
+    /// Bytes in use.
+    pub(crate) fn bytes(&self) -> usize {
+        self.by_head.iter().map(|head| head.keys.bytes() + head.values.bytes()).sum()
+    }
+
+    /// Appends `k` and `v` ([tokens, kv_width]) and computes the attention of the queries `q` of the
+    /// same tokens over all tokens so far: `q` and `out` are [tokens, q_width].
+    pub(crate) fn attend(
+        &mut self,
+        isa: Isa,
+        pool: &Pool,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        out: &mut [f32],
+    ) {
+        let heads = self.heads;
+        let tokens = q.len() / heads.q_width;
+        let seen = self.by_head.first().map_or(0, |head| head.keys.len()) + tokens;
+        let pool = pool.or_serial(q.len() * seen >= SERIAL_WORK);
+        pool.run_chunks(&mut self.by_head, 1, |index, head| {
+            for head in head {
+                head.append(isa, heads, index, k, v);
+                head.attend(isa, heads, index, q);
+            }
+        });
+        let wide = heads.group() * heads.width;
+        for (index, head) in self.by_head.iter().enumerate() {
+            for (t, from) in head.memory.out.chunks_exact(wide).enumerate() {
+                out[t * heads.q_width + index * wide..][..wide].copy_from_slice(from);
+            }
         }
     }
 }
 
-/// Few queries: a dot product with every key.
-fn one_by_one(
-    isa: Isa,
-    q: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    heads: Heads,
-    parallel: bool,
-    out: &mut [f32],
-) {
-    let first = keys.len() / heads.kv_width - q.len() / heads.q_width;
-    let scale = 1.0 / (heads.width as f32).sqrt();
-    let one = |scores: &mut Vec<f32>, (index, out): (usize, &mut [f32])| {
-        let (token, head) = (index / heads.count(), index % heads.count());
-        let q = &q[index * heads.width..(index + 1) * heads.width];
-        let offset = heads.kv_offset(head);
-        scores.resize(first + token + 1, 0.0);
-        ops::attention_scores(isa, q, &keys[offset..], heads.kv_width, scale, scores);
-        ops::softmax(isa, scores);
-        ops::attention_mix(isa, scores, &values[offset..], heads.kv_width, out);
-    };
-    if parallel {
-        out.par_chunks_exact_mut(heads.width).enumerate().for_each_init(Vec::new, one);
-    } else {
-        let mut scores = Vec::new();
-        out.chunks_exact_mut(heads.width).enumerate().for_each(|job| one(&mut scores, job));
+impl Head {
+    fn append(&mut self, isa: Isa, heads: Heads, index: usize, k: &[f32], v: &[f32]) {
+        let part = index * heads.width..(index + 1) * heads.width;
+        for (k, v) in k.chunks_exact(heads.kv_width).zip(v.chunks_exact(heads.kv_width)) {
+            self.keys.push(isa, &k[part.clone()]);
+            self.values.push(isa, &v[part.clone()]);
+        }
     }
-}
 
-/// Many queries of one head as two matrix products per block of queries: [tokens, width].
-fn one_head(
-    isa: Isa,
-    q: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    heads: Heads,
-    head: usize,
-) -> Vec<f32> {
-    let Heads { q_width, kv_width, width } = heads;
-    let (tokens, seen) = (q.len() / q_width, keys.len() / kv_width);
-    let scale = 1.0 / (width as f32).sqrt();
-    let offset = heads.kv_offset(head);
-    let (mut key_panels, mut value_panels) = (Panels::default(), Panels::default());
-    key_panels.pack_strided(&keys[offset..], seen, width, kv_width);
-    value_panels.pack_transposed(&values[offset..], width, seen, kv_width);
-    let mut out = Vec::with_capacity(tokens * width);
-    let (mut queries, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
-    for from in (0..tokens).step_by(BLOCK) {
-        let count = BLOCK.min(tokens - from);
-        // The last query of the block sees this many keys.
-        let visible = seen - tokens + from + count;
+    fn attend(&mut self, isa: Isa, heads: Heads, index: usize, q: &[f32]) {
+        let tokens = q.len() / heads.q_width;
+        self.memory.out.clear();
+        self.memory.out.resize(tokens * heads.group() * heads.width, 0.0);
+        if tokens < FEW_TOKENS {
+            for token in 0..tokens {
+                self.one_token(isa, heads, index, token, q);
+            }
+        } else {
+            self.many_tokens(isa, heads, index, q);
+        }
+    }
+
+    /// Scores, softmax and mixture for the queries of one token, some keys at a time.
+    fn one_token(&mut self, isa: Isa, heads: Heads, index: usize, token: usize, q: &[f32]) {
+        let Self { keys, values, memory } = self;
+        let Memory { queries, scores: all, mixed, out } = memory;
+        let (group, width, padded) = (heads.group(), heads.width, keys.padded_width());
+        let visible = keys.len() - (q.len() / heads.q_width - 1 - token);
+        let scale = 1.0 / (width as f32).sqrt();
+        let q = &q[token * heads.q_width + index * group * width..][..group * width];
         queries.clear();
-        for q in q[from * q_width..].chunks_exact(q_width).take(count) {
-            queries.extend(q[head * width..][..width].iter().map(|q| q * scale));
+        queries.resize(group * padded, 0.0);
+        for (to, q) in queries.chunks_exact_mut(padded).zip(q.chunks_exact(width)) {
+            to[..width].copy_from_slice(q);
         }
-        let visible_keys = key_panels.first(visible, width);
-        let stride = visible_keys.row_stride();
-        scores.resize(count * stride, 0.0);
-        matmul(isa, &dense(&queries, count, width), visible_keys, 0, &mut scores);
-        // Softmax over what each query may see; the future gets weight zero.
-        for (i, row) in scores.chunks_exact_mut(stride).enumerate() {
-            let (past, future) = row.split_at_mut(visible - count + i + 1);
-            ops::softmax(isa, past);
-            future.fill(0.0);
+        all.resize(group * visible, 0.0);
+        for from in (0..visible).step_by(CACHED) {
+            for (q, row) in queries.chunks_exact(padded).zip(all.chunks_exact_mut(visible)) {
+                let to = from + CACHED.min(visible - from);
+                scores(isa, q, keys, from, scale, &mut row[from..to]);
+            }
         }
-        // Panels need rows without padding.
-        for i in 1..count {
-            scores.copy_within(i * stride..i * stride + visible, i * visible);
+        all.chunks_exact_mut(visible).for_each(|row| ops::softmax(isa, row));
+        mixed.clear();
+        mixed.resize(group * padded, 0.0);
+        for from in (0..visible).step_by(CACHED) {
+            for (row, mixed) in all.chunks_exact(visible).zip(mixed.chunks_exact_mut(padded)) {
+                let to = from + CACHED.min(visible - from);
+                mix(isa, &row[from..to], values, from, mixed);
+            }
         }
-        let weights = dense(&scores[..count * visible], count, visible);
-        let visible_values = value_panels.first(width, visible);
-        mixed.resize(count * visible_values.row_stride(), 0.0);
-        matmul(isa, &weights, visible_values, 0, &mut mixed);
-        for row in mixed.chunks_exact(visible_values.row_stride()) {
-            out.extend_from_slice(&row[..width]);
+        let out = &mut out[token * group * width..][..group * width];
+        for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(padded)) {
+            out.copy_from_slice(&mixed[..width]);
         }
     }
-    out
+
+    /// Many queries as two matrix products per head and block of queries.
+    fn many_tokens(&mut self, isa: Isa, heads: Heads, index: usize, q: &[f32]) {
+        let Self { keys, values, memory } = self;
+        let (group, width, seen) = (heads.group(), heads.width, keys.len());
+        let tokens = q.len() / heads.q_width;
+        let (mut numbers, mut key_panels, mut value_panels) =
+            (Vec::new(), Panels::default(), Panels::default());
+        keys.read(isa, &mut numbers);
+        key_panels.pack_strided(&numbers, seen, width, width);
+        values.read(isa, &mut numbers);
+        value_panels.pack_transposed(&numbers, width, seen, width);
+        let scale = 1.0 / (width as f32).sqrt();
+        let Memory { queries, scores, mixed, out } = memory;
+        for (h, from) in (0..group).flat_map(|h| (0..tokens).step_by(BLOCK).map(move |t| (h, t))) {
+            let count = BLOCK.min(tokens - from);
+            // The last query of the block sees this many keys.
+            let visible = seen - tokens + from + count;
+            queries.clear();
+            for q in q[from * heads.q_width..].chunks_exact(heads.q_width).take(count) {
+                let head = (index * group + h) * width;
+                queries.extend(q[head..head + width].iter().map(|q| q * scale));
+            }
+            let visible_keys = key_panels.first(visible, width);
+            let stride = visible_keys.row_stride();
+            scores.resize(count * stride, 0.0);
+            matmul(isa, &dense(queries, count, width), visible_keys, 0, scores);
+            // Softmax over what each query may see; the future gets weight zero.
+            for (i, row) in scores.chunks_exact_mut(stride).enumerate() {
+                let (past, future) = row.split_at_mut(visible - count + i + 1);
+                ops::softmax(isa, past);
+                future.fill(0.0);
+            }
+            // Panels need rows without padding.
+            for i in 1..count {
+                scores.copy_within(i * stride..i * stride + visible, i * visible);
+            }
+            let weights = dense(&scores[..count * visible], count, visible);
+            let visible_values = value_panels.first(width, visible);
+            mixed.resize(count * visible_values.row_stride(), 0.0);
+            matmul(isa, &weights, visible_values, 0, mixed);
+            for (i, row) in mixed.chunks_exact(visible_values.row_stride()).enumerate() {
+                out[((from + i) * group + h) * width..][..width].copy_from_slice(&row[..width]);
+            }
+        }
+    }
 }
 
 /// Numbers in memory as a matrix.
@@ -151,23 +221,63 @@ fn dense(values: &[f32], rows: usize, cols: usize) -> MatrixView<'_> {
 mod tests {
     use super::*;
 
-    /// Both ways of computing attention agree, with and without earlier tokens in the cache.
+    fn numbers(n: usize, k: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * k) % 97) as f32 / 48.0 - 1.0).collect()
+    }
+
+    /// The definition, in f64.
+    fn naive(heads: Heads, q: &[f32], keys: &[f32], values: &[f32]) -> Vec<f64> {
+        let (tokens, seen) = (q.len() / heads.q_width, keys.len() / heads.kv_width);
+        let mut out = Vec::new();
+        for (t, head) in
+            (0..tokens).flat_map(|t| (0..heads.q_width / heads.width).map(move |h| (t, h)))
+        {
+            let q = &q[t * heads.q_width + head * heads.width..][..heads.width];
+            let row = |all: &[f32], s: usize| -> Vec<f64> {
+                let at = s * heads.kv_width + head / heads.group() * heads.width;
+                all[at..at + heads.width].iter().map(|v| f64::from(*v)).collect()
+            };
+            let weights: Vec<f64> = (0..=seen - tokens + t)
+                .map(|s| {
+                    let terms = row(keys, s).into_iter().zip(q).map(|(k, q)| k * f64::from(*q));
+                    (terms.sum::<f64>() / (heads.width as f64).sqrt()).exp()
+                })
+                .collect();
+            let total: f64 = weights.iter().sum();
+            for i in 0..heads.width {
+                let terms = weights.iter().enumerate().map(|(s, w)| w * row(values, s)[i]);
+                out.push(terms.sum::<f64>() / total);
+            }
+        }
+        out
+    }
+
+    /// Prompt and single tokens, with and without earlier tokens, for every kind of cache.
     #[test]
-    fn blocks_and_single_queries_agree() {
+    fn attention_matches_its_definition() {
         let heads = Heads { q_width: 4 * 24, kv_width: 2 * 24, width: 24 };
-        let numbers = |n: usize, k: usize| -> Vec<f32> {
-            (0..n).map(|i| ((i * k) % 97) as f32 / 48.0 - 1.0).collect()
-        };
         let isa = Isa::detect().unwrap();
-        for (tokens, seen) in [(5, 5), (70, 70), (130, 200), (64, 65)] {
-            let q = numbers(tokens * heads.q_width, 7);
-            let keys = numbers(seen * heads.kv_width, 11);
-            let values = numbers(seen * heads.kv_width, 13);
-            let (mut blocks, mut single) = (vec![0.0; q.len()], vec![0.0; q.len()]);
-            attention(isa, &q, &keys, &values, heads, &mut blocks);
-            one_by_one(isa, &q, &keys, &values, heads, false, &mut single);
-            for (a, b) in blocks.iter().zip(&single) {
-                assert!((a - b).abs() < 1e-5, "{tokens} of {seen}: {a} {b}");
+        let pool = Pool::new(2).unwrap();
+        for (kind, tolerance) in [(KvKind::F32, 1e-5), (KvKind::F16, 2e-3), (KvKind::Q8, 3e-2)] {
+            for (earlier, tokens) in [(0, 5), (0, 70), (70, 130), (1, 64), (300, 1), (0, 1), (9, 3)]
+            {
+                let q = numbers((earlier + tokens) * heads.q_width, 7);
+                let keys = numbers((earlier + tokens) * heads.kv_width, 11);
+                let values = numbers((earlier + tokens) * heads.kv_width, 13);
+                let mut cache = KvCache::new(kind, heads);
+                let mut out = vec![0.0; q.len()];
+                let (q_split, kv_split) = (earlier * heads.q_width, earlier * heads.kv_width);
+                let ranges = [(0..q_split, 0..kv_split), (q_split..q.len(), kv_split..keys.len())];
+                for (q_range, kv_range) in ranges {
+                    let (k, v) = (&keys[kv_range.clone()], &values[kv_range]);
+                    let out = &mut out[q_range.clone()];
+                    cache.attend(isa, &pool, &q[q_range], k, v, out);
+                }
+                let exact = naive(heads, &q[q_split..], &keys, &values);
+                for (a, b) in out[q_split..].iter().zip(&exact) {
+                    let error = (f64::from(*a) - b).abs();
+                    assert!(error < tolerance, "{kind:?} {tokens} after {earlier}: {a} {b}");
+                }
             }
         }
     }

@@ -1,9 +1,10 @@
 //! The forward pass of a LLaMA-type decoder, top to bottom.
 
 use stb_format::{RopePairing, RopeScaling};
-use stb_kernels::{Isa, ops};
+use stb_kernels::kv::KvKind;
+use stb_kernels::{Isa, Pool, ops};
 
-use crate::attention::{Heads, attention};
+use crate::attention::{Heads, KvCache};
 use crate::error::{Error, Result};
 use crate::linear::{Linears, apply};
 use crate::model::{Layer, Model};
@@ -43,15 +44,6 @@ impl Observer for () {
     fn observe(&mut self, _: LinearInput, _: &[f32]) {}
 }
 
-/// Keys and values of the tokens so far, per layer.
-#[derive(Clone, Debug, Default)]
-pub struct KvCache {
-    /// [tokens, kv_heads · head_dim], rotated.
-    keys: Vec<f32>,
-    /// [tokens, kv_heads · head_dim].
-    values: Vec<f32>,
-}
-
 /// One sequence: its position, its caches and reusable memory.
 #[derive(Debug)]
 pub struct State {
@@ -66,6 +58,7 @@ pub struct State {
 #[derive(Default, Debug)]
 struct Memory {
     linears: Linears,
+    rotary: Rotary,
     hidden: Vec<f32>,
     normed: Vec<f32>,
     q: Vec<f32>,
@@ -82,7 +75,7 @@ impl State {
     #[must_use]
     pub fn new(model: &Model, context: usize) -> Self {
         Self {
-            caches: vec![KvCache::default(); model.layers.len()],
+            caches: vec![KvCache::new(model.kv, model.heads()); model.layers.len()],
             tokens: 0,
             context,
             memory: Memory { linears: Linears::new(!model.exact), ..Memory::default() },
@@ -113,12 +106,26 @@ impl State {
         if tokens >= self.tokens {
             return;
         }
-        for cache in &mut self.caches {
-            let width = cache.keys.len() / self.tokens;
-            cache.keys.truncate(tokens * width);
-            cache.values.truncate(tokens * width);
-        }
+        self.caches.iter_mut().for_each(|cache| cache.truncate(tokens));
         self.tokens = tokens;
+    }
+
+    /// Bytes of keys and values.
+    #[must_use]
+    pub fn cache_bytes(&self) -> usize {
+        self.caches.iter().map(KvCache::bytes).sum()
+    }
+
+    /// Whether `count` more tokens fit.
+    fn check_room(&self, count: usize) -> Result<()> {
+        if self.tokens + count > self.context {
+            return Err(Error::usage(format!(
+                "{} tokens do not fit into a context of {}; shorten the prompt or raise -c",
+                self.tokens + count,
+                self.context
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -132,11 +139,46 @@ impl Model {
         let hidden = self.run_layers(state, tokens)?;
         let width = self.norm.len();
         let last = &hidden[hidden.len() - width..];
-        let mut logits = std::mem::take(&mut state.logits);
-        self.logits(&mut state.memory.linears, &mut state.memory.normed, last, &mut logits);
+        self.logits(&mut state.memory, last, &mut state.logits);
         state.memory.hidden = hidden;
-        state.logits = logits;
         Ok(&state.logits)
+    }
+
+    /// Appends one token to each of several sequences, which share one pass over the weights, and
+    /// returns the logits, [sequences, vocab], in the memory of the first.
+    ///
+    /// # Errors
+    /// As for [`Model::forward`], before anything is changed; [`Error::Usage`] for no sequence or
+    /// another number of tokens.
+    pub fn forward_batch<'s>(&self, states: &'s mut [State], tokens: &[u32]) -> Result<&'s [f32]> {
+        if states.is_empty() || states.len() != tokens.len() {
+            return Err(Error::usage("a batch takes one token for each of its sequences"));
+        }
+        states.iter().try_for_each(|state| state.check_room(1))?;
+        let mut memory = std::mem::take(&mut states[0].memory);
+        let mut hidden = std::mem::take(&mut memory.hidden);
+        if let Err(e) = self.embed(tokens, &mut hidden) {
+            states[0].memory = memory;
+            return Err(e);
+        }
+        self.turn(&mut memory.rotary, states.iter().map(|state| state.tokens));
+        let heads = self.heads();
+        for (i, layer) in self.layers.iter().enumerate() {
+            let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
+                let rows = q.chunks_exact(heads.q_width).zip(out.chunks_exact_mut(heads.q_width));
+                let keys = k.chunks_exact(heads.kv_width).zip(v.chunks_exact(heads.kv_width));
+                for ((state, (q, out)), (k, v)) in states.iter_mut().zip(rows).zip(keys) {
+                    state.caches[i].attend(self.isa, &self.pool, q, k, v, out);
+                }
+            };
+            self.layer(layer, &self.pool, attend, &mut memory, &mut hidden, &mut ());
+        }
+        states.iter_mut().for_each(|state| state.tokens += 1);
+        let first = &mut states[0];
+        self.logits(&mut memory, &hidden, &mut first.logits);
+        memory.hidden = hidden;
+        first.memory = memory;
+        Ok(&first.logits)
     }
 
     /// Appends `tokens` and hands the logits after each of them to `sink`, some tokens at a time:
@@ -154,8 +196,7 @@ impl Model {
         let hidden = self.run_layers(state, tokens)?;
         let mut logits = Vec::new();
         for (i, hidden) in hidden.chunks(CHUNK * self.norm.len()).enumerate() {
-            let Memory { linears, normed, .. } = &mut state.memory;
-            self.logits(linears, normed, hidden, &mut logits);
+            self.logits(&mut state.memory, hidden, &mut logits);
             sink(i * CHUNK, &logits);
         }
         state.memory.hidden = hidden;
@@ -167,18 +208,15 @@ impl Model {
         if tokens.is_empty() {
             return Err(Error::usage("there is no token to continue from; give a prompt"));
         }
-        if state.tokens + tokens.len() > state.context {
-            return Err(Error::usage(format!(
-                "{} tokens do not fit into a context of {}; shorten the prompt or raise -c",
-                state.tokens + tokens.len(),
-                state.context
-            )));
-        }
+        state.check_room(tokens.len())?;
         let mut hidden = std::mem::take(&mut state.memory.hidden);
         self.embed(tokens, &mut hidden)?;
-        let rotary = self.rotary(state.tokens, tokens.len());
+        self.turn(&mut state.memory.rotary, state.tokens..state.tokens + tokens.len());
         for (layer, cache) in self.layers.iter().zip(&mut state.caches) {
-            self.layer(layer, cache, &rotary, &mut state.memory, &mut hidden, &mut ());
+            let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
+                cache.attend(self.isa, &self.pool, q, k, v, out);
+            };
+            self.layer(layer, &self.pool, attend, &mut state.memory, &mut hidden, &mut ());
         }
         state.tokens += tokens.len();
         Ok(hidden)
@@ -204,85 +242,92 @@ impl Model {
         Ok(())
     }
 
-    /// Runs one decoder layer over a whole sequence from its start: `hidden` is [tokens, hidden],
-    /// changed in place. `observer` sees the inputs of the linear layers.
+    /// Runs one decoder layer over a whole sequence from its start, exactly and on this thread alone:
+    /// `hidden` is [tokens, hidden], changed in place. `observer` sees the inputs of the linear layers.
     pub fn run_layer(&self, layer: &Layer, hidden: &mut [f32], observer: &mut dyn Observer) {
-        let rotary = self.rotary(0, hidden.len() / self.norm.len());
-        let (mut cache, mut memory) = (KvCache::default(), Memory::default());
-        self.layer(layer, &mut cache, &rotary, &mut memory, hidden, observer);
+        let mut memory = Memory::default();
+        self.turn(&mut memory.rotary, 0..hidden.len() / self.norm.len());
+        let mut cache = KvCache::new(KvKind::F32, self.heads());
+        let pool = self.pool.or_serial(false);
+        let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
+            cache.attend(self.isa, pool, q, k, v, out);
+        };
+        self.layer(layer, pool, attend, &mut memory, hidden, observer);
     }
 
+    /// `attend` appends keys and values (both [tokens, kv_width]) to the caches and computes the
+    /// attention of queries ([tokens, q_width]), both rotated.
     fn layer(
         &self,
         layer: &Layer,
-        cache: &mut KvCache,
-        rotary: &Rotary,
+        pool: &Pool,
+        mut attend: impl FnMut(&[f32], &[f32], &[f32], &mut [f32]),
         memory: &mut Memory,
         hidden: &mut [f32], // [tokens, hidden]
         observer: &mut dyn Observer,
     ) {
         let isa = self.isa;
-        let Memory { linears, normed, q, k, v, mixed, gate, up, out, .. } = memory;
+        let Memory { linears, rotary, normed, q, k, v, mixed, gate, up, out, .. } = memory;
         let eps = self.spec.norm_eps as f32;
-        let head_dim = self.spec.head_dim as usize;
 
-        rms_norm_rows(isa, hidden, &layer.attention_norm, eps, normed);
+        norm_rows(isa, pool, hidden, &layer.attention_norm, eps, normed);
         observer.observe(LinearInput::Attention, normed);
-        apply(isa, linears, &[&layer.q, &layer.k, &layer.v], normed, &mut [q, k, v]);
-        rotary.rotate(q, layer.q.rows(), head_dim);
-        rotary.rotate(k, layer.k.rows(), head_dim);
-        cache.keys.extend_from_slice(k);
-        cache.values.extend_from_slice(v);
-
+        apply(isa, pool, linears, [&layer.q, &layer.k, &layer.v], normed, [q, k, v]);
+        rotary.rotate(pool, q, layer.q.rows());
+        rotary.rotate(pool, k, layer.k.rows());
         mixed.resize(q.len(), 0.0);
-        let heads = Heads { q_width: layer.q.rows(), kv_width: layer.k.rows(), width: head_dim };
-        attention(isa, q, &cache.keys, &cache.values, heads, mixed);
+        attend(q, k, v, mixed);
         observer.observe(LinearInput::AttentionOutput, mixed);
-        apply(isa, linears, &[&layer.o], mixed, &mut [out]);
-        add(hidden, out);
+        apply(isa, pool, linears, [&layer.o], mixed, [out]);
+        add(pool, hidden, out);
 
-        rms_norm_rows(isa, hidden, &layer.mlp_norm, eps, normed);
+        norm_rows(isa, pool, hidden, &layer.mlp_norm, eps, normed);
         observer.observe(LinearInput::Mlp, normed);
-        apply(isa, linears, &[&layer.gate, &layer.up], normed, &mut [gate, up]);
-        ops::silu_mul(isa, gate, up);
+        apply(isa, pool, linears, [&layer.gate, &layer.up], normed, [gate, up]);
+        let up = &*up;
+        pool.or_serial(gate.len() > SERIAL).run_chunks(gate, CHUNK, |first, gate| {
+            ops::silu_mul(isa, gate, &up[first..first + gate.len()]);
+        });
         observer.observe(LinearInput::MlpDown, gate);
-        apply(isa, linears, &[&layer.down], gate, &mut [out]);
-        add(hidden, out);
+        apply(isa, pool, linears, [&layer.down], gate, [out]);
+        add(pool, hidden, out);
     }
 
     /// Last norm and head: `hidden` [tokens, hidden] to `logits` [tokens, vocab].
-    fn logits(
-        &self,
-        linears: &mut Linears,
-        normed: &mut Vec<f32>,
-        hidden: &[f32],
-        logits: &mut Vec<f32>,
-    ) {
-        rms_norm_rows(self.isa, hidden, &self.norm, self.spec.norm_eps as f32, normed);
-        apply(self.isa, linears, &[self.head()], normed, &mut [logits]);
+    fn logits(&self, memory: &mut Memory, hidden: &[f32], logits: &mut Vec<f32>) {
+        let Memory { linears, normed, .. } = memory;
+        let eps = self.spec.norm_eps as f32;
+        norm_rows(self.isa, &self.pool, hidden, &self.norm, eps, normed);
+        apply(self.isa, &self.pool, linears, [self.head()], normed, [logits]);
     }
 
-    /// Angles of `count` positions from `first`.
-    fn rotary(&self, first: usize, count: usize) -> Rotary {
-        let frequencies = inverse_frequencies(
-            self.spec.head_dim as usize,
-            self.spec.rope_theta,
-            self.spec.rope_scaling,
-        );
-        let mut turns = Vec::with_capacity(count * frequencies.len());
-        for position in first..first + count {
-            for frequency in &frequencies {
+    /// Widths of the tensors of attention.
+    fn heads(&self) -> Heads {
+        let width = self.spec.head_dim as usize;
+        let widths = self.layers.first().map(|layer| (layer.q.rows(), layer.k.rows()));
+        let (q_width, kv_width) = widths.unwrap_or((width, width));
+        Heads { q_width, kv_width, width }
+    }
+
+    /// Angles of `positions`.
+    fn turn(&self, rotary: &mut Rotary, positions: impl Iterator<Item = usize>) {
+        rotary.cos.clear();
+        rotary.sin.clear();
+        for position in positions {
+            for frequency in &self.frequencies {
                 // The angle is rounded to f32, as the reference implementations do.
                 let angle = f64::from(position as f32 * frequency);
-                turns.push((angle.cos() as f32, angle.sin() as f32));
+                rotary.cos.push(angle.cos() as f32);
+                rotary.sin.push(angle.sin() as f32);
             }
         }
-        Rotary { turns, pairing: self.spec.rope_pairing }
+        rotary.pairs = self.frequencies.len();
+        rotary.interleaved = self.spec.rope_pairing == RopePairing::Interleaved;
     }
 }
 
 /// 1 / θ^(2i/head_dim) for each pair, scaled.
-fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScaling) -> Vec<f32> {
+pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScaling) -> Vec<f32> {
     let pairs = head_dim / 2;
     let frequency = |i: usize| 1.0 / theta.powf(2.0 * i as f64 / head_dim as f64);
     let scale = |frequency: f64| match scaling {
@@ -299,43 +344,62 @@ fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScaling) -> Vec
 }
 
 /// Cosine and sine for each position and pair.
+#[derive(Default, Debug)]
 struct Rotary {
-    /// [positions, head_dim / 2].
-    turns: Vec<(f32, f32)>,
-    pairing: RopePairing,
+    /// [positions, pairs].
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// head_dim / 2.
+    pairs: usize,
+    /// Whether pairs are neighbours; else they are half a head apart.
+    interleaved: bool,
 }
 
 impl Rotary {
     /// Rotates the heads of `x`, [tokens, width], in place.
-    fn rotate(&self, x: &mut [f32], width: usize, head_dim: usize) {
-        let half = head_dim / 2;
-        for (x, turns) in x.chunks_exact_mut(width).zip(self.turns.chunks_exact(half)) {
-            for head in x.chunks_exact_mut(head_dim) {
-                for (i, (cos, sin)) in turns.iter().enumerate() {
-                    let (a, b) = match self.pairing {
-                        RopePairing::Half => (i, i + half),
-                        RopePairing::Interleaved => (2 * i, 2 * i + 1),
-                    };
-                    let (u, v) = (head[a], head[b]);
-                    head[a] = u * cos - v * sin;
-                    head[b] = v * cos + u * sin;
+    fn rotate(&self, pool: &Pool, x: &mut [f32], width: usize) {
+        pool.or_serial(x.len() > SERIAL).run_chunks(x, width, |first, x| {
+            let at = first / width * self.pairs;
+            let (cos, sin) = (&self.cos[at..at + self.pairs], &self.sin[at..at + self.pairs]);
+            for head in x.chunks_exact_mut(2 * self.pairs) {
+                if self.interleaved {
+                    for ((pair, cos), sin) in
+                        head.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin)
+                    {
+                        let [u, v] = *pair;
+                        *pair = [u * cos - v * sin, v * cos + u * sin];
+                    }
+                } else {
+                    let (low, high) = head.split_at_mut(self.pairs);
+                    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                        let (u, v) = (*a, *b);
+                        *a = u * cos - v * sin;
+                        *b = v * cos + u * sin;
+                    }
                 }
             }
-        }
+        });
     }
 }
 
-fn rms_norm_rows(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
+/// Up to so many numbers, operations between the linear layers stay on one thread.
+const SERIAL: usize = 1 << 15;
+/// Numbers per task above that.
+const CHUNK: usize = 1 << 14;
+
+fn norm_rows(isa: Isa, pool: &Pool, x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
     out.resize(x.len(), 0.0);
-    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-        ops::rms_norm(isa, x, weight, eps, out);
-    }
+    pool.or_serial(x.len() > SERIAL).run_chunks(out, weight.len(), |first, out| {
+        ops::rms_norm(isa, &x[first..first + out.len()], weight, eps, out);
+    });
 }
 
-fn add(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
-    }
+fn add(pool: &Pool, x: &mut [f32], y: &[f32]) {
+    pool.or_serial(x.len() > SERIAL).run_chunks(x, CHUNK, |first, x| {
+        for (x, y) in x.iter_mut().zip(&y[first..]) {
+            *x += y;
+        }
+    });
 }
 
 #[cfg(test)]

@@ -20,6 +20,8 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
     /// Also stop at any special token, as the turn of a chat does.
     pub stop_at_special: bool,
+    /// Never choose an end token: the answer goes on to the other limits.
+    pub ignore_end: bool,
 }
 
 /// Why an answer ended.
@@ -112,6 +114,13 @@ pub fn generate(
     let reason = loop {
         if options.max_tokens.is_some_and(|n| tokens.len() >= n) {
             break Finish::Length;
+        }
+        if options.ignore_end {
+            for end in &tokenizer.eos {
+                if let Some(logit) = logits.get_mut(*end as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
         }
         let token = sampler.sample(&logits);
         if tokenizer.eos.contains(&token)

@@ -22,6 +22,7 @@ mod map;
 mod model;
 mod sampler;
 mod template;
+mod threads;
 mod tokenizer;
 mod weights;
 
@@ -30,14 +31,16 @@ pub use config::{TokenConfig, parse_config};
 pub use error::{Error, Result, exit_code};
 pub use eval::{
     Divergence, Estimate, Item, Perplexity, PerplexityOptions, Prompt, Score, Task, TaskResult,
-    TextLayout, ZeroShotOptions, perplexity, score_item, zero_shot,
+    TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_item, zero_shot,
 };
-pub use forward::{KvCache, LinearInput, Observer, State};
+pub use forward::{LinearInput, Observer, State};
 pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};
 pub use linear::{Linears, apply};
 pub use map::Bytes;
 pub use model::{Layer, Model, OpenOptions, Verify};
 pub use sampler::{Sampler, SamplerOptions};
+pub use stb_kernels::kv::KvKind;
 pub use template::{ChatTemplate, Message};
+pub use threads::default_threads;
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Weight;

@@ -1,25 +1,35 @@
 //! Linear layers on one token or many, split over threads by rows.
 
-use rayon::prelude::*;
 use stb_format::encoding::MatrixView;
-use stb_kernels::{Isa, Panels, Workspace, matmul, matvec};
+use stb_kernels::{
+    Isa, Lanes, Panels, Pool, ROW_TILE, RoundedTokens, RoundingPart, Workspace, has_rounded_matmul,
+    matmul, matmul_rounded, matvec, share_preparation,
+};
 
 use crate::weights::Weight;
 
-/// Rows per task: enough work to pay for the dispatch, few enough to balance.
+/// Stored bytes per task of a product with few tokens: enough work to pay for taking the task.
+const TASK_BYTES: usize = 64 << 10;
+/// Rows per task of a product with many tokens.
 const TASK_ROWS: usize = 64;
-/// Below this many weights, threads cost more than they save.
-const SERIAL_WEIGHTS: usize = 1 << 17;
+/// Up to so many tokens, each is multiplied with packed weights in cache; more share expanded ones.
+const FEW_TOKENS: usize = 16;
+/// Below this many multiplications, threads cost more than they save.
+const SERIAL_WORK: usize = 1 << 15;
 
 /// Reusable memory of linear layers.
 #[derive(Default, Debug)]
 pub struct Linears {
-    /// Whether the activations of single tokens are rounded to 8 bits where there is a kernel for it.
+    /// Whether activations are rounded to 8 bits where there is a kernel for it.
     rounded: bool,
+    /// Prepared activations: for each matrix, for each token.
     works: Vec<Workspace>,
     panels: Panels,
+    tokens: RoundedTokens,
     /// Outputs by rows, [rows, tokens padded], before they are transposed.
     by_rows: Vec<f32>,
+    /// Outputs by row tiles, [tiles, tokens padded].
+    by_tiles: Vec<Lanes>,
 }
 
 impl Linears {
@@ -31,99 +41,169 @@ impl Linears {
 }
 
 /// `out[i] = x · weights[i]ᵀ` for matrices that share their input: `x` is [tokens, in], each output
-/// [tokens, out], resized as needed. One parallel region serves all of them.
+/// [tokens, out], resized as needed. For a few tokens, one parallel region serves all of them.
 ///
 /// # Panics
 /// If `x` is not whole tokens of the matrices' width.
-pub fn apply(
+pub fn apply<const N: usize>(
     isa: Isa,
+    pool: &Pool,
     memory: &mut Linears,
-    weights: &[&Weight],
+    weights: [&Weight; N],
     x: &[f32],
-    outputs: &mut [&mut Vec<f32>],
+    outputs: [&mut Vec<f32>; N],
 ) {
-    assert_eq!(weights.len(), outputs.len(), "one output per matrix");
     let cols = weights[0].cols();
     assert!(weights.iter().all(|w| w.cols() == cols), "matrices of one input");
+    assert!(x.len().is_multiple_of(cols), "whole tokens");
     let tokens = x.len() / cols;
-    for (weight, out) in weights.iter().zip(outputs.iter_mut()) {
-        out.resize(tokens * weight.rows(), 0.0);
+    let views = weights.map(Weight::view);
+    if tokens == 1 || memory.rounded && tokens <= FEW_TOKENS {
+        let bytes = weights.iter().map(|w| w.byte_len()).sum();
+        return few_tokens(isa, pool, memory, &views, bytes, x, outputs);
     }
-    let views: Vec<MatrixView<'_>> = weights.iter().map(|w| w.view()).collect();
-    if tokens == 1 {
-        one_token(isa, memory, &views, x, outputs);
-    } else {
-        many_tokens(isa, memory, &views, x, outputs);
-    }
-}
-
-fn one_token(
-    isa: Isa,
-    memory: &mut Linears,
-    views: &[MatrixView<'_>],
-    x: &[f32],
-    outputs: &mut [&mut Vec<f32>],
-) {
-    memory.works.resize_with(views.len(), Workspace::default);
-    let rounded = memory.rounded;
-    // Column factors differ from matrix to matrix, so each has its own activations.
-    let works = memory.works.iter_mut().zip(views);
-    let prepared: Vec<_> = works
-        .map(|(work, view)| match rounded {
-            true => work.prepare_rounded(isa, view, x),
-            false => work.prepare(view, x),
-        })
-        .collect();
-    let tasks: Vec<_> = outputs
-        .iter_mut()
-        .enumerate()
-        .flat_map(|(i, out)| {
-            out.chunks_mut(TASK_ROWS).enumerate().map(move |(k, y)| (i, k * TASK_ROWS, y))
-        })
-        .collect();
-    run(views, tasks, |(i, first, y)| matvec(isa, &views[i], prepared[i], first, y));
-}
-
-fn many_tokens(
-    isa: Isa,
-    memory: &mut Linears,
-    views: &[MatrixView<'_>],
-    x: &[f32],
-    outputs: &mut [&mut Vec<f32>],
-) {
-    let Linears { panels, by_rows, .. } = memory;
-    panels.pack(x, views[0].cols());
-    let panels = panels.all();
-    let (tokens, stride) = (panels.tokens(), panels.row_stride());
     for (view, out) in views.iter().zip(outputs) {
-        let rows = view.rows();
-        by_rows.resize(rows * stride, 0.0);
-        let tasks: Vec<_> = by_rows[..rows * stride]
-            .chunks_mut(TASK_ROWS * stride)
-            .enumerate()
-            .map(|(k, y)| (k * TASK_ROWS, y))
-            .collect();
-        run(&[*view], tasks, |(first, y)| matmul(isa, view, panels, first, y));
-        let by_rows = &*by_rows;
-        let transpose = |(t, out): (usize, &mut [f32])| {
-            for (r, out) in out.iter_mut().enumerate() {
-                *out = by_rows[r * stride + t];
-            }
-        };
-        if rows * tokens < SERIAL_WEIGHTS {
-            out.chunks_mut(rows).enumerate().for_each(transpose);
+        out.resize(tokens * view.rows(), 0.0);
+        if memory.rounded && has_rounded_matmul(view) {
+            many_rounded(isa, pool, memory, view, x, out);
         } else {
-            out.par_chunks_mut(rows).enumerate().for_each(transpose);
+            many_exact(isa, pool, memory, view, x, out);
         }
     }
 }
 
-/// Runs tasks on all threads if they are worth it.
-fn run<T: Send>(views: &[MatrixView<'_>], tasks: Vec<T>, task: impl Fn(T) + Sync + Send) {
-    let weights: usize = views.iter().map(|v| v.rows() * v.cols()).sum();
-    if tasks.len() < 2 || weights < SERIAL_WEIGHTS || rayon::current_num_threads() == 1 {
-        tasks.into_iter().for_each(task);
-    } else {
-        tasks.into_par_iter().for_each(task);
+/// A matrix-vector product for each token, all on one piece of the weights while it is in cache.
+/// `bytes` is what the matrices take.
+fn few_tokens<const N: usize>(
+    isa: Isa,
+    pool: &Pool,
+    memory: &mut Linears,
+    views: &[MatrixView<'_>; N],
+    bytes: usize,
+    x: &[f32],
+    outputs: [&mut Vec<f32>; N],
+) {
+    let Linears { rounded, works, by_rows, .. } = memory;
+    let rounded = *rounded;
+    // Column factors differ from matrix to matrix; without them matrices share their activations.
+    let source: [usize; N] = std::array::from_fn(|i| {
+        let shared = (0..i).find(|j| share_preparation(&views[*j], &views[i], rounded));
+        shared.unwrap_or(i)
+    });
+    let cols = views[0].cols();
+    let tokens = x.len() / cols;
+    if works.len() < N * tokens {
+        works.resize_with(N * tokens, Workspace::default);
     }
+    let prepare = |first: usize, works: &mut [Workspace]| {
+        let (i, t) = (first / tokens, first % tokens);
+        if source[i] == i {
+            let (view, x) = (&views[i], &x[t * cols..(t + 1) * cols]);
+            match rounded {
+                true => works[0].prepare_rounded(isa, view, x),
+                false => works[0].prepare(view, x),
+            };
+        }
+    };
+    let works = &mut works[..N * tokens];
+    if source == [0; N] && tokens == 1 {
+        prepare(0, &mut works[..1]);
+    } else {
+        pool.run_chunks(works, 1, prepare);
+    }
+    let works = &*works;
+
+    // With several tokens the results of a piece lie together, and are spread afterwards.
+    let total: usize = views.iter().map(MatrixView::rows).sum();
+    let chunk = (TASK_BYTES * total / bytes.max(1)).next_multiple_of(2 * ROW_TILE);
+    let chunk = chunk.clamp(2 * ROW_TILE, 32 * ROW_TILE);
+    let product = |i: usize, first: usize, t: usize, y: &mut [f32]| {
+        matvec(isa, &views[i], works[source[i] * tokens + t].prepared(), first, y);
+    };
+    let pool = pool.or_serial(total * cols >= SERIAL_WORK);
+    if tokens == 1 {
+        let mut views = views.iter();
+        let parts = outputs.map(|out| {
+            out.resize(views.next().map_or(0, MatrixView::rows), 0.0);
+            &mut out[..]
+        });
+        pool.run_parts(parts, chunk, |i, first, y| product(i, first, 0, y));
+        return;
+    }
+    by_rows.resize(total * tokens, 0.0);
+    let mut rest = &mut by_rows[..];
+    let parts: [&mut [f32]; N] = std::array::from_fn(|i| {
+        let view = &views[i];
+        let (part, more) = std::mem::take(&mut rest).split_at_mut(view.rows() * tokens);
+        rest = more;
+        part
+    });
+    pool.run_parts(parts, chunk * tokens, |i, first, y| {
+        let count = y.len() / tokens;
+        for (t, y) in y.chunks_exact_mut(count).enumerate() {
+            product(i, first / tokens, t, y);
+        }
+    });
+    let mut done = &by_rows[..];
+    for (view, out) in views.iter().zip(outputs) {
+        let rows = view.rows();
+        out.resize(rows * tokens, 0.0);
+        for first in (0..rows).step_by(chunk) {
+            let count = chunk.min(rows - first);
+            for t in 0..tokens {
+                let (piece, more) = done.split_at(count);
+                out[t * rows + first..][..count].copy_from_slice(piece);
+                done = more;
+            }
+        }
+    }
+}
+
+fn many_rounded(
+    isa: Isa,
+    pool: &Pool,
+    memory: &mut Linears,
+    view: &MatrixView<'_>,
+    x: &[f32],
+    out: &mut [f32],
+) {
+    let Linears { tokens, by_tiles, .. } = memory;
+    let mut parts: Vec<RoundingPart<'_>> = tokens.parts(view, x).collect();
+    pool.run_chunks(&mut parts, 1, |_, parts| parts.iter_mut().for_each(|p| p.round(isa, view)));
+    let (stride, rows) = (tokens.tile_stride(), view.rows());
+    by_tiles.resize(rows.div_ceil(ROW_TILE) * stride, Lanes::default());
+    pool.run_chunks(by_tiles, TASK_ROWS / ROW_TILE * stride, |first, y| {
+        matmul_rounded(isa, view, tokens, first / stride * ROW_TILE, y);
+    });
+    pool.run_chunks(out, rows, |first, out| {
+        let t = first / rows;
+        for (tile, out) in out.chunks_mut(ROW_TILE).enumerate() {
+            out.copy_from_slice(&by_tiles[tile * stride + t].0[..out.len()]);
+        }
+    });
+}
+
+fn many_exact(
+    isa: Isa,
+    pool: &Pool,
+    memory: &mut Linears,
+    view: &MatrixView<'_>,
+    x: &[f32],
+    out: &mut [f32],
+) {
+    let Linears { panels, by_rows, .. } = memory;
+    panels.pack(x, view.cols());
+    let panels = panels.all();
+    let (stride, rows) = (panels.row_stride(), view.rows());
+    by_rows.resize(rows * stride, 0.0);
+    let pool = pool.or_serial(rows * x.len() >= SERIAL_WORK);
+    pool.run_chunks(by_rows, TASK_ROWS * stride, |first, y| {
+        matmul(isa, view, panels, first / stride, y);
+    });
+    pool.run_chunks(out, rows, |first, out| {
+        let t = first / rows;
+        for (r, out) in out.iter_mut().enumerate() {
+            *out = by_rows[r * stride + t];
+        }
+    });
 }

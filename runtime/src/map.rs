@@ -51,6 +51,21 @@ impl Bytes {
         Ok(Self::Read(lines, length))
     }
 
+    /// Locks mapped pages in memory: they are loaded now and never paged out.
+    ///
+    /// # Errors
+    /// If the system refuses (see `ulimit -l`), or it is no mapping.
+    pub fn lock(&self) -> std::io::Result<()> {
+        match self {
+            #[cfg(unix)]
+            Self::Mapped(map) => map.lock(),
+            _ => Err(std::io::Error::new(
+                std::io::ErrorKind::Unsupported,
+                "only a mapped file can be locked in memory",
+            )),
+        }
+    }
+
     /// A copy of `bytes`, aligned like a mapping.
     #[must_use]
     pub fn copied(bytes: &[u8]) -> Self {

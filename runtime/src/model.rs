@@ -3,14 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rayon::prelude::*;
 use stb_format::{File, MetaView, ModelSpec, ValueRef};
-use stb_kernels::Isa;
+use stb_kernels::kv::KvKind;
+use stb_kernels::{Isa, Pool};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::forward::inverse_frequencies;
 use crate::map::Bytes;
 use crate::template::ChatTemplate;
+use crate::threads::default_threads;
 use crate::tokenizer::{Tokenizer, own_begin_token};
 use crate::weights::Weight;
 
@@ -38,11 +40,32 @@ pub struct OpenOptions {
     pub verify: Verify,
     /// Never round activations; see [`Model::exact`].
     pub exact: bool,
+    /// How the keys and values of earlier tokens are kept.
+    pub kv: KvKind,
+    /// Threads that compute; `None` for [`crate::default_threads`].
+    pub threads: Option<usize>,
+    /// Lock the file in memory, so that it is never paged out.
+    pub lock: bool,
+}
+
+impl OpenOptions {
+    /// Computes with what the file holds, without the approximations that make it fast.
+    #[must_use]
+    pub fn exact() -> Self {
+        Self { exact: true, kv: KvKind::F32, ..Self::default() }
+    }
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { map: true, verify: Verify::Auto, exact: false }
+        Self {
+            map: true,
+            verify: Verify::Auto,
+            exact: false,
+            kv: KvKind::default(),
+            threads: None,
+            lock: false,
+        }
     }
 }
 
@@ -84,10 +107,16 @@ pub struct Model {
     pub head: Option<Weight>,
     /// The instruction set its kernels use.
     pub isa: Isa,
-    /// Whether products with packed weights use activations as they are. If not, those of single
-    /// tokens are rounded to 8 bits, one scale per 128 columns, where there is a kernel for it
+    /// Whether products with packed weights use activations as they are. If not, they are rounded to
+    /// 8 bits, one scale per 128 columns, where there is a kernel for it
     /// ([`stb_kernels::Workspace::prepare_rounded`]): several times faster.
     pub exact: bool,
+    /// How the keys and values of earlier tokens are kept.
+    pub kv: KvKind,
+    /// The threads that compute.
+    pub pool: Pool,
+    /// Turns of a head's pairs per token, `[head_dim / 2]`.
+    pub(crate) frequencies: Vec<f32>,
     /// Where it was loaded from.
     pub source: PathBuf,
     /// Bytes of the file, or of all weight files.
@@ -121,7 +150,8 @@ impl Model {
         let dense =
             path.is_dir() || path.extension().is_some_and(|e| e == "safetensors" || e == "json");
         if dense {
-            Self::from_checkpoint(&Checkpoint::open(path, options.map)?)
+            let model = Self::from_checkpoint(&Checkpoint::open(path, options.map)?)?;
+            Ok(Self { kv: options.kv, pool: pool(options)?, ..model })
         } else {
             Self::open_stb(path, options)
         }
@@ -135,9 +165,16 @@ impl Model {
     pub fn open_stb(path: &Path, options: &OpenOptions) -> Result<Self> {
         let isa = detect_isa()?;
         let bytes = Arc::new(Bytes::open(path, options.map)?);
+        if options.lock {
+            bytes.lock().map_err(|e| {
+                let advice = format!("cannot lock it in memory ({e}); raise `ulimit -l`");
+                Error::io(path, std::io::Error::new(e.kind(), advice))
+            })?;
+        }
+        let pool = pool(options)?;
         let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
         let spec = ModelSpec::from_file(&file).map_err(|e| Error::format(path, e))?;
-        let verified = verify(&file, options.verify).map_err(|e| Error::format(path, e))?;
+        let verified = verify(&file, options.verify, &pool).map_err(|e| Error::format(path, e))?;
         let texts = Texts::from_meta(file.meta());
         let base = bytes.as_ptr().addr();
         let find = |name: &str| {
@@ -150,10 +187,11 @@ impl Model {
             Weight::new(bytes.clone(), range, tensor.encoding().clone(), rows, cols)
         };
         let model = Self::assemble(spec, isa, path, bytes.len() as u64, verified, texts, find)?;
-        Ok(Self { exact: options.exact, ..model })
+        Ok(Self { exact: options.exact, kv: options.kv, pool, ..model })
     }
 
-    /// A model with the weights of a dense checkpoint, in place.
+    /// A model with the weights of a dense checkpoint, in place, that computes on the calling thread
+    /// with an exact cache.
     ///
     /// # Errors
     /// [`Error::Usage`] if `STB_ISA` is wrong, [`Error::Invalid`] for a broken tokenizer.
@@ -192,7 +230,12 @@ impl Model {
             });
         }
         let head = if spec.tied_embeddings { None } else { Some(find("lm_head.weight")?) };
+        let frequencies =
+            inverse_frequencies(spec.head_dim as usize, spec.rope_theta, spec.rope_scaling);
         Ok(Self {
+            kv: KvKind::F32,
+            pool: Pool::serial(),
+            frequencies,
             embeddings: find("model.embed_tokens.weight")?,
             layers,
             norm: vector("model.norm.weight")?,
@@ -269,12 +312,18 @@ impl Model {
     }
 }
 
+fn pool(options: &OpenOptions) -> Result<Pool> {
+    let threads = options.threads.unwrap_or_else(default_threads);
+    Pool::new(threads)
+        .map_err(|e| Error::usage(format!("cannot start {threads} threads: {e}; try fewer (-t)")))
+}
+
 fn detect_isa() -> Result<Isa> {
     Isa::detect().map_err(|e| Error::usage(e.to_string()))
 }
 
 /// Compares tensors with their checksums, in parallel; whether it did.
-fn verify(file: &File<'_>, what: Verify) -> stb_format::Result<bool> {
+fn verify(file: &File<'_>, what: Verify, pool: &Pool) -> stb_format::Result<bool> {
     match what {
         Verify::Off => return Ok(false),
         Verify::Auto if file.bytes().len() > AUTO_VERIFY_BYTES => return Ok(false),
@@ -286,7 +335,13 @@ fn verify(file: &File<'_>, what: Verify) -> stb_format::Result<bool> {
         if what == Verify::Full { tensor.verify_payload() } else { Ok(()) }
     };
     // The first failure in file order, whichever thread finds one first.
-    let results: Vec<_> = file.tensors().par_iter().map(check).collect();
+    let tensors = file.tensors();
+    let mut results: Vec<_> = tensors.iter().map(|_| Ok(())).collect();
+    pool.run_chunks(&mut results, 1, |first, results| {
+        for (result, tensor) in results.iter_mut().zip(&tensors[first..]) {
+            *result = check(tensor);
+        }
+    });
     results.into_iter().collect::<stb_format::Result<()>>()?;
     Ok(true)
 }

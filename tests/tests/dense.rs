@@ -12,7 +12,7 @@ use stb_tests::paths::{quill, shared};
 use stb_tests::programs::skip;
 
 fn open(folder: &Path) -> (Model, Json) {
-    let model = Model::open(folder, &OpenOptions::default()).unwrap();
+    let model = Model::open(folder, &OpenOptions::exact()).unwrap();
     let reference = std::fs::read_to_string(folder.join("reference.json")).unwrap();
     (model, serde_json::from_str(&reference).unwrap())
 }

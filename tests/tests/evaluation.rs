@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 use stb_format::encoding::Dense;
 use stb_runtime::{
     Item, Model, OpenOptions, PerplexityOptions, State, Task, TextLayout, ZeroShotOptions,
-    perplexity, score_item, zero_shot,
+    open_to_measure, perplexity, score_item, zero_shot,
 };
 use stb_tests::paths::{quill, root, shared};
 use stb_tests::programs::{command, run, skip};
@@ -23,7 +23,7 @@ fn text(path: &Path) -> &str {
 }
 
 fn open(path: &Path) -> Model {
-    Model::open(path, &OpenOptions { exact: true, ..OpenOptions::default() }).unwrap()
+    open_to_measure(path, &OpenOptions::default()).unwrap()
 }
 
 /// ln p of every token at every position, from one forward pass over all of `tokens`.

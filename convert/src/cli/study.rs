@@ -8,7 +8,7 @@ use stb_convert::flips::{self, FlipOptions};
 use stb_convert::hessian::interrupted;
 use stb_convert::study::{self, Definition, Events, StudyModel, convert_file, write_whole};
 use stb_convert::{Progress, Recipe};
-use stb_runtime::{Checkpoint, Error, Model, OpenOptions, PerplexityOptions, TextLayout};
+use stb_runtime::{Checkpoint, Error, OpenOptions, PerplexityOptions, TextLayout, open_to_measure};
 
 use super::progress::Bar;
 use super::{note, print};
@@ -170,7 +170,6 @@ impl Events for Shown {
         }
         self.bar.step(done as u64, all as u64, "windows");
     }
-
 }
 
 pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
@@ -191,7 +190,8 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     let report = convert_file(&checkpoint, &recipe, &source, &file, &bar);
     bar.finish();
     let report = report?;
-    let mut model = Model::open(&file, &OpenOptions { exact: true, ..OpenOptions::default() })?;
+    let threads = Some(rayon::current_num_threads());
+    let mut model = open_to_measure(&file, &OpenOptions { threads, ..OpenOptions::default() })?;
     // Where a mapped file can lose its name, it does now; elsewhere at the end.
     let _ = std::fs::remove_dir_all(&work);
     let layout = args.separator.clone().map_or(TextLayout::Whole, TextLayout::Documents);

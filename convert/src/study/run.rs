@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use sha2::{Digest, Sha256};
-use stb_runtime::{Checkpoint, Error, Model, OpenOptions, PerplexityOptions, Result, perplexity};
+use stb_runtime::{
+    Checkpoint, Error, Model, OpenOptions, PerplexityOptions, Result, open_to_measure, perplexity,
+};
 
 use super::cell::{Cell, Inputs, fingerprint};
 use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
@@ -241,7 +243,7 @@ impl Row<'_> {
             None => converted.insert(self.convert(&inputs, events)?),
         };
         let started = Instant::now();
-        let reference = Model::from_checkpoint(&self.model.checkpoint)?;
+        let reference = open_to_measure(&self.model.entry.path, &options())?;
         let tokenizer = reference.tokenizer()?;
         let options = PerplexityOptions {
             context: inputs.context,
@@ -284,11 +286,16 @@ impl Row<'_> {
         let file = work.join("model.stb");
         let (checkpoint, recipe) = (&self.model.checkpoint, &self.recipe.recipe);
         let report = convert_file(checkpoint, recipe, self.source, &file, events)?;
-        let model = Model::open(&file, &OpenOptions { exact: true, ..OpenOptions::default() })?;
+        let model = open_to_measure(&file, &options())?;
         // Where a mapped file can lose its name, it does now; elsewhere at the end of the study.
         let _ = std::fs::remove_dir_all(&work);
         Ok(Converted { model, report })
     }
+}
+
+/// Evaluation uses the threads of the pool that it is called in.
+fn options() -> OpenOptions {
+    OpenOptions { threads: Some(rayon::current_num_threads()), ..OpenOptions::default() }
 }
 
 /// A converted model, mapped.

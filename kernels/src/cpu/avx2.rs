@@ -420,6 +420,16 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
+    fn splat_4(self, v: [u8; 4]) -> I {
+        values!([_mm256_set1_epi32(i32::from_le_bytes(v)); 2])
+    }
+
+    #[inline(always)]
+    fn store_words(self, v: I, to: &mut [u8; 64]) {
+        self.store_b(v, to);
+    }
+
+    #[inline(always)]
     fn load_i(self, v: &[i32; 16]) -> I {
         let (halves, _) = v.as_chunks::<8>();
         halves_of(

@@ -8,15 +8,24 @@
 use std::arch::x86_64::*;
 
 use super::Simd;
-use super::bytes::Bytes;
+use super::amx;
+use super::bytes::{Bytes, TileSums};
+use super::int8::BLOCK;
 use crate::isa::Task;
 
-/// Exists only on machines with AVX-512 F, BW, DQ and VL, AVX2, FMA, F16C and BMI2; with `VBMI`, also
-/// VBMI and VNNI.
+/// Exists only on machines with AVX-512 F, BW, DQ and VL, AVX2, FMA, F16C and BMI2; from `LEVEL`
+/// [`VBMI`] also VBMI and VNNI; with [`AMX`] also tiles of bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Avx512<const VBMI: bool>(());
+pub(crate) struct Avx512<const LEVEL: u8>(());
 
-impl<const VBMI: bool> Avx512<VBMI> {
+/// The set and no more.
+pub(crate) const BASE: u8 = 0;
+/// With VBMI and VNNI.
+pub(crate) const VBMI: u8 = 1;
+/// With VBMI, VNNI and AMX.
+pub(crate) const AMX: u8 = 2;
+
+impl<const LEVEL: u8> Avx512<LEVEL> {
     /// The proof that this machine has the instructions.
     pub(crate) fn detect() -> Option<Self> {
         let all = is_x86_feature_detected!("avx512f")
@@ -28,13 +37,18 @@ impl<const VBMI: bool> Avx512<VBMI> {
             && is_x86_feature_detected!("f16c")
             && is_x86_feature_detected!("bmi2");
         let more = is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vnni");
-        (all && (more || !VBMI)).then_some(Self(()))
+        let enough = match LEVEL {
+            BASE => all,
+            VBMI => all && more,
+            _ => all && more && amx::detect(),
+        };
+        enough.then_some(Self(()))
     }
 }
 
 /// Compiles `task` for AVX-512: everything it calls is inlined into this function.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
-fn enter<T: Task>(s: Avx512<false>, task: T) -> T::Output {
+fn enter<T: Task>(s: Avx512<BASE>, task: T) -> T::Output {
     task.run(s)
 }
 
@@ -42,7 +56,7 @@ fn enter<T: Task>(s: Avx512<false>, task: T) -> T::Output {
 #[target_feature(
     enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,avx512vbmi,avx512vnni"
 )]
-fn enter_vbmi<T: Task>(s: Avx512<true>, task: T) -> T::Output {
+fn enter_vbmi<T: Task, const LEVEL: u8>(s: Avx512<LEVEL>, task: T) -> T::Output {
     task.run(s)
 }
 
@@ -58,7 +72,7 @@ macro_rules! values {
     };
 }
 
-impl<const VBMI: bool> Simd for Avx512<VBMI> {
+impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     type F = __m512;
     type I = __m512i;
     const GEMM_ROWS: usize = 8;
@@ -66,9 +80,9 @@ impl<const VBMI: bool> Simd for Avx512<VBMI> {
 
     #[inline(always)]
     fn enter<T: Task>(self, task: T) -> T::Output {
-        if VBMI {
-            // SAFETY: a value with `VBMI` proves that the CPU has every feature of the function.
-            unsafe { enter_vbmi(Avx512(()), task) }
+        if LEVEL >= VBMI {
+            // SAFETY: a value of that level proves that the CPU has every feature of the function.
+            unsafe { enter_vbmi(self, task) }
         } else {
             // SAFETY: `self` proves that the CPU has every feature the function is compiled for.
             unsafe { enter(Avx512(()), task) }
@@ -185,6 +199,13 @@ impl<const VBMI: bool> Simd for Avx512<VBMI> {
     }
 
     #[inline(always)]
+    fn store_low_u16(self, v: __m512i, to: &mut [u8; 32]) {
+        let packed = values!(_mm512_cvtepi32_epi16(v));
+        // SAFETY: 32 bytes are writable behind the reference; the store takes any alignment.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), packed) }
+    }
+
+    #[inline(always)]
     fn add_i(self, a: __m512i, b: __m512i) -> __m512i {
         values!(_mm512_add_epi32(a, b))
     }
@@ -236,10 +257,11 @@ impl<const VBMI: bool> Simd for Avx512<VBMI> {
     }
 }
 
-impl<const VBMI: bool> Bytes for Avx512<VBMI> {
+impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     type B = __m512i;
-    /// With `VBMI`: two vectors of 16 sums. Without: 16-bit sums of rows 0 to 7 and 8 to 15, by lane.
+    /// From level `VBMI`: two vectors of 16 sums. Without: 16-bit sums of rows 0 to 7 and 8 to 15, by lane.
     type Acc = [__m512i; 2];
+    const TILES: bool = LEVEL >= AMX;
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
@@ -317,7 +339,7 @@ impl<const VBMI: bool> Bytes for Avx512<VBMI> {
     #[inline(always)]
     fn dot2(self, acc: Self::Acc, a: __m512i, b: __m512i) -> Self::Acc {
         let one = self.splat_b(1);
-        if VBMI {
+        if LEVEL >= VBMI {
             // The four lanes of a row side by side, times one, added.
             let order = self.load_b(&ROWS_FIRST);
             return values!([
@@ -334,7 +356,7 @@ impl<const VBMI: bool> Bytes for Avx512<VBMI> {
 
     #[inline(always)]
     fn finish(self, acc: Self::Acc) -> __m512i {
-        if VBMI {
+        if LEVEL >= VBMI {
             return values!(_mm512_add_epi32(acc[0], acc[1]));
         }
         // Lanes 0 and 2, 1 and 3: their 16-bit sums are within ±508 · 64. Then both, in 32 bits.
@@ -355,13 +377,48 @@ impl<const VBMI: bool> Bytes for Avx512<VBMI> {
 
     #[inline(always)]
     fn dot4(self, acc: __m512i, u: __m512i, v: __m512i) -> __m512i {
-        if VBMI {
+        if LEVEL >= VBMI {
             return values!(_mm512_dpbusd_epi32(acc, u, v));
         }
         values!({
             let pairs = _mm512_maddubs_epi16(u, v);
             _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
         })
+    }
+
+    #[inline(always)]
+    fn splat_4(self, v: [u8; 4]) -> __m512i {
+        values!(_mm512_set1_epi32(i32::from_le_bytes(v)))
+    }
+
+    #[inline(always)]
+    fn store_words(self, v: __m512i, to: &mut [u8; 64]) {
+        self.store_b(v, to);
+    }
+
+    #[inline(always)]
+    fn with_tiles<T: Task>(self, task: T) -> T::Output {
+        if LEVEL < AMX {
+            return task.run(self);
+        }
+        // SAFETY: a value of this level exists only where `amx::detect` has returned true.
+        unsafe { amx::begin() };
+        let output = task.run(self);
+        // SAFETY: as above.
+        unsafe { amx::end() };
+        output
+    }
+
+    #[inline(always)]
+    fn tile_products<const T: usize>(
+        self,
+        w: [&[[u8; 64]; BLOCK / 4]; 2],
+        x: &[[i8; BLOCK]; 32],
+        to: &mut TileSums,
+    ) {
+        assert!(LEVEL >= AMX, "a set with tiles");
+        // SAFETY: the trait demands to be called inside `with_tiles`, which configures the tiles.
+        unsafe { amx::block_products::<T>(w, x, to) }
     }
 
     #[inline(always)]

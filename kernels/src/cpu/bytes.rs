@@ -1,6 +1,8 @@
 //! Operations on bytes, for products with activations of 8 bits.
 
 use super::Simd;
+use super::int8::BLOCK;
+use crate::isa::Task;
 
 /// Operations on 64 bytes in four *lanes* of 16 (`B`), and sums over them (`Acc`). Every
 /// implementation gives the same numbers: all of it is integer arithmetic without overflow.
@@ -9,6 +11,8 @@ pub(crate) trait Bytes: Simd {
     type B: Copy;
     /// 16 sums, in whatever form suits the instructions.
     type Acc: Copy;
+    /// Whether there is a unit for products of tiles: [`Bytes::tile_products`] works.
+    const TILES: bool = false;
 
     /// Asks for the cache line at `at`, which may be any address.
     fn prefetch(self, at: *const u8);
@@ -43,10 +47,39 @@ pub(crate) trait Bytes: Simd {
     /// `acc[i] += Σ_k u[4i + k] · v[4i + k]` for i = 0..16, with u unsigned and below 128, v signed:
     /// products of neighbours then fit 16 bits.
     fn dot4(self, acc: Self::I, u: Self::B, v: Self::B) -> Self::I;
+    /// These four bytes in every place.
+    fn splat_4(self, v: [u8; 4]) -> Self::B;
+    /// The lanes as little-endian words.
+    fn store_words(self, v: Self::I, to: &mut [u8; 64]);
     fn load_i(self, v: &[i32; 16]) -> Self::I;
     /// Numbers from −128 to 127 as bytes.
     fn store_low_bytes(self, v: Self::I, to: &mut [i8; 16]);
+
+    /// Runs `task` with the unit for tiles at its disposal, if there is one.
+    #[inline(always)]
+    fn with_tiles<T: Task>(self, task: T) -> T::Output {
+        task.run(self)
+    }
+
+    /// `to[i][j][t][r] = Σ_k x[16i + t][k] · w[j][k / 4][4r + k % 4]`, all signed, over 128 columns:
+    /// 16·`T` tokens, i < `T` ≤ 2, times two tiles of 16 rows. Only inside [`Bytes::with_tiles`]
+    /// of a set with [`Bytes::TILES`].
+    ///
+    /// # Panics
+    /// If there is no such unit.
+    #[inline(always)]
+    fn tile_products<const T: usize>(
+        self,
+        _w: [&[[u8; 64]; BLOCK / 4]; 2],
+        _x: &[[i8; BLOCK]; 32],
+        _to: &mut TileSums,
+    ) {
+        unreachable!("a set without tiles")
+    }
 }
+
+/// Products of tiles: by 16 tokens, by row tile, [token][row].
+pub(crate) type TileSums = [[[[i32; 16]; 16]; 2]; 2];
 
 /// See [`Bytes::dot2`].
 pub(crate) const MAX_DOTS: usize = 64;

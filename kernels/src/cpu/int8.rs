@@ -51,30 +51,35 @@ impl Rounded {
         self.scales.clear();
         self.codes.resize(x.len(), 0);
         for (block, codes) in x.chunks_exact(BLOCK).zip(self.codes.chunks_exact_mut(BLOCK)) {
-            let (mut max, mut poison) = (s.splat(0.0), s.splat(0.0));
-            for at in (0..BLOCK).step_by(16) {
-                let v = s.load(lanes(block, at));
-                let magnitude = s.and(s.cast_i(v), s.splat_i(0x7fff_ffff));
-                max = s.max(max, s.cast_f(magnitude));
-                poison = s.mul_add(v, s.splat(0.0), poison);
-            }
-            // What is not finite has no code: it makes the scale, and so the product, NaN.
-            if s.sum(poison).is_nan() {
-                self.scales.push(f32::NAN);
-                codes.fill(0);
-                continue;
-            }
-            let max = largest(s, max);
-            self.scales.push(max / 127.0);
-            // Blocks of zeros, and such tiny ones that 127/max overflows, count as zero.
-            let inverse = if 127.0 / max < f32::MAX { 127.0 / max } else { 0.0 };
-            for (codes, at) in codes.as_chunks_mut().0.iter_mut().zip((0..BLOCK).step_by(16)) {
-                // Within ±127: |x| ≤ max, and the product is rounded once more at most.
-                let scaled = s.round(s.mul(s.load(lanes(block, at)), s.splat(inverse)));
-                s.store_low_bytes(s.to_i32(scaled), codes);
-            }
+            self.scales.push(round_block(s, block, codes));
         }
     }
+}
+
+/// Rounds [`BLOCK`] activations to `codes` and returns their scale, NaN if one of them is not finite.
+#[inline(always)]
+pub(crate) fn round_block<S: Bytes>(s: S, block: &[f32], codes: &mut [i8]) -> f32 {
+    let (mut max, mut poison) = (s.splat(0.0), s.splat(0.0));
+    for at in (0..BLOCK).step_by(16) {
+        let v = s.load(lanes(block, at));
+        let magnitude = s.and(s.cast_i(v), s.splat_i(0x7fff_ffff));
+        max = s.max(max, s.cast_f(magnitude));
+        poison = s.mul_add(v, s.splat(0.0), poison);
+    }
+    // What is not finite has no code: it makes the scale, and so the product, NaN.
+    if s.sum(poison).is_nan() {
+        codes.fill(0);
+        return f32::NAN;
+    }
+    let max = largest(s, max);
+    // Blocks of zeros, and such tiny ones that 127/max overflows, count as zero.
+    let inverse = if 127.0 / max < f32::MAX { 127.0 / max } else { 0.0 };
+    for (codes, at) in codes.as_chunks_mut().0.iter_mut().zip((0..BLOCK).step_by(16)) {
+        // Within ±127: |x| ≤ max, and the product is rounded once more at most.
+        let scaled = s.round(s.mul(s.load(lanes(block, at)), s.splat(inverse)));
+        s.store_low_bytes(s.to_i32(scaled), codes);
+    }
+    max / 127.0
 }
 
 #[inline(always)]

@@ -2,13 +2,17 @@
 //! the algorithms over it.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 mod bytes;
 mod gemm;
+mod gemm8;
 mod int4;
 mod int8;
+pub mod kv;
 mod nm;
 mod nm8;
 pub mod ops;
@@ -21,6 +25,7 @@ use crate::isa::{Isa, Task};
 
 pub(crate) use bytes::Bytes;
 pub use gemm::{Panels, PanelsRef, matmul};
+pub use gemm8::{Lanes, RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
 use int8::Rounded;
 
 /// Operations on 16 lanes of f32 (`F`) or u32 (`I`). A value of the implementing type proves that
@@ -87,6 +92,16 @@ pub(crate) trait Simd: Copy {
     /// Low bits of `bits` in order at the set bits of `mask`.
     fn deposit(self, bits: u64, mask: u64) -> u64;
 
+    /// The low 16 bits of each lane, little-endian.
+    #[inline(always)]
+    fn store_low_u16(self, v: Self::I, to: &mut [u8; 32]) {
+        let mut lanes = [0.0; 16];
+        self.store(self.cast_f(v), &mut lanes);
+        for (to, lane) in to.as_chunks_mut::<2>().0.iter_mut().zip(lanes) {
+            *to = (lane.to_bits() as u16).to_le_bytes();
+        }
+    }
+
     /// The sum of all lanes, in one fixed order.
     #[inline(always)]
     fn sum(self, a: Self::F) -> f32 {
@@ -111,6 +126,7 @@ pub(crate) const PAD: usize = 128;
 pub struct Workspace {
     x: Vec<f32>,
     rounded: Rounded,
+    is_rounded: bool,
 }
 
 /// Activations ready for [`matvec`] with one matrix: padded, column factors applied; rounded to 8
@@ -128,7 +144,14 @@ impl Workspace {
     /// If `x` has another length.
     pub fn prepare(&mut self, matrix: &MatrixView<'_>, x: &[f32]) -> Prepared<'_> {
         self.set(matrix, x);
-        Prepared { x: &self.x, rounded: None }
+        self.is_rounded = false;
+        self.prepared()
+    }
+
+    /// What was prepared last.
+    #[must_use]
+    pub fn prepared(&self) -> Prepared<'_> {
+        Prepared { x: &self.x, rounded: self.is_rounded.then_some(&self.rounded) }
     }
 
     /// Prepares `x` rounded to 8 bits with one scale per 128 columns, for encodings that have a kernel
@@ -145,11 +168,11 @@ impl Workspace {
         x: &[f32],
     ) -> Prepared<'_> {
         self.set(matrix, x);
-        if !int8::supports(matrix) {
-            return Prepared { x: &self.x, rounded: None };
+        self.is_rounded = int8::supports(matrix);
+        if self.is_rounded {
+            isa.run(Round { matrix, x: &self.x, to: &mut self.rounded });
         }
-        isa.run(Round { matrix, x: &self.x, to: &mut self.rounded });
-        Prepared { x: &self.x, rounded: Some(&self.rounded) }
+        self.prepared()
     }
 
     fn set(&mut self, matrix: &MatrixView<'_>, x: &[f32]) {
@@ -161,6 +184,21 @@ impl Workspace {
         }
         self.x.resize(x.len().next_multiple_of(PAD), 0.0);
     }
+}
+
+/// Whether activations that are prepared for `a` (rounded, if `rounded`) serve `b` as well.
+#[must_use]
+pub fn share_preparation(a: &MatrixView<'_>, b: &MatrixView<'_>, rounded: bool) -> bool {
+    let factors = |m: &MatrixView<'_>| matches!(m, MatrixView::Nm(m) if !m.col_factors.is_empty());
+    let arrangement = |m: &MatrixView<'_>| match m {
+        MatrixView::Nm(m) if int8::supports(&MatrixView::Nm(*m)) => (m.spec.n(), m.spec.m()),
+        MatrixView::IntGroup(m) if m.spec.bits() == 4 => (0, 4),
+        _ => (0, 0),
+    };
+    a.cols() == b.cols()
+        && !factors(a)
+        && !factors(b)
+        && (!rounded || arrangement(a) == arrangement(b))
 }
 
 struct Round<'a> {

@@ -97,6 +97,18 @@ pub(crate) fn multipliers<S: Simd>(
     block: usize,
     factor: f32,
 ) -> S::F {
+    let (steps, step) = multiplier_steps(s, m, tile, block);
+    s.mul(steps, s.splat(factor * step))
+}
+
+/// The scale multipliers of the rows of a tile in steps, code + 1, and the size 1 / 2^bits of a step.
+#[inline(always)]
+pub(crate) fn multiplier_steps<S: Simd>(
+    s: S,
+    m: &NmView<'_>,
+    tile: usize,
+    block: usize,
+) -> (S::F, f32) {
     let index = tile * m.blocks() + block;
     let (codes, step) = if m.spec.scale_bits() == 8 {
         let stored = m.block_codes.get(index * 16..).and_then(|b| b.first_chunk());
@@ -109,7 +121,7 @@ pub(crate) fn multipliers<S: Simd>(
         (both.to_le_bytes(), 1.0 / 16.0)
     };
     let codes = s.to_f32(s.widen_u8(&codes));
-    s.mul(s.add(codes, s.splat(1.0)), s.splat(factor * step))
+    (s.add(codes, s.splat(1.0)), step)
 }
 
 /// Adds the four groups of a quad for `T` tiles.
@@ -136,7 +148,7 @@ fn add_quad<S: Simd, const N: usize, const M: usize, const T: usize>(
 }
 
 /// Where the codes of a quad lie in a tile: for up to two planes, the byte and the shift.
-struct Place {
+pub(crate) struct Place {
     byte: [usize; 3],
     shift: [u32; 3],
     width: [u32; 3],
@@ -144,7 +156,7 @@ struct Place {
 
 impl Place {
     #[inline(always)]
-    fn new(code_bits: usize, quad: usize, quads: usize) -> Self {
+    pub(crate) fn new(code_bits: usize, quad: usize, quads: usize) -> Self {
         let chunk = quad / CHUNK_QUADS;
         let in_chunk = (quads - chunk * CHUNK_QUADS).min(CHUNK_QUADS);
         let quad = quad % CHUNK_QUADS;
@@ -166,7 +178,7 @@ impl Place {
 
     /// The codes of 16 rows for the group in `lane`; zero outside the matrix.
     #[inline(always)]
-    fn codes<S: Simd>(&self, s: S, tile: &[u8], lane: usize) -> S::I {
+    pub(crate) fn codes<S: Simd>(&self, s: S, tile: &[u8], lane: usize) -> S::I {
         let mut code = s.splat_i(0);
         let mut at = 0;
         for p in 0..3 {

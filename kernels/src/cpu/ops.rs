@@ -1,6 +1,6 @@
 //! Vector operations of a decoder layer between the matrix products.
 
-use super::{Bytes, Simd, lanes};
+use super::{Bytes, Simd};
 use crate::isa::{Isa, Task};
 
 /// Σ a`[i]`·b`[i]`.
@@ -200,77 +200,4 @@ fn exp_tail<S: Simd>(s: S, tail: &[f32], max: f32) -> [f32; 16] {
     s.store(e, &mut last);
     last[tail.len()..].fill(0.0);
     last
-}
-
-/// `scores[t] = scale · Σ_i q[i]·keys[t·stride + i]` for each element of `scores`.
-///
-/// # Panics
-/// If `keys` is too short.
-pub fn attention_scores(
-    isa: Isa,
-    q: &[f32],
-    keys: &[f32],
-    stride: usize,
-    scale: f32,
-    scores: &mut [f32],
-) {
-    isa.run(Scores { q, keys, stride, scale, scores });
-}
-
-struct Scores<'a> {
-    q: &'a [f32],
-    keys: &'a [f32],
-    stride: usize,
-    scale: f32,
-    scores: &'a mut [f32],
-}
-
-impl Task for Scores<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Bytes>(self, s: S) {
-        let width = self.q.len();
-        for (t, score) in self.scores.iter_mut().enumerate() {
-            let key = &self.keys[t * self.stride..t * self.stride + width];
-            *score = dot_lanes(s, self.q, key) * self.scale;
-        }
-    }
-}
-
-/// `out[i] = Σ_t weights[t]·values[t·stride + i]`.
-///
-/// # Panics
-/// If `values` is too short.
-pub fn attention_mix(isa: Isa, weights: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
-    isa.run(Mix { weights, values, stride, out });
-}
-
-struct Mix<'a> {
-    weights: &'a [f32],
-    values: &'a [f32],
-    stride: usize,
-    out: &'a mut [f32],
-}
-
-impl Task for Mix<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Bytes>(self, s: S) {
-        let Self { weights, values, stride, out } = self;
-        let width = out.len();
-        for from in (0..width / 16 * 16).step_by(16) {
-            let mut acc = s.splat(0.0);
-            for (t, w) in weights.iter().enumerate() {
-                let v = s.load(lanes(values, t * stride + from));
-                acc = s.mul_add(s.splat(*w), v, acc);
-            }
-            s.store(acc, out[from..from + 16].first_chunk_mut().expect("a slice of 16"));
-        }
-        for i in width / 16 * 16..width {
-            let terms = weights.iter().enumerate();
-            out[i] = terms.fold(0.0, |sum, (t, w)| w.mul_add(values[t * stride + i], sum));
-        }
-    }
 }

@@ -321,6 +321,18 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
+    fn splat_4(self, v: [u8; 4]) -> Self::B {
+        std::array::from_fn(|i| v[i % 4])
+    }
+
+    #[inline(always)]
+    fn store_words(self, v: Self::I, to: &mut [u8; 64]) {
+        for (to, v) in to.as_chunks_mut::<4>().0.iter_mut().zip(v) {
+            *to = v.to_le_bytes();
+        }
+    }
+
+    #[inline(always)]
     fn load_i(self, v: &[i32; 16]) -> Self::I {
         let mut out = [0; 16];
         for i in 0..16 {

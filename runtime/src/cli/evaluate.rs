@@ -1,7 +1,7 @@
 //! `stb-run perplexity` and `stb-run zero-shot`.
 
 use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -11,14 +11,7 @@ use stb_runtime::{
     TextLayout, ZeroShotOptions, perplexity as measure, zero_shot as answer,
 };
 
-use super::{LoadArgs, PerplexityArgs, ZeroShotArgs, open, terminal};
-
-/// A model for measurements: they are about its weights, not about rounded activations.
-fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
-    let (mut model, _) = open(file, args)?;
-    model.exact = true;
-    Ok(model)
-}
+use super::{PerplexityArgs, ZeroShotArgs, open_exact, terminal};
 
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let text = std::fs::read(&args.text).map_err(|e| Error::io(&args.text, e))?;

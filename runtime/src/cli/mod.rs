@@ -12,7 +12,9 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use stb_runtime::{Error, Model, OpenOptions, Task, Verify};
+use stb_runtime::{
+    Error, KvKind, Model, OpenOptions, Task, Verify, default_threads, open_to_measure,
+};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
     read, 4 file invalid, 5 not supported, 130 interrupted.\n\
@@ -49,19 +51,32 @@ enum Command {
 /// How a model is loaded.
 #[derive(Args, Clone)]
 struct LoadArgs {
-    /// Threads; default: as many as this process may use
+    /// Threads; default: one per physical core that this process may use
     #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Read the file into memory instead of mapping it
     #[arg(long, env = "STB_NO_MMAP")]
     no_mmap: bool,
+    /// Lock the mapped file in memory, so that it is never paged out
+    #[arg(long, env = "STB_MLOCK", conflicts_with = "no_mmap")]
+    mlock: bool,
     /// What to check before use: tensor checksums of files up to 1 GiB, everything, or structure
     /// and metadata only
     #[arg(long, value_name = "WHAT", env = "STB_VERIFY", default_value = "auto")]
     verify: VerifyArg,
-    /// Do not round activations to 8 bits when generating; slower
+    /// Do not round activations to 8 bits; slower
     #[arg(long, env = "STB_EXACT")]
     exact: bool,
+    /// How keys and values of earlier tokens are kept [default: f16; f32 with --exact]
+    #[arg(long, value_name = "TYPE", env = "STB_KV")]
+    kv: Option<KvArg>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KvArg {
+    F32,
+    F16,
+    Q8,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -134,6 +149,9 @@ struct SamplingArgs {
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Never choose the end token: go on to -n or the end of the context
+    #[arg(long)]
+    ignore_eos: bool,
 }
 
 #[derive(Args)]
@@ -259,9 +277,9 @@ pub(crate) fn main() -> ExitCode {
             in_pool(args.load.threads, || evaluate::perplexity(&args))
         }
         Some(Command::ZeroShot(args)) => in_pool(args.load.threads, || evaluate::zero_shot(&args)),
-        Some(Command::Bench(args)) => in_pool(args.load.threads, || bench::bench(&args)),
+        Some(Command::Bench(args)) => bench::bench(&args),
         None => match &cli.run.file {
-            Some(file) => in_pool(cli.run.load.threads, || run::run(file, &cli.run)),
+            Some(file) => run::run(file, &cli.run),
             None => {
                 let kind = clap::error::ErrorKind::MissingRequiredArgument;
                 Cli::command().error(kind, "give a model file").exit()
@@ -280,7 +298,7 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-/// Runs `work` on a pool of that many threads: everything below enters it only once.
+/// Runs `work` on a pool of that many threads: evaluation computes whole windows side by side.
 fn in_pool(
     threads: Option<u16>,
     work: impl FnOnce() -> anyhow::Result<()> + Send,
@@ -290,19 +308,38 @@ fn in_pool(
     pool.install(work)
 }
 
-/// What the scheduler and the container grant this process.
-fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+/// Opens the model to measure what the file holds.
+fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
+    let threads = args.threads.map_or_else(default_threads, usize::from);
+    open_to_measure(file, &OpenOptions { threads: Some(threads), ..open_options(args) })
 }
 
 /// Opens the model and says how long it took.
 fn open(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
     let started = Instant::now();
+    let model = Model::open(file, &open_options(args))?;
+    Ok((model, started.elapsed()))
+}
+
+fn open_options(args: &LoadArgs) -> OpenOptions {
     let verify = match args.verify {
         VerifyArg::Auto => Verify::Auto,
         VerifyArg::Full => Verify::Full,
         VerifyArg::Off => Verify::Off,
     };
-    let model = Model::open(file, &OpenOptions { map: !args.no_mmap, verify, exact: args.exact })?;
-    Ok((model, started.elapsed()))
+    let kv = match args.kv {
+        Some(KvArg::F32) => KvKind::F32,
+        Some(KvArg::F16) => KvKind::F16,
+        Some(KvArg::Q8) => KvKind::Q8,
+        None if args.exact => KvKind::F32,
+        None => KvKind::F16,
+    };
+    OpenOptions {
+        map: !args.no_mmap,
+        verify,
+        exact: args.exact,
+        kv,
+        threads: args.threads.map(usize::from),
+        lock: args.mlock,
+    }
 }

@@ -79,7 +79,8 @@ pub(super) fn run(file: &Path, args: &RunArgs) -> anyhow::Result<()> {
     let options = GenerateOptions {
         max_tokens: args.sampling.tokens,
         stop: args.sampling.stop.clone(),
-        stop_at_special: session.template.is_some(),
+        stop_at_special: session.template.is_some() && !args.sampling.ignore_eos,
+        ignore_end: args.sampling.ignore_eos,
     };
     let sampler = Sampler::new(sampler_options(&args.sampling, &session.model));
     let text = match &args.prompt {
@@ -136,7 +137,7 @@ pub(super) fn report(args: &RunArgs, session: &Session, answer: &Generated) {
             "checksums_verified": session.model.verified,
             "file_bytes": session.model.file_bytes,
             "isa": session.model.isa.name(),
-            "threads": rayon::current_num_threads(),
+            "threads": session.model.pool.threads(),
             "prefill_tokens": timings.prefill_tokens,
             "prefill_seconds": timings.prefill.as_secs_f64(),
             "prefill_tokens_per_second": prefill,

@@ -11,11 +11,30 @@ pub use tasks::{Item, Prompt, Task};
 pub use text::TextLayout;
 pub use zero_shot::{Score, TaskResult, ZeroShotOptions, score_item, zero_shot};
 
-use crate::model::Model;
+use std::path::Path;
+
+use stb_kernels::kv::KvKind;
+
+use crate::error::Result;
+use crate::model::{Model, OpenOptions, Verify};
 
 /// Models below this number of parameters are so fast that whole windows or questions are the better
 /// unit for threads.
 const SMALL_MODEL: u64 = 50_000_000;
+
+/// Opens a model to measure what its file holds: without rounded activations or keys and values,
+/// with one thread per window or question if the model is small, with all of them together if not.
+///
+/// # Errors
+/// As for [`Model::open`].
+pub fn open_to_measure(path: &Path, options: &OpenOptions) -> Result<Model> {
+    let one = OpenOptions { exact: true, kv: KvKind::F32, threads: Some(1), ..*options };
+    let model = Model::open(path, &one)?;
+    if is_small(&model) {
+        return Ok(model);
+    }
+    Model::open(path, &OpenOptions { threads: options.threads, verify: Verify::Off, ..one })
+}
 
 fn is_small(model: &Model) -> bool {
     model.parameters() < SMALL_MODEL

@@ -19,7 +19,7 @@ struct Cli {
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
-    let model = Model::open(&cli.model, &OpenOptions::default())?;
+    let model = Model::open(&cli.model, &OpenOptions::exact())?;
     let mut state = State::new(&model, cli.ids.len());
     let mut bytes = Vec::new();
     model.forward_all(&mut state, &cli.ids, |_, logits| {

@@ -1,0 +1,56 @@
+//! Products of a 4096 × 4096 matrix with 512 tokens and with small batches, on every instruction set
+//! of the machine. Throughput is in multiplications (weights × tokens); `STB_ISA` limits it to one set.
+//!
+//! `cargo bench -p stb-kernels --bench matmul -- nm`
+
+#![allow(missing_docs, reason = "made by the macros of criterion")]
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use stb_format::Encoding;
+use stb_format::encoding::Nm;
+use stb_kernels::{Isa, Lanes, Panels, RoundedTokens, matmul, matmul_rounded};
+
+const COLS: usize = 4096;
+const ROWS: usize = 512;
+
+fn benches(c: &mut Criterion) {
+    let only = std::env::var("STB_ISA").unwrap_or_default();
+    for (n, m) in [(1, 8), (1, 4), (2, 8), (2, 4)] {
+        for bits in [0, 4] {
+            let block = if bits == 0 { 0 } else { 128 };
+            let encoding = Encoding::Nm(Nm::new(n, m, bits, block, false).expect("valid"));
+            let shape = [ROWS as u64, COLS as u64];
+            let bytes = encoding.payload_len(&shape).expect("a valid shape").expect("known");
+            // Any bits are codes; what they decode to does not matter for speed.
+            let payload: Vec<u8> =
+                (0..bytes).map(|i| ((i * 2654435761) >> 7) as u8 & 0x3b).collect();
+            let view = encoding.view(shape[0], shape[1], &payload).expect("the right length");
+            for tokens in [8, 512] {
+                let x: Vec<f32> =
+                    (0..tokens * COLS).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+                let mut group = c.benchmark_group(format!("{encoding} {tokens} tokens"));
+                group.throughput(Throughput::Elements((ROWS * COLS * tokens) as u64));
+                group.sample_size(10);
+                for isa in Isa::available().filter(|isa| only.is_empty() || isa.name() == only) {
+                    let mut rounded = RoundedTokens::default();
+                    rounded.parts(&view, &x).for_each(|mut part| part.round(isa, &view));
+                    let mut y = vec![Lanes::default(); ROWS / 16 * rounded.tile_stride()];
+                    group.bench_function(isa.name(), |b| {
+                        b.iter(|| matmul_rounded(isa, &view, &rounded, 0, &mut y));
+                    });
+                    if tokens == 512 && isa.name() != "scalar" {
+                        let mut panels = Panels::default();
+                        panels.pack(&x, COLS);
+                        let mut y = vec![0.0; ROWS * panels.all().row_stride()];
+                        group.bench_function(format!("{} exact", isa.name()), |b| {
+                            b.iter(|| matmul(isa, &view, panels.all(), 0, &mut y));
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+criterion_group!(all, benches);
+criterion_main!(all);

@@ -1,0 +1,409 @@
+//! Threads that wait for work close by: a token is hundreds of short parallel regions, and waking a
+//! sleeping thread for each would take longer than the work.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, TryLockError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a waiting thread only looks: longer than what lies between two regions of a token.
+const SPIN: Duration = Duration::from_micros(200);
+/// After that it lets other threads go first, for so long; then it sleeps.
+const YIELD: Duration = Duration::from_millis(5);
+
+/// Threads for parallel regions. The caller of [`Pool::run`] works too, so a pool of one thread
+/// has none of its own.
+#[derive(Debug)]
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held during a region: another caller then works alone.
+    busy: Mutex<()>,
+}
+
+/// A task of the present region, by its number.
+type Task<'a> = dyn Fn(usize) + Sync + 'a;
+
+#[derive(Debug)]
+struct Shared {
+    /// Counts the regions; workers wait for a change.
+    generation: AtomicU32,
+    /// [`OPEN`] while a region may be entered, plus the number of workers inside.
+    gate: AtomicU32,
+    /// The next task to take.
+    next: AtomicUsize,
+    job: UnsafeCell<Job>,
+    /// The first panic of a worker.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    sleepers: AtomicU32,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    stop: AtomicBool,
+}
+
+/// A slice that is cut into pieces for several threads.
+struct Part<T> {
+    start: *mut T,
+    len: usize,
+}
+
+// SAFETY: it stands for an exclusive borrow of elements that may be sent; threads get disjoint pieces.
+unsafe impl<T: Send> Sync for Part<T> {}
+
+impl<T> Part<T> {
+    /// # Safety
+    /// `first + len` must be within the part, and nobody else may use these elements meanwhile.
+    #[expect(clippy::mut_from_ref, reason = "pieces are disjoint by the caller's promise")]
+    unsafe fn piece(&self, first: usize, len: usize) -> &mut [T] {
+        // SAFETY: by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    task: Option<*const Task<'static>>,
+    tasks: usize,
+}
+
+const OPEN: u32 = 1 << 31;
+
+// SAFETY: `job` is the only field that is not `Sync` (a cell with a pointer). It is written only by
+// the holder of `Pool::busy` while the gate is closed and nobody inside, and read only by workers
+// inside the gate, which enter by an acquiring exchange that sees the opening release. The pointer's
+// target is `Sync`, and outlives the region: `run` returns only when the gate is closed and empty.
+unsafe impl Sync for Shared {}
+// SAFETY: nothing in it belongs to a thread; the pointer in `job` is used as said above.
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// A pool in which `threads` threads work: the caller and `threads − 1` more.
+    ///
+    /// # Errors
+    /// If the system gives no more threads.
+    pub fn new(threads: usize) -> std::io::Result<Self> {
+        let mut pool = Self::serial();
+        for i in 1..threads {
+            let shared = pool.shared.clone();
+            let name = format!("stb-{i}");
+            pool.workers.push(std::thread::Builder::new().name(name).spawn(move || shared.work())?);
+        }
+        Ok(pool)
+    }
+
+    /// A pool without threads of its own.
+    #[must_use]
+    pub fn serial() -> Self {
+        let shared = Shared {
+            generation: AtomicU32::new(0),
+            gate: AtomicU32::new(0),
+            next: AtomicUsize::new(0),
+            job: UnsafeCell::new(Job { task: None, tasks: 0 }),
+            panic: Mutex::new(None),
+            sleepers: AtomicU32::new(0),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            stop: AtomicBool::new(false),
+        };
+        Self { shared: Arc::new(shared), workers: Vec::new(), busy: Mutex::new(()) }
+    }
+
+    /// Calls `task` with the pieces of `chunk` elements that `parts` are cut into (the last piece of a
+    /// part may be shorter), on all threads: the number of the part, the index of its first element
+    /// and the piece.
+    ///
+    /// # Panics
+    /// If a task does, or if `chunk` is 0.
+    pub fn run_parts<T: Send, const N: usize>(
+        &self,
+        parts: [&mut [T]; N],
+        chunk: usize,
+        task: impl Fn(usize, usize, &mut [T]) + Sync,
+    ) {
+        let parts = parts.map(|part| Part { start: part.as_mut_ptr(), len: part.len() });
+        let count = |part: &Part<T>| part.len.div_ceil(chunk);
+        self.run(parts.iter().map(count).sum(), |mut index| {
+            for (i, part) in parts.iter().enumerate() {
+                if index < count(part) {
+                    let first = index * chunk;
+                    let len = chunk.min(part.len - first);
+                    // SAFETY: first + len ≤ part.len, so the piece lies inside an exclusive borrow
+                    // that lasts as long as `run`; every index comes once, and different indices
+                    // are different pieces.
+                    let piece = unsafe { part.piece(first, len) };
+                    return task(i, first, piece);
+                }
+                index -= count(part);
+            }
+        });
+    }
+
+    /// [`Pool::run_parts`] of one part.
+    ///
+    /// # Panics
+    /// As [`Pool::run_parts`].
+    pub fn run_chunks<T: Send>(
+        &self,
+        data: &mut [T],
+        chunk: usize,
+        task: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        self.run_parts([data], chunk, |_, first, piece| task(first, piece));
+    }
+
+    /// How many threads work, the caller among them.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// This pool, or one without threads if it is not worth it.
+    #[must_use]
+    pub fn or_serial(&self, worth: bool) -> &Self {
+        static SERIAL: OnceLock<Pool> = OnceLock::new();
+        if worth { self } else { SERIAL.get_or_init(Self::serial) }
+    }
+
+    /// Calls `task` with every number below `tasks`, on all threads, and returns when all calls have
+    /// returned. Threads take the next number when they are free, so that a core that is taken away
+    /// holds up no more than its present task. While another thread is in a region of this pool, the
+    /// caller works alone.
+    ///
+    /// # Panics
+    /// If a task does.
+    pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        let alone = self.workers.is_empty() || tasks < 2;
+        let busy = match self.busy.try_lock() {
+            _ if alone => None,
+            Ok(busy) => Some(busy),
+            // A task has panicked; its region ended all the same.
+            Err(TryLockError::Poisoned(busy)) => Some(busy.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        let Some(_busy) = busy else {
+            (0..tasks).for_each(task);
+            return;
+        };
+        let short: *const Task<'_> = &raw const task;
+        // SAFETY: only the lifetime is changed; `region` ends before `task` is dropped, and workers
+        // use the pointer only inside it.
+        let long = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(short) };
+        // SAFETY: `busy` is held, the gate closed and empty since the region before: nobody reads.
+        unsafe { *self.shared.job.get() = Job { task: Some(long), tasks } };
+        {
+            let region = Region::open(&self.shared);
+            region.0.take_tasks(&task, tasks);
+        }
+        let panic = self.shared.panic.lock().map_or(None, |mut panic| panic.take());
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.announce();
+        for worker in self.workers.drain(..) {
+            // A worker catches the panics of tasks; nothing is left to report.
+            drop(worker.join());
+        }
+    }
+}
+
+/// Open until it is dropped, also by a panic of the caller's own task.
+struct Region<'a>(&'a Shared);
+
+impl<'a> Region<'a> {
+    fn open(shared: &'a Shared) -> Self {
+        shared.next.store(0, Ordering::Relaxed);
+        // Releases `job` and `next` to those who enter.
+        shared.gate.store(OPEN, Ordering::Release);
+        shared.announce();
+        Self(shared)
+    }
+}
+
+impl Drop for Region<'_> {
+    fn drop(&mut self) {
+        self.0.gate.fetch_and(!OPEN, Ordering::AcqRel);
+        // Acquires what the workers have written.
+        wait_while(|| self.0.gate.load(Ordering::Acquire) != 0);
+    }
+}
+
+/// Looks, then lets others go first: the end is near, so there is no sleep.
+fn wait_while(condition: impl Fn() -> bool) {
+    let mut started = None;
+    while condition() {
+        if elapsed(&mut started) < SPIN {
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn elapsed(started: &mut Option<Instant>) -> Duration {
+    started.get_or_insert_with(Instant::now).elapsed()
+}
+
+impl Shared {
+    /// Tells the workers that there is something new.
+    fn announce(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        // A worker counts itself before it looks at the generation for the last time, in the same
+        // total order: either it sees the change or it is seen here.
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            drop(self.sleep.lock());
+            self.wake.notify_all();
+        }
+    }
+
+    fn take_tasks(&self, task: &Task<'_>, tasks: usize) {
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                return;
+            }
+            task(i);
+        }
+    }
+
+    /// What a worker does until the pool is dropped.
+    fn work(&self) {
+        let mut seen = 0;
+        loop {
+            seen = self.wait_for_change(seen);
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            if !self.enter() {
+                continue;
+            }
+            // SAFETY: this thread is inside the gate: `job` was written before and is not written
+            // until it leaves.
+            let job = unsafe { *self.job.get() };
+            if let Some(task) = job.task {
+                // SAFETY: the target lives as long as the region is open or anyone inside.
+                let task = unsafe { &*task };
+                let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(task, job.tasks)));
+                if let Err(panic) = result
+                    && let Ok(mut first) = self.panic.lock()
+                {
+                    first.get_or_insert(panic);
+                }
+            }
+            self.gate.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Goes in unless the region is over.
+    fn enter(&self) -> bool {
+        let inside = |gate: u32| (gate & OPEN != 0).then_some(gate + 1);
+        self.gate.fetch_update(Ordering::Acquire, Ordering::Relaxed, inside).is_ok()
+    }
+
+    /// Waits for another generation than `seen`: looks, then yields, then sleeps.
+    fn wait_for_change(&self, seen: u32) -> u32 {
+        let mut started = None;
+        loop {
+            // Reading the clock takes longer than looking.
+            for _ in 0..64 {
+                let now = self.generation.load(Ordering::SeqCst);
+                if now != seen {
+                    return now;
+                }
+                std::hint::spin_loop();
+            }
+            let waited = elapsed(&mut started);
+            if waited > YIELD {
+                break;
+            }
+            if waited > SPIN {
+                std::thread::yield_now();
+            }
+        }
+        let Ok(mut guard) = self.sleep.lock() else { return seen };
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        while self.generation.load(Ordering::SeqCst) == seen {
+            match self.wake.wait(guard) {
+                Ok(woken) => guard = woken,
+                Err(_) => break,
+            }
+        }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+        self.generation.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn add_one(count: &AtomicUsize) {
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn pieces_cover_every_part_once() {
+        let pool = Pool::new(2).unwrap();
+        let (mut a, mut b, mut c) = (vec![0; 10], vec![0; 0], vec![0; 7]);
+        pool.run_parts([&mut a, &mut b, &mut c], 4, |part, first, piece| {
+            assert!(piece.len() <= 4 && part != 1);
+            for (i, v) in piece.iter_mut().enumerate() {
+                *v += 100 * part + first + i;
+            }
+        });
+        assert_eq!(a, (0..10).collect::<Vec<_>>());
+        assert_eq!(c, (200..207).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn every_task_runs_once_whatever_the_pauses() {
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads).unwrap();
+            assert_eq!(pool.threads(), threads);
+            for round in 0..300 {
+                let counts: Vec<AtomicUsize> = (0..round % 40).map(|_| 0.into()).collect();
+                pool.run(counts.len(), |i| add_one(&counts[i]));
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{round}");
+                if round % 100 == 0 {
+                    std::thread::sleep(2 * YIELD);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn regions_of_other_threads_and_inner_ones_work_alone() {
+        let pool = Pool::new(3).unwrap();
+        let count = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        pool.run(8, |_| pool.run(2, |_| add_one(&count)));
+                    }
+                });
+            }
+        });
+        assert_eq!(count.into_inner(), 4 * 50 * 8 * 2);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
+        let pool = Pool::new(2).unwrap();
+        for bad in [0, 7] {
+            let run = || pool.run(8, |i| assert!(i != bad, "task {i}"));
+            assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+            let count = AtomicUsize::new(0);
+            pool.run(8, |_| add_one(&count));
+            assert_eq!(count.into_inner(), 8);
+        }
+    }
+}
