@@ -378,7 +378,8 @@ pub fn plot(title: &str, found: &[Flipped]) -> String {
 }
 
 /// A share as a percentage without superfluous digits.
-fn percent(share: f64) -> String {
+#[must_use]
+pub fn percent(share: f64) -> String {
     let text = format!("{:.4}", share * 100.0);
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

@@ -213,7 +213,7 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
         }
         if !quiet {
             let order = f.order.map_or("nothing flipped".into(), |o| o.to_string());
-            let (percent, found, error) = (f.share * 100.0, f.perplexity, f.standard_error);
+            let (percent, found, error) = (flips::percent(f.share), f.perplexity, f.standard_error);
             note(format_args!(
                 "{done} of {all}: {order}, {percent} %: perplexity {found:.4} ± {error:.4}"
             ));
