@@ -165,7 +165,7 @@ impl Chart {
             self.draw_series(out, series, colour, &x, &y, &mut labels);
         }
         if self.series.len() > 1 {
-            self.draw_legend(out);
+            self.draw_legend(out, &x, &y);
         }
     }
 
@@ -178,7 +178,8 @@ impl Chart {
         y: &Axis,
         labels: &mut Labels,
     ) {
-        let visible = |p: &&Point| p.x.is_finite() && p.y.is_finite() && (!self.log_y || p.y > 0.0);
+        let shown = |v: f64, log: bool| v.is_finite() && (!log || v > 0.0);
+        let visible = |p: &&Point| shown(p.x, self.log_x) && shown(p.y, self.log_y);
         let places: Vec<(f64, f64)> =
             series.points.iter().filter(visible).map(|p| (x.place(p.x), y.place(p.y))).collect();
         if series.line {
@@ -205,23 +206,38 @@ impl Chart {
         }
     }
 
-    fn draw_legend(&self, out: &mut String) {
-        let [_, right, top, _] = AREA;
+    /// In the corner with fewest points.
+    fn draw_legend(&self, out: &mut String, x: &Axis, y: &Axis) {
+        let [left, right, top, bottom] = AREA;
         let longest = self.series.iter().map(|s| s.name.chars().count()).max().unwrap_or(0);
-        let left = right - 30.0 - longest as f64 * 6.6;
-        let height = 18.0 * self.series.len() as f64 + 8.0;
+        let (width, height) = (24.0 + longest as f64 * 6.6, 18.0 * self.series.len() as f64 + 8.0);
+        let (high, low) = (top + 6.0, bottom - 6.0 - height);
+        let corners = [
+            (right - 6.0 - width, high),
+            (left + 6.0, high),
+            (left + 6.0, low),
+            (right - 6.0 - width, low),
+        ];
+        let covered = |(l, t): &(f64, f64)| {
+            let points = self.series.iter().flat_map(|s| &s.points);
+            let places = points.map(|p| (x.place(p.x), y.place(p.y)));
+            let inside = |(px, py): &(f64, f64)| {
+                (*l..l + width).contains(px) && (*t..t + height).contains(py)
+            };
+            places.filter(inside).count()
+        };
+        let (left, top) = corners.into_iter().min_by_key(covered).unwrap_or(corners[0]);
         let _ = writeln!(
             out,
-            "<rect x=\"{left:.1}\" y=\"{}\" width=\"{:.1}\" height=\"{height}\" fill=\"white\" \
-             fill-opacity=\"0.85\" stroke=\"#ccc\"/>",
-            top + 6.0,
-            right - left - 6.0
+            "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{height}\" \
+             fill=\"white\" fill-opacity=\"0.85\" stroke=\"#ccc\"/>"
         );
         for (i, (series, colour)) in self.series.iter().zip(COLOURS.into_iter().cycle()).enumerate()
         {
-            let y = top + 20.0 + 18.0 * i as f64;
+            let y = top + 14.0 + 18.0 * i as f64;
             let x = left + 12.0;
-            let _ = writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y}\" r=\"3.2\" fill=\"{colour}\"/>");
+            let _ =
+                writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.2\" fill=\"{colour}\"/>");
             text(out, x + 9.0, y + 4.0, "start", "", &series.name);
         }
     }
