@@ -23,8 +23,9 @@ mod isa;
 mod pool;
 
 pub use cpu::{Lanes, RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
-pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec, share_preparation};
+pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec};
 pub use cpu::{kv, ops, probe};
+pub use cpu::{matvec_tokens, share_preparation};
 pub use isa::{Isa, IsaError};
 pub use pool::Pool;
 

@@ -6,7 +6,7 @@ use stb_format::encoding::{Dense, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, 
 use stb_format::half::f16;
 use stb_kernels::{
     Isa, Lanes, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul,
-    matmul_rounded, matvec, ops,
+    matmul_rounded, matvec, matvec_tokens, ops,
 };
 
 /// A small deterministic generator (SplitMix64).
@@ -256,6 +256,35 @@ fn rounded_products_keep_their_bound_on_every_isa() {
         }
     }
     assert!(kernels > 100, "most joint codes and all integer groups have a kernel");
+}
+
+/// A few tokens on packed weights give what each gives alone.
+#[test]
+fn few_tokens_do_not_depend_on_each_other() {
+    let mut rng = Rng(8);
+    for encoding in encodings() {
+        for (rows, cols) in SHAPES {
+            let bytes = payload(&mut rng, &encoding, rows, cols);
+            let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
+            for tokens in [1, 3, 4, 6, 9] {
+                let x = rng.floats(tokens * cols);
+                for isa in Isa::available() {
+                    let mut works: Vec<Workspace> = Vec::new();
+                    works.resize_with(tokens, Workspace::default);
+                    let mut alone = vec![0.0; tokens * rows];
+                    for ((work, x), y) in
+                        works.iter_mut().zip(x.chunks(cols)).zip(alone.chunks_mut(rows))
+                    {
+                        matvec(isa, &view, work.prepare_rounded(isa, &view, x), 0, y);
+                    }
+                    let prepared: Vec<_> = works.iter().map(Workspace::prepared).collect();
+                    let mut together = vec![f32::NAN; tokens * rows];
+                    matvec_tokens(isa, &view, &prepared, 0, &mut together);
+                    assert!(together == alone, "{encoding} {rows}x{cols} {tokens} {}", isa.name());
+                }
+            }
+        }
+    }
 }
 
 /// Many tokens at once give what each gives alone, bit for bit, on every set and for every split.

@@ -2,8 +2,8 @@
 
 use stb_format::encoding::MatrixView;
 use stb_kernels::{
-    Isa, Lanes, Panels, Pool, ROW_TILE, RoundedTokens, RoundingPart, Workspace, has_rounded_matmul,
-    matmul, matmul_rounded, matvec, share_preparation,
+    Isa, Lanes, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, RoundingPart, Workspace,
+    has_rounded_matmul, matmul, matmul_rounded, matvec, matvec_tokens, share_preparation,
 };
 
 use crate::weights::Weight;
@@ -12,7 +12,9 @@ use crate::weights::Weight;
 const TASK_BYTES: usize = 64 << 10;
 /// Rows per task of a product with many tokens.
 const TASK_ROWS: usize = 64;
-/// Up to so many tokens, each is multiplied with packed weights in cache; more share expanded ones.
+/// From so many tokens on, weights are expanded for all of them where there is a kernel for it.
+const EXPAND_TOKENS: usize = 4;
+/// Elsewhere, up to so many tokens are multiplied with packed weights while these are in cache.
 const FEW_TOKENS: usize = 16;
 /// Below this many multiplications, threads cost more than they save.
 const SERIAL_WORK: usize = 1 << 15;
@@ -58,16 +60,18 @@ pub fn apply<const N: usize>(
     assert!(x.len().is_multiple_of(cols), "whole tokens");
     let tokens = x.len() / cols;
     let views = weights.map(Weight::view);
-    if tokens == 1 || memory.rounded && tokens <= FEW_TOKENS {
+    if tokens == 1 {
         let bytes = weights.iter().map(|w| w.byte_len()).sum();
         return few_tokens(isa, pool, memory, &views, bytes, x, outputs);
     }
-    for (view, out) in views.iter().zip(outputs) {
+    for ((view, weight), out) in views.into_iter().zip(weights).zip(outputs) {
         out.resize(tokens * view.rows(), 0.0);
-        if memory.rounded && has_rounded_matmul(view) {
-            many_rounded(isa, pool, memory, view, x, out);
+        if memory.rounded && has_rounded_matmul(&view) && tokens >= EXPAND_TOKENS {
+            many_rounded(isa, pool, memory, &view, x, out);
+        } else if memory.rounded && tokens <= FEW_TOKENS {
+            few_tokens(isa, pool, memory, &[view], weight.byte_len(), x, [out]);
         } else {
-            many_exact(isa, pool, memory, view, x, out);
+            many_exact(isa, pool, memory, &view, x, out);
         }
     }
 }
@@ -117,17 +121,16 @@ fn few_tokens<const N: usize>(
     let total: usize = views.iter().map(MatrixView::rows).sum();
     let chunk = (TASK_BYTES * total / bytes.max(1)).next_multiple_of(2 * ROW_TILE);
     let chunk = chunk.clamp(2 * ROW_TILE, 32 * ROW_TILE);
-    let product = |i: usize, first: usize, t: usize, y: &mut [f32]| {
-        matvec(isa, &views[i], works[source[i] * tokens + t].prepared(), first, y);
-    };
     let pool = pool.or_serial(total * cols >= SERIAL_WORK);
     if tokens == 1 {
-        let mut views = views.iter();
+        let mut rows = views.iter().map(MatrixView::rows);
         let parts = outputs.map(|out| {
-            out.resize(views.next().map_or(0, MatrixView::rows), 0.0);
+            out.resize(rows.next().unwrap_or(0), 0.0);
             &mut out[..]
         });
-        pool.run_parts(parts, chunk, |i, first, y| product(i, first, 0, y));
+        pool.run_parts(parts, chunk, |i, first, y| {
+            matvec(isa, &views[i], works[source[i]].prepared(), first, y);
+        });
         return;
     }
     by_rows.resize(total * tokens, 0.0);
@@ -139,10 +142,10 @@ fn few_tokens<const N: usize>(
         part
     });
     pool.run_parts(parts, chunk * tokens, |i, first, y| {
-        let count = y.len() / tokens;
-        for (t, y) in y.chunks_exact_mut(count).enumerate() {
-            product(i, first / tokens, t, y);
-        }
+        let works = &works[source[i] * tokens..][..tokens];
+        let prepared: [Prepared<'_>; FEW_TOKENS] =
+            std::array::from_fn(|t| works[t.min(tokens - 1)].prepared());
+        matvec_tokens(isa, &views[i], &prepared[..tokens], first / tokens, y);
     });
     let mut done = &by_rows[..];
     for (view, out) in views.iter().zip(outputs) {
@@ -177,8 +180,13 @@ fn many_rounded(
     });
     pool.run_chunks(out, rows, |first, out| {
         let t = first / rows;
-        for (tile, out) in out.chunks_mut(ROW_TILE).enumerate() {
-            out.copy_from_slice(&by_tiles[tile * stride + t].0[..out.len()]);
+        let (whole, rest) = out.as_chunks_mut::<ROW_TILE>();
+        let mut tiles = by_tiles[t..].iter().step_by(stride);
+        for (out, lanes) in whole.iter_mut().zip(&mut tiles) {
+            *out = lanes.0;
+        }
+        if let Some(lanes) = tiles.next() {
+            rest.copy_from_slice(&lanes.0[..rest.len()]);
         }
     });
 }

@@ -12,6 +12,7 @@ use stb_format::half::f16;
 
 use super::bytes::{Bytes, TileSums};
 use super::int8::{self, BLOCK};
+use super::nm8::{self, PART, Planes};
 use super::{Simd, nm};
 use crate::isa::{Isa, Task};
 
@@ -257,28 +258,30 @@ fn scale_rows<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes]) {
     }
 }
 
-/// What the codes expand to: the difference, by exclusive or, that a weight makes in the bytes of a
-/// group; 0 for a weight of zero.
+/// What the codes expand to: the bytes of a group of columns, four at a time as one word. Bytes are
+/// signed for tiles and have an offset of 1 otherwise, because the first operand of [`Bytes::dot4`]
+/// is unsigned.
 struct Patterns<S: Simd> {
-    /// For the first four columns of a group and the others, by the index of [`Patterns::one`].
+    /// For the first four columns of a group and the others, by what [`nm8::first_indices`] gives.
+    /// 2:8: what one weight changes, by exclusive or, in four weights of zero.
     tables: [S::F; 2],
     /// 2:4: the same for codes with the negative sign.
     negative: S::F,
-    /// A weight of zero, four times.
+    /// Four weights of zero.
     zero: u32,
 }
 
 impl<S: Bytes> Patterns<S> {
-    /// Bytes are signed for tiles and have an offset of 1 otherwise, because the first operand of
-    /// [`Bytes::dot4`] is unsigned.
     #[inline(always)]
     fn new<const N: usize, const M: usize>(s: S) -> Self {
         let offset = if S::TILES { 0i8 } else { 1 };
         let zero = offset.cast_unsigned();
+        let zeros = u32::from_ne_bytes([zero; 4]);
         let change = |negative: bool| {
             let weight = if negative { -1 } else { 1 };
             u64::from((offset + weight).cast_unsigned() ^ zero)
         };
+        let start = if (N, M) == (2, 8) { 0 } else { zeros };
         let (mut low, mut high, mut negative) = ([0u32; 16], [0u32; 16], [0u32; 16]);
         for index in 0..16 {
             if (N, M) == (2, 4) {
@@ -288,10 +291,10 @@ impl<S: Bytes> Patterns<S> {
                     let at_j = if i == j { 0 } else { change((i > j) != minus) << (8 * j) };
                     (change(minus) << (8 * i) ^ at_j) as u32
                 };
-                (low[index], negative[index]) = (word(false), word(true));
+                (low[index], negative[index]) = (start ^ word(false), start ^ word(true));
             } else {
                 let bytes = change(index / M % 2 == 1) << (8 * (index % M));
-                (low[index], high[index]) = (bytes as u32, (bytes >> 32) as u32);
+                (low[index], high[index]) = (start ^ bytes as u32, start ^ (bytes >> 32) as u32);
             }
         }
         let table = |words: &[u32; 16]| {
@@ -301,11 +304,7 @@ impl<S: Bytes> Patterns<S> {
             }
             s.load(&floats)
         };
-        Self {
-            tables: [table(&low), table(&high)],
-            negative: table(&negative),
-            zero: u32::from_ne_bytes([zero; 4]),
-        }
+        Self { tables: [table(&low), table(&high)], negative: table(&negative), zero: zeros }
     }
 
     /// Columns `128·block..` of a tile of rows.
@@ -319,57 +318,70 @@ impl<S: Bytes> Patterns<S> {
         to: &mut Expanded,
     ) {
         let quads = m.groups().div_ceil(QUAD);
-        let codes = m.tile_codes(tile);
-        let per_block = BLOCK / (QUAD * M);
-        for (q, to) in to.0.chunks_exact_mut(QUAD * M / 4).enumerate() {
-            let quad = block * per_block + q;
-            if quad >= quads {
+        let codes = m.tile_codes(tile).as_chunks::<64>().0;
+        let bits = N * M.trailing_zeros() as usize + 1;
+        let words = PART * QUAD * M / 4;
+        let parts = BLOCK / 4 / words;
+        for (p, to) in to.0.chunks_exact_mut(words).enumerate() {
+            let part = block * parts + p;
+            if part * PART >= quads {
                 // Activations are zero there.
                 to.fill([0; 64]);
                 continue;
             }
-            let place = nm::Place::new(m.spec.code_bits() as usize, quad, quads);
-            for (lane, to) in to.chunks_exact_mut(M / 4).enumerate() {
-                let words = self.words::<N, M>(s, place.codes(s, codes, lane));
-                for (k, to) in to.iter_mut().enumerate() {
-                    s.store_words(s.xor(words[k], s.splat_i(self.zero)), to);
+            let planes = Planes::new(codes, 0, bits, quads, part);
+            let (first, second) = if (N, M) == (2, 8) {
+                let [first, second] = nm8::pairs_of_8(s, &planes);
+                (first, second)
+            } else {
+                let first = nm8::first_indices::<S, N, M>(s, &planes);
+                (first, first)
+            };
+            for (q, to) in to.chunks_exact_mut(QUAD * M / 4).enumerate() {
+                // Widening from memory takes fewer operations than from parts of a vector.
+                let (mut a, mut b) = (Aligned([0; 64]), Aligned([0; 64]));
+                s.store_b(first[q], &mut a.0);
+                if (N, M) == (2, 8) {
+                    s.store_b(second[q], &mut b.0);
+                }
+                let lanes = a.0.as_chunks().0.iter().zip(b.0.as_chunks().0);
+                for ((a, b), to) in lanes.zip(to.chunks_exact_mut(M / 4)) {
+                    let words = self.words::<N, M>(s, s.widen_u8(a), b);
+                    for (k, to) in to.iter_mut().enumerate() {
+                        s.store_words(words[k], to);
+                    }
                 }
             }
         }
     }
 
-    /// The changes that 16 codes make in the first and in the other columns of their groups.
+    /// The first four columns of 16 groups, and the others.
     #[inline(always)]
-    fn words<const N: usize, const M: usize>(&self, s: S, code: S::I) -> [S::I; 2] {
+    fn words<const N: usize, const M: usize>(
+        &self,
+        s: S,
+        first: S::I,
+        second: &[u8; 16],
+    ) -> [S::I; 2] {
+        let word = |table: S::F, index: S::I| s.cast_i(s.lookup(table, index));
+        let [low, high] = self.tables;
         match (N, M) {
             (2, 4) => {
-                let plus = s.cast_i(s.lookup(self.tables[0], code));
-                let minus = s.cast_i(s.lookup(self.negative, code));
-                let sign = s.gt_i(code, s.splat_i(15));
+                let (plus, minus) = (word(low, first), word(self.negative, first));
+                let sign = s.gt_i(first, s.splat_i(15));
                 [s.xor(plus, s.and(s.xor(plus, minus), sign)), plus]
             }
             (2, 8) => {
-                let i = s.and(code, s.splat_i(7));
-                let j = s.and(s.shr(code, 3), s.splat_i(7));
-                let sign = s.and(s.shr(code, 3), s.splat_i(8));
-                let above = s.gt_i(i, j);
-                // Equal positions keep one weight; the sign of j is the other one if i is above.
-                let differ = s.or(above, s.gt_i(j, i));
-                let second = s.or(j, s.xor(sign, s.and(above, s.splat_i(8))));
-                let (first, second) = (self.one(s, s.or(i, sign)), self.one(s, second));
+                let second = s.widen_u8(second);
+                let exists = s.gt_i(s.splat_i(128), second);
+                let zero = s.splat_i(self.zero);
                 [
-                    s.xor(first[0], s.and(second[0], differ)),
-                    s.xor(first[1], s.and(second[1], differ)),
+                    s.xor(s.xor(zero, word(low, first)), s.and(word(low, second), exists)),
+                    s.xor(s.xor(zero, word(high, first)), s.and(word(high, second), exists)),
                 ]
             }
-            _ => self.one(s, code),
+            _ => [word(low, first), word(high, first)],
         }
-    }
-
-    /// One weight by position and, above it, sign.
-    #[inline(always)]
-    fn one(&self, s: S, index: S::I) -> [S::I; 2] {
-        [s.cast_i(s.lookup(self.tables[0], index)), s.cast_i(s.lookup(self.tables[1], index))]
     }
 }
 

@@ -108,48 +108,52 @@ fn offsets(line: &[i8; STRIDE], spec: IntGroup, sums: &mut Vec<[i32; 16]>) {
     }
 }
 
-/// See [`super::matvec`]. One row at a time: several at once, each half a page long, share the loads
+/// See [`super::matvec`]; for `T` tokens, whose rows follow one another in `y`. One row at a time: several at once, each half a page long, share the loads
 /// of activations but were 10 to 25 % slower from memory.
 #[inline(always)]
-pub(super) fn matvec<S: Bytes>(
+pub(super) fn matvec<S: Bytes, const T: usize>(
     s: S,
     m: &IntGroupView<'_>,
-    x: &Rounded,
+    x: [&Rounded; T],
     first: usize,
     y: &mut [f32],
 ) {
     match m.spec.bits() {
-        1 => rows::<S, 1, 1, 8>(s, m, x, first, y),
-        2 => rows::<S, 2, 2, 4>(s, m, x, first, y),
-        3 => rows::<S, 3, 2, 4>(s, m, x, first, y),
-        4 => rows::<S, 4, 4, 2>(s, m, x, first, y),
-        _ => rows::<S, 8, 8, 2>(s, m, x, first, y),
+        1 => rows::<S, T, 1, 1, 8>(s, m, x, first, y),
+        2 => rows::<S, T, 2, 2, 4>(s, m, x, first, y),
+        3 => rows::<S, T, 3, 2, 4>(s, m, x, first, y),
+        4 => rows::<S, T, 4, 4, 2>(s, m, x, first, y),
+        _ => rows::<S, T, 8, 8, 2>(s, m, x, first, y),
     }
 }
 
 /// For codes of `BITS`, whose first plane has `WIDTH` and `TABLES` for each of its vectors.
 #[inline(always)]
-fn rows<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
+fn rows<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
     s: S,
     m: &IntGroupView<'_>,
-    x: &Rounded,
+    x: [&Rounded; T],
     first: usize,
     y: &mut [f32],
 ) {
-    for (r, y) in y.iter_mut().enumerate() {
-        *y = row::<S, BITS, WIDTH, TABLES>(s, m, x, first + r);
+    let count = y.len() / T;
+    for r in 0..count {
+        let sums = row::<S, T, BITS, WIDTH, TABLES>(s, m, x, first + r);
+        for t in 0..T {
+            y[t * count + r] = sums[t];
+        }
     }
 }
 
 #[inline(always)]
-fn row<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
+fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
     s: S,
     m: &IntGroupView<'_>,
-    x: &Rounded,
+    x: [&Rounded; T],
     row: usize,
-) -> f32 {
+) -> [f32; T] {
     let [low, high] = m.row_planes(row);
-    let scales = m.row_scales(row).as_flattened();
+    let stored = m.row_scales(row).as_flattened();
     // 16 scales at a time serve as many strides as a group has units.
     let (places, part) = match m.spec.group() {
         32 => (&PLACES[0], 1),
@@ -157,20 +161,22 @@ fn row<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
         _ => (&PLACES[2], 4),
     };
     let tables_of_stride = WIDTH * TABLES + if BITS == 3 { 8 } else { 0 };
-    let mut tables = x.tables.chunks_exact(tables_of_stride);
-    let mut sums = x.sums.chunks_exact(WIDTH);
     let mut sixteen = s.splat(0.0);
-    let mut acc = s.splat(0.0);
-    for (stride, activations) in x.unit_scales.iter().enumerate() {
+    let mut acc = [s.splat(0.0); T];
+    for stride in 0..x[0].unit_scales.len() {
         if stride % part == 0 {
-            sixteen = s.f16_to_f32(bytes(scales, stride / part * 32, &mut [0; 32]));
+            sixteen = s.f16_to_f32(bytes(stored, stride / part * 32, &mut [0; 32]));
         }
         let units = s.lookup(sixteen, s.widen_u8(&places[stride % part]));
-        let units = s.mul(units, s.load(activations));
-        let tables = tables.next().unwrap_or_default();
-        let (first, second) = tables.split_at(WIDTH * TABLES);
-        let first = first.as_chunks::<TABLES>().0;
-        let sums = sums.next().unwrap_or_default();
+        let mut scales = [units; T];
+        let mut first: [&[[[u8; 64]; TABLES]]; T] = [&[]; T];
+        let mut second: [&[[u8; 64]]; T] = [&[]; T];
+        for t in 0..T {
+            scales[t] = s.mul(units, s.load(&x[t].unit_scales[stride]));
+            let tables = &x[t].tables[stride * tables_of_stride..][..tables_of_stride];
+            let (of_first, of_second) = tables.split_at(WIDTH * TABLES);
+            (first[t], second[t]) = (of_first.as_chunks::<TABLES>().0, of_second);
+        }
         let from = stride * WIDTH * 64;
         let rest = low.get(from..).unwrap_or_default();
         let mut spare = [[0; 64]; WIDTH];
@@ -183,19 +189,31 @@ fn row<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
         };
         for v in 0..WIDTH {
             s.prefetch(vectors[v].as_ptr().wrapping_add(AHEAD));
-            let start = if BITS == 8 { s.splat_i(0) } else { s.load_i(&sums[v]) };
-            let sum = dots::<S, WIDTH, TABLES>(s, start, &vectors[v], &first[v]);
-            acc = s.mul_add(spread::<S, WIDTH>(s, units, v), s.to_f32(sum), acc);
+            for t in 0..T {
+                let start = match BITS {
+                    8 => s.splat_i(0),
+                    _ => s.load_i(&x[t].sums[stride * WIDTH + v]),
+                };
+                let sum = dots::<S, WIDTH, TABLES>(s, start, &vectors[v], &first[t][v]);
+                acc[t] = s.mul_add(spread::<S, WIDTH>(s, scales[t], v), s.to_f32(sum), acc[t]);
+            }
         }
-        if let (3, Some(tables)) = (BITS, second.first_chunk::<8>()) {
+        if BITS == 3 {
             let mut spare = [0; 64];
             let codes = bytes(high, stride * 64, &mut spare);
             s.prefetch(codes.as_ptr().wrapping_add(AHEAD));
-            let sum = dots::<S, 1, 8>(s, s.splat_i(0), codes, tables);
-            acc = s.mul_add(s.mul(units, s.splat(4.0)), s.to_f32(sum), acc);
+            for t in 0..T {
+                let Some(tables) = second[t].first_chunk::<8>() else { continue };
+                let sum = dots::<S, 1, 8>(s, s.splat_i(0), codes, tables);
+                acc[t] = s.mul_add(s.mul(scales[t], s.splat(4.0)), s.to_f32(sum), acc[t]);
+            }
         }
     }
-    s.sum(acc)
+    let mut sums = [0.0; T];
+    for t in 0..T {
+        sums[t] = s.sum(acc[t]);
+    }
+    sums
 }
 
 /// `sum` plus the products of the fields of a vector with their activations.

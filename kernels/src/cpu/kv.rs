@@ -295,21 +295,22 @@ impl Scores<'_> {
             sum = s.add(sum, s.load(q));
         }
         let offset = R::OFFSET * s.sum(sum);
+        let (pairs, single) = q.as_chunks::<2>();
         for (t, to) in self.to.iter_mut().enumerate() {
             let row = self.first + t;
-            let mut acc = [s.splat(0.0); 2];
-            for (k, q) in q.iter().enumerate() {
-                acc[k & 1] =
-                    s.mul_add(s.load(q), rows.load(s, row * q_len(self.q) + k), acc[k & 1]);
+            let mut at = row * q.len();
+            let (mut a, mut b) = (s.splat(0.0), s.splat(0.0));
+            for [first, second] in pairs {
+                a = s.mul_add(s.load(first), rows.load(s, at), a);
+                b = s.mul_add(s.load(second), rows.load(s, at + 1), b);
+                at += 2;
             }
-            *to = (s.sum(s.add(acc[0], acc[1])) - offset) * (rows.scale(row) * self.scale);
+            if let [last] = single {
+                a = s.mul_add(s.load(last), rows.load(s, at), a);
+            }
+            *to = (s.sum(s.add(a, b)) - offset) * (rows.scale(row) * self.scale);
         }
     }
-}
-
-#[inline(always)]
-fn q_len(q: &[f32]) -> usize {
-    q.len() / LANES
 }
 
 /// `out[i] += Σ_t weights[t]·values[first + t][i]`; `out` is padded to [`KvRows::padded_width`].

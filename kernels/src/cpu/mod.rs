@@ -25,7 +25,7 @@ mod stbllm8;
 #[cfg(test)]
 mod tests;
 
-use stb_format::encoding::MatrixView;
+use stb_format::encoding::{IntGroupView, MatrixView};
 
 use crate::isa::{Isa, Task};
 
@@ -240,6 +240,53 @@ pub fn matvec(isa: Isa, matrix: &MatrixView<'_>, x: Prepared<'_>, first: usize, 
     isa.run(MatVec { matrix, x, first, y });
 }
 
+/// [`matvec`] for several tokens: `y` holds the rows for the first token, then for the next.
+///
+/// # Panics
+/// As [`matvec`], or if `y` is not as many rows for each token.
+pub fn matvec_tokens(
+    isa: Isa,
+    matrix: &MatrixView<'_>,
+    x: &[Prepared<'_>],
+    first: usize,
+    y: &mut [f32],
+) {
+    assert!(!x.is_empty() && y.len().is_multiple_of(x.len()), "as many rows for each token");
+    let rows = y.len() / x.len();
+    let (fours, rest) = x.as_chunks::<4>();
+    let (y_fours, y_rest) = y.split_at_mut(fours.len() * 4 * rows);
+    for (x, y) in fours.iter().zip(y_fours.chunks_exact_mut(4 * rows)) {
+        let rounded = x.map(|x| x.rounded);
+        if let (MatrixView::IntGroup(m), [Some(a), Some(b), Some(c), Some(d)]) = (matrix, rounded) {
+            assert!(first + rows <= matrix.rows(), "rows outside the matrix");
+            isa.run(FourTokens { matrix: m, x: [a, b, c, d], first, y });
+            continue;
+        }
+        for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
+            matvec(isa, matrix, *x, first, y);
+        }
+    }
+    for (x, y) in rest.iter().zip(y_rest.chunks_exact_mut(rows)) {
+        matvec(isa, matrix, *x, first, y);
+    }
+}
+
+struct FourTokens<'a> {
+    matrix: &'a IntGroupView<'a>,
+    x: [&'a Rounded; 4],
+    first: usize,
+    y: &'a mut [f32],
+}
+
+impl Task for FourTokens<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) {
+        int_group::matvec(s, self.matrix, self.x, self.first, self.y);
+    }
+}
+
 struct MatVec<'a> {
     matrix: &'a MatrixView<'a>,
     x: Prepared<'a>,
@@ -256,7 +303,7 @@ impl Task for MatVec<'_> {
         match (matrix, x.rounded) {
             (MatrixView::Nm(m), Some(x)) => return nm8::matvec(s, m, x, first, y),
             (MatrixView::Stbllm(m), Some(x)) => return stbllm8::matvec(s, m, x, first, y),
-            (MatrixView::IntGroup(m), Some(x)) => return int_group::matvec(s, m, x, first, y),
+            (MatrixView::IntGroup(m), Some(x)) => return int_group::matvec(s, m, [x], first, y),
             _ => {}
         }
         let x = x.x;

@@ -162,7 +162,7 @@ fn add_quad<S: Simd, const N: usize, const M: usize, const T: usize>(
 }
 
 /// Where the codes of a quad lie in a tile: for up to two planes, the byte and the shift.
-pub(crate) struct Place {
+struct Place {
     byte: [usize; 3],
     shift: [u32; 3],
     width: [u32; 3],
@@ -170,7 +170,7 @@ pub(crate) struct Place {
 
 impl Place {
     #[inline(always)]
-    pub(crate) fn new(code_bits: usize, quad: usize, quads: usize) -> Self {
+    fn new(code_bits: usize, quad: usize, quads: usize) -> Self {
         let chunk = quad / CHUNK_QUADS;
         let in_chunk = (quads - chunk * CHUNK_QUADS).min(CHUNK_QUADS);
         let quad = quad % CHUNK_QUADS;
@@ -192,7 +192,7 @@ impl Place {
 
     /// The codes of 16 rows for the group in `lane`; zero outside the matrix.
     #[inline(always)]
-    pub(crate) fn codes<S: Simd>(&self, s: S, tile: &[u8], lane: usize) -> S::I {
+    fn codes<S: Simd>(&self, s: S, tile: &[u8], lane: usize) -> S::I {
         let mut code = s.splat_i(0);
         let mut at = 0;
         for p in 0..3 {

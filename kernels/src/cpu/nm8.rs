@@ -14,7 +14,7 @@ use super::int8::{BLOCK, Rounded};
 /// Tiles that share the loads of tables.
 const TILES: usize = 2;
 /// Quads whose codes are taken apart together: as many as a byte has 2-bit fields.
-const PART: usize = 4;
+pub(super) const PART: usize = 4;
 
 /// Look-up tables for each quad, a lane for each of its groups: one, or two for 2:4.
 #[inline(always)]
@@ -173,7 +173,7 @@ fn scales<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, col: usize, activation: f
 }
 
 /// The vectors of a plane: those that do not exist are zero, as are the tables of their quads.
-struct Planes<'a> {
+pub(super) struct Planes<'a> {
     codes: &'a [[u8; 64]],
     /// How far ahead to fetch, in vectors: the tiles that come next lie behind the present ones.
     ahead: usize,
@@ -187,7 +187,13 @@ struct Planes<'a> {
 
 impl<'a> Planes<'a> {
     #[inline(always)]
-    fn new(codes: &'a [[u8; 64]], ahead: usize, bits: usize, quads: usize, part: usize) -> Self {
+    pub(super) fn new(
+        codes: &'a [[u8; 64]],
+        ahead: usize,
+        bits: usize,
+        quads: usize,
+        part: usize,
+    ) -> Self {
         let (chunk, half) = (part / 2, part % 2);
         let n = (quads - chunk * CHUNK_QUADS).min(CHUNK_QUADS);
         let four = chunk * bits;
@@ -252,6 +258,30 @@ fn add_part<S: Bytes, const N: usize, const M: usize, const T: usize>(
     }
 }
 
+/// For each quad of a part, what its codes look up: position and, above it, sign; 2:4: both
+/// positions, and above them the sign.
+#[inline(always)]
+pub(super) fn first_indices<S: Bytes, const N: usize, const M: usize>(
+    s: S,
+    planes: &Planes<'_>,
+) -> [S::B; PART] {
+    let sixteen = s.splat_b(16);
+    match (N, M) {
+        (1, 4) => positions_of_4(s, planes),
+        (2, 8) => pairs_of_8(s, planes)[0],
+        (2, 4) => {
+            let (mut index, sign) = (planes.nibbles(s), planes.ones(s));
+            let signs =
+                [s.shl_b::<4>(sign), s.shl_b::<3>(sign), s.shl_b::<2>(sign), s.shl_b::<1>(sign)];
+            for q in 0..PART {
+                index[q] = s.or_b(index[q], s.and_b(signs[q], sixteen));
+            }
+            index
+        }
+        _ => planes.nibbles(s),
+    }
+}
+
 #[inline(always)]
 fn one_of_8<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
     let index = planes.nibbles(s);
@@ -263,39 +293,58 @@ fn one_of_8<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Ac
 }
 
 #[inline(always)]
-fn one_of_4<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
+fn positions_of_4<S: Bytes>(s: S, planes: &Planes<'_>) -> [S::B; PART] {
     let (position, sign) = (planes.twos(s), planes.ones(s));
     // The sign goes to bit 2.
     let positions =
         [position, s.shr_b::<2>(position), s.shr_b::<4>(position), s.shr_b::<6>(position)];
     let signs = [s.shl_b::<2>(sign), s.shl_b::<1>(sign), sign, s.shr_b::<1>(sign)];
     let (three, four) = (s.splat_b(3), s.splat_b(4));
+    let mut index = [s.splat_b(0); PART];
+    for q in 0..PART {
+        index[q] = s.or_b(s.and_b(positions[q], three), s.and_b(signs[q], four));
+    }
+    index
+}
+
+#[inline(always)]
+fn one_of_4<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
+    let index = positions_of_4(s, planes);
     let mut term = [s.splat_b(0); PART];
     for q in 0..PART {
-        let index = s.or_b(s.and_b(positions[q], three), s.and_b(signs[q], four));
-        term[q] = s.lookup_b(s.load_b(&tables[q]), index);
+        term[q] = s.lookup_b(s.load_b(&tables[q]), index[q]);
     }
     s.dot2(s.dot2(acc, term[0], term[1]), term[2], term[3])
 }
 
+/// What the first and the second weight look up; the top bit is set for a second one that is none.
 #[inline(always)]
-fn two_of_8<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
+pub(super) fn pairs_of_8<S: Bytes>(s: S, planes: &Planes<'_>) -> [[S::B; PART]; 2] {
     let low = planes.nibbles(s); // i, and bit 0 of j
     let (high, sign) = (planes.twos(s), planes.ones(s)); // bits 1 and 2 of j; s
     let highs = [s.shl_b::<1>(high), s.shr_b::<1>(high), s.shr_b::<3>(high), s.shr_b::<5>(high)];
     let signs = [s.shl_b::<3>(sign), s.shl_b::<2>(sign), s.shl_b::<1>(sign), sign];
     let (one, six, seven, eight) = (s.splat_b(1), s.splat_b(6), s.splat_b(7), s.splat_b(8));
-    let mut acc = acc;
+    let mut index = [[s.splat_b(0); PART]; 2];
     for q in 0..PART {
-        let table = s.load_b(&tables[q]);
         let i = s.and_b(low[q], seven);
         let j = s.or_b(s.and_b(s.shr_b::<3>(low[q]), one), s.and_b(highs[q], six));
         let sign = s.and_b(signs[q], eight);
-        let first = s.lookup_b(table, s.or_b(i, sign));
+        index[0][q] = s.or_b(i, sign);
         // The sign of j is the other one if i is above; nothing is at j if they are equal.
         let flip = s.and_b(s.gt_b(i, j), eight);
-        let index = s.or_b(s.xor_b(s.or_b(j, sign), flip), s.eq_b(i, j));
-        acc = s.dot2(acc, first, s.lookup_b(table, index));
+        index[1][q] = s.or_b(s.xor_b(s.or_b(j, sign), flip), s.eq_b(i, j));
+    }
+    index
+}
+
+#[inline(always)]
+fn two_of_8<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
+    let [first, second] = pairs_of_8(s, planes);
+    let mut acc = acc;
+    for q in 0..PART {
+        let table = s.load_b(&tables[q]);
+        acc = s.dot2(acc, s.lookup_b(table, first[q]), s.lookup_b(table, second[q]));
     }
     acc
 }

@@ -128,7 +128,17 @@ fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     s.mul(p, s.cast_f(power))
 }
 
-/// Softmax in place: exp(x − max) divided by the sum.
+/// exp(x) for x ≤ 0, and zero below e⁻⁸⁰: divided by a sum it could become subnormal, and each product
+/// with a subnormal number takes a hundred cycles. NaN stays NaN.
+#[inline(always)]
+fn weight<S: Simd>(s: S, x: S::F) -> S::F {
+    let magnitude = s.and(s.cast_i(x), s.splat_i(0x7fff_ffff));
+    let large = s.gt_i(s.splat_i(80f32.to_bits()), magnitude);
+    let nan = s.and(s.gt_i(magnitude, s.splat_i(0x7f80_0000)), s.splat_i(f32::NAN.to_bits()));
+    s.cast_f(s.or(s.and(s.cast_i(exp(s, x)), large), nan))
+}
+
+/// Softmax in place: exp(x − max) divided by the sum. Shares below e⁻⁸⁰ of the largest are zero.
 pub fn softmax(isa: Isa, x: &mut [f32]) {
     let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum = isa.run(ExpInPlace { x, max });
@@ -160,11 +170,14 @@ impl Task for ExpInPlace<'_> {
         let mut acc = s.splat(0.0);
         let (vectors, tail) = self.x.as_chunks_mut::<16>();
         for v in vectors {
-            let e = exp(s, s.sub(s.load(v), max));
+            let e = weight(s, s.sub(s.load(v), max));
             s.store(e, v);
             acc = s.add(acc, e);
         }
-        let last = exp_tail(s, tail, self.max);
+        // Minus infinity has no weight.
+        let mut last = [f32::NEG_INFINITY; 16];
+        last[..tail.len()].copy_from_slice(tail);
+        s.store(weight(s, s.sub(s.load(&last), max)), &mut last);
         tail.copy_from_slice(&last[..tail.len()]);
         s.sum(s.add(acc, s.load(&last)))
     }
