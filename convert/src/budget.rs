@@ -119,7 +119,7 @@ fn candidates(
     let inputs = tensor.layer().and_then(|(i, part)| Some(&moments[i][input_of(part)?]));
     let flat = vec![1.0; cols];
     let importance = inputs.unwrap_or(&flat);
-    let ints = [(4, 128), (4, 32), (8, 128), (8, 32)];
+    let ints = [(2, 64), (3, 128), (3, 64), (4, 128), (4, 32), (8, 128), (8, 32)];
     for spec in ints.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group)) {
         let error = int_group::plain_error(&sample, cols, importance, spec);
         let treatment = match inputs {

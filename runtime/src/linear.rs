@@ -13,7 +13,7 @@ const TASK_BYTES: usize = 64 << 10;
 /// Rows per task of a product with many tokens.
 const TASK_ROWS: usize = 64;
 /// From so many tokens on, weights are expanded for all of them where there is a kernel for it.
-const EXPAND_TOKENS: usize = 4;
+const EXPAND_TOKENS: usize = 12;
 /// Elsewhere, up to so many tokens are multiplied with packed weights while these are in cache.
 const FEW_TOKENS: usize = 16;
 /// Below this many multiplications, threads cost more than they save.

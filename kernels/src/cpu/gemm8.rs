@@ -63,7 +63,7 @@ pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
     matches!(matrix, MatrixView::Nm(_)) && int8::supports(matrix)
 }
 
-/// Activations of up to [`TOKENS`] tokens on their way into [`RoundedTokens`].
+/// Activations of up to 32 tokens on their way into [`RoundedTokens`].
 #[derive(Debug)]
 pub struct RoundingPart<'a> {
     x: &'a [f32],
