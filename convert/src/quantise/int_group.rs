@@ -353,7 +353,8 @@ mod tests {
             (state >> 40) as f64 / (1u64 << 24) as f64
         };
         // Box and Muller's way.
-        let mut normal = || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (6.283_185 * uniform()).cos();
+        let mut normal =
+            || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
         let normal: Vec<f32> = (0..256 * 128).map(|_| normal() as f32).collect();
         for (bits, optimum) in [(1, 0.3634), (2, 0.1188), (3, 0.03744)] {
             let spec = IntGroup::new(bits, 128).unwrap();
