@@ -17,6 +17,7 @@ pub mod output;
 pub mod pipeline;
 pub mod plan;
 pub mod plot;
+pub mod prepare;
 pub mod quantise;
 pub mod recipe;
 pub mod report;

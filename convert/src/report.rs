@@ -36,18 +36,9 @@ pub struct Stages {
     pub moments: f64,
     /// Their factorisation.
     pub factors: f64,
-    /// Choosing masks, compensation of pruned weights included.
-    pub prune: f64,
-    /// Searching salient columns and thresholds.
-    pub search: f64,
-    /// Scales, codes and values.
-    pub quantise: f64,
-    /// Passing errors on to later blocks.
-    pub propagate: f64,
-    /// Refitting scales and codes after the block loop.
-    pub refit: f64,
-    /// Packing.
-    pub pack: f64,
+    /// The steps of the quantisers.
+    #[serde(flatten)]
+    pub quantiser: Seconds,
     /// Measuring the error of what is stored.
     pub check: f64,
     /// Writing, and keeping what a later run can go on from.
@@ -55,27 +46,12 @@ pub struct Stages {
 }
 
 impl Stages {
-    /// Adds the steps of a quantiser.
-    pub fn add_quantiser(&mut self, seconds: &Seconds) {
-        self.prune += seconds.prune;
-        self.search += seconds.search;
-        self.quantise += seconds.quantise;
-        self.propagate += seconds.propagate;
-        self.refit += seconds.refit;
-        self.pack += seconds.pack;
-    }
-
     /// Adds another layer.
     pub fn add(&mut self, other: &Self) {
         self.forward += other.forward;
         self.moments += other.moments;
         self.factors += other.factors;
-        self.prune += other.prune;
-        self.search += other.search;
-        self.quantise += other.quantise;
-        self.propagate += other.propagate;
-        self.refit += other.refit;
-        self.pack += other.pack;
+        self.quantiser.add(&other.quantiser);
         self.check += other.check;
         self.output += other.output;
     }

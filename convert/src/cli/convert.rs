@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
-use stb_convert::allocation::allocate;
 use stb_convert::calibration::Source;
-use stb_convert::metadata::metadata;
+use stb_convert::prepare::prepare;
 use stb_convert::recipe::Body;
 use stb_convert::report::Report;
-use stb_convert::{Job, Plan, Recipe, budget, convert, plan};
+use stb_convert::{Job, Plan, Recipe, convert};
 use stb_format::Meta;
 use stb_runtime::{Checkpoint, Error};
 
@@ -22,19 +21,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         Some(path) => Source::file(path)?,
         None => Source::of(&recipe.calibration)?,
     };
-    let mut plan = plan(&checkpoint, &recipe)?;
-    allocate(&mut plan, &checkpoint, &recipe, &source)?;
-    let target = recipe.body.target()?;
-    let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize);
-    let calibration = if plan.needs_calibration() || target.is_some() {
-        source.describe(&recipe.calibration, length)
-    } else {
-        String::new()
-    };
-    let meta = metadata(&checkpoint, &recipe, &calibration, plan.parameters())?;
-    if let Some(bits) = target {
-        budget::fit(&mut plan, &checkpoint, &recipe, &source, &meta, bits)?;
-    }
+    let (plan, meta) = prepare(&checkpoint, &recipe, &source)?;
     if args.dry_run {
         return dry_run(&checkpoint, &recipe, &plan, &meta);
     }

@@ -340,7 +340,7 @@ impl Run<'_> {
         started: Instant,
     ) -> anyhow::Result<()> {
         let target = self.job.target;
-        self.stages.add_quantiser(&packed.seconds);
+        self.stages.quantiser.add(&packed.seconds);
         let writing = Instant::now();
         self.writer
             .tensor(&tensor.name, &tensor.shape, &packed.encoding, &packed.payload)
@@ -471,7 +471,7 @@ impl Run<'_> {
             let stored = Weight::from_floats(result.weights.clone(), rows, cols)?;
             put(layer, part, stored);
             pruned.insert(part, result);
-            self.stages.prune += clock.elapsed().as_secs_f64();
+            self.stages.quantiser.prune += clock.elapsed().as_secs_f64();
         }
         self.forward(layer, states)?;
         Ok(pruned)

@@ -68,6 +68,18 @@ pub struct Seconds {
     pub pack: f64,
 }
 
+impl Seconds {
+    /// Adds those of another tensor.
+    pub fn add(&mut self, other: &Self) {
+        self.prune += other.prune;
+        self.search += other.search;
+        self.quantise += other.quantise;
+        self.propagate += other.propagate;
+        self.refit += other.refit;
+        self.pack += other.pack;
+    }
+}
+
 /// How the error of a block is passed on to the later columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Propagation {

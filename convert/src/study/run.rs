@@ -10,12 +10,10 @@ use stb_runtime::{
 
 use super::cell::{Cell, Inputs, fingerprint};
 use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
-use crate::allocation::allocate;
-use crate::budget;
 use crate::calibration::{Source, hex};
-use crate::metadata::metadata;
 use crate::pipeline::{Interrupted, Job, Progress, convert};
 use crate::plan::plan;
+use crate::prepare::prepare;
 use crate::recipe::Recipe;
 use crate::report::Report;
 
@@ -315,19 +313,7 @@ pub fn convert_file(
     target: &Path,
     progress: &dyn Progress,
 ) -> anyhow::Result<Report> {
-    let mut plan = plan(checkpoint, recipe)?;
-    allocate(&mut plan, checkpoint, recipe, source)?;
-    let bits = recipe.body.target()?;
-    let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize);
-    let calibration = if plan.needs_calibration() || bits.is_some() {
-        source.describe(&recipe.calibration, length)
-    } else {
-        String::new()
-    };
-    let meta = metadata(checkpoint, recipe, &calibration, plan.parameters())?;
-    if let Some(bits) = bits {
-        budget::fit(&mut plan, checkpoint, recipe, source, &meta, bits)?;
-    }
+    let (plan, meta) = prepare(checkpoint, recipe, source)?;
     let job = Job { checkpoint, recipe, plan, meta, calibration: source, target, force: true };
     convert(job, progress)
 }

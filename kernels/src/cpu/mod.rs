@@ -151,7 +151,7 @@ impl Workspace {
     pub fn prepare(&mut self, matrix: &MatrixView<'_>, x: &[f32]) -> Prepared<'_> {
         self.set(matrix, x);
         if let MatrixView::Nm(nm) = matrix {
-            nm::apply_factors(nm, &mut self.x);
+            nm::multiply_factors(scalar::Scalar, nm, &mut self.x);
         }
         self.is_rounded = false;
         self.prepared()
@@ -164,9 +164,10 @@ impl Workspace {
     }
 
     /// Prepares `x` rounded to 8 bits with one scale per 128 columns, for encodings that have a kernel
-    /// for it: integer groups, and joint codes and the STBLLM structure with blocks of whole 128 columns or none. A product
-    /// then differs from the exact one by at most Σ_blocks max|x| / 254 · Σ|w|, and by summation in
-    /// f32. For other encodings the same as [`Workspace::prepare`].
+    /// for it: integer groups, and joint codes and the STBLLM structure with blocks of whole 128
+    /// columns or none. A product then differs from the exact one by at most
+    /// Σ_blocks max|x| / 254 · Σ|w|, and by summation in f32. For other encodings the same as
+    /// [`Workspace::prepare`].
     ///
     /// # Panics
     /// If `x` has another length.
@@ -252,13 +253,16 @@ pub fn matvec_tokens(
     y: &mut [f32],
 ) {
     assert!(!x.is_empty() && y.len().is_multiple_of(x.len()), "as many rows for each token");
+    assert!(first.is_multiple_of(crate::ROW_TILE), "work is split at row tiles");
+    assert!(first + y.len() / x.len() <= matrix.rows(), "rows outside the matrix");
+    let width = matrix.cols().next_multiple_of(PAD);
+    assert!(x.iter().all(|x| x.x.len() == width), "activations of another width");
     let rows = y.len() / x.len();
     let (fours, rest) = x.as_chunks::<4>();
     let (y_fours, y_rest) = y.split_at_mut(fours.len() * 4 * rows);
     for (x, y) in fours.iter().zip(y_fours.chunks_exact_mut(4 * rows)) {
         let rounded = x.map(|x| x.rounded);
         if let (MatrixView::IntGroup(m), [Some(a), Some(b), Some(c), Some(d)]) = (matrix, rounded) {
-            assert!(first + rows <= matrix.rows(), "rows outside the matrix");
             isa.run(FourTokens { matrix: m, x: [a, b, c, d], first, y });
             continue;
         }

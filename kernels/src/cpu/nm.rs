@@ -10,14 +10,7 @@ use super::Simd;
 /// Tiles that share the tables of a pass over the columns.
 const TILES: usize = 4;
 
-/// Multiplies activations by the column factors.
-pub(crate) fn apply_factors(m: &NmView<'_>, x: &mut [f32]) {
-    for (x, factor) in x.iter_mut().zip(m.col_factors) {
-        *x *= f16::from_le_bytes(*factor).to_f32();
-    }
-}
-
-/// The same with vectors; `x` is padded with zeros.
+/// Multiplies activations, padded with zeros to whole vectors, by the column factors.
 #[inline(always)]
 pub(crate) fn multiply_factors<S: Simd>(s: S, m: &NmView<'_>, x: &mut [f32]) {
     let (factors, tail) = m.col_factors.as_chunks::<16>();

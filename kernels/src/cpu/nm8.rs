@@ -258,8 +258,8 @@ fn add_part<S: Bytes, const N: usize, const M: usize, const T: usize>(
     }
 }
 
-/// For each quad of a part, what its codes look up: position and, above it, sign; 2:4: both
-/// positions, and above them the sign.
+/// For each quad of a part, what its codes expand by: position and, above it, sign; 2:4: both
+/// positions, and above them the sign. Not for 2:8, see [`pairs_of_8`].
 #[inline(always)]
 pub(super) fn first_indices<S: Bytes, const N: usize, const M: usize>(
     s: S,
@@ -268,7 +268,6 @@ pub(super) fn first_indices<S: Bytes, const N: usize, const M: usize>(
     let sixteen = s.splat_b(16);
     match (N, M) {
         (1, 4) => positions_of_4(s, planes),
-        (2, 8) => pairs_of_8(s, planes)[0],
         (2, 4) => {
             let (mut index, sign) = (planes.nibbles(s), planes.ones(s));
             let signs =

@@ -11,25 +11,23 @@ use super::{BenchArgs, open, terminal};
 pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let (model, load) = open(&args.file, &args.load)?;
-    if args.prompt < 1 || args.tokens < 1 || args.batch < 1 {
-        let text = "give at least one prompt token, one token to generate and one sequence";
-        return Err(Error::usage(text).into());
-    }
+    let [prompt, tokens, depth, batch] =
+        [args.prompt, args.tokens, args.depth, args.batch].map(|n| n as usize);
     let mut state = State::new(&model, 1);
     model.forward(&mut state, &[token(&model, 0)])?;
     let first_token = started.elapsed().as_secs_f64();
     let mut runs = Runs::default();
     for run in 0..=args.runs {
-        let prefill = time_prefill(&model, args.prompt)?;
-        let (decode, cache) = time_decode(&model, args.depth, args.tokens, args.batch)?;
+        let prefill = time_prefill(&model, prompt)?;
+        let (decode, cache) = time_decode(&model, depth, tokens, batch)?;
         let (read, multiply) = (time_read(&model), time_multiply(&model));
         if terminal::interrupted() {
             return Ok(());
         }
         runs.cache_bytes = cache;
         if run > 0 {
-            runs.prefill.push(args.prompt as f64 / prefill);
-            runs.decode.push((args.tokens * args.batch) as f64 / decode);
+            runs.prefill.push(prompt as f64 / prefill);
+            runs.decode.push((tokens * batch) as f64 / decode);
             runs.read.push(read);
             runs.multiply.push(multiply);
         }
@@ -142,8 +140,8 @@ impl<'a> Report<'a> {
         let size = |w: &stb_runtime::Weight| (w.rows() * w.cols()) as f64;
         let weights: f64 = model.matrices().map(size).sum();
         let decode = Spread::of(runs.decode);
-        let passes = decode.median / args.batch as f64;
-        let read = model.bytes_per_token() as f64 + (args.batch * runs.cache_bytes) as f64;
+        let passes = decode.median / f64::from(args.batch);
+        let read = model.bytes_per_token() as f64 + f64::from(args.batch) * runs.cache_bytes as f64;
         Self {
             model,
             load,
@@ -230,7 +228,7 @@ impl<'a> Report<'a> {
             percent(self.bandwidth, self.read.median),
             self.read.median / 1e9,
             terminal::bytes(model.bytes_per_token()),
-            terminal::bytes((self.cache_bytes * args.batch) as u64),
+            terminal::bytes(self.cache_bytes as u64 * u64::from(args.batch)),
         )
     }
 }

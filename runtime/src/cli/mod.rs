@@ -211,6 +211,9 @@ struct ZeroShotArgs {
     json: bool,
 }
 
+/// The most tokens that a benchmark takes: a million are more than any context.
+const MOST_TOKENS: i64 = 1 << 20;
+
 #[derive(Args)]
 struct BenchArgs {
     /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
@@ -218,17 +221,17 @@ struct BenchArgs {
     #[command(flatten)]
     load: LoadArgs,
     /// Prompt tokens
-    #[arg(short, long, value_name = "N", default_value_t = 512)]
-    prompt: usize,
+    #[arg(short, long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=MOST_TOKENS))]
+    prompt: u32,
     /// Tokens to generate after a context of --depth tokens
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 64)]
-    tokens: usize,
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=MOST_TOKENS))]
+    tokens: u32,
     /// Tokens in the cache before generation is measured
-    #[arg(short, long, value_name = "N", default_value_t = 0)]
-    depth: usize,
+    #[arg(short, long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=MOST_TOKENS))]
+    depth: u32,
     /// Sequences that generate side by side
-    #[arg(short, long, value_name = "N", default_value_t = 1)]
-    batch: usize,
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    batch: u32,
     /// Runs; one more before them is not counted
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
@@ -313,6 +316,11 @@ fn in_pool(
 
 /// Opens the model to measure what the file holds.
 fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
+    if matches!(args.kv, Some(KvArg::F16 | KvArg::Q8)) {
+        let text =
+            "evaluation is exact: keys and values are kept in f32, so leave out --kv (STB_KV)";
+        return Err(Error::usage(text));
+    }
     let threads = args.threads.map_or_else(default_threads, usize::from);
     open_to_measure(file, &OpenOptions { threads: Some(threads), ..open_options(args) })
 }

@@ -1,0 +1,33 @@
+//! From a recipe to a plan: what is done before the first tensor is converted.
+
+use stb_format::Meta;
+use stb_runtime::{Checkpoint, Result};
+
+use crate::allocation::allocate;
+use crate::budget;
+use crate::calibration::Source;
+use crate::metadata::metadata;
+use crate::plan::{Plan, plan};
+use crate::recipe::Recipe;
+
+/// Encodings for every tensor, N spread over the layers or all fitted to a size where the recipe asks
+/// for it, and the metadata of the file.
+///
+/// # Errors
+/// Those of [`plan`], [`allocate`], [`metadata`] and [`budget::fit`].
+pub fn prepare(checkpoint: &Checkpoint, recipe: &Recipe, source: &Source) -> Result<(Plan, Meta)> {
+    let mut plan = plan(checkpoint, recipe)?;
+    allocate(&mut plan, checkpoint, recipe, source)?;
+    let bits = recipe.body.target()?;
+    let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize);
+    let calibration = if plan.needs_calibration() || bits.is_some() {
+        source.describe(&recipe.calibration, length)
+    } else {
+        String::new()
+    };
+    let meta = metadata(checkpoint, recipe, &calibration, plan.parameters())?;
+    if let Some(bits) = bits {
+        budget::fit(&mut plan, checkpoint, recipe, source, &meta, bits)?;
+    }
+    Ok((plan, meta))
+}
