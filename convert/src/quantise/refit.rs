@@ -1,86 +1,160 @@
-//! What follows the block loop where it is asked for: scales that minimise the error of the layer's
-//! output for fixed signs and regions, and signs and regions re-chosen for fixed scales, in turn.
+//! After the block loop: scales in closed form for what the layer's output loses, then codes again,
+//! in turn.
 //!
-//! For one row, Q = Bα with a basis vector per block and set (three regions, the salient set, its
-//! residual), so α solves (BᵀHB) α = BᵀHw: the idea of the joint codes' refit, with five sets.
+//! Both go block by block, with everything outside the block as it is. With D = W − Q, a block needs
+//! its columns of D·H (one product), and from there on only the diagonal block of H: for one row,
+//! the scales change by δ with (Bᵀ H_bb B) δ = Bᵀ (D·H)_b, where B has a column for each set (three
+//! regions, the salient set, its residual); then each weight in turn takes the best code. One round
+//! over all blocks costs one product W·H; solving for the scales of all blocks of a row at once
+//! costs five times that and is no better (`tests/bench/record/2026-11-21-layer-time.md`).
 
 use rayon::prelude::*;
 use stb_format::encoding::StbllmParts;
 use stb_format::half::f16;
 use stb_kernels::Panels;
 
-use super::Input;
 use super::nm::solve;
+use super::{Input, TASK_ROWS};
 use crate::hessian::product;
 
 /// Sets per block: three regions, the salient set, its residual.
 const SETS: usize = 5;
 
-/// Rows of a task: each has a system of its own in memory.
-const ROWS: usize = 16;
-
-/// Bytes that a refit of rows of `cols` columns takes at most, beside the layer itself.
+/// Bytes that a refit of rows of `cols` columns takes, beside the layer itself: H again, as
+/// operands of products, and its diagonal blocks.
 pub(crate) fn memory(cols: u64, block: u64) -> u64 {
-    let unknowns = cols.div_ceil(block) * SETS as u64;
-    let systems = rayon::current_num_threads() as u64 * ROWS as u64 * unknowns * unknowns * 8;
-    // H whole and by blocks, as operands of products.
-    systems + cols * cols * 6
+    cols * (cols + block) * 4
 }
 
 /// Refits scales, then `sweeps` times re-chooses signs and regions and refits again.
 pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) {
-    let mut whole = Panels::default();
-    whole.pack(input.hessian.matrix(), input.cols);
-    let span = parts.spec.block();
-    // Rows of H of each block, up to the end of the block: systems are symmetric.
-    let blocks: Vec<Panels> = (0..input.cols)
-        .step_by(span)
-        .map(|start| {
-            let end = input.cols.min(start + span);
-            let mut panels = Panels::default();
-            let rows = &input.hessian.matrix()[start * input.cols..end * input.cols];
-            panels.pack_transposed(rows, end, end - start, input.cols);
-            panels
-        })
-        .collect();
-    let fit = Fit { input, span, salient: parts.salient.clone(), whole, blocks };
-    let (cols, numbers) = (input.cols, fit.blocks.len() * SETS);
+    let (cols, h) = (input.cols, input.hessian.matrix());
+    let block = |start: usize| {
+        let end = cols.min(start + parts.spec.block());
+        // H is symmetric: its rows are the columns that D is multiplied with.
+        let mut columns = Panels::default();
+        columns.pack(&h[start * cols..end * cols], cols);
+        let diagonal = h[start * cols..end * cols].chunks_exact(cols).flat_map(|r| &r[start..end]);
+        Block { start, columns, diagonal: diagonal.copied().collect(), width: end - start }
+    };
+    let blocks: Vec<Block> = (0..cols).step_by(parts.spec.block()).map(block).collect();
+    let (numbers, salient) = (blocks.len() * SETS, &parts.salient[..]);
     parts
         .states
-        .par_chunks_mut(ROWS * cols)
-        .zip(parts.negative.par_chunks_mut(ROWS * cols))
-        .zip(parts.scales.par_chunks_mut(ROWS * numbers))
-        .zip(input.weights.par_chunks(ROWS * cols))
+        .par_chunks_mut(TASK_ROWS * cols)
+        .zip(parts.negative.par_chunks_mut(TASK_ROWS * cols))
+        .zip(parts.scales.par_chunks_mut(TASK_ROWS * numbers))
+        .zip(input.weights.par_chunks(TASK_ROWS * cols))
         .for_each(|(((states, negative), scales), weights)| {
-            let mut rows = Rows { weights, states, negative, scales };
-            fit.scales(&mut rows);
-            for _ in 0..sweeps {
-                fit.sweep(&mut rows);
-                fit.scales(&mut rows);
+            let mut task = Task { cols, salient, states, negative, scales, rest: weights.to_vec() };
+            task.subtract_values(&blocks);
+            let mut residuals = Vec::new();
+            for sweep in 0..=sweeps {
+                for (index, block) in blocks.iter().enumerate() {
+                    let stride =
+                        product(input.isa, &task.rest, cols, &block.columns, &mut residuals);
+                    for (r, residual) in residuals.chunks_exact_mut(stride).enumerate() {
+                        let mut row = task.row(r, index, block, &mut residual[..block.width]);
+                        row.refit_scales();
+                        if sweep > 0 {
+                            row.choose_codes();
+                            row.refit_scales();
+                        }
+                    }
+                }
             }
         });
 }
 
-/// What is the same for all rows.
-struct Fit<'a> {
-    input: &'a Input<'a>,
-    /// Columns per block.
-    span: usize,
-    salient: Vec<bool>,
-    /// H.
-    whole: Panels,
-    blocks: Vec<Panels>,
+/// Columns that share scales.
+struct Block {
+    start: usize,
+    width: usize,
+    /// H of these columns, to be multiplied with.
+    columns: Panels,
+    /// H_bb, [width, width].
+    diagonal: Vec<f32>,
 }
 
 /// Some rows.
-struct Rows<'a> {
-    weights: &'a [f32],
+struct Task<'a> {
+    cols: usize,
+    /// Which columns are salient, cols.
+    salient: &'a [bool],
+    /// [rows, cols].
     states: &'a mut [u8],
+    /// [rows, cols].
     negative: &'a mut [bool],
+    /// [rows, blocks, sets].
     scales: &'a mut [f16],
+    /// W − Q, [rows, cols].
+    rest: Vec<f32>,
 }
 
-impl Fit<'_> {
+impl Task<'_> {
+    /// From W to W − Q.
+    fn subtract_values(&mut self, blocks: &[Block]) {
+        let rows = self.rest.len() / self.cols;
+        let mut residual = Vec::new();
+        for (r, (index, block)) in
+            (0..rows).flat_map(|r| blocks.iter().enumerate().map(move |b| (r, b)))
+        {
+            residual.resize(block.width, 0.0);
+            let row = self.row(r, index, block, &mut residual);
+            let scales = row.scales_f32();
+            for c in 0..block.width {
+                row.rest[c] -= row.value(&scales, c, row.states[c], row.negative[c]);
+            }
+        }
+    }
+
+    fn row<'b>(
+        &'b mut self,
+        r: usize,
+        index: usize,
+        block: &'b Block,
+        residual: &'b mut [f32],
+    ) -> Row<'b> {
+        let numbers = self.scales.len() / (self.rest.len() / self.cols);
+        let first = r * self.cols + block.start;
+        let part = first..first + block.width;
+        let scales = r * numbers + index * SETS;
+        Row {
+            h: &block.diagonal,
+            salient: &self.salient[block.start..block.start + block.width],
+            states: &mut self.states[part.clone()],
+            negative: &mut self.negative[part.clone()],
+            rest: &mut self.rest[part],
+            scales: &mut self.scales[scales..scales + SETS],
+            residual,
+        }
+    }
+}
+
+/// One row of a block.
+struct Row<'a> {
+    /// H_bb.
+    h: &'a [f32],
+    salient: &'a [bool],
+    states: &'a mut [u8],
+    negative: &'a mut [bool],
+    /// W − Q.
+    rest: &'a mut [f32],
+    scales: &'a mut [f16],
+    /// (W − Q)·H.
+    residual: &'a mut [f32],
+}
+
+/// `y += a·x`.
+fn add(y: &mut [f32], a: f32, x: &[f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
+}
+
+impl Row<'_> {
+    fn scales_f32(&self) -> [f32; SETS] {
+        std::array::from_fn(|k| self.scales[k].to_f32())
+    }
+
     /// Sets that column `c` is in with this state, and its signs in them.
     fn members(&self, c: usize, state: u8, negative: bool) -> [Option<(usize, f32)>; 2] {
         let sign = if negative { -1.0 } else { 1.0 };
@@ -91,61 +165,57 @@ impl Fit<'_> {
         }
     }
 
-    /// Σ of `values` over each block and set, with signs.
-    fn project(&self, values: &[f32], states: &[u8], negative: &[bool], out: &mut [f64]) {
-        for (c, value) in values.iter().enumerate() {
-            let first = c / self.span * SETS;
-            for (set, sign) in self.members(c, states[c], negative[c]).into_iter().flatten() {
-                out[first + set] += f64::from(sign * value);
-            }
-        }
+    /// What column `c` is with this state.
+    fn value(&self, scales: &[f32; SETS], c: usize, state: u8, negative: bool) -> f32 {
+        let members = self.members(c, state, negative).into_iter().flatten();
+        members.map(|(k, sign)| sign * scales[k]).sum()
     }
 
-    /// The best scales for the signs and regions as they are.
-    fn scales(&self, rows: &mut Rows<'_>) {
-        let (isa, cols) = (self.input.isa, self.input.cols);
-        let n = self.blocks.len() * SETS;
-        let count = rows.weights.len() / cols;
-        let mut systems = vec![0f64; count * n * n];
-        let (mut part, mut out) = (Vec::new(), Vec::new());
-        for (b, panels) in self.blocks.iter().enumerate() {
-            let (start, end) = (b * self.span, cols.min((b + 1) * self.span));
-            for set in 0..SETS {
-                part.clear();
-                part.resize(count * (end - start), 0.0f32);
-                for (i, p) in part.iter_mut().enumerate() {
-                    let (r, c) = (i / (end - start), start + i % (end - start));
-                    let members =
-                        self.members(c, rows.states[r * cols + c], rows.negative[r * cols + c]);
-                    let own = members.into_iter().flatten().find(|(s, _)| *s == set);
-                    *p = own.map_or(0.0, |(_, sign)| sign);
-                }
-                let stride = product(isa, &part, end - start, panels, &mut out);
-                for (r, out) in out.chunks_exact(stride).enumerate() {
-                    let row = r * cols..r * cols + end;
-                    let line = (r * n + b * SETS + set) * n;
-                    let (states, negative) = (&rows.states[row.clone()], &rows.negative[row]);
-                    self.project(&out[..end], states, negative, &mut systems[line..line + n]);
+    /// The best scales for signs and regions as they are.
+    fn refit_scales(&mut self) {
+        let width = self.rest.len();
+        // BᵀH, [sets, width].
+        let mut lines = vec![0.0f32; SETS * width];
+        let mut used = [false; SETS];
+        let mut right = [0f64; SETS];
+        for c in 0..width {
+            let members = self.members(c, self.states[c], self.negative[c]);
+            for (k, sign) in members.into_iter().flatten() {
+                let h = &self.h[c * width..(c + 1) * width];
+                add(&mut lines[k * width..(k + 1) * width], sign, h);
+                right[k] += f64::from(sign * self.residual[c]);
+                used[k] = true;
+            }
+        }
+        let mut system = [0f64; SETS * SETS];
+        for c in 0..width {
+            let members = self.members(c, self.states[c], self.negative[c]);
+            for (j, sign) in members.into_iter().flatten() {
+                for k in 0..SETS {
+                    system[k * SETS + j] += f64::from(sign * lines[k * width + c]);
                 }
             }
         }
-        let stride = product(isa, rows.weights, cols, &self.whole, &mut out);
-        for (r, system) in systems.chunks_exact_mut(n * n).enumerate() {
-            let row = r * cols..(r + 1) * cols;
-            let target = &out[r * stride..r * stride + cols];
-            let mut right = vec![0f64; n];
-            self.project(target, &rows.states[row.clone()], &rows.negative[row], &mut right);
-            for k in (0..n).filter(|k| system[k * n + k] <= 0.0).collect::<Vec<_>>() {
-                // An empty set: any scale does.
-                system[k * n + k] = 1.0;
-                right[k] = 0.0;
+        for k in (0..SETS).filter(|k| !used[*k]) {
+            // An empty set: its scale stays.
+            system[k * SETS + k] = 1.0;
+        }
+        if !solve(&mut system, &mut right) {
+            return;
+        }
+        for k in 0..SETS {
+            let old = self.scales[k].to_f32();
+            let new = f16::from_f64(f64::from(old) + right[k]);
+            let change = new.to_f32() - old;
+            if !new.is_finite() || change == 0.0 {
+                continue;
             }
-            if solve(system, &mut right) {
-                for (scale, value) in rows.scales[r * n..(r + 1) * n].iter_mut().zip(right) {
-                    let value = f16::from_f64(value);
-                    if value.is_finite() {
-                        *scale = value;
-                    }
+            self.scales[k] = new;
+            add(self.residual, -change, &lines[k * width..(k + 1) * width]);
+            for c in 0..width {
+                let members = self.members(c, self.states[c], self.negative[c]);
+                for (_, sign) in members.into_iter().flatten().filter(|(set, _)| *set == k) {
+                    self.rest[c] -= sign * change;
                 }
             }
         }
@@ -153,53 +223,29 @@ impl Fit<'_> {
 
     /// Coordinate descent: each kept weight in turn takes the sign and region, or the two signs,
     /// that minimise the output error with all others as they are.
-    fn sweep(&self, rows: &mut Rows<'_>) {
-        let (isa, cols) = (self.input.isa, self.input.cols);
-        let h = self.input.hessian.matrix();
-        let n = self.blocks.len() * SETS;
-        let mut values = vec![0.0f32; rows.weights.len()];
-        for (i, value) in values.iter_mut().enumerate() {
-            let (r, c) = (i / cols, i % cols);
-            let members = self.members(c, rows.states[i], rows.negative[i]);
-            let scales = &rows.scales[r * n + c / self.span * SETS..];
-            *value = members.into_iter().flatten().map(|(k, s)| s * scales[k].to_f32()).sum();
-        }
-        let difference: Vec<f32> = rows.weights.iter().zip(&values).map(|(w, q)| w - q).collect();
-        let mut residual = Vec::new();
-        let stride = product(isa, &difference, cols, &self.whole, &mut residual);
-        for (r, residual) in residual.chunks_exact_mut(stride).enumerate() {
-            let residual = &mut residual[..cols];
-            for c in 0..cols {
-                let i = r * cols + c;
-                if rows.states[i] == 0 {
-                    continue;
+    fn choose_codes(&mut self) {
+        let width = self.rest.len();
+        let scales = self.scales_f32();
+        for c in (0..width).filter(|c| self.states[*c] != 0).collect::<Vec<_>>() {
+            let h = &self.h[c * width..(c + 1) * width];
+            let old = self.value(&scales, c, self.states[c], self.negative[c]);
+            let target = old + self.residual[c] / h[c];
+            let mut best = (f32::INFINITY, 0, false, 0.0);
+            let states = if self.salient[c] { 1..=2 } else { 1..=3 };
+            for (state, negative) in states.flat_map(|s| [(s, false), (s, true)]) {
+                let value = self.value(&scales, c, state, negative);
+                let distance = (value - target).abs();
+                // A kept weight stays one: zeros are for the mask.
+                if distance < best.0 && value != 0.0 {
+                    best = (distance, state, negative, value);
                 }
-                let first = r * n + c / self.span * SETS;
-                let scales: Vec<f32> =
-                    rows.scales[first..first + SETS].iter().map(|s| s.to_f32()).collect();
-                let target = values[i] + residual[c] / h[c * (cols + 1)];
-                let mut best = (f32::INFINITY, 0, false, 0.0);
-                let states = if self.salient[c] { 1..=2 } else { 1..=3 };
-                for (state, negative) in states.flat_map(|s| [(s, false), (s, true)]) {
-                    let members = self.members(c, state, negative).into_iter().flatten();
-                    let value: f32 = members.map(|(k, s)| s * scales[k]).sum();
-                    let distance = (value - target).abs();
-                    // A kept weight stays one: zeros are for the mask.
-                    if distance < best.0 && value != 0.0 {
-                        best = (distance, state, negative, value);
-                    }
-                }
-                let (distance, state, negative, value) = best;
-                if distance.is_infinite() {
-                    continue;
-                }
-                let change = value - values[i];
-                if change != 0.0 {
-                    (rows.states[i], rows.negative[i]) = (state, negative);
-                    values[i] = value;
-                    let line = &h[c * cols..(c + 1) * cols];
-                    residual.iter_mut().zip(line).for_each(|(r, h)| *r -= change * h);
-                }
+            }
+            let (distance, state, negative, value) = best;
+            let change = value - old;
+            if distance.is_finite() && change != 0.0 {
+                (self.states[c], self.negative[c]) = (state, negative);
+                self.rest[c] -= change;
+                add(self.residual, -change, h);
             }
         }
     }
