@@ -6,10 +6,9 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use stb_convert::allocation::allocate;
 use stb_convert::calibration::Source;
-use stb_convert::metadata::metadata;
-use stb_convert::{Job, Progress, Recipe, convert, plan};
+use stb_convert::prepare::prepare;
+use stb_convert::{Job, Progress, Recipe, convert};
 use stb_runtime::Checkpoint;
 use stb_tests::paths::{root, shared};
 use stb_tests::programs::{note, print, run as start};
@@ -140,9 +139,7 @@ fn run(
     calibration: &Source,
     target: &Path,
 ) -> anyhow::Result<()> {
-    let mut plan = plan(checkpoint, recipe)?;
-    allocate(&mut plan, checkpoint, recipe, calibration)?;
-    let meta = metadata(checkpoint, recipe, "", plan.parameters())?;
+    let (plan, meta) = prepare(checkpoint, recipe, calibration)?;
     convert(Job { checkpoint, recipe, plan, meta, calibration, target, force: true }, &Silent)?;
     Ok(())
 }
