@@ -45,6 +45,7 @@ pub struct Sampler {
     recent: Vec<u32>,
     logits: Vec<f32>,
     order: Vec<u32>,
+    seen: Vec<u32>,
 }
 
 impl Sampler {
@@ -52,7 +53,8 @@ impl Sampler {
     #[must_use]
     pub fn new(options: SamplerOptions) -> Self {
         let random = Pcg64Mcg::seed_from_u64(options.seed);
-        Self { options, random, recent: Vec::new(), logits: Vec::new(), order: Vec::new() }
+        let (recent, logits, order, seen) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { options, random, recent, logits, order, seen }
     }
 
     /// Notes a token of the prompt for the repeat penalty.
@@ -81,11 +83,11 @@ impl Sampler {
         if penalty == 1.0 {
             return;
         }
-        let mut seen = self.recent.clone();
-        seen.sort_unstable();
-        seen.dedup();
-        for token in seen {
-            if let Some(logit) = self.logits.get_mut(token as usize) {
+        self.seen.clone_from(&self.recent);
+        self.seen.sort_unstable();
+        self.seen.dedup();
+        for token in &self.seen {
+            if let Some(logit) = self.logits.get_mut(*token as usize) {
                 *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
             }
         }
