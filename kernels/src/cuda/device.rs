@@ -1,0 +1,528 @@
+//! Devices, their memory, and launching kernels on them.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUfunction_attribute_enum};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DeviceRepr,
+    LaunchConfig, PushKernelArg, ValidAsZeroBits, result, sys,
+};
+use cudarc::nvrtc::Ptx;
+
+use super::compile::{Arch, Compiler, Module};
+use super::{Error, OLDEST, Result};
+
+/// The oldest driver whose functions are all there, and its name for users.
+const OLDEST_DRIVER: (i32, &str) = (12_000, "CUDA 12.0 (driver 525)");
+
+/// A device as the driver describes it.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Its number.
+    pub ordinal: usize,
+    /// Its name.
+    pub name: String,
+    /// Major and minor compute capability.
+    pub capability: (u32, u32),
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// The most bytes of shared memory that a block may ask for.
+    pub shared_memory: u32,
+}
+
+impl DeviceInfo {
+    /// Whether the kernels run on it.
+    #[must_use]
+    pub fn is_supported(&self) -> bool {
+        self.capability >= OLDEST
+    }
+
+    /// Its architecture.
+    #[must_use]
+    pub fn arch(&self) -> Arch {
+        Arch(self.capability.0 * 10 + self.capability.1)
+    }
+
+    fn read(ordinal: usize) -> Result<Self> {
+        let fail = Error::driver("describe a device");
+        let device =
+            result::device::get(i32::try_from(ordinal).unwrap_or(i32::MAX)).map_err(&fail)?;
+        let attribute = |a| {
+            // SAFETY: the handle is of this driver, as the driver has just given it.
+            let value = unsafe { result::device::get_attribute(device, a) };
+            value.map(i32::unsigned_abs).map_err(&fail)
+        };
+        // SAFETY: as above.
+        let memory = unsafe { result::device::total_mem(device) }.map_err(&fail)? as u64;
+        Ok(Self {
+            ordinal,
+            name: result::device::get_name(device).map_err(&fail)?,
+            capability: (
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            memory,
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_memory: attribute(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )?,
+        })
+    }
+}
+
+impl fmt::Display for DeviceInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { ordinal, name, capability: (major, minor), memory, multiprocessors, .. } = self;
+        let gib = *memory as f64 / f64::from(1 << 30);
+        write!(
+            f,
+            "cuda:{ordinal}  {name}, compute capability {major}.{minor}, {gib:.1} GiB, \
+             {multiprocessors} multiprocessors"
+        )
+    }
+}
+
+/// Loads the driver; its version of CUDA as 1000 · major + 10 · minor.
+fn driver() -> Result<i32> {
+    let missing = |why: &str| Error::Unavailable { why: why.into() };
+    // cudarc panics at the first call if there is no library.
+    // SAFETY: loading the driver's library runs its initialisers, which have no preconditions.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(missing("the NVIDIA driver (libcuda) is not installed"));
+    }
+    let mut version = 0;
+    // SAFETY: the pointer is valid; the function is in all versions and may be called at any time.
+    let code = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    code.result().map_err(Error::driver("tell its version"))?;
+    if version < OLDEST_DRIVER.0 {
+        let (major, minor) = (version / 1000, version % 1000 / 10);
+        let why = format!(
+            "the driver supports CUDA {major}.{minor}; {} or newer is needed",
+            OLDEST_DRIVER.1
+        );
+        return Err(Error::Unavailable { why });
+    }
+    match result::init() {
+        Ok(()) => Ok(version),
+        Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => {
+            Err(missing("the driver finds no device"))
+        }
+        Err(e) => Err(missing(&Error::driver("start")(e).to_string())),
+    }
+}
+
+/// All devices, also those that are too old.
+///
+/// # Errors
+/// [`Error::Unavailable`] if there is none, with the reason.
+pub fn devices() -> Result<Vec<DeviceInfo>> {
+    driver()?;
+    let count = result::device::get_count().map_err(Error::driver("count devices"))?;
+    if count == 0 {
+        return Err(Error::Unavailable { why: "the driver finds no device".into() });
+    }
+    (0..count.unsigned_abs() as usize).map(DeviceInfo::read).collect()
+}
+
+/// An open device: its context, one stream, and the kernels loaded so far. Cheap to clone.
+#[derive(Clone)]
+pub struct Device {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    info: DeviceInfo,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    compiler: Compiler,
+    modules: Mutex<HashMap<Module, Arc<CudaModule>>>,
+    functions: Mutex<HashMap<(Module, &'static str), CudaFunction>>,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.shared.info)
+    }
+}
+
+/// A struct that a kernel takes as its only parameter.
+///
+/// # Safety
+/// The type is `repr(C)` and has the size and fields of the kernel's parameter; every address in it
+/// points to device memory that lives as long as the queue has work with it, of the length that the
+/// kernel works with.
+pub(super) unsafe trait Params: Copy {}
+
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct ByValue<P>(P);
+
+// SAFETY: `Params` are plain structs of numbers and addresses, passed by value.
+unsafe impl<P: Params> DeviceRepr for ByValue<P> {}
+
+/// How a kernel is started.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Grid {
+    pub blocks: (u32, u32, u32),
+    pub threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+}
+
+impl Device {
+    /// Opens device `ordinal`.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] without driver or device, [`Error::Unsupported`] for a number that does not
+    /// exist or a device that is too old, [`Error::Driver`].
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let version = driver()?;
+        let all = devices()?;
+        let count = all.len();
+        let Some(info) = all.into_iter().nth(ordinal) else {
+            let why =
+                format!("there is no device cuda:{ordinal}, only {count}; see --list-devices");
+            return Err(Error::Unsupported { why });
+        };
+        if !info.is_supported() {
+            let (major, minor) = info.capability;
+            let why = format!(
+                "{} has compute capability {major}.{minor}; the kernels need {}.{} (Ampere) or newer",
+                info.name, OLDEST.0, OLDEST.1
+            );
+            return Err(Error::Unsupported { why });
+        }
+        let fail = Error::driver("open a device");
+        let context = CudaContext::new(ordinal).map_err(&fail)?;
+        // SAFETY: memory of this context is used on one stream only, which orders allocation, use and
+        // release; copies to and from the host are on that stream too.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(&fail)?;
+        let compiler = Compiler::new(version.unsigned_abs() / 1000);
+        let shared = Shared {
+            info,
+            context,
+            stream,
+            compiler,
+            modules: Mutex::default(),
+            functions: Mutex::default(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn info(&self) -> &DeviceInfo {
+        &self.shared.info
+    }
+
+    /// Bytes of free memory.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn free_memory(&self) -> Result<u64> {
+        let (free, _) =
+            self.shared.context.mem_get_info().map_err(Error::driver("count memory"))?;
+        Ok(free as u64)
+    }
+
+    /// Waits for everything that is queued.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] with what went wrong in any of it.
+    pub fn synchronize(&self) -> Result<()> {
+        self.shared.stream.synchronize().map_err(Error::driver("run kernels"))
+    }
+
+    /// Loads `module` now, compiled if need be, not at its first use.
+    ///
+    /// # Errors
+    /// [`Error::Compiler`], [`Error::Compile`], [`Error::Driver`].
+    pub(super) fn load(&self, module: &Module) -> Result<Arc<CudaModule>> {
+        let shared = &self.shared;
+        let mut modules = shared.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = modules.get(module) {
+            return Ok(loaded.clone());
+        }
+        let arch = shared.info.arch();
+        let fail = Error::driver("load kernels");
+        let load = |image: &super::compile::Image| {
+            let code = if image.is_ptx {
+                let text = String::from_utf8_lossy(&image.bytes);
+                Ptx::from_src(text.trim_end_matches('\0'))
+            } else {
+                Ptx::from_binary(image.bytes.clone())
+            };
+            shared.context.load_module(code)
+        };
+        let image = shared.compiler.image(module, arch)?;
+        let loaded = load(&image).or_else(|_| {
+            // Perhaps the driver has changed since: compile again, once.
+            shared.compiler.forget(&image);
+            load(&shared.compiler.image(module, arch)?).map_err(&fail)
+        })?;
+        modules.insert(*module, loaded.clone());
+        Ok(loaded)
+    }
+
+    fn function(&self, module: &Module, name: &'static str) -> Result<CudaFunction> {
+        let loaded = self.load(module)?;
+        let mut functions = self.shared.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(&(*module, name)) {
+            return Ok(function.clone());
+        }
+        let fail = Error::driver("find a kernel");
+        let function = loaded.load_function(name).map_err(&fail)?;
+        // Above 48 KiB a kernel has to ask; the limit includes what it has statically.
+        let fixed = function.shared_size_bytes().map_err(&fail)?;
+        let most = i32::try_from(self.shared.info.shared_memory).unwrap_or(i32::MAX) - fixed;
+        let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, most).map_err(&fail)?;
+        functions.insert((*module, name), function.clone());
+        Ok(function)
+    }
+
+    /// Queues kernel `name` of `module`.
+    ///
+    /// # Safety
+    /// `params` is the parameter of this kernel, and with this grid the kernel stays inside the memory
+    /// that its addresses and lengths describe.
+    pub(super) unsafe fn launch<P: Params>(
+        &self,
+        module: &Module,
+        name: &'static str,
+        grid: Grid,
+        params: P,
+    ) -> Result<()> {
+        let function = self.function(module, name)?;
+        let config = LaunchConfig {
+            grid_dim: grid.blocks,
+            block_dim: (grid.threads, 1, 1),
+            shared_mem_bytes: grid.shared,
+        };
+        let params = ByValue(params);
+        let mut launch = self.shared.stream.launch_builder(&function);
+        launch.arg(&params);
+        // SAFETY: the caller's promise; the driver copies the parameter before it returns.
+        let launched = unsafe { launch.launch(config) };
+        launched.map(|_| ()).map_err(Error::driver("start a kernel"))
+    }
+
+    /// Memory for `len` elements, zero.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is too little, [`Error::Driver`].
+    pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(
+        &self,
+        what: &str,
+        len: usize,
+    ) -> Result<Buffer<T>> {
+        let made = self.shared.stream.alloc_zeros(len.max(1));
+        self.buffer(what, len, made)
+    }
+
+    /// A copy of `data` on the device.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is too little, [`Error::Driver`].
+    pub fn upload<T: DeviceRepr + ValidAsZeroBits>(
+        &self,
+        what: &str,
+        data: &[T],
+    ) -> Result<Buffer<T>> {
+        if data.is_empty() {
+            return self.zeros(what, 0);
+        }
+        let made = self.shared.stream.clone_htod(data);
+        self.buffer(what, data.len(), made)
+    }
+
+    fn buffer<T>(
+        &self,
+        what: &str,
+        len: usize,
+        made: std::result::Result<CudaSlice<T>, cudarc::driver::DriverError>,
+    ) -> Result<Buffer<T>> {
+        match made {
+            Ok(slice) => Ok(Buffer { slice, len, device: self.clone() }),
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(Error::Memory {
+                what: what.into(),
+                needed: (len * size_of::<T>()) as u64,
+                free: self.free_memory()?,
+            }),
+            Err(e) => Err(Error::driver("allocate memory")(e)),
+        }
+    }
+
+    /// Records what `queue` queues instead of running it, to be run many times at little cost. Kernels
+    /// that it uses must be loaded, and it must not allocate or wait.
+    ///
+    /// # Errors
+    /// What `queue` returns; [`Error::Driver`].
+    pub fn record(&self, queue: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let fail = Error::driver("record a graph");
+        let stream = &self.shared.stream;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(&fail)?;
+        let queued = queue();
+        // Ends the recording also where something in it failed.
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        queued?;
+        match graph.map_err(&fail)? {
+            Some(graph) => Ok(Graph { graph, device: self.clone() }),
+            None => Err(Error::Driver { what: "record a graph", error: "it is empty".into() }),
+        }
+    }
+}
+
+/// Recorded work. It uses the memory it was recorded with: its owner keeps both together.
+pub struct Graph {
+    graph: CudaGraph,
+    device: Device,
+}
+
+// SAFETY: a graph must not be used from two threads at once, which `&mut self` of `run` excludes, and may
+// move between threads: every call binds the context to the calling thread.
+unsafe impl Send for Graph {}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Graph on {:?}", self.device)
+    }
+}
+
+impl Graph {
+    /// Queues it.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn run(&mut self) -> Result<()> {
+        self.graph.launch().map_err(Error::driver("start a graph"))
+    }
+}
+
+/// Memory on a device.
+pub struct Buffer<T> {
+    /// At least one element: the driver knows no empty memory.
+    slice: CudaSlice<T>,
+    len: usize,
+    device: Device,
+}
+
+impl<T> fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} on {:?})", self.len, self.device)
+    }
+}
+
+impl<T> Buffer<T> {
+    /// Elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Its device.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The address on the device. Work that uses it is queued on the device's own stream, so that it
+    /// comes before the release of the memory.
+    pub(super) fn address(&self) -> u64 {
+        use cudarc::driver::DevicePtr;
+        self.slice.device_ptr(&self.device.shared.stream).0
+    }
+}
+
+impl<T: DeviceRepr + ValidAsZeroBits> Buffer<T> {
+    /// Overwrites the first elements.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Panics
+    /// If `data` is longer.
+    pub fn write(&mut self, data: &[T]) -> Result<()> {
+        assert!(data.len() <= self.len, "room for the data");
+        if data.is_empty() {
+            return Ok(());
+        }
+        let mut part = self.slice.slice_mut(..data.len());
+        let copied = self.device.shared.stream.memcpy_htod(data, &mut part);
+        copied.map_err(Error::driver("copy to the device"))
+    }
+
+    /// Waits, and copies the first elements to `to`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] with what went wrong in queued work.
+    ///
+    /// # Panics
+    /// If `to` is longer.
+    pub fn read(&self, to: &mut [T]) -> Result<()> {
+        assert!(to.len() <= self.len, "as many elements");
+        if !to.is_empty() {
+            let part = self.slice.slice(..to.len());
+            let copied = self.device.shared.stream.memcpy_dtoh(&part, to);
+            copied.map_err(Error::driver("copy from the device"))?;
+        }
+        self.device.synchronize()
+    }
+
+    /// Copies the first `count` elements of `from`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Panics
+    /// If either has fewer.
+    pub fn copy_from(&mut self, from: &Self, count: usize) -> Result<()> {
+        assert!(count <= self.len && count <= from.len, "as many elements");
+        if count == 0 {
+            return Ok(());
+        }
+        let mut to = self.slice.slice_mut(..count);
+        let copied = self.device.shared.stream.memcpy_dtod(&from.slice.slice(..count), &mut to);
+        copied.map_err(Error::driver("copy on the device"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a machine without a device says; on one with a device, that it opens.
+    #[test]
+    fn a_machine_without_a_device_says_why() {
+        match devices() {
+            Err(e) => {
+                let text = e.to_string();
+                assert!(matches!(e, Error::Unavailable { .. }), "{text}");
+                assert!(text.starts_with("no CUDA device: "), "{text}");
+                assert!(!text.contains('\n'), "{text}");
+                assert!(Device::open(0).is_err());
+            }
+            Ok(all) => {
+                let device = Device::open(all[0].ordinal).unwrap();
+                let mut buffer = device.upload("numbers", &[1.0f32, 2.0, 3.0]).unwrap();
+                buffer.write(&[5.0]).unwrap();
+                let mut back = [0.0; 3];
+                buffer.read(&mut back).unwrap();
+                assert_eq!(back, [5.0, 2.0, 3.0]);
+                assert!(Device::open(all.len()).is_err());
+            }
+        }
+    }
+}
