@@ -20,15 +20,18 @@ const HEADERS: &[(&str, &str)] = &[
 pub struct Module {
     /// For messages.
     pub name: &'static str,
+    /// Its file in `kernels/cuda`.
+    pub file: &'static str,
     pub(super) source: &'static str,
-    /// `-D` options.
-    pub(super) defines: &'static [&'static str],
+    /// Macros, as NAME=VALUE.
+    pub defines: &'static [&'static str],
 }
 
 macro_rules! module {
     ($name:literal, $file:literal $(, $define:literal)*) => {
         Module {
             name: $name,
+            file: $file,
             source: include_str!(concat!("../../cuda/", $file)),
             defines: &[$($define),*],
         }
@@ -36,6 +39,11 @@ macro_rules! module {
 }
 
 impl Module {
+    pub(super) const OPS: Self = module!("ops", "ops.cu");
+    pub(super) const NM_1_8: Self = module!("nm 1:8", "matvec_nm.cu", "NM_N=1", "NM_M=8");
+    pub(super) const NM_1_4: Self = module!("nm 1:4", "matvec_nm.cu", "NM_N=1", "NM_M=4");
+    pub(super) const NM_2_8: Self = module!("nm 2:8", "matvec_nm.cu", "NM_N=2", "NM_M=8");
+    pub(super) const NM_2_4: Self = module!("nm 2:4", "matvec_nm.cu", "NM_N=2", "NM_M=4");
     pub(super) const F32: Self = module!("f32", "matvec.cu", "CODEC=DenseF32");
     pub(super) const F16: Self = module!("f16", "matvec.cu", "CODEC=DenseF16");
     pub(super) const BF16: Self = module!("bf16", "matvec.cu", "CODEC=DenseBf16");
@@ -45,9 +53,17 @@ impl Module {
     pub(super) const INT4: Self = module!("int4", "matvec.cu", "CODEC=Int4");
     pub(super) const INT8: Self = module!("int8", "matvec.cu", "CODEC=Int8");
     pub(super) const STBLLM: Self = module!("stbllm", "matvec.cu", "CODEC=Stbllm");
+    pub(super) const ATTENTION_F32: Self = module!("attention f32", "attention.cu", "KV=KvF32");
+    pub(super) const ATTENTION_F16: Self = module!("attention f16", "attention.cu", "KV=KvF16");
+    pub(super) const ATTENTION_Q8: Self = module!("attention q8", "attention.cu", "KV=KvQ8");
 
     /// All modules.
     pub const ALL: &[Self] = &[
+        Self::OPS,
+        Self::NM_1_8,
+        Self::NM_1_4,
+        Self::NM_2_8,
+        Self::NM_2_4,
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -57,6 +73,9 @@ impl Module {
         Self::INT4,
         Self::INT8,
         Self::STBLLM,
+        Self::ATTENTION_F32,
+        Self::ATTENTION_F16,
+        Self::ATTENTION_Q8,
     ];
 }
 

@@ -1,17 +1,21 @@
 //! Devices, their memory, and launching kernels on them.
 
+use std::any::Any;
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytemuck::Pod;
 use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUfunction_attribute_enum};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DeviceRepr,
-    LaunchConfig, PushKernelArg, ValidAsZeroBits, result, sys,
+    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
 };
 use cudarc::nvrtc::Ptx;
 
 use super::compile::{Arch, Compiler, Module};
+use super::launch::Launch;
 use super::{Error, OLDEST, Result};
 
 /// The oldest driver whose functions are all there, and its name for users.
@@ -141,36 +145,21 @@ struct Shared {
     compiler: Compiler,
     modules: Mutex<HashMap<Module, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Module, &'static str), CudaFunction>>,
+    /// What a graph that is being recorded uses, so that it stays.
+    recorded: Mutex<Option<Vec<Keep>>>,
+}
+
+/// Something that is not released while this exists.
+pub(super) type Keep = Arc<dyn Any + Send + Sync>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Device({})", self.shared.info)
     }
-}
-
-/// A struct that a kernel takes as its only parameter.
-///
-/// # Safety
-/// The type is `repr(C)` and has the size and fields of the kernel's parameter; every address in it
-/// points to device memory that lives as long as the queue has work with it, of the length that the
-/// kernel works with.
-pub(super) unsafe trait Params: Copy {}
-
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-struct ByValue<P>(P);
-
-// SAFETY: `Params` are plain structs of numbers and addresses, passed by value.
-unsafe impl<P: Params> DeviceRepr for ByValue<P> {}
-
-/// How a kernel is started.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Grid {
-    pub blocks: (u32, u32, u32),
-    pub threads: u32,
-    /// Bytes of dynamic shared memory.
-    pub shared: u32,
 }
 
 impl Device {
@@ -210,6 +199,7 @@ impl Device {
             compiler,
             modules: Mutex::default(),
             functions: Mutex::default(),
+            recorded: Mutex::default(),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -244,7 +234,7 @@ impl Device {
     /// [`Error::Compiler`], [`Error::Compile`], [`Error::Driver`].
     pub(super) fn load(&self, module: &Module) -> Result<Arc<CudaModule>> {
         let shared = &self.shared;
-        let mut modules = shared.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut modules = lock(&shared.modules);
         if let Some(loaded) = modules.get(module) {
             return Ok(loaded.clone());
         }
@@ -286,80 +276,69 @@ impl Device {
         Ok(function)
     }
 
-    /// Queues kernel `name` of `module`.
+    /// Queues a kernel.
     ///
     /// # Safety
-    /// `params` is the parameter of this kernel, and with this grid the kernel stays inside the memory
-    /// that its addresses and lengths describe.
-    pub(super) unsafe fn launch<P: Params>(
-        &self,
-        module: &Module,
-        name: &'static str,
-        grid: Grid,
-        params: P,
-    ) -> Result<()> {
-        let function = self.function(module, name)?;
-        let config = LaunchConfig {
-            grid_dim: grid.blocks,
-            block_dim: (grid.threads, 1, 1),
-            shared_mem_bytes: grid.shared,
+    /// The launch is a plan of this crate for addresses of live buffers of this device, which have room for
+    /// what the plan's shapes say.
+    pub(super) unsafe fn launch(&self, launch: &Launch) -> Result<()> {
+        let fail = Error::driver("start a kernel");
+        let function = self.function(&launch.module, launch.kernel)?;
+        let [x, y, z] = launch.blocks;
+        if x == 0 || y == 0 || z == 0 {
+            return Ok(());
+        }
+        self.shared.context.bind_to_thread().map_err(&fail)?;
+        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: the kernel has one parameter, a struct by value with the layout of `params` (the plan's
+        // promise), which the driver copies before it returns; the memory is the caller's promise.
+        let launched = unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                (x, y, z),
+                (launch.threads, 1, 1),
+                launch.shared,
+                self.shared.stream.cu_stream(),
+                &mut params,
+            )
         };
-        let params = ByValue(params);
-        let mut launch = self.shared.stream.launch_builder(&function);
-        launch.arg(&params);
-        // SAFETY: the caller's promise; the driver copies the parameter before it returns.
-        let launched = unsafe { launch.launch(config) };
-        launched.map(|_| ()).map_err(Error::driver("start a kernel"))
+        launched.map_err(fail)
     }
 
-    /// Memory for `len` elements, zero.
+    /// Memory for `len` elements, zero. `what` is for messages.
     ///
     /// # Errors
     /// [`Error::Memory`] if there is too little, [`Error::Driver`].
-    pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(
-        &self,
-        what: &str,
-        len: usize,
-    ) -> Result<Buffer<T>> {
-        let made = self.shared.stream.alloc_zeros(len.max(1));
-        self.buffer(what, len, made)
+    pub fn zeros<T: Pod>(&self, what: &str, len: usize) -> Result<Buffer<T>> {
+        // The driver knows no empty memory.
+        let bytes = (len * size_of::<T>()).max(16);
+        match self.shared.stream.alloc_zeros::<u8>(bytes) {
+            Ok(slice) => {
+                let address = slice.device_ptr(&self.shared.stream).0;
+                let memory = Memory { _slice: slice, address, device: self.clone() };
+                Ok(Buffer { memory: Arc::new(memory), len, elements: PhantomData })
+            }
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let free = self.free_memory()?;
+                Err(Error::Memory { what: what.into(), needed: bytes as u64, free })
+            }
+            Err(e) => Err(Error::driver("allocate memory")(e)),
+        }
     }
 
     /// A copy of `data` on the device.
     ///
     /// # Errors
     /// [`Error::Memory`] if there is too little, [`Error::Driver`].
-    pub fn upload<T: DeviceRepr + ValidAsZeroBits>(
-        &self,
-        what: &str,
-        data: &[T],
-    ) -> Result<Buffer<T>> {
-        if data.is_empty() {
-            return self.zeros(what, 0);
-        }
-        let made = self.shared.stream.clone_htod(data);
-        self.buffer(what, data.len(), made)
+    pub fn upload<T: Pod>(&self, what: &str, data: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.zeros(what, data.len())?;
+        buffer.write(data)?;
+        Ok(buffer)
     }
 
-    fn buffer<T>(
-        &self,
-        what: &str,
-        len: usize,
-        made: std::result::Result<CudaSlice<T>, cudarc::driver::DriverError>,
-    ) -> Result<Buffer<T>> {
-        match made {
-            Ok(slice) => Ok(Buffer { slice, len, device: self.clone() }),
-            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(Error::Memory {
-                what: what.into(),
-                needed: (len * size_of::<T>()) as u64,
-                free: self.free_memory()?,
-            }),
-            Err(e) => Err(Error::driver("allocate memory")(e)),
-        }
-    }
-
-    /// Records what `queue` queues instead of running it, to be run many times at little cost. Kernels
-    /// that it uses must be loaded, and it must not allocate or wait.
+    /// Records what `queue` queues instead of running it, to be run many times at little cost. All memory
+    /// that it uses stays until the graph is dropped. Kernels that it uses must be loaded, and it must neither
+    /// allocate nor wait.
     ///
     /// # Errors
     /// What `queue` returns; [`Error::Driver`].
@@ -368,20 +347,30 @@ impl Device {
         let stream = &self.shared.stream;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         stream.begin_capture(mode).map_err(&fail)?;
+        *lock(&self.shared.recorded) = Some(Vec::new());
         let queued = queue();
+        let kept = lock(&self.shared.recorded).take().unwrap_or_default();
         // Ends the recording also where something in it failed.
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
         queued?;
         match graph.map_err(&fail)? {
-            Some(graph) => Ok(Graph { graph, device: self.clone() }),
+            Some(graph) => Ok(Graph { graph, _kept: kept, device: self.clone() }),
             None => Err(Error::Driver { what: "record a graph", error: "it is empty".into() }),
+        }
+    }
+
+    /// Keeps `what` for the graph that is being recorded, if one is.
+    pub(super) fn keep(&self, what: &Keep) {
+        if let Some(kept) = &mut *lock(&self.shared.recorded) {
+            kept.push(what.clone());
         }
     }
 }
 
-/// Recorded work. It uses the memory it was recorded with: its owner keeps both together.
+/// Recorded work, with the memory it uses.
 pub struct Graph {
     graph: CudaGraph,
+    _kept: Vec<Keep>,
     device: Device,
 }
 
@@ -405,17 +394,23 @@ impl Graph {
     }
 }
 
-/// Memory on a device.
-pub struct Buffer<T> {
-    /// At least one element: the driver knows no empty memory.
-    slice: CudaSlice<T>,
-    len: usize,
+/// Memory of a device, released in the order of its stream.
+struct Memory {
+    _slice: CudaSlice<u8>,
+    address: u64,
     device: Device,
+}
+
+/// Elements in the memory of a device.
+pub struct Buffer<T> {
+    memory: Arc<Memory>,
+    len: usize,
+    elements: PhantomData<T>,
 }
 
 impl<T> fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Buffer({} on {:?})", self.len, self.device)
+        write!(f, "Buffer({} on {:?})", self.len, self.memory.device)
     }
 }
 
@@ -435,18 +430,30 @@ impl<T> Buffer<T> {
     /// Its device.
     #[must_use]
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.memory.device
     }
 
-    /// The address on the device. Work that uses it is queued on the device's own stream, so that it
-    /// comes before the release of the memory.
+    /// The address, for work that is queued on the device's stream: it comes before the release of the
+    /// memory. A graph that is being recorded keeps the memory.
     pub(super) fn address(&self) -> u64 {
-        use cudarc::driver::DevicePtr;
-        self.slice.device_ptr(&self.device.shared.stream).0
+        let keep: Keep = self.memory.clone();
+        self.memory.device.keep(&keep);
+        self.memory.address
+    }
+
+    /// What keeps the memory.
+    pub(super) fn keep(&self) -> Keep {
+        self.memory.clone()
+    }
+
+    fn stream(&self) -> Result<&CudaStream> {
+        let shared = &self.memory.device.shared;
+        shared.context.bind_to_thread().map_err(Error::driver("use a device"))?;
+        Ok(&shared.stream)
     }
 }
 
-impl<T: DeviceRepr + ValidAsZeroBits> Buffer<T> {
+impl<T: Pod> Buffer<T> {
     /// Overwrites the first elements.
     ///
     /// # Errors
@@ -456,11 +463,10 @@ impl<T: DeviceRepr + ValidAsZeroBits> Buffer<T> {
     /// If `data` is longer.
     pub fn write(&mut self, data: &[T]) -> Result<()> {
         assert!(data.len() <= self.len, "room for the data");
-        if data.is_empty() {
-            return Ok(());
-        }
-        let mut part = self.slice.slice_mut(..data.len());
-        let copied = self.device.shared.stream.memcpy_htod(data, &mut part);
+        let stream = self.stream()?.cu_stream();
+        // SAFETY: the memory is live and has room for the data. From memory that is not pinned the driver
+        // returns when it has its own copy.
+        let copied = unsafe { result::memcpy_htod_async(self.address(), data, stream) };
         copied.map_err(Error::driver("copy to the device"))
     }
 
@@ -473,28 +479,29 @@ impl<T: DeviceRepr + ValidAsZeroBits> Buffer<T> {
     /// If `to` is longer.
     pub fn read(&self, to: &mut [T]) -> Result<()> {
         assert!(to.len() <= self.len, "as many elements");
-        if !to.is_empty() {
-            let part = self.slice.slice(..to.len());
-            let copied = self.device.shared.stream.memcpy_dtoh(&part, to);
-            copied.map_err(Error::driver("copy from the device"))?;
-        }
-        self.device.synchronize()
+        let stream = self.stream()?.cu_stream();
+        // SAFETY: the memory is live and has as many elements; any bits are a `T`; and the copy is waited for
+        // while `to` is borrowed.
+        let copied = unsafe { result::memcpy_dtoh_async(to, self.address(), stream) };
+        self.device().synchronize()?;
+        copied.map_err(Error::driver("copy from the device"))
     }
 
-    /// Copies the first `count` elements of `from`.
+    /// Copies `count` elements of `from`, from element `first` on, to element `at` and those after it.
     ///
     /// # Errors
     /// [`Error::Driver`].
     ///
     /// # Panics
     /// If either has fewer.
-    pub fn copy_from(&mut self, from: &Self, count: usize) -> Result<()> {
-        assert!(count <= self.len && count <= from.len, "as many elements");
-        if count == 0 {
-            return Ok(());
-        }
-        let mut to = self.slice.slice_mut(..count);
-        let copied = self.device.shared.stream.memcpy_dtod(&from.slice.slice(..count), &mut to);
+    pub fn copy_part(&mut self, at: usize, from: &Self, first: usize, count: usize) -> Result<()> {
+        assert!(at + count <= self.len && first + count <= from.len, "as many elements");
+        let stream = self.stream()?.cu_stream();
+        let size = size_of::<T>();
+        let (to, from) =
+            (self.address() + (at * size) as u64, from.address() + (first * size) as u64);
+        // SAFETY: both ranges are inside live memory, as checked.
+        let copied = unsafe { result::memcpy_dtod_async(to, from, count * size, stream) };
         copied.map_err(Error::driver("copy on the device"))
     }
 }

@@ -8,14 +8,24 @@
 //! Everything here runs in order on one stream per [`Device`]. A call returns when its work is queued;
 //! downloads wait for it.
 
+mod attention;
 mod cache;
 mod compile;
 mod device;
+mod launch;
+mod matrix;
+mod matvec;
 mod nvrtc;
+mod ops;
 
+pub use attention::{Attend, Attention, KvCache, KvSlot, Slots};
 pub use compile::{Arch, Compiler, Module, compile_all};
 pub use device::{Buffer, Device, DeviceInfo, Graph, devices};
+pub use launch::{Launch, Limits};
+pub use matrix::{Matrix, MatrixParams};
+pub use matvec::{Input, MatVec, MatVecPlan, Numbers, plan_decode};
 pub use nvrtc::Nvrtc;
+pub use ops::{Ops, plan_argmax, plan_materialise};
 
 /// The oldest compute capability the kernels are written for: asynchronous copies, bf16, `mma.sp`.
 pub const OLDEST: (u32, u32) = (8, 0);
