@@ -1,0 +1,4 @@
+//! What the tests of kernels share; each of them uses a part.
+#![allow(dead_code)]
+
+pub mod emulator;
