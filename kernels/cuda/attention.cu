@@ -1,7 +1,7 @@
 // Attention of a few tokens over cached keys and values: -DKV=KvF16 and so on.
 //
 // The cache of a sequence is one piece of memory: for each layer keys, then values; [kv_heads][capacity] rows
-// of 8-element chunks; for KvQ8 then [kv_heads][capacity] scales. A block computes some query heads that share
+// of 8-element chunks; for KvQ8 then [kv_heads][capacity] scales; to a multiple of 16 bytes. A block computes some query heads that share
 // a key head, over a split of KEYS keys; the last block of a token and head adds the splits in
 // their order. Keys are read once for all heads of the block: with one head 2 · 2 bytes per 4 operations, so
 // memory is the limit.
@@ -67,7 +67,7 @@ struct Rows {
     STB_DEVICE Rows(const Slot &slot, u32 kv_heads, u32 width, u32 layer, u32 which, u32 head)
         : stride(row_bytes(width)) {
         const u64 count = u64(kv_heads) * slot.capacity;
-        const u64 bytes = count * (stride + (KV::SCALED ? 4 : 0));
+        const u64 bytes = (count * (stride + (KV::SCALED ? 4 : 0)) + 15) / 16 * 16;
         u8 *base = slot.cache + (u64(layer) * 2 + which) * bytes;
         rows = base + u64(head) * slot.capacity * stride;
         scales = reinterpret_cast<float *>(base + count * stride) + u64(head) * slot.capacity;

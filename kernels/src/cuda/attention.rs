@@ -124,7 +124,8 @@ impl Attention {
             KvKind::F16 => 2 * self.padded(),
             KvKind::Q8 => self.padded() + 4,
         };
-        self.kv_heads * capacity * row
+        // Chunks are read as vectors of up to 16 bytes.
+        (self.kv_heads * capacity * row).next_multiple_of(16)
     }
 
     /// Bytes of the cache of a sequence of up to `capacity` tokens.

@@ -146,6 +146,14 @@ struct Split {
 }
 
 impl MatVecPlan {
+    /// Where the kernels of an encoding are.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for encodings without a kernel.
+    pub fn module(encoding: &Encoding) -> Result<super::Module> {
+        Kind::of(encoding).map(|kind| kind.module)
+    }
+
     /// `out[i]` (+)= `input` · `matrices[i]`ᵀ for up to three matrices of one kind and width; `out` are
     /// [tokens, rows]. `work` are the addresses of partial sums and counters.
     ///
