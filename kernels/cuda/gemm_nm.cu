@@ -264,9 +264,11 @@ template <u32 TILES, u32 NT> struct Kernel {
     STB_DEVICE void run(u8 *shared) {
         u32 *table = reinterpret_cast<u32 *>(shared);
         u8 *stages = shared + TABLE * 4;
-        for (u32 i = threadIdx.x; i < TABLE; i += GEMM_THREADS) {
-            const Pattern p = pattern(i % 128, i / 128);
-            table[i] = p.low | p.high << 8 | p.indices << 16;
+        if constexpr (TABLE != 0) {
+            for (u32 i = threadIdx.x; i < TABLE; i += GEMM_THREADS) {
+                const Pattern p = pattern(i % 128, i / 128);
+                table[i] = p.low | p.high << 8 | p.indices << 16;
+            }
         }
         bits = a.w.kind & 255;
         first_tile = blockIdx.x * BLOCK_TILES;
@@ -300,7 +302,7 @@ template <u32 TILES, u32 NT> struct Kernel {
                 load(stages + (step + STAGES - 1) % STAGES * STAGE, first + step + STAGES - 1);
             copy_commit();
             const u8 *stage = stages + step % STAGES * STAGE;
-#pragma unroll
+#pragma unroll 1
             for (u32 p = 0; p < 2; ++p)
                 multiply(sums, stage, (first + step) % 2, p, warp, lane, expand);
         }

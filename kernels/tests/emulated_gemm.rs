@@ -117,9 +117,15 @@ fn joint_codes(n: usize, m: usize) {
     let mine = |e: &&Encoding| matches!(e, Encoding::Nm(s) if (s.n(), s.m()) == (n, m));
     for encoding in encodings().iter().filter(mine) {
         // Ragged rows, columns, groups, quads, chunks, steps and tokens.
-        for (rows, cols, tokens) in
-            [(1, 1, 1), (16, 64, 17), (33, 172, 5), (70, 352, 40), (17, 31, 9), (300, 700, 16), (5, 1100, 3)]
-        {
+        for (rows, cols, tokens) in [
+            (1, 1, 1),
+            (16, 64, 17),
+            (33, 172, 5),
+            (70, 352, 40),
+            (17, 31, 9),
+            (300, 700, 16),
+            (5, 1100, 3),
+        ] {
             let multiprocessors = [1, 132][rng.below(2)];
             let seeds: &[u64] = if rows < 20 { &[0, 1] } else { &[2] };
             Case { encoding, rows, cols, tokens, multiprocessors, seeds }.run(&mut rng, &emulator);
@@ -129,7 +135,8 @@ fn joint_codes(n: usize, m: usize) {
     let encoding = encodings().into_iter().filter(|e| mine(&e)).last().unwrap();
     let encoding = &encoding;
     for (rows, cols, tokens, multiprocessors) in [(530, 200, 70, 1), (520, 130, 66, 64)] {
-        Case { encoding, rows, cols, tokens, multiprocessors, seeds: &[3] }.run(&mut rng, &emulator);
+        Case { encoding, rows, cols, tokens, multiprocessors, seeds: &[3] }
+            .run(&mut rng, &emulator);
     }
 }
 

@@ -119,7 +119,8 @@ impl GemmPlan {
         work: [u64; 2],
     ) -> Result<Self> {
         let Some((module, vectors, table)) = module(encoding) else {
-            let why = format!("there is no CUDA kernel for many tokens and the encoding {encoding}");
+            let why =
+                format!("there is no CUDA kernel for many tokens and the encoding {encoding}");
             return Err(Error::Unsupported { why });
         };
         let (rows, cols) = (matrix.rows as usize, matrix.cols as usize);
