@@ -228,6 +228,12 @@ impl Device {
         self.shared.stream.synchronize().map_err(Error::driver("run kernels"))
     }
 
+    /// The stream, for libraries of the vendor. Binds the context to this thread.
+    pub(super) fn raw_stream(&self) -> Result<*mut c_void> {
+        self.shared.context.bind_to_thread().map_err(Error::driver("use a device"))?;
+        Ok(self.shared.stream.cu_stream().cast())
+    }
+
     /// Loads `module` now, compiled if need be, not at its first use.
     ///
     /// # Errors

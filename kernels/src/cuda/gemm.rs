@@ -4,8 +4,9 @@ use bytemuck::{Pod, Zeroable};
 use stb_format::Encoding;
 
 use super::compile::Module;
+use super::device::{Buffer, Device};
 use super::launch::{Launch, Limits, to_u32};
-use super::matrix::MatrixParams;
+use super::matrix::{Matrix, MatrixParams};
 use super::{Error, Result};
 
 /// Threads of a block: `GEMM_THREADS` of gemm.cuh.
@@ -177,5 +178,83 @@ fn module(encoding: &Encoding) -> Option<(Module, usize, usize)> {
         (2, 8) => Some((Module::GEMM_NM_2_8, 4, 1024)),
         (2, 4) => Some((Module::GEMM_NM_2_4, 5, 0)),
         _ => None,
+    }
+}
+
+/// Products with many tokens on one device, with the memory they need.
+#[derive(Debug)]
+pub struct Gemm {
+    device: Device,
+    x: Buffer<u16>,
+    scale: Buffer<f32>,
+    partial: Buffer<f32>,
+    arrived: Buffer<u32>,
+}
+
+impl Gemm {
+    /// Without memory yet.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn new(device: &Device) -> Result<Self> {
+        Ok(Self {
+            device: device.clone(),
+            x: device.zeros("activations in f16", 0)?,
+            scale: device.zeros("scales of activations", 0)?,
+            partial: device.zeros("partial sums", 0)?,
+            arrived: device.zeros("counters", 0)?,
+        })
+    }
+
+    /// Queues `out` (+)= `x` · `matrix`ᵀ, `x` [tokens, cols], `out` [tokens, rows]; activations are rounded to f16 as
+    /// [`GemmPlan::new`] says.
+    ///
+    /// Memory grows with the first calls, so a product that is recorded in a graph has to have been computed
+    /// before.
+    ///
+    /// # Errors
+    /// As for [`GemmPlan::new`]; [`Error::Memory`], [`Error::Driver`].
+    ///
+    /// # Panics
+    /// If a buffer is too small for `tokens` tokens.
+    pub fn queue(
+        &mut self,
+        matrix: &Matrix,
+        x: &Buffer<f32>,
+        out: &mut Buffer<f32>,
+        add: bool,
+        tokens: usize,
+    ) -> Result<()> {
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        assert!(x.len() >= tokens * cols && out.len() >= tokens * rows, "room for the tokens");
+        let plan = |addresses, work| {
+            let limits = self.device.limits();
+            GemmPlan::new(limits, &matrix.encoding, matrix.params, addresses, add, tokens, work)
+        };
+        let needed = plan([0; 3], [0; 2])?;
+        if tokens * gemm_stride(cols) > self.x.len() {
+            self.x = self.device.zeros("activations in f16", tokens * gemm_stride(cols))?;
+        }
+        if tokens > self.scale.len() {
+            self.scale = self.device.zeros("scales of activations", tokens)?;
+        }
+        if needed.partial > self.partial.len() {
+            self.partial = self.device.zeros("partial sums", needed.partial)?;
+        }
+        if needed.arrived > self.arrived.len() {
+            self.arrived = self.device.zeros("counters", needed.arrived)?;
+        }
+        let (half, scale) = (self.x.address(), self.scale.address());
+        let prepare = plan_prepare(matrix.params, x.address(), half, scale, tokens)?;
+        // SAFETY: the matrix' payload was validated for its shape; `x` holds the tokens, and the prepared
+        // activations and scales have room for them, as checked. All are on the stream of this device.
+        unsafe { self.device.launch(&prepare) }?;
+        let work = [self.partial.address(), self.arrived.address()];
+        let addresses = [half, scale, out.address()];
+        let planned =
+            GemmPlan::new(self.device.limits(), &matrix.encoding, matrix.params, addresses, add, tokens, work)?;
+        // SAFETY: as above; `out` has room for the result, and the partial sums and counters for what the plan
+        // needs.
+        unsafe { self.device.launch(&planned.launch) }
     }
 }

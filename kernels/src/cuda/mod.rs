@@ -11,6 +11,7 @@
 mod attention;
 mod cache;
 mod compile;
+mod cublas;
 mod device;
 mod gemm;
 mod launch;
@@ -21,8 +22,9 @@ mod ops;
 
 pub use attention::{Attend, Attention, KvCache, KvSlot, Slots};
 pub use compile::{Arch, Compiler, Module, compile_all};
+pub use cublas::Cublas;
 pub use device::{Buffer, Device, DeviceInfo, Graph, devices};
-pub use gemm::{GemmPlan, gemm_stride, plan_prepare};
+pub use gemm::{Gemm, GemmPlan, gemm_stride, plan_prepare};
 pub use launch::{Launch, Limits};
 pub use matrix::{Matrix, MatrixParams};
 pub use matvec::{Input, MatVec, MatVecPlan, Numbers, plan_decode};
