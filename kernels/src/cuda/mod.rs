@@ -17,6 +17,7 @@ mod matrix;
 mod matvec;
 mod nvrtc;
 mod ops;
+pub mod simulated;
 
 pub use attention::{Attend, Attention, KvCache, KvSlot, Slots};
 pub use compile::{Arch, Compiler, Module, compile_all};
