@@ -48,3 +48,17 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_prepare(const Pr
     if (threadIdx.x == 0)
         a.scale[blockIdx.x] = usable ? __uint_as_float((exponent - 14) << 23) : 1.0f;
 }
+
+// Activations as sums of two bf16 for gemm_rows.cu: all high parts, then all low parts. A block per token.
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_split(const Prepare a) {
+    const u32 cols = a.w.cols;
+    const float *x = a.x + u64(blockIdx.x) * cols;
+    u16 *high = a.out + u64(blockIdx.x) * a.stride, *low = high + u64(a.tokens) * a.stride;
+    for (u32 c = threadIdx.x; c < a.stride; c += GEMM_THREADS) {
+        const float v = c < cols ? x[c] : 0.0f;
+        const u16 upper = f32_to_bf16(v);
+        high[c] = upper;
+        // Nothing to add to what is infinite.
+        low[c] = (upper & 0x7f80) == 0x7f80 ? 0 : f32_to_bf16(v - bf16_to_f32(upper));
+    }
+}

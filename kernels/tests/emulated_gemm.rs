@@ -6,7 +6,10 @@ mod common;
 use common::emulator::{Emulator, Launch, Piece, bytes_of, floats};
 use common::random::{Rng, encodings, payload};
 use stb_format::Encoding;
-use stb_kernels::cuda::{self, GemmPlan, Limits, MatrixParams, Module, gemm_stride, plan_prepare};
+use stb_format::encoding::Dense;
+use stb_kernels::cuda::{
+    self, GemmPlan, Limits, MatrixParams, Module, gemm_prepared, plan_prepare,
+};
 
 /// Addresses of buffers in plans: a tag that no other field of a parameter has, the number of the
 /// buffer, the offset.
@@ -63,15 +66,15 @@ impl Case<'_> {
 
         let limits = Limits { multiprocessors, shared: 98 << 10 };
         let params = MatrixParams::new(&view, &bytes, address(0)).unwrap();
-        let prepare = plan_prepare(params, address(1), address(2), address(3), tokens).unwrap();
+        let prepare = plan_prepare(encoding, params, address(1), address(2), address(3), tokens);
+        let prepare = prepare.unwrap();
         let addresses = [address(2), address(3), address(4)];
         let work = [address(5), address(6)];
         let plan = GemmPlan::new(limits, encoding, params, addresses, add, tokens, work).unwrap();
-        let stride = gemm_stride(cols);
         let buffers = [
             bytes.clone(),
             bytes_of(&x),
-            vec![0xff; tokens * stride * 2],
+            vec![0xff; gemm_prepared(cols, tokens) * 2],
             vec![0xff; tokens * 4],
             bytes_of(&before),
             vec![0xff; plan.partial * 4],
@@ -96,7 +99,8 @@ impl Case<'_> {
                     magnitude += term.abs();
                 }
                 let y = f64::from(y[t * rows + r]);
-                let tolerance = magnitude * (1.0 / 2048.0 + 1e-5) + 1e-30;
+                let places = if matches!(encoding, Encoding::Nm(_)) { 11 } else { 14 };
+                let tolerance = magnitude * (0.5f64.powi(places) + 1e-5) + 1e-30;
                 assert!((y - sum).abs() <= tolerance, "{what}: token {t}, row {r}: {y}, not {sum}");
             }
         }
@@ -106,8 +110,11 @@ impl Case<'_> {
 /// The kernels of a module; `None` where there is no C++ compiler.
 fn build(module: &str) -> Option<Emulator> {
     let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
-    let kernels = ["gemm_prepare", "gemm_512x64", "gemm_256x64", "gemm_256x16"];
-    Emulator::build(&["gemm_prepare.cu", module.file], &kernels, module.defines).unwrap()
+    let kernels: &[&str] = match module.file {
+        "gemm_nm.cu" => &["gemm_prepare", "gemm_512x64", "gemm_256x64", "gemm_256x16"],
+        _ => &["gemm_split", "gemm_rows"],
+    };
+    Emulator::build(&["gemm_prepare.cu", module.file], kernels, module.defines).unwrap()
 }
 
 /// Joint codes N:M with all kinds of scales.
@@ -158,4 +165,58 @@ fn joint_codes_2_8() {
 #[test]
 fn joint_codes_2_4() {
     joint_codes(2, 4);
+}
+
+/// All other encodings, which share a kernel.
+fn rows(name: &str, mine: impl Fn(&Encoding) -> bool) {
+    let Some(emulator) = build(&format!("gemm {name}")) else { return };
+    let mut rng = Rng(name.len() as u64);
+    for (i, encoding) in encodings().iter().filter(|e| mine(e)).enumerate() {
+        for (rows, cols, tokens) in [(1, 1, 1), (70, 300, 66), (17, 131, 9)] {
+            let seeds: &[u64] = if rows == 17 && i == 0 { &[0, 1] } else { &[2] };
+            let case = Case { encoding, rows, cols, tokens, multiprocessors: 132, seeds };
+            case.run(&mut rng, &emulator);
+        }
+    }
+}
+
+fn integers(bits: u8) {
+    rows(&format!("int{bits}"), |e| matches!(e, Encoding::IntGroup(s) if s.bits() == bits));
+}
+
+#[test]
+fn integers_of_1_bit() {
+    integers(1);
+}
+
+#[test]
+fn integers_of_2_bits() {
+    integers(2);
+}
+
+#[test]
+fn integers_of_3_bits() {
+    integers(3);
+}
+
+#[test]
+fn integers_of_4_bits() {
+    integers(4);
+}
+
+#[test]
+fn integers_of_8_bits() {
+    integers(8);
+}
+
+#[test]
+fn stbllm() {
+    rows("stbllm", |e| matches!(e, Encoding::Stbllm(s) if [1, 4, 7].contains(&s.n())));
+}
+
+#[test]
+fn dense_matrices() {
+    rows("f32", |e| *e == Encoding::Dense(Dense::F32));
+    rows("f16", |e| *e == Encoding::Dense(Dense::F16));
+    rows("bf16", |e| *e == Encoding::Dense(Dense::Bf16));
 }

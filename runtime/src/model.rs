@@ -210,6 +210,15 @@ impl Model {
         Self { exact: options.exact, kv: options.kv, pool, ..model }.on_device(options)
     }
 
+    /// The model with its last `layers` decoder layers (all, if `None`) and its head on a device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is too little memory, or no kernel for an encoding or a shape.
+    pub fn use_device(mut self, device: &Device, layers: Option<usize>) -> Result<Self> {
+        self.device = Some(DeviceModel::load(device, &self, layers)?);
+        Ok(self)
+    }
+
     /// The model with its last layers on the device that the options ask for.
     ///
     /// # Errors

@@ -62,6 +62,15 @@ impl Module {
     pub(super) const GEMM_NM_1_4: Self = module!("gemm 1:4", "gemm_nm.cu", "NM_N=1", "NM_M=4");
     pub(super) const GEMM_NM_2_8: Self = module!("gemm 2:8", "gemm_nm.cu", "NM_N=2", "NM_M=8");
     pub(super) const GEMM_NM_2_4: Self = module!("gemm 2:4", "gemm_nm.cu", "NM_N=2", "NM_M=4");
+    pub(super) const GEMM_F32: Self = module!("gemm f32", "gemm_rows.cu", "CODEC=DenseF32");
+    pub(super) const GEMM_F16: Self = module!("gemm f16", "gemm_rows.cu", "CODEC=DenseF16");
+    pub(super) const GEMM_BF16: Self = module!("gemm bf16", "gemm_rows.cu", "CODEC=DenseBf16");
+    pub(super) const GEMM_INT1: Self = module!("gemm int1", "gemm_rows.cu", "CODEC=Int1");
+    pub(super) const GEMM_INT2: Self = module!("gemm int2", "gemm_rows.cu", "CODEC=Int2");
+    pub(super) const GEMM_INT3: Self = module!("gemm int3", "gemm_rows.cu", "CODEC=Int3");
+    pub(super) const GEMM_INT4: Self = module!("gemm int4", "gemm_rows.cu", "CODEC=Int4");
+    pub(super) const GEMM_INT8: Self = module!("gemm int8", "gemm_rows.cu", "CODEC=Int8");
+    pub(super) const GEMM_STBLLM: Self = module!("gemm stbllm", "gemm_rows.cu", "CODEC=Stbllm");
 
     /// All modules.
     pub const ALL: &[Self] = &[
@@ -87,6 +96,15 @@ impl Module {
         Self::GEMM_NM_1_4,
         Self::GEMM_NM_2_8,
         Self::GEMM_NM_2_4,
+        Self::GEMM_F32,
+        Self::GEMM_F16,
+        Self::GEMM_BF16,
+        Self::GEMM_INT1,
+        Self::GEMM_INT2,
+        Self::GEMM_INT3,
+        Self::GEMM_INT4,
+        Self::GEMM_INT8,
+        Self::GEMM_STBLLM,
     ];
 }
 

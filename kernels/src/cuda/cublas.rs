@@ -117,13 +117,32 @@ impl Cublas {
         // of these sizes, as checked; scalars are on the host, the default, and read before the call returns.
         let code = unsafe {
             gemm(
-                self.handle, OP_T, OP_N, m, n, k, scalar(&one), a, BF16, k, b, BF16, k,
-                scalar(&zero), c, BF16, m, COMPUTE_F32, DEFAULT,
+                self.handle,
+                OP_T,
+                OP_N,
+                m,
+                n,
+                k,
+                scalar(&one),
+                a,
+                BF16,
+                k,
+                b,
+                BF16,
+                k,
+                scalar(&zero),
+                c,
+                BF16,
+                m,
+                COMPUTE_F32,
+                DEFAULT,
             )
         };
         match code {
             0 => Ok(()),
-            _ => Err(Error::Driver { what: "multiply with cuBLAS", error: format!("error {code}") }),
+            _ => {
+                Err(Error::Driver { what: "multiply with cuBLAS", error: format!("error {code}") })
+            }
         }
     }
 }

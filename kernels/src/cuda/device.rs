@@ -16,6 +16,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::compile::{Arch, Compiler, Module};
 use super::launch::Launch;
+use super::simulated::{Run, Simulated};
 use super::{Error, OLDEST, Result};
 
 /// The oldest driver whose functions are all there, and its name for users.
@@ -140,6 +141,17 @@ pub struct Device {
 
 struct Shared {
     info: DeviceInfo,
+    backend: Backend,
+}
+
+/// What a device is.
+enum Backend {
+    Driver(Box<Driver>),
+    Simulated(Simulated),
+}
+
+/// A device of the driver.
+struct Driver {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     compiler: Compiler,
@@ -152,7 +164,7 @@ struct Shared {
 /// Something that is not released while this exists.
 pub(super) type Keep = Arc<dyn Any + Send + Sync>;
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -190,18 +202,23 @@ impl Device {
         // SAFETY: memory of this context is used on one stream only, which orders allocation, use and
         // release; copies to and from the host are on that stream too.
         unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(&fail)?;
-        let compiler = Compiler::new(version.unsigned_abs() / 1000);
-        let shared = Shared {
-            info,
+        let driver = Driver {
+            stream: context.new_stream().map_err(&fail)?,
             context,
-            stream,
-            compiler,
+            compiler: Compiler::new(version.unsigned_abs() / 1000),
             modules: Mutex::default(),
             functions: Mutex::default(),
             recorded: Mutex::default(),
         };
-        Ok(Self { shared: Arc::new(shared) })
+        Ok(Self { shared: Arc::new(Shared { info, backend: Backend::Driver(Box::new(driver)) }) })
+    }
+
+    /// A device that is none: memory is the host's, and `run` does what is queued. So programs can be
+    /// tested from their model down to the kernels where there is no device.
+    #[must_use]
+    pub fn simulated(info: DeviceInfo, run: Box<Run>) -> Self {
+        let backend = Backend::Simulated(Simulated::new(run));
+        Self { shared: Arc::new(Shared { info, backend }) }
     }
 
     /// What it is.
@@ -215,9 +232,13 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`].
     pub fn free_memory(&self) -> Result<u64> {
-        let (free, _) =
-            self.shared.context.mem_get_info().map_err(Error::driver("count memory"))?;
-        Ok(free as u64)
+        match &self.shared.backend {
+            Backend::Driver(d) => {
+                let (free, _) = d.context.mem_get_info().map_err(Error::driver("count memory"))?;
+                Ok(free as u64)
+            }
+            Backend::Simulated(s) => Ok(self.shared.info.memory.saturating_sub(s.used())),
+        }
     }
 
     /// Waits for everything that is queued.
@@ -225,61 +246,23 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`] with what went wrong in any of it.
     pub fn synchronize(&self) -> Result<()> {
-        self.shared.stream.synchronize().map_err(Error::driver("run kernels"))
+        match &self.shared.backend {
+            Backend::Driver(d) => d.stream.synchronize().map_err(Error::driver("run kernels")),
+            Backend::Simulated(s) => s.synchronize(),
+        }
     }
 
     /// The stream, for libraries of the vendor. Binds the context to this thread.
     pub(super) fn raw_stream(&self) -> Result<*mut c_void> {
-        self.shared.context.bind_to_thread().map_err(Error::driver("use a device"))?;
-        Ok(self.shared.stream.cu_stream().cast())
-    }
-
-    /// Loads `module` now, compiled if need be, not at its first use.
-    ///
-    /// # Errors
-    /// [`Error::Compiler`], [`Error::Compile`], [`Error::Driver`].
-    pub(super) fn load(&self, module: &Module) -> Result<Arc<CudaModule>> {
-        let shared = &self.shared;
-        let mut modules = lock(&shared.modules);
-        if let Some(loaded) = modules.get(module) {
-            return Ok(loaded.clone());
+        match &self.shared.backend {
+            Backend::Driver(d) => {
+                d.context.bind_to_thread().map_err(Error::driver("use a device"))?;
+                Ok(d.stream.cu_stream().cast())
+            }
+            Backend::Simulated(_) => {
+                Err(Error::Unavailable { why: "a simulated one has no stream".into() })
+            }
         }
-        let arch = shared.info.arch();
-        let fail = Error::driver("load kernels");
-        let load = |image: &super::compile::Image| {
-            let code = if image.is_ptx {
-                let text = String::from_utf8_lossy(&image.bytes);
-                Ptx::from_src(text.trim_end_matches('\0'))
-            } else {
-                Ptx::from_binary(image.bytes.clone())
-            };
-            shared.context.load_module(code)
-        };
-        let image = shared.compiler.image(module, arch)?;
-        let loaded = load(&image).or_else(|_| {
-            // Perhaps the driver has changed since: compile again, once.
-            shared.compiler.forget(&image);
-            load(&shared.compiler.image(module, arch)?).map_err(&fail)
-        })?;
-        modules.insert(*module, loaded.clone());
-        Ok(loaded)
-    }
-
-    fn function(&self, module: &Module, name: &'static str) -> Result<CudaFunction> {
-        let loaded = self.load(module)?;
-        let mut functions = self.shared.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(function) = functions.get(&(*module, name)) {
-            return Ok(function.clone());
-        }
-        let fail = Error::driver("find a kernel");
-        let function = loaded.load_function(name).map_err(&fail)?;
-        // Above 48 KiB a kernel has to ask; the limit includes what it has statically.
-        let fixed = function.shared_size_bytes().map_err(&fail)?;
-        let most = i32::try_from(self.shared.info.shared_memory).unwrap_or(i32::MAX) - fixed;
-        let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(attribute, most).map_err(&fail)?;
-        functions.insert((*module, name), function.clone());
-        Ok(function)
     }
 
     /// Queues a kernel.
@@ -288,27 +271,17 @@ impl Device {
     /// The launch is a plan of this crate for addresses of live buffers of this device, which have room for
     /// what the plan's shapes say.
     pub(super) unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        let fail = Error::driver("start a kernel");
-        let function = self.function(&launch.module, launch.kernel)?;
-        let [x, y, z] = launch.blocks;
-        if x == 0 || y == 0 || z == 0 {
+        if launch.blocks.contains(&0) {
             return Ok(());
         }
-        self.shared.context.bind_to_thread().map_err(&fail)?;
-        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
-        // SAFETY: the kernel has one parameter, a struct by value with the layout of `params` (the plan's
-        // promise), which the driver copies before it returns; the memory is the caller's promise.
-        let launched = unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.shared,
-                self.shared.stream.cu_stream(),
-                &mut params,
-            )
-        };
-        launched.map_err(fail)
+        match &self.shared.backend {
+            // SAFETY: the caller's promise.
+            Backend::Driver(d) => unsafe { d.launch(&self.shared.info, launch) },
+            Backend::Simulated(s) => {
+                s.launch(launch);
+                Ok(())
+            }
+        }
     }
 
     /// Memory for `len` elements, zero. `what` is for messages.
@@ -318,18 +291,25 @@ impl Device {
     pub fn zeros<T: Pod>(&self, what: &str, len: usize) -> Result<Buffer<T>> {
         // The driver knows no empty memory.
         let bytes = (len * size_of::<T>()).max(16);
-        match self.shared.stream.alloc_zeros::<u8>(bytes) {
-            Ok(slice) => {
-                let address = slice.device_ptr(&self.shared.stream).0;
-                let memory = Memory { _slice: slice, address, device: self.clone() };
-                Ok(Buffer { memory: Arc::new(memory), len, elements: PhantomData })
+        let (place, address) = match &self.shared.backend {
+            Backend::Simulated(s) => {
+                let address = s.allocate(bytes);
+                (Place::Simulated(address), address)
             }
-            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let free = self.free_memory()?;
-                Err(Error::Memory { what: what.into(), needed: bytes as u64, free })
-            }
-            Err(e) => Err(Error::driver("allocate memory")(e)),
-        }
+            Backend::Driver(d) => match d.stream.alloc_zeros::<u8>(bytes) {
+                Ok(slice) => {
+                    let address = slice.device_ptr(&d.stream).0;
+                    (Place::Driver { _slice: slice }, address)
+                }
+                Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let free = self.free_memory()?;
+                    return Err(Error::Memory { what: what.into(), needed: bytes as u64, free });
+                }
+                Err(e) => return Err(Error::driver("allocate memory")(e)),
+            },
+        };
+        let memory = Memory { place, address, device: self.clone() };
+        Ok(Buffer { memory: Arc::new(memory), len, elements: PhantomData })
     }
 
     /// A copy of `data` on the device.
@@ -349,35 +329,130 @@ impl Device {
     /// # Errors
     /// What `queue` returns; [`Error::Driver`].
     pub fn record(&self, queue: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        let fail = Error::driver("record a graph");
-        let stream = &self.shared.stream;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(&fail)?;
-        *lock(&self.shared.recorded) = Some(Vec::new());
-        let queued = queue();
-        let kept = lock(&self.shared.recorded).take().unwrap_or_default();
-        // Ends the recording also where something in it failed.
-        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
-        queued?;
-        match graph.map_err(&fail)? {
-            Some(graph) => Ok(Graph { graph, _kept: kept, device: self.clone() }),
-            None => Err(Error::Driver { what: "record a graph", error: "it is empty".into() }),
-        }
+        let work = match &self.shared.backend {
+            Backend::Driver(d) => {
+                let (graph, _kept) = d.record(queue)?;
+                Recorded::Driver { graph, _kept }
+            }
+            Backend::Simulated(s) => Recorded::Simulated(s.record(queue)?),
+        };
+        Ok(Graph { work, device: self.clone() })
     }
 
     /// Keeps `what` for the graph that is being recorded, if one is.
     pub(super) fn keep(&self, what: &Keep) {
-        if let Some(kept) = &mut *lock(&self.shared.recorded) {
+        if let Backend::Driver(d) = &self.shared.backend
+            && let Some(kept) = &mut *lock(&d.recorded)
+        {
             kept.push(what.clone());
         }
     }
 }
 
+impl Driver {
+    /// Loads `module`, compiled if need be.
+    fn load(&self, info: &DeviceInfo, module: &Module) -> Result<Arc<CudaModule>> {
+        let mut modules = lock(&self.modules);
+        if let Some(loaded) = modules.get(module) {
+            return Ok(loaded.clone());
+        }
+        let fail = Error::driver("load kernels");
+        let load = |image: &super::compile::Image| {
+            let code = if image.is_ptx {
+                let text = String::from_utf8_lossy(&image.bytes);
+                Ptx::from_src(text.trim_end_matches('\0'))
+            } else {
+                Ptx::from_binary(image.bytes.clone())
+            };
+            self.context.load_module(code)
+        };
+        let image = self.compiler.image(module, info.arch())?;
+        let loaded = load(&image).or_else(|_| {
+            // Perhaps the driver has changed since: compile again, once.
+            self.compiler.forget(&image);
+            load(&self.compiler.image(module, info.arch())?).map_err(&fail)
+        })?;
+        modules.insert(*module, loaded.clone());
+        Ok(loaded)
+    }
+
+    fn function(
+        &self,
+        info: &DeviceInfo,
+        module: &Module,
+        name: &'static str,
+    ) -> Result<CudaFunction> {
+        let loaded = self.load(info, module)?;
+        let mut functions = lock(&self.functions);
+        if let Some(function) = functions.get(&(*module, name)) {
+            return Ok(function.clone());
+        }
+        let fail = Error::driver("find a kernel");
+        let function = loaded.load_function(name).map_err(&fail)?;
+        // Above 48 KiB a kernel has to ask; the limit includes what it has statically.
+        let fixed = function.shared_size_bytes().map_err(&fail)?;
+        let most = i32::try_from(info.shared_memory).unwrap_or(i32::MAX) - fixed;
+        let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, most).map_err(&fail)?;
+        functions.insert((*module, name), function.clone());
+        Ok(function)
+    }
+
+    /// # Safety
+    /// As for [`Device::launch`].
+    unsafe fn launch(&self, info: &DeviceInfo, launch: &Launch) -> Result<()> {
+        let fail = Error::driver("start a kernel");
+        let function = self.function(info, &launch.module, launch.kernel)?;
+        let [x, y, z] = launch.blocks;
+        self.context.bind_to_thread().map_err(&fail)?;
+        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: the kernel has one parameter, a struct by value with the layout of `params` (the plan's
+        // promise), which the driver copies before it returns; the memory is the caller's promise.
+        let launched = unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                (x, y, z),
+                (launch.threads, 1, 1),
+                launch.shared,
+                self.stream.cu_stream(),
+                &mut params,
+            )
+        };
+        launched.map_err(fail)
+    }
+
+    fn record(&self, queue: impl FnOnce() -> Result<()>) -> Result<(CudaGraph, Vec<Keep>)> {
+        let fail = Error::driver("record a graph");
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(&fail)?;
+        *lock(&self.recorded) = Some(Vec::new());
+        let queued = queue();
+        let kept = lock(&self.recorded).take().unwrap_or_default();
+        // Ends the recording also where something in it failed.
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        queued?;
+        match graph.map_err(&fail)? {
+            Some(graph) => Ok((graph, kept)),
+            None => Err(Error::Driver { what: "record a graph", error: "it is empty".into() }),
+        }
+    }
+
+    /// The stream, from the calling thread.
+    fn stream(&self) -> Result<sys::CUstream> {
+        self.context.bind_to_thread().map_err(Error::driver("use a device"))?;
+        Ok(self.stream.cu_stream())
+    }
+}
+
 /// Recorded work, with the memory it uses.
 pub struct Graph {
-    graph: CudaGraph,
-    _kept: Vec<Keep>,
+    work: Recorded,
     device: Device,
+}
+
+enum Recorded {
+    Driver { graph: CudaGraph, _kept: Vec<Keep> },
+    Simulated(Vec<Launch>),
 }
 
 // SAFETY: a graph must not be used from two threads at once, which `&mut self` of `run` excludes, and may
@@ -396,15 +471,42 @@ impl Graph {
     /// # Errors
     /// [`Error::Driver`].
     pub fn run(&mut self) -> Result<()> {
-        self.graph.launch().map_err(Error::driver("start a graph"))
+        match (&self.work, &self.device.shared.backend) {
+            (Recorded::Driver { graph, .. }, _) => {
+                graph.launch().map_err(Error::driver("start a graph"))
+            }
+            (Recorded::Simulated(launches), Backend::Simulated(s)) => {
+                launches.iter().for_each(|launch| s.launch(launch));
+                Ok(())
+            }
+            (Recorded::Simulated(_), Backend::Driver(_)) => Ok(()),
+        }
     }
 }
 
 /// Memory of a device, released in the order of its stream.
 struct Memory {
-    _slice: CudaSlice<u8>,
+    place: Place,
     address: u64,
     device: Device,
+}
+
+enum Place {
+    /// Held for its release.
+    Driver {
+        _slice: CudaSlice<u8>,
+    },
+    Simulated(u64),
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let (Place::Simulated(at), Backend::Simulated(s)) =
+            (&self.place, &self.device.shared.backend)
+        {
+            s.release(*at);
+        }
+    }
 }
 
 /// Elements in the memory of a device.
@@ -442,8 +544,7 @@ impl<T> Buffer<T> {
     /// The address, for work that is queued on the device's stream: it comes before the release of the
     /// memory. A graph that is being recorded keeps the memory.
     pub(super) fn address(&self) -> u64 {
-        let keep: Keep = self.memory.clone();
-        self.memory.device.keep(&keep);
+        self.memory.device.keep(&self.keep());
         self.memory.address
     }
 
@@ -452,10 +553,8 @@ impl<T> Buffer<T> {
         self.memory.clone()
     }
 
-    fn stream(&self) -> Result<&CudaStream> {
-        let shared = &self.memory.device.shared;
-        shared.context.bind_to_thread().map_err(Error::driver("use a device"))?;
-        Ok(&shared.stream)
+    fn backend(&self) -> &Backend {
+        &self.memory.device.shared.backend
     }
 }
 
@@ -469,11 +568,16 @@ impl<T: Pod> Buffer<T> {
     /// If `data` is longer.
     pub fn write(&mut self, data: &[T]) -> Result<()> {
         assert!(data.len() <= self.len, "room for the data");
-        let stream = self.stream()?.cu_stream();
-        // SAFETY: the memory is live and has room for the data. From memory that is not pinned the driver
-        // returns when it has its own copy.
-        let copied = unsafe { result::memcpy_htod_async(self.address(), data, stream) };
-        copied.map_err(Error::driver("copy to the device"))
+        match self.backend() {
+            Backend::Simulated(s) => s.write(self.memory.address, bytemuck::cast_slice(data)),
+            Backend::Driver(d) => {
+                let stream = d.stream()?;
+                // SAFETY: the memory is live and has room for the data. From memory that is not pinned the
+                // driver returns when it has its own copy.
+                let copied = unsafe { result::memcpy_htod_async(self.address(), data, stream) };
+                copied.map_err(Error::driver("copy to the device"))
+            }
+        }
     }
 
     /// Waits, and copies the first elements to `to`.
@@ -485,12 +589,17 @@ impl<T: Pod> Buffer<T> {
     /// If `to` is longer.
     pub fn read(&self, to: &mut [T]) -> Result<()> {
         assert!(to.len() <= self.len, "as many elements");
-        let stream = self.stream()?.cu_stream();
-        // SAFETY: the memory is live and has as many elements; any bits are a `T`; and the copy is waited for
-        // while `to` is borrowed.
-        let copied = unsafe { result::memcpy_dtoh_async(to, self.address(), stream) };
-        self.device().synchronize()?;
-        copied.map_err(Error::driver("copy from the device"))
+        match self.backend() {
+            Backend::Simulated(s) => s.read(self.memory.address, bytemuck::cast_slice_mut(to)),
+            Backend::Driver(d) => {
+                let stream = d.stream()?;
+                // SAFETY: the memory is live and has as many elements; any bits are a `T`; and the copy is
+                // waited for while `to` is borrowed.
+                let copied = unsafe { result::memcpy_dtoh_async(to, self.address(), stream) };
+                self.device().synchronize()?;
+                copied.map_err(Error::driver("copy from the device"))
+            }
+        }
     }
 
     /// Copies `count` elements of `from`, from element `first` on, to element `at` and those after it.
@@ -502,13 +611,22 @@ impl<T: Pod> Buffer<T> {
     /// If either has fewer.
     pub fn copy_part(&mut self, at: usize, from: &Self, first: usize, count: usize) -> Result<()> {
         assert!(at + count <= self.len && first + count <= from.len, "as many elements");
-        let stream = self.stream()?.cu_stream();
         let size = size_of::<T>();
-        let (to, from) =
-            (self.address() + (at * size) as u64, from.address() + (first * size) as u64);
-        // SAFETY: both ranges are inside live memory, as checked.
-        let copied = unsafe { result::memcpy_dtod_async(to, from, count * size, stream) };
-        copied.map_err(Error::driver("copy on the device"))
+        let to = self.address() + (at * size) as u64;
+        let from = from.address() + (first * size) as u64;
+        match self.backend() {
+            Backend::Simulated(s) => {
+                let mut bytes = vec![0; count * size];
+                s.read(from, &mut bytes)?;
+                s.write(to, &bytes)
+            }
+            Backend::Driver(d) => {
+                let stream = d.stream()?;
+                // SAFETY: both ranges are inside live memory, as checked.
+                let copied = unsafe { result::memcpy_dtod_async(to, from, count * size, stream) };
+                copied.map_err(Error::driver("copy on the device"))
+            }
+        }
     }
 }
 

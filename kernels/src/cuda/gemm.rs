@@ -2,6 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 use stb_format::Encoding;
+use stb_format::encoding::Dense;
 
 use super::compile::Module;
 use super::device::{Buffer, Device};
@@ -52,13 +53,20 @@ pub fn gemm_stride(cols: usize) -> usize {
     cols.next_multiple_of(STEP)
 }
 
-/// The launch that prepares activations for [`GemmPlan`]: `x`, [tokens, cols] f32, with the column
-/// factors of `matrix`, becomes `out`, [tokens, [`gemm_stride`]] f16, times `scale`, `[tokens]` f32, a power of
-/// two for each token. All are addresses.
+/// Numbers of 16 bits that [`plan_prepare`] writes.
+#[must_use]
+pub fn gemm_prepared(cols: usize, tokens: usize) -> usize {
+    2 * tokens * gemm_stride(cols)
+}
+
+/// The launch that prepares activations, `x`, [tokens, cols] f32, for [`GemmPlan`]. For joint codes, with the
+/// column factors of `matrix`: `out`, [tokens, [`gemm_stride`]] f16, times `scale`, `[tokens]` f32, a power of
+/// two for each token. For others: `out` [2, tokens, [`gemm_stride`]] bf16, whose sum it is. All are addresses.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for sizes beyond what kernels count to.
 pub fn plan_prepare(
+    encoding: &Encoding,
     matrix: MatrixParams,
     x: u64,
     out: u64,
@@ -69,7 +77,8 @@ pub fn plan_prepare(
     let tokens = to_u32("a number of tokens", tokens)?;
     let params = PrepareParams { w: matrix, x, out, scale, tokens, stride };
     let blocks = [tokens as usize, 1, 1];
-    Ok(Launch::new(Module::GEMM_PREPARE, "gemm_prepare", blocks, THREADS as u32, 0, &params))
+    let kernel = if matches!(encoding, Encoding::Nm(_)) { "gemm_prepare" } else { "gemm_split" };
+    Ok(Launch::new(Module::GEMM_PREPARE, kernel, blocks, THREADS as u32, 0, &params))
 }
 
 /// A kernel: rows and tokens of a block.
@@ -85,6 +94,9 @@ const SPARSE: [Shape; 3] = [
     Shape { kernel: "gemm_256x64", rows: 256, tokens: 64 },
     Shape { kernel: "gemm_256x16", rows: 256, tokens: 16 },
 ];
+
+/// Rows of any other encoding: two halves of rows, two of tokens in shared memory.
+const ROWS: Shape = Shape { kernel: "gemm_rows", rows: 64, tokens: 64 };
 
 /// The launch of a product with many tokens, and the memory it needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,7 +118,7 @@ impl GemmPlan {
 
     /// Plans `y` (+)= `x` · `matrix`ᵀ: `x` and `scale` from [`plan_prepare`], `y` [tokens, rows] f32, all addresses,
     /// `work` those of the partial sums and counters. Differs from the exact product by at most
-    /// 2^-11 · Σ|w·x| (activations in f16), and by the order of the sum.
+    /// 2^-11 · Σ|w·x| (joint codes: activations in f16) or 2^-14 · Σ|w·x| (others), and by the order of the sum.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if there is no kernel for the encoding, or for sizes beyond what kernels count to.
@@ -119,29 +131,39 @@ impl GemmPlan {
         tokens: usize,
         work: [u64; 2],
     ) -> Result<Self> {
-        let Some((module, vectors, table)) = module(encoding) else {
+        let Some(module) = module(encoding) else {
             let why =
                 format!("there is no CUDA kernel for many tokens and the encoding {encoding}");
             return Err(Error::Unsupported { why });
         };
         let (rows, cols) = (matrix.rows as usize, matrix.cols as usize);
         let tokens_u32 = to_u32("a number of tokens", tokens)?;
-        let shared = |s: &Shape| {
-            table + STAGES * (s.tokens * 2 * STEP + s.rows / 16 * (vectors * 64 + 4 * 16))
-        };
         let blocks = |s: &Shape| rows.div_ceil(s.rows) * tokens.div_ceil(s.tokens);
         let target = limits.multiprocessors as usize;
-        let fits = |s: &&Shape| shared(s) <= limits.shared as usize;
-        // The largest that keeps all multiprocessors busy; few tokens take the narrow one.
-        let wanted = |s: &&Shape| match s.tokens {
-            16 => true,
-            _ => tokens > 32 && (s.rows == 256 || blocks(s) >= target),
+        let (shape, shared) = match codes(encoding) {
+            None => (&ROWS, 4 * ROWS.rows * 2 * STEP),
+            Some((vectors, table)) => {
+                let shared = |s: &Shape| {
+                    table + STAGES * (s.tokens * 2 * STEP + s.rows / 16 * (vectors * 64 + 4 * 16))
+                };
+                let fits = |s: &&Shape| shared(s) <= limits.shared as usize;
+                // The largest that keeps all multiprocessors busy; few tokens take the narrow one.
+                let wanted = |s: &&Shape| match s.tokens {
+                    16 => true,
+                    _ => tokens > 32 && (s.rows == 256 || blocks(s) >= target),
+                };
+                let [.., narrow] = &SPARSE;
+                let shape = SPARSE.iter().filter(fits).find(wanted).unwrap_or(narrow);
+                (shape, shared(shape))
+            }
         };
-        let shape = SPARSE.iter().filter(fits).find(wanted).or(SPARSE.last()).expect("kernels");
         let blocks = blocks(shape);
         let all = cols.div_ceil(STEP).max(1);
         // With too few blocks several share the columns, at least four steps each.
-        let splits = (target / blocks.max(1)).clamp(1, all.div_ceil(4)).min(32);
+        let splits = match codes(encoding) {
+            Some(_) => (target / blocks.max(1)).clamp(1, all.div_ceil(4)).min(32),
+            None => 1,
+        };
         let steps = all.div_ceil(splits);
         let splits = all.div_ceil(steps);
         let (partial, arrived) = match splits {
@@ -163,22 +185,50 @@ impl GemmPlan {
             padding: 0,
         };
         let grid = [rows.div_ceil(shape.rows), tokens.div_ceil(shape.tokens), splits];
-        let launch =
-            Launch::new(module, shape.kernel, grid, THREADS as u32, shared(shape), &params);
+        if grid[1] > 65_535 {
+            let why = format!("{tokens} tokens at once are more than a launch takes");
+            return Err(Error::Unsupported { why });
+        }
+        let launch = Launch::new(module, shape.kernel, grid, THREADS as u32, shared, &params);
         Ok(Self { launch, partial, arrived })
     }
 }
 
-/// The module of an encoding, its vectors of 64 bytes per tile and step, the bytes of its table.
-fn module(encoding: &Encoding) -> Option<(Module, usize, usize)> {
+/// The module of an encoding.
+fn module(encoding: &Encoding) -> Option<Module> {
+    Some(match encoding {
+        Encoding::Dense(Dense::F32) => Module::GEMM_F32,
+        Encoding::Dense(Dense::F16) => Module::GEMM_F16,
+        Encoding::Dense(Dense::Bf16) => Module::GEMM_BF16,
+        Encoding::IntGroup(spec) => match spec.bits() {
+            1 => Module::GEMM_INT1,
+            2 => Module::GEMM_INT2,
+            3 => Module::GEMM_INT3,
+            4 => Module::GEMM_INT4,
+            8 => Module::GEMM_INT8,
+            _ => return None,
+        },
+        Encoding::Stbllm(_) => Module::GEMM_STBLLM,
+        Encoding::Nm(spec) => match (spec.n(), spec.m()) {
+            (1, 8) => Module::GEMM_NM_1_8,
+            (1, 4) => Module::GEMM_NM_1_4,
+            (2, 8) => Module::GEMM_NM_2_8,
+            (2, 4) => Module::GEMM_NM_2_4,
+            _ => return None,
+        },
+        _ => return None,
+    })
+}
+
+/// Of joint codes: vectors of 64 bytes per tile and step, bytes of the table.
+fn codes(encoding: &Encoding) -> Option<(usize, usize)> {
     let Encoding::Nm(spec) = encoding else { return None };
-    match (spec.n(), spec.m()) {
-        (1, 8) => Some((Module::GEMM_NM_1_8, 2, 0)),
-        (1, 4) => Some((Module::GEMM_NM_1_4, 3, 0)),
-        (2, 8) => Some((Module::GEMM_NM_2_8, 4, 1024)),
-        (2, 4) => Some((Module::GEMM_NM_2_4, 5, 0)),
-        _ => None,
-    }
+    Some(match (spec.n(), spec.m()) {
+        (1, 8) => (2, 0),
+        (1, 4) => (3, 0),
+        (2, 8) => (4, 1024),
+        _ => (5, 0),
+    })
 }
 
 /// Products with many tokens on one device, with the memory they need.
@@ -232,8 +282,8 @@ impl Gemm {
             GemmPlan::new(limits, &matrix.encoding, matrix.params, addresses, add, tokens, work)
         };
         let needed = plan([0; 3], [0; 2])?;
-        if tokens * gemm_stride(cols) > self.x.len() {
-            self.x = self.device.zeros("activations in f16", tokens * gemm_stride(cols))?;
+        if gemm_prepared(cols, tokens) > self.x.len() {
+            self.x = self.device.zeros("activations in f16", gemm_prepared(cols, tokens))?;
         }
         if tokens > self.scale.len() {
             self.scale = self.device.zeros("scales of activations", tokens)?;
@@ -245,14 +295,14 @@ impl Gemm {
             self.arrived = self.device.zeros("counters", needed.arrived)?;
         }
         let (half, scale) = (self.x.address(), self.scale.address());
-        let prepare = plan_prepare(matrix.params, x.address(), half, scale, tokens)?;
+        let prepare =
+            plan_prepare(&matrix.encoding, matrix.params, x.address(), half, scale, tokens)?;
         // SAFETY: the matrix' payload was validated for its shape; `x` holds the tokens, and the prepared
         // activations and scales have room for them, as checked. All are on the stream of this device.
         unsafe { self.device.launch(&prepare) }?;
         let work = [self.partial.address(), self.arrived.address()];
         let addresses = [half, scale, out.address()];
-        let planned =
-            GemmPlan::new(self.device.limits(), &matrix.encoding, matrix.params, addresses, add, tokens, work)?;
+        let planned = plan(addresses, work)?;
         // SAFETY: as above; `out` has room for the result, and the partial sums and counters for what the plan
         // needs.
         unsafe { self.device.launch(&planned.launch) }

@@ -71,7 +71,8 @@ impl Case {
                         step += f64::from(largest) / 254.0 * f64::from(w.abs());
                     }
                 }
-                let allowed = relative * magnitude + if rounded { 1.0001 * step } else { 0.0 } + 1e-30;
+                let allowed =
+                    relative * magnitude + if rounded { 1.0001 * step } else { 0.0 } + 1e-30;
                 let error = (f64::from(y[t * self.rows + r]) - sum).abs() / allowed;
                 // A NaN is the worst.
                 worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
@@ -81,13 +82,21 @@ impl Case {
     }
 }
 
-fn judge(report: &mut Report, all: &mut Vec<serde_json::Value>, case: &Case, kernel: &str, worst: f64) {
+fn judge(
+    report: &mut Report,
+    all: &mut Vec<serde_json::Value>,
+    case: &Case,
+    kernel: &str,
+    worst: f64,
+) {
     let right = worst <= 1.0;
     if !right {
         report.failures += 1;
         report.line(&format!("  WRONG: {kernel}, {}: {worst:.3} of what is allowed", case.what));
     }
-    all.push(json!({"kernel": kernel, "case": case.what, "error_of_allowed": worst, "right": right}));
+    all.push(
+        json!({"kernel": kernel, "case": case.what, "error_of_allowed": worst, "right": right}),
+    );
 }
 
 /// Checks all kernels.
@@ -131,8 +140,9 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
                     out.write(&vec![f32::NAN; tokens * rows])?;
                     gemm.queue(&matrix, &input, &mut out, false, tokens)?;
                     out.read(&mut y)?;
-                    // Activations in f16.
-                    let worst = case.worst(&y, 1.0 / 2048.0 + 1e-5, false);
+                    // Activations in f16, or both in two bf16.
+                    let places = if matches!(encoding, Encoding::Nm(_)) { 11 } else { 14 };
+                    let worst = case.worst(&y, 0.5f64.powi(places) + 1e-5, false);
                     judge(report, &mut all, &case, "gemm", worst);
                 }
             }

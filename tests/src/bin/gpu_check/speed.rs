@@ -19,7 +19,10 @@ const CYCLE: usize = 400 << 20;
 const SHAPES: [(usize, usize); 3] = [(4096, 4096), (4096, 11_008), (4096, 14_336)];
 
 /// Seconds: the median and the smallest and largest of `n` runs.
-pub(crate) fn time(n: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<[f64; 3]> {
+pub(crate) fn time(
+    n: usize,
+    mut run: impl FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<[f64; 3]> {
     run()?;
     run()?;
     let mut all = Vec::new();
@@ -41,7 +44,12 @@ fn time_graph(device: &Device, graph: &mut Graph) -> anyhow::Result<[f64; 3]> {
 
 fn encodings() -> anyhow::Result<Vec<(&'static str, Encoding)>> {
     let nm = |n, m| Nm::new(n, m, 4, 128, false).map(Encoding::Nm).context("codes");
-    Ok(vec![("nm 1:8", nm(1, 8)?), ("nm 1:4", nm(1, 4)?), ("nm 2:8", nm(2, 8)?), ("nm 2:4", nm(2, 4)?)])
+    Ok(vec![
+        ("nm 1:8", nm(1, 8)?),
+        ("nm 1:4", nm(1, 4)?),
+        ("nm 2:8", nm(2, 8)?),
+        ("nm 2:4", nm(2, 4)?),
+    ])
 }
 
 /// Bytes per second that a copy on the device reads and writes.
@@ -60,10 +68,8 @@ pub(crate) fn copy(report: &mut Report, device: &Device) -> anyhow::Result<()> {
         rate(high),
         rate(low)
     ));
-    report.put(
-        "copy",
-        json!({"gb_per_s": rate(median), "lowest": rate(high), "highest": rate(low)}),
-    );
+    report
+        .put("copy", json!({"gb_per_s": rate(median), "lowest": rate(high), "highest": rate(low)}));
     Ok(())
 }
 
@@ -90,7 +96,8 @@ pub(crate) fn decode(report: &mut Report, device: &Device) -> anyhow::Result<()>
                 };
                 queue(&matrices[0])?;
                 let mut graph = device.record(|| matrices.iter().try_for_each(&mut queue))?;
-                let [median, low, high] = time_graph(device, &mut graph)?.map(|s| s / copies as f64);
+                let [median, low, high] =
+                    time_graph(device, &mut graph)?.map(|s| s / copies as f64);
                 let rate = bytes.len() as f64 / median / 1e9;
                 report.line(&format!(
                     "  {name} {rows}x{cols}, {tokens:>2} tokens: {:7.2} us ({:.2} to {:.2}), {rate:5.0} GB/s = {:4.1} % of the copy",
@@ -130,7 +137,8 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
                 let half = |v: &f32| (v.to_bits() >> 16) as u16;
                 let half_x: Vec<u16> = x.iter().map(half).collect();
                 let half_w: Vec<u16> = (0..rows * cols).map(|_| half(&rng.float())).collect();
-                let (w, x) = (device.upload("weights", &half_w)?, device.upload("activations", &half_x)?);
+                let (w, x) =
+                    (device.upload("weights", &half_w)?, device.upload("activations", &half_x)?);
                 let mut y = device.zeros("results", tokens * rows)?;
                 let times = time(9, || {
                     for _ in 0..10 {
