@@ -138,7 +138,7 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
                 }
                 if GemmPlan::supports(&encoding) {
                     out.write(&vec![f32::NAN; tokens * rows])?;
-                    gemm.queue(&matrix, &input, &mut out, false, tokens)?;
+                    gemm.queue(&[&matrix], Input::Plain(&input), &mut [&mut out], false, tokens)?;
                     out.read(&mut y)?;
                     // Activations in f16, or both in two bf16.
                     let places = if matches!(encoding, Encoding::Nm(_)) { 11 } else { 14 };
