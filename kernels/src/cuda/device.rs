@@ -480,13 +480,16 @@ struct Memory {
 
 enum Place {
     /// Held for its release.
-    Driver { _slice: CudaSlice<u8> },
+    Driver {
+        _slice: CudaSlice<u8>,
+    },
     Simulated(u64),
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if let (Place::Simulated(at), Backend::Simulated(s)) = (&self.place, &self.device.shared.backend)
+        if let (Place::Simulated(at), Backend::Simulated(s)) =
+            (&self.place, &self.device.shared.backend)
         {
             s.release(*at);
         }
