@@ -11,6 +11,7 @@ use super::{Error, OLDEST, Result};
 const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("codec.cuh", include_str!("../../cuda/codec.cuh")),
+    ("gemm.cuh", include_str!("../../cuda/gemm.cuh")),
     ("ptx.cuh", include_str!("../../cuda/ptx.cuh")),
 ];
 
@@ -56,6 +57,20 @@ impl Module {
     pub(super) const ATTENTION_F32: Self = module!("attention f32", "attention.cu", "KV=KvF32");
     pub(super) const ATTENTION_F16: Self = module!("attention f16", "attention.cu", "KV=KvF16");
     pub(super) const ATTENTION_Q8: Self = module!("attention q8", "attention.cu", "KV=KvQ8");
+    pub(super) const GEMM_PREPARE: Self = module!("gemm activations", "gemm_prepare.cu");
+    pub(super) const GEMM_NM_1_8: Self = module!("gemm 1:8", "gemm_nm.cu", "NM_N=1", "NM_M=8");
+    pub(super) const GEMM_NM_1_4: Self = module!("gemm 1:4", "gemm_nm.cu", "NM_N=1", "NM_M=4");
+    pub(super) const GEMM_NM_2_8: Self = module!("gemm 2:8", "gemm_nm.cu", "NM_N=2", "NM_M=8");
+    pub(super) const GEMM_NM_2_4: Self = module!("gemm 2:4", "gemm_nm.cu", "NM_N=2", "NM_M=4");
+    pub(super) const GEMM_F32: Self = module!("gemm f32", "gemm_rows.cu", "CODEC=DenseF32");
+    pub(super) const GEMM_F16: Self = module!("gemm f16", "gemm_rows.cu", "CODEC=DenseF16");
+    pub(super) const GEMM_BF16: Self = module!("gemm bf16", "gemm_rows.cu", "CODEC=DenseBf16");
+    pub(super) const GEMM_INT1: Self = module!("gemm int1", "gemm_rows.cu", "CODEC=Int1");
+    pub(super) const GEMM_INT2: Self = module!("gemm int2", "gemm_rows.cu", "CODEC=Int2");
+    pub(super) const GEMM_INT3: Self = module!("gemm int3", "gemm_rows.cu", "CODEC=Int3");
+    pub(super) const GEMM_INT4: Self = module!("gemm int4", "gemm_rows.cu", "CODEC=Int4");
+    pub(super) const GEMM_INT8: Self = module!("gemm int8", "gemm_rows.cu", "CODEC=Int8");
+    pub(super) const GEMM_STBLLM: Self = module!("gemm stbllm", "gemm_rows.cu", "CODEC=Stbllm");
 
     /// All modules.
     pub const ALL: &[Self] = &[
@@ -76,6 +91,20 @@ impl Module {
         Self::ATTENTION_F32,
         Self::ATTENTION_F16,
         Self::ATTENTION_Q8,
+        Self::GEMM_PREPARE,
+        Self::GEMM_NM_1_8,
+        Self::GEMM_NM_1_4,
+        Self::GEMM_NM_2_8,
+        Self::GEMM_NM_2_4,
+        Self::GEMM_F32,
+        Self::GEMM_F16,
+        Self::GEMM_BF16,
+        Self::GEMM_INT1,
+        Self::GEMM_INT2,
+        Self::GEMM_INT3,
+        Self::GEMM_INT4,
+        Self::GEMM_INT8,
+        Self::GEMM_STBLLM,
     ];
 }
 

@@ -252,6 +252,19 @@ impl Device {
         }
     }
 
+    /// The stream, for libraries of the vendor. Binds the context to this thread.
+    pub(super) fn raw_stream(&self) -> Result<*mut c_void> {
+        match &self.shared.backend {
+            Backend::Driver(d) => {
+                d.context.bind_to_thread().map_err(Error::driver("use a device"))?;
+                Ok(d.stream.cu_stream().cast())
+            }
+            Backend::Simulated(_) => {
+                Err(Error::Unavailable { why: "a simulated one has no stream".into() })
+            }
+        }
+    }
+
     /// Queues a kernel.
     ///
     /// # Safety

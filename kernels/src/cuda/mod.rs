@@ -11,7 +11,9 @@
 mod attention;
 mod cache;
 mod compile;
+mod cublas;
 mod device;
+mod gemm;
 mod launch;
 mod matrix;
 mod matvec;
@@ -21,7 +23,9 @@ pub mod simulated;
 
 pub use attention::{Attend, Attention, KvCache, KvSlot, Slots};
 pub use compile::{Arch, Compiler, Module, compile_all};
+pub use cublas::Cublas;
 pub use device::{Buffer, Device, DeviceInfo, Graph, devices};
+pub use gemm::{Gemm, GemmPlan, gemm_prepared, gemm_stride, plan_prepare};
 pub use launch::{Launch, Limits};
 pub use matrix::{Matrix, MatrixParams};
 pub use matvec::{Input, MatVec, MatVecPlan, Numbers, plan_decode};

@@ -258,7 +258,7 @@ fn candidates() -> Vec<PathBuf> {
 }
 
 /// Where the toolkit and Python's packages put libraries.
-fn folders() -> Vec<PathBuf> {
+pub(super) fn folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for variable in ["CUDA_PATH", "CUDA_HOME", "CUDA_ROOT"] {
         if let Some(root) = env::var_os(variable).map(PathBuf::from) {
