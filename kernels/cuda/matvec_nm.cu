@@ -75,11 +75,15 @@ struct Place {
 STB_DEVICE Place place(u32 quads, u32 position, u32 lane) {
     Place p;
     const u32 chunk = position / VECTORS, v = position % VECTORS;
-    const u32 first = 8 * chunk;
-    const u32 n = first < quads ? least(8, quads - first) : 0;
-    const u32 vectors_0 = ceil_div(n * WIDTH_0, 8), vectors_1 = ceil_div(n * WIDTH_1, 8);
-    p.exists = v < vectors_0;
-    const u32 base = chunk * 64 * BETA + lane % 4 * 16;
+    const u32 first = 8 * chunk, base = chunk * 64 * BETA + lane % 4 * 16;
+    // A warp goes on by whole chunks: of these, only the start is new to a lane at each step.
+    u32 vectors_0 = WIDTH_0, vectors_1 = WIDTH_1;
+    p.exists = true;
+    if (first + 8 > quads) {
+        const u32 n = first < quads ? quads - first : 0;
+        vectors_0 = ceil_div(n * WIDTH_0, 8), vectors_1 = ceil_div(n * WIDTH_1, 8);
+        p.exists = v < vectors_0;
+    }
     const u32 quad = v * QV;
     p.at[0] = base + v * 64;
     p.at[1] = base + (vectors_0 + quad * WIDTH_1 / 8) * 64;
@@ -110,12 +114,18 @@ STB_DEVICE Codes load_codes(const u8 *tile, const Place &p) {
     return codes;
 }
 
-// The entry of the table for row r of the tile and quad q of the lane, and the sign in bit 31.
-STB_DEVICE u32 index_of(const Codes &c, u32 r, u32 q, u32 &sign) {
+// Bits `from` to `from` + `width` of a word, moved to bit `to`.
+STB_DEVICE u32 field(u32 word, u32 from, u32 width, u32 to) {
+    return (from >= to ? word >> (from - to) : word << (to - from)) & ((1u << width) - 1) << to;
+}
+
+// The entry of the table for row r of the tile and quad q of the lane, in units of 1 / 2^UNIT entries: the
+// shift that extracts it scales it as well. And the sign, in bit 31.
+template <u32 UNIT> STB_DEVICE u32 index_of(const Codes &c, u32 r, u32 q, u32 &sign) {
     const u32 at = 8 * (r % 4);
-    u32 index = c.planes[0][r / 4] >> (at + q * WIDTH_0) & ((1u << WIDTH_0) - 1);
+    u32 index = field(c.planes[0][r / 4], at + q * WIDTH_0, WIDTH_0, UNIT);
     if constexpr (WIDTH_1 != 0)
-        index |= (c.planes[1][r / 4] >> (at + q * WIDTH_1) & ((1u << WIDTH_1) - 1)) << WIDTH_0;
+        index |= field(c.planes[1][r / 4], at + q * WIDTH_1, WIDTH_1, UNIT + WIDTH_0);
     sign = 0;
     if constexpr (SIGN_APART)
         sign = c.planes[2][r / 4] << (31 - at - q * WIDTH_2) & 0x80000000;
@@ -126,8 +136,12 @@ STB_DEVICE u32 index_of(const Codes &c, u32 r, u32 q, u32 &sign) {
 // rows r and r + 8 in one byte.
 STB_DEVICE void load_multipliers(float (&to)[TILE], const Matrix &m, u32 tile, u32 col) {
     const u32 bits = m.kind & 255;
-    if (bits == 0 || col >= m.cols)
+    if (bits == 0 || col >= m.cols) {
+#pragma unroll
+        for (u32 r = 0; r < TILE; ++r)
+            to[r] = 1.0f;
         return;
+    }
     const u32 blocks = ceil_div(m.cols, m.block);
     const u8 *from = m.payload + m.segments[2] + (u64(tile) * blocks + col / m.block) * 2 * bits;
     if (bits == 8) {
@@ -164,7 +178,7 @@ STB_DEVICE float sum_rows(float (&v)[TILE], u32 lane) {
     return v[0] + __shfl_xor_sync(ALL, v[0], 1);
 }
 
-template <u32 T> STB_DEVICE void product(const MatVec &a) {
+template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
     using V = typename Lanes<T>::Type;
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
@@ -209,6 +223,7 @@ template <u32 T> STB_DEVICE void product(const MatVec &a) {
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const u32 quads = ceil_div(ceil_div(m.cols, M), 4);
     const u32 bits = m.kind & 255;
+    const u32 divisor = bits == 0 ? ALL : m.block;
     const u16 *row_scales = reinterpret_cast<const u16 *>(m.payload + m.segments[1]);
     for (u32 first = warp * TILE; first < p.rows; first += WARPS * TILE) {
         const u32 tile = (p.first_row + first) / TILE;
@@ -218,31 +233,32 @@ template <u32 T> STB_DEVICE void product(const MatVec &a) {
             const u32 position = (p.first_col + step * WARP_STEP) / STEP + lane / 4;
             const Codes codes = load_codes(codes_of_tile, place(quads, position, lane));
             float multiplier[TILE];
-#pragma unroll
-            for (u32 r = 0; r < TILE; ++r)
-                multiplier[r] = 1.0f;
             u32 block = ALL;
 #pragma unroll
             for (u32 q = 0; q < QV; ++q) {
-                // Blocks are multiples of 32 columns: a new one can begin only there.
-                const u32 col = position * STEP + q * QUAD;
-                if (bits != 0 && q * QUAD % 32 == 0 && col / m.block != block) {
-                    block = col / m.block;
-                    load_multipliers(multiplier, m, tile, col);
+                if constexpr (SCALED) {
+                    // Blocks are multiples of 32 columns: a new one can begin only there.
+                    const u32 col = position * STEP + q * QUAD;
+                    if (q * QUAD % 32 == 0 && (q == 0 || col / divisor != block)) {
+                        block = col / divisor;
+                        load_multipliers(multiplier, m, tile, col);
+                    }
                 }
-                const V *entries = reinterpret_cast<const V *>(table) +
-                                   (step * QV + q) * ENTRIES * WARP + lane;
+                // In bytes: an entry is V of each lane.
+                constexpr u32 LOG = T == 1 ? 7 : T == 2 ? 8 : 9;
+                const u8 *entries = reinterpret_cast<const u8 *>(table) +
+                                    ((step * QV + q) * ENTRIES * WARP + lane) * sizeof(V);
 #pragma unroll
                 for (u32 r = 0; r < TILE; ++r) {
                     u32 sign;
                     float found[T];
-                    get(found, entries[index_of(codes, r, q, sign) * WARP]);
+                    get(found, *reinterpret_cast<const V *>(entries + index_of<LOG>(codes, r, q, sign)));
 #pragma unroll
                     for (u32 t = 0; t < T; ++t) {
                         float v = found[t];
                         if constexpr (SIGN_APART)
                             v = __uint_as_float(__float_as_uint(v) ^ sign);
-                        acc[t][r] = fmaf(multiplier[r], v, acc[t][r]);
+                        acc[t][r] = SCALED ? fmaf(multiplier[r], v, acc[t][r]) : acc[t][r] + v;
                     }
                 }
             }
@@ -305,9 +321,13 @@ STB_DEVICE void decode(const Decode &a) {
     }
 }
 
+// `scaled` where a matrix of the launch has scales of blocks.
 extern "C" {
-__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ MatVec a) { product<1>(a); }
-__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ MatVec a) { product<2>(a); }
-__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ MatVec a) { product<4>(a); }
+__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ MatVec a) { product<1, false>(a); }
+__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ MatVec a) { product<2, false>(a); }
+__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ MatVec a) { product<4, false>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_1(const __grid_constant__ MatVec a) { product<1, true>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_2(const __grid_constant__ MatVec a) { product<2, true>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_4(const __grid_constant__ MatVec a) { product<4, true>(a); }
 __global__ void __launch_bounds__(THREADS) decode_rows(const __grid_constant__ Decode a) { decode(a); }
 }

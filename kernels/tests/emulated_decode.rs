@@ -42,7 +42,9 @@ fn build(module: &Module) -> Option<Emulator> {
         "matvec.cu" => {
             &["exact_1", "exact_2", "exact_4", "rounded_1", "rounded_2", "rounded_4", "decode_rows"]
         }
-        "matvec_nm.cu" => &["exact_1", "exact_2", "exact_4", "decode_rows"],
+        "matvec_nm.cu" => {
+            &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"]
+        }
         "attention.cu" => {
             let slots = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/emulator/slots.cu");
             let kernels = ["rotate", "attend_1", "attend_4", "attend_8", "set_slot", "clear_slots"];

@@ -201,7 +201,9 @@ impl DeviceModel {
             let count = BATCH.min(tokens.len() - first);
             caches.place(&mut work.slots, &self.device, self.attention, first, count)?;
             match hidden {
-                Some(hidden) => work.hidden.write(&hidden[first * width..(first + count) * width])?,
+                Some(hidden) => {
+                    work.hidden.write(&hidden[first * width..(first + count) * width])?
+                }
                 None => work.ids.write(&tokens[first..first + count])?,
             }
             let is_end = first + count == tokens.len();
@@ -252,8 +254,9 @@ impl DeviceModel {
 
     /// Queues a step of `n` tokens that see up to `visible`, with the logits of the last `wanted`.
     fn queue(&self, work: &mut Work, n: usize, visible: usize, wanted: usize) -> Result<()> {
-        let Work { matvec, attend, slots, ids, hidden, q, k, v, mixed, gate, up, last, logits, .. } =
-            work;
+        let Work {
+            matvec, attend, slots, ids, hidden, q, k, v, mixed, gate, up, last, logits, ..
+        } = work;
         let eps = self.eps;
         if self.first == 0
             && let Some(embeddings) = &self.embeddings
@@ -395,6 +398,7 @@ fn check_memory(device: &Device, model: &Model, first: usize) -> Result<()> {
         0 => "use --device cpu".to_owned(),
         n => format!("-ngl {n} would fit"),
     };
-    let what = format!("{} of {} layers ({advice})", model.layers.len() - first, model.layers.len());
+    let what =
+        format!("{} of {} layers ({advice})", model.layers.len() - first, model.layers.len());
     Err(cuda::Error::Memory { what, needed, free }.into())
 }

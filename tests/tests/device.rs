@@ -98,7 +98,10 @@ fn build(module: &Module) -> Emulator {
                 "decode_rows",
             ],
         ),
-        "matvec_nm.cu" => (&["matvec_nm.cu"], &["exact_1", "exact_2", "exact_4", "decode_rows"]),
+        "matvec_nm.cu" => (
+            &["matvec_nm.cu"],
+            &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"],
+        ),
         _ => (
             &["attention.cu", slots],
             &["rotate", "attend_1", "attend_4", "attend_8", "set_slot", "clear_slots"],
@@ -128,11 +131,10 @@ fn device() -> Device {
 
 fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
-    let largest = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-    for (found, expected) in found.iter().zip(expected) {
-        let error = (found - expected).abs();
-        assert!(error <= tolerance * largest, "{what}: {found} instead of {expected}");
-    }
+    let squares = |v: &mut dyn Iterator<Item = f32>| v.map(|v| v * v).sum::<f32>();
+    let errors = squares(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+    let error = (errors / squares(&mut expected.iter().copied())).sqrt();
+    assert!(error <= tolerance, "{what}: relative error {error}");
 }
 
 /// Prompts of several steps, tokens one by one (at first, recorded, and from the recording), several
@@ -191,11 +193,31 @@ fn joint_codes_with_an_exact_cache() {
     same_as_on_the_cpu("nm-1of8", OpenOptions::exact(), None, 1e-4);
 }
 
-/// What goes through rounding to 8 bits twice, in different units, differs more.
 #[test]
-fn the_published_structure_with_rounded_activations() {
-    let options = OpenOptions { kv: KvKind::F16, ..OpenOptions::default() };
-    same_as_on_the_cpu("stbllm-4of8", options, None, 0.1);
+fn the_published_structure_with_a_cache_of_16_bits() {
+    let options = OpenOptions { exact: true, kv: KvKind::F16, ..OpenOptions::default() };
+    same_as_on_the_cpu("stbllm-4of8", options, None, 2e-2);
+}
+
+/// CPU and device round activations in different units. One token of one layer, so that errors do not
+/// multiply.
+#[test]
+fn rounded_activations() {
+    if Emulator::build(&["ops.cu"], &["argmax"], &[]).unwrap().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.stb");
+    let spec = shape("tiny", Some(1)).unwrap();
+    write(&spec, &Recipe::load("int4").unwrap(), File::create(&path).unwrap()).unwrap();
+    let exact = Model::open(&path, &OpenOptions::exact()).unwrap();
+    let expected = exact.forward(&mut State::new(&exact, 9), &[3, 4]).unwrap().to_vec();
+    let model = Model::open(&path, &OpenOptions::default()).unwrap();
+    let model = model.use_device(&device(), None).unwrap();
+    let mut state = State::new(&model, 9);
+    let found = model.forward(&mut state, &[3, 4]).unwrap();
+    close(found, &expected, 3e-2, "rounded");
+    assert!(found != expected);
 }
 
 #[test]

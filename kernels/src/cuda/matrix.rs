@@ -84,6 +84,13 @@ impl MatrixParams {
     }
 }
 
+impl MatrixParams {
+    /// Of joint codes: whether there are scales of blocks.
+    pub(super) fn has_block_scales(&self) -> bool {
+        self.kind & 255 != 0
+    }
+}
+
 impl Kind {
     pub(super) fn of(encoding: &Encoding) -> Result<Self> {
         let rows = |module, piece, rounded| Self { module, piece, table: 0, rounded };

@@ -204,7 +204,13 @@ impl MatVecPlan {
             params.matrices[i] = *matrix;
             params.out[i] = *out;
         }
+        let scaled = kind.table > 0 && matrices.iter().any(|(m, _)| m.has_block_scales());
         let kernel = match (rounded, at_once) {
+            _ if scaled => match at_once {
+                1 => "scaled_1",
+                2 => "scaled_2",
+                _ => "scaled_4",
+            },
             (false, 1) => "exact_1",
             (false, 2) => "exact_2",
             (false, _) => "exact_4",

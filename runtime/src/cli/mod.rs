@@ -15,8 +15,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use stb_runtime::{
-    DeviceChoice, Error, KvKind, Model, OpenOptions, Task, Verify, default_threads,
-    open_to_measure,
+    DeviceChoice, Error, KvKind, Model, OpenOptions, Task, Verify, default_threads, open_to_measure,
 };
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
