@@ -211,7 +211,8 @@ fn integers_of_8_bits() {
 
 #[test]
 fn stbllm() {
-    rows("stbllm", |e| matches!(e, Encoding::Stbllm(s) if [1, 4, 7].contains(&s.n())));
+    let some = [(1, 32), (4, 128), (7, 96)];
+    rows("stbllm", |e| matches!(e, Encoding::Stbllm(s) if some.contains(&(s.n(), s.block()))));
 }
 
 #[test]
