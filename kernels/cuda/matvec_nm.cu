@@ -5,8 +5,8 @@
 // own bank: a look-up for a group of 8 weights takes one cycle of the banks whatever the codes are. A lane loads 16
 // bytes of a plane: 16 rows of one group out of four, in QV quads. Activations are not rounded.
 //
-// Instructions per code: 1:8 4 (shift, mask, load, multiply-add), 0.5 per weight; 1:4 6 and 1.5; 2:4 6 and
-// 1.5; 2:8 8 and 1. Banks: 32 look-ups per cycle and multiprocessor. README.md has the roofline.
+// Per code a shift, a mask, a look-up and a sum (2:8: two more of each plane and of the sign); banks: 32 look-ups
+// per cycle and multiprocessor. DECODE.md has what the compiler makes of it and the roofline.
 #include "common.cuh"
 
 constexpr u32 N = NM_N, M = NM_M;

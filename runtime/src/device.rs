@@ -1,7 +1,7 @@
 //! The decoder on a GPU: the last layers of a model, the head, and with all layers the embeddings.
 //!
 //! The graph is that of `forward.rs`, with what lies between the products inside them: norm and SiLU at
-//! their inputs, the residual sums at their outputs. Five launches per layer. A single token is recorded
+//! their inputs, the residual sums at their outputs. Six launches per layer. A single token is recorded
 //! once as a CUDA graph and run from then on.
 
 use std::collections::HashMap;
@@ -10,18 +10,20 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 use stb_kernels::cuda::{
-    self, Attend, Attention, Buffer, Device, Graph, Input, KvCache, MatVec, Matrix, Numbers, Slots,
+    self, Attend, Attention, Buffer, Device, Gemm, Graph, Input, KvCache, MatVec, Matrix, Numbers,
+    Ops, Slots,
 };
 
 use crate::error::{Error, Result};
 use crate::model::{Layer, Model};
 use crate::weights::Weight;
 
-/// Tokens that a step computes at most: what the matrix-vector kernels are for. A product for many
-/// tokens would go into `Products`, which all of them pass.
-const BATCH: usize = 16;
-/// Memory beside the weights that a model needs at least: activations, tables, the first keys and values.
-const SPARE_BYTES: u64 = 64 << 20;
+/// Tokens that the matrix-vector kernels compute at most, and that get logits at a time.
+const FEW: usize = 16;
+/// Tokens of a step at most: bounds the memory for activations.
+const BATCH: usize = 512;
+/// Memory beside the weights that a model needs at least: activations, the first keys and values.
+const SPARE_BYTES: u64 = 256 << 20;
 
 /// Where a model computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,6 +101,8 @@ pub(crate) struct DeviceModel {
 #[derive(Debug)]
 struct Work {
     matvec: MatVec,
+    gemm: Gemm,
+    ops: Ops,
     attend: Attend,
     slots: Slots,
     ids: Buffer<u32>,
@@ -109,7 +113,11 @@ struct Work {
     mixed: Buffer<f32>,
     gate: Buffer<f32>,
     up: Buffer<f32>,
+    /// Inputs of products for many tokens, which do not compute norm and SiLU themselves.
+    input: Buffer<f32>,
+    /// [FEW, hidden].
     last: Buffer<f32>,
+    /// [FEW, vocabulary].
     logits: Buffer<f32>,
     /// Recorded steps of one token by the tokens that it may see; `None` after the first such step, which
     /// has made room for everything.
@@ -197,8 +205,10 @@ impl DeviceModel {
         let work = &mut *self.work.lock().unwrap_or_else(PoisonError::into_inner);
         let (width, vocabulary) = (self.norm.len(), self.head().rows());
         let mut logits = Vec::new();
-        for first in (0..tokens.len()).step_by(BATCH) {
-            let count = BATCH.min(tokens.len() - first);
+        // Without tensor cores, whose products round to f16, there is nothing to gain from more.
+        let most = if self.numbers == Numbers::Exact { FEW } else { BATCH };
+        for first in (0..tokens.len()).step_by(most) {
+            let count = most.min(tokens.len() - first);
             caches.place(&mut work.slots, &self.device, self.attention, first, count)?;
             match hidden {
                 Some(hidden) => {
@@ -208,18 +218,23 @@ impl DeviceModel {
             }
             let is_end = first + count == tokens.len();
             let wanted = match which {
-                Logits::All => count,
-                Logits::Last => usize::from(is_end),
+                Logits::All => 0..count,
+                Logits::Last if is_end => count - 1..count,
+                Logits::Last => count..count,
             };
-            if count == 1 && wanted == 1 {
+            if count == 1 && wanted == (0..1) {
                 self.single(work)?;
             } else {
-                self.queue(work, count, work.slots.visible(), wanted)?;
+                self.queue_layers(work, count, work.slots.visible())?;
             }
-            if wanted > 0 {
-                logits.resize(wanted * vocabulary, 0.0);
+            for from in wanted.clone().step_by(FEW) {
+                let some = FEW.min(wanted.end - from);
+                if count > 1 || from > 0 {
+                    self.queue_logits(work, from, some)?;
+                }
+                logits.resize(some * vocabulary, 0.0);
                 work.logits.read(&mut logits)?;
-                sink(first + count - wanted, &logits);
+                sink(first + from, &logits);
             }
         }
         Ok(())
@@ -235,7 +250,7 @@ impl DeviceModel {
             }
             Some(None) => {
                 let mut graph = self.device.record(|| {
-                    self.queue(work, 1, visible, 1).map_err(|e| match e {
+                    self.queue_single(work, visible).map_err(|e| match e {
                         Error::Device { error } => error,
                         // Nothing else can fail in a step.
                         other => cuda::Error::Unsupported { why: other.to_string() },
@@ -245,25 +260,30 @@ impl DeviceModel {
                 work.graphs.insert(visible, Some(graph));
             }
             None => {
-                self.queue(work, 1, visible, 1)?;
+                self.queue_single(work, visible)?;
                 work.graphs.insert(visible, None);
             }
         }
         Ok(())
     }
 
-    /// Queues a step of `n` tokens that see up to `visible`, with the logits of the last `wanted`.
-    fn queue(&self, work: &mut Work, n: usize, visible: usize, wanted: usize) -> Result<()> {
-        let Work {
-            matvec, attend, slots, ids, hidden, q, k, v, mixed, gate, up, last, logits, ..
-        } = work;
+    /// Queues a step of one token with its logits.
+    fn queue_single(&self, work: &mut Work, visible: usize) -> Result<()> {
+        self.queue_layers(work, 1, visible)?;
+        self.queue_logits(work, 0, 1)
+    }
+
+    /// Queues the layers for `n` tokens that see up to `visible`.
+    fn queue_layers(&self, work: &mut Work, n: usize, visible: usize) -> Result<()> {
+        let Work { matvec, gemm, ops, attend, slots, ids, .. } = work;
+        let Work { hidden, q, k, v, mixed, gate, up, input, .. } = work;
         let eps = self.eps;
         if self.first == 0
             && let Some(embeddings) = &self.embeddings
         {
             matvec.queue_rows(embeddings, ids, n, hidden)?;
         }
-        let mut products = Products { matvec, numbers: self.numbers, tokens: n };
+        let mut products = Products { matvec, gemm, ops, input, numbers: self.numbers, tokens: n };
         for (i, layer) in self.layers.iter().enumerate() {
             let normed = Input::Norm { x: &*hidden, weight: &layer.attention_norm, eps };
             products.queue(&[&layer.q, &layer.k, &layer.v], normed, &mut [q, k, v], false)?;
@@ -273,19 +293,21 @@ impl DeviceModel {
             products.queue(&[&layer.gate, &layer.up], normed, &mut [gate, up], false)?;
             products.queue(&[&layer.down], Input::Silu { gate, up }, &mut [hidden], true)?;
         }
-        if wanted == 0 {
-            return Ok(());
-        }
-        let source = if wanted == n {
-            hidden
+        Ok(())
+    }
+
+    /// Queues the logits of `n` tokens of the step from token `first` on, at most [`FEW`].
+    fn queue_logits(&self, work: &mut Work, first: usize, n: usize) -> Result<()> {
+        let Work { matvec, hidden, last, logits, .. } = work;
+        let width = self.norm.len();
+        let x = if first == 0 {
+            &*hidden
         } else {
-            let width = self.norm.len();
-            last.copy_part(0, hidden, (n - wanted) * width, wanted * width)?;
-            last
+            last.copy_part(0, hidden, first * width, n * width)?;
+            &*last
         };
-        let normed = Input::Norm { x: &*source, weight: &self.norm, eps };
-        products.tokens = wanted;
-        products.queue(&[self.head()], normed, &mut [logits], false)
+        let normed = Input::Norm { x, weight: &self.norm, eps: self.eps };
+        Ok(matvec.queue(&[self.head()], normed, self.numbers, &mut [logits], false, n)?)
     }
 
     fn head(&self) -> &Matrix {
@@ -296,12 +318,16 @@ impl DeviceModel {
 /// Products of a step.
 struct Products<'a> {
     matvec: &'a mut MatVec,
+    gemm: &'a mut Gemm,
+    ops: &'a Ops,
+    input: &'a mut Buffer<f32>,
     numbers: Numbers,
     tokens: usize,
 }
 
 impl Products<'_> {
-    /// `out[i]` (+)= `input` · `matrices[i]`ᵀ.
+    /// `out[i]` (+)= `input` · `matrices[i]`ᵀ: for a few tokens with kernels that read the weights once, for
+    /// many on tensor cores.
     fn queue(
         &mut self,
         matrices: &[&Matrix],
@@ -309,18 +335,35 @@ impl Products<'_> {
         out: &mut [&mut Buffer<f32>],
         add: bool,
     ) -> Result<()> {
-        Ok(self.matvec.queue(matrices, input, self.numbers, out, add, self.tokens)?)
+        if self.tokens <= FEW {
+            return Ok(self.matvec.queue(matrices, input, self.numbers, out, add, self.tokens)?);
+        }
+        let x = match input {
+            Input::Plain(x) => x,
+            other => {
+                let cols = matrices[0].cols();
+                self.ops.materialise(other, self.input, cols, self.tokens)?;
+                &*self.input
+            }
+        };
+        for (matrix, out) in matrices.iter().zip(out) {
+            self.gemm.queue(matrix, x, out, add, self.tokens)?;
+        }
+        Ok(())
     }
 }
 
 impl Work {
     fn new(device: &Device, model: &Model, attention: Attention) -> Result<Self> {
-        let make = |width: usize| device.zeros("activations", BATCH * width);
+        let most = if model.exact { FEW } else { BATCH };
+        let make = |width: usize| device.zeros("activations", most * width);
         let intermediate = model.layers.first().map_or(0, |layer| layer.gate.rows());
         let (hidden, heads) = (model.norm.len(), attention.heads * attention.width);
         let kv = attention.kv_heads * attention.width;
         Ok(Self {
             matvec: MatVec::new(device)?,
+            gemm: Gemm::new(device)?,
+            ops: Ops::new(device),
             attend: Attend::new(device, attention, &model.frequencies)?,
             slots: Slots::new(device, BATCH)?,
             ids: device.zeros("tokens", BATCH)?,
@@ -331,8 +374,9 @@ impl Work {
             mixed: make(heads)?,
             gate: make(intermediate)?,
             up: make(intermediate)?,
-            last: make(hidden)?,
-            logits: make(model.head().rows())?,
+            input: make(hidden.max(intermediate))?,
+            last: device.zeros("hidden states", FEW * hidden)?,
+            logits: device.zeros("logits", FEW * model.head().rows())?,
             graphs: HashMap::new(),
         })
     }

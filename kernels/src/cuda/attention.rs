@@ -16,6 +16,8 @@ const CHUNK: usize = 8;
 const BLOCK: u32 = 128;
 /// The widest head: a chunk per thread, four times over.
 const WIDEST: usize = 512;
+/// Tokens of a launch of attention.
+const TOKENS: usize = 64;
 /// Tokens that a cache has room for at first.
 const FIRST_CAPACITY: usize = 256;
 
@@ -430,7 +432,9 @@ impl Attend {
         assert!(visible >= slots.visible, "all tokens are seen");
         assert!(q.len().min(out.len()) >= tokens * a.heads * a.width, "room for the heads");
         assert!(k.len().min(v.len()) >= tokens * a.kv_heads * a.width, "whole keys and values");
-        let [partial, arrived] = a.work(tokens, visible);
+        // Partial sums of many tokens over a long context would take more memory than the cache.
+        let at_once = tokens.min(TOKENS);
+        let [partial, arrived] = a.work(at_once, visible);
         if partial > self.partial.len() {
             self.partial = self.device.zeros("partial sums", partial)?;
         }
@@ -442,13 +446,20 @@ impl Attend {
         let places = slots.slots.address();
         let ins = [q.address(), k.address(), v.address()];
         let rotate = a.plan_rotate(ins, self.frequencies.address(), places, layer, tokens)?;
-        let work = [self.partial.address(), self.arrived.address()];
-        let ends = [q.address(), out.address()];
-        let attend = a.plan_attend(ends, places, work, layer, tokens, visible)?;
-        // SAFETY: queries, keys, values and outputs have room for the tokens; the slots refer to caches of
-        // this shape with room for their positions, which `held` keeps; the layer is one of the caches'.
+        // SAFETY: queries, keys and values have room for the tokens; the slots refer to caches of this shape
+        // with room for their positions, which `held` keeps; the layer is one of the caches'.
         unsafe { self.device.launch(&rotate) }?;
-        // SAFETY: as above; the partial sums and counters have room for the splits of `visible` tokens.
-        unsafe { self.device.launch(&attend) }
+        let work = [self.partial.address(), self.arrived.address()];
+        for first in (0..tokens).step_by(at_once) {
+            let count = at_once.min(tokens - first);
+            let offset = (first * a.heads * a.width * size_of::<f32>()) as u64;
+            let ends = [q.address() + offset, out.address() + offset];
+            let places = places + (first * size_of::<KvSlot>()) as u64;
+            let attend = a.plan_attend(ends, places, work, layer, count, visible)?;
+            // SAFETY: as above; the partial sums and counters have room for the splits of `visible` tokens
+            // for as many tokens as there are at once.
+            unsafe { self.device.launch(&attend) }?;
+        }
+        Ok(())
     }
 }
