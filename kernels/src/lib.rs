@@ -19,6 +19,7 @@
 //! ```
 
 mod cpu;
+pub mod cuda;
 mod isa;
 mod pool;
 

@@ -1,118 +1,16 @@
 //! Every kernel, on every instruction set of this machine, against one naive oracle: the exact
 //! decoder of the format and a product in f64. All instruction sets must agree bit for bit.
 
+mod common;
+
+use common::random::{Rng, encodings, payload};
 use stb_format::Encoding;
-use stb_format::encoding::{Dense, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
+use stb_format::encoding::Dense;
 use stb_format::half::f16;
 use stb_kernels::{
     Isa, Lanes, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul,
     matmul_rounded, matvec, matvec_tokens, ops,
 };
-
-/// A small deterministic generator (SplitMix64).
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Uniform in −1..1.
-    fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-
-    fn floats(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.float()).collect()
-    }
-
-    fn scales(&mut self, n: usize) -> Vec<f16> {
-        (0..n).map(|_| f16::from_f32(self.float())).collect()
-    }
-}
-
-fn encodings() -> Vec<Encoding> {
-    let mut all = vec![
-        Encoding::Dense(Dense::F32),
-        Encoding::Dense(Dense::F16),
-        Encoding::Dense(Dense::Bf16),
-    ];
-    for bits in [1, 2, 3, 4, 8] {
-        for group in [32, 64, 128] {
-            all.push(Encoding::IntGroup(IntGroup::new(bits, group).unwrap()));
-        }
-    }
-    for n in 1..=8 {
-        for block in [32, 96, 128] {
-            all.push(Encoding::Stbllm(Stbllm::new(n, block).unwrap()));
-        }
-    }
-    for (n, m) in [(1, 4), (1, 8), (2, 4), (2, 8)] {
-        for (bits, block, cols) in [(0, 0, false), (4, 32, true), (4, 128, false), (8, 160, true)] {
-            all.push(Encoding::Nm(Nm::new(n, m, bits, block, cols).unwrap()));
-        }
-    }
-    all
-}
-
-fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> Vec<u8> {
-    match *encoding {
-        Encoding::Dense(kind) => kind.encode(&rng.floats(rows * cols)),
-        Encoding::IntGroup(spec) => {
-            let step = if spec.is_odd() { 2 } else { 1 };
-            let low = i32::from(spec.limits().0);
-            let mut code = || (low + step * rng.below(1 << spec.bits()) as i32) as i8;
-            let codes = (0..rows * cols).map(|_| code()).collect();
-            let scales = rng.scales(rows * cols.div_ceil(spec.group()));
-            IntGroupParts { spec, rows, cols, codes, scales }.pack()
-        }
-        Encoding::Stbllm(spec) => stbllm_payload(rng, spec, rows, cols),
-        Encoding::Nm(spec) => {
-            let blocks = if spec.block() == 0 { 0 } else { cols.div_ceil(spec.block()) };
-            let code = 1 << spec.code_bits();
-            let scale = 1 << spec.scale_bits();
-            NmParts {
-                spec,
-                rows,
-                cols,
-                col_factors: rng.scales(if spec.has_col_factors() { cols } else { 0 }),
-                row_scales: rng.scales(rows),
-                block_codes: (0..rows * blocks).map(|_| rng.below(scale) as u8).collect(),
-                codes: (0..rows * cols.div_ceil(spec.m()))
-                    .map(|_| rng.below(code) as u16)
-                    .collect(),
-            }
-            .pack()
-        }
-        _ => unreachable!(),
-    }
-}
-
-fn stbllm_payload(rng: &mut Rng, spec: Stbllm, rows: usize, cols: usize) -> Vec<u8> {
-    let salient: Vec<bool> = (0..cols).map(|_| rng.below(4) == 0).collect();
-    let mut states = vec![0u8; rows * cols];
-    let mut negative = vec![false; rows * cols];
-    for row in 0..rows {
-        for first in (0..cols).step_by(8) {
-            let width = (cols - first).min(8);
-            let mut free: Vec<usize> = (first..first + width).collect();
-            for _ in 0..spec.kept(width) {
-                let col = free.swap_remove(rng.below(free.len()));
-                states[row * cols + col] = 1 + rng.below(if salient[col] { 2 } else { 3 }) as u8;
-                negative[row * cols + col] = rng.below(2) == 0;
-            }
-        }
-    }
-    let scales = rng.scales(rows * cols.div_ceil(spec.block()) * 5);
-    StbllmParts { spec, rows, cols, salient, states, negative, scales }.pack()
-}
 
 /// Shapes with ragged rows, columns, groups, units, blocks and chunks.
 const SHAPES: [(usize, usize); 7] =

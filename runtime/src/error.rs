@@ -43,6 +43,12 @@ pub enum Error {
         /// What to change.
         what: String,
     },
+    /// A device cannot be used, or failed.
+    #[error("{error}")]
+    Device {
+        /// What is wrong, and what to do.
+        error: stb_kernels::cuda::Error,
+    },
     /// Something that should not happen.
     #[error("internal error: {what}; please report it")]
     Internal {
@@ -89,8 +95,19 @@ impl Error {
             },
             Self::Invalid { .. } => 4,
             Self::Unsupported { .. } => 5,
+            Self::Device { error } => match error {
+                stb_kernels::cuda::Error::Compile { .. }
+                | stb_kernels::cuda::Error::Driver { .. } => 1,
+                _ => 5,
+            },
             Self::Internal { .. } => 1,
         }
+    }
+}
+
+impl From<stb_kernels::cuda::Error> for Error {
+    fn from(error: stb_kernels::cuda::Error) -> Self {
+        Self::Device { error }
     }
 }
 

@@ -1,10 +1,12 @@
 //! The forward pass of a LLaMA-type decoder, top to bottom.
 
 use stb_format::{RopePairing, RopeScaling};
+use stb_kernels::cuda::{self, Attention};
 use stb_kernels::kv::KvKind;
 use stb_kernels::{Isa, Pool, ops};
 
 use crate::attention::{Heads, KvCache};
+use crate::device::{Caches, DeviceModel, Logits};
 use crate::error::{Error, Result};
 use crate::linear::{Linears, apply};
 use crate::model::{Layer, Model};
@@ -47,7 +49,10 @@ impl Observer for () {
 /// One sequence: its position, its caches and reusable memory.
 #[derive(Debug)]
 pub struct State {
+    /// Of the layers that the CPU computes.
     caches: Vec<KvCache>,
+    /// Of the layers on the device, once there is a token.
+    device: Option<cuda::KvCache>,
     tokens: usize,
     context: usize,
     memory: Memory,
@@ -75,7 +80,8 @@ impl State {
     #[must_use]
     pub fn new(model: &Model, context: usize) -> Self {
         Self {
-            caches: vec![KvCache::new(model.kv, model.heads()); model.layers.len()],
+            caches: vec![KvCache::new(model.kv, model.heads()); model.host_layers()],
+            device: None,
             tokens: 0,
             context,
             memory: Memory { linears: Linears::new(!model.exact), ..Memory::default() },
@@ -113,7 +119,13 @@ impl State {
     /// Bytes of keys and values.
     #[must_use]
     pub fn cache_bytes(&self) -> usize {
-        self.caches.iter().map(KvCache::bytes).sum()
+        let host: usize = self.caches.iter().map(KvCache::bytes).sum();
+        host + self.device.as_ref().map_or(0, cuda::KvCache::bytes)
+    }
+
+    /// What a device needs to know of it, with the tokens before a call.
+    fn device_cache(&mut self, before: usize) -> (&mut Option<cuda::KvCache>, usize, usize) {
+        (&mut self.device, before, self.context)
     }
 
     /// Whether `count` more tokens fit.
@@ -136,6 +148,15 @@ impl Model {
     /// [`Error::Usage`] if they do not fit into the context or are none; [`Error::Invalid`] if a
     /// token is not in the vocabulary.
     pub fn forward<'s>(&self, state: &'s mut State, tokens: &[u32]) -> Result<&'s [f32]> {
+        if self.device.is_some() {
+            let mut logits = std::mem::take(&mut state.logits);
+            self.forward_on_device(state, tokens, Logits::Last, |_, last| {
+                logits.clear();
+                logits.extend_from_slice(last);
+            })?;
+            state.logits = logits;
+            return Ok(&state.logits);
+        }
         let hidden = self.run_layers(state, tokens)?;
         let width = self.norm.len();
         let last = &hidden[hidden.len() - width..];
@@ -163,7 +184,7 @@ impl Model {
         }
         self.turn(&mut memory.rotary, states.iter().map(|state| state.tokens));
         let heads = self.heads();
-        for (i, layer) in self.layers.iter().enumerate() {
+        for (i, layer) in self.layers[..self.host_layers()].iter().enumerate() {
             let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
                 let rows = q.chunks_exact(heads.q_width).zip(out.chunks_exact_mut(heads.q_width));
                 let keys = k.chunks_exact(heads.kv_width).zip(v.chunks_exact(heads.kv_width));
@@ -172,6 +193,27 @@ impl Model {
                 }
             };
             self.layer(layer, &self.pool, attend, &mut memory, &mut hidden, &mut ());
+        }
+        if let Some(device) = &self.device {
+            let mut logits = std::mem::take(&mut states[0].logits);
+            let sequences = states.iter_mut().map(|s| s.device_cache(s.tokens));
+            let mut caches = Caches { sequences: sequences.collect() };
+            logits.clear();
+            let input = (self.host_layers() > 0).then_some(&hidden[..]);
+            let done = device.run(&mut caches, tokens, input, Logits::All, |_, some| {
+                logits.extend_from_slice(some);
+            });
+            memory.hidden = hidden;
+            states[0].memory = memory;
+            states[0].logits = logits;
+            if let Err(e) = done {
+                for State { caches, tokens, .. } in states {
+                    caches.iter_mut().for_each(|cache| cache.truncate(*tokens));
+                }
+                return Err(e);
+            }
+            states.iter_mut().for_each(|state| state.tokens += 1);
+            return Ok(&states[0].logits);
         }
         states.iter_mut().for_each(|state| state.tokens += 1);
         let first = &mut states[0];
@@ -193,6 +235,9 @@ impl Model {
         mut sink: impl FnMut(usize, &[f32]),
     ) -> Result<()> {
         const CHUNK: usize = 64;
+        if self.device.is_some() {
+            return self.forward_on_device(state, tokens, Logits::All, sink);
+        }
         let hidden = self.run_layers(state, tokens)?;
         let mut logits = Vec::new();
         for (i, hidden) in hidden.chunks(CHUNK * self.norm.len()).enumerate() {
@@ -203,12 +248,57 @@ impl Model {
         Ok(())
     }
 
-    /// Embeds `tokens` and runs all layers: [tokens, hidden].
-    fn run_layers(&self, state: &mut State, tokens: &[u32]) -> Result<Vec<f32>> {
+    /// Layers that the CPU computes: all, or those before the layers on the device.
+    fn host_layers(&self) -> usize {
+        self.device.as_ref().map_or(self.layers.len(), DeviceModel::host_layers)
+    }
+
+    /// Appends `tokens` with a device: first the layers that the CPU computes, if any.
+    fn forward_on_device(
+        &self,
+        state: &mut State,
+        tokens: &[u32],
+        which: Logits,
+        sink: impl FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let Some(device) = &self.device else {
+            return Err(Error::Internal { what: "no device".into() });
+        };
+        let before = state.tokens;
+        let hidden = if self.host_layers() > 0 {
+            Some(self.run_layers(state, tokens)?)
+        } else {
+            self.check_tokens(state, tokens)?;
+            state.tokens += tokens.len();
+            None
+        };
+        let mut caches = Caches { sequences: vec![state.device_cache(before)] };
+        let done = device.run(&mut caches, tokens, hidden.as_deref(), which, sink);
+        state.memory.hidden = hidden.unwrap_or_default();
+        if done.is_err() {
+            state.truncate(before);
+        }
+        done
+    }
+
+    /// Whether `tokens` can be appended.
+    fn check_tokens(&self, state: &State, tokens: &[u32]) -> Result<()> {
         if tokens.is_empty() {
             return Err(Error::usage("there is no token to continue from; give a prompt"));
         }
         state.check_room(tokens.len())?;
+        let vocabulary = self.embeddings.rows();
+        match tokens.iter().find(|t| **t as usize >= vocabulary) {
+            Some(token) => Err(Error::invalid(format!(
+                "token {token} is outside the vocabulary of {vocabulary}"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Embeds `tokens` and runs the layers of the CPU: [tokens, hidden].
+    fn run_layers(&self, state: &mut State, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.check_tokens(state, tokens)?;
         let mut hidden = std::mem::take(&mut state.memory.hidden);
         self.embed(tokens, &mut hidden)?;
         self.turn(&mut state.memory.rotary, state.tokens..state.tokens + tokens.len());
@@ -299,6 +389,19 @@ impl Model {
         let eps = self.spec.norm_eps as f32;
         norm_rows(self.isa, &self.pool, hidden, &self.norm, eps, normed);
         apply(self.isa, &self.pool, linears, [self.head()], normed, [logits]);
+    }
+
+    /// The shape of attention in `layers` layers on a device.
+    pub(crate) fn device_attention(&self, layers: usize) -> Attention {
+        let heads = self.heads();
+        Attention {
+            heads: heads.q_width / heads.width,
+            kv_heads: heads.kv_width / heads.width,
+            width: heads.width,
+            layers,
+            kind: self.kv,
+            interleaved: self.spec.rope_pairing == RopePairing::Interleaved,
+        }
     }
 
     /// Widths of the tensors of attention.

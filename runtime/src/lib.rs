@@ -13,6 +13,7 @@
 mod attention;
 mod checkpoint;
 mod config;
+mod device;
 mod error;
 mod eval;
 mod forward;
@@ -28,6 +29,7 @@ mod weights;
 
 pub use checkpoint::{Checkpoint, SourceFile};
 pub use config::{TokenConfig, parse_config};
+pub use device::DeviceChoice;
 pub use error::{Error, Result, exit_code};
 pub use eval::{
     Divergence, Estimate, Item, Perplexity, PerplexityOptions, Prompt, Score, Task, TaskResult,

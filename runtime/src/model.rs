@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use stb_format::{File, MetaView, ModelSpec, ValueRef};
+use stb_kernels::cuda::Device;
 use stb_kernels::kv::KvKind;
 use stb_kernels::{Isa, Pool};
 
 use crate::checkpoint::Checkpoint;
+use crate::device::{DeviceChoice, DeviceModel};
 use crate::error::{Error, Result};
 use crate::forward::inverse_frequencies;
 use crate::map::Bytes;
@@ -46,6 +48,10 @@ pub struct OpenOptions {
     pub threads: Option<usize>,
     /// Lock the file in memory, so that it is never paged out.
     pub lock: bool,
+    /// Where to compute.
+    pub device: DeviceChoice,
+    /// With a GPU: how many decoder layers it computes, the last ones; `None` for all.
+    pub device_layers: Option<usize>,
 }
 
 impl OpenOptions {
@@ -65,6 +71,8 @@ impl Default for OpenOptions {
             kv: KvKind::default(),
             threads: None,
             lock: false,
+            device: DeviceChoice::Cpu,
+            device_layers: None,
         }
     }
 }
@@ -131,6 +139,10 @@ pub struct Model {
     pub file_bytes: u64,
     /// Whether tensor checksums were compared.
     pub verified: bool,
+    /// The part that a GPU computes.
+    pub(crate) device: Option<DeviceModel>,
+    /// Why no GPU computes though one was wanted if possible.
+    pub device_note: Option<String>,
     texts: Texts,
 }
 
@@ -159,7 +171,7 @@ impl Model {
             path.is_dir() || path.extension().is_some_and(|e| e == "safetensors" || e == "json");
         if dense {
             let model = Self::from_checkpoint(&Checkpoint::open(path, options.map)?)?;
-            Ok(Self { kv: options.kv, pool: pool(options)?, ..model })
+            Self { kv: options.kv, pool: pool(options)?, ..model }.on_device(options)
         } else {
             Self::open_stb(path, options)
         }
@@ -195,7 +207,45 @@ impl Model {
             Weight::new(bytes.clone(), range, tensor.encoding().clone(), rows, cols)
         };
         let model = Self::assemble(spec, isa, path, bytes.len() as u64, verified, texts, find)?;
-        Ok(Self { exact: options.exact, kv: options.kv, pool, ..model })
+        Self { exact: options.exact, kv: options.kv, pool, ..model }.on_device(options)
+    }
+
+    /// The model with its last `layers` decoder layers (all, if `None`) and its head on a device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is too little memory, or no kernel for an encoding or a shape.
+    pub fn use_device(mut self, device: &Device, layers: Option<usize>) -> Result<Self> {
+        self.device = Some(DeviceModel::load(device, &self, layers)?);
+        Ok(self)
+    }
+
+    /// The model with its last layers on the device that the options ask for.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a device was asked for and cannot be used.
+    fn on_device(mut self, options: &OpenOptions) -> Result<Self> {
+        let ordinal = match options.device {
+            DeviceChoice::Cpu => return Ok(self),
+            _ if options.device_layers == Some(0) => return Ok(self),
+            DeviceChoice::Auto => 0,
+            DeviceChoice::Cuda(ordinal) => ordinal,
+        };
+        let load = |device| DeviceModel::load(&device, &self, options.device_layers);
+        match Device::open(ordinal).map_err(Error::from).and_then(load) {
+            Ok(loaded) => self.device = Some(loaded),
+            // A defect is told, whatever was asked for.
+            Err(e) if options.device == DeviceChoice::Auto && e.exit_code() == 5 => {
+                self.device_note = Some(e.to_string());
+            }
+            Err(e) => return Err(e),
+        }
+        Ok(self)
+    }
+
+    /// The GPU that computes, and which part; `None` for the CPU.
+    #[must_use]
+    pub fn device_name(&self) -> Option<String> {
+        self.device.as_ref().map(DeviceModel::describe)
     }
 
     /// A model with the weights of a dense checkpoint, in place, that computes on the calling thread
@@ -253,6 +303,8 @@ impl Model {
             source: source.to_owned(),
             file_bytes,
             verified,
+            device: None,
+            device_note: None,
             texts,
             spec,
         })

@@ -91,9 +91,12 @@ pub fn command<S: AsRef<OsStr>>(name: &str, args: &[S]) -> Command {
         "STB_EXACT",
         "STB_KV",
         "STB_MLOCK",
+        "STB_NGL",
     ] {
         command.env_remove(variable);
     }
+    // What is expected of programs is the same on machines with a GPU.
+    command.env("STB_DEVICE", "cpu");
     command
 }
 

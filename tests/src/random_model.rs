@@ -96,7 +96,9 @@ pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyh
     Ok(writer.finish(&meta)?)
 }
 
-fn random(shape: &[u64], encoding: &Encoding) -> Vec<u8> {
+/// A random tensor of this shape, the same one each time; nothing for unknown encodings.
+#[must_use]
+pub fn random(shape: &[u64], encoding: &Encoding) -> Vec<u8> {
     let mut rng = Rng(shape.iter().sum());
     let (rows, cols) = (shape[0] as usize, shape.get(1).map_or(1, |c| *c as usize));
     match *encoding {

@@ -239,6 +239,44 @@ fn pipes_get_text_only() {
     assert!(!out.contains('\u{1b}') && !out.contains("<|"), "{out:?}");
 }
 
+/// What a machine without a GPU says: one line, and nothing where nobody has asked for one.
+#[test]
+fn a_machine_without_a_device_says_so_in_one_line() {
+    let list = run("stb-run", &["--list-devices"]);
+    let why = list.err.clone();
+    let devices = list.success();
+    assert!(devices.starts_with("cpu     "), "{devices}");
+    if devices.contains("cuda:") {
+        let out = &mut std::io::stderr();
+        std::io::Write::write_all(out, b"skipped: this machine has a CUDA device\n").unwrap();
+        return;
+    }
+    assert_eq!(devices.lines().count(), 1, "{devices}");
+    assert!(why.starts_with("no CUDA device: ") && why.lines().count() == 1, "{why}");
+
+    let folder = folder();
+    let file = model(&folder);
+    let base = [text(&file), "--prompt", "a", "-n", "3", "--temp", "0", "--quiet"];
+    let on_cpu = run("stb-run", &[&base[..], &["--device", "cpu"]].concat());
+    assert_eq!(on_cpu.err, "");
+    let expected = on_cpu.success();
+    let auto = run("stb-run", &[&base[..], &["--device", "auto"]].concat());
+    assert_eq!(auto.err, format!("{}; the CPU computes\n", why.trim_end()));
+    assert_eq!(auto.success(), expected);
+    let mut silent = command("stb-run", &base);
+    let silent = Run::from(silent.env_remove("STB_DEVICE").output().unwrap());
+    assert_eq!(silent.err, "");
+    assert_eq!(silent.success(), expected);
+    for device in ["cuda", "cuda:3"] {
+        let error = run("stb-run", &[&base[..], &["--device", device, "-ngl", "1"]].concat());
+        let error = error.failure(5);
+        assert_eq!(error, format!("stb-run: {why}"), "{device}");
+    }
+    let with = |more: &[&str]| run("stb-run", &[&base[..], more].concat()).failure(2);
+    assert!(with(&["--device", "gpu"]).contains("auto, cpu, cuda or cuda:N"));
+    assert!(with(&["-ngl", "many"]).contains("gpu-layers"));
+}
+
 #[test]
 fn stop_texts_end_the_answer() {
     let base = ["--no-template", "--temp", "0", "-n", "60", "--prompt", "Once upon a time"];
@@ -319,7 +357,7 @@ fn help_texts_are_as_committed() {
         ("stb-convert", vec!["flips", "--help"], "stb-convert-flips.txt"),
     ] {
         let mut command = command(program, &args);
-        command.env("COLUMNS", "100").env_remove("CLICOLOR_FORCE");
+        command.env("COLUMNS", "100").env_remove("CLICOLOR_FORCE").env_remove("STB_DEVICE");
         let help = Run::from(command.output().unwrap()).success();
         let path = root().join("tests/golden").join(name);
         if std::env::var_os("STB_BLESS").is_some() {

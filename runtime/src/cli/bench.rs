@@ -20,7 +20,9 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     for run in 0..=args.runs {
         let prefill = time_prefill(&model, prompt)?;
         let (decode, cache) = time_decode(&model, depth, tokens, batch)?;
-        let (read, multiply) = (time_read(&model), time_multiply(&model));
+        // What the CPU can do says nothing about a device.
+        let on_cpu = model.device_name().is_none();
+        let ceilings = on_cpu.then(|| (time_read(&model), time_multiply(&model)));
         if terminal::interrupted() {
             return Ok(());
         }
@@ -28,8 +30,8 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         if run > 0 {
             runs.prefill.push(prompt as f64 / prefill);
             runs.decode.push((tokens * batch) as f64 / decode);
-            runs.read.push(read);
-            runs.multiply.push(multiply);
+            runs.read.extend(ceilings.map(|c| c.0));
+            runs.multiply.extend(ceilings.map(|c| c.1));
         }
     }
     let report = Report::new(&model, args, runs, load.as_secs_f64(), first_token);
@@ -167,6 +169,7 @@ impl<'a> Report<'a> {
         serde_json::json!({
             "file_bytes": model.file_bytes,
             "parameters": model.parameters(),
+            "device": model.device_name().unwrap_or_else(|| "cpu".into()),
             "isa": model.isa.name(),
             "threads": model.pool.threads(),
             "exact": model.exact,
@@ -193,19 +196,25 @@ impl<'a> Report<'a> {
 
     fn text(&self, args: &BenchArgs) -> String {
         let model = self.model;
-        let percent = |part: f64, whole: f64| 100.0 * part / whole;
+        let of_ceiling = |part: f64, ceiling: &Spread, what: &str, digits: usize| {
+            if ceiling.all.is_empty() {
+                return String::new();
+            }
+            let whole = ceiling.median;
+            format!(", {:.0} % of the {:.digits$} {what}", 100.0 * part / whole, whole / 1e9)
+        };
         format!(
             "{}, {} parameters, {}, {} threads, {} runs\n\
              load                    {:>10.1} ms, first token after {:.1} ms\n\
              prefill {:>6} tokens   {:>10.1} tokens/s {}\n\
-             {:24}{:>10.1} G products/s, {:.0} % of the {:.0} G/s that the instructions allow\n\
+             {:24}{:>10.1} G products/s{}\n\
              decode  {:>6} tokens   {:>10.1} tokens/s {}{}\n\
              {:24}{:>10.1} G weights/s\n\
-             {:24}{:>10.2} GB/s, {:.0} % of the {:.2} GB/s at which the threads can read\n\
+             {:24}{:>10.2} GB/s{}\n\
              per pass                {:>10} of weights, {} of keys and values",
             terminal::bytes(model.file_bytes),
             model.parameters(),
-            model.isa.name(),
+            model.device_name().unwrap_or_else(|| model.isa.name().to_owned()),
             model.pool.threads(),
             args.runs,
             self.load * 1e3,
@@ -215,8 +224,7 @@ impl<'a> Report<'a> {
             self.prefill,
             "",
             self.products() / 1e9,
-            percent(self.products(), self.multiply.median),
-            self.multiply.median / 1e9,
+            of_ceiling(self.products(), &self.multiply, "G/s that the instructions allow", 0),
             args.tokens,
             self.decode.median,
             self.decode,
@@ -225,8 +233,7 @@ impl<'a> Report<'a> {
             self.decode.median * self.weights / 1e9,
             "",
             self.bandwidth / 1e9,
-            percent(self.bandwidth, self.read.median),
-            self.read.median / 1e9,
+            of_ceiling(self.bandwidth, &self.read, "GB/s at which the threads can read", 2),
             terminal::bytes(model.bytes_per_token()),
             terminal::bytes(self.cache_bytes as u64 * u64::from(args.batch)),
         )
@@ -242,7 +249,8 @@ struct Spread {
 impl Spread {
     fn of(mut all: Vec<f64>) -> Self {
         all.sort_by(f64::total_cmp);
-        let median = (all[(all.len() - 1) / 2] + all[all.len() / 2]) / 2.0;
+        let at = |i: usize| all.get(i).copied().unwrap_or(f64::NAN);
+        let median = (at(all.len().saturating_sub(1) / 2) + at(all.len() / 2)) / 2.0;
         Self { all, median }
     }
 

@@ -2,10 +2,12 @@
 
 mod bench;
 mod chat;
+mod devices;
 mod evaluate;
 mod run;
 mod terminal;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::LazyLock;
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use stb_runtime::{
-    Error, KvKind, Model, OpenOptions, Task, Verify, default_threads, open_to_measure,
+    DeviceChoice, Error, KvKind, Model, OpenOptions, Task, Verify, default_threads, open_to_measure,
 };
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
@@ -30,6 +32,9 @@ struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     run: RunArgs,
+    /// Print the devices of this machine
+    #[arg(long)]
+    list_devices: bool,
 }
 
 #[derive(Subcommand)]
@@ -70,6 +75,13 @@ struct LoadArgs {
     /// How keys and values of earlier tokens are kept [default: f16; f32 with --exact]
     #[arg(long, value_name = "TYPE", env = "STB_KV")]
     kv: Option<KvArg>,
+    /// Where to compute: auto, cpu, cuda or cuda:N [default: a CUDA device if there is one]
+    #[arg(long, value_name = "DEVICE", env = "STB_DEVICE")]
+    device: Option<DeviceChoice>,
+    /// Decoder layers that the device computes, the last ones; the CPU computes the rest. Also -ngl N
+    /// [default: all]
+    #[arg(long, value_name = "N", env = "STB_NGL")]
+    gpu_layers: Option<usize>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -271,7 +283,7 @@ fn share(text: &str) -> Result<f32, String> {
 }
 
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(long_names(std::env::args_os()));
     terminal::catch_interrupts();
     let result = match cli.command {
         Some(Command::Completions { shell }) => {
@@ -284,6 +296,7 @@ pub(crate) fn main() -> ExitCode {
         }
         Some(Command::ZeroShot(args)) => in_pool(args.load.threads, || evaluate::zero_shot(&args)),
         Some(Command::Bench(args)) => bench::bench(&args),
+        None if cli.list_devices => devices::list(),
         None => match &cli.run.file {
             Some(file) => run::run(file, &cli.run),
             None => {
@@ -304,6 +317,11 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
+/// `-ngl`, as llama.cpp calls it, is no short name that clap knows.
+fn long_names(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    args.map(|arg| if arg == "-ngl" { "--gpu-layers".into() } else { arg })
+}
+
 /// Runs `work` on a pool of that many threads: evaluation computes whole windows side by side.
 fn in_pool(
     threads: Option<u16>,
@@ -322,13 +340,17 @@ fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
         return Err(Error::usage(text));
     }
     let threads = args.threads.map_or_else(default_threads, usize::from);
-    open_to_measure(file, &OpenOptions { threads: Some(threads), ..open_options(args) })
+    let options = OpenOptions { threads: Some(threads), ..open_options(args) };
+    let model = open_to_measure(file, &options)?;
+    devices::explain(&model, args);
+    Ok(model)
 }
 
 /// Opens the model and says how long it took.
 fn open(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
     let started = Instant::now();
     let model = Model::open(file, &open_options(args))?;
+    devices::explain(&model, args);
     Ok((model, started.elapsed()))
 }
 
@@ -352,5 +374,7 @@ fn open_options(args: &LoadArgs) -> OpenOptions {
         kv,
         threads: args.threads.map(usize::from),
         lock: args.mlock,
+        device: args.device.unwrap_or(DeviceChoice::Auto),
+        device_layers: args.gpu_layers,
     }
 }

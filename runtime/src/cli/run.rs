@@ -136,6 +136,7 @@ pub(super) fn report(args: &RunArgs, session: &Session, answer: &Generated) {
             "load_seconds": session.load.as_secs_f64(),
             "checksums_verified": session.model.verified,
             "file_bytes": session.model.file_bytes,
+            "device": session.model.device_name().unwrap_or_else(|| "cpu".into()),
             "isa": session.model.isa.name(),
             "threads": session.model.pool.threads(),
             "prefill_tokens": timings.prefill_tokens,

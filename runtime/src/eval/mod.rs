@@ -30,7 +30,8 @@ const SMALL_MODEL: u64 = 50_000_000;
 pub fn open_to_measure(path: &Path, options: &OpenOptions) -> Result<Model> {
     let one = OpenOptions { exact: true, kv: KvKind::F32, threads: Some(1), ..*options };
     let model = Model::open(path, &one)?;
-    if is_small(&model) {
+    // On a device one sequence is computed at a time, whatever the model's size.
+    if is_small(&model) || model.device_name().is_some() {
         return Ok(model);
     }
     Model::open(path, &OpenOptions { threads: options.threads, verify: Verify::Off, ..one })

@@ -1,0 +1,322 @@
+// Attention of a few tokens over cached keys and values: -DKV=KvF16 and so on.
+//
+// The cache of a sequence is one piece of memory: for each layer keys, then values; [kv_heads][capacity] rows
+// of 8-element chunks; for KvQ8 then [kv_heads][capacity] scales; to a multiple of 16 bytes. A block computes some query heads that share
+// a key head, over a split of KEYS keys; the last block of a token and head adds the splits in
+// their order. Keys are read once for all heads of the block: with one head 2 · 2 bytes per 4 operations, so
+// memory is the limit.
+#include "common.cuh"
+
+// Where a token's sequence is and which of its tokens it is. Fields as `Slot` of attention.rs.
+struct Slot {
+    u8 *cache;
+    u32 capacity, position;
+};
+
+// Elements are read and written 8 at a time.
+constexpr u32 CHUNK = 8;
+
+struct KvF32 {
+    static constexpr u32 BYTES = 4;
+    static constexpr bool SCALED = false;
+    static STB_DEVICE void get(float (&v)[CHUNK], const u8 *p) {
+        const float4 a = *reinterpret_cast<const float4 *>(p), b = *reinterpret_cast<const float4 *>(p + 16);
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    }
+    static STB_DEVICE void put(u8 *p, float v, float) { *reinterpret_cast<float *>(p) = v; }
+};
+struct KvF16 {
+    static constexpr u32 BYTES = 2;
+    static constexpr bool SCALED = false;
+    static STB_DEVICE void get(float (&v)[CHUNK], const u8 *p) {
+        const uint4 a = *reinterpret_cast<const uint4 *>(p);
+        const u32 words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i)
+            v[i] = f16_to_f32(u16(words[i / 2] >> 16 * (i % 2)));
+    }
+    // Saturates; NaN stays NaN.
+    static STB_DEVICE void put(u8 *p, float v, float) {
+        const float kept = v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
+        *reinterpret_cast<u16 *>(p) = f32_to_f16(kept);
+    }
+};
+// A scale per row; a row with a number that is not finite has the scale NaN.
+struct KvQ8 {
+    static constexpr u32 BYTES = 1;
+    static constexpr bool SCALED = true;
+    static STB_DEVICE void get(float (&v)[CHUNK], const u8 *p) {
+        const uint2 a = *reinterpret_cast<const uint2 *>(p);
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i)
+            v[i] = __uint_as_float(__byte_perm((i < 4 ? a.x : a.y) ^ 0x80808080, 0x4b000000, 0x7440 + i % 4)) -
+                   8388736.0f;
+    }
+    static STB_DEVICE void put(u8 *p, float v, float inverse) {
+        *reinterpret_cast<i8 *>(p) = v == v ? i8(f32_to_s8(v * inverse)) : i8(0);
+    }
+};
+
+STB_DEVICE u32 row_bytes(u32 width) { return ceil_div(width, CHUNK) * CHUNK * KV::BYTES; }
+
+// Keys (or values, `which` 1) of a layer.
+struct Rows {
+    u8 *rows;
+    float *scales;
+    u32 stride;
+    STB_DEVICE Rows(const Slot &slot, u32 kv_heads, u32 width, u32 layer, u32 which, u32 head)
+        : stride(row_bytes(width)) {
+        const u64 count = u64(kv_heads) * slot.capacity;
+        const u64 bytes = (count * (stride + (KV::SCALED ? 4 : 0)) + 15) / 16 * 16;
+        u8 *base = slot.cache + (u64(layer) * 2 + which) * bytes;
+        rows = base + u64(head) * slot.capacity * stride;
+        scales = reinterpret_cast<float *>(base + count * stride) + u64(head) * slot.capacity;
+    }
+    STB_DEVICE const u8 *chunk(u32 row, u32 c) const {
+        return rows + u64(row) * stride + c * CHUNK * KV::BYTES;
+    }
+};
+
+// Fields as `RotateParams` of attention.rs.
+struct Rotate {
+    // [tokens][heads · width], rotated in place.
+    float *q;
+    // [tokens][kv_heads · width].
+    const float *k, *v;
+    // Turns per token of each pair.
+    const float *frequencies;
+    const Slot *slots;
+    u32 heads, kv_heads, width, layer;
+    // Whether pairs are neighbours; else they are half a head apart.
+    u32 interleaved, padding;
+};
+
+// Fields as `AttendParams` of attention.rs.
+struct Attend {
+    // [tokens][heads · width].
+    const float *q;
+    float *out;
+    const Slot *slots;
+    // By token and block of heads: [splits][heads of a block][2 + width].
+    float *partial;
+    u32 *arrived;
+    u32 heads, kv_heads, width, layer;
+    u32 splits;
+    float scale;
+};
+
+constexpr u32 BLOCK = 128;
+// Keys of a split.
+constexpr u32 KEYS = 256;
+constexpr u32 LANES_PER_KEY = 8;
+
+// Element i of a row, rotated by the position.
+STB_DEVICE float rotated(const float *x, u32 i, u32 width, const Rotate &a, float position) {
+    const u32 half = width / 2;
+    const u32 pair = a.interleaved ? i / 2 : i % half;
+    const bool second = a.interleaved ? i % 2 : i >= half;
+    const u32 low = a.interleaved ? 2 * pair : pair, high = a.interleaved ? low + 1 : pair + half;
+    const float angle = position * a.frequencies[pair];
+    const float c = cosf(angle), s = sinf(angle), u = x[low], v = x[high];
+    return second ? v * c + u * s : u * c - v * s;
+}
+
+// For up to 8 heads of a key head.
+template <u32 HEADS> STB_DEVICE void attend(const Attend &a) {
+    STB_DYNAMIC_SHARED(shared);
+    __shared__ u32 last;
+    __shared__ float most[HEADS], total[HEADS];
+    const u32 split = blockIdx.x, token = blockIdx.z;
+    const u32 group = a.heads / a.kv_heads, parts = ceil_div(group, HEADS);
+    const u32 head = blockIdx.y / parts, first = blockIdx.y % parts * HEADS;
+    const u32 heads = least(HEADS, group - first);
+    const Slot slot = a.slots[token];
+    const u32 visible = slot.position + 1, active = ceil_div(visible, KEYS);
+    if (split >= active)
+        return;
+    const u32 from = split * KEYS, keys = least(KEYS, visible - from);
+    const u32 width = a.width, chunks = ceil_div(width, CHUNK), padded = chunks * CHUNK;
+    // Queries, then the sums [HEADS][padded]; scores [HEADS][KEYS].
+    float *q = reinterpret_cast<float *>(shared), *scores = q + HEADS * padded;
+    const u64 row = u64(token) * a.heads * width + u64(head * group + first) * width;
+    for (u32 i = threadIdx.x; i < HEADS * padded; i += BLOCK) {
+        const u32 h = i / padded, d = i % padded;
+        q[i] = h < heads && d < width ? a.q[row + u64(h) * width + d] * a.scale : 0.0f;
+    }
+    __syncthreads();
+
+    const Rows k(slot, a.kv_heads, width, a.layer, 0, head);
+    const u32 lane = threadIdx.x % LANES_PER_KEY;
+    // All threads of a warp go round as often as one another, for the shuffles.
+    for (u32 base = 0; base < keys; base += BLOCK / LANES_PER_KEY) {
+        const u32 key = base + threadIdx.x / LANES_PER_KEY;
+        float sum[HEADS] = {};
+        if (key < keys) {
+            for (u32 c = lane; c < chunks; c += LANES_PER_KEY) {
+                float v[CHUNK];
+                KV::get(v, k.chunk(from + key, c));
+#pragma unroll
+                for (u32 h = 0; h < HEADS; ++h) {
+                    const float4 *x = reinterpret_cast<const float4 *>(q + h * padded + c * CHUNK);
+                    const float4 low = x[0], high = x[1];
+                    sum[h] += v[0] * low.x + v[1] * low.y + v[2] * low.z + v[3] * low.w +
+                              (v[4] * high.x + v[5] * high.y + v[6] * high.z + v[7] * high.w);
+                }
+            }
+        }
+        const float scale = KV::SCALED && key < keys ? k.scales[from + key] : 1.0f;
+#pragma unroll
+        for (u32 h = 0; h < HEADS; ++h) {
+            float s = sum[h];
+#pragma unroll
+            for (u32 by = LANES_PER_KEY / 2; by > 0; by /= 2)
+                s += __shfl_xor_sync(ALL, s, int(by));
+            if (lane == 0 && key < keys)
+                scores[h * KEYS + key] = s * scale;
+        }
+    }
+    __syncthreads();
+
+    for (u32 h = threadIdx.x / WARP; h < heads; h += BLOCK / WARP) {
+        float *s = scores + h * KEYS;
+        float largest = __uint_as_float(0xff800000), sum = 0.0f;
+        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP)
+            largest = fmaxf(largest, s[i]);
+#pragma unroll
+        for (int by = 16; by > 0; by >>= 1)
+            largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, by));
+        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP) {
+            s[i] = expf(s[i] - largest);
+            sum += s[i];
+        }
+        sum = warp_sum(sum);
+        if (threadIdx.x % WARP == 0)
+            most[h] = largest, total[h] = sum;
+    }
+    for (u32 i = threadIdx.x; i < HEADS * padded; i += BLOCK)
+        q[i] = 0.0f;
+    __syncthreads();
+
+    // A thread adds one chunk of every `groups`-th value; the groups then add up in order.
+    const Rows v(slot, a.kv_heads, width, a.layer, 1, head);
+    const u32 groups = BLOCK / chunks, mine = threadIdx.x / chunks, c = threadIdx.x % chunks;
+    float acc[HEADS][CHUNK] = {};
+    if (mine < groups) {
+        for (u32 key = mine; key < keys; key += groups) {
+            float x[CHUNK];
+            KV::get(x, v.chunk(from + key, c));
+            const float scale = KV::SCALED ? v.scales[from + key] : 1.0f;
+#pragma unroll
+            for (u32 h = 0; h < HEADS; ++h) {
+                const float w = h < heads ? scores[h * KEYS + key] * scale : 0.0f;
+#pragma unroll
+                for (u32 i = 0; i < CHUNK; ++i)
+                    acc[h][i] = fmaf(w, x[i], acc[h][i]);
+            }
+        }
+    }
+    for (u32 g = 0; g < groups; ++g) {
+        if (mine == g)
+#pragma unroll
+            for (u32 h = 0; h < HEADS; ++h)
+#pragma unroll
+                for (u32 i = 0; i < CHUNK; ++i)
+                    q[h * padded + c * CHUNK + i] += acc[h][i];
+        __syncthreads();
+    }
+
+    if (active == 1) {
+        for (u32 i = threadIdx.x; i < heads * width; i += BLOCK)
+            a.out[row + i] = q[i / width * padded + i % width] / total[i / width];
+        return;
+    }
+    const u32 place = token * gridDim.y + blockIdx.y, stride = HEADS * (2 + width);
+    float *partial = a.partial + u64(place) * a.splits * stride;
+    float *own = partial + u64(split) * stride;
+    for (u32 i = threadIdx.x; i < heads * width; i += BLOCK)
+        __stcg(&own[i / width * (2 + width) + 2 + i % width], q[i / width * padded + i % width]);
+    if (threadIdx.x < heads) {
+        __stcg(&own[threadIdx.x * (2 + width)], most[threadIdx.x]);
+        __stcg(&own[threadIdx.x * (2 + width) + 1], total[threadIdx.x]);
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(&a.arrived[place], 1u) + 1 == active;
+        if (last)
+            a.arrived[place] = 0;
+    }
+    __syncthreads();
+    if (last == 0)
+        return;
+    __threadfence();
+    for (u32 i = threadIdx.x; i < heads * width; i += BLOCK) {
+        const u32 h = i / width;
+        float largest = __uint_as_float(0xff800000);
+        for (u32 s = 0; s < active; ++s)
+            largest = fmaxf(largest, __ldcg(&partial[u64(s) * stride + h * (2 + width)]));
+        float sum = 0.0f, weight = 0.0f;
+        for (u32 s = 0; s < active; ++s) {
+            const float *of = partial + u64(s) * stride + h * (2 + width);
+            const float share = expf(__ldcg(of) - largest);
+            weight = fmaf(share, __ldcg(of + 1), weight);
+            sum = fmaf(share, __ldcg(of + 2 + i % width), sum);
+        }
+        a.out[row + i] = sum / weight;
+    }
+}
+
+extern "C" {
+// A warp per token and head: queries, then keys, then values.
+__global__ void __launch_bounds__(WARP) rotate(const __grid_constant__ Rotate a) {
+    const u32 token = blockIdx.y, lane = threadIdx.x, width = a.width;
+    const Slot slot = a.slots[token];
+    const float position = float(slot.position);
+    u32 head = blockIdx.x;
+    if (head < a.heads) {
+        float *q = a.q + u64(token) * a.heads * width + u64(head) * width;
+        const u32 half = width / 2;
+        for (u32 pair = lane; pair < half; pair += WARP) {
+            const u32 low = a.interleaved ? 2 * pair : pair;
+            const u32 high = a.interleaved ? low + 1 : pair + half;
+            const float u = rotated(q, low, width, a, position);
+            const float v = rotated(q, high, width, a, position);
+            q[low] = u, q[high] = v;
+        }
+        return;
+    }
+    head -= a.heads;
+    const u32 which = head / a.kv_heads;
+    head %= a.kv_heads;
+    const float *from = (which == 0 ? a.k : a.v) + u64(token) * a.kv_heads * width + u64(head) * width;
+    const Rows rows(slot, a.kv_heads, width, a.layer, which, head);
+    u8 *to = rows.rows + u64(slot.position) * rows.stride;
+    float inverse = 1.0f;
+    if constexpr (KV::SCALED) {
+        float most = 0.0f;
+        bool poisoned = false;
+        for (u32 i = lane; i < width; i += WARP) {
+            const float v = which == 0 ? rotated(from, i, width, a, position) : from[i];
+            most = fmaxf(most, fabsf(v));
+            poisoned |= !(fabsf(v) <= 3.4028235e38f);
+        }
+#pragma unroll
+        for (int by = 16; by > 0; by >>= 1)
+            most = fmaxf(most, __shfl_xor_sync(ALL, most, by));
+        poisoned = __any_sync(ALL, poisoned);
+        // Rows so small that the inverse overflows count as zero.
+        inverse = 127.0f / most;
+        if (poisoned || !(inverse < 3.4028235e38f))
+            inverse = 0.0f;
+        if (lane == 0)
+            rows.scales[slot.position] = poisoned ? __uint_as_float(0x7fc00000) : most / 127.0f;
+    }
+    for (u32 i = lane; i < width; i += WARP) {
+        const float v = which == 0 ? rotated(from, i, width, a, position) : from[i];
+        KV::put(to + i * KV::BYTES, v, inverse);
+    }
+}
+__global__ void __launch_bounds__(BLOCK) attend_1(const __grid_constant__ Attend a) { attend<1>(a); }
+__global__ void __launch_bounds__(BLOCK) attend_4(const __grid_constant__ Attend a) { attend<4>(a); }
+__global__ void __launch_bounds__(BLOCK) attend_8(const __grid_constant__ Attend a) { attend<8>(a); }
+}

@@ -1,0 +1,196 @@
+// What the kernels of a decoded token share: the parameters of a matrix-vector product, its input, and
+// the sum over parts of the columns without a second kernel.
+#pragma once
+#include "ptx.cuh"
+
+constexpr u32 WARP = 32;
+// Threads and warps of a block of the matrix-vector kernels.
+constexpr u32 THREADS = 256;
+constexpr u32 WARPS = THREADS / WARP;
+constexpr u32 ALL = 0xffffffff;
+
+STB_DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
+STB_DEVICE u32 least(u32 a, u32 b) { return a < b ? a : b; }
+
+// A packed matrix: its payload as it is in the file. Fields as `MatrixParams` of matrix.rs.
+struct Matrix {
+    const u8 *payload;
+    // Starts of the segments within the payload.
+    u64 segments[4];
+    u32 rows, cols;
+    // Integer groups: units of 32 columns of a row, with its padding. STBLLM: units of 64. Joint codes: bytes
+    // of the codes of a tile.
+    u32 units;
+    // Columns of a group (integers) or block (others); 0 if there are none.
+    u32 block;
+    // STBLLM: N. Joint codes: bits of a block scale, and 256 if there are column factors.
+    u32 kind;
+    u32 padding;
+};
+
+// What a product's activations are.
+enum Source : u32 {
+    PLAIN, // x
+    NORM,  // x · weight / sqrt(mean(x²) + eps)
+    SILU,  // silu(x) · with
+};
+
+// y[t][r] (+)= Σ_c w[r, c] · x[t][c] for up to three matrices of the same encoding and input.
+// Fields as `Params` of matvec.rs.
+struct MatVec {
+    Matrix matrices[3];
+    // [tokens][rows of the matrix].
+    float *out[3];
+    // [tokens][cols]; `with` is the weight of the norm, or [tokens][cols].
+    const float *x, *with;
+    // By row block and token group: the sums of each slab, [slabs][block_rows · T]; and how many
+    // of them are there.
+    float *partial;
+    u32 *arrived;
+    u32 count, tokens;
+    u32 source;
+    // Whether results are added to `out`.
+    u32 add;
+    // Columns of a slab; how many slabs there are.
+    u32 slab, slabs;
+    u32 block_rows;
+    float eps;
+};
+
+STB_DEVICE float warp_sum(float v) {
+#pragma unroll
+    for (int by = 16; by > 0; by >>= 1)
+        v += __shfl_xor_sync(ALL, v, by);
+    return v;
+}
+
+STB_DEVICE float silu(float v) { return v / (1.0f + expf(-v)); }
+
+// Σ of `v` over the block, for all threads; `scratch` has room for a float per warp.
+STB_DEVICE float block_sum(float v, float *scratch) {
+    v = warp_sum(v);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0)
+        scratch[threadIdx.x / WARP] = v;
+    __syncthreads();
+    float sum = 0.0f;
+    for (u32 i = 0; i < blockDim.x / WARP; ++i)
+        sum += scratch[i];
+    return sum;
+}
+
+// What a block of a product works on: some rows of a matrix, a slab of columns, T tokens.
+struct Part {
+    u32 matrix;
+    u32 first_row, rows;
+    u32 first_col, cols;
+    u32 first_token, tokens;
+};
+
+template <u32 T> STB_DEVICE Part part_of(const MatVec &a) {
+    Part p;
+    u32 block = blockIdx.x;
+    p.matrix = 0;
+    while (p.matrix + 1 < a.count) {
+        const u32 blocks = ceil_div(a.matrices[p.matrix].rows, a.block_rows);
+        if (block < blocks)
+            break;
+        block -= blocks;
+        ++p.matrix;
+    }
+    const Matrix &m = a.matrices[p.matrix];
+    p.first_row = block * a.block_rows;
+    p.rows = least(a.block_rows, m.rows - p.first_row);
+    p.first_col = blockIdx.y * a.slab;
+    p.cols = least(a.slab, m.cols - p.first_col);
+    p.first_token = blockIdx.z * T;
+    p.tokens = least(T, a.tokens - p.first_token);
+    return p;
+}
+
+// The activations of T tokens. Those of tokens and columns that do not exist are zero.
+template <u32 T> struct Activations {
+    const MatVec &a;
+    const Part &p;
+    float scale[T];
+
+    // All threads of the block; every block computes the norm itself, from L2: cheaper than a kernel.
+    STB_DEVICE Activations(const MatVec &a, const Part &p, float *scratch) : a(a), p(p) {
+        const u32 cols = a.matrices[0].cols;
+#pragma unroll
+        for (u32 t = 0; t < T; ++t) {
+            scale[t] = 1.0f;
+            if (a.source == NORM && t < p.tokens) {
+                const float *x = a.x + u64(p.first_token + t) * cols;
+                float sum = 0.0f;
+                for (u32 c = threadIdx.x; c < cols; c += blockDim.x)
+                    sum = fmaf(x[c], x[c], sum);
+                scale[t] = 1.0f / sqrtf(block_sum(sum, scratch) / float(cols) + a.eps);
+            }
+        }
+    }
+
+    // Of token t, column c of the matrix.
+    STB_DEVICE float operator()(u32 t, u32 c) const {
+        const u32 cols = a.matrices[0].cols;
+        if (t >= p.tokens || c >= cols)
+            return 0.0f;
+        const u64 at = u64(p.first_token + t) * cols + c;
+        const float x = a.x[at];
+        if (a.source == NORM)
+            return x * scale[t] * a.with[c];
+        if (a.source == SILU)
+            return silu(x) * a.with[at];
+        return x;
+    }
+};
+
+// Writes the sums of this block, `sums[row][T]` in shared memory, complete for all threads. With several
+// slabs the last block to arrive adds those of all, in the order of the slabs: the result does not
+// depend on which one it is. The counter is zero before and after.
+template <u32 T> STB_DEVICE void finish(const MatVec &a, const Part &p, const float *sums, u32 *flag) {
+    const u32 n = p.rows * T;
+    float *out = a.out[p.matrix];
+    const u32 rows = a.matrices[p.matrix].rows;
+    const u32 group = blockIdx.z * gridDim.x + blockIdx.x;
+    float *partial = a.partial + u64(group) * a.slabs * a.block_rows * T;
+    if (a.slabs > 1) {
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+            __stcg(&partial[blockIdx.y * a.block_rows * T + i], sums[i]);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            *flag = atomicAdd(&a.arrived[group], 1u) + 1 == a.slabs;
+            if (*flag)
+                a.arrived[group] = 0;
+        }
+        __syncthreads();
+        if (*flag == 0)
+            return;
+        __threadfence();
+    }
+    for (u32 i = threadIdx.x; i < n; i += blockDim.x) {
+        const u32 t = i % T, r = i / T;
+        if (t >= p.tokens)
+            continue;
+        float sum = 0.0f;
+        if (a.slabs > 1) {
+            for (u32 s = 0; s < a.slabs; ++s)
+                sum += __ldcg(&partial[s * a.block_rows * T + i]);
+        } else {
+            sum = sums[i];
+        }
+        float &to = out[u64(p.first_token + t) * rows + p.first_row + r];
+        to = a.add ? to + sum : sum;
+    }
+}
+
+// Rows of a matrix as numbers. Fields as `DecodeParams` of matvec.rs.
+struct Decode {
+    Matrix matrix;
+    // Which rows; nullptr for all in order.
+    const u32 *ids;
+    // [count][cols].
+    float *out;
+    u32 count, padding;
+};

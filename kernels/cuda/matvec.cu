@@ -1,0 +1,232 @@
+// Products with a few tokens for encodings that are computed row by row: -DCODEC=Int4 and so on.
+//
+// A warp computes R rows side by side, a lane some pieces of 16 bytes of each: loads are coalesced over
+// the lanes, and R of them are under way at once. The activations of a slab of columns lie in
+// shared memory; a lane reads those of its piece once for R rows. Pieces are 4 words apart from one
+// another there, so that the lanes of a quarter-warp read different banks.
+#include "codec.cuh"
+
+template <u32 T> constexpr u32 rows_at_once() { return T == 1 ? 4 : 2; }
+
+// ---- Activations as they are ---------------------------------------------------------------------
+
+// Instructions per weight: n for the codec (integers of 4 bits: 1/2 + 2), T to multiply, (1 + T)/4R to load
+// activations.
+template <class C, u32 T> STB_DEVICE void exact(const MatVec &a) {
+    constexpr u32 R = rows_at_once<T>();
+    constexpr u32 UNITS = C::PIECE / C::UNIT;
+    constexpr u32 STRIDE = C::PIECE == 4 ? 4 : C::PIECE + 4;
+    STB_DYNAMIC_SHARED(shared);
+    __shared__ u32 flag;
+    __shared__ float scratch[WARPS];
+    const Part p = part_of<T>(a);
+    const Matrix &m = a.matrices[p.matrix];
+    const u32 pieces = a.slab / C::PIECE;
+    // [T][pieces][STRIDE], then [block_rows][T].
+    float *x = reinterpret_cast<float *>(shared);
+    float *sums = x + T * pieces * STRIDE;
+    {
+        const Activations<T> activations(a, p, scratch);
+#pragma unroll
+        for (u32 t = 0; t < T; ++t)
+            for (u32 c = threadIdx.x; c < a.slab; c += THREADS)
+                x[(t * pieces + c / C::PIECE) * STRIDE + c % C::PIECE] =
+                    activations(t, p.first_col + c);
+    }
+    __syncthreads();
+
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const u32 used = ceil_div(p.cols, C::PIECE);
+    for (u32 first = warp * R; first < p.rows; first += WARPS * R) {
+        float acc[R][T] = {};
+        for (u32 piece = lane; piece < used; piece += WARP) {
+            const u32 at = p.first_col / C::PIECE + piece;
+            typename C::Raw raw[R];
+#pragma unroll
+            for (u32 r = 0; r < R; ++r)
+                raw[r] = C::load(m, p.first_row + least(first + r, p.rows - 1), at);
+#pragma unroll
+            for (u32 u = 0; u < UNITS; ++u) {
+                typename C::Scale scale[R];
+                float sum[R][T] = {};
+#pragma unroll
+                for (u32 r = 0; r < R; ++r)
+                    scale[r] = C::scale(m, p.first_row + least(first + r, p.rows - 1), at * UNITS + u);
+#pragma unroll
+                for (u32 i = 0; i < C::UNIT / 4; ++i) {
+                    float4 xs[T];
+#pragma unroll
+                    for (u32 t = 0; t < T; ++t)
+                        xs[t] = *reinterpret_cast<const float4 *>(
+                            &x[(t * pieces + piece) * STRIDE + u * C::UNIT + 4 * i]);
+#pragma unroll
+                    for (u32 r = 0; r < R; ++r) {
+                        const float4 w = C::weights4(raw[r], scale[r], u, i);
+#pragma unroll
+                        for (u32 t = 0; t < T; ++t) {
+                            sum[r][t] = fmaf(w.x, xs[t].x, sum[r][t]);
+                            sum[r][t] = fmaf(w.y, xs[t].y, sum[r][t]);
+                            sum[r][t] = fmaf(w.z, xs[t].z, sum[r][t]);
+                            sum[r][t] = fmaf(w.w, xs[t].w, sum[r][t]);
+                        }
+                    }
+                }
+#pragma unroll
+                for (u32 r = 0; r < R; ++r)
+#pragma unroll
+                    for (u32 t = 0; t < T; ++t)
+                        acc[r][t] = fmaf(C::multiplier(scale[r]), sum[r][t], acc[r][t]);
+            }
+        }
+#pragma unroll
+        for (u32 r = 0; r < R; ++r)
+#pragma unroll
+            for (u32 t = 0; t < T; ++t) {
+                const float sum = warp_sum(acc[r][t]);
+                if (lane == 0 && first + r < p.rows)
+                    sums[(first + r) * T + t] = sum;
+            }
+    }
+    __syncthreads();
+    finish<T>(a, p, sums, &flag);
+}
+
+// ---- Activations rounded to 8 bits, one scale per 32 columns -----------------------------------------
+
+// Instructions per weight: integers of 4 bits 3/8 to extract and T/4 to multiply; of 1 bit 1/2 and T/4.
+template <class C, u32 T> STB_DEVICE void rounded(const MatVec &a) {
+    constexpr u32 R = rows_at_once<T>();
+    constexpr u32 UNITS = C::PIECE / C::UNIT;
+    constexpr u32 STRIDE = C::PIECE / 4 + 4;
+    STB_DYNAMIC_SHARED(shared);
+    __shared__ u32 flag;
+    __shared__ float scratch[WARPS];
+    const Part p = part_of<T>(a);
+    const Matrix &m = a.matrices[p.matrix];
+    const u32 pieces = a.slab / C::PIECE, units = a.slab / 32;
+    // Words of four activations [T][pieces][STRIDE]; scale and scaled sum of a unit, [T][units]; then
+    // [block_rows][T].
+    u32 *x = reinterpret_cast<u32 *>(shared);
+    float2 *scales = reinterpret_cast<float2 *>(x + T * pieces * STRIDE);
+    float *sums = reinterpret_cast<float *>(scales + T * units);
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    {
+        const Activations<T> activations(a, p, scratch);
+#pragma unroll
+        for (u32 t = 0; t < T; ++t)
+            for (u32 unit = warp; unit < units; unit += WARPS) {
+                const float v = activations(t, p.first_col + unit * 32 + C::column(lane));
+                float most = fabsf(v);
+#pragma unroll
+                for (int by = 16; by > 0; by >>= 1)
+                    most = fmaxf(most, __shfl_xor_sync(ALL, most, by));
+                // Activations so small that the inverse overflows count as zero; what is not finite
+                // makes the result NaN.
+                const float inverse = 127.0f / most;
+                const bool fine = inverse <= 3.0e38f;
+                const i32 code = fine && v == v ? f32_to_s8(v * inverse) : 0;
+                const bool poisoned = __any_sync(ALL, !(fabsf(v) <= 3.4028235e38f));
+                const i32 total = i32(__reduce_add_sync(ALL, code));
+                u32 word = u32(code & 255) << 8 * (lane % 4);
+                word |= __shfl_xor_sync(ALL, word, 1);
+                word |= __shfl_xor_sync(ALL, word, 2);
+                if (lane % 4 == 0)
+                    x[(t * pieces + unit / UNITS) * STRIDE + unit % UNITS * 8 + lane / 4] = word;
+                if (lane == 0) {
+                    const float scale = poisoned ? __uint_as_float(0x7fc00000) : fine ? most / 127.0f : 0.0f;
+                    scales[t * units + unit] = make_float2(scale, scale * float(total));
+                }
+            }
+    }
+    __syncthreads();
+
+    const u32 used = ceil_div(p.cols, C::PIECE);
+    for (u32 first = warp * R; first < p.rows; first += WARPS * R) {
+        float acc[R][T] = {};
+        for (u32 piece = lane; piece < used; piece += WARP) {
+            const u32 at = p.first_col / C::PIECE + piece;
+            typename C::Raw raw[R];
+#pragma unroll
+            for (u32 r = 0; r < R; ++r)
+                raw[r] = C::load(m, p.first_row + least(first + r, p.rows - 1), at);
+#pragma unroll
+            for (u32 u = 0; u < UNITS; ++u) {
+                typename C::Scale scale[R];
+#pragma unroll
+                for (u32 r = 0; r < R; ++r)
+                    scale[r] = C::scale(m, p.first_row + least(first + r, p.rows - 1), at * UNITS + u);
+#pragma unroll
+                for (u32 t = 0; t < T; ++t) {
+                    const u32 *from = &x[(t * pieces + piece) * STRIDE + u * 8];
+                    const uint4 low = *reinterpret_cast<const uint4 *>(from);
+                    const uint4 high = *reinterpret_cast<const uint4 *>(from + 4);
+                    const u32 words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                    const float2 xs = scales[t * units + piece * UNITS + u];
+#pragma unroll
+                    for (u32 r = 0; r < R; ++r)
+                        acc[r][t] += C::dot(raw[r], scale[r], u, words, xs.x, xs.y);
+                }
+            }
+        }
+#pragma unroll
+        for (u32 r = 0; r < R; ++r)
+#pragma unroll
+            for (u32 t = 0; t < T; ++t) {
+                const float sum = warp_sum(acc[r][t]);
+                if (lane == 0 && first + r < p.rows)
+                    sums[(first + r) * T + t] = sum;
+            }
+    }
+    __syncthreads();
+    finish<T>(a, p, sums, &flag);
+}
+
+// ---- Rows as numbers -------------------------------------------------------------------------------
+
+// Block (x, y): part x of row y.
+template <class C> STB_DEVICE void decode(const Decode &a) {
+    const Matrix &m = a.matrix;
+    const u32 piece = blockIdx.x * blockDim.x + threadIdx.x;
+    if (piece * C::PIECE >= m.cols)
+        return;
+    const u32 row = a.ids != nullptr ? a.ids[blockIdx.y] : blockIdx.y;
+    if (row >= m.rows)
+        return;
+    const typename C::Raw raw = C::load(m, row, piece);
+    float *out = a.out + u64(blockIdx.y) * m.cols;
+#pragma unroll
+    for (u32 u = 0; u < C::PIECE / C::UNIT; ++u) {
+        const typename C::Scale scale = C::scale(m, row, piece * (C::PIECE / C::UNIT) + u);
+        const float factor = C::multiplier(scale);
+#pragma unroll
+        for (u32 i = 0; i < C::UNIT / 4; ++i) {
+            const float4 w = C::weights4(raw, scale, u, i);
+            const float four[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+            for (u32 k = 0; k < 4; ++k) {
+                const u32 c = piece * C::PIECE + u * C::UNIT + 4 * i + k;
+                if (c < m.cols)
+                    out[c] = factor * four[k];
+            }
+        }
+    }
+}
+
+extern "C" {
+__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ MatVec a) { exact<CODEC, 1>(a); }
+__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ MatVec a) { exact<CODEC, 2>(a); }
+__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ MatVec a) { exact<CODEC, 4>(a); }
+__global__ void __launch_bounds__(THREADS) rounded_1(const __grid_constant__ MatVec a) {
+    if constexpr (CODEC::ROUNDED)
+        rounded<CODEC, 1>(a);
+}
+__global__ void __launch_bounds__(THREADS) rounded_2(const __grid_constant__ MatVec a) {
+    if constexpr (CODEC::ROUNDED)
+        rounded<CODEC, 2>(a);
+}
+__global__ void __launch_bounds__(THREADS) rounded_4(const __grid_constant__ MatVec a) {
+    if constexpr (CODEC::ROUNDED)
+        rounded<CODEC, 4>(a);
+}
+__global__ void __launch_bounds__(THREADS) decode_rows(const __grid_constant__ Decode a) { decode<CODEC>(a); }
+}

@@ -1,0 +1,333 @@
+// Products with a few tokens for joint N:M codes (spec/encodings.md §5): -DNM_N=1 -DNM_M=8 and so on.
+//
+// A code of a group selects one of few sums of the group's M activations. A block makes the table of all
+// of them for a slab of columns in shared memory, once for all its rows, with every lane's own entries in its
+// own bank: a look-up for a group of 8 weights takes one cycle of the banks whatever the codes are. A lane loads 16
+// bytes of a plane: 16 rows of one group out of four, in QV quads. Activations are not rounded.
+//
+// Per code a shift, a mask, a look-up and a sum (2:8: two more of each plane and of the sign); banks: 32 look-ups
+// per cycle and multiprocessor. DECODE.md has what the compiler makes of it and the roofline.
+#include "common.cuh"
+
+constexpr u32 N = NM_N, M = NM_M;
+constexpr u32 P = M == 8 ? 3 : 2;
+constexpr u32 BETA = N * P + 1;
+// Planes of a code from its low bits on: 4, then 2, then 1, as the digits of BETA say.
+constexpr u32 WIDTH_0 = BETA >= 4 ? 4 : 2;
+constexpr u32 WIDTH_1 = BETA == 4 ? 0 : BETA == 7 ? 2 : 1;
+constexpr u32 WIDTH_2 = BETA == 7 ? 1 : 0;
+// Vectors of the widest plane in a chunk of 8 quads, and quads in each: what a lane works on at a time.
+constexpr u32 VECTORS = WIDTH_0;
+constexpr u32 QV = 8 / WIDTH_0;
+// The sign of 2:8 is applied to what is looked up; other tables have it.
+constexpr bool SIGN_APART = BETA == 7;
+constexpr u32 ENTRIES = 1u << (SIGN_APART ? BETA - 1 : BETA);
+// Columns of a quad, of a lane's four neighbours together, of a warp.
+constexpr u32 QUAD = 4 * M;
+constexpr u32 STEP = QV * QUAD;
+constexpr u32 WARP_STEP = 8 * STEP;
+constexpr u32 TILE = 16;
+
+template <u32 T> struct Lanes;
+template <> struct Lanes<1> { using Type = float; };
+template <> struct Lanes<2> { using Type = float2; };
+template <> struct Lanes<4> { using Type = float4; };
+
+STB_DEVICE void get(float (&to)[1], float v) { to[0] = v; }
+STB_DEVICE void get(float (&to)[2], float2 v) { to[0] = v.x, to[1] = v.y; }
+STB_DEVICE void get(float (&to)[4], float4 v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
+
+// The kept weights of a code without scale: Σ of the selected activations.
+template <u32 T> STB_DEVICE void entry(const float (&x)[M][T], u32 code, float (&sum)[T]) {
+    const u32 i = code & (M - 1);
+#pragma unroll
+    for (u32 t = 0; t < T; ++t)
+        sum[t] = 0.0f;
+    if constexpr (N == 1) {
+        const float sign = code >> P ? -1.0f : 1.0f;
+#pragma unroll
+        for (u32 k = 0; k < M; ++k)
+#pragma unroll
+            for (u32 t = 0; t < T; ++t)
+                sum[t] = k == i ? sign * x[k][t] : sum[t];
+    } else {
+        const u32 j = code >> P & (M - 1);
+        const float sign = code >> 2 * P ? -1.0f : 1.0f;
+        const float other = i == j ? 0.0f : i > j ? -sign : sign;
+#pragma unroll
+        for (u32 k = 0; k < M; ++k)
+#pragma unroll
+            for (u32 t = 0; t < T; ++t) {
+                sum[t] += k == i ? sign * x[k][t] : 0.0f;
+                sum[t] += k == j && i != j ? other * x[k][t] : 0.0f;
+            }
+    }
+}
+
+// Where the codes of a lane lie: planes of a chunk follow one another, each of whole vectors.
+struct Place {
+    bool exists;
+    u32 at[3];
+    // How far the lane's bits of the narrower planes are from the lowest of their bytes.
+    u32 shift_1, shift_2;
+};
+
+STB_DEVICE Place place(u32 quads, u32 position, u32 lane) {
+    Place p;
+    const u32 chunk = position / VECTORS, v = position % VECTORS;
+    const u32 first = 8 * chunk, base = chunk * 64 * BETA + lane % 4 * 16;
+    // A warp goes on by whole chunks: of these, only the start is new to a lane at each step.
+    u32 vectors_0 = WIDTH_0, vectors_1 = WIDTH_1;
+    p.exists = true;
+    if (first + 8 > quads) {
+        const u32 n = first < quads ? quads - first : 0;
+        vectors_0 = ceil_div(n * WIDTH_0, 8), vectors_1 = ceil_div(n * WIDTH_1, 8);
+        p.exists = v < vectors_0;
+    }
+    const u32 quad = v * QV;
+    p.at[0] = base + v * 64;
+    p.at[1] = base + (vectors_0 + quad * WIDTH_1 / 8) * 64;
+    p.at[2] = base + (vectors_0 + vectors_1 + quad * WIDTH_2 / 8) * 64;
+    p.shift_1 = quad * WIDTH_1 % 8;
+    p.shift_2 = quad * WIDTH_2 % 8;
+    return p;
+}
+
+struct Codes {
+    u32 planes[3][4];
+};
+
+STB_DEVICE void load_plane(u32 (&to)[4], const u8 *from, u32 shift) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4 *>(from));
+    to[0] = v.x >> shift, to[1] = v.y >> shift, to[2] = v.z >> shift, to[3] = v.w >> shift;
+}
+
+STB_DEVICE Codes load_codes(const u8 *tile, const Place &p) {
+    Codes codes = {};
+    if (p.exists) {
+        load_plane(codes.planes[0], tile + p.at[0], 0);
+        if constexpr (WIDTH_1 != 0)
+            load_plane(codes.planes[1], tile + p.at[1], p.shift_1);
+        if constexpr (WIDTH_2 != 0)
+            load_plane(codes.planes[2], tile + p.at[2], p.shift_2);
+    }
+    return codes;
+}
+
+// Bits `from` to `from` + `width` of a word, moved to bit `to`.
+STB_DEVICE u32 field(u32 word, u32 from, u32 width, u32 to) {
+    return (from >= to ? word >> (from - to) : word << (to - from)) & ((1u << width) - 1) << to;
+}
+
+// The entry of the table for row r of the tile and quad q of the lane, in units of 1 / 2^UNIT entries: the
+// shift that extracts it scales it as well. And the sign, in bit 31.
+template <u32 UNIT> STB_DEVICE u32 index_of(const Codes &c, u32 r, u32 q, u32 &sign) {
+    const u32 at = 8 * (r % 4);
+    u32 index = field(c.planes[0][r / 4], at + q * WIDTH_0, WIDTH_0, UNIT);
+    if constexpr (WIDTH_1 != 0)
+        index |= field(c.planes[1][r / 4], at + q * WIDTH_1, WIDTH_1, UNIT + WIDTH_0);
+    sign = 0;
+    if constexpr (SIGN_APART)
+        sign = c.planes[2][r / 4] << (31 - at - q * WIDTH_2) & 0x80000000;
+    return index;
+}
+
+// The multipliers of the 16 rows of a tile for a block of columns, times 2^bits: bytes of 16 rows, or
+// rows r and r + 8 in one byte.
+STB_DEVICE void load_multipliers(float (&to)[TILE], const Matrix &m, u32 tile, u32 col) {
+    const u32 bits = m.kind & 255;
+    if (bits == 0 || col >= m.cols) {
+#pragma unroll
+        for (u32 r = 0; r < TILE; ++r)
+            to[r] = 1.0f;
+        return;
+    }
+    const u32 blocks = ceil_div(m.cols, m.block);
+    const u8 *from = m.payload + m.segments[2] + (u64(tile) * blocks + col / m.block) * 2 * bits;
+    if (bits == 8) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4 *>(from));
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (u32 r = 0; r < TILE; ++r)
+            to[r] = __uint_as_float(__byte_perm(words[r / 4], 0x4b000000, 0x7440 + r % 4)) - 8388607.0f;
+    } else {
+        const uint2 v = __ldg(reinterpret_cast<const uint2 *>(from));
+#pragma unroll
+        for (u32 r = 0; r < TILE; ++r) {
+            const u32 word = (r % 8 < 4 ? v.x : v.y) >> (r < 8 ? 0 : 4) & 0x0f0f0f0f;
+            to[r] = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7440 + r % 4)) - 8388607.0f;
+        }
+    }
+}
+
+// Sums each of 16 values over the warp: half of the values go to the other half of the lanes at each step.
+// Lane l returns that of row 8·bit4 + 4·bit3 + 2·bit2 + bit1 of l.
+template <u32 H> STB_DEVICE void halve(float (&v)[TILE], u32 lane) {
+    const bool upper = lane & 2 * H;
+#pragma unroll
+    for (u32 i = 0; i < H; ++i) {
+        const float keep = upper ? v[i + H] : v[i], send = upper ? v[i] : v[i + H];
+        v[i] = keep + __shfl_xor_sync(ALL, send, int(2 * H));
+    }
+}
+STB_DEVICE float sum_rows(float (&v)[TILE], u32 lane) {
+    halve<8>(v, lane);
+    halve<4>(v, lane);
+    halve<2>(v, lane);
+    halve<1>(v, lane);
+    return v[0] + __shfl_xor_sync(ALL, v[0], 1);
+}
+
+template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
+    using V = typename Lanes<T>::Type;
+    STB_DYNAMIC_SHARED(shared);
+    __shared__ u32 flag;
+    __shared__ float scratch[WARPS];
+    const Part p = part_of<T>(a);
+    const Matrix &m = a.matrices[p.matrix];
+    const u32 steps = a.slab / WARP_STEP;
+    // [steps][QV][ENTRIES][32 lanes] of T floats, then [block_rows][T].
+    float *table = reinterpret_cast<float *>(shared);
+    float *sums = table + steps * QV * ENTRIES * WARP * T;
+    {
+        const Activations<T> activations(a, p, scratch);
+        // Work for as many threads as there are: parts of 8 entries (16 where there are more).
+        constexpr u32 SHARE = ENTRIES > 16 ? 16 : 8;
+        constexpr u32 SHARES = ENTRIES / SHARE;
+        const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
+        for (u32 i = threadIdx.x; i < steps * QV * SHARES * WARP; i += THREADS) {
+            const u32 lane = i % WARP, share = i / WARP % SHARES, place = i / WARP / SHARES;
+            const u32 q = place % QV, step = place / QV;
+            const u32 col = p.first_col + step * WARP_STEP + lane / 4 * STEP + q * QUAD + lane % 4 * M;
+            float x[M][T];
+#pragma unroll
+            for (u32 k = 0; k < M; ++k) {
+                float factor = 1.0f;
+                if (m.kind & 256 && col + k < m.cols)
+                    factor = f16_to_f32(__ldg(factors + col + k));
+#pragma unroll
+                for (u32 t = 0; t < T; ++t)
+                    x[k][t] = activations(t, col + k) * factor;
+            }
+            for (u32 e = share * SHARE; e < (share + 1) * SHARE; ++e) {
+                float sum[T];
+                entry<T>(x, e, sum);
+#pragma unroll
+                for (u32 t = 0; t < T; ++t)
+                    table[((place * ENTRIES + e) * WARP + lane) * T + t] = sum[t];
+            }
+        }
+    }
+    __syncthreads();
+
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const u32 quads = ceil_div(ceil_div(m.cols, M), 4);
+    const u32 bits = m.kind & 255;
+    const u32 divisor = bits == 0 ? ALL : m.block;
+    const u16 *row_scales = reinterpret_cast<const u16 *>(m.payload + m.segments[1]);
+    for (u32 first = warp * TILE; first < p.rows; first += WARPS * TILE) {
+        const u32 tile = (p.first_row + first) / TILE;
+        const u8 *codes_of_tile = m.payload + m.segments[3] + u64(tile) * m.units;
+        float acc[T][TILE] = {};
+        for (u32 step = 0; step * WARP_STEP < p.cols; ++step) {
+            const u32 position = (p.first_col + step * WARP_STEP) / STEP + lane / 4;
+            const Codes codes = load_codes(codes_of_tile, place(quads, position, lane));
+            float multiplier[TILE];
+            u32 block = ALL;
+#pragma unroll
+            for (u32 q = 0; q < QV; ++q) {
+                if constexpr (SCALED) {
+                    // Blocks are multiples of 32 columns: a new one can begin only there.
+                    const u32 col = position * STEP + q * QUAD;
+                    if (q * QUAD % 32 == 0 && (q == 0 || col / divisor != block)) {
+                        block = col / divisor;
+                        load_multipliers(multiplier, m, tile, col);
+                    }
+                }
+                // In bytes: an entry is V of each lane.
+                constexpr u32 LOG = T == 1 ? 7 : T == 2 ? 8 : 9;
+                const u8 *entries = reinterpret_cast<const u8 *>(table) +
+                                    ((step * QV + q) * ENTRIES * WARP + lane) * sizeof(V);
+#pragma unroll
+                for (u32 r = 0; r < TILE; ++r) {
+                    u32 sign;
+                    float found[T];
+                    get(found, *reinterpret_cast<const V *>(entries + index_of<LOG>(codes, r, q, sign)));
+#pragma unroll
+                    for (u32 t = 0; t < T; ++t) {
+                        float v = found[t];
+                        if constexpr (SIGN_APART)
+                            v = __uint_as_float(__float_as_uint(v) ^ sign);
+                        acc[t][r] = SCALED ? fmaf(multiplier[r], v, acc[t][r]) : acc[t][r] + v;
+                    }
+                }
+            }
+        }
+        const u32 row = (lane >> 4 & 1) * 8 + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2 + (lane >> 1 & 1);
+#pragma unroll
+        for (u32 t = 0; t < T; ++t) {
+            const float sum = sum_rows(acc[t], lane);
+            if (lane % 2 == 0 && first + row < p.rows) {
+                const float scale = f16_to_f32(__ldg(row_scales + p.first_row + first + row));
+                sums[(first + row) * T + t] = sum * (scale / float(1u << bits));
+            }
+        }
+    }
+    __syncthreads();
+    finish<T>(a, p, sums, &flag);
+}
+
+// Block (x, y): part x of row y, a thread per group.
+STB_DEVICE void decode(const Decode &a) {
+    const Matrix &m = a.matrix;
+    const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 groups = ceil_div(m.cols, M);
+    const u32 row = a.ids != nullptr ? a.ids[blockIdx.y] : blockIdx.y;
+    if (group >= groups || row >= m.rows)
+        return;
+    const u32 tile = row / TILE, r = row % TILE, quads = ceil_div(groups, 4);
+    const u32 q = group / 4 % QV;
+    const Place p = place(quads, group / 4 / QV, group % 4);
+    const u8 *codes = m.payload + m.segments[3] + u64(tile) * m.units;
+    u32 code = codes[p.at[0] + r] >> q * WIDTH_0 & ((1u << WIDTH_0) - 1);
+    if constexpr (WIDTH_1 != 0)
+        code |= (codes[p.at[1] + r] >> (p.shift_1 + q * WIDTH_1) & ((1u << WIDTH_1) - 1)) << WIDTH_0;
+    if constexpr (WIDTH_2 != 0)
+        code |= (codes[p.at[2] + r] >> (p.shift_2 + q * WIDTH_2) & 1) << (WIDTH_0 + WIDTH_1);
+    float scale = f16_to_f32(reinterpret_cast<const u16 *>(m.payload + m.segments[1])[row]);
+    const u32 bits = m.kind & 255;
+    const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
+    if (bits != 0) {
+        float multipliers[TILE];
+        load_multipliers(multipliers, m, tile, group * M);
+        float mine = 0.0f;
+#pragma unroll
+        for (u32 k = 0; k < TILE; ++k)
+            mine = k == r ? multipliers[k] : mine;
+        scale *= mine / float(1u << bits);
+    }
+    const u32 i = code & (M - 1), j = N == 2 ? code >> P & (M - 1) : i;
+    const bool negative = code >> (BETA - 1) & 1;
+    for (u32 k = 0; k < M; ++k) {
+        const u32 c = group * M + k;
+        if (c >= m.cols)
+            break;
+        float w = scale;
+        if (m.kind & 256)
+            w *= f16_to_f32(factors[c]);
+        const bool kept = k == i || k == j;
+        const bool minus = k == i ? negative : negative != (i > j);
+        a.out[u64(blockIdx.y) * m.cols + c] = kept ? (minus ? -w : w) : 0.0f;
+    }
+}
+
+// `scaled` where a matrix of the launch has scales of blocks.
+extern "C" {
+__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ MatVec a) { product<1, false>(a); }
+__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ MatVec a) { product<2, false>(a); }
+__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ MatVec a) { product<4, false>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_1(const __grid_constant__ MatVec a) { product<1, true>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_2(const __grid_constant__ MatVec a) { product<2, true>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_4(const __grid_constant__ MatVec a) { product<4, true>(a); }
+__global__ void __launch_bounds__(THREADS) decode_rows(const __grid_constant__ Decode a) { decode(a); }
+}

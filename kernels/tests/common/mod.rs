@@ -1,0 +1,5 @@
+//! What the tests of kernels share; each of them uses a part.
+#![allow(dead_code)]
+
+pub mod emulator;
+pub mod random;

@@ -1,0 +1,148 @@
+//! Whole models: output on the GPU and the CPU, tokens per second, memory.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::Path;
+
+use anyhow::ensure;
+use serde_json::{Value, json};
+use stb_convert::Recipe;
+use stb_kernels::cuda::Device;
+use stb_runtime::{DeviceChoice, Model, OpenOptions, State};
+use stb_tests::random_model::{shape, write};
+
+use crate::Report;
+use crate::speed::time;
+
+/// Tokens that are compared.
+const COMPARED: usize = 200;
+
+/// Opens a model on a device.
+fn open(file: &Path, device: DeviceChoice, exact: bool) -> anyhow::Result<Model> {
+    let base = if exact { OpenOptions::exact() } else { OpenOptions::default() };
+    Ok(Model::open_stb(file, &OpenOptions { device, ..base })?)
+}
+
+fn best(logits: &[f32]) -> u32 {
+    let most = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    most.map_or(0, |(i, _)| i as u32)
+}
+
+/// The greedy text of `file` on the CPU, exactly computed, and what the GPU would say at each of its places. Rounding may
+/// turn a choice between two tokens that are nearly as likely; nothing else may.
+pub(crate) fn compare(report: &mut Report, file: &Path, device: usize) -> anyhow::Result<()> {
+    let cpu = open(file, DeviceChoice::Cpu, true)?;
+    let gpu = open(file, DeviceChoice::Cuda(device), false)?;
+    let prompt = vec![1];
+    let context = cpu.spec.context_length.min(1024) as usize;
+    let steps = COMPARED.min(context - prompt.len());
+    let (mut on_cpu, mut on_gpu) = (State::new(&cpu, context), State::new(&gpu, context));
+    let (mut tokens, mut same, mut gap, mut worst) = (prompt, 0, 0.0f32, 0.0f32);
+    for _ in 0..steps {
+        let exact = cpu.forward(&mut on_cpu, &tokens)?.to_vec();
+        let found = gpu.forward(&mut on_gpu, &tokens)?;
+        let (a, b) = (best(&exact), best(found));
+        same += usize::from(a == b);
+        // How much less likely the GPU's choice is, exactly computed.
+        gap = gap.max(exact[a as usize] - exact[b as usize]);
+        let span = exact.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        for (x, y) in exact.iter().zip(found) {
+            let error = (x - y).abs() / span;
+            worst = if error.is_nan() { f32::INFINITY } else { worst.max(error) };
+        }
+        tokens = vec![a];
+    }
+    report.line(&format!(
+        "  {same} of {steps} tokens are the same; largest error of a logit {worst:.1e} of the largest logit; \
+         another choice was at most {gap:.3} less likely (logits)"
+    ));
+    report.put(
+        &format!("output {}", file.display()),
+        json!({"tokens": steps, "same": same, "largest_error": worst, "largest_gap": gap}),
+    );
+    ensure!(worst < 0.05, "logits of the GPU differ from those of the CPU");
+    Ok(())
+}
+
+/// Tokens per second of models with random weights, end to end.
+pub(crate) fn measure(
+    report: &mut Report,
+    device: &Device,
+    name: &str,
+    recipes: &[String],
+) -> anyhow::Result<()> {
+    let spec = shape(name, None)?;
+    let folder = tempfile::tempdir()?;
+    let mut all: Vec<Value> = Vec::new();
+    for recipe in recipes {
+        let file = folder.path().join("model.stb");
+        write(&spec, &Recipe::load(recipe)?, BufWriter::new(File::create(&file)?))?;
+        let bytes = file.metadata()?.len();
+        let before = device.free_memory()?;
+        let model = open(&file, DeviceChoice::Cuda(device.info().ordinal), false)?;
+        let context = 2048;
+        let mut state = State::new(&model, context);
+        let prompt: Vec<u32> = (0..512).map(|i| i % 1000).collect();
+        let [prefill, ..] = time(3, || {
+            state.truncate(0);
+            model.forward(&mut state, &prompt)?;
+            Ok(())
+        })?;
+        let generated = 64;
+        let [decode, low, high] = time(5, || {
+            state.truncate(prompt.len());
+            for i in 0..generated {
+                model.forward(&mut state, &[i])?;
+            }
+            Ok(())
+        })?;
+        let used = before.saturating_sub(device.free_memory()?);
+        let rate = |s: f64| f64::from(generated) / s;
+        report.line(&format!(
+            "  {name} {recipe}: {} MB file, {} MB on the device; prompt of {}: {:.0} tokens/s; generation: {:.0} tokens/s ({:.0} to {:.0})",
+            bytes / 1_000_000,
+            used / 1_000_000,
+            prompt.len(),
+            prompt.len() as f64 / prefill,
+            rate(decode),
+            rate(high),
+            rate(low)
+        ));
+        all.push(json!({
+            "shape": name, "recipe": recipe, "file_bytes": bytes, "device_bytes": used,
+            "prompt_tokens": prompt.len(), "prompt_tokens_per_s": prompt.len() as f64 / prefill,
+            "generated_tokens_per_s": rate(decode), "slowest": rate(high), "fastest": rate(low),
+        }));
+    }
+    report.put("models", all.into());
+    Ok(())
+}
+
+/// The paper's Figure 11: bytes of weights and of keys and values of 2048 tokens (f16), computed.
+pub(crate) fn memory(report: &mut Report) -> anyhow::Result<()> {
+    let mut all: Vec<Value> = Vec::new();
+    for name in ["llama-7b", "llama-13b"] {
+        let spec = shape(name, None)?;
+        let parameters: u64 = spec.tensors().map(|(_, s)| s.iter().product::<u64>()).sum();
+        let cache = 2 * spec.layers * spec.kv_heads * spec.head_dim * 2048 * 2;
+        let mut put = |report: &Report, kind: &str, bytes: u64| {
+            report.line(&format!(
+                "  {name:<9} {kind:<12} {:6} MB of weights, {:5} MB of keys and values, {:5.2} bits per parameter",
+                bytes / 1_000_000,
+                cache / 1_000_000,
+                8.0 * bytes as f64 / parameters as f64
+            ));
+            all.push(json!({"shape": name, "kind": kind, "weights": bytes, "cache": cache}));
+        };
+        put(report, "fp16", 2 * parameters);
+        put(report, "W8A8", parameters);
+        put(report, "2 bits", parameters / 4);
+        for recipe in ["nm-1of8", "nm-1of4", "nm-2of8", "nm-2of4", "stbllm-4of8"] {
+            // The file is what is loaded.
+            let file = write(&spec, &Recipe::load(recipe)?, tempfile::tempfile()?)?;
+            put(report, recipe, file.metadata()?.len());
+        }
+    }
+    report.put("memory", all.into());
+    Ok(())
+}

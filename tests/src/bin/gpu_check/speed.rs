@@ -1,0 +1,208 @@
+//! Bandwidth, products with one and with many tokens. Times are of recorded graphs that hold enough work for
+//! the host not to matter, from start to the end of synchronisation: median and spread of nine.
+
+use std::time::Instant;
+
+use anyhow::Context;
+use serde_json::{Value, json};
+use stb_format::Encoding;
+use stb_format::encoding::Nm;
+use stb_kernels::cuda::{Buffer, Cublas, Device, Gemm, Graph, Input, MatVec, Matrix, Numbers};
+use stb_tests::random::Rng;
+use stb_tests::random_model::random;
+
+use crate::Report;
+
+/// Bytes of matrices that are used in turn: several times the caches.
+const CYCLE: usize = 400 << 20;
+/// Rows and columns.
+const SHAPES: [(usize, usize); 3] = [(4096, 4096), (4096, 11_008), (4096, 14_336)];
+
+/// Seconds: the median and the smallest and largest of `n` runs.
+pub(crate) fn time(
+    n: usize,
+    mut run: impl FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<[f64; 3]> {
+    run()?;
+    run()?;
+    let mut all = Vec::new();
+    for _ in 0..n {
+        let start = Instant::now();
+        run()?;
+        all.push(start.elapsed().as_secs_f64());
+    }
+    all.sort_by(f64::total_cmp);
+    Ok([all[n / 2], all[0], all[n - 1]])
+}
+
+fn time_graph(device: &Device, graph: &mut Graph) -> anyhow::Result<[f64; 3]> {
+    time(9, || {
+        graph.run()?;
+        Ok(device.synchronize()?)
+    })
+}
+
+fn encodings() -> anyhow::Result<Vec<(&'static str, Encoding)>> {
+    let nm = |n, m| Nm::new(n, m, 4, 128, false).map(Encoding::Nm).context("codes");
+    Ok(vec![
+        ("nm 1:8", nm(1, 8)?),
+        ("nm 1:4", nm(1, 4)?),
+        ("nm 2:8", nm(2, 8)?),
+        ("nm 2:4", nm(2, 4)?),
+    ])
+}
+
+/// Bytes per second that a copy on the device reads and writes.
+pub(crate) fn copy(report: &mut Report, device: &Device) -> anyhow::Result<()> {
+    let floats = 256 << 20;
+    let from: Buffer<f32> = device.zeros("a copy", floats)?;
+    let mut to: Buffer<f32> = device.zeros("a copy", floats)?;
+    let [median, low, high] = time(9, || {
+        to.copy_part(0, &from, 0, floats)?;
+        Ok(device.synchronize()?)
+    })?;
+    let rate = |s: f64| 2.0 * 4.0 * floats as f64 / s / 1e9;
+    report.line(&format!(
+        "  copy of 1 GiB: {:.0} GB/s read and written ({:.0} to {:.0})",
+        rate(median),
+        rate(high),
+        rate(low)
+    ));
+    report
+        .put("copy", json!({"gb_per_s": rate(median), "lowest": rate(high), "highest": rate(low)}));
+    Ok(())
+}
+
+/// Products with one token: share of the bandwidth of a copy.
+pub(crate) fn decode(report: &mut Report, device: &Device) -> anyhow::Result<()> {
+    let copy = report.json.get("copy").and_then(|c| c["gb_per_s"].as_f64()).unwrap_or(f64::NAN);
+    let mut all: Vec<Value> = Vec::new();
+    for (name, encoding) in encodings()? {
+        for (rows, cols) in SHAPES {
+            let bytes = random(&[rows as u64, cols as u64], &encoding);
+            let copies = CYCLE.div_ceil(bytes.len()).min(600);
+            let matrices = (0..copies)
+                .map(|_| Matrix::upload(device, &encoding, rows, cols, &bytes))
+                .collect::<Result<Vec<_>, _>>()?;
+            let mut rng = Rng(5);
+            for tokens in [1, 4, 16] {
+                let x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
+                let x = device.upload("activations", &x)?;
+                let mut out = device.zeros("results", tokens * rows)?;
+                let mut matvec = MatVec::new(device)?;
+                let mut queue = |matrix: &Matrix| {
+                    let input = Input::Plain(&x);
+                    matvec.queue(&[matrix], input, Numbers::Rounded, &mut [&mut out], false, tokens)
+                };
+                queue(&matrices[0])?;
+                let mut graph = device.record(|| matrices.iter().try_for_each(&mut queue))?;
+                let [median, low, high] =
+                    time_graph(device, &mut graph)?.map(|s| s / copies as f64);
+                let rate = bytes.len() as f64 / median / 1e9;
+                report.line(&format!(
+                    "  {name} {rows}x{cols}, {tokens:>2} tokens: {:7.2} us ({:.2} to {:.2}), {rate:5.0} GB/s = {:4.1} % of the copy",
+                    median * 1e6,
+                    low * 1e6,
+                    high * 1e6,
+                    100.0 * rate / copy
+                ));
+                all.push(json!({
+                    "encoding": name, "rows": rows, "cols": cols, "tokens": tokens,
+                    "bits_per_weight": 8.0 * bytes.len() as f64 / (rows * cols) as f64,
+                    "seconds": median, "fastest": low, "slowest": high,
+                    "gb_per_s": rate, "of_copy": rate / copy,
+                }));
+            }
+        }
+    }
+    report.put("decode", all.into());
+    Ok(())
+}
+
+/// Products with many tokens: the rate counted as if all weights were there, and that of cuBLAS in bf16.
+pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()> {
+    let cublas = Cublas::new(device);
+    if let Err(e) = &cublas {
+        report.line(&format!("  not compared: {e}"));
+    }
+    let mut all: Vec<Value> = Vec::new();
+    let mut rng = Rng(6);
+    for (rows, cols) in SHAPES {
+        for tokens in [512, 2048, 8192] {
+            let operations = 2.0 * rows as f64 * cols as f64 * tokens as f64;
+            let x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
+            let mut dense = None;
+            if let Ok(cublas) = &cublas {
+                // Random bf16: the upper halves of the floats.
+                let half = |v: &f32| (v.to_bits() >> 16) as u16;
+                let half_x: Vec<u16> = x.iter().map(half).collect();
+                let half_w: Vec<u16> = (0..rows * cols).map(|_| half(&rng.float())).collect();
+                let (w, x) =
+                    (device.upload("weights", &half_w)?, device.upload("activations", &half_x)?);
+                let mut y = device.zeros("results", tokens * rows)?;
+                let times = time(9, || {
+                    for _ in 0..10 {
+                        cublas.queue_bf16(&w, &x, &mut y, [rows, cols, tokens])?;
+                    }
+                    Ok(device.synchronize()?)
+                })?
+                .map(|s| s / 10.0);
+                dense = Some(times[0]);
+                report.line(&line("cuBLAS bf16", rows, cols, tokens, times, operations, None));
+                all.push(entry("cuBLAS bf16", rows, cols, tokens, times, operations, None));
+            }
+            let x = device.upload("activations", &x)?;
+            let mut y = device.zeros("results", tokens * rows)?;
+            for (name, encoding) in encodings()? {
+                let bytes = random(&[rows as u64, cols as u64], &encoding);
+                let matrix = Matrix::upload(device, &encoding, rows, cols, &bytes)?;
+                let mut gemm = Gemm::new(device)?;
+                let mut queue =
+                    || gemm.queue(&[&matrix], Input::Plain(&x), &mut [&mut y], false, tokens);
+                queue()?;
+                let mut graph = device.record(|| (0..10).try_for_each(|_| queue()))?;
+                let times = time_graph(device, &mut graph)?.map(|s| s / 10.0);
+                report.line(&line(name, rows, cols, tokens, times, operations, dense));
+                all.push(entry(name, rows, cols, tokens, times, operations, dense));
+            }
+        }
+    }
+    report.put("prefill", all.into());
+    Ok(())
+}
+
+fn line(
+    name: &str,
+    rows: usize,
+    cols: usize,
+    tokens: usize,
+    [median, low, high]: [f64; 3],
+    operations: f64,
+    dense: Option<f64>,
+) -> String {
+    let against = dense.map_or(String::new(), |d| format!(", {:.2} x cuBLAS", d / median));
+    format!(
+        "  {name:<12} {rows}x{cols}, {tokens:>4} tokens: {:8.1} us ({:.1} to {:.1}), {:6.0} TFLOP/s{against}",
+        median * 1e6,
+        low * 1e6,
+        high * 1e6,
+        operations / median / 1e12,
+    )
+}
+
+fn entry(
+    name: &str,
+    rows: usize,
+    cols: usize,
+    tokens: usize,
+    [median, low, high]: [f64; 3],
+    operations: f64,
+    dense: Option<f64>,
+) -> Value {
+    json!({
+        "kernel": name, "rows": rows, "cols": cols, "tokens": tokens,
+        "seconds": median, "fastest": low, "slowest": high,
+        "dense_tflops": operations / median / 1e12,
+        "times_cublas": dense.map(|d| d / median),
+    })
+}

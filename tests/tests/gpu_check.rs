@@ -1,0 +1,20 @@
+//! The program that checks GPUs, on a machine that has none.
+
+use std::process::Command;
+
+#[test]
+fn without_a_device_it_says_so_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let done = Command::new(env!("CARGO_BIN_EXE_gpu-check"))
+        .current_dir(folder.path())
+        // No device is visible, also where there is one.
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .output()
+        .unwrap();
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert_eq!(done.status.code(), Some(5), "{said}");
+    assert!(said.starts_with("gpu-check: no CUDA device: "), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(done.stdout.is_empty());
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0, "nothing is written");
+}
