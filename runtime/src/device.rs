@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 use stb_kernels::cuda::{
     self, Attend, Attention, Buffer, Device, Gemm, Graph, Input, KvCache, MatVec, Matrix, Numbers,
-    Ops, Slots,
+    Slots,
 };
 
 use crate::error::{Error, Result};
@@ -102,7 +102,6 @@ pub(crate) struct DeviceModel {
 struct Work {
     matvec: MatVec,
     gemm: Gemm,
-    ops: Ops,
     attend: Attend,
     slots: Slots,
     ids: Buffer<u32>,
@@ -113,8 +112,6 @@ struct Work {
     mixed: Buffer<f32>,
     gate: Buffer<f32>,
     up: Buffer<f32>,
-    /// Inputs of products for many tokens, which do not compute norm and SiLU themselves.
-    input: Buffer<f32>,
     /// [FEW, hidden].
     last: Buffer<f32>,
     /// [FEW, vocabulary].
@@ -275,15 +272,15 @@ impl DeviceModel {
 
     /// Queues the layers for `n` tokens that see up to `visible`.
     fn queue_layers(&self, work: &mut Work, n: usize, visible: usize) -> Result<()> {
-        let Work { matvec, gemm, ops, attend, slots, ids, .. } = work;
-        let Work { hidden, q, k, v, mixed, gate, up, input, .. } = work;
+        let Work { matvec, gemm, attend, slots, ids, .. } = work;
+        let Work { hidden, q, k, v, mixed, gate, up, .. } = work;
         let eps = self.eps;
         if self.first == 0
             && let Some(embeddings) = &self.embeddings
         {
             matvec.queue_rows(embeddings, ids, n, hidden)?;
         }
-        let mut products = Products { matvec, gemm, ops, input, numbers: self.numbers, tokens: n };
+        let mut products = Products { matvec, gemm, numbers: self.numbers, tokens: n };
         for (i, layer) in self.layers.iter().enumerate() {
             let normed = Input::Norm { x: &*hidden, weight: &layer.attention_norm, eps };
             products.queue(&[&layer.q, &layer.k, &layer.v], normed, &mut [q, k, v], false)?;
@@ -319,8 +316,6 @@ impl DeviceModel {
 struct Products<'a> {
     matvec: &'a mut MatVec,
     gemm: &'a mut Gemm,
-    ops: &'a Ops,
-    input: &'a mut Buffer<f32>,
     numbers: Numbers,
     tokens: usize,
 }
@@ -338,18 +333,7 @@ impl Products<'_> {
         if self.tokens <= FEW {
             return Ok(self.matvec.queue(matrices, input, self.numbers, out, add, self.tokens)?);
         }
-        let x = match input {
-            Input::Plain(x) => x,
-            other => {
-                let cols = matrices[0].cols();
-                self.ops.materialise(other, self.input, cols, self.tokens)?;
-                &*self.input
-            }
-        };
-        for (matrix, out) in matrices.iter().zip(out) {
-            self.gemm.queue(matrix, x, out, add, self.tokens)?;
-        }
-        Ok(())
+        Ok(self.gemm.queue(matrices, input, out, add, self.tokens)?)
     }
 }
 
@@ -363,7 +347,6 @@ impl Work {
         Ok(Self {
             matvec: MatVec::new(device)?,
             gemm: Gemm::new(device)?,
-            ops: Ops::new(device),
             attend: Attend::new(device, attention, &model.frequencies)?,
             slots: Slots::new(device, BATCH)?,
             ids: device.zeros("tokens", BATCH)?,
@@ -374,7 +357,6 @@ impl Work {
             mixed: make(heads)?,
             gate: make(intermediate)?,
             up: make(intermediate)?,
-            input: make(hidden.max(intermediate))?,
             last: device.zeros("hidden states", FEW * hidden)?,
             logits: device.zeros("logits", FEW * model.head().rows())?,
             graphs: HashMap::new(),

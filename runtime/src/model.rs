@@ -222,9 +222,13 @@ impl Model {
     /// The model with its last layers on the device that the options ask for.
     ///
     /// # Errors
-    /// [`Error::Device`] if a device was asked for and cannot be used.
+    /// [`Error::Device`] if a device was asked for and cannot be used, [`Error::Usage`] for layers
+    /// for the CPU.
     fn on_device(mut self, options: &OpenOptions) -> Result<Self> {
         let ordinal = match options.device {
+            DeviceChoice::Cpu if options.device_layers.is_some_and(|n| n > 0) => {
+                return Err(Error::usage("layers for a device (-ngl) need one: --device cuda"));
+            }
             DeviceChoice::Cpu => return Ok(self),
             _ if options.device_layers == Some(0) => return Ok(self),
             DeviceChoice::Auto => 0,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value as Json;
 use stb_format::encoding::Dense;
 use stb_tests::paths::{quill, root};
-use stb_tests::programs::{Run, command, convert, run};
+use stb_tests::programs::{Run, command, convert, run, skip};
 use stb_tests::tiny;
 use tempfile::TempDir;
 
@@ -247,8 +247,7 @@ fn a_machine_without_a_device_says_so_in_one_line() {
     let devices = list.success();
     assert!(devices.starts_with("cpu     "), "{devices}");
     if devices.contains("cuda:") {
-        let out = &mut std::io::stderr();
-        std::io::Write::write_all(out, b"skipped: this machine has a CUDA device\n").unwrap();
+        skip("this machine has a CUDA device");
         return;
     }
     assert_eq!(devices.lines().count(), 1, "{devices}");
@@ -275,6 +274,10 @@ fn a_machine_without_a_device_says_so_in_one_line() {
     let with = |more: &[&str]| run("stb-run", &[&base[..], more].concat()).failure(2);
     assert!(with(&["--device", "gpu"]).contains("auto, cpu, cuda or cuda:N"));
     assert!(with(&["-ngl", "many"]).contains("gpu-layers"));
+    assert!(with(&["-ngl", "1", "--device", "cpu"]).contains("--device cuda"));
+    let layers = run("stb-run", &[&base[..], &["-ngl", "1"]].concat());
+    assert!(layers.err.contains("the CPU computes"), "{}", layers.err);
+    assert_eq!(layers.success(), expected);
 }
 
 #[test]

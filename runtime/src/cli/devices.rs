@@ -1,9 +1,9 @@
 //! The devices of a machine, and what is said about the one that was chosen.
 
 use stb_kernels::cuda;
-use stb_runtime::{DeviceChoice, Model, default_threads};
+use stb_runtime::{Model, default_threads};
 
-use super::{LoadArgs, terminal};
+use super::terminal;
 
 /// `--list-devices`: one line each; without a CUDA device why there is none.
 pub(super) fn list() -> anyhow::Result<()> {
@@ -23,12 +23,9 @@ pub(super) fn list() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says why the CPU computes if a device was asked for with `auto`. Where nobody has asked and there is
-/// no device at all, that needs no words.
-pub(super) fn explain(model: &Model, args: &LoadArgs) {
-    let Some(why) = &model.device_note else { return };
-    let asked = args.device == Some(DeviceChoice::Auto) || args.gpu_layers.is_some();
-    if asked || !why.starts_with("no CUDA device") {
+/// Says why the CPU computes though a device was wanted if there is one.
+pub(super) fn explain(model: &Model) {
+    if let Some(why) = &model.device_note {
         terminal::note(format_args!("{why}; the CPU computes"));
     }
 }

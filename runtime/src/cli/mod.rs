@@ -75,11 +75,12 @@ struct LoadArgs {
     /// How keys and values of earlier tokens are kept [default: f16; f32 with --exact]
     #[arg(long, value_name = "TYPE", env = "STB_KV")]
     kv: Option<KvArg>,
-    /// Where to compute: auto, cpu, cuda or cuda:N [default: a CUDA device if there is one]
+    /// Where to compute: cpu, cuda, cuda:N, or auto for a CUDA device if there is one [default: cpu,
+    /// until the kernels have been proven on devices]
     #[arg(long, value_name = "DEVICE", env = "STB_DEVICE")]
     device: Option<DeviceChoice>,
-    /// Decoder layers that the device computes, the last ones; the CPU computes the rest. Also -ngl N
-    /// [default: all]
+    /// Decoder layers that the device computes, the last ones; the CPU computes the rest. Also -ngl N.
+    /// Without --device it means --device auto [default: all]
     #[arg(long, value_name = "N", env = "STB_NGL")]
     gpu_layers: Option<usize>,
 }
@@ -342,7 +343,7 @@ fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
     let threads = args.threads.map_or_else(default_threads, usize::from);
     let options = OpenOptions { threads: Some(threads), ..open_options(args) };
     let model = open_to_measure(file, &options)?;
-    devices::explain(&model, args);
+    devices::explain(&model);
     Ok(model)
 }
 
@@ -350,7 +351,7 @@ fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
 fn open(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
     let started = Instant::now();
     let model = Model::open(file, &open_options(args))?;
-    devices::explain(&model, args);
+    devices::explain(&model);
     Ok((model, started.elapsed()))
 }
 
@@ -374,7 +375,11 @@ fn open_options(args: &LoadArgs) -> OpenOptions {
         kv,
         threads: args.threads.map(usize::from),
         lock: args.mlock,
-        device: args.device.unwrap_or(DeviceChoice::Auto),
+        // Whoever gives layers to a device wants one.
+        device: args.device.unwrap_or(match args.gpu_layers {
+            Some(_) => DeviceChoice::Auto,
+            None => DeviceChoice::Cpu,
+        }),
         device_layers: args.gpu_layers,
     }
 }
