@@ -211,7 +211,7 @@ template <u32 TILES, u32 NT> struct Kernel {
             constexpr u32 WIDTH = N == 1 ? 2 : 4;
             const u32 wide = ceil_div(n * WIDTH, 8);
             within = v < WIDTH ? v : wide;
-            there = v == WIDTH || v < wide;
+            there = v < wide || v == WIDTH;
         } else {
             const u32 wide = ceil_div(n, 2), narrow = ceil_div(n, 4), odd = step % 2;
             within = v < 2 ? 2 * odd + v : v == 2 ? wide + odd : wide + narrow;
@@ -264,11 +264,10 @@ template <u32 TILES, u32 NT> struct Kernel {
     STB_DEVICE void run(u8 *shared) {
         u32 *table = reinterpret_cast<u32 *>(shared);
         u8 *stages = shared + TABLE * 4;
+        static_assert(TABLE == 0 || TABLE == GEMM_THREADS, "an entry for each thread");
         if constexpr (TABLE != 0) {
-            for (u32 i = threadIdx.x; i < TABLE; i += GEMM_THREADS) {
-                const Pattern p = pattern(i % 128, i / 128);
-                table[i] = p.low | p.high << 8 | p.indices << 16;
-            }
+            const Pattern p = pattern(threadIdx.x % 128, threadIdx.x / 128);
+            table[threadIdx.x] = p.low | p.high << 8 | p.indices << 16;
         }
         bits = a.w.kind & 255;
         first_tile = blockIdx.x * BLOCK_TILES;

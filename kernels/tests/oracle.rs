@@ -5,7 +5,7 @@ mod common;
 
 use common::random::{Rng, encodings, payload};
 use stb_format::Encoding;
-use stb_format::encoding::{Dense, IntGroup, Nm, Stbllm};
+use stb_format::encoding::Dense;
 use stb_format::half::f16;
 use stb_kernels::{
     Isa, Lanes, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul,

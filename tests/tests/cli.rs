@@ -247,7 +247,8 @@ fn a_machine_without_a_device_says_so_in_one_line() {
     let devices = list.success();
     assert!(devices.starts_with("cpu     "), "{devices}");
     if devices.contains("cuda:") {
-        println!("skipped: this machine has a CUDA device");
+        let out = &mut std::io::stderr();
+        std::io::Write::write_all(out, b"skipped: this machine has a CUDA device\n").unwrap();
         return;
     }
     assert_eq!(devices.lines().count(), 1, "{devices}");

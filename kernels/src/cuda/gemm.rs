@@ -8,6 +8,8 @@ use super::compile::Module;
 use super::device::{Buffer, Device};
 use super::launch::{Launch, Limits, to_u32};
 use super::matrix::{Matrix, MatrixParams};
+use super::matvec::Input;
+use super::ops::Ops;
 use super::{Error, Result};
 
 /// Threads of a block: `GEMM_THREADS` of gemm.cuh.
@@ -231,10 +233,20 @@ fn codes(encoding: &Encoding) -> Option<(usize, usize)> {
     })
 }
 
+/// How activations have to be prepared for a matrix: 0 as two bf16, 1 in f16, 2 in f16 with column factors.
+fn preparation(encoding: &Encoding) -> u32 {
+    match encoding {
+        Encoding::Nm(spec) => 1 + u32::from(spec.has_col_factors()),
+        _ => 0,
+    }
+}
+
 /// Products with many tokens on one device, with the memory they need.
 #[derive(Debug)]
 pub struct Gemm {
     device: Device,
+    ops: Ops,
+    input: Buffer<f32>,
     x: Buffer<u16>,
     scale: Buffer<f32>,
     partial: Buffer<f32>,
@@ -249,15 +261,16 @@ impl Gemm {
     pub fn new(device: &Device) -> Result<Self> {
         Ok(Self {
             device: device.clone(),
-            x: device.zeros("activations in f16", 0)?,
+            ops: Ops::new(device),
+            input: device.zeros("activations", 0)?,
+            x: device.zeros("activations for tensor cores", 0)?,
             scale: device.zeros("scales of activations", 0)?,
             partial: device.zeros("partial sums", 0)?,
             arrived: device.zeros("counters", 0)?,
         })
     }
 
-    /// Queues `out` (+)= `x` · `matrix`ᵀ, `x` [tokens, cols], `out` [tokens, rows]; activations are rounded to f16 as
-    /// [`GemmPlan::new`] says.
+    /// Queues `out[i]` (+)= `input` · `matrices[i]`ᵀ, `out[i]` [tokens, rows]; as exact as [`GemmPlan::new`] says.
     ///
     /// Memory grows with the first calls, so a product that is recorded in a graph has to have been computed
     /// before.
@@ -266,45 +279,77 @@ impl Gemm {
     /// As for [`GemmPlan::new`]; [`Error::Memory`], [`Error::Driver`].
     ///
     /// # Panics
-    /// If a buffer is too small for `tokens` tokens.
+    /// If a buffer is too small for `tokens` tokens, or matrices have different widths.
     pub fn queue(
         &mut self,
-        matrix: &Matrix,
-        x: &Buffer<f32>,
-        out: &mut Buffer<f32>,
+        matrices: &[&Matrix],
+        input: Input<&Buffer<f32>>,
+        out: &mut [&mut Buffer<f32>],
         add: bool,
         tokens: usize,
     ) -> Result<()> {
-        let (rows, cols) = (matrix.rows(), matrix.cols());
-        assert!(x.len() >= tokens * cols && out.len() >= tokens * rows, "room for the tokens");
+        assert!(matrices.len() == out.len() && !matrices.is_empty(), "an output per matrix");
+        let cols = matrices[0].cols();
+        input.check(cols, tokens);
+        let x = match input {
+            Input::Plain(x) => x.address(),
+            _ => {
+                if tokens * cols > self.input.len() {
+                    self.input = self.device.zeros("activations", tokens * cols)?;
+                }
+                self.ops.materialise(input, &mut self.input, cols, tokens)?;
+                self.input.address()
+            }
+        };
+        let mut prepared = None;
+        for (matrix, out) in matrices.iter().zip(out) {
+            assert_eq!(matrix.cols(), cols, "matrices of one input");
+            assert!(out.len() >= tokens * matrix.rows(), "room for the result");
+            // Column factors are each matrix' own.
+            let kind = preparation(&matrix.encoding);
+            if kind == 2 || prepared != Some(kind) {
+                self.prepare(matrix, x, tokens)?;
+            }
+            prepared = Some(kind);
+            self.multiply(matrix, out.address(), add, tokens)?;
+        }
+        Ok(())
+    }
+
+    /// Prepares activations at `x`, which are [tokens, columns of `matrix`].
+    fn prepare(&mut self, matrix: &Matrix, x: u64, tokens: usize) -> Result<()> {
+        let elements = gemm_prepared(matrix.cols(), tokens);
+        if elements > self.x.len() {
+            self.x = self.device.zeros("activations for tensor cores", elements)?;
+        }
+        if tokens > self.scale.len() {
+            self.scale = self.device.zeros("scales of activations", tokens)?;
+        }
+        let (to, scale) = (self.x.address(), self.scale.address());
+        let launch = plan_prepare(&matrix.encoding, matrix.params, x, to, scale, tokens)?;
+        // SAFETY: the caller has checked that the activations are there; what is prepared and the scales
+        // have room. The payload, whose column factors are read, was validated for its shape.
+        unsafe { self.device.launch(&launch) }
+    }
+
+    /// The product with what was prepared, to the address `out`, which has room for it.
+    fn multiply(&mut self, matrix: &Matrix, out: u64, add: bool, tokens: usize) -> Result<()> {
         let plan = |addresses, work| {
             let limits = self.device.limits();
             GemmPlan::new(limits, &matrix.encoding, matrix.params, addresses, add, tokens, work)
         };
         let needed = plan([0; 3], [0; 2])?;
-        if gemm_prepared(cols, tokens) > self.x.len() {
-            self.x = self.device.zeros("activations in f16", gemm_prepared(cols, tokens))?;
-        }
-        if tokens > self.scale.len() {
-            self.scale = self.device.zeros("scales of activations", tokens)?;
-        }
         if needed.partial > self.partial.len() {
             self.partial = self.device.zeros("partial sums", needed.partial)?;
         }
         if needed.arrived > self.arrived.len() {
             self.arrived = self.device.zeros("counters", needed.arrived)?;
         }
-        let (half, scale) = (self.x.address(), self.scale.address());
-        let prepare =
-            plan_prepare(&matrix.encoding, matrix.params, x.address(), half, scale, tokens)?;
-        // SAFETY: the matrix' payload was validated for its shape; `x` holds the tokens, and the prepared
-        // activations and scales have room for them, as checked. All are on the stream of this device.
-        unsafe { self.device.launch(&prepare) }?;
         let work = [self.partial.address(), self.arrived.address()];
-        let addresses = [half, scale, out.address()];
-        let planned = plan(addresses, work)?;
-        // SAFETY: as above; `out` has room for the result, and the partial sums and counters for what the plan
-        // needs.
+        let planned = plan([self.x.address(), self.scale.address(), out], work)?;
+        // SAFETY: the matrix' payload was validated for its shape; activations were prepared for its width
+        // and as many tokens; the caller has checked the result's room; and the partial sums and counters
+        // have room for what the plan needs. All are on the stream of this device.
         unsafe { self.device.launch(&planned.launch) }
     }
 }

@@ -42,41 +42,45 @@ const SHAPES: [(usize, usize); 9] = [
     (257, 11_008),
 ];
 
-/// A matrix, its exact weights, activations.
+/// What a product has to be: for each token and row the sum, Σ|w·x|, and half a step of activations rounded
+/// to 8 bits by 32 columns times Σ|w|.
 struct Case {
     what: String,
-    rows: usize,
-    cols: usize,
-    weights: Vec<f32>,
-    x: Vec<f32>,
-    tokens: usize,
+    exact: Vec<[f64; 3]>,
 }
 
 impl Case {
-    /// The largest error of `y` over what is allowed: `relative` · Σ|w·x|, and with `rounded` activations half a
-    /// step of 32 columns each.
-    fn worst(&self, y: &[f32], relative: f64, rounded: bool) -> f64 {
-        let mut worst = 0.0f64;
-        for t in 0..self.tokens {
-            let x = &self.x[t * self.cols..][..self.cols];
-            for r in 0..self.rows {
-                let w = &self.weights[r * self.cols..][..self.cols];
+    fn new(what: String, weights: &[f32], cols: usize, x: &[f32]) -> Self {
+        let mut exact = Vec::new();
+        for x in x.chunks_exact(cols) {
+            for w in weights.chunks_exact(cols) {
                 let (mut sum, mut magnitude, mut step) = (0.0, 0.0, 0.0);
                 for (w, x) in w.chunks(32).zip(x.chunks(32)) {
-                    let largest = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+                    let (mut largest, mut size) = (0.0f64, 0.0);
                     for (w, x) in w.iter().zip(x) {
-                        let term = f64::from(*w) * f64::from(*x);
-                        sum += term;
-                        magnitude += term.abs();
-                        step += f64::from(largest) / 254.0 * f64::from(w.abs());
+                        let (w, x) = (f64::from(*w), f64::from(*x));
+                        sum += w * x;
+                        magnitude += (w * x).abs();
+                        size += w.abs();
+                        largest = largest.max(x.abs());
                     }
+                    step += largest / 254.0 * size;
                 }
-                let allowed =
-                    relative * magnitude + if rounded { 1.0001 * step } else { 0.0 } + 1e-30;
-                let error = (f64::from(y[t * self.rows + r]) - sum).abs() / allowed;
-                // A NaN is the worst.
-                worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
+                exact.push([sum, magnitude, step]);
             }
+        }
+        Self { what, exact }
+    }
+
+    /// The largest error of `y` over what is allowed: `relative` · Σ|w·x|, and the steps of `rounded`
+    /// activations.
+    fn worst(&self, y: &[f32], relative: f64, rounded: bool) -> f64 {
+        let mut worst = 0.0f64;
+        for (y, [sum, magnitude, step]) in y.iter().zip(&self.exact) {
+            let rounding = if rounded { 1.0001 * step } else { 0.0 };
+            let error = (f64::from(*y) - sum).abs() / (relative * magnitude + rounding + 1e-30);
+            // A NaN is the worst.
+            worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
         }
         worst
     }
@@ -120,8 +124,8 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
                     x[at] *= 300.0;
                 }
                 let what = format!("{encoding} {rows}x{cols}, {tokens} tokens");
-                let case = Case { what, rows, cols, weights: weights.clone(), x, tokens };
-                let input = device.upload("activations", &case.x)?;
+                let case = Case::new(what, &weights, cols, &x);
+                let input = device.upload("activations", &x)?;
                 // What is not written stays NaN.
                 let mut out = device.upload("results", &vec![f32::NAN; tokens * rows])?;
                 let mut y = vec![0.0; tokens * rows];
@@ -138,7 +142,7 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
                 }
                 if GemmPlan::supports(&encoding) {
                     out.write(&vec![f32::NAN; tokens * rows])?;
-                    gemm.queue(&matrix, &input, &mut out, false, tokens)?;
+                    gemm.queue(&[&matrix], Input::Plain(&input), &mut [&mut out], false, tokens)?;
                     out.read(&mut y)?;
                     // Activations in f16, or both in two bf16.
                     let places = if matches!(encoding, Encoding::Nm(_)) { 11 } else { 14 };

@@ -157,10 +157,10 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
                 let bytes = random(&[rows as u64, cols as u64], &encoding);
                 let matrix = Matrix::upload(device, &encoding, rows, cols, &bytes)?;
                 let mut gemm = Gemm::new(device)?;
-                gemm.queue(&matrix, &x, &mut y, false, tokens)?;
-                let mut graph = device.record(|| {
-                    (0..10).try_for_each(|_| gemm.queue(&matrix, &x, &mut y, false, tokens))
-                })?;
+                let mut queue =
+                    || gemm.queue(&[&matrix], Input::Plain(&x), &mut [&mut y], false, tokens);
+                queue()?;
+                let mut graph = device.record(|| (0..10).try_for_each(|_| queue()))?;
                 let times = time_graph(device, &mut graph)?.map(|s| s / 10.0);
                 report.line(&line(name, rows, cols, tokens, times, operations, dense));
                 all.push(entry(name, rows, cols, tokens, times, operations, dense));
