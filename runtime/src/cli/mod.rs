@@ -30,11 +30,11 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
-    #[command(flatten)]
-    run: RunArgs,
     /// Print the devices of this machine
     #[arg(long)]
     list_devices: bool,
+    #[command(flatten)]
+    run: RunArgs,
 }
 
 #[derive(Subcommand)]
