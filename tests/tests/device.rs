@@ -47,7 +47,7 @@ impl Machine {
                 for (i, place) in bytes.as_chunks::<16>().0.iter().enumerate() {
                     let word =
                         |at: usize| u64::from_le_bytes(place[at..at + 8].try_into().unwrap());
-                    if bytes.len() <= 1 << 12
+                    if bytes.len() <= 1 << 14
                         && let Some((cache, offset)) = pointer(word(0))
                     {
                         let set = Launch::new("set_slot").pointer(buffer, 16 * i);
