@@ -158,7 +158,10 @@ impl Emulator {
         let name = hash(&folder, &main, &flags, sources)?;
         let program = target.join(&name);
         if !program.exists() {
-            let unfinished = target.join(format!("{name}.{}", std::process::id()));
+            // Tests of one process and several processes may build the same program at once: each builds
+            // in a folder of its own, and the last to finish replaces the same bytes.
+            let folder_of_build = tempfile::tempdir_in(&target)?;
+            let unfinished = folder_of_build.path().join(&name);
             let mut child = Command::new(&compiler)
                 .args(&flags)
                 .arg("-I")
