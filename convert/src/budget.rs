@@ -138,7 +138,10 @@ fn candidates(
         let codes = [(1, 8), (1, 4), (2, 8), (2, 4)];
         for spec in codes.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, BLOCK, false)) {
             let error = nm::plain_error(&sample, cols, importance, spec);
-            add(Treatment::Linear(Method::Nm(nm::Options { spec, sweeps: 4 })), error)?;
+            add(
+                Treatment::Linear(Method::Nm(nm::Options { spec, sweeps: 4, refit: true })),
+                error,
+            )?;
         }
     }
     if let stb_format::Encoding::Dense(kind) = *weight.encoding() {

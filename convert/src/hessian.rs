@@ -117,6 +117,50 @@ impl Hessian {
         let add = (damping * mean) as f32;
         self.matrix.iter_mut().step_by(self.size + 1).for_each(|d| *d += add);
     }
+
+    /// Multiplies the diagonal by 1 + `ridge`: the same for features of any size. Dead features get 1, and
+    /// a trace of damping keeps the matrix positive definite.
+    pub fn add_ridge(&mut self, ridge: f64) {
+        let factor = (1.0 + ridge) as f32;
+        self.matrix.iter_mut().step_by(self.size + 1).for_each(|d| *d *= factor);
+        self.damp(1e-4);
+    }
+}
+
+/// (2/n) Σ Aᵀ X over n calibration sequences, A [tokens, rows] and X [tokens, cols]: how the inputs X of
+/// a layer go with something else.
+#[derive(Clone, Debug)]
+pub struct CrossMoments {
+    /// [rows, cols].
+    matrix: Vec<f32>,
+    cols: usize,
+    sequences: usize,
+}
+
+impl CrossMoments {
+    /// Zero, [rows, cols].
+    #[must_use]
+    pub fn new(rows: usize, cols: usize) -> Self {
+        Self { matrix: vec![0.0; rows * cols], cols, sequences: 0 }
+    }
+
+    /// Adds `sequences` sequences: `a` is [tokens, rows], `x` [tokens, cols].
+    ///
+    /// # Panics
+    /// If the numbers of tokens differ.
+    pub fn add(&mut self, isa: Isa, a: &[f32], x: &[f32], sequences: usize) {
+        let rows = self.matrix.len() / self.cols;
+        add_cross_products(isa, a, rows, x, self.cols, &mut self.matrix);
+        self.sequences += sequences;
+    }
+
+    /// The elements, [rows, cols], scaled as the second moments are.
+    #[must_use]
+    pub fn finish(mut self) -> Vec<f32> {
+        let scale = 2.0 / self.sequences.max(1) as f32;
+        self.matrix.par_iter_mut().for_each(|m| *m *= scale);
+        self.matrix
+    }
 }
 
 /// H = M Mᵀ with M upper triangular, and U = M⁻¹, so that H⁻¹ = Uᵀ U: the factor whose rows spread
@@ -167,6 +211,17 @@ impl Factor {
         Ok(Self { size: n, u: backwards(&inverse), m: backwards(&lower) })
     }
 
+    /// `a` · H⁻¹, [rows, in].
+    #[must_use]
+    pub fn times_inverse(&self, isa: Isa, a: &[f32]) -> Vec<f32> {
+        let n = self.size;
+        let mut panels = Panels::default();
+        panels.pack(&self.u, n);
+        let half = product_of(isa, a, n, &panels, n);
+        panels.pack_transposed(&self.u, n, n, n);
+        product_of(isa, &half, n, &panels, n)
+    }
+
     /// 1 / U_jj² for each column: how much an error there costs after compensation.
     #[must_use]
     pub fn importance(&self) -> Vec<f32> {
@@ -208,6 +263,49 @@ pub(crate) fn product(isa: Isa, a: &[f32], k: usize, b: &Panels, out: &mut Vec<f
     out.resize(a.len() / k * stride, 0.0);
     matmul(isa, &dense(a, a.len() / k, k), panels, 0, out);
     stride
+}
+
+/// Adds Aᵀ X to `out`, [rows, cols]: `a` is [tokens, rows], `x` [tokens, cols].
+pub(crate) fn add_cross_products(
+    isa: Isa,
+    a: &[f32],
+    rows: usize,
+    x: &[f32],
+    cols: usize,
+    out: &mut [f32],
+) {
+    let tokens = x.len() / cols;
+    assert!(tokens * cols == x.len() && tokens * rows == a.len(), "the same tokens");
+    let mut panels = Panels::default();
+    panels.pack_transposed(x, cols, tokens, cols);
+    let transposed = transpose(a, tokens, rows);
+    let left = dense(&transposed, rows, tokens);
+    out.par_chunks_mut(TASK_ROWS * cols).enumerate().for_each_init(
+        Vec::new,
+        |product, (task, out)| {
+            let stride = panels.all().row_stride();
+            product.resize(out.len() / cols * stride, 0.0);
+            matmul(isa, &left, panels.all(), task * TASK_ROWS, product);
+            for (row, product) in out.chunks_exact_mut(cols).zip(product.chunks(stride)) {
+                row.iter_mut().zip(product).for_each(|(m, p)| *m += p);
+            }
+        },
+    );
+}
+
+/// As [`product`], in parallel and without padding: [rows of a, width].
+pub(crate) fn product_of(isa: Isa, a: &[f32], k: usize, b: &Panels, width: usize) -> Vec<f32> {
+    let mut out = vec![0.0; a.len() / k * width];
+    out.par_chunks_mut(TASK_ROWS * width).zip(a.par_chunks(TASK_ROWS * k)).for_each_init(
+        Vec::new,
+        |memory, (out, a)| {
+            let stride = product(isa, a, k, b, memory);
+            for (out, product) in out.chunks_exact_mut(width).zip(memory.chunks_exact(stride)) {
+                out.copy_from_slice(&product[..width]);
+            }
+        },
+    );
+    out
 }
 
 #[cfg(test)]

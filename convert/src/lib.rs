@@ -24,6 +24,7 @@ pub mod report;
 pub mod resume;
 pub mod sensitivity;
 pub mod study;
+pub mod tune;
 
 pub use pipeline::{Job, Progress, convert};
 pub use plan::{Plan, plan};

@@ -245,8 +245,13 @@ impl Plan {
         let inputs = [spec.hidden_size, q_width, spec.hidden_size, spec.intermediate_size];
         let length = (recipe.calibration.length as u64).min(spec.context_length);
         let tokens = recipe.calibration.samples as u64 * length;
-        // A separate pruning pass has hidden states of its own.
-        let hidden = tokens * spec.hidden_size * if self.prunes_first() { 8 } else { 4 };
+        let calibration = &recipe.calibration;
+        let dense = calibration.follows_dense().unwrap_or(false);
+        let tunes = matches!(calibration.tuning(), Ok(Some(_)));
+        // A separate pruning pass has hidden states of its own, and so has the dense model (those of the
+        // next layer beside them).
+        let states = 1 + u64::from(self.prunes_first()) + 2 * u64::from(dense);
+        let hidden = tokens * spec.hidden_size * 4 * states;
         let batch = crate::pipeline::BATCH as u64 * length;
         let captured = batch * (inputs.iter().sum::<u64>() + 4 * spec.intermediate_size) * 4;
         // H in f32, M and U in f32, and two f64 copies while one of them is factored.
@@ -266,7 +271,16 @@ impl Plan {
             _ => 0,
         });
         let quantising = linear * 36 + fitting.max().unwrap_or(0);
-        hidden + moments + layer + captured.max(factoring).max(quantising)
+        // What inputs and residual stream have to do with those of the dense model.
+        let shift = if dense {
+            (spec.intermediate_size + spec.hidden_size) * spec.intermediate_size * 4
+        } else {
+            0
+        };
+        // A layer's weights and gradients, and all that a batch computes, forward and backward.
+        let weights = 4 * spec.hidden_size * q_width + 3 * linear;
+        let tuning = if tunes { weights * 8 + 2 * captured } else { 0 };
+        hidden + moments + shift + layer + captured.max(factoring).max(quantising).max(tuning)
     }
 }
 

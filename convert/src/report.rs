@@ -39,6 +39,9 @@ pub struct Stages {
     /// The steps of the quantisers.
     #[serde(flatten)]
     pub quantiser: Seconds,
+    /// Tuning the layer as a whole.
+    #[serde(default)]
+    pub tuning: f64,
     /// Measuring the error of what is stored.
     pub check: f64,
     /// Writing, and keeping what a later run can go on from.
@@ -52,6 +55,7 @@ impl Stages {
         self.moments += other.moments;
         self.factors += other.factors;
         self.quantiser.add(&other.quantiser);
+        self.tuning += other.tuning;
         self.check += other.check;
         self.output += other.output;
     }

@@ -122,7 +122,7 @@ impl Workspace {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn save(&mut self, index: usize, layer: &SavedLayer, states: &[&States]) -> Result<()> {
+    pub fn save(&mut self, index: usize, layer: &SavedLayer, states: &[&mut States]) -> Result<()> {
         let header =
             serde_json::to_vec(layer).map_err(|e| Error::Internal { what: e.to_string() })?;
         let length = (header.len() as u64).to_le_bytes();

@@ -1,5 +1,7 @@
 //! A quick look at the dense model: how large its inputs are, layer by layer.
 
+use std::ops::ControlFlow;
+
 use rayon::prelude::*;
 use stb_runtime::{Checkpoint, LinearInput, Model, Observer, Result};
 
@@ -16,13 +18,14 @@ pub type Diagonals = Vec<[Vec<f32>; 4]>;
 struct Squares<'a>(&'a mut [Vec<f32>; 4]);
 
 impl Observer for Squares<'_> {
-    fn observe(&mut self, input: LinearInput, x: &[f32]) {
+    fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
         let sums = &mut self.0[input.index()];
         for x in x.chunks_exact(sums.len()) {
             for (s, x) in sums.iter_mut().zip(x) {
                 *s += x * x;
             }
         }
+        ControlFlow::Continue(())
     }
 }
 

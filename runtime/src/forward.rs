@@ -1,5 +1,7 @@
 //! The forward pass of a LLaMA-type decoder, top to bottom.
 
+use std::ops::ControlFlow;
+
 use stb_format::{RopePairing, RopeScaling};
 use stb_kernels::cuda::{self, Attention};
 use stb_kernels::kv::KvKind;
@@ -37,13 +39,17 @@ impl LinearInput {
 
 /// Sees the inputs of the linear layers as they are computed: how calibration collects statistics.
 pub trait Observer {
-    /// `x` is [tokens, in features].
-    fn observe(&mut self, input: LinearInput, x: &[f32]);
+    /// `x` is [tokens, in features]. To break ends the layer there, before that linear layer: the
+    /// residual stream is then what its output would be added to (or, for inputs that are not, what it
+    /// was made of).
+    fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()>;
 }
 
 /// Sees nothing.
 impl Observer for () {
-    fn observe(&mut self, _: LinearInput, _: &[f32]) {}
+    fn observe(&mut self, _: LinearInput, _: &[f32]) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
 }
 
 /// One sequence: its position, its caches and reusable memory.
@@ -192,7 +198,7 @@ impl Model {
                     state.caches[i].attend(self.isa, &self.pool, q, k, v, out);
                 }
             };
-            self.layer(layer, &self.pool, attend, &mut memory, &mut hidden, &mut ());
+            let _ = self.layer(layer, &self.pool, attend, &mut memory, &mut hidden, &mut ());
         }
         if let Some(device) = &self.device {
             let mut logits = std::mem::take(&mut states[0].logits);
@@ -306,7 +312,8 @@ impl Model {
             let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
                 cache.attend(self.isa, &self.pool, q, k, v, out);
             };
-            self.layer(layer, &self.pool, attend, &mut state.memory, &mut hidden, &mut ());
+            let memory = &mut state.memory;
+            let _ = self.layer(layer, &self.pool, attend, memory, &mut hidden, &mut ());
         }
         state.tokens += tokens.len();
         Ok(hidden)
@@ -342,7 +349,18 @@ impl Model {
         let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
             cache.attend(self.isa, pool, q, k, v, out);
         };
-        self.layer(layer, pool, attend, &mut memory, hidden, observer);
+        let _ = self.layer(layer, pool, attend, &mut memory, hidden, observer);
+    }
+
+    /// Rotates the heads of `x`, [tokens, width] from the start of a sequence, as queries and keys are,
+    /// or, with `back`, the other way: the transpose.
+    pub fn rotate(&self, x: &mut [f32], width: usize, back: bool) {
+        let mut rotary = Rotary::default();
+        self.turn(&mut rotary, 0..x.len() / width);
+        if back {
+            rotary.sin.iter_mut().for_each(|sin| *sin = -*sin);
+        }
+        rotary.rotate(self.pool.or_serial(false), x, width);
     }
 
     /// `attend` appends keys and values (both [tokens, kv_width]) to the caches and computes the
@@ -355,32 +373,33 @@ impl Model {
         memory: &mut Memory,
         hidden: &mut [f32], // [tokens, hidden]
         observer: &mut dyn Observer,
-    ) {
+    ) -> ControlFlow<()> {
         let isa = self.isa;
         let Memory { linears, rotary, normed, q, k, v, mixed, gate, up, out, .. } = memory;
         let eps = self.spec.norm_eps as f32;
 
         norm_rows(isa, pool, hidden, &layer.attention_norm, eps, normed);
-        observer.observe(LinearInput::Attention, normed);
+        observer.observe(LinearInput::Attention, normed)?;
         apply(isa, pool, linears, [&layer.q, &layer.k, &layer.v], normed, [q, k, v]);
         rotary.rotate(pool, q, layer.q.rows());
         rotary.rotate(pool, k, layer.k.rows());
         mixed.resize(q.len(), 0.0);
         attend(q, k, v, mixed);
-        observer.observe(LinearInput::AttentionOutput, mixed);
+        observer.observe(LinearInput::AttentionOutput, mixed)?;
         apply(isa, pool, linears, [&layer.o], mixed, [out]);
         add(pool, hidden, out);
 
         norm_rows(isa, pool, hidden, &layer.mlp_norm, eps, normed);
-        observer.observe(LinearInput::Mlp, normed);
+        observer.observe(LinearInput::Mlp, normed)?;
         apply(isa, pool, linears, [&layer.gate, &layer.up], normed, [gate, up]);
         let up = &*up;
         pool.or_serial(gate.len() > SERIAL).run_chunks(gate, CHUNK, |first, gate| {
             ops::silu_mul(isa, gate, &up[first..first + gate.len()]);
         });
-        observer.observe(LinearInput::MlpDown, gate);
+        observer.observe(LinearInput::MlpDown, gate)?;
         apply(isa, pool, linears, [&layer.down], gate, [out]);
         add(pool, hidden, out);
+        ControlFlow::Continue(())
     }
 
     /// Last norm and head: `hidden` [tokens, hidden] to `logits` [tokens, vocab].

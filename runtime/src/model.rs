@@ -106,6 +106,22 @@ impl Layer {
     pub fn matrices(&self) -> [&Weight; 7] {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
+
+    /// Replaces the matrix at `place` of [`Layer::matrices`]; nothing beyond them.
+    pub fn replace(&mut self, place: usize, weight: Weight) {
+        let all = [
+            &mut self.q,
+            &mut self.k,
+            &mut self.v,
+            &mut self.o,
+            &mut self.gate,
+            &mut self.up,
+            &mut self.down,
+        ];
+        if let Some(old) = all.into_iter().nth(place) {
+            *old = weight;
+        }
+    }
 }
 
 /// A LLaMA-type decoder, from an `.stb` file or a dense checkpoint.

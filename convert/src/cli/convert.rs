@@ -87,6 +87,10 @@ fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
     if let Some(seed) = args.seed {
         calibration.seed = seed;
     }
+    if let Some(epochs) = args.tuning {
+        calibration.tuning = Some(epochs as usize);
+        calibration.tuning()?;
+    }
     Ok(recipe)
 }
 

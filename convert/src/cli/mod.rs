@@ -106,6 +106,10 @@ struct ConvertArgs {
     /// Seed of the calibration windows
     #[arg(long, value_name = "N", help_heading = "Calibration")]
     seed: Option<u64>,
+    /// Passes over the calibration sequences in which scales and norms of each finished layer are tuned
+    /// to the dense model's output: better, several times as long; default: what the recipe says, none
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
+    tuning: Option<u32>,
     /// Replace OUT if it exists
     #[arg(short, long, help_heading = "Output")]
     force: bool,

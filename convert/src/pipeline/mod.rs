@@ -1,8 +1,10 @@
 //! The conversion: one decoder layer at a time through calibration, quantisation and output.
 
+mod refresh;
 mod tensor;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
@@ -20,6 +22,8 @@ use crate::quantise::{Input, Packed, relative_error, stbllm};
 use crate::recipe::Recipe;
 use crate::report::{LayerReport, Report, Stages, TensorReport};
 use crate::resume::{SavedLayer, States, Workspace};
+use crate::tune;
+use refresh::Shift;
 use tensor::{clear_dead, decode, finite, in_range, linear, squared_error, without_inputs};
 
 /// Sequences that run through a layer together: threads take whole sequences.
@@ -209,6 +213,15 @@ struct Hidden {
     quantised: States,
     /// Behind the layers so far that were only pruned, for masks of a pass of their own.
     pruned: States,
+    /// Behind the layers so far of the dense model, for targets from it.
+    dense: States,
+}
+
+impl Hidden {
+    /// All of them, for what is kept of an unfinished conversion.
+    fn all(&mut self) -> [&mut States; 3] {
+        [&mut self.quantised, &mut self.pruned, &mut self.dense]
+    }
 }
 
 /// Second moments of one input of a decoder layer, damped and factored.
@@ -216,6 +229,15 @@ struct Moments {
     hessian: Hessian,
     factor: Factor,
     norms: Vec<f32>,
+    /// How far the input is from that of the dense model, if that is the target.
+    shift: Option<Shift>,
+}
+
+/// A tensor that has been quantised.
+struct Done {
+    packed: Packed,
+    error: f64,
+    seconds: f64,
 }
 
 /// Keeps what it sees, in the order of [`LinearInput::ALL`].
@@ -223,8 +245,9 @@ struct Moments {
 struct Capture([Vec<f32>; 4]);
 
 impl Observer for Capture {
-    fn observe(&mut self, input: LinearInput, x: &[f32]) {
+    fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
         self.0[input.index()] = x.to_vec();
+        ControlFlow::Continue(())
     }
 }
 
@@ -266,9 +289,19 @@ impl Run<'_> {
             let tokenizer = self.model.tokenizer()?;
             let options = &job.recipe.calibration;
             let length = options.length.min(job.checkpoint.spec.context_length as usize);
+            let table = self.stored_embeddings()?;
             for window in job.calibration.windows(&tokenizer, options, length)? {
                 let mut states = Vec::new();
                 self.model.embed(&window, &mut states)?;
+                if job.recipe.calibration.follows_dense()? {
+                    hidden.dense.push(states.clone());
+                }
+                if let Some(table) = &table {
+                    let width = table.cols();
+                    for (token, state) in window.iter().zip(states.chunks_exact_mut(width)) {
+                        table.view().decode_row(*token as usize, state);
+                    }
+                }
                 hidden.quantised.push(states);
             }
         }
@@ -276,6 +309,20 @@ impl Run<'_> {
             hidden.pruned.clone_from(&hidden.quantised);
         }
         Ok(hidden)
+    }
+
+    /// The embeddings as they will be stored, if layers are to see those.
+    fn stored_embeddings(&self) -> anyhow::Result<Option<Weight>> {
+        let name = "model.embed_tokens.weight";
+        let plan = self.job.plan.tensors.iter().find(|t| t.name == name);
+        let Some(plan) = plan.filter(|_| self.job.recipe.calibration.refreshed().unwrap_or(false))
+        else {
+            return Ok(None);
+        };
+        let weight = self.job.checkpoint.weight(name)?;
+        let packed = without_inputs(plan, &weight, &finite(&weight, name)?);
+        let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
+        Ok(Some(Weight::from_payload(&packed.payload, packed.encoding, rows, cols)?))
     }
 
     /// Writes the layers that a run before has finished; returns their number.
@@ -294,7 +341,7 @@ impl Run<'_> {
             let lengths: Vec<u64> = part.iter().map(|t| t.bytes).collect();
             saved.extend(self.workspace.load(index, &lengths));
         }
-        let mut states = [&mut hidden.quantised, &mut hidden.pruned];
+        let mut states = hidden.all();
         let complete = saved.len() == finished
             && (finished == parts.len() || self.workspace.load_states(&mut states).is_some());
         if !complete {
@@ -327,19 +374,15 @@ impl Run<'_> {
             let values = finite(&weight, &tensor.name)?;
             let packed = without_inputs(tensor, &weight, &values);
             let error = squared_error(&packed, &weight, &values);
-            self.write(tensor, &packed, error, started)?;
+            let seconds = started.elapsed().as_secs_f64();
+            self.write(tensor, &Done { packed, error, seconds })?;
         }
         Ok(())
     }
 
-    fn write(
-        &mut self,
-        tensor: &TensorPlan,
-        packed: &Packed,
-        error: f64,
-        started: Instant,
-    ) -> anyhow::Result<()> {
+    fn write(&mut self, tensor: &TensorPlan, done: &Done) -> anyhow::Result<()> {
         let target = self.job.target;
+        let Done { packed, error, seconds } = done;
         self.stages.quantiser.add(&packed.seconds);
         let writing = Instant::now();
         self.writer
@@ -352,9 +395,9 @@ impl Run<'_> {
             encoding: packed.encoding.to_string(),
             bytes: packed.payload.len() as u64,
             stored_bits: tensor.stored_bits(),
-            relative_error: error,
+            relative_error: *error,
             salient: packed.salient,
-            seconds: started.elapsed().as_secs_f64(),
+            seconds: *seconds,
         });
         Ok(())
     }
@@ -372,7 +415,7 @@ impl Run<'_> {
         let layers = self.model.layers.len();
         self.stages = Stages::default();
         // Units of progress: calibration, each tensor, the second forward pass.
-        let units = tensors.len() as u64 + 2;
+        let units = tensors.len() as u64 + 3;
         let step = |done: u64, what: &str| {
             let text = format!("layer {} of {layers}: {what}", index + 1);
             progress.step(index as u64 * units + done, layers as u64 * units, &text);
@@ -382,28 +425,59 @@ impl Run<'_> {
         for tensor in tensors {
             finite(&self.job.checkpoint.weight(&tensor.name)?, &tensor.name)?;
         }
-        let mut layer = self.model.layers[index].clone();
+        let dense = self.model.layers[index].clone();
+        let mut layer = dense.clone();
         let pruned = self.prune_first(tensors, &mut layer, &mut hidden.pruned)?;
-        let moments = if linear { Some(self.moments(&layer, &hidden.quantised)?) } else { None };
-        let (mut error, mut count) = (0.0, 0);
-        let mut payloads = Vec::new();
-        for (i, tensor) in tensors.iter().enumerate() {
+        let refreshed = linear && self.job.recipe.calibration.refreshed()?;
+        let mut moments: [Option<Moments>; 4] = Default::default();
+        if linear && !refreshed {
+            moments = self.moments(&layer, &hidden.quantised)?.map(Some);
+        }
+        let mut finished: Vec<Option<Done>> = tensors.iter().map(|_| None).collect();
+        // In the order of computation, so that each input is behind what has been quantised.
+        let place = |i: &usize| {
+            let part = tensors[*i].layer().map_or("", |(_, part)| part);
+            (input_of(part).map_or(0, |input| input + 1), *i)
+        };
+        let mut order: Vec<usize> = (0..tensors.len()).collect();
+        order.sort_by_key(place);
+        for (done, i) in order.into_iter().enumerate() {
             check_interrupt()?;
-            let part = tensor.layer().map_or("", |(_, part)| part);
-            step(1 + i as u64, part);
-            let pruned = pruned.get(part);
-            let (payload, tensor_error) =
-                self.layer_tensor(tensor, part, moments.as_deref(), pruned, &mut layer)?;
-            payloads.push(payload);
-            if let Treatment::Linear(_) = tensor.treatment {
-                error += tensor_error;
-                count += 1;
+            let part = tensors[i].layer().map_or("", |(_, part)| part);
+            step(1 + done as u64, part);
+            let input = input_of(part);
+            if let Some(input) = input.filter(|k| refreshed && moments[*k].is_none()) {
+                // One at a time in memory.
+                moments = Default::default();
+                let which = LinearInput::ALL[input];
+                moments[input] = Some(self.refreshed_moments(which, &layer, &dense, hidden)?);
             }
+            let moments = input.and_then(|k| moments[k].as_ref());
+            finished[i] =
+                Some(self.layer_tensor(tensors[i], part, moments, pruned.get(part), &mut layer)?);
         }
         drop((moments, pruned));
+        let mut next_dense = hidden.dense.clone();
+        if index + 1 < layers || self.job.recipe.calibration.tuning()?.is_some() {
+            self.forward(&dense, &mut next_dense)?;
+        }
+        if linear {
+            step(units - 2, "tuning");
+            self.tune(tensors, &mut layer, &mut finished, &hidden.quantised, &next_dense)?;
+        }
+        let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
+        for (tensor, done) in tensors.iter().zip(finished.into_iter().flatten()) {
+            self.write(tensor, &done)?;
+            if let Treatment::Linear(_) = tensor.treatment {
+                error += done.error;
+                count += 1;
+            }
+            payloads.push(done.packed.payload);
+        }
         step(units - 1, "next inputs");
         if index + 1 < layers {
             self.forward(&layer, &mut hidden.quantised)?;
+            hidden.dense = next_dense;
         } else {
             *hidden = Hidden::default();
         }
@@ -419,13 +493,57 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Tunes the layer as a whole, if the recipe says so, and takes over what has changed.
+    fn tune(
+        &mut self,
+        tensors: &[&TensorPlan],
+        layer: &mut Layer,
+        finished: &mut [Option<Done>],
+        inputs: &States,
+        targets: &States,
+    ) -> anyhow::Result<()> {
+        let Some(options) = self.job.recipe.calibration.tuning()? else { return Ok(()) };
+        let started = Instant::now();
+        tune::tune(&self.model, layer, inputs, targets, options)?;
+        check_interrupt()?;
+        for (tensor, done) in tensors.iter().zip(finished) {
+            let Some((Done { packed, .. }, (_, part))) = done.as_mut().zip(tensor.layer()) else {
+                continue;
+            };
+            let norm = match part {
+                "input_layernorm" => &mut layer.attention_norm,
+                "post_attention_layernorm" => &mut layer.mlp_norm,
+                _ => {
+                    let place = tune::PARTS.iter().position(|name| *name == part);
+                    if let Some(weight) = place.and_then(|i| layer.matrices().get(i).copied()) {
+                        packed.payload = weight.bytes().to_vec();
+                    }
+                    continue;
+                }
+            };
+            if let Treatment::Keep(kind) = tensor.treatment {
+                packed.payload = kind.encode(norm);
+                // As it is stored.
+                *norm = Weight::from_payload(
+                    &packed.payload,
+                    packed.encoding.clone(),
+                    1,
+                    norm.len() as u64,
+                )?
+                .decode();
+            }
+        }
+        self.stages.tuning += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+
     /// Keeps a finished layer for a later run and in the report.
     fn keep(
         &mut self,
         index: usize,
         relative_error: f64,
         payloads: Vec<Vec<u8>>,
-        hidden: &Hidden,
+        hidden: &mut Hidden,
         started: Instant,
     ) -> anyhow::Result<()> {
         let keeping = Instant::now();
@@ -437,7 +555,7 @@ impl Run<'_> {
             stages: self.stages,
         };
         let saved = SavedLayer { tensors, layer, payloads };
-        self.workspace.save(index, &saved, &[&hidden.quantised, &hidden.pruned])?;
+        self.workspace.save(index, &saved, &hidden.all())?;
         layer.stages.output += keeping.elapsed().as_secs_f64();
         layer.seconds = started.elapsed().as_secs_f64();
         self.layers.push(layer);
@@ -489,23 +607,27 @@ impl Run<'_> {
         }
     }
 
-    /// Quantises and writes one tensor of a layer and puts it into `layer`; returns its payload and
-    /// its error.
+    /// Quantises one tensor of a layer and puts it into `layer`.
     fn layer_tensor(
         &mut self,
         tensor: &TensorPlan,
         part: &str,
-        moments: Option<&[Moments]>,
+        moments: Option<&Moments>,
         pruned: Option<&Pruned>,
         layer: &mut Layer,
-    ) -> anyhow::Result<(Vec<u8>, f64)> {
+    ) -> anyhow::Result<Done> {
         let started = Instant::now();
         let weight = self.job.checkpoint.weight(&tensor.name)?;
         let mut values = weight.decode();
-        let (packed, error) = match (tensor.treatment, moments.zip(input_of(part))) {
-            (Treatment::Linear(method), Some((moments, input))) => {
-                clear_dead(&mut values, &moments[input].norms);
-                let input = self.input(&values, &weight, &moments[input]);
+        let (packed, error) = match (tensor.treatment, moments) {
+            (Treatment::Linear(method), Some(moments)) => {
+                if let Some(shift) = &moments.shift {
+                    let clock = Instant::now();
+                    shift.apply(self.model.isa, &mut values);
+                    self.stages.moments += clock.elapsed().as_secs_f64();
+                }
+                clear_dead(&mut values, &moments.norms);
+                let input = self.input(&values, &weight, moments);
                 let packed = linear(&input, method, pruned);
                 let clock = Instant::now();
                 let decoded = decode(&packed, &weight);
@@ -526,12 +648,11 @@ impl Run<'_> {
             part,
             Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?,
         );
-        self.write(tensor, &packed, error, started)?;
-        Ok((packed.payload, error))
+        Ok(Done { packed, error, seconds: started.elapsed().as_secs_f64() })
     }
 
     /// Second moments of the four inputs of a layer, with its weights as they are.
-    fn moments(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<Vec<Moments>> {
+    fn moments(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<[Moments; 4]> {
         let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
         let mut hessians = sizes.map(Hessian::new);
         for batch in hidden.chunks(BATCH) {
@@ -564,11 +685,13 @@ impl Run<'_> {
                 let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
                 hessian.damp(damping);
                 let factor = Factor::new(&hessian)?;
-                Ok(Moments { hessian, factor, norms })
+                Ok(Moments { hessian, factor, norms, shift: None })
             })
             .collect();
         self.stages.factors += started.elapsed().as_secs_f64();
-        Ok(factored.into_iter().collect::<Result<_>>()?)
+        let all: Vec<Moments> = factored.into_iter().collect::<Result<_>>()?;
+        let four = || Error::Internal { what: "a layer has four inputs".into() };
+        Ok(all.try_into().map_err(|_| four())?)
     }
 
     /// Replaces the hidden states by the output of `layer`.

@@ -10,7 +10,7 @@ use stb_format::half::f16;
 use stb_kernels::Panels;
 
 use super::{Input, Packed, Propagation, Seconds, TASK_ROWS, propagate};
-use crate::hessian::product;
+use crate::hessian::{product, product_of};
 
 /// Options of the quantiser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub struct Options {
     pub spec: Nm,
     /// Rounds of re-choosing all codes and refitting all scales.
     pub sweeps: usize,
+    /// Whether scales are fitted to the layer's output; else they stay what was first estimated.
+    pub refit: bool,
 }
 
 /// Columns between exchanges with the rest of the matrix; a multiple of every group.
@@ -62,10 +64,14 @@ pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
     };
     fit.choose_with_compensation();
     let target = fit.times_hessian(input.weights);
-    fit.refit_scales(&target);
+    if options.refit {
+        fit.refit_scales(&target);
+    }
     for _ in 0..options.sweeps {
         fit.sweep(&target);
-        fit.refit_scales(&target);
+        if options.refit {
+            fit.refit_scales(&target);
+        }
     }
     let parts = NmParts {
         spec,
@@ -149,16 +155,7 @@ impl Fit<'_> {
         let (isa, cols) = (self.input.isa, self.input.cols);
         let mut panels = Panels::default();
         panels.pack(self.input.hessian.matrix(), cols);
-        let mut out = vec![0.0; weights.len()];
-        out.par_chunks_mut(TASK_ROWS * cols)
-            .zip(weights.par_chunks(TASK_ROWS * cols))
-            .for_each_init(Vec::new, |memory, (out, weights)| {
-                let stride = product(isa, weights, cols, &panels, memory);
-                for (out, product) in out.chunks_exact_mut(cols).zip(memory.chunks_exact(stride)) {
-                    out.copy_from_slice(&product[..cols]);
-                }
-            });
-        out
+        product_of(isa, weights, cols, &panels, cols)
     }
 
     /// Signs of the kept weights of a row, zero elsewhere.
@@ -250,20 +247,7 @@ impl Fit<'_> {
             .zip(self.block_codes.par_chunks_exact_mut(blocks))
             .zip(&mut self.row_scales)
             .for_each(|((scales, codes), row_scale)| {
-                let largest = scales.iter().copied().fold(0.0, f32::max);
-                *row_scale = f16::from_f32(largest);
-                let row = row_scale.to_f32();
-                if bits == 0 || row == 0.0 {
-                    scales.fill(row);
-                    codes.fill(0);
-                    return;
-                }
-                let steps = f32::from(1u16 << bits);
-                for (scale, code) in scales.iter_mut().zip(codes) {
-                    let level = (*scale / row * steps).round_ties_even().clamp(1.0, steps);
-                    *code = (level - 1.0) as u8;
-                    *scale = row * (level / steps);
-                }
+                *row_scale = round_scales(scales, codes, bits);
             });
     }
 
@@ -325,6 +309,26 @@ impl Fit<'_> {
                 });
         }
     }
+}
+
+/// Rounds the block scales of a row to what the file stores; returns the row's scale. `codes` are those
+/// of the blocks.
+pub(crate) fn round_scales(scales: &mut [f32], codes: &mut [u8], bits: u8) -> f16 {
+    let largest = scales.iter().copied().fold(0.0, f32::max);
+    let row_scale = f16::from_f32(largest);
+    let row = row_scale.to_f32();
+    if bits == 0 || row == 0.0 {
+        scales.fill(row);
+        codes.fill(0);
+        return row_scale;
+    }
+    let steps = f32::from(1u16 << bits);
+    for (scale, code) in scales.iter_mut().zip(codes) {
+        let level = (*scale / row * steps).round_ties_even().clamp(1.0, steps);
+        *code = (level - 1.0) as u8;
+        *scale = row * (level / steps);
+    }
+    row_scale
 }
 
 /// Kept positions and whether they are negative.

@@ -48,6 +48,8 @@ body! {
     /// nm: rounds of re-choosing codes and refitting scales; stbllm: the same with signs and
     /// regions, no refit at all if not given.
     sweeps "sweeps": usize,
+    /// nm: whether scales are fitted to the layer's output.
+    refit "refit": bool,
     /// stbllm: the importance metric: si (published code), si-eq3 (the paper's equation 3),
     /// magnitude, wanda or sparsegpt.
     metric "metric": String,
@@ -216,7 +218,7 @@ impl Body {
     }
 
     fn nm(&self) -> Result<nm::Options> {
-        self.allow(&["n", "m", "block", "scale-bits", "sweeps"])?;
+        self.allow(&["n", "m", "block", "scale-bits", "sweeps", "refit"])?;
         let (n, m) = (self.n.unwrap_or(2), self.m.unwrap_or(8));
         let block = self.block.unwrap_or(128);
         let bits = self.scale_bits.unwrap_or(if block == 0 { 0 } else { 4 });
@@ -226,7 +228,8 @@ impl Body {
                  0 or block, a multiple of 32, with scale-bits 4 or 8",
             )
         })?;
-        Ok(nm::Options { spec, sweeps: self.sweeps.unwrap_or(4) })
+        let (sweeps, refit) = (self.sweeps.unwrap_or(4), self.refit.unwrap_or(true));
+        Ok(nm::Options { spec, sweeps, refit })
     }
 
     fn int(&self) -> Result<int_group::Options> {
@@ -258,6 +261,19 @@ impl Body {
         fits.then_some(options).ok_or_else(|| {
             Error::invalid("recipe: pb-llm takes share from 0 to 1, bits 1 to 8, block 8 or more")
         })
+    }
+
+    /// Whether targets from the dense model reach the quantiser.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if masks come from a pass that has targets of its own.
+    pub fn allows_dense_targets(&self) -> Result<()> {
+        match self.method()? {
+            Some(Method::Stbllm(o)) if o.separate => {
+                Err(Error::invalid("recipe: target = \"dense\" needs pass = \"layer\""))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The size that a `budget` recipe asks for, in true bits per parameter; else `None`.

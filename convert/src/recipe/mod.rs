@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use stb_format::encoding::IntGroup;
 use stb_runtime::{Error, Result};
 
+use crate::tune;
+
 pub use body::Body;
 
 /// A whole recipe, as in a file.
@@ -53,6 +55,25 @@ pub struct Calibration {
     pub seed: u64,
     /// Share of the mean diagonal that is added to the diagonal of the second moments.
     pub damping: f64,
+    /// What o, gate, up and down are calibrated with: inputs behind the linear layers before them as
+    /// they were (`layer`, published code) or as they have been quantised (`refreshed`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inputs: Option<String>,
+    /// What a linear layer is to compute from its inputs: what its own weights would (`weights`), or
+    /// what the dense model has there, errors of the layers before included (`dense`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// With targets from the dense model: how much the regression that finds them is held back, relative
+    /// to the second moment of each input; a large one gives the layer's own weights back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ridge: Option<f64>,
+    /// Passes over the calibration sequences in which scales of joint codes and weights of norms of a
+    /// finished layer are tuned to the dense model's output of that layer; none if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<usize>,
+    /// The largest relative step of tuning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuning_rate: Option<f64>,
 }
 
 impl Default for Calibration {
@@ -65,6 +86,11 @@ impl Default for Calibration {
             length: 256,
             seed: 0,
             damping: 0.01,
+            inputs: None,
+            target: None,
+            ridge: None,
+            tuning: None,
+            tuning_rate: None,
         }
     }
 }
@@ -141,6 +167,11 @@ impl Recipe {
         recipe.head.encoding()?;
         let calibration = &recipe.calibration;
         calibration.draw()?;
+        calibration.refreshed()?;
+        calibration.tuning()?;
+        if calibration.ridge()?.is_some() {
+            recipe.body.allows_dense_targets()?;
+        }
         if calibration.samples == 0 || calibration.length < 2 {
             return Err(Error::invalid("recipe: calibration needs samples of 2 tokens or more"));
         }
@@ -159,6 +190,9 @@ impl Recipe {
     }
 }
 
+/// The ridge of targets from the dense model, if the recipe does not say.
+const RIDGE: f64 = 0.1;
+
 /// How calibration windows are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Draw {
@@ -175,6 +209,58 @@ impl Calibration {
     /// [`Error::Invalid`] for an unknown word.
     pub fn draw(&self) -> Result<Draw> {
         body::word("draw", &self.draw, &[("pcg", Draw::Pcg), ("python", Draw::Python)])
+    }
+
+    /// Whether statistics are taken anew behind every quantised linear layer.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an unknown word.
+    pub fn refreshed(&self) -> Result<bool> {
+        body::word("inputs", &self.inputs, &[("layer", false), ("refreshed", true)])
+    }
+
+    /// How layers are tuned as a whole; `None` if they are not.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for numbers out of range.
+    pub fn tuning(&self) -> Result<Option<tune::Options>> {
+        let epochs = self.tuning.unwrap_or(0);
+        let rate = self.tuning_rate.unwrap_or(0.01);
+        if self.tuning_rate.is_some() && epochs == 0 {
+            return Err(Error::invalid("recipe: tuning-rate needs tuning"));
+        }
+        if epochs > 1000 || !(rate > 0.0 && rate <= 0.5) {
+            return Err(Error::invalid(
+                "recipe: tuning is at most 1000, tuning-rate above 0 and at most 0.5",
+            ));
+        }
+        Ok((epochs > 0).then_some(tune::Options { epochs, rate }))
+    }
+
+    /// Whether the dense model runs along.
+    ///
+    /// # Errors
+    /// As for [`Calibration::ridge`] and [`Calibration::tuning`].
+    pub fn follows_dense(&self) -> Result<bool> {
+        Ok(self.ridge()?.is_some() || self.tuning()?.is_some())
+    }
+
+    /// The ridge of targets from the dense model; `None` if they are not from there.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an unknown word, a number out of range, or options that do not go together.
+    pub fn ridge(&self) -> Result<Option<f64>> {
+        let dense = body::word("target", &self.target, &[("weights", false), ("dense", true)])?;
+        if dense && !self.refreshed()? {
+            return Err(Error::invalid("recipe: target = \"dense\" needs inputs = \"refreshed\""));
+        }
+        match self.ridge {
+            Some(_) if !dense => Err(Error::invalid("recipe: ridge needs target = \"dense\"")),
+            Some(r) if !(0.0..=1000.0).contains(&r) => {
+                Err(Error::invalid("recipe: ridge must be from 0 to 1000"))
+            }
+            ridge => Ok(dense.then(|| ridge.unwrap_or(RIDGE))),
+        }
     }
 }
 
@@ -228,6 +314,17 @@ mod tests {
         refuse("method = 'stbllm'\nmask = 'in-loop'\npass = 'model'", "compensated");
         refuse("method = 'stbllm'\npartition = 'bell'\nregion-ratio = 3.0", "region-ratio");
         refuse("method = 'pb-llm'\nshare = 1.5", "share");
+        let refuse_calibration = |lines: &str, word: &str| {
+            let text = format!("name = 'x'\n[calibration]\n{lines}\n[body]\nmethod = 'nm'");
+            let error = Recipe::parse(&text).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        };
+        refuse_calibration("inputs = 'fresh'", "refreshed");
+        refuse_calibration("target = 'dense'", "inputs");
+        refuse_calibration("ridge = 0.5", "target");
+        refuse_calibration("inputs = 'refreshed'\ntarget = 'dense'\nridge = -1.0", "ridge");
+        refuse_calibration("tuning = 2000", "1000");
+        refuse_calibration("tuning-rate = 0.1", "needs tuning");
         assert!(Recipe::load("nonsense").unwrap_err().to_string().contains("stbllm-4of8"));
         assert_eq!(Recipe::load("nowhere.toml").unwrap_err().exit_code(), 3);
     }

@@ -275,12 +275,10 @@ impl RecipeEntry {
             (Some(base), None) => (base.clone(), Recipe::load(base)?),
             (None, Some(bits)) => {
                 let name = format!("bits-{bits}");
-                let mut recipe = Recipe::load("source")?;
+                let mut recipe = Recipe::load(crate::recipe::DEFAULT)?;
                 recipe.name.clone_from(&name);
                 recipe.description = "Encodings chosen for a size".into();
                 recipe.body = Body::budget(bits);
-                recipe.embeddings = crate::recipe::Table::default();
-                recipe.head = crate::recipe::Table::default();
                 (name, recipe)
             }
             _ => return Err(Error::invalid("study: a recipe needs either base or bits")),

@@ -1,0 +1,425 @@
+//! A decoder layer forward and backward: the gradients of its output's error with respect to its
+//! weights.
+
+use rayon::prelude::*;
+use stb_kernels::{Isa, Panels, ops};
+use stb_runtime::Model;
+
+use crate::hessian::{add_cross_products, product_of};
+
+/// The linear layers of a decoder layer, in order of computation.
+pub(crate) const PARTS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+const Q: usize = 0;
+const K: usize = 1;
+const V: usize = 2;
+const O: usize = 3;
+const GATE: usize = 4;
+const UP: usize = 5;
+const DOWN: usize = 6;
+
+/// A matrix, [rows, cols].
+#[derive(Clone, Debug, Default)]
+pub(super) struct Matrix {
+    pub rows: usize,
+    pub cols: usize,
+    pub values: Vec<f32>,
+}
+
+impl Matrix {
+    pub fn new(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, values: vec![0.0; rows * cols] }
+    }
+
+    /// x · Wᵀ: [tokens, rows].
+    fn apply(&self, isa: Isa, x: &[f32]) -> Vec<f32> {
+        let mut panels = Panels::default();
+        panels.pack(&self.values, self.cols);
+        product_of(isa, x, self.cols, &panels, self.rows)
+    }
+
+    /// dy · W: [tokens, cols].
+    fn apply_back(&self, isa: Isa, dy: &[f32]) -> Vec<f32> {
+        let mut panels = Panels::default();
+        panels.pack_transposed(&self.values, self.cols, self.rows, self.cols);
+        product_of(isa, dy, self.rows, &panels, self.cols)
+    }
+}
+
+/// The weights of a decoder layer, or gradients with respect to them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct LayerWeights {
+    /// In the order of [`PARTS`].
+    pub linear: [Matrix; 7],
+    /// Before attention and before the feed-forward network, `[hidden]`.
+    pub norms: [Vec<f32>; 2],
+}
+
+/// What backward needs of forward; all [tokens, width].
+struct Memory {
+    /// Input, and after attention.
+    streams: [Vec<f32>; 2],
+    normed: [Vec<f32>; 2],
+    /// Rotated.
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    mixed: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    product: Vec<f32>,
+    out: Vec<f32>,
+}
+
+/// Sequences of one length through a decoder layer.
+pub(super) struct Pass<'a> {
+    pub model: &'a Model,
+    /// Tokens of each sequence.
+    pub length: usize,
+}
+
+impl Pass<'_> {
+    /// Σ (out − target)², for sequences `x`, [sequences · length, hidden].
+    pub fn error(&self, weights: &LayerWeights, x: Vec<f32>, target: &[f32]) -> f64 {
+        squared(&self.forward(weights, x).out, target)
+    }
+
+    /// Adds the gradient of ½ Σ (out − target)² to `gradient`: of all norms, and of the linear layers
+    /// whose matrices are not empty. Returns Σ (out − target)².
+    pub fn gradient(
+        &self,
+        weights: &LayerWeights,
+        x: Vec<f32>,
+        target: &[f32],
+        gradient: &mut LayerWeights,
+    ) -> f64 {
+        let memory = self.forward(weights, x);
+        let error = squared(&memory.out, target);
+        let d_out: Vec<f32> =
+            memory.out.par_iter().zip(target).map(|(out, target)| out - target).collect();
+        self.backward(weights, &memory, d_out, gradient);
+        error
+    }
+
+    fn forward(&self, weights: &LayerWeights, x: Vec<f32>) -> Memory {
+        let isa = self.model.isa;
+        let linear = &weights.linear;
+        let normed = self.norm(&x, &weights.norms[0]);
+        let [mut q, mut k, v] = [Q, K, V].map(|i| linear[i].apply(isa, &normed));
+        for (heads, rows) in [(&mut q, linear[Q].rows), (&mut k, linear[K].rows)] {
+            heads
+                .par_chunks_exact_mut(self.length * rows)
+                .for_each(|sequence| self.model.rotate(sequence, rows, false));
+        }
+        let mut mixed = vec![0.0; q.len()];
+        mixed
+            .par_chunks_exact_mut(self.length * linear[Q].rows)
+            .zip(self.sequences(linear, [&q, &k, &v]))
+            .for_each(|(mixed, sequence)| sequence.forward(mixed));
+        let mut stream = linear[O].apply(isa, &mixed);
+        stream.par_iter_mut().zip(&x).for_each(|(o, x)| *o += x);
+        let normed_mlp = self.norm(&stream, &weights.norms[1]);
+        let [gate, up] = [GATE, UP].map(|i| linear[i].apply(isa, &normed_mlp));
+        let product: Vec<f32> =
+            gate.par_iter().zip(&up).map(|(g, u)| g * sigmoid(*g) * u).collect();
+        let mut out = linear[DOWN].apply(isa, &product);
+        out.par_iter_mut().zip(&stream).for_each(|(o, x)| *o += x);
+        let (streams, normed) = ([x, stream], [normed, normed_mlp]);
+        Memory { streams, normed, q, k, v, mixed, gate, up, product, out }
+    }
+
+    fn backward(
+        &self,
+        weights: &LayerWeights,
+        memory: &Memory,
+        d_out: Vec<f32>,
+        gradient: &mut LayerWeights,
+    ) {
+        let isa = self.model.isa;
+        let linear = &weights.linear;
+        let mut add = |part: usize, d: &[f32], x: &[f32]| {
+            let to = &mut gradient.linear[part];
+            if !to.values.is_empty() {
+                add_cross_products(isa, d, to.rows, x, to.cols, &mut to.values);
+            }
+        };
+        add(DOWN, &d_out, &memory.product);
+        let d_product = linear[DOWN].apply_back(isa, &d_out);
+        let (d_gate, d_up): (Vec<f32>, Vec<f32>) = d_product
+            .par_iter()
+            .zip(&memory.gate)
+            .zip(&memory.up)
+            .map(|((d, g), u)| {
+                let s = sigmoid(*g);
+                (d * u * s * (1.0 + g * (1.0 - s)), d * g * s)
+            })
+            .unzip();
+        add(GATE, &d_gate, &memory.normed[1]);
+        add(UP, &d_up, &memory.normed[1]);
+        let mut d_normed = linear[GATE].apply_back(isa, &d_gate);
+        accumulate(&mut d_normed, &linear[UP].apply_back(isa, &d_up));
+        // The residual stream after attention: straight on, and through the feed-forward network.
+        let mut d_stream = d_out;
+        let norm = &weights.norms[1];
+        self.norm_back(&memory.streams[1], norm, &d_normed, &mut d_stream, &mut gradient.norms[1]);
+
+        let mut add = |part: usize, d: &[f32], x: &[f32]| {
+            let to = &mut gradient.linear[part];
+            if !to.values.is_empty() {
+                add_cross_products(isa, d, to.rows, x, to.cols, &mut to.values);
+            }
+        };
+        add(O, &d_stream, &memory.mixed);
+        let d_mixed = linear[O].apply_back(isa, &d_stream);
+        let [mut dq, mut dk, mut dv] =
+            [Q, K, V].map(|i| vec![0.0; d_mixed.len() / linear[Q].rows * linear[i].rows]);
+        let (q_size, kv_size) = (self.length * linear[Q].rows, self.length * linear[K].rows);
+        dq.par_chunks_exact_mut(q_size)
+            .zip(dk.par_chunks_exact_mut(kv_size))
+            .zip(dv.par_chunks_exact_mut(kv_size))
+            .zip(d_mixed.par_chunks_exact(q_size))
+            .zip(self.sequences(linear, [&memory.q, &memory.k, &memory.v]))
+            .for_each(|((((dq, dk), dv), d_mixed), sequence)| {
+                sequence.backward(d_mixed, dq, dk, dv);
+                self.model.rotate(dq, linear[Q].rows, true);
+                self.model.rotate(dk, linear[K].rows, true);
+            });
+        let mut d_normed = linear[Q].apply_back(isa, &dq);
+        for (part, d) in [(Q, &dq), (K, &dk), (V, &dv)] {
+            add(part, d, &memory.normed[0]);
+            if part != Q {
+                accumulate(&mut d_normed, &linear[part].apply_back(isa, d));
+            }
+        }
+        let norm = &weights.norms[0];
+        self.norm_back(&memory.streams[0], norm, &d_normed, &mut d_stream, &mut gradient.norms[0]);
+    }
+
+    /// RMSNorm of each row of `x`.
+    fn norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+        let (isa, eps) = (self.model.isa, self.model.spec.norm_eps as f32);
+        let mut out = vec![0.0; x.len()];
+        out.par_chunks_exact_mut(weight.len())
+            .zip(x.par_chunks_exact(weight.len()))
+            .for_each(|(out, x)| ops::rms_norm(isa, x, weight, eps, out));
+        out
+    }
+
+    /// With y = w ∘ x·r, r = (mean x² + ε)^−½: adds to `dx` r·(w∘dy − x·r²·mean(w∘dy∘x)), and to `dw`
+    /// Σ dy ∘ x·r.
+    fn norm_back(&self, x: &[f32], weight: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+        let (isa, n) = (self.model.isa, weight.len());
+        let eps = self.model.spec.norm_eps as f32;
+        for ((x, dy), dx) in x.chunks_exact(n).zip(dy.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
+            let r = 1.0 / (ops::dot(isa, x, x) / n as f32 + eps).sqrt();
+            let terms = x.iter().zip(dy).zip(weight).map(|((x, dy), w)| x * dy * w);
+            let along = terms.sum::<f32>() * r * r / n as f32;
+            for (((dx, dw), (x, dy)), w) in
+                dx.iter_mut().zip(&mut *dw).zip(x.iter().zip(dy)).zip(weight)
+            {
+                *dx += r * (w * dy - x * along);
+                *dw += dy * x * r;
+            }
+        }
+    }
+
+    /// Attention of each sequence; `heads` are q, k and v.
+    fn sequences<'s>(
+        &'s self,
+        linear: &[Matrix; 7],
+        heads: [&'s [f32]; 3],
+    ) -> impl IndexedParallelIterator<Item = Attention<'s>> {
+        let (q_width, kv_width) = (linear[Q].rows, linear[K].rows);
+        let width = self.model.spec.head_dim as usize;
+        let [q, k, v] = heads;
+        q.par_chunks_exact(self.length * q_width)
+            .zip(k.par_chunks_exact(self.length * kv_width))
+            .zip(v.par_chunks_exact(self.length * kv_width))
+            .map(move |((q, k), v)| Attention {
+                isa: self.model.isa,
+                q_width,
+                kv_width,
+                width,
+                q,
+                k,
+                v,
+            })
+    }
+}
+
+/// Causal attention of one sequence.
+struct Attention<'a> {
+    isa: Isa,
+    q_width: usize,
+    kv_width: usize,
+    /// Of a head.
+    width: usize,
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+}
+
+impl Attention<'_> {
+    /// All heads: where a head is in a row of queries and in one of keys.
+    fn heads(&self) -> impl Iterator<Item = (usize, usize)> {
+        let (heads, kv_heads) = (self.q_width / self.width, self.kv_width / self.width);
+        let width = self.width;
+        (0..heads).map(move |h| (h * width, h / (heads / kv_heads) * width))
+    }
+
+    fn key<'s>(&self, all: &'s [f32], at: usize, s: usize) -> &'s [f32] {
+        &all[s * self.kv_width + at..][..self.width]
+    }
+
+    /// What token `t` takes of tokens up to itself.
+    fn weights(&self, t: usize, (q_at, kv_at): (usize, usize), out: &mut Vec<f32>) {
+        let q = &self.q[t * self.q_width + q_at..][..self.width];
+        let scale = 1.0 / (self.width as f32).sqrt();
+        out.clear();
+        out.extend((0..=t).map(|s| scale * ops::dot(self.isa, q, self.key(self.k, kv_at, s))));
+        ops::softmax(self.isa, out);
+    }
+
+    fn forward(&self, mixed: &mut [f32]) {
+        let mut weights = Vec::new();
+        for (t, mixed) in mixed.chunks_exact_mut(self.q_width).enumerate() {
+            for head in self.heads() {
+                self.weights(t, head, &mut weights);
+                let out = &mut mixed[head.0..head.0 + self.width];
+                for (s, w) in weights.iter().enumerate() {
+                    add_scaled(out, *w, self.key(self.v, head.1, s));
+                }
+            }
+        }
+    }
+
+    fn backward(&self, d_mixed: &[f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
+        let (mut weights, mut d) = (Vec::new(), Vec::new());
+        let scale = 1.0 / (self.width as f32).sqrt();
+        for (t, d_mixed) in d_mixed.chunks_exact(self.q_width).enumerate() {
+            for head in self.heads() {
+                let (q_at, kv_at) = head;
+                self.weights(t, head, &mut weights);
+                let d_out = &d_mixed[q_at..q_at + self.width];
+                d.clear();
+                d.extend((0..=t).map(|s| ops::dot(self.isa, d_out, self.key(self.v, kv_at, s))));
+                let mean: f32 = d.iter().zip(&weights).map(|(d, w)| d * w).sum();
+                let here = t * self.q_width + q_at;
+                let q = &self.q[here..here + self.width];
+                for (s, (w, d)) in weights.iter().zip(&d).enumerate() {
+                    let there = s * self.kv_width + kv_at;
+                    add_scaled(&mut dv[there..there + self.width], *w, d_out);
+                    let d_score = w * (d - mean) * scale;
+                    add_scaled(&mut dk[there..there + self.width], d_score, q);
+                    let key = self.key(self.k, kv_at, s);
+                    add_scaled(&mut dq[here..here + self.width], d_score, key);
+                }
+            }
+        }
+    }
+}
+
+fn add_scaled(to: &mut [f32], scale: f32, from: &[f32]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to += scale * from);
+}
+
+fn accumulate(to: &mut [f32], from: &[f32]) {
+    to.par_iter_mut().zip(from).for_each(|(to, from)| *to += from);
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Σ (a − b)², in f64 and in order.
+fn squared(a: &[f32], b: &[f32]) -> f64 {
+    let part = |(a, b): (&[f32], &[f32])| -> f64 {
+        a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    };
+    a.par_chunks(4096).zip(b.par_chunks(4096)).map(part).collect::<Vec<f64>>().into_iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use stb_runtime::Checkpoint;
+
+    use super::*;
+
+    /// A layer of the bundled model, inputs of two sequences, and what they become.
+    fn example(f: impl FnOnce(&Pass<'_>, &LayerWeights, Vec<f32>, Vec<f32>)) {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/quill-4m");
+        let model = Model::from_checkpoint(&Checkpoint::open(&folder, true).unwrap()).unwrap();
+        let layer = &model.layers[1];
+        let (length, sequences) = (11, 2);
+        let mut x = Vec::new();
+        let tokens: Vec<u32> = (0..length * sequences).map(|i| (i * 37 % 400) as u32).collect();
+        model.embed(&tokens, &mut x).unwrap();
+        let mut expected = x.clone();
+        for sequence in expected.chunks_exact_mut(length * model.norm.len()) {
+            model.run_layer(layer, sequence, &mut ());
+        }
+        let mut weights = LayerWeights::default();
+        for (matrix, weight) in weights.linear.iter_mut().zip(layer.matrices()) {
+            let (rows, cols) = (weight.rows(), weight.cols());
+            *matrix = Matrix { rows, cols, values: weight.decode() };
+        }
+        weights.norms = [layer.attention_norm.clone(), layer.mlp_norm.clone()];
+        f(&Pass { model: &model, length }, &weights, x, expected);
+    }
+
+    #[test]
+    fn forward_is_the_forward_pass_of_the_runtime() {
+        example(|pass, weights, x, expected| {
+            let energy: f64 = expected.iter().map(|v| f64::from(*v).powi(2)).sum();
+            assert!(pass.error(weights, x, &expected) < 1e-9 * energy);
+        });
+    }
+
+    #[test]
+    fn gradients_are_slopes() {
+        example(|pass, weights, x, expected| {
+            let target: Vec<f32> =
+                expected.iter().enumerate().map(|(i, v)| v + (i as f32).sin()).collect();
+            let empty = |m: &Matrix| Matrix::new(m.rows, m.cols);
+            let mut gradient = LayerWeights {
+                linear: weights.linear.each_ref().map(empty),
+                norms: weights.norms.each_ref().map(|n| vec![0.0; n.len()]),
+            };
+            let error = pass.gradient(weights, x.clone(), &target, &mut gradient);
+            assert!((error - pass.error(weights, x.clone(), &target)).abs() < 1e-6 * error);
+            // Along a direction that mixes signs: the gradient's own, with a part turned round.
+            let check = |name: &str, of: &dyn Fn(&mut LayerWeights) -> &mut Vec<f32>| {
+                let slope = of(&mut gradient.clone()).clone();
+                let largest = slope.iter().fold(0f32, |m, g| m.max(g.abs()));
+                let size = of(&mut weights.clone()).iter().fold(0f32, |m, w| m.max(w.abs()));
+                let turned = |i: usize| if i % 3 == 0 { -0.5 } else { 1.0 };
+                let direction: Vec<f32> =
+                    slope.iter().enumerate().map(|(i, g)| turned(i) * g / largest * size).collect();
+                let at = |step: f32| {
+                    let mut moved = weights.clone();
+                    of(&mut moved).iter_mut().zip(&direction).for_each(|(w, d)| *w += step * d);
+                    pass.error(&moved, x.clone(), &target)
+                };
+                let step = 2e-3;
+                let found = (at(step) - at(-step)) / (4.0 * f64::from(step));
+                let expected: f64 =
+                    slope.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+                assert!((found - expected).abs() < 0.02 * expected, "{name}: {found} {expected}");
+            };
+            for (i, name) in PARTS.iter().enumerate() {
+                check(name, &|w| &mut w.linear[i].values);
+            }
+            check("norm before attention", &|w| &mut w.norms[0]);
+            check("norm before the feed-forward network", &|w| &mut w.norms[1]);
+        });
+    }
+}
