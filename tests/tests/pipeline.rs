@@ -21,6 +21,15 @@ fn text(path: &Path) -> &str {
 /// A quick conversion of the bundled model: enough calibration to be sane, not to be good.
 const QUICK: [&str; 4] = ["--calib-samples", "16", "--calib-len", "128"];
 
+/// Written for this test, in the manner of the texts that the bundled model has learnt from.
+const STORY: &str = "Once upon a time, there was a little girl named Lily. She lived in a small house near a \
+    big forest with her mom and dad. One day, Lily went outside to play with her red ball. She threw the ball \
+    up in the air and it landed in a tree. Lily was sad because she could not reach it. A little bird saw her \
+    and said, \"Do not cry. I can help you.\" The bird flew up into the tree and pushed the ball with its \
+    wings. The ball fell down and Lily was very happy. She said, \"Thank you, little bird!\" She gave the bird \
+    some bread to eat. They became good friends and played together every day. When the sun went down, Lily \
+    went home and told her mom about the kind bird. Her mom smiled and gave her a big hug. The end.";
+
 fn json(run: Run) -> Json {
     serde_json::from_str(&run.success()).unwrap()
 }
@@ -66,9 +75,20 @@ fn the_bundled_model_end_to_end() {
         assert_eq!(group.iter().filter(|w| **w == 0.0).count(), 8 - spec.n());
     }
 
-    // It still tells a story, the same one on every instruction set.
+    // It still knows how stories go: near the checkpoint on one it has not seen. (What it tells itself from
+    // a prompt is luck, a repetition or not.)
+    let unseen = folder.path().join("unseen.txt");
+    std::fs::write(&unseen, STORY).unwrap();
+    let of_story = |model: &Path| {
+        let args = ["perplexity", text(model), "--text", text(&unseen), "--ctx", "64", "--json"];
+        json(run("stb-run", &args))["perplexity"].as_f64().unwrap()
+    };
+    let (packed, checkpoint) = (of_story(&file), of_story(&quill()));
+    assert!(packed < 1.3 * checkpoint, "{packed} {checkpoint}");
+
+    // It tells the same story on every instruction set.
     let story = greedy(&file, "");
-    assert!(story.len() > 400 && story.contains(" dog"), "{story}");
+    assert!(story.len() > 400, "{story}");
     for isa in stb_run_isas() {
         assert_eq!(greedy(&file, &isa), story, "{isa}");
     }

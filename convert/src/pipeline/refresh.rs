@@ -11,6 +11,10 @@ use stb_runtime::{Layer, LinearInput, Observer};
 use super::{BATCH, Hidden, Moments, Run, check_interrupt};
 use crate::hessian::{CrossMoments, Factor, Hessian, product_of};
 
+/// The ridge that inputs of as many features as there are tokens add to the recipe's: a regression on
+/// few tokens finds what is not there.
+const FEW_TOKENS: f64 = 4.0;
+
 /// How the inputs of a linear layer differ from those in the dense model.
 pub(super) struct Shift {
     /// (2/n) Σ (X̃ − X)ᵀ X, [in, in]: X̃ as in the dense model, X as they are.
@@ -119,8 +123,10 @@ impl Run<'_> {
         let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
         let shift = match inputs.zip(ridge) {
             Some((inputs, ridge)) => {
+                let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>();
+                let tokens = tokens / self.model.norm.len();
                 let mut hessian = hessian.clone();
-                hessian.add_ridge(ridge);
+                hessian.add_ridge(ridge + FEW_TOKENS * width as f64 / tokens as f64);
                 let (inputs, stream) = (inputs.finish(), stream.map(CrossMoments::finish));
                 Some(Shift { inputs, stream, factor: Factor::new(&hessian)? })
             }
