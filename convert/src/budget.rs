@@ -4,8 +4,9 @@
 //! the second moments (diagonal only) of a few calibration sequences that run through the dense
 //! model; what the quantisers reach later is lower, in about the same proportion. Bytes are exact.
 
-use stb_format::Meta;
 use stb_format::encoding::{IntGroup, Nm};
+use stb_format::{Meta, SECTION_ALIGN};
+
 use stb_runtime::{Checkpoint, Error, Result};
 
 use crate::calibration::Source;
@@ -48,11 +49,11 @@ pub fn fit(
     let budget = (bits * plan.parameters() as f64 / 8.0).floor() as u64;
     let samples = recipe.calibration.samples.min(SEQUENCES);
     let moments = diagonals(checkpoint, &recipe.calibration, source, samples)?;
-    let mut hulls: Vec<Vec<Candidate>> = Vec::new();
+    let mut all: Vec<Vec<Candidate>> = Vec::new();
     for tensor in &plan.tensors {
-        let candidates = candidates(plan, tensor.name.as_str(), checkpoint, &moments)?;
-        hulls.push(lower_hull(candidates));
+        all.push(candidates(plan, tensor.name.as_str(), checkpoint, &moments)?);
     }
+    let hulls: Vec<Vec<Candidate>> = all.iter().cloned().map(lower_hull).collect();
     // Everything at its smallest, then the steps that remove most error per byte, while they fit.
     let mut level = vec![0; hulls.len()];
     for (tensor, hull) in plan.tensors.iter_mut().zip(&hulls) {
@@ -89,7 +90,46 @@ pub fn fit(
             level[t] = k;
         }
     }
-    Ok(())
+    let chosen = hulls.iter().zip(level).map(|(hull, k)| hull.get(k).copied()).collect();
+    fill(plan, &all, chosen, meta, budget)
+}
+
+/// Spends what is left of the budget: the change of one tensor that removes most error and still fits,
+/// again and again. Here a candidate may be one that mixtures of others would beat: there is no room for those.
+fn fill(
+    plan: &mut Plan,
+    all: &[Vec<Candidate>],
+    mut chosen: Vec<Option<Candidate>>,
+    meta: &Meta,
+    budget: u64,
+) -> Result<()> {
+    loop {
+        let left = budget.saturating_sub(plan.file_bytes(meta));
+        let mut better: Vec<(f64, usize, Candidate)> = Vec::new();
+        for (t, (candidates, chosen)) in all.iter().zip(&chosen).enumerate() {
+            let Some(now) = chosen else { continue };
+            let gains = candidates.iter().filter(|c| c.error < now.error);
+            // Padding between sections may hide up to a page of a change.
+            let fitting =
+                gains.filter(|c| c.bytes.saturating_sub(now.bytes) < left + SECTION_ALIGN);
+            better.extend(fitting.map(|c| (now.error - c.error, t, *c)));
+        }
+        better.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        let mut changed = false;
+        for (_, t, candidate) in better {
+            let before = plan.tensors[t].treatment;
+            plan.tensors[t].set(candidate.treatment)?;
+            if plan.file_bytes(meta) <= budget {
+                chosen[t] = Some(candidate);
+                changed = true;
+                break;
+            }
+            plan.tensors[t].set(before)?;
+        }
+        if !changed {
+            return Ok(());
+        }
+    }
 }
 
 /// The ways to store a tensor, with bytes and errors; vectors stay as they are.

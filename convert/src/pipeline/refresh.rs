@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use stb_kernels::{Isa, Panels};
-use stb_runtime::{Layer, LinearInput, Observer};
+use stb_runtime::{Layer, LinearInput, Observer, Result};
 
 use super::{BATCH, Hidden, Moments, Run, check_interrupt};
 use crate::hessian::{CrossMoments, Factor, Hessian, product_of};
@@ -59,6 +59,50 @@ impl Observer for Until {
     }
 }
 
+/// What a linear layer meets in one sequence.
+struct Seen {
+    /// Its input, [tokens, in].
+    x: Vec<f32>,
+    /// The residual stream there, [tokens, hidden].
+    stream: Vec<f32>,
+}
+
+/// Of all tokens of a batch, the first minus the second.
+fn difference(wanted: &[Seen], seen: &[Seen], of: fn(&Seen) -> &[f32]) -> Vec<f32> {
+    let pairs = wanted.iter().zip(seen);
+    pairs.flat_map(|(w, s)| of(w).iter().zip(of(s)).map(|(w, s)| w - s)).collect()
+}
+
+/// Sums over the calibration sequences for [`Shift`].
+struct ShiftSums {
+    inputs: CrossMoments,
+    stream: Option<CrossMoments>,
+    ridge: f64,
+}
+
+impl ShiftSums {
+    /// `seen` is what is, `wanted` what is in the dense model, `x` all inputs of `seen`.
+    fn add(&mut self, isa: Isa, wanted: &[Seen], seen: &[Seen], x: &[f32]) {
+        let inputs = difference(wanted, seen, |s| &s.x);
+        self.inputs.add(isa, &inputs, x, seen.len());
+        if let Some(stream) = &mut self.stream {
+            stream.add(isa, &difference(wanted, seen, |s| &s.stream), x, seen.len());
+        }
+    }
+
+    /// `hessian` has no damping yet.
+    fn finish(self, hessian: &Hessian, tokens: usize) -> Result<Shift> {
+        let few = FEW_TOKENS * hessian.size as f64 / tokens.max(1) as f64;
+        let mut hessian = hessian.clone();
+        hessian.add_ridge(self.ridge + few);
+        Ok(Shift {
+            inputs: self.inputs.finish(),
+            stream: self.stream.map(CrossMoments::finish),
+            factor: Factor::new(&hessian)?,
+        })
+    }
+}
+
 impl Run<'_> {
     /// What linear layers that read `input` need: second moments with `layer` as it is so far, and,
     /// if the recipe wants targets from the dense model, how far its inputs are from that.
@@ -70,72 +114,57 @@ impl Run<'_> {
         hidden: &Hidden,
     ) -> anyhow::Result<Moments> {
         let isa = self.model.isa;
-        let width = match input {
-            LinearInput::Attention => layer.q.cols(),
-            LinearInput::AttentionOutput => layer.o.cols(),
-            LinearInput::Mlp => layer.gate.cols(),
-            LinearInput::MlpDown => layer.down.cols(),
+        let (width, to_stream) = match input {
+            LinearInput::Attention => (layer.q.cols(), false),
+            LinearInput::AttentionOutput => (layer.o.cols(), true),
+            LinearInput::Mlp => (layer.gate.cols(), false),
+            LinearInput::MlpDown => (layer.down.cols(), true),
         };
-        let to_stream = matches!(input, LinearInput::AttentionOutput | LinearInput::MlpDown);
-        let ridge = self.job.recipe.calibration.ridge()?;
+        let features = self.model.norm.len();
         let mut hessian = Hessian::new(width);
-        let mut inputs = ridge.map(|_| CrossMoments::new(width, width));
-        let mut stream = inputs
-            .as_ref()
-            .filter(|_| to_stream)
-            .map(|_| CrossMoments::new(self.model.norm.len(), width));
+        let mut sums = self.job.recipe.calibration.ridge()?.map(|ridge| ShiftSums {
+            inputs: CrossMoments::new(width, width),
+            stream: to_stream.then(|| CrossMoments::new(features, width)),
+            ridge,
+        });
         for (batch, states) in hidden.quantised.chunks(BATCH).enumerate() {
             check_interrupt()?;
             let started = Instant::now();
-            let run = |layer: &Layer, states: &Vec<f32>| {
-                let mut observer = Until { input, x: Vec::new() };
-                let mut stream = states.clone();
-                self.model.run_layer(layer, &mut stream, &mut observer);
-                (observer.x, stream)
-            };
-            let seen: Vec<_> = states.par_iter().map(|states| run(layer, states)).collect();
-            let wanted: Vec<_> = match &inputs {
-                Some(_) => {
-                    let states = &hidden.dense[batch * BATCH..][..seen.len()];
-                    states.par_iter().map(|states| run(dense, states)).collect()
-                }
+            let seen = self.seen(input, layer, states);
+            let wanted = match &sums {
+                Some(_) => self.seen(input, dense, &hidden.dense[batch * BATCH..][..seen.len()]),
                 None => Vec::new(),
             };
             self.stages.forward += started.elapsed().as_secs_f64();
             let started = Instant::now();
-            let x: Vec<f32> = seen.iter().flat_map(|(x, _)| x.iter().copied()).collect();
+            let x: Vec<f32> = seen.iter().flat_map(|s| s.x.iter().copied()).collect();
             hessian.add(isa, &x);
             seen.iter().for_each(|_| hessian.count_sequence());
-            let difference = |of: fn(&(Vec<f32>, Vec<f32>)) -> &Vec<f32>| -> Vec<f32> {
-                let pairs = wanted.iter().zip(&seen);
-                pairs.flat_map(|(w, s)| of(w).iter().zip(of(s)).map(|(w, s)| w - s)).collect()
-            };
-            if let Some(inputs) = &mut inputs {
-                inputs.add(isa, &difference(|(x, _)| x), &x, seen.len());
-            }
-            if let Some(stream) = &mut stream {
-                stream.add(isa, &difference(|(_, stream)| stream), &x, seen.len());
+            if let Some(sums) = &mut sums {
+                sums.add(isa, &wanted, &seen, &x);
             }
             self.stages.moments += started.elapsed().as_secs_f64();
         }
         let started = Instant::now();
         hessian.finish();
         let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
-        let shift = match inputs.zip(ridge) {
-            Some((inputs, ridge)) => {
-                let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>();
-                let tokens = tokens / self.model.norm.len();
-                let mut hessian = hessian.clone();
-                hessian.add_ridge(ridge + FEW_TOKENS * width as f64 / tokens as f64);
-                let (inputs, stream) = (inputs.finish(), stream.map(CrossMoments::finish));
-                Some(Shift { inputs, stream, factor: Factor::new(&hessian)? })
-            }
-            None => None,
-        };
+        let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / features;
+        let shift = sums.map(|sums| sums.finish(&hessian, tokens)).transpose()?;
         hessian.damp(self.job.recipe.calibration.damping);
         let factor = Factor::new(&hessian)?;
         self.stages.factors += started.elapsed().as_secs_f64();
         Ok(Moments { hessian, factor, norms, shift })
+    }
+
+    /// Runs sequences through `layer` up to `input`.
+    fn seen(&self, input: LinearInput, layer: &Layer, states: &[Vec<f32>]) -> Vec<Seen> {
+        let run = |states: &Vec<f32>| {
+            let mut observer = Until { input, x: Vec::new() };
+            let mut stream = states.clone();
+            self.model.run_layer(layer, &mut stream, &mut observer);
+            Seen { x: observer.x, stream }
+        };
+        states.par_iter().map(run).collect()
     }
 }
 

@@ -144,8 +144,9 @@ impl Pass<'_> {
     ) {
         let isa = self.model.isa;
         let linear = &weights.linear;
+        let LayerWeights { linear: d_linear, norms: [d_norm, d_norm_mlp] } = gradient;
         let mut add = |part: usize, d: &[f32], x: &[f32]| {
-            let to = &mut gradient.linear[part];
+            let to = &mut d_linear[part];
             if !to.values.is_empty() {
                 add_cross_products(isa, d, to.rows, x, to.cols, &mut to.values);
             }
@@ -168,14 +169,8 @@ impl Pass<'_> {
         // The residual stream after attention: straight on, and through the feed-forward network.
         let mut d_stream = d_out;
         let norm = &weights.norms[1];
-        self.norm_back(&memory.streams[1], norm, &d_normed, &mut d_stream, &mut gradient.norms[1]);
+        self.norm_back(&memory.streams[1], norm, &d_normed, &mut d_stream, d_norm_mlp);
 
-        let mut add = |part: usize, d: &[f32], x: &[f32]| {
-            let to = &mut gradient.linear[part];
-            if !to.values.is_empty() {
-                add_cross_products(isa, d, to.rows, x, to.cols, &mut to.values);
-            }
-        };
         add(O, &d_stream, &memory.mixed);
         let d_mixed = linear[O].apply_back(isa, &d_stream);
         let [mut dq, mut dk, mut dv] =
@@ -199,7 +194,7 @@ impl Pass<'_> {
             }
         }
         let norm = &weights.norms[0];
-        self.norm_back(&memory.streams[0], norm, &d_normed, &mut d_stream, &mut gradient.norms[0]);
+        self.norm_back(&memory.streams[0], norm, &d_normed, &mut d_stream, d_norm);
     }
 
     /// RMSNorm of each row of `x`.
@@ -401,7 +396,7 @@ mod tests {
                 let slope = of(&mut gradient.clone()).clone();
                 let largest = slope.iter().fold(0f32, |m, g| m.max(g.abs()));
                 let size = of(&mut weights.clone()).iter().fold(0f32, |m, w| m.max(w.abs()));
-                let turned = |i: usize| if i % 3 == 0 { -0.5 } else { 1.0 };
+                let turned = |i: usize| if i.is_multiple_of(3) { -0.5 } else { 1.0 };
                 let direction: Vec<f32> =
                     slope.iter().enumerate().map(|(i, g)| turned(i) * g / largest * size).collect();
                 let at = |step: f32| {
