@@ -6,7 +6,6 @@
 
 use stb_format::encoding::{IntGroup, Nm};
 use stb_format::{Meta, SECTION_ALIGN};
-
 use stb_runtime::{Checkpoint, Error, Result};
 
 use crate::calibration::Source;
