@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 STUDY = ROOT / "tests/bench/studies/frontier.toml"
 IMATRIX_WINDOWS = 512
 TYPES = "IQ1_S IQ1_M TQ1_0 TQ2_0 Q1_0 Q2_0 IQ2_XXS IQ2_XS Q2_K IQ3_XXS Q3_K_S Q3_K_M Q4_0 IQ4_NL Q4_K_M Q8_0".split()
-# Types for which the embeddings, 5 to 6 bits by default, and the larger types of mixtures are a good part of the file.
+# Types for which the embeddings, 5 to 6 bits by default, are a good part of the file.
 SMALL = "IQ1_S IQ1_M IQ2_XXS IQ2_XS Q2_K".split()
 # Rows that llama.cpp evaluates too.
 CHECKED = "F32 IQ1_S IQ2_XXS Q4_0".split()
@@ -182,11 +182,9 @@ class Peers:
     def variants(self) -> dict[str, list[object]]:
         """Label: arguments of llama-quantize. Embeddings of 4.5 bits are what our recipes have."""
         embeddings = "Q4_K" if self.model.config["hidden_size"] % 256 == 0 else "Q4_0"
-        found = {kind: [kind] for kind in ["F32", *self.options.types]}
-        for name, switches in {"": [], " pure": ["--pure"]}.items():
-            for kind in filter(SMALL.__contains__, self.options.types):
-                found[f"{kind}{name}, embeddings {embeddings}"] = [*switches, "--token-embedding-type", embeddings, kind]
-        return found
+        small = [kind for kind in self.options.types if kind in SMALL]
+        with_embeddings = {f"{kind}, embeddings {embeddings}": ["--token-embedding-type", embeddings, kind] for kind in small}
+        return {kind: [kind] for kind in ["F32", *self.options.types]} | with_embeddings
 
     def row(self, label: str, arguments: list[object], seen: dict[str, str]) -> dict:
         """Quantises and measures; `seen` has what was stored by earlier labels."""
