@@ -162,27 +162,8 @@ fn measure(
 /// Calibration sequences for the norms of inputs.
 const SEQUENCES: usize = 32;
 
-/// Parts of a decoder layer.
-const PARTS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
-
 fn part<'a>(layer: &'a mut Layer, name: &str) -> &'a mut Weight {
-    match name {
-        "self_attn.q_proj" => &mut layer.q,
-        "self_attn.k_proj" => &mut layer.k,
-        "self_attn.v_proj" => &mut layer.v,
-        "self_attn.o_proj" => &mut layer.o,
-        "mlp.gate_proj" => &mut layer.gate,
-        "mlp.up_proj" => &mut layer.up,
-        _ => &mut layer.down,
-    }
+    layer.matrix_mut(name).expect("one of its parts")
 }
 
 /// A matrix with the places that may be flipped.
@@ -209,7 +190,7 @@ fn matrices(
     let moments = diagonals(checkpoint, calibration, source, SEQUENCES)?;
     let mut matrices = Vec::new();
     for (index, layer) in model.layers.iter_mut().enumerate() {
-        for name in PARTS {
+        for name in Layer::PARTS {
             let weight = part(layer, name);
             let dense = checkpoint.weight(&format!("model.layers.{index}.{name}.weight"))?;
             let norms = input_of(name).and_then(|input| moments.get(index).map(|m| &m[input]));

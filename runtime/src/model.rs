@@ -101,14 +101,25 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Its matrices in order of use.
+    /// The names of its matrices in a checkpoint, behind those of the layer, in order of use.
+    pub const PARTS: [&str; 7] = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ];
+
+    /// Its matrices in the order of [`Layer::PARTS`].
     #[must_use]
     pub fn matrices(&self) -> [&Weight; 7] {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 
-    /// Replaces the matrix at `place` of [`Layer::matrices`]; nothing beyond them.
-    pub fn replace(&mut self, place: usize, weight: Weight) {
+    /// The matrix of this name in [`Layer::PARTS`].
+    pub fn matrix_mut(&mut self, part: &str) -> Option<&mut Weight> {
         let all = [
             &mut self.q,
             &mut self.k,
@@ -118,9 +129,8 @@ impl Layer {
             &mut self.up,
             &mut self.down,
         ];
-        if let Some(old) = all.into_iter().nth(place) {
-            *old = weight;
-        }
+        let place = Self::PARTS.iter().position(|name| *name == part)?;
+        all.into_iter().nth(place)
     }
 }
 

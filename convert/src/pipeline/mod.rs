@@ -514,8 +514,7 @@ impl Run<'_> {
                 "input_layernorm" => &mut layer.attention_norm,
                 "post_attention_layernorm" => &mut layer.mlp_norm,
                 _ => {
-                    let place = tune::PARTS.iter().position(|name| *name == part);
-                    if let Some(weight) = place.and_then(|i| layer.matrices().get(i).copied()) {
+                    if let Some(weight) = layer.matrix_mut(part) {
                         packed.payload = weight.bytes().to_vec();
                     }
                     continue;
@@ -531,6 +530,7 @@ impl Run<'_> {
                     norm.len() as u64,
                 )?
                 .decode();
+                in_range(norm, &tensor.name)?;
             }
         }
         self.stages.tuning += started.elapsed().as_secs_f64();
@@ -708,14 +708,7 @@ impl Run<'_> {
 
 /// Replaces a linear layer.
 fn put(layer: &mut Layer, part: &str, weight: Weight) {
-    match part {
-        "self_attn.q_proj" => layer.q = weight,
-        "self_attn.k_proj" => layer.k = weight,
-        "self_attn.v_proj" => layer.v = weight,
-        "self_attn.o_proj" => layer.o = weight,
-        "mlp.gate_proj" => layer.gate = weight,
-        "mlp.up_proj" => layer.up = weight,
-        "mlp.down_proj" => layer.down = weight,
-        _ => {}
+    if let Some(old) = layer.matrix_mut(part) {
+        *old = weight;
     }
 }

@@ -7,16 +7,7 @@ use stb_runtime::Model;
 
 use crate::hessian::{add_cross_products, product_of};
 
-/// The linear layers of a decoder layer, in order of computation.
-pub(crate) const PARTS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
+// Places in `Layer::PARTS`.
 const Q: usize = 0;
 const K: usize = 1;
 const V: usize = 2;
@@ -56,7 +47,7 @@ impl Matrix {
 /// The weights of a decoder layer, or gradients with respect to them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LayerWeights {
-    /// In the order of [`PARTS`].
+    /// In the order of `Layer::PARTS`.
     pub linear: [Matrix; 7],
     /// Before attention and before the feed-forward network, `[hidden]`.
     pub norms: [Vec<f32>; 2],
@@ -345,7 +336,7 @@ fn squared(a: &[f32], b: &[f32]) -> f64 {
 mod tests {
     use std::path::Path;
 
-    use stb_runtime::Checkpoint;
+    use stb_runtime::{Checkpoint, Layer};
 
     use super::*;
 
@@ -410,7 +401,7 @@ mod tests {
                     slope.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
                 assert!((found - expected).abs() < 0.02 * expected, "{name}: {found} {expected}");
             };
-            for (i, name) in PARTS.iter().enumerate() {
+            for (i, name) in Layer::PARTS.iter().enumerate() {
                 check(name, &|w| &mut w.linear[i].values);
             }
             check("norm before attention", &|w| &mut w.norms[0]);

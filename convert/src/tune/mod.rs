@@ -14,8 +14,6 @@ use crate::quantise::nm::round_scales;
 use crate::resume::States;
 use layer::{LayerWeights, Matrix, Pass};
 
-pub(crate) use layer::PARTS;
-
 /// Sequences of a step.
 const BATCH: usize = 8;
 /// Adam's decay of first and second moments: few steps, so short memories.
@@ -174,8 +172,8 @@ fn half(bytes: [u8; 2]) -> f32 {
 }
 
 /// Tunes `layer`, quantised, so that from `inputs` it comes close to `targets`, sequences of one length
-/// each. What can be stored of it is put into `layer`, if it is better on these sequences. `norms` are
-/// rounded by the caller's encoding.
+/// each. What can be stored of it is put into `layer`, if it is better on these sequences; norms are
+/// not rounded yet.
 ///
 /// # Errors
 /// None in practice: what has been packed can be opened.
@@ -205,8 +203,9 @@ pub fn tune(
     };
     let before = error(&weights);
 
-    let mut tunable: Vec<Tunable> =
-        (0..PARTS.len()).filter_map(|part| Tunable::new(part, layer.matrices()[part])).collect();
+    let mut tunable: Vec<Tunable> = (0..Layer::PARTS.len())
+        .filter_map(|part| Tunable::new(part, layer.matrices()[part]))
+        .collect();
     let mut moving = norms.each_ref().map(|norm| Logarithms::new(norm.len()));
     let steps = options.epochs * inputs.len().div_ceil(BATCH);
     let mut step = 0;
@@ -246,7 +245,9 @@ pub fn tune(
     for t in tunable {
         let (rows, cols) = (t.parts.rows as u64, t.parts.cols as u64);
         let weight = Weight::from_payload(&t.parts.pack(), Encoding::Nm(t.parts.spec), rows, cols)?;
-        layer.replace(t.part, weight);
+        if let Some(old) = layer.matrix_mut(Layer::PARTS[t.part]) {
+            *old = weight;
+        }
     }
     let [attention, mlp] = weights.norms;
     (layer.attention_norm, layer.mlp_norm) = (attention, mlp);
