@@ -1,0 +1,329 @@
+//! One decoder layer: statistics, its tensors, tuning, and what the next layer sees.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use rayon::prelude::*;
+use stb_runtime::{Error, Layer, LinearInput, Result, Weight};
+
+use super::tensor::{clear_dead, decode, finite, in_range, linear, squared_error, without_inputs};
+use super::{BATCH, Capture, Done, Hidden, Moments, Progress, Run, check_interrupt};
+use crate::hessian::{Factor, Hessian};
+use crate::plan::{Method, TensorPlan, Treatment, input_of};
+use crate::quantise::prune::Pruned;
+use crate::quantise::{Input, relative_error, stbllm};
+use crate::report::{LayerReport, Stages};
+use crate::resume::{SavedLayer, States};
+use crate::tune;
+
+impl Run<'_> {
+    /// One decoder layer: statistics with its weights as they are, all its tensors, then the hidden
+    /// states that the next layer will really see.
+    pub(super) fn layer(
+        &mut self,
+        index: usize,
+        tensors: &[&TensorPlan],
+        hidden: &mut Hidden,
+        progress: &dyn Progress,
+    ) -> anyhow::Result<()> {
+        let started = Instant::now();
+        let layers = self.model.layers.len();
+        self.stages = Stages::default();
+        // Units of progress: calibration, each tensor, the second forward pass.
+        let units = tensors.len() as u64 + 3;
+        let step = |done: u64, what: &str| {
+            let text = format!("layer {} of {layers}: {what}", index + 1);
+            progress.step(index as u64 * units + done, layers as u64 * units, &text);
+        };
+        step(0, "calibration");
+        let linear = tensors.iter().any(|t| matches!(t.treatment, Treatment::Linear(_)));
+        for tensor in tensors {
+            finite(&self.job.checkpoint.weight(&tensor.name)?, &tensor.name)?;
+        }
+        let dense = self.model.layers[index].clone();
+        let mut layer = dense.clone();
+        let pruned = self.prune_first(tensors, &mut layer, &mut hidden.pruned)?;
+        let refreshed = linear && self.job.recipe.calibration.refreshed()?;
+        let mut moments: [Option<Moments>; 4] = Default::default();
+        if linear && !refreshed {
+            moments = self.moments(&layer, &hidden.quantised)?.map(Some);
+        }
+        let mut finished: Vec<Option<Done>> = tensors.iter().map(|_| None).collect();
+        // In the order of computation, so that each input is behind what has been quantised.
+        let place = |i: &usize| {
+            let part = tensors[*i].layer().map_or("", |(_, part)| part);
+            (input_of(part).map_or(0, |input| input + 1), *i)
+        };
+        let mut order: Vec<usize> = (0..tensors.len()).collect();
+        order.sort_by_key(place);
+        for (done, i) in order.into_iter().enumerate() {
+            check_interrupt()?;
+            let part = tensors[i].layer().map_or("", |(_, part)| part);
+            step(1 + done as u64, part);
+            let input = input_of(part);
+            if let Some(input) = input.filter(|k| refreshed && moments[*k].is_none()) {
+                // One at a time in memory.
+                moments = Default::default();
+                let which = LinearInput::ALL[input];
+                moments[input] = Some(self.refreshed_moments(which, &layer, &dense, hidden)?);
+            }
+            let moments = input.and_then(|k| moments[k].as_ref());
+            finished[i] =
+                Some(self.layer_tensor(tensors[i], part, moments, pruned.get(part), &mut layer)?);
+        }
+        drop((moments, pruned));
+        let mut next_dense = hidden.dense.clone();
+        if index + 1 < layers || self.job.recipe.calibration.tuning()?.is_some() {
+            self.forward(&dense, &mut next_dense)?;
+        }
+        if linear {
+            step(units - 2, "tuning");
+            self.tune(tensors, &mut layer, &mut finished, &hidden.quantised, &next_dense)?;
+        }
+        let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
+        for (tensor, done) in tensors.iter().zip(finished.into_iter().flatten()) {
+            self.write(tensor, &done)?;
+            if let Treatment::Linear(_) = tensor.treatment {
+                error += done.error;
+                count += 1;
+            }
+            payloads.push(done.packed.payload);
+        }
+        step(units - 1, "next inputs");
+        if index + 1 < layers {
+            self.forward(&layer, &mut hidden.quantised)?;
+            hidden.dense = next_dense;
+        } else {
+            *hidden = Hidden::default();
+        }
+        let encoding = tensors
+            .iter()
+            .find(|t| t.shape.len() == 2)
+            .map_or(String::new(), |t| t.treatment.encoding().to_string());
+        let mean = error / f64::from(count.max(1));
+        if self.job.plan.needs_calibration() {
+            self.keep(index, mean, payloads, hidden, started)?;
+        }
+        progress.layer(index, layers, mean, &encoding, started.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// Tunes the layer as a whole, if the recipe says so, and takes over what has changed.
+    fn tune(
+        &mut self,
+        tensors: &[&TensorPlan],
+        layer: &mut Layer,
+        finished: &mut [Option<Done>],
+        inputs: &States,
+        targets: &States,
+    ) -> anyhow::Result<()> {
+        let Some(options) = self.job.recipe.calibration.tuning()? else { return Ok(()) };
+        let started = Instant::now();
+        tune::tune(&self.model, layer, inputs, targets, options)?;
+        check_interrupt()?;
+        for (tensor, done) in tensors.iter().zip(finished) {
+            let Some((Done { packed, .. }, (_, part))) = done.as_mut().zip(tensor.layer()) else {
+                continue;
+            };
+            let norm = match part {
+                "input_layernorm" => &mut layer.attention_norm,
+                "post_attention_layernorm" => &mut layer.mlp_norm,
+                _ => {
+                    if let Some(weight) = layer.matrix_mut(part) {
+                        packed.payload = weight.bytes().to_vec();
+                    }
+                    continue;
+                }
+            };
+            if let Treatment::Keep(kind) = tensor.treatment {
+                packed.payload = kind.encode(norm);
+                // As it is stored.
+                *norm = Weight::from_payload(
+                    &packed.payload,
+                    packed.encoding.clone(),
+                    1,
+                    norm.len() as u64,
+                )?
+                .decode();
+                in_range(norm, &tensor.name)?;
+            }
+        }
+        self.stages.tuning += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Keeps a finished layer for a later run and in the report.
+    fn keep(
+        &mut self,
+        index: usize,
+        relative_error: f64,
+        payloads: Vec<Vec<u8>>,
+        hidden: &mut Hidden,
+        started: Instant,
+    ) -> anyhow::Result<()> {
+        let keeping = Instant::now();
+        let tensors = self.reports[self.reports.len() - payloads.len()..].to_vec();
+        let mut layer = LayerReport {
+            index,
+            relative_error,
+            seconds: started.elapsed().as_secs_f64(),
+            stages: self.stages,
+        };
+        let saved = SavedLayer { tensors, layer, payloads };
+        self.workspace.save(index, &saved, &hidden.all())?;
+        layer.stages.output += keeping.elapsed().as_secs_f64();
+        layer.seconds = started.elapsed().as_secs_f64();
+        self.layers.push(layer);
+        Ok(())
+    }
+
+    /// The pruning pass of methods whose masks come from a pass of their own: prunes the layer
+    /// against inputs behind pruned layers and makes those of the next. What this does layer by
+    /// layer is what a pass over the whole model would do.
+    fn prune_first<'t>(
+        &mut self,
+        tensors: &[&'t TensorPlan],
+        layer: &mut Layer,
+        states: &mut States,
+    ) -> anyhow::Result<HashMap<&'t str, Pruned>> {
+        let mut pruned = HashMap::new();
+        if states.is_empty() {
+            return Ok(pruned);
+        }
+        let moments = self.moments(layer, states)?;
+        for tensor in tensors {
+            check_interrupt()?;
+            let part = tensor.layer().map_or("", |(_, part)| part);
+            let Treatment::Linear(Method::Stbllm(options)) = tensor.treatment else { continue };
+            let Some(input) = input_of(part) else { continue };
+            let clock = Instant::now();
+            let weight = self.job.checkpoint.weight(&tensor.name)?;
+            let values = weight.decode();
+            let result = stbllm::prune(&self.input(&values, &weight, &moments[input]), &options);
+            let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
+            let stored = Weight::from_floats(result.weights.clone(), rows, cols)?;
+            put(layer, part, stored);
+            pruned.insert(part, result);
+            self.stages.quantiser.prune += clock.elapsed().as_secs_f64();
+        }
+        self.forward(layer, states)?;
+        Ok(pruned)
+    }
+
+    fn input<'a>(&self, values: &'a [f32], weight: &Weight, moments: &'a Moments) -> Input<'a> {
+        Input {
+            isa: self.model.isa,
+            weights: values,
+            rows: weight.rows(),
+            cols: weight.cols(),
+            hessian: &moments.hessian,
+            factor: &moments.factor,
+            norms: &moments.norms,
+        }
+    }
+
+    /// Quantises one tensor of a layer and puts it into `layer`.
+    fn layer_tensor(
+        &mut self,
+        tensor: &TensorPlan,
+        part: &str,
+        moments: Option<&Moments>,
+        pruned: Option<&Pruned>,
+        layer: &mut Layer,
+    ) -> anyhow::Result<Done> {
+        let started = Instant::now();
+        let weight = self.job.checkpoint.weight(&tensor.name)?;
+        let mut values = weight.decode();
+        let (packed, error) = match (tensor.treatment, moments) {
+            (Treatment::Linear(method), Some(moments)) => {
+                if let Some(shift) = &moments.shift {
+                    let clock = Instant::now();
+                    shift.apply(self.model.isa, &mut values);
+                    self.stages.moments += clock.elapsed().as_secs_f64();
+                }
+                clear_dead(&mut values, &moments.norms);
+                let input = self.input(&values, &weight, moments);
+                let packed = linear(&input, method, pruned);
+                let clock = Instant::now();
+                let decoded = decode(&packed, &weight);
+                in_range(&decoded, &tensor.name)?;
+                let error = relative_error(&input, &decoded);
+                self.stages.check += clock.elapsed().as_secs_f64();
+                (packed, error)
+            }
+            _ => {
+                let packed = without_inputs(tensor, &weight, &values);
+                let error = squared_error(&packed, &weight, &values);
+                (packed, error)
+            }
+        };
+        let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
+        put(
+            layer,
+            part,
+            Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?,
+        );
+        Ok(Done { packed, error, seconds: started.elapsed().as_secs_f64() })
+    }
+
+    /// Second moments of the four inputs of a layer, with its weights as they are.
+    fn moments(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<[Moments; 4]> {
+        let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
+        let mut hessians = sizes.map(Hessian::new);
+        for batch in hidden.chunks(BATCH) {
+            check_interrupt()?;
+            let started = Instant::now();
+            let captured: Vec<Capture> = batch
+                .par_iter()
+                .map(|states| {
+                    let mut capture = Capture::default();
+                    self.model.run_layer(layer, &mut states.clone(), &mut capture);
+                    capture
+                })
+                .collect();
+            self.stages.forward += started.elapsed().as_secs_f64();
+            let started = Instant::now();
+            for (k, hessian) in hessians.iter_mut().enumerate() {
+                // One product for the whole batch: longer sums, fewer passes over the matrix.
+                let x: Vec<f32> = captured.iter().flat_map(|c| c.0[k].iter().copied()).collect();
+                hessian.add(self.model.isa, &x);
+                captured.iter().for_each(|_| hessian.count_sequence());
+            }
+            self.stages.moments += started.elapsed().as_secs_f64();
+        }
+        let started = Instant::now();
+        let damping = self.job.recipe.calibration.damping;
+        let factored: Vec<Result<Moments>> = hessians
+            .into_par_iter()
+            .map(|mut hessian| {
+                hessian.finish();
+                let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
+                hessian.damp(damping);
+                let factor = Factor::new(&hessian)?;
+                Ok(Moments { hessian, factor, norms, shift: None })
+            })
+            .collect();
+        self.stages.factors += started.elapsed().as_secs_f64();
+        let all: Vec<Moments> = factored.into_iter().collect::<Result<_>>()?;
+        let four = || Error::Internal { what: "a layer has four inputs".into() };
+        Ok(all.try_into().map_err(|_| four())?)
+    }
+
+    /// Replaces the hidden states by the output of `layer`.
+    fn forward(&mut self, layer: &Layer, hidden: &mut [Vec<f32>]) -> anyhow::Result<()> {
+        let started = Instant::now();
+        for batch in hidden.chunks_mut(BATCH) {
+            check_interrupt()?;
+            batch.par_iter_mut().for_each(|states| self.model.run_layer(layer, states, &mut ()));
+        }
+        self.stages.forward += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+}
+
+/// Replaces a linear layer.
+fn put(layer: &mut Layer, part: &str, weight: Weight) {
+    if let Some(old) = layer.matrix_mut(part) {
+        *old = weight;
+    }
+}
