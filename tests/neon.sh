@@ -99,11 +99,14 @@ export CARGO_BUILD_TARGET=$triple CARGO_TARGET_DIR="$here/build"
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
-say "everything builds for aarch64"
-cargo build --workspace --all-targets
+say "the programs build for aarch64"
+cargo build -p stb-runtime -p stb-convert --bins
 say "format and kernels, with dot products of bytes and without"
-cargo test -p stb-format -p stb-kernels --tests
-QEMU_CPU=cortex-a53 cargo test -p stb-kernels --tests
+cargo test -p stb-format --tests
+# Not those of CUDA kernels, which are the same everywhere.
+kernels() { cargo test -p stb-kernels --lib --test oracle --test kv; }
+kernels
+QEMU_CPU=cortex-a53 kernels
 
 # The programs do the same as those of this machine: files with the same bytes, the same text.
 unset RUSTC CARGO_BUILD_TARGET CARGO_TARGET_DIR

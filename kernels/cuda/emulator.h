@@ -73,10 +73,13 @@ using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 
+// Literals of equal text mostly have one address; under AddressSanitizer a comparison of text is slow.
+inline bool same(const char *a, const char *b) { return a == b || std::strcmp(a, b) == 0; }
+
 struct Site {
     const char *file = "";
     int line = 0;
-    bool operator!=(const Site &o) const { return line != o.line || std::strcmp(file, o.file) != 0; }
+    bool operator!=(const Site &o) const { return line != o.line || !same(file, o.file); }
 };
 
 enum class State { ready, warp, barrier, done };
@@ -270,7 +273,7 @@ inline void collective(const char *what, u32 mask, Data &data, void (*apply)(Dat
     me.state = State::warp;
     me.site = site, me.what = what, me.mask = mask, me.data = &data;
     const u32 first = me.number / (32 * warps) * (32 * warps);
-    Data *all[128] = {};
+    // The last lane to come checks all of them; the others stop at the first that is missing.
     bool complete = true;
     for (u32 i = 0; i < 32 * warps; ++i) {
         if (!(mask >> i % 32 & 1))
@@ -283,15 +286,17 @@ inline void collective(const char *what, u32 mask, Data &data, void (*apply)(Dat
             fail("%s at %s:%d: lane %u of mask %08x has ended", what, site.file, site.line, i, mask);
         if (f.state != State::warp) {
             complete = false;
-            continue;
+            break;
         }
-        if (f.mask != mask || std::strcmp(f.what, what) != 0 || f.site != site)
+        if (f.mask != mask || !same(f.what, what) || f.site != site)
             fail("divergent: lane %u is at %s (mask %08x, %s:%d), lane %u at %s (mask %08x, %s:%d)",
                  lane(), what, mask, site.file, site.line, i, f.what, f.mask, f.site.file,
                  f.site.line);
-        all[i] = static_cast<Data *>(f.data);
     }
     if (complete) {
+        static Data *all[128];
+        for (u32 i = 0; i < 32 * warps; ++i)
+            all[i] = mask >> i % 32 & 1 ? static_cast<Data *>(fibres[first + i].data) : nullptr;
         apply(all, mask);
         for (u32 i = 0; i < 32 * warps; ++i)
             if (mask >> i % 32 & 1)

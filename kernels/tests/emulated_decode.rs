@@ -63,7 +63,7 @@ const LIMITS: [Limits; 2] = [
 
 /// Ragged rows, columns, groups, units, tiles and chunks; more columns than a slab.
 const SHAPES: [(usize, usize); 8] =
-    [(1, 1), (16, 64), (33, 172), (80, 352), (17, 31), (70, 700), (5, 1100), (150, 2300)];
+    [(1, 1), (16, 64), (33, 172), (80, 352), (17, 31), (70, 700), (5, 1100), (21, 2300)];
 
 struct Case<'a> {
     encoding: &'a Encoding,
@@ -390,9 +390,11 @@ impl Step<'_> {
 /// several sequences and of parts of a prompt.
 fn attention(kind: KvKind, tolerance: f64) {
     let mut rng = Rng(3);
-    for (heads, kv_heads, width, interleaved) in
-        [(2, 2, 64, false), (4, 1, 24, true), (6, 2, 6, false), (9, 1, 128, true), (1, 1, 2, false)]
-    {
+    let shapes =
+        [(4, 1, 24, true), (9, 1, 128, true), (2, 2, 64, false), (6, 2, 6, false), (1, 1, 2, false)];
+    // Each shape is a program of its own: all for one kind, some for the others.
+    let shapes = if kind == KvKind::F16 { &shapes[..] } else { &shapes[1..3] };
+    for &(heads, kv_heads, width, interleaved) in shapes {
         let a = Attention { heads, kv_heads, width, layers: 2, kind, interleaved };
         let Some(emulator) = build(&a.module()) else { return };
         for sequences in [&[(0, 1)][..], &[(255, 1), (3, 1)], &[(256, 3)], &[(0, 5), (520, 2)]] {

@@ -8,6 +8,17 @@ use std::sync::OnceLock;
 
 use crate::paths::root;
 
+/// The folder of the profile of this test, `target/PROFILE`.
+fn profile_folder() -> PathBuf {
+    // Test programs lie in target/PROFILE/deps, others in target/PROFILE.
+    let this = std::env::current_exe().expect("the path of the test");
+    let mut folder = this.parent().expect("a folder").to_owned();
+    if folder.ends_with("deps") {
+        folder.pop();
+    }
+    folder
+}
+
 /// The path of `stb-run` or `stb-convert`, built with the profile of the tests.
 ///
 /// # Panics
@@ -16,12 +27,7 @@ use crate::paths::root;
 pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
-        // Test programs lie in target/PROFILE/deps, others in target/PROFILE.
-        let this = std::env::current_exe().expect("the path of the test");
-        let mut folder = this.parent().expect("a folder").to_owned();
-        if folder.ends_with("deps") {
-            folder.pop();
-        }
+        let folder = profile_folder();
         let mut build = Command::new(env!("CARGO"));
         build.current_dir(root()).args(["build", "--quiet", "--bins"]);
         build.args(["-p", "stb-runtime", "-p", "stb-convert"]);
@@ -32,6 +38,13 @@ pub fn program(name: &str) -> PathBuf {
         folder
     });
     folder.join(name)
+}
+
+/// The path of a program of this package, which Cargo builds before its tests. (Cargo's own variable for
+/// it has a hyphen in its name, which a compiler behind a shell script does not get to see.)
+#[must_use]
+pub fn own_program(name: &str) -> PathBuf {
+    profile_folder().join(name)
 }
 
 /// What a program did.

@@ -2,10 +2,12 @@
 
 use std::process::Command;
 
+use stb_tests::programs::own_program;
+
 #[test]
 fn without_a_device_it_says_so_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
-    let done = Command::new(env!("CARGO_BIN_EXE_gpu-check"))
+    let done = Command::new(own_program("gpu-check"))
         .current_dir(folder.path())
         // No device is visible, also where there is one.
         .env("CUDA_VISIBLE_DEVICES", "")
