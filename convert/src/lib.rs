@@ -6,6 +6,7 @@
 //! anything is computed.
 
 pub mod allocation;
+pub(crate) mod backward;
 pub mod budget;
 pub mod calibration;
 pub mod export;

@@ -238,8 +238,12 @@ impl Plan {
     pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
         let spec = &checkpoint.spec;
         let largest = self.tensors.iter().map(TensorPlan::elements).max().unwrap_or(0);
+        let pricing = match recipe.body.target() {
+            Ok(Some(_)) => crate::budget::memory(spec),
+            _ => 0,
+        };
         if !self.needs_calibration() {
-            return largest * 12;
+            return pricing.max(largest * 12);
         }
         let q_width = spec.heads * spec.head_dim;
         let inputs = [spec.hidden_size, q_width, spec.hidden_size, spec.intermediate_size];
@@ -280,7 +284,8 @@ impl Plan {
         // A layer's weights and gradients, and all that a batch computes, forward and backward.
         let weights = 4 * spec.hidden_size * q_width + 3 * linear;
         let tuning = if tunes { weights * 8 + 2 * captured } else { 0 };
-        hidden + moments + shift + layer + captured.max(factoring).max(quantising).max(tuning)
+        let step = captured.max(factoring).max(quantising).max(tuning);
+        pricing.max(hidden + moments + shift + layer + step)
     }
 }
 

@@ -1,7 +1,7 @@
 //! From a recipe to a plan: what is done before the first tensor is converted.
 
 use stb_format::Meta;
-use stb_runtime::{Checkpoint, Result};
+use stb_runtime::Checkpoint;
 
 use crate::allocation::allocate;
 use crate::budget;
@@ -15,7 +15,11 @@ use crate::recipe::Recipe;
 ///
 /// # Errors
 /// Those of [`plan`], [`allocate`], [`metadata`] and [`budget::fit`].
-pub fn prepare(checkpoint: &Checkpoint, recipe: &Recipe, source: &Source) -> Result<(Plan, Meta)> {
+pub fn prepare(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    source: &Source,
+) -> anyhow::Result<(Plan, Meta)> {
     let mut plan = plan(checkpoint, recipe)?;
     allocate(&mut plan, checkpoint, recipe, source)?;
     let bits = recipe.body.target()?;

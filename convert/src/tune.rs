@@ -2,17 +2,15 @@
 //! the scales of joint codes and the weights of norms, moves by gradients until the layer's
 //! output comes closer to what the dense model has there. Codes stay.
 
-mod layer;
-
 use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{MatrixView, NmParts};
 use stb_runtime::{Layer, Model, Result, Weight};
 
+use crate::backward::{LayerWeights, Matrix, Pass};
 use crate::hessian::interrupted;
 use crate::quantise::nm::round_scales;
 use crate::resume::States;
-use layer::{LayerWeights, Matrix, Pass};
 
 /// Sequences of a step.
 const BATCH: usize = 8;
@@ -187,13 +185,8 @@ pub fn tune(
     let hidden = model.norm.len();
     let length = inputs.first().map_or(1, |states| states.len() / hidden).max(1);
     let pass = Pass { model, length };
-    let mut weights = LayerWeights::default();
-    for (matrix, weight) in weights.linear.iter_mut().zip(layer.matrices()) {
-        let (rows, cols) = (weight.rows(), weight.cols());
-        *matrix = Matrix { rows, cols, values: weight.decode() };
-    }
-    let norms = [layer.attention_norm.clone(), layer.mlp_norm.clone()];
-    weights.norms.clone_from(&norms);
+    let mut weights = LayerWeights::new(layer);
+    let norms = weights.norms.clone();
     let batches =
         || inputs.chunks(BATCH).zip(targets.chunks(BATCH)).map(|(x, y)| (x.concat(), y.concat()));
     let energy: f64 = targets.iter().flatten().map(|v| f64::from(*v).powi(2)).sum();

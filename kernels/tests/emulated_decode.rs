@@ -390,8 +390,13 @@ impl Step<'_> {
 /// several sequences and of parts of a prompt.
 fn attention(kind: KvKind, tolerance: f64) {
     let mut rng = Rng(3);
-    let shapes =
-        [(4, 1, 24, true), (9, 1, 128, true), (2, 2, 64, false), (6, 2, 6, false), (1, 1, 2, false)];
+    let shapes = [
+        (4, 1, 24, true),
+        (9, 1, 128, true),
+        (2, 2, 64, false),
+        (6, 2, 6, false),
+        (1, 1, 2, false),
+    ];
     // Each shape is a program of its own: all for one kind, some for the others.
     let shapes = if kind == KvKind::F16 { &shapes[..] } else { &shapes[1..3] };
     for &(heads, kv_heads, width, interleaved) in shapes {

@@ -16,7 +16,7 @@ llama-perplexity sees the same windows; the column *by llama.cpp* is its own per
 all of it, as we do.
 
 BUILD is where llama.cpp is built from the source distribution of llama-cpp-python, unless it is there already. OUT gets
-`peers.csv`, `peers.md` and a file per measurement: the same command goes on after an interruption.
+`peers.csv`, `peers.md`, the chart `peers.svg` and a file per measurement: the same command goes on after an interruption.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import tarfile
 import tomllib
 
 import numpy
+import quality_chart
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
@@ -270,6 +271,7 @@ def write_tables(out: pathlib.Path, rows: list[dict]) -> None:
     columns = [column for column in COLUMNS if not column.endswith("_se")]
     lines = [columns, ["---"] * len(columns), *([cell(row, column) for column in columns] for row in rows)]
     (out / "peers.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    quality_chart.write(out / "peers.svg", rows)
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
-//! A decoder layer forward and backward: the gradients of its output's error with respect to its
-//! weights.
+//! A decoder layer forward and backward.
 
 use rayon::prelude::*;
 use stb_kernels::{Isa, Panels, ops};
-use stb_runtime::Model;
+use stb_runtime::{Layer, Model};
 
 use crate::hessian::{add_cross_products, product_of};
 
@@ -18,7 +17,7 @@ const DOWN: usize = 6;
 
 /// A matrix, [rows, cols].
 #[derive(Clone, Debug, Default)]
-pub(super) struct Matrix {
+pub(crate) struct Matrix {
     pub rows: usize,
     pub cols: usize,
     pub values: Vec<f32>,
@@ -46,11 +45,32 @@ impl Matrix {
 
 /// The weights of a decoder layer, or gradients with respect to them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct LayerWeights {
+pub(crate) struct LayerWeights {
     /// In the order of `Layer::PARTS`.
     pub linear: [Matrix; 7],
     /// Before attention and before the feed-forward network, `[hidden]`.
     pub norms: [Vec<f32>; 2],
+}
+
+/// What the linear layers of a decoder layer meet.
+pub(crate) struct LayerSlopes {
+    /// Their inputs in the order of `LinearInput::ALL`, [tokens, in].
+    pub inputs: [Vec<f32>; 4],
+    /// The mean square of the gradient of each output, in the order of `Layer::PARTS`, `[out]`.
+    pub slopes: [Vec<f32>; 7],
+}
+
+impl LayerWeights {
+    /// Those of `layer`.
+    pub fn new(layer: &Layer) -> Self {
+        let mut weights = Self::default();
+        for (matrix, weight) in weights.linear.iter_mut().zip(layer.matrices()) {
+            let (rows, cols) = (weight.rows(), weight.cols());
+            *matrix = Matrix { rows, cols, values: weight.decode() };
+        }
+        weights.norms = [layer.attention_norm.clone(), layer.mlp_norm.clone()];
+        weights
+    }
 }
 
 /// What backward needs of forward; all [tokens, width].
@@ -69,8 +89,12 @@ struct Memory {
     out: Vec<f32>,
 }
 
+/// Sees a linear layer: its place in `Layer::PARTS`, the gradient of its output, [tokens, out], and its
+/// input, [tokens, in].
+type See<'a> = dyn FnMut(usize, &[f32], &[f32]) + 'a;
+
 /// Sequences of one length through a decoder layer.
-pub(super) struct Pass<'a> {
+pub(crate) struct Pass<'a> {
     pub model: &'a Model,
     /// Tokens of each sequence.
     pub length: usize,
@@ -95,8 +119,32 @@ impl Pass<'_> {
         let error = squared(&memory.out, target);
         let d_out: Vec<f32> =
             memory.out.par_iter().zip(target).map(|(out, target)| out - target).collect();
-        self.backward(weights, &memory, d_out, gradient);
+        let LayerWeights { linear, norms } = gradient;
+        self.backward(weights, &memory, d_out, norms, &mut |part, d, x| {
+            let to = &mut linear[part];
+            if !to.values.is_empty() {
+                add_cross_products(self.model.isa, d, to.rows, x, to.cols, &mut to.values);
+            }
+        });
         error
+    }
+
+    /// From the gradient of a loss with respect to the output, [tokens, hidden], to that with respect to the
+    /// input `x`, and what the linear layers between them meet.
+    pub fn slopes(
+        &self,
+        weights: &LayerWeights,
+        x: Vec<f32>,
+        d_out: Vec<f32>,
+    ) -> (LayerSlopes, Vec<f32>) {
+        let memory = self.forward(weights, x);
+        let mut slopes = [(); 7].map(|()| Vec::new());
+        let mut norms = weights.norms.each_ref().map(|norm| vec![0.0; norm.len()]);
+        let d_in = self.backward(weights, &memory, d_out, &mut norms, &mut |part, d, _| {
+            slopes[part] = mean_squares(d, weights.linear[part].rows);
+        });
+        let Memory { normed: [attention, mlp], mixed, product, .. } = memory;
+        (LayerSlopes { inputs: [attention, mixed, mlp, product], slopes }, d_in)
     }
 
     fn forward(&self, weights: &LayerWeights, x: Vec<f32>) -> Memory {
@@ -126,23 +174,20 @@ impl Pass<'_> {
         Memory { streams, normed, q, k, v, mixed, gate, up, product, out }
     }
 
+    /// Adds the gradients of norms to `d_norms` and shows `see` each linear layer: which, the gradient of
+    /// its output and its input. Returns the gradient of the input.
     fn backward(
         &self,
         weights: &LayerWeights,
         memory: &Memory,
         d_out: Vec<f32>,
-        gradient: &mut LayerWeights,
-    ) {
+        d_norms: &mut [Vec<f32>; 2],
+        see: &mut See<'_>,
+    ) -> Vec<f32> {
         let isa = self.model.isa;
         let linear = &weights.linear;
-        let LayerWeights { linear: d_linear, norms: [d_norm, d_norm_mlp] } = gradient;
-        let mut add = |part: usize, d: &[f32], x: &[f32]| {
-            let to = &mut d_linear[part];
-            if !to.values.is_empty() {
-                add_cross_products(isa, d, to.rows, x, to.cols, &mut to.values);
-            }
-        };
-        add(DOWN, &d_out, &memory.product);
+        let [d_norm, d_norm_mlp] = d_norms;
+        see(DOWN, &d_out, &memory.product);
         let d_product = linear[DOWN].apply_back(isa, &d_out);
         let (d_gate, d_up): (Vec<f32>, Vec<f32>) = d_product
             .par_iter()
@@ -153,8 +198,8 @@ impl Pass<'_> {
                 (d * u * s * (1.0 + g * (1.0 - s)), d * g * s)
             })
             .unzip();
-        add(GATE, &d_gate, &memory.normed[1]);
-        add(UP, &d_up, &memory.normed[1]);
+        see(GATE, &d_gate, &memory.normed[1]);
+        see(UP, &d_up, &memory.normed[1]);
         let mut d_normed = linear[GATE].apply_back(isa, &d_gate);
         accumulate(&mut d_normed, &linear[UP].apply_back(isa, &d_up));
         // The residual stream after attention: straight on, and through the feed-forward network.
@@ -162,7 +207,7 @@ impl Pass<'_> {
         let norm = &weights.norms[1];
         self.norm_back(&memory.streams[1], norm, &d_normed, &mut d_stream, d_norm_mlp);
 
-        add(O, &d_stream, &memory.mixed);
+        see(O, &d_stream, &memory.mixed);
         let d_mixed = linear[O].apply_back(isa, &d_stream);
         let [mut dq, mut dk, mut dv] =
             [Q, K, V].map(|i| vec![0.0; d_mixed.len() / linear[Q].rows * linear[i].rows]);
@@ -179,17 +224,18 @@ impl Pass<'_> {
             });
         let mut d_normed = linear[Q].apply_back(isa, &dq);
         for (part, d) in [(Q, &dq), (K, &dk), (V, &dv)] {
-            add(part, d, &memory.normed[0]);
+            see(part, d, &memory.normed[0]);
             if part != Q {
                 accumulate(&mut d_normed, &linear[part].apply_back(isa, d));
             }
         }
         let norm = &weights.norms[0];
         self.norm_back(&memory.streams[0], norm, &d_normed, &mut d_stream, d_norm);
+        d_stream
     }
 
     /// RMSNorm of each row of `x`.
-    fn norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+    pub fn norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
         let (isa, eps) = (self.model.isa, self.model.spec.norm_eps as f32);
         let mut out = vec![0.0; x.len()];
         out.par_chunks_exact_mut(weight.len())
@@ -200,7 +246,7 @@ impl Pass<'_> {
 
     /// With y = w ∘ x·r, r = (mean x² + ε)^−½: adds to `dx` r·(w∘dy − x·r²·mean(w∘dy∘x)), and to `dw`
     /// Σ dy ∘ x·r.
-    fn norm_back(&self, x: &[f32], weight: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+    pub fn norm_back(&self, x: &[f32], weight: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
         let (isa, n) = (self.model.isa, weight.len());
         let eps = self.model.spec.norm_eps as f32;
         for ((x, dy), dx) in x.chunks_exact(n).zip(dy.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
@@ -320,6 +366,17 @@ fn accumulate(to: &mut [f32], from: &[f32]) {
     to.par_iter_mut().zip(from).for_each(|(to, from)| *to += from);
 }
 
+/// Σ x² / tokens of each column of `x`, [tokens, width].
+pub(crate) fn mean_squares(x: &[f32], width: usize) -> Vec<f32> {
+    let mut sums = vec![0.0; width];
+    for x in x.chunks_exact(width) {
+        sums.iter_mut().zip(x).for_each(|(s, x)| *s += x * x);
+    }
+    let tokens = (x.len() / width).max(1) as f32;
+    sums.iter_mut().for_each(|s| *s /= tokens);
+    sums
+}
+
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
 }
@@ -336,7 +393,7 @@ fn squared(a: &[f32], b: &[f32]) -> f64 {
 mod tests {
     use std::path::Path;
 
-    use stb_runtime::{Checkpoint, Layer};
+    use stb_runtime::Checkpoint;
 
     use super::*;
 
@@ -353,13 +410,7 @@ mod tests {
         for sequence in expected.chunks_exact_mut(length * model.norm.len()) {
             model.run_layer(layer, sequence, &mut ());
         }
-        let mut weights = LayerWeights::default();
-        for (matrix, weight) in weights.linear.iter_mut().zip(layer.matrices()) {
-            let (rows, cols) = (weight.rows(), weight.cols());
-            *matrix = Matrix { rows, cols, values: weight.decode() };
-        }
-        weights.norms = [layer.attention_norm.clone(), layer.mlp_norm.clone()];
-        f(&Pass { model: &model, length }, &weights, x, expected);
+        f(&Pass { model: &model, length }, &LayerWeights::new(layer), x, expected);
     }
 
     #[test]

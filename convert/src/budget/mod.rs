@@ -1,42 +1,41 @@
 //! Choosing encodings for a size: the least estimated error for a number of bytes.
 //!
-//! Each tensor has a few candidate encodings. Their errors are estimated without compensation, on
-//! the second moments (diagonal only) of a few calibration sequences that run through the dense
-//! model; what the quantisers reach later is lower, in about the same proportion. Bytes are exact.
+//! Each tensor has a few candidate encodings, with exact bytes and an estimate of what they do to what the
+//! model says ([`price`]).
 
-use stb_format::encoding::{IntGroup, Nm};
+mod price;
+
+pub(crate) use price::memory;
 use stb_format::{Meta, SECTION_ALIGN};
 use stb_runtime::{Checkpoint, Error, Result};
 
 use crate::calibration::Source;
-use crate::plan::{Method, Plan, Treatment, input_of};
-use crate::quantise::{int_group, nm};
+use crate::plan::{Plan, TensorPlan, Treatment};
 use crate::recipe::Recipe;
-use crate::sensitivity::{Diagonals, SEQUENCES, diagonals};
-
-/// Rows of a matrix that the estimate looks at, spread evenly.
-const ROWS: usize = 128;
-/// Columns per scale of the joint codes.
-const BLOCK: u16 = 128;
-/// How much more an error counts that no compensation will lower, that of embeddings and head. Of 1, 3,
-/// 6 and 12, 6 gave the lowest perplexity, or one within its error of it, for files of 1.5, 2 and 3
-/// bits of a model with 3.7 M parameters.
-const UNCOMPENSATED: f64 = 6.0;
 
 /// A way to store a tensor.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     treatment: Treatment,
     bytes: u64,
-    /// Relative squared error of the output.
+    /// What it adds to the sum that is made small, see [`price`].
     error: f64,
+}
+
+impl Candidate {
+    fn new(tensor: &TensorPlan, treatment: Treatment, error: f64) -> Result<Self> {
+        let mut copy = tensor.clone();
+        copy.set(treatment)?;
+        Ok(Self { treatment, bytes: copy.bytes, error })
+    }
 }
 
 /// Replaces the treatments in `plan` so that the file with `meta` has at most `bits` true bits per
 /// parameter.
 ///
 /// # Errors
-/// [`Error::Usage`] if no combination is small enough, or the calibration text is too short.
+/// [`Error::Usage`] if no combination is small enough, or the calibration text is too short; [`Error::Invalid`]
+/// for weights that are not finite; [`crate::pipeline::Interrupted`].
 pub fn fit(
     plan: &mut Plan,
     checkpoint: &Checkpoint,
@@ -44,14 +43,9 @@ pub fn fit(
     source: &Source,
     meta: &Meta,
     bits: f64,
-) -> Result<()> {
+) -> anyhow::Result<()> {
     let budget = (bits * plan.parameters() as f64 / 8.0).floor() as u64;
-    let samples = recipe.calibration.samples.min(SEQUENCES);
-    let moments = diagonals(checkpoint, &recipe.calibration, source, samples)?;
-    let mut all: Vec<Vec<Candidate>> = Vec::new();
-    for tensor in &plan.tensors {
-        all.push(candidates(plan, tensor.name.as_str(), checkpoint, &moments)?);
-    }
+    let all = price::candidates(plan, checkpoint, recipe, source)?;
     let hulls: Vec<Vec<Candidate>> = all.iter().cloned().map(lower_hull).collect();
     // Everything at its smallest, then the steps that remove most error per byte, while they fit.
     let mut level = vec![0; hulls.len()];
@@ -66,7 +60,8 @@ pub fn fit(
             "the smallest file this model can be has {:.3} true bits per parameter ({smallest} bytes), \
              more than the {bits} asked for; tokenizer, norms and padding are part of it",
             smallest as f64 * 8.0 / plan.parameters() as f64
-        )));
+        ))
+        .into());
     }
     let mut steps: Vec<(f64, usize, usize)> = Vec::new();
     for (t, hull) in hulls.iter().enumerate() {
@@ -90,7 +85,7 @@ pub fn fit(
         }
     }
     let chosen = hulls.iter().zip(level).map(|(hull, k)| hull.get(k).copied()).collect();
-    fill(plan, &all, chosen, meta, budget)
+    Ok(fill(plan, &all, chosen, meta, budget)?)
 }
 
 /// Spends what is left of the budget: the change of one tensor that removes most error and still fits,
@@ -129,71 +124,6 @@ fn fill(
             return Ok(());
         }
     }
-}
-
-/// The ways to store a tensor, with bytes and errors; vectors stay as they are.
-fn candidates(
-    plan: &Plan,
-    name: &str,
-    checkpoint: &Checkpoint,
-    moments: &Diagonals,
-) -> Result<Vec<Candidate>> {
-    let tensor = plan.tensors.iter().find(|t| t.name == name);
-    let tensor = tensor.ok_or_else(|| Error::Internal { what: format!("no plan for {name}") })?;
-    if tensor.shape.len() != 2 {
-        return Ok(Vec::new());
-    }
-    let weight = checkpoint.weight(name)?;
-    let (rows, cols) = (weight.rows(), weight.cols());
-    let view = weight.view();
-    let step = rows.div_ceil(ROWS).max(1);
-    let mut sample = vec![0.0; rows.div_ceil(step) * cols];
-    for (i, row) in sample.chunks_exact_mut(cols).enumerate() {
-        view.decode_row(i * step, row);
-    }
-    let mut priced = Vec::new();
-    let mut add = |treatment: Treatment, error: f64| -> Result<()> {
-        let mut copy = tensor.clone();
-        copy.set(treatment)?;
-        let compensated = matches!(treatment, Treatment::Linear(_));
-        let factor = if compensated { 1.0 } else { UNCOMPENSATED };
-        let error = error * weight_of(tensor.elements()) * factor;
-        priced.push(Candidate { treatment, bytes: copy.bytes, error });
-        Ok(())
-    };
-    let inputs = tensor.layer().and_then(|(i, part)| Some(&moments[i][input_of(part)?]));
-    let flat = vec![1.0; cols];
-    let importance = inputs.unwrap_or(&flat);
-    let ints = [(2, 64), (3, 128), (3, 64), (4, 128), (4, 32), (8, 128), (8, 32)];
-    for spec in ints.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group)) {
-        let error = int_group::plain_error(&sample, cols, importance, spec);
-        let treatment = match inputs {
-            Some(_) => Treatment::Linear(Method::Int(int_group::Options::full(spec))),
-            None => Treatment::Round(spec),
-        };
-        add(treatment, error)?;
-    }
-    if inputs.is_some() {
-        let codes = [(1, 8), (1, 4), (2, 8), (2, 4)];
-        for spec in codes.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, BLOCK, false)) {
-            let error = nm::plain_error(&sample, cols, importance, spec);
-            add(
-                Treatment::Linear(Method::Nm(nm::Options { spec, sweeps: 4, refit: true })),
-                error,
-            )?;
-        }
-    }
-    if let stb_format::Encoding::Dense(kind) = *weight.encoding() {
-        add(Treatment::Keep(kind), 0.0)?;
-    }
-    Ok(priced)
-}
-
-/// How much the relative error of a tensor counts: between one vote per tensor and one per weight.
-/// Of the powers 0, ½, ¾ and 1 of the size, ½ gave the lowest mean log-perplexity for files of 1.5,
-/// 1.78 and 2.1 bits of a model with 3.7 M parameters (TinyStories).
-fn weight_of(elements: u64) -> f64 {
-    (elements as f64).sqrt()
 }
 
 /// The candidates that no mixture of others beats, by size.

@@ -89,7 +89,7 @@ fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
     }
     if let Some(epochs) = args.tuning {
         calibration.tuning = Some(epochs as usize);
-        calibration.tuning()?;
+        recipe.check_tuning()?;
     }
     Ok(recipe)
 }

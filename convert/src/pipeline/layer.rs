@@ -6,12 +6,12 @@ use std::time::Instant;
 use rayon::prelude::*;
 use stb_runtime::{Error, Layer, LinearInput, Result, Weight};
 
-use super::tensor::{clear_dead, decode, finite, in_range, linear, squared_error, without_inputs};
+use super::tensor::{clear_dead, finite, in_range, squared_error, without_inputs};
 use super::{BATCH, Capture, Done, Hidden, Moments, Progress, Run, check_interrupt};
 use crate::hessian::{Factor, Hessian};
 use crate::plan::{Method, TensorPlan, Treatment, input_of};
 use crate::quantise::prune::Pruned;
-use crate::quantise::{Input, relative_error, stbllm};
+use crate::quantise::{Input, decode, linear, relative_error, stbllm};
 use crate::report::{LayerReport, Stages};
 use crate::resume::{SavedLayer, States};
 use crate::tune;
@@ -245,7 +245,7 @@ impl Run<'_> {
                 let input = self.input(&values, &weight, moments);
                 let packed = linear(&input, method, pruned);
                 let clock = Instant::now();
-                let decoded = decode(&packed, &weight);
+                let decoded = decode(&packed, input.rows, input.cols);
                 in_range(&decoded, &tensor.name)?;
                 let error = relative_error(&input, &decoded);
                 self.stages.check += clock.elapsed().as_secs_f64();

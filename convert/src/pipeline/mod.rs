@@ -21,7 +21,8 @@ use crate::recipe::Recipe;
 use crate::report::{LayerReport, Report, Stages, TensorReport};
 use crate::resume::{States, Workspace};
 use refresh::Shift;
-use tensor::{finite, squared_error, without_inputs};
+pub(crate) use tensor::finite;
+use tensor::{squared_error, without_inputs};
 
 /// Sequences that run through a layer together: threads take whole sequences.
 pub const BATCH: usize = 8;
@@ -185,7 +186,7 @@ fn make_report(
 }
 
 /// [`Interrupted`] if the user has asked to stop.
-fn check_interrupt() -> anyhow::Result<()> {
+pub(crate) fn check_interrupt() -> anyhow::Result<()> {
     if interrupted() { Err(Interrupted::AtOnce.into()) } else { Ok(()) }
 }
 

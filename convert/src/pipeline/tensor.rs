@@ -1,23 +1,11 @@
 //! One tensor: checks, quantisation by method, errors.
 
-use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup};
 use stb_runtime::{Error, Result, Weight};
 
-use crate::plan::{Method, TensorPlan, Treatment};
-use crate::quantise::prune::Pruned;
-use crate::quantise::{Input, Packed, int_group, nm, pb_llm, stbllm};
-
-/// Quantises a linear layer. `pruned` is its pruned form where that comes from a pass of its own.
-pub(super) fn linear(input: &Input<'_>, method: Method, pruned: Option<&Pruned>) -> Packed {
-    match method {
-        Method::Stbllm(options) => stbllm::quantise(input, &options, pruned),
-        Method::Nm(options) => nm::quantise(input, &options),
-        Method::Int(options) => int_group::quantise(input, &options),
-        Method::PbLlm(options) => pb_llm::quantise(input, &options),
-    }
-}
+use crate::plan::{TensorPlan, Treatment};
+use crate::quantise::{Packed, decode, int_group};
 
 /// Weights of inputs that never occurred do nothing; zero costs least.
 pub(super) fn clear_dead(values: &mut [f32], norms: &[f32]) {
@@ -49,20 +37,9 @@ pub(super) fn without_inputs(tensor: &TensorPlan, weight: &Weight, values: &[f32
     }
 }
 
-pub(super) fn decode(packed: &Packed, weight: &Weight) -> Vec<f32> {
-    let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
-    let view = packed.encoding.view(rows, cols, &packed.payload);
-    let view = view.expect("a payload that was packed for this shape");
-    let mut out = vec![0.0; weight.rows() * weight.cols()];
-    out.par_chunks_exact_mut(weight.cols())
-        .enumerate()
-        .for_each(|(r, row)| view.decode_row(r, row));
-    out
-}
-
 /// Σ (w − q)² / Σ w².
 pub(super) fn squared_error(packed: &Packed, weight: &Weight, values: &[f32]) -> f64 {
-    let decoded = decode(packed, weight);
+    let decoded = decode(packed, weight.rows(), weight.cols());
     let square = |v: f32| f64::from(v) * f64::from(v);
     let error: f64 = values.iter().zip(&decoded).map(|(w, q)| square(w - q)).sum();
     let all: f64 = values.iter().map(|w| square(*w)).sum();
@@ -81,7 +58,7 @@ pub(super) fn in_range(decoded: &[f32], name: &str) -> Result<()> {
 }
 
 /// The decoded weights, all finite.
-pub(super) fn finite(weight: &Weight, name: &str) -> Result<Vec<f32>> {
+pub(crate) fn finite(weight: &Weight, name: &str) -> Result<Vec<f32>> {
     let values = weight.decode();
     let (rows, cols) = (weight.rows(), weight.cols());
     match values.iter().position(|v| !v.is_finite()) {

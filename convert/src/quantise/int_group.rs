@@ -139,24 +139,6 @@ fn compensate(input: &Input<'_>, options: &Options) -> Packed {
     pack(IntGroupParts { spec, rows, cols, codes, scales }, clock)
 }
 
-/// Σ h (w − q)² / Σ h w² of rounding some rows, h one weight per column.
-#[must_use]
-pub fn plain_error(weights: &[f32], cols: usize, importance: &[f32], spec: IntGroup) -> f64 {
-    let row_error = |row: &[f32]| {
-        let (mut error, mut all) = (0f64, 0f64);
-        for (group, h) in row.chunks(spec.group()).zip(importance.chunks(spec.group())) {
-            let levels = Levels::new(group, &Options::full(spec));
-            for (w, h) in group.iter().zip(h) {
-                let q = levels.scale.to_f32() * f32::from(levels.nearest(*w));
-                error += f64::from(h * (w - q) * (w - q));
-                all += f64::from(h * w * w);
-            }
-        }
-        (error, all)
-    };
-    super::ratio_of_sums(weights.par_chunks_exact(cols).map(row_error).collect())
-}
-
 fn pack(parts: IntGroupParts, clock: Instant) -> Packed {
     let quantise = clock.elapsed().as_secs_f64();
     let payload = parts.pack();
@@ -358,7 +340,10 @@ mod tests {
         let normal: Vec<f32> = (0..256 * 128).map(|_| normal() as f32).collect();
         for (bits, optimum) in [(1, 0.3634), (2, 0.1188), (3, 0.03744)] {
             let spec = IntGroup::new(bits, 128).unwrap();
-            let error = plain_error(&normal, 128, &[1.0; 128], spec);
+            let stored = super::super::decode(&round(&normal, 256, 128, spec), 256, 128);
+            let square = |v: f32| f64::from(v) * f64::from(v);
+            let errors = normal.iter().zip(&stored).map(|(w, q)| square(w - q)).sum::<f64>();
+            let error = errors / normal.iter().map(|w| square(*w)).sum::<f64>();
             let share = error / optimum;
             assert!(share > 0.93 && share < 1.02, "{bits} bits: {error} instead of {optimum}");
         }

@@ -15,6 +15,8 @@ use stb_format::Encoding;
 use stb_kernels::{Isa, Panels};
 
 use crate::hessian::{Factor, Hessian, product};
+use crate::plan::Method;
+use prune::Pruned;
 
 /// Rows that a thread works on at once.
 pub(crate) const TASK_ROWS: usize = 64;
@@ -97,32 +99,46 @@ pub enum Propagation {
 pub fn relative_error(input: &Input<'_>, quantised: &[f32]) -> f64 {
     let difference: Vec<f32> =
         input.weights.par_iter().zip(quantised).map(|(w, q)| w - q).collect();
-    let energy = |weights: &[f32]| quadratic_form(input.isa, weights, input.hessian);
+    let energy =
+        |weights: &[f32]| output_errors(input.isa, weights, input.hessian).iter().sum::<f64>();
     let output = energy(input.weights);
     if output > 0.0 { energy(&difference) / output } else { 0.0 }
 }
 
-/// tr(W H Wᵀ) of `weights`, [rows, in].
-fn quadratic_form(isa: Isa, weights: &[f32], hessian: &Hessian) -> f64 {
+/// (W H Wᵀ)_ii of each row of `weights`, [rows, in].
+pub(crate) fn output_errors(isa: Isa, weights: &[f32], hessian: &Hessian) -> Vec<f64> {
     let cols = hessian.size;
     let mut panels = Panels::default();
     panels.pack(hessian.matrix(), cols);
-    let part = |rows: &[f32]| {
+    let part = |rows: &[f32]| -> Vec<f64> {
         let mut out = Vec::new();
         let stride = product(isa, rows, cols, &panels, &mut out);
         let dot = |(w, h): (&[f32], &[f32])| -> f64 {
             w.iter().zip(h).map(|(w, h)| f64::from(*w) * f64::from(*h)).sum()
         };
-        rows.chunks_exact(cols).zip(out.chunks_exact(stride)).map(dot).sum::<f64>()
+        rows.chunks_exact(cols).zip(out.chunks_exact(stride)).map(dot).collect()
     };
-    let parts: Vec<f64> = weights.par_chunks(TASK_ROWS * cols).map(part).collect();
-    parts.into_iter().sum()
+    let parts: Vec<Vec<f64>> = weights.par_chunks(TASK_ROWS * cols).map(part).collect();
+    parts.concat()
 }
 
-/// Σ first / Σ second, summed in order; zero for nothing.
-pub(crate) fn ratio_of_sums(parts: Vec<(f64, f64)>) -> f64 {
-    let (error, all) = parts.into_iter().fold((0.0, 0.0), |(e, a), (x, y)| (e + x, a + y));
-    if all > 0.0 { error / all } else { 0.0 }
+/// Quantises a linear layer. `pruned` is its pruned form where that comes from a pass of its own.
+pub(crate) fn linear(input: &Input<'_>, method: Method, pruned: Option<&Pruned>) -> Packed {
+    match method {
+        Method::Stbllm(options) => stbllm::quantise(input, &options, pruned),
+        Method::Nm(options) => nm::quantise(input, &options),
+        Method::Int(options) => int_group::quantise(input, &options),
+        Method::PbLlm(options) => pb_llm::quantise(input, &options),
+    }
+}
+
+/// The weights, [rows, cols].
+pub(crate) fn decode(packed: &Packed, rows: usize, cols: usize) -> Vec<f32> {
+    let view = packed.encoding.view(rows as u64, cols as u64, &packed.payload);
+    let view = view.expect("a payload that was packed for this shape");
+    let mut out = vec![0.0; rows * cols];
+    out.par_chunks_exact_mut(cols).enumerate().for_each(|(r, row)| view.decode_row(r, row));
+    out
 }
 
 /// Spreads the errors of columns `from..from + width` over all later columns:

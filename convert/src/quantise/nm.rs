@@ -413,32 +413,6 @@ impl Choices {
     }
 }
 
-/// Σ h (w − q)² / Σ h w² of a choice by gain without compensation, h one weight per column.
-#[must_use]
-pub fn plain_error(weights: &[f32], cols: usize, importance: &[f32], spec: Nm) -> f64 {
-    let span = if spec.block() == 0 { cols } else { spec.block() };
-    let row_error = |row: &[f32]| {
-        let (mut error, mut all) = (0f64, 0f64);
-        for (block, h) in row.chunks(span).zip(importance.chunks(span)) {
-            let scale = mean_of_largest(block, spec);
-            for (group, h) in block.chunks(spec.m()).zip(h.chunks(spec.m())) {
-                let mut rest = [0.0f32; 8];
-                rest[..group.len()].copy_from_slice(group);
-                let code = best_by_gain(group, h, scale, spec);
-                for (position, negative) in spec.pattern(code).into_iter().flatten() {
-                    rest[position] -= if negative { -scale } else { scale };
-                }
-                for ((r, w), h) in rest.iter().zip(group).zip(h) {
-                    error += f64::from(h * r * r);
-                    all += f64::from(h * w * w);
-                }
-            }
-        }
-        (error, all)
-    };
-    super::ratio_of_sums(weights.par_chunks_exact(cols).map(row_error).collect())
-}
-
 /// A first scale for a block: the mean of the N largest magnitudes of each group.
 fn mean_of_largest(block: &[f32], spec: Nm) -> f32 {
     let (mut sum, mut count) = (0.0, 0);

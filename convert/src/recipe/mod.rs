@@ -168,7 +168,7 @@ impl Recipe {
         let calibration = &recipe.calibration;
         calibration.draw()?;
         calibration.refreshed()?;
-        calibration.tuning()?;
+        recipe.check_tuning()?;
         if calibration.ridge()?.is_some() {
             recipe.body.allows_dense_targets()?;
         }
@@ -179,6 +179,21 @@ impl Recipe {
             return Err(Error::invalid("recipe: damping must be above 0 and below 10"));
         }
         Ok(recipe)
+    }
+
+    /// Whether tuning, if asked for, has something to tune.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if nothing is quantised, and as for [`Calibration::tuning`].
+    pub fn check_tuning(&self) -> Result<()> {
+        let quantises = self.body.method()?.is_some() || self.body.target()?.is_some();
+        if self.calibration.tuning()?.is_some() && !quantises {
+            return Err(Error::invalid(format!(
+                "recipe {}: tuning needs layers that are quantised, and method = {:?} has none",
+                self.name, self.body.method
+            )));
+        }
+        Ok(())
     }
 
     /// The recipe as TOML.
@@ -325,6 +340,8 @@ mod tests {
         refuse_calibration("inputs = 'refreshed'\ntarget = 'dense'\nridge = -1.0", "ridge");
         refuse_calibration("tuning = 2000", "1000");
         refuse_calibration("tuning-rate = 0.1", "needs tuning");
+        let idle = "name = 'x'\n[calibration]\ntuning = 2\n[body]\nmethod = 'source'";
+        assert!(Recipe::parse(idle).unwrap_err().to_string().contains("source"));
         assert!(Recipe::load("nonsense").unwrap_err().to_string().contains("stbllm-4of8"));
         assert_eq!(Recipe::load("nowhere.toml").unwrap_err().exit_code(), 3);
     }

@@ -1,0 +1,7 @@
+//! Gradients: of a decoder layer, and of what the whole model says.
+
+mod layer;
+mod model;
+
+pub(crate) use layer::{LayerSlopes, LayerWeights, Matrix, Pass};
+pub(crate) use model::{Ends, through};

@@ -1,0 +1,278 @@
+//! What each way to store a tensor costs: exact bytes, and the distance from the dense model that it is
+//! expected to cause.
+//!
+//! An error ΔW of a linear layer with inputs x changes its output by ΔW x, and what the model says by
+//! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token, g the gradients of [`crate::backward`]. ΔW is that of
+//! the quantiser itself, on some rows, against second moments of some tokens. Losses of tensors add up.
+
+use stb_format::Encoding;
+use stb_format::ModelSpec;
+use stb_format::encoding::{IntGroup, Nm};
+use stb_kernels::Isa;
+use stb_runtime::{Checkpoint, Layer, Model, Result, Weight};
+
+use super::Candidate;
+use crate::backward::{Ends, LayerSlopes, through};
+use crate::calibration::Source;
+use crate::hessian::{Factor, Hessian};
+use crate::pipeline::{check_interrupt, finite};
+use crate::plan::{Method, Plan, TensorPlan, Treatment, input_of};
+use crate::quantise::{Input, decode, int_group, linear, nm, output_errors};
+use crate::recipe::{Calibration, Recipe};
+
+/// Calibration sequences that are looked at, at most.
+const SEQUENCES: usize = 8;
+/// Tokens that are looked at, at most: the inputs of every decoder layer are kept.
+const TOKENS: usize = 2048;
+/// Rows of a matrix that are quantised, spread evenly.
+const ROWS: usize = 128;
+/// Rows of embeddings and head that are rounded, spread evenly.
+const TABLE_ROWS: usize = 2048;
+/// Columns that are quantised together; what errors do to those of other chunks is left out.
+const CHUNK: usize = 1024;
+/// The expected loss of a linear layer counts to this power. The expectation holds for small changes of the
+/// dense model; large ones saturate, and what an early layer does is taken back in part by those fitted
+/// behind it. `tests/bench/record/2026-11-26-budgets.md` has what 1, 0.7 and 0.5 gave.
+const LINEAR_POWER: f64 = 0.7;
+/// Columns per scale of the joint codes.
+const BLOCK: u16 = 128;
+
+/// The ways to store each tensor of `plan`; none for vectors, which stay as they are.
+///
+/// # Errors
+/// [`stb_runtime::Error::Usage`] if the calibration text is too short, [`stb_runtime::Error::Invalid`] for
+/// weights that are not finite, [`crate::pipeline::Interrupted`] if the user has asked to stop.
+pub(super) fn candidates(
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    source: &Source,
+) -> anyhow::Result<Vec<Vec<Candidate>>> {
+    for tensor in &plan.tensors {
+        finite(&checkpoint.weight(&tensor.name)?, &tensor.name)?;
+    }
+    let model = Model::from_checkpoint(checkpoint)?;
+    let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize).min(TOKENS);
+    let samples = recipe.calibration.samples.min(SEQUENCES).min(TOKENS / length.max(1)).max(1);
+    let options = Calibration { samples, ..recipe.calibration.clone() };
+    let sequences = source.windows(&model.tokenizer()?, &options, length)?;
+    let mut priced: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
+    let ends = through(&model, &sequences, |index, slopes| {
+        let moments = Moments::all(&model, slopes, recipe.calibration.damping)?;
+        for (tensor, priced) in plan.tensors.iter().zip(&mut priced) {
+            let Some((i, part)) = tensor.layer() else { continue };
+            let place = Layer::PARTS.iter().position(|name| *name == part);
+            if let Some((place, input)) = place.zip(input_of(part))
+                && i == index
+            {
+                let weight = checkpoint.weight(&tensor.name)?;
+                *priced = of_linear(tensor, &weight, &slopes.slopes[place], &moments[input])?;
+            }
+            check_interrupt()?;
+        }
+        Ok(())
+    })?;
+    let tables = Tables::new(&ends, &model, &sequences);
+    for (tensor, priced) in plan.tensors.iter().zip(&mut priced) {
+        if tensor.layer().is_none() && tensor.shape.len() == 2 {
+            let weight = checkpoint.weight(&tensor.name)?;
+            *priced = of_table(tensor, &weight, &tables)?;
+        }
+    }
+    Ok(priced)
+}
+
+/// An upper estimate of the memory that prices take beside the mapped source, in bytes.
+pub(crate) fn memory(spec: &ModelSpec) -> u64 {
+    let tokens = TOKENS as u64;
+    let width = 8 * spec.hidden_size + 4 * spec.heads * spec.head_dim + 6 * spec.intermediate_size;
+    let layer = 4 * spec.hidden_size * spec.heads * spec.head_dim
+        + 3 * spec.hidden_size * spec.intermediate_size;
+    let streams = tokens * spec.hidden_size * (spec.layers + 1) * 4;
+    streams + (tokens * width * 4 + layer * 8).max(tokens * spec.vocab_size * 8)
+}
+
+/// Second moments of some columns of an input, of [`Hessian`]'s scale for a single sequence.
+struct Moments {
+    isa: Isa,
+    from: usize,
+    tokens: usize,
+    plain: Hessian,
+    damped: Hessian,
+    factor: Factor,
+    norms: Vec<f32>,
+}
+
+impl Moments {
+    /// Of the four inputs of a decoder layer, in chunks of columns.
+    fn all(model: &Model, slopes: &LayerSlopes, damping: f64) -> Result<[Vec<Self>; 4]> {
+        let tokens = slopes.inputs[0].len() / model.norm.len();
+        let mut all: [Vec<Self>; 4] = Default::default();
+        for (x, moments) in slopes.inputs.iter().zip(&mut all) {
+            let cols = x.len() / tokens.max(1);
+            for from in (0..cols).step_by(CHUNK) {
+                moments.push(Self::new(model.isa, x, cols, from, damping)?);
+            }
+        }
+        Ok(all)
+    }
+
+    fn new(isa: Isa, x: &[f32], cols: usize, from: usize, damping: f64) -> Result<Self> {
+        let width = CHUNK.min(cols - from);
+        let part: Vec<f32> =
+            x.chunks_exact(cols).flat_map(|x| &x[from..from + width]).copied().collect();
+        let mut plain = Hessian::new(width);
+        plain.add(isa, &part);
+        plain.count_sequence();
+        plain.finish();
+        let norms = plain.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
+        let mut damped = plain.clone();
+        damped.damp(damping);
+        let factor = Factor::new(&damped)?;
+        Ok(Self { isa, from, tokens: x.len() / cols, plain, damped, factor, norms })
+    }
+
+    /// These columns of the rows of a matrix, [rows, cols].
+    fn columns(&self, rows: &[f32], cols: usize) -> Vec<f32> {
+        let range = self.from..self.from + self.norms.len();
+        rows.chunks_exact(cols).flat_map(|row| &row[range.clone()]).copied().collect()
+    }
+
+    /// E[(ΔW x)²] of each row of `weights` when they are quantised by `method`.
+    fn errors(&self, weights: &[f32], method: Method) -> Vec<f64> {
+        let cols = self.norms.len();
+        let input = Input {
+            isa: self.isa,
+            weights,
+            rows: weights.len() / cols,
+            cols,
+            hessian: &self.damped,
+            factor: &self.factor,
+            norms: &self.norms,
+        };
+        let stored = decode(&linear(&input, method, None), input.rows, cols);
+        let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
+        let scale = 0.5 / self.tokens as f64;
+        let errors = output_errors(self.isa, &difference, &self.plain);
+        errors.into_iter().map(|e| e * scale).collect()
+    }
+}
+
+/// Integers that tensors may become.
+fn integers() -> impl Iterator<Item = IntGroup> {
+    let all =
+        [(1, 128), (2, 128), (2, 64), (3, 128), (3, 64), (4, 128), (4, 32), (8, 128), (8, 32)];
+    all.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group))
+}
+
+/// What linear layers may become.
+fn methods() -> impl Iterator<Item = Method> {
+    let codes = [(1, 8), (1, 4), (2, 8), (2, 4)];
+    let codes = codes.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, BLOCK, false));
+    let codes = codes.map(|spec| Method::Nm(nm::Options { spec, sweeps: 4, refit: true }));
+    integers().map(|spec| Method::Int(int_group::Options::full(spec))).chain(codes)
+}
+
+/// Staying as it is.
+fn kept(tensor: &TensorPlan, weight: &Weight) -> Result<Option<Candidate>> {
+    let Encoding::Dense(kind) = *weight.encoding() else { return Ok(None) };
+    Candidate::new(tensor, Treatment::Keep(kind), 0.0).map(Some)
+}
+
+/// Rows of a matrix, spread evenly: their numbers, and [rows, cols].
+fn sample(weight: &Weight, most: usize) -> (Vec<usize>, Vec<f32>) {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let numbers: Vec<usize> = (0..rows).step_by(rows.div_ceil(most).max(1)).collect();
+    let mut values = vec![0.0; numbers.len() * cols];
+    for (row, out) in numbers.iter().zip(values.chunks_exact_mut(cols)) {
+        weight.view().decode_row(*row, out);
+    }
+    (numbers, values)
+}
+
+/// What the values of some rows stand for: the sum over all rows by that over these.
+fn share(values: &[f32], rows: &[usize]) -> f64 {
+    let all: f64 = values.iter().map(|v| f64::from(*v)).sum();
+    let some: f64 = rows.iter().map(|r| f64::from(values[*r])).sum();
+    if some > 0.0 { all / some } else { 0.0 }
+}
+
+/// A linear layer of a decoder layer. `slopes` are the mean squares of the gradients of its outputs.
+fn of_linear(
+    tensor: &TensorPlan,
+    weight: &Weight,
+    slopes: &[f32],
+    moments: &[Moments],
+) -> Result<Vec<Candidate>> {
+    let (rows, values) = sample(weight, ROWS);
+    let factor = 0.5 * share(slopes, &rows);
+    let chunks: Vec<Vec<f32>> = moments.iter().map(|m| m.columns(&values, weight.cols())).collect();
+    let mut priced = Vec::new();
+    for method in methods() {
+        let mut loss = 0.0;
+        for (values, moments) in chunks.iter().zip(moments) {
+            let errors = moments.errors(values, method);
+            let weighted = errors.iter().zip(&rows).map(|(e, r)| e * f64::from(slopes[*r]));
+            loss += weighted.sum::<f64>();
+        }
+        let loss = (factor * loss).powf(LINEAR_POWER);
+        priced.push(Candidate::new(tensor, Treatment::Linear(method), loss)?);
+    }
+    priced.extend(kept(tensor, weight)?);
+    Ok(priced)
+}
+
+/// Embeddings or head. They are rounded, so that the errors of columns are independent.
+fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result<Vec<Candidate>> {
+    let cols = weight.cols();
+    let (rows, values) = sample(weight, TABLE_ROWS);
+    let ends = tables.ends;
+    // What the rows stand for, looked up and as rows of the head.
+    let looked_up = share(&tables.frequencies, &rows);
+    let multiplied = share(&ends.logits, &rows);
+    let mut priced = Vec::new();
+    for spec in integers() {
+        let stored = decode(&int_group::round(&values, rows.len(), cols, spec), rows.len(), cols);
+        let mut loss = 0.0;
+        for ((w, q), r) in values.chunks_exact(cols).zip(stored.chunks_exact(cols)).zip(&rows) {
+            let squares = |by: &[f32]| -> f64 {
+                w.iter().zip(q).zip(by).map(|((w, q), b)| f64::from((w - q) * (w - q) * b)).sum()
+            };
+            if tables.embeds(tensor) {
+                loss += looked_up * f64::from(tables.frequencies[*r]) * squares(&ends.embedded);
+            }
+            if tables.is_head(tensor) {
+                loss += multiplied * f64::from(ends.logits[*r]) * squares(&ends.head_inputs);
+            }
+        }
+        priced.push(Candidate::new(tensor, Treatment::Round(spec), 0.5 * loss)?);
+    }
+    priced.extend(kept(tensor, weight)?);
+    Ok(priced)
+}
+
+/// How embeddings and head are used.
+struct Tables<'a> {
+    ends: &'a Ends,
+    /// The share of each token, none never.
+    frequencies: Vec<f32>,
+    tied: bool,
+}
+
+impl<'a> Tables<'a> {
+    fn new(ends: &'a Ends, model: &Model, sequences: &[Vec<u32>]) -> Self {
+        let mut counts = vec![1.0f32; model.embeddings.rows()];
+        sequences.iter().flatten().for_each(|t| counts[*t as usize] += 1.0);
+        let sum: f32 = counts.iter().sum();
+        counts.iter_mut().for_each(|c| *c /= sum);
+        Self { ends, frequencies: counts, tied: model.head.is_none() }
+    }
+
+    fn embeds(&self, tensor: &TensorPlan) -> bool {
+        tensor.name != "lm_head.weight"
+    }
+
+    fn is_head(&self, tensor: &TensorPlan) -> bool {
+        self.tied || !self.embeds(tensor)
+    }
+}

@@ -1,0 +1,223 @@
+//! What each code costs and how far it is from the weights: on normally distributed numbers and on the
+//! weights of a model.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use clap::Parser;
+use stb_convert::calibration::Source;
+use stb_convert::hessian::{Factor, Hessian};
+use stb_convert::quantise::{Input, Packed, int_group, nm, relative_error};
+use stb_convert::recipe::Calibration;
+use stb_format::encoding::{IntGroup, Nm};
+use stb_kernels::Isa;
+use stb_runtime::{Checkpoint, LinearInput, Model, Observer};
+use stb_tests::paths::quill;
+use stb_tests::programs::print;
+use stb_tests::random::Rng;
+
+/// Prints a Markdown table of squared errors relative to the squares of the weights.
+///
+/// Codes N of M are listed whether the format has them or not: *kept* is a code of its own, the N largest of
+/// M weights at one scale per 128 columns (not rounded); *encoder* is our quantiser. Its last column is the
+/// error of the output of linear layers, by the second moments of calibrated inputs.
+#[derive(Parser)]
+struct Cli {
+    /// A dense checkpoint; default: the bundled model
+    model: Option<PathBuf>,
+    /// Tokens of calibration
+    #[arg(long, default_value_t = 8192)]
+    tokens: usize,
+}
+
+/// Columns per scale.
+const BLOCK: usize = 128;
+/// N:M of the family.
+const CODES: [(u8, u8); 9] =
+    [(1, 8), (2, 16), (1, 4), (3, 16), (2, 8), (4, 16), (3, 8), (2, 4), (4, 8)];
+
+/// Weights, [rows, cols], with the second moments of their inputs.
+struct Layer {
+    weights: Vec<f32>,
+    rows: usize,
+    cols: usize,
+    hessian: Hessian,
+    factor: Factor,
+}
+
+impl Layer {
+    fn new(
+        weights: Vec<f32>,
+        cols: usize,
+        mut hessian: Hessian,
+        damping: f64,
+    ) -> anyhow::Result<Self> {
+        hessian.damp(damping);
+        let factor = Factor::new(&hessian)?;
+        Ok(Self { rows: weights.len() / cols, weights, cols, hessian, factor })
+    }
+
+    /// Inputs without a preference.
+    fn plain(weights: Vec<f32>, cols: usize) -> anyhow::Result<Self> {
+        let one = |i: usize| if i.is_multiple_of(cols + 1) { 1.0 } else { 0.0 };
+        let identity = Hessian::from_matrix((0..cols * cols).map(one).collect(), cols);
+        Self::new(weights, cols, identity, 0.0)
+    }
+
+    /// Of the quantiser: of the outputs, relative to them.
+    fn error(&self, method: Method) -> anyhow::Result<f64> {
+        let norms = vec![1.0; self.cols];
+        let input = Input {
+            isa: Isa::detect()?,
+            weights: &self.weights,
+            rows: self.rows,
+            cols: self.cols,
+            hessian: &self.hessian,
+            factor: &self.factor,
+            norms: &norms,
+        };
+        let Packed { encoding, payload, .. } = match method {
+            Method::Nm(spec) => nm::quantise(&input, &nm::Options { spec, sweeps: 4, refit: true }),
+            Method::Int(spec) => int_group::quantise(&input, &int_group::Options::full(spec)),
+        };
+        let stored = encoding.view(self.rows as u64, self.cols as u64, &payload)?.decode();
+        Ok(relative_error(&input, &stored))
+    }
+
+    /// Of keeping the `n` largest of `m`.
+    fn kept(&self, n: u8, m: u8) -> f64 {
+        let (mut error, mut all) = (0.0, 0.0);
+        for block in self.weights.chunks(self.cols).flat_map(|row| row.chunks(BLOCK)) {
+            let (mut sum, mut count) = (0.0, 0.0);
+            for group in block.chunks(usize::from(m)) {
+                let mut sizes: Vec<f64> = group.iter().map(|w| f64::from(w.abs())).collect();
+                sizes.sort_by(|a, b| b.total_cmp(a));
+                sizes.truncate(usize::from(n));
+                sum += sizes.iter().sum::<f64>();
+                count += sizes.len() as f64;
+            }
+            let squares: f64 = block.iter().map(|w| f64::from(*w).powi(2)).sum();
+            all += squares;
+            error += squares - sum * sum / count;
+        }
+        error / all
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Method {
+    Nm(Nm),
+    Int(IntGroup),
+}
+
+/// The bits of a code N of M with signs, in whole bits per group, and of a 4-bit scale per block.
+fn nominal_bits(n: u8, m: u8) -> f64 {
+    let choices: f64 =
+        (0..n).map(|i| f64::from(m - i) / f64::from(i + 1)).product::<f64>() * 2f64.powi(n.into());
+    // A product of quotients may miss a whole number by its rounding.
+    (choices.log2() - 1e-9).ceil() / f64::from(m) + 4.0 / BLOCK as f64
+}
+
+struct Moments<'a>(&'a mut [Hessian; 4]);
+
+impl Observer for Moments<'_> {
+    fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
+        let hessian = &mut self.0[input.index()];
+        hessian.add(Isa::detect().expect("checked at start"), x);
+        hessian.count_sequence();
+        ControlFlow::Continue(())
+    }
+}
+
+/// All linear layers of the decoder with the second moments of their inputs.
+fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
+    let checkpoint = Checkpoint::open(&cli.model.clone().unwrap_or_else(quill), true)?;
+    let model = Model::from_checkpoint(&checkpoint)?;
+    let length = 256.min(checkpoint.spec.context_length as usize);
+    let options = Calibration { samples: cli.tokens.div_ceil(length), ..Calibration::default() };
+    let mut hidden = Vec::new();
+    for window in Source::built_in().windows(&model.tokenizer()?, &options, length)? {
+        let mut states = Vec::new();
+        model.embed(&window, &mut states)?;
+        hidden.push(states);
+    }
+    let mut all = Vec::new();
+    for layer in &model.layers {
+        let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
+        let mut moments = sizes.map(Hessian::new);
+        for states in &mut hidden {
+            model.run_layer(layer, states, &mut Moments(&mut moments));
+        }
+        moments.iter_mut().for_each(Hessian::finish);
+        for (weight, input) in layer.matrices().into_iter().zip([0, 0, 0, 1, 2, 2, 3]) {
+            let cols = weight.cols();
+            all.push(Layer::new(weight.decode(), cols, moments[input].clone(), 0.1)?);
+        }
+    }
+    Ok(all)
+}
+
+/// Numbers of a normal distribution, [256, 1024].
+fn normal() -> anyhow::Result<Layer> {
+    let mut rng = Rng(1);
+    let mut uniform = || (rng.bits() >> 11) as f64 / (1u64 << 53) as f64;
+    // Box and Muller's way.
+    let mut draw =
+        || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
+    Layer::plain((0..256 * 1024).map(|_| draw() as f32).collect(), 1024)
+}
+
+/// The mean over layers.
+fn mean(layers: &[Layer], of: impl Fn(&Layer) -> anyhow::Result<f64>) -> anyhow::Result<f64> {
+    let errors: Vec<f64> = layers.iter().map(of).collect::<anyhow::Result<_>>()?;
+    Ok(errors.iter().sum::<f64>() / layers.len() as f64)
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    let normal = normal()?;
+    let calibrated = layers(&cli)?;
+    let plain: Vec<Layer> = calibrated
+        .iter()
+        .map(|l| Layer::plain(l.weights.clone(), l.cols))
+        .collect::<anyhow::Result<_>>()?;
+    print(
+        "| code | bits | bound 2^(−2·bits) | normal, kept | normal, encoder | weights, kept | weights, encoder \
+         | outputs, encoder |\n|---|---|---|---|---|---|---|---|\n",
+    );
+    for (n, m) in CODES {
+        let bits = nominal_bits(n, m);
+        let (by_size, of_weights) = (normal.kept(n, m), mean(&plain, |l| Ok(l.kept(n, m)))?);
+        let line = match Nm::new(n, m, 4, BLOCK as u16, false) {
+            Some(spec) => encoder(Method::Nm(spec), &normal, &plain, &calibrated)?,
+            None => ["not in the format".to_owned(), String::new(), String::new()],
+        };
+        let [first, second, third] = line;
+        print(&format!(
+            "| {n}:{m} | {bits:.3} | {:.3} | {by_size:.3} | {first} | {of_weights:.3} | {second} | {third} |\n",
+            2f64.powf(-2.0 * bits)
+        ));
+    }
+    for (bits, group) in [(1, 128), (2, 64), (2, 128), (3, 128), (4, 128)] {
+        let Some(spec) = IntGroup::new(bits, group) else { continue };
+        let [first, second, third] = encoder(Method::Int(spec), &normal, &plain, &calibrated)?;
+        let rate = f64::from(bits) + 16.0 / f64::from(group);
+        print(&format!(
+            "| int{bits}, group {group} | {rate:.3} | {:.3} | | {first} | | {second} | {third} |\n",
+            2f64.powf(-2.0 * rate)
+        ));
+    }
+    Ok(())
+}
+
+/// What our quantiser reaches: on normal numbers, weights, outputs.
+fn encoder(
+    method: Method,
+    normal: &Layer,
+    plain: &[Layer],
+    calibrated: &[Layer],
+) -> anyhow::Result<[String; 3]> {
+    let of = |l: &Layer| l.error(method);
+    let errors = [of(normal)?, mean(plain, of)?, mean(calibrated, of)?];
+    Ok(errors.map(|e| format!("{e:.3}")))
+}
