@@ -34,6 +34,8 @@ const CHUNK: usize = 1024;
 /// dense model; large ones saturate, and what an early layer does is taken back in part by those fitted
 /// behind it. `tests/bench/record/2026-11-26-budgets.md` has what 1, 0.7 and 0.5 gave.
 const LINEAR_POWER: f64 = 0.7;
+/// Rounds of re-choosing codes and refitting scales.
+const SWEEPS: usize = 4;
 /// Columns per scale of the joint codes.
 const BLOCK: u16 = 128;
 
@@ -169,8 +171,10 @@ fn integers() -> impl Iterator<Item = IntGroup> {
 fn methods() -> impl Iterator<Item = Method> {
     let codes = [(1, 8), (1, 4), (2, 8), (2, 4)];
     let codes = codes.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, BLOCK, false));
-    let codes = codes.map(|spec| Method::Nm(nm::Options { spec, sweeps: 4, refit: true }));
-    integers().map(|spec| Method::Int(int_group::Options::full(spec))).chain(codes)
+    let codes = codes.map(|spec| Method::Nm(nm::Options { spec, sweeps: SWEEPS, refit: true }));
+    let sweeps = |spec: IntGroup| if spec.bits() < 8 { SWEEPS } else { 0 };
+    let integer = move |spec| Method::Int(int_group::Options::full(spec, sweeps(spec)));
+    integers().map(integer).chain(codes)
 }
 
 /// Staying as it is.

@@ -1,5 +1,6 @@
 //! From a dense weight matrix and the second moments of its inputs to packed weights.
 
+mod fit;
 pub mod int_group;
 pub mod metric;
 pub mod nm;

@@ -7,10 +7,9 @@ use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{Nm, NmParts};
 use stb_format::half::f16;
-use stb_kernels::Panels;
 
+use super::fit::{best_scales, pass_on, residual, times_hessian};
 use super::{Input, Packed, Propagation, Seconds, TASK_ROWS, propagate};
-use crate::hessian::{product, product_of};
 
 /// Options of the quantiser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +62,7 @@ pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
         block_codes: Vec::new(),
     };
     fit.choose_with_compensation();
-    let target = fit.times_hessian(input.weights);
+    let target = times_hessian(input, input.weights);
     if options.refit {
         fit.refit_scales(&target);
     }
@@ -150,14 +149,6 @@ impl Fit<'_> {
         self.store_scales();
     }
 
-    /// Weights times the Hessian, [rows, cols].
-    fn times_hessian(&self, weights: &[f32]) -> Vec<f32> {
-        let (isa, cols) = (self.input.isa, self.input.cols);
-        let mut panels = Panels::default();
-        panels.pack(self.input.hessian.matrix(), cols);
-        product_of(isa, weights, cols, &panels, cols)
-    }
-
     /// Signs of the kept weights of a row, zero elsewhere.
     fn signs(&self, row: usize, out: &mut [f32]) {
         out.fill(0.0);
@@ -185,56 +176,13 @@ impl Fit<'_> {
         out
     }
 
-    /// The scales that minimise the output error for the present codes: per row the small system
-    /// (Tᵀ H T) α = Tᵀ H w, T the signs by block. `target` is W·H.
+    /// The scales that minimise the output error for the present codes. `target` is W·H.
     fn refit_scales(&mut self, target: &[f32]) {
-        let (isa, rows, cols) = (self.input.isa, self.input.rows, self.input.cols);
-        let (blocks, span) = (self.blocks, self.span);
-        let mut signs = vec![0.0; rows * cols];
+        let cols = self.input.cols;
+        let mut signs = vec![0.0; self.input.rows * cols];
         signs.par_chunks_exact_mut(cols).enumerate().for_each(|(r, row)| self.signs(r, row));
-        // [rows, blocks, blocks], lower triangle.
-        let mut systems = vec![0f64; rows * blocks * blocks];
-        let mut panels = Panels::default();
-        for b in 0..blocks {
-            let (start, end) = (b * span, cols.min((b + 1) * span));
-            let width = end - start;
-            let rows_of_h = &self.input.hessian.matrix()[start * cols..end * cols];
-            // Only columns up to the end of the block: the system is symmetric.
-            panels.pack_transposed(rows_of_h, end, width, cols);
-            let panels = &panels;
-            systems
-                .par_chunks_mut(TASK_ROWS * blocks * blocks)
-                .zip(signs.par_chunks(TASK_ROWS * cols))
-                .for_each_init(Default::default, |memory: &mut [Vec<f32>; 2], (systems, signs)| {
-                    let [part, out] = memory;
-                    part.clear();
-                    signs.chunks_exact(cols).for_each(|s| part.extend_from_slice(&s[start..end]));
-                    let stride = product(isa, part, width, panels, out);
-                    let rows = systems.chunks_exact_mut(blocks * blocks);
-                    for ((system, signs), out) in
-                        rows.zip(signs.chunks_exact(cols)).zip(out.chunks_exact(stride))
-                    {
-                        let earlier = signs[..end].chunks(span).zip(out[..end].chunks(span));
-                        for (k, (s, p)) in earlier.enumerate() {
-                            system[b * blocks + k] = dot(s, p);
-                        }
-                    }
-                });
-        }
-        self.scales
-            .par_chunks_exact_mut(blocks)
-            .zip(systems.par_chunks_exact_mut(blocks * blocks))
-            .zip(signs.par_chunks_exact(cols))
-            .zip(target.par_chunks_exact(cols))
-            .for_each(|(((scales, system), signs), target)| {
-                let parts = signs.chunks(span).zip(target.chunks(span));
-                let mut right: Vec<f64> = parts.map(|(s, t)| dot(s, t)).collect();
-                if solve(system, &mut right) {
-                    for (scale, value) in scales.iter_mut().zip(right) {
-                        *scale = value.max(0.0) as f32;
-                    }
-                }
-            });
+        best_scales(self.input, &signs, self.span, target, &mut self.scales);
+        self.scales.iter_mut().for_each(|scale| *scale = scale.max(0.0));
         self.store_scales();
     }
 
@@ -254,13 +202,11 @@ impl Fit<'_> {
     /// Coordinate descent: each group in turn takes the code that minimises the output error with
     /// all other groups as they are. `target` is W·H.
     fn sweep(&mut self, target: &[f32]) {
-        let (isa, rows, cols) = (self.input.isa, self.input.rows, self.input.cols);
+        let (rows, cols) = (self.input.rows, self.input.cols);
         let h = self.input.hessian.matrix();
         // (W − Q)·H, kept up to date.
-        let mut residual = self.times_hessian(&self.weights());
-        residual.par_iter_mut().zip(target).for_each(|(r, t)| *r = t - *r);
+        let mut residual = residual(self.input, &self.weights(), target);
         let (groups, blocks, span, spec) = (self.groups, self.blocks, self.span, self.spec);
-        let mut panels = Panels::default();
         for from in (0..cols).step_by(BLOCK) {
             let width = BLOCK.min(cols - from);
             let choices: Vec<Choices> = (from..from + width)
@@ -291,22 +237,7 @@ impl Fit<'_> {
                         }
                     }
                 });
-            panels.pack_transposed(&h[from * cols..], cols, width, cols);
-            residual
-                .par_chunks_mut(TASK_ROWS * cols)
-                .zip(changes.par_chunks(TASK_ROWS * width))
-                .for_each_init(Vec::new, |memory, (residual, changes)| {
-                    let stride = product(isa, changes, width, &panels, memory);
-                    let rows = residual.chunks_exact_mut(cols).zip(memory.chunks_exact(stride));
-                    for (residual, product) in rows {
-                        for (j, (r, p)) in residual.iter_mut().zip(product).enumerate() {
-                            // Inside the block it has been done already.
-                            if !(from..from + width).contains(&j) {
-                                *r -= p;
-                            }
-                        }
-                    }
-                });
+            pass_on(self.input, &mut residual, &changes, from);
         }
     }
 }
@@ -443,42 +374,4 @@ fn best_by_gain(group: &[f32], importance: &[f32], scale: f32, spec: Nm) -> u16 
     let first = kept(best[0].unwrap_or(0));
     let second = best[1].filter(|k| spec.n() == 2 && gain(*k) > 0.0).map(kept);
     spec.code(first, second).expect("positions inside the group")
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-}
-
-/// Solves a symmetric positive definite system from its lower triangle by Cholesky; false if it is
-/// singular. A trace of damping keeps blocks that are alike apart.
-pub(super) fn solve(system: &mut [f64], right: &mut [f64]) -> bool {
-    let n = right.len();
-    let trace: f64 = (0..n).map(|i| system[i * n + i]).sum();
-    if trace.is_nan() || trace <= 0.0 {
-        return false;
-    }
-    for i in 0..n {
-        system[i * n + i] += 1e-9 * trace / n as f64 + f64::MIN_POSITIVE;
-        for j in 0..=i {
-            let sum: f64 = (0..j).map(|k| system[i * n + k] * system[j * n + k]).sum();
-            let rest = system[i * n + j] - sum;
-            if i == j {
-                if rest <= 0.0 {
-                    return false;
-                }
-                system[i * n + i] = rest.sqrt();
-            } else {
-                system[i * n + j] = rest / system[j * n + j];
-            }
-        }
-    }
-    for i in 0..n {
-        let sum: f64 = (0..i).map(|k| system[i * n + k] * right[k]).sum();
-        right[i] = (right[i] - sum) / system[i * n + i];
-    }
-    for i in (0..n).rev() {
-        let sum: f64 = (i + 1..n).map(|k| system[k * n + i] * right[k]).sum();
-        right[i] = (right[i] - sum) / system[i * n + i];
-    }
-    true
 }

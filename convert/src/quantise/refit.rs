@@ -13,7 +13,7 @@ use stb_format::encoding::StbllmParts;
 use stb_format::half::f16;
 use stb_kernels::Panels;
 
-use super::nm::solve;
+use super::fit::solve;
 use super::{Input, TASK_ROWS};
 use crate::hessian::product;
 

@@ -233,14 +233,21 @@ impl Body {
     }
 
     fn int(&self) -> Result<int_group::Options> {
-        self.allow(&["bits", "group", "rounding", "symmetric"])?;
+        self.allow(&["bits", "group", "rounding", "symmetric", "sweeps"])?;
         let grid = int_group::Grid {
             bits: self.bits.unwrap_or(4),
             symmetric: self.symmetric.unwrap_or(true),
         };
         let words = &[("compensated", true), ("nearest", false)];
         let compensate = word("rounding", &self.rounding, words)?;
-        int_group::Options::new(grid, self.group.unwrap_or(128), compensate).ok_or_else(|| {
+        let sweeps = self.sweeps.unwrap_or(0);
+        if sweeps > 0 && !(compensate && grid.symmetric) {
+            return Err(Error::invalid(
+                "recipe: sweeps of int needs rounding = \"compensated\" and a symmetric grid",
+            ));
+        }
+        let options = int_group::Options::new(grid, self.group.unwrap_or(128), compensate);
+        options.map(|options| int_group::Options { sweeps, ..options }).ok_or_else(|| {
             Error::invalid(
                 "recipe: int takes bits 1 to 8 (1 to 7 if not symmetric) and group 32, 64 or 128",
             )

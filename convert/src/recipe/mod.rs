@@ -325,6 +325,7 @@ mod tests {
         refuse("method = 'stbllm'\nnn = 4", "nn");
         refuse("method = 'int'\nbits = 9", "bits 1 to 8");
         refuse("method = 'int'\nbits = 8\nsymmetric = false", "1 to 7");
+        refuse("method = 'int'\nbits = 2\nsymmetric = false\nsweeps = 1", "sweeps");
         refuse("method = 'stbllm'\nmask = 'before'\norder = 'quantise-first'", "in-loop");
         refuse("method = 'stbllm'\nmask = 'in-loop'\npass = 'model'", "compensated");
         refuse("method = 'stbllm'\npartition = 'bell'\nregion-ratio = 3.0", "region-ratio");

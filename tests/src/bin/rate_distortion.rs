@@ -78,7 +78,7 @@ impl Layer {
         };
         let Packed { encoding, payload, .. } = match method {
             Method::Nm(spec) => nm::quantise(&input, &nm::Options { spec, sweeps: 4, refit: true }),
-            Method::Int(spec) => int_group::quantise(&input, &int_group::Options::full(spec)),
+            Method::Int(spec) => int_group::quantise(&input, &int_group::Options::full(spec, 4)),
         };
         let stored = encoding.view(self.rows as u64, self.cols as u64, &payload)?.decode();
         Ok(relative_error(&input, &stored))
