@@ -1,7 +1,7 @@
 //! Choosing encodings for a size: the least estimated error for a number of bytes.
 //!
 //! Each tensor has a few candidate encodings, with exact bytes and an estimate of what they do to what the
-//! model says ([`price`]).
+//! model says (`price`).
 
 mod price;
 
