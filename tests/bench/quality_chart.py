@@ -70,7 +70,8 @@ class Panel:
                 label = escape(row["type"])
                 out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour}"><title>{label}</title></circle>')
                 if name == "llama.cpp" and "," not in label:
-                    out.append(f'<text x="{x + 5:.1f}" y="{y - 4:.1f}" class="small" fill="{colour}">{label}</text>')
+                    at, side = (x + 5, "") if x < self.x + WIDTH - 60 else (x - 5, " end")
+                    out.append(f'<text x="{at:.1f}" y="{y - 4:.1f}" class="small{side}" fill="{colour}">{label}</text>')
         return out
 
 
@@ -89,7 +90,7 @@ def write(path: pathlib.Path, rows: list[dict]) -> None:
         mine = [row for row in rows if row["model"] == model]
         for j, size in enumerate(RANGE):
             panel = Panel(LEFT + j * (WIDTH + LEFT), TOP + i * (HEIGHT + GAP), size, mine)
-            out += panel.draw(f"{model}: KL divergence from the dense model, nats per token")
+            out += panel.draw(f"{model}: KL from the dense model, nats per token")
     for i, (name, colour, _, _) in enumerate(FAMILIES):
         x, y = LEFT + i % 4 * 250, height - FOOT + 24 + i // 4 * 20
         out.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/><text x="{x + 10}" y="{y}">{escape(name)}</text>')
