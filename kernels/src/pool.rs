@@ -14,14 +14,21 @@ const SPIN: Duration = Duration::from_micros(200);
 /// After that it lets other threads go first, for so long; then it sleeps.
 const YIELD: Duration = Duration::from_millis(5);
 
+/// A worker that is waited for this long, and several times as long as a task takes, has lost its core to
+/// something else. To share work is then to wait for the scheduler, again and again, so the caller works
+/// alone for [`ALONE`] times as long as it waited, at most [`LONGEST`].
+const LATE: Duration = Duration::from_millis(1);
+const ALONE: u32 = 20;
+const LONGEST: Duration = Duration::from_secs(1);
+
 /// Threads for parallel regions. The caller of [`Pool::run`] works too, so a pool of one thread
 /// has none of its own.
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// Held during a region: another caller then works alone.
-    busy: Mutex<()>,
+    /// Held during a region: another caller then works alone. Until when this one does too.
+    busy: Mutex<Option<Instant>>,
 }
 
 /// A task of the present region, by its number.
@@ -110,7 +117,7 @@ impl Pool {
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
         };
-        Self { shared: Arc::new(shared), workers: Vec::new(), busy: Mutex::new(()) }
+        Self { shared: Arc::new(shared), workers: Vec::new(), busy: Mutex::new(None) }
     }
 
     /// Calls `task` with the pieces of `chunk` elements that `parts` are cut into (the last piece of a
@@ -171,8 +178,8 @@ impl Pool {
 
     /// Calls `task` with every number below `tasks`, on all threads, and returns when all calls have
     /// returned. Threads take the next number when they are free, so that a core that is taken away
-    /// holds up no more than its present task. While another thread is in a region of this pool, the
-    /// caller works alone.
+    /// holds up no more than its present task, and the caller then works alone for a while. It also does while
+    /// another thread is in a region of this pool.
     ///
     /// # Panics
     /// If a task does.
@@ -185,20 +192,28 @@ impl Pool {
             Err(TryLockError::Poisoned(busy)) => Some(busy.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         };
-        let Some(_busy) = busy else {
+        let Some(mut busy) = busy else {
             (0..tasks).for_each(task);
             return;
         };
+        let started = Instant::now();
+        if busy.is_some_and(|until| started < until) {
+            (0..tasks).for_each(task);
+            return;
+        }
         let short: *const Task<'_> = &raw const task;
         // SAFETY: only the lifetime is changed; `region` ends before `task` is dropped, and workers
         // use the pointer only inside it.
         let long = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(short) };
         // SAFETY: `busy` is held, the gate closed and empty since the region before: nobody reads.
         unsafe { *self.shared.job.get() = Job { task: Some(long), tasks } };
-        {
-            let region = Region::open(&self.shared);
-            region.0.take_tasks(&task, tasks);
-        }
+        let region = Region::open(&self.shared);
+        let own = region.0.take_tasks(&task, tasks);
+        let worked = started.elapsed();
+        drop(region);
+        let waited = started.elapsed() - worked;
+        let late = waited > LATE && waited > 4 * worked / own.max(1);
+        *busy = late.then(|| Instant::now() + (waited * ALONE).min(LONGEST));
         let panic = self.shared.panic.lock().map_or(None, |mut panic| panic.take());
         if let Some(panic) = panic {
             resume_unwind(panic);
@@ -266,13 +281,16 @@ impl Shared {
         }
     }
 
-    fn take_tasks(&self, task: &Task<'_>, tasks: usize) {
+    /// Takes tasks until there are none left; returns how many it took.
+    fn take_tasks(&self, task: &Task<'_>, tasks: usize) -> u32 {
+        let mut own = 0;
         loop {
             let i = self.next.fetch_add(1, Ordering::Relaxed);
             if i >= tasks {
-                return;
+                return own;
             }
             task(i);
+            own += 1;
         }
     }
 
@@ -395,6 +413,40 @@ mod tests {
             }
         });
         assert_eq!(count.into_inner(), 4 * 50 * 8 * 2);
+    }
+
+    #[test]
+    fn a_worker_that_is_late_is_left_out_for_a_while() {
+        let pool = Pool::new(2).unwrap();
+        let caller = std::thread::current().id();
+        let is_caller = || std::thread::current().id() == caller;
+        let began = AtomicBool::new(false);
+        pool.run(2, |_| {
+            if is_caller() {
+                while !began.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+            } else {
+                began.store(true, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        });
+        let others = || {
+            let count = AtomicUsize::new(0);
+            pool.run(20, |_| {
+                std::thread::sleep(Duration::from_micros(100));
+                if !is_caller() {
+                    add_one(&count);
+                }
+            });
+            count.into_inner()
+        };
+        assert_eq!(others(), 0, "alone");
+        std::thread::sleep(LONGEST);
+        let again = Instant::now();
+        while others() == 0 {
+            assert!(again.elapsed() < Duration::from_secs(60), "never again together");
+        }
     }
 
     #[test]
