@@ -5,9 +5,8 @@
 //! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token, g the gradients of [`crate::backward`]. ΔW is that of
 //! the quantiser itself, on some rows, against second moments of some tokens. Losses of tensors add up.
 
-use stb_format::Encoding;
-use stb_format::ModelSpec;
 use stb_format::encoding::{IntGroup, Nm};
+use stb_format::{Encoding, ModelSpec};
 use stb_kernels::Isa;
 use stb_runtime::{Checkpoint, Layer, Model, Result, Weight};
 
@@ -19,9 +18,8 @@ use crate::pipeline::{check_interrupt, finite};
 use crate::plan::{Method, Plan, TensorPlan, Treatment, input_of};
 use crate::quantise::{Input, decode, int_group, linear, nm, output_errors};
 use crate::recipe::{Calibration, Recipe};
+use crate::sensitivity::SEQUENCES;
 
-/// Calibration sequences that are looked at, at most.
-const SEQUENCES: usize = 8;
 /// Tokens that are looked at, at most: the inputs of every decoder layer are kept.
 const TOKENS: usize = 2048;
 /// Rows of a matrix that are quantised, spread evenly.
