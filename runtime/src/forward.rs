@@ -12,6 +12,7 @@ use crate::device::{Caches, DeviceModel, Logits};
 use crate::error::{Error, Result};
 use crate::linear::{Linears, apply};
 use crate::model::{Layer, Model};
+use crate::weights::Weight;
 
 /// Which input of a decoder layer an [`Observer`] sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -198,7 +199,7 @@ impl Model {
                     state.caches[i].attend(self.isa, &self.pool, q, k, v, out);
                 }
             };
-            let _ = self.layer(layer, &self.pool, attend, &mut memory, &mut hidden, &mut ());
+            self.layer(layer, &self.pool, attend, &mut memory, &mut hidden);
         }
         if let Some(device) = &self.device {
             let mut logits = std::mem::take(&mut states[0].logits);
@@ -313,7 +314,7 @@ impl Model {
                 cache.attend(self.isa, &self.pool, q, k, v, out);
             };
             let memory = &mut state.memory;
-            let _ = self.layer(layer, &self.pool, attend, memory, &mut hidden, &mut ());
+            self.layer(layer, &self.pool, attend, memory, &mut hidden);
         }
         state.tokens += tokens.len();
         Ok(hidden)
@@ -342,6 +343,18 @@ impl Model {
     /// Runs one decoder layer over a whole sequence from its start, exactly and on this thread alone:
     /// `hidden` is [tokens, hidden], changed in place. `observer` sees the inputs of the linear layers.
     pub fn run_layer(&self, layer: &Layer, hidden: &mut [f32], observer: &mut dyn Observer) {
+        if self.run_attention(layer, hidden, observer).is_continue() {
+            let _ = self.run_mlp(layer, hidden, observer);
+        }
+    }
+
+    /// The first half of [`Model::run_layer`]: attention, added to the residual stream.
+    pub fn run_attention(
+        &self,
+        layer: &Layer,
+        hidden: &mut [f32],
+        observer: &mut dyn Observer,
+    ) -> ControlFlow<()> {
         let mut memory = Memory::default();
         self.turn(&mut memory.rotary, 0..hidden.len() / self.norm.len());
         let mut cache = KvCache::new(KvKind::F32, self.heads());
@@ -349,7 +362,25 @@ impl Model {
         let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
             cache.attend(self.isa, pool, q, k, v, out);
         };
-        let _ = self.layer(layer, pool, attend, &mut memory, hidden, observer);
+        self.attention(layer, pool, attend, &mut memory, hidden, observer)
+    }
+
+    /// The second half of [`Model::run_layer`], for streams that have passed attention.
+    pub fn run_mlp(
+        &self,
+        layer: &Layer,
+        hidden: &mut [f32],
+        observer: &mut dyn Observer,
+    ) -> ControlFlow<()> {
+        self.mlp(layer, self.pool.or_serial(false), &mut Memory::default(), hidden, observer)
+    }
+
+    /// Adds `x` [tokens, in] · `weight`ᵀ to `hidden` [tokens, out], as those layers do that write to
+    /// the residual stream: what [`Model::run_layer`] does behind its observer, on this thread alone.
+    pub fn add_linear(&self, weight: &Weight, x: &[f32], hidden: &mut [f32]) {
+        let (pool, mut out) = (self.pool.or_serial(false), Vec::new());
+        apply(self.isa, pool, &mut Linears::default(), [weight], x, [&mut out]);
+        add(pool, hidden, &out);
     }
 
     /// Rotates the heads of `x`, [tokens, width] from the start of a sequence, as queries and keys are,
@@ -363,9 +394,21 @@ impl Model {
         rotary.rotate(self.pool.or_serial(false), x, width);
     }
 
+    fn layer(
+        &self,
+        layer: &Layer,
+        pool: &Pool,
+        attend: impl FnMut(&[f32], &[f32], &[f32], &mut [f32]),
+        memory: &mut Memory,
+        hidden: &mut [f32], // [tokens, hidden]
+    ) {
+        let _ = self.attention(layer, pool, attend, memory, hidden, &mut ());
+        let _ = self.mlp(layer, pool, memory, hidden, &mut ());
+    }
+
     /// `attend` appends keys and values (both [tokens, kv_width]) to the caches and computes the
     /// attention of queries ([tokens, q_width]), both rotated.
-    fn layer(
+    fn attention(
         &self,
         layer: &Layer,
         pool: &Pool,
@@ -375,9 +418,8 @@ impl Model {
         observer: &mut dyn Observer,
     ) -> ControlFlow<()> {
         let isa = self.isa;
-        let Memory { linears, rotary, normed, q, k, v, mixed, gate, up, out, .. } = memory;
+        let Memory { linears, rotary, normed, q, k, v, mixed, out, .. } = memory;
         let eps = self.spec.norm_eps as f32;
-
         norm_rows(isa, pool, hidden, &layer.attention_norm, eps, normed);
         observer.observe(LinearInput::Attention, normed)?;
         apply(isa, pool, linears, [&layer.q, &layer.k, &layer.v], normed, [q, k, v]);
@@ -388,7 +430,20 @@ impl Model {
         observer.observe(LinearInput::AttentionOutput, mixed)?;
         apply(isa, pool, linears, [&layer.o], mixed, [out]);
         add(pool, hidden, out);
+        ControlFlow::Continue(())
+    }
 
+    fn mlp(
+        &self,
+        layer: &Layer,
+        pool: &Pool,
+        memory: &mut Memory,
+        hidden: &mut [f32], // [tokens, hidden]
+        observer: &mut dyn Observer,
+    ) -> ControlFlow<()> {
+        let isa = self.isa;
+        let Memory { linears, normed, gate, up, out, .. } = memory;
+        let eps = self.spec.norm_eps as f32;
         norm_rows(isa, pool, hidden, &layer.mlp_norm, eps, normed);
         observer.observe(LinearInput::Mlp, normed)?;
         apply(isa, pool, linears, [&layer.gate, &layer.up], normed, [gate, up]);

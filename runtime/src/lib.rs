@@ -32,8 +32,9 @@ pub use config::{TokenConfig, parse_config};
 pub use device::DeviceChoice;
 pub use error::{Error, Result, exit_code};
 pub use eval::{
-    Divergence, Estimate, Item, Perplexity, PerplexityOptions, Prompt, Score, Task, TaskResult,
-    TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_item, zero_shot,
+    Divergence, Estimate, Item, KeptLogits, Perplexity, PerplexityOptions, Prompt, Reference,
+    Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_item,
+    zero_shot,
 };
 pub use forward::{LinearInput, Observer, State};
 pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 use stb_format::encoding::Dense;
 use stb_runtime::{
-    Item, Model, OpenOptions, PerplexityOptions, State, Task, TextLayout, ZeroShotOptions,
-    open_to_measure, perplexity, score_item, zero_shot,
+    Item, KeptLogits, Model, OpenOptions, PerplexityOptions, Reference, State, Task, TextLayout,
+    ZeroShotOptions, open_to_measure, perplexity, score_item, zero_shot,
 };
 use stb_tests::paths::{quill, root, shared};
 use stb_tests::programs::{command, run, skip};
@@ -155,8 +155,10 @@ fn divergences_are_those_of_the_definition() {
     let layout = TextLayout::Documents("lazy".into());
     let tokens = layout.tokenize(&tokenizer, &sample).unwrap();
     let options = PerplexityOptions { context: 33, windows: Some(6), layout };
-    let found =
-        perplexity(&model, Some(&reference), &tokenizer, &sample, &options, &|_, _| {}).unwrap();
+    let measure = |reference| {
+        perplexity(&model, Some(reference), &tokenizer, &sample, &options, &|_, _| {}).unwrap()
+    };
+    let found = measure(Reference::new(&reference));
     let divergence = found.divergence.as_ref().unwrap();
 
     let mut windows = Vec::new();
@@ -190,9 +192,18 @@ fn divergences_are_those_of_the_definition() {
     close(divergence.reference_perplexity.value, estimate(1).0.exp());
     close(divergence.nll_difference.value, estimate(0).0 - estimate(1).0);
 
+    // With room for all windows, for some, and for none.
+    let window = 33 * model.embeddings.rows() * 4;
+    for room in [6 * window, 5 * window / 2, window - 1] {
+        let kept = KeptLogits::new(room);
+        for _ in 0..3 {
+            let again = measure(Reference { model: &reference, kept: Some(&kept) });
+            assert_eq!(again.divergence, found.divergence);
+        }
+    }
+
     // A model is at no distance from itself.
-    let same = perplexity(&model, Some(&model), &tokenizer, &sample, &options, &|_, _| {}).unwrap();
-    let same = same.divergence.unwrap();
+    let same = measure(Reference::new(&model)).divergence.unwrap();
     assert_eq!((same.kl.value, same.top1.value, same.nll_difference.value), (0.0, 1.0, 0.0));
 
     // Other tokens cannot be compared.

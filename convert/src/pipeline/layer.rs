@@ -6,6 +6,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 use stb_runtime::{Error, Layer, LinearInput, Result, Weight};
 
+use super::refresh::Walk;
 use super::tensor::{clear_dead, finite, in_range, squared_error, without_inputs};
 use super::{BATCH, Capture, Done, Hidden, Moments, Progress, Run, check_interrupt};
 use crate::hessian::{Factor, Hessian};
@@ -44,6 +45,10 @@ impl Run<'_> {
         let mut layer = dense.clone();
         let pruned = self.prune_first(tensors, &mut layer, &mut hidden.pruned)?;
         let refreshed = linear && self.job.recipe.calibration.refreshed()?;
+        let mut walk = Walk::default();
+        let tuned = linear && self.job.recipe.calibration.tuning()?.is_some();
+        // Streams advance while the layer is quantised; tuning starts from its inputs.
+        let inputs = if tuned { hidden.quantised.clone() } else { States::new() };
         let mut moments: [Option<Moments>; 4] = Default::default();
         if linear && !refreshed {
             moments = self.moments(&layer, &hidden.quantised)?.map(Some);
@@ -65,20 +70,21 @@ impl Run<'_> {
                 // One at a time in memory.
                 moments = Default::default();
                 let which = LinearInput::ALL[input];
-                moments[input] = Some(self.refreshed_moments(which, &layer, &dense, hidden)?);
+                moments[input] =
+                    Some(self.refreshed_moments(which, &layer, &dense, hidden, &mut walk)?);
             }
             let moments = input.and_then(|k| moments[k].as_ref());
             finished[i] =
                 Some(self.layer_tensor(tensors[i], part, moments, pruned.get(part), &mut layer)?);
         }
         drop((moments, pruned));
-        let mut next_dense = hidden.dense.clone();
-        if index + 1 < layers || self.job.recipe.calibration.tuning()?.is_some() {
-            self.forward(&dense, &mut next_dense)?;
+        if index + 1 < layers || tuned {
+            self.advance_dense(&dense, &mut hidden.dense, &mut walk)?;
         }
-        if linear {
+        if tuned {
             step(units - 2, "tuning");
-            self.tune(tensors, &mut layer, &mut finished, &hidden.quantised, &next_dense)?;
+            self.tune(tensors, &mut layer, &mut finished, &inputs, &hidden.dense)?;
+            (hidden.quantised, walk) = (inputs, Walk::default());
         }
         let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
         for (tensor, done) in tensors.iter().zip(finished.into_iter().flatten()) {
@@ -91,8 +97,7 @@ impl Run<'_> {
         }
         step(units - 1, "next inputs");
         if index + 1 < layers {
-            self.forward(&layer, &mut hidden.quantised)?;
-            hidden.dense = next_dense;
+            self.advance(2, &layer, &mut hidden.quantised, &mut walk)?;
         } else {
             *hidden = Hidden::default();
         }
@@ -285,7 +290,7 @@ impl Run<'_> {
             let started = Instant::now();
             for (k, hessian) in hessians.iter_mut().enumerate() {
                 // One product for the whole batch: longer sums, fewer passes over the matrix.
-                let x: Vec<f32> = captured.iter().flat_map(|c| c.0[k].iter().copied()).collect();
+                let x = captured.iter().map(|c| &c.0[k][..]).collect::<Vec<_>>().concat();
                 hessian.add(self.model.isa, &x);
                 captured.iter().for_each(|_| hessian.count_sequence());
             }

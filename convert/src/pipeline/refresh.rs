@@ -10,6 +10,7 @@ use stb_runtime::{Layer, LinearInput, Observer, Result};
 
 use super::{BATCH, Hidden, Moments, Run, check_interrupt};
 use crate::hessian::{CrossMoments, Factor, Hessian, product_of};
+use crate::resume::States;
 
 /// The ridge that inputs of as many features as there are tokens add to the recipe's: a regression on
 /// few tokens finds what is not there.
@@ -43,17 +44,18 @@ impl Shift {
     }
 }
 
-/// Keeps one input and ends the layer there.
-struct Until {
+/// Keeps one input; ends the layer there or not.
+struct Keep {
     input: LinearInput,
+    goes_on: bool,
     x: Vec<f32>,
 }
 
-impl Observer for Until {
+impl Observer for Keep {
     fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
         if input == self.input {
             self.x = x.to_vec();
-            return ControlFlow::Break(());
+            return if self.goes_on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
         }
         ControlFlow::Continue(())
     }
@@ -63,14 +65,38 @@ impl Observer for Until {
 struct Seen {
     /// Its input, [tokens, in].
     x: Vec<f32>,
-    /// The residual stream there, [tokens, hidden].
+    /// That in the dense model minus this one, if somebody wants it.
+    inputs: Vec<f32>,
+    /// The residual stream, [tokens, hidden], in the dense model minus the one here; the same.
     stream: Vec<f32>,
 }
 
-/// Of all tokens of a batch, the first minus the second.
-fn difference(wanted: &[Seen], seen: &[Seen], of: fn(&Seen) -> &[f32]) -> Vec<f32> {
-    let pairs = wanted.iter().zip(seen);
-    pairs.flat_map(|(w, s)| of(w).iter().zip(of(s)).map(|(w, s)| w - s)).collect()
+/// `wanted` minus what is.
+fn difference(mut wanted: Vec<f32>, x: &[f32]) -> Vec<f32> {
+    wanted.iter_mut().zip(x).for_each(|(w, x)| *w -= x);
+    wanted
+}
+
+/// One field of all sequences of a batch.
+fn joined(seen: &[Seen], of: fn(&Seen) -> &[f32]) -> Vec<f32> {
+    seen.iter().map(of).collect::<Vec<_>>().concat()
+}
+
+/// Inputs of linear layers up to this size (bytes of all calibration sequences) are kept until those
+/// layers are quantised; larger ones are computed anew.
+const KEPT_BYTES: usize = 1 << 30;
+
+/// How far the sequences are in the layer at work: what nothing later can change is not computed
+/// again. Residual streams advance in place, by halves of the layer: attention, then MLP.
+#[derive(Default)]
+pub(super) struct Walk {
+    /// What the linear layer reads that ends the half where the quantised streams stand: [tokens, in]
+    /// for each sequence; or none.
+    kept: States,
+    /// Halves behind the quantised streams.
+    quantised: usize,
+    /// Halves behind the streams of the dense model.
+    dense: usize,
 }
 
 /// Sums over the calibration sequences for [`Shift`].
@@ -81,12 +107,11 @@ struct ShiftSums {
 }
 
 impl ShiftSums {
-    /// `seen` is what is, `wanted` what is in the dense model, `x` all inputs of `seen`.
-    fn add(&mut self, isa: Isa, wanted: &[Seen], seen: &[Seen], x: &[f32]) {
-        let inputs = difference(wanted, seen, |s| &s.x);
-        self.inputs.add(isa, &inputs, x, seen.len());
+    /// `x` is all inputs of `seen`.
+    fn add(&mut self, isa: Isa, seen: &[Seen], x: &[f32]) {
+        self.inputs.add(isa, &joined(seen, |s| &s.inputs), x, seen.len());
         if let Some(stream) = &mut self.stream {
-            stream.add(isa, &difference(wanted, seen, |s| &s.stream), x, seen.len());
+            stream.add(isa, &joined(seen, |s| &s.stream), x, seen.len());
         }
     }
 
@@ -111,8 +136,12 @@ impl Run<'_> {
         input: LinearInput,
         layer: &Layer,
         dense: &Layer,
-        hidden: &Hidden,
+        hidden: &mut Hidden,
+        walk: &mut Walk,
     ) -> anyhow::Result<Moments> {
+        if matches!(input, LinearInput::Mlp | LinearInput::MlpDown) {
+            self.advance(1, layer, &mut hidden.quantised, walk)?;
+        }
         let isa = self.model.isa;
         let (width, to_stream) = match input {
             LinearInput::Attention => (layer.q.cols(), false),
@@ -127,28 +156,36 @@ impl Run<'_> {
             stream: to_stream.then(|| CrossMoments::new(features, width)),
             ridge,
         });
-        for (batch, states) in hidden.quantised.chunks(BATCH).enumerate() {
+        let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / features;
+        let keep = to_stream && tokens * width * size_of::<f32>() <= KEPT_BYTES;
+        let mut dense_streams = hidden.dense.iter_mut();
+        for states in hidden.quantised.chunks_mut(BATCH) {
             check_interrupt()?;
             let started = Instant::now();
-            let seen = self.seen(input, layer, states);
-            let wanted = match &sums {
-                Some(_) => self.seen(input, dense, &hidden.dense[batch * BATCH..][..seen.len()]),
+            let dense_states: Vec<&mut Vec<f32>> = match &sums {
+                Some(_) => dense_streams.by_ref().take(states.len()).collect(),
                 None => Vec::new(),
             };
+            let seen = self.seen(input, (layer, states), (dense, dense_states));
             self.stages.forward += started.elapsed().as_secs_f64();
             let started = Instant::now();
-            let x: Vec<f32> = seen.iter().flat_map(|s| s.x.iter().copied()).collect();
+            let x = joined(&seen, |s| &s.x);
             hessian.add(isa, &x);
             seen.iter().for_each(|_| hessian.count_sequence());
             if let Some(sums) = &mut sums {
-                sums.add(isa, &wanted, &seen, &x);
+                sums.add(isa, &seen, &x);
+            }
+            if keep {
+                walk.kept.extend(seen.into_iter().map(|s| s.x));
             }
             self.stages.moments += started.elapsed().as_secs_f64();
+        }
+        if to_stream && sums.is_some() {
+            walk.dense += 1;
         }
         let started = Instant::now();
         hessian.finish();
         let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
-        let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / features;
         let shift = sums.map(|sums| sums.finish(&hessian, tokens)).transpose()?;
         hessian.damp(self.job.recipe.calibration.damping);
         let factor = Factor::new(&hessian)?;
@@ -156,15 +193,96 @@ impl Run<'_> {
         Ok(Moments { hessian, factor, norms, shift })
     }
 
-    /// Runs sequences through `layer` up to `input`.
-    fn seen(&self, input: LinearInput, layer: &Layer, states: &[Vec<f32>]) -> Vec<Seen> {
-        let run = |states: &Vec<f32>| {
-            let mut observer = Until { input, x: Vec::new() };
-            let mut stream = states.clone();
-            self.model.run_layer(layer, &mut stream, &mut observer);
-            Seen { x: observer.x, stream }
+    /// Runs sequences up to `input`, from where their streams stand. Those of the dense model, if
+    /// there are any, pass the linear layer behind `input` if it ends a half: it is theirs already.
+    fn seen(
+        &self,
+        input: LinearInput,
+        (layer, states): (&Layer, &mut [Vec<f32>]),
+        (dense, dense_states): (&Layer, Vec<&mut Vec<f32>>),
+    ) -> Vec<Seen> {
+        let run = |layer: &Layer, stream: &mut [f32], goes_on: bool| {
+            let mut observer = Keep { input, goes_on, x: Vec::new() };
+            let _ = match input {
+                LinearInput::Attention | LinearInput::AttentionOutput => {
+                    self.model.run_attention(layer, stream, &mut observer)
+                }
+                LinearInput::Mlp | LinearInput::MlpDown => {
+                    self.model.run_mlp(layer, stream, &mut observer)
+                }
+            };
+            observer.x
         };
-        states.par_iter().map(run).collect()
+        let to_stream = matches!(input, LinearInput::AttentionOutput | LinearInput::MlpDown);
+        let mut wanted: Vec<Option<&mut Vec<f32>>> = dense_states.into_iter().map(Some).collect();
+        wanted.resize_with(states.len(), || None);
+        let pairs = states.par_iter_mut().zip(wanted);
+        pairs
+            .map(|(stream, wanted)| {
+                let x = run(layer, stream, false);
+                let Some(wanted) = wanted else {
+                    return Seen { x, inputs: Vec::new(), stream: Vec::new() };
+                };
+                let shift = if to_stream { difference(wanted.clone(), stream) } else { Vec::new() };
+                let inputs = difference(run(dense, wanted, to_stream), &x);
+                Seen { x, inputs, stream: shift }
+            })
+            .collect()
+    }
+
+    /// Brings the quantised streams to the end of `halves` halves of `layer`, which must be finished
+    /// so far.
+    pub(super) fn advance(
+        &mut self,
+        halves: usize,
+        layer: &Layer,
+        streams: &mut States,
+        walk: &mut Walk,
+    ) -> anyhow::Result<()> {
+        while walk.quantised < halves {
+            let kept = std::mem::take(&mut walk.kept);
+            self.half(walk.quantised, layer, streams, &kept)?;
+            walk.quantised += 1;
+        }
+        Ok(())
+    }
+
+    /// The same for those of the dense model, to the end of the layer.
+    pub(super) fn advance_dense(
+        &mut self,
+        layer: &Layer,
+        streams: &mut States,
+        walk: &mut Walk,
+    ) -> anyhow::Result<()> {
+        while walk.dense < 2 {
+            self.half(walk.dense, layer, streams, &[])?;
+            walk.dense += 1;
+        }
+        Ok(())
+    }
+
+    /// Half `half` of `layer`, of which `kept` may have what the last linear layer reads.
+    fn half(
+        &mut self,
+        half: usize,
+        layer: &Layer,
+        streams: &mut States,
+        kept: &[Vec<f32>],
+    ) -> anyhow::Result<()> {
+        let started = Instant::now();
+        for (batch, streams) in streams.chunks_mut(BATCH).enumerate() {
+            check_interrupt()?;
+            streams.par_iter_mut().enumerate().for_each(|(i, stream)| {
+                match (half, kept.get(batch * BATCH + i)) {
+                    (0, Some(x)) => self.model.add_linear(&layer.o, x, stream),
+                    (_, Some(x)) => self.model.add_linear(&layer.down, x, stream),
+                    (0, None) => drop(self.model.run_attention(layer, stream, &mut ())),
+                    (_, None) => drop(self.model.run_mlp(layer, stream, &mut ())),
+                }
+            });
+        }
+        self.stages.forward += started.elapsed().as_secs_f64();
+        Ok(())
     }
 }
 

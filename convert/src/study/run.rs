@@ -1,11 +1,13 @@
 //! Measuring what is missing.
 
+use std::cell::OnceCell;
 use std::path::Path;
 use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 use stb_runtime::{
-    Checkpoint, Error, Model, OpenOptions, PerplexityOptions, Result, open_to_measure, perplexity,
+    Checkpoint, Error, KeptLogits, Model, OpenOptions, PerplexityOptions, Reference, Result,
+    open_to_measure, perplexity,
 };
 
 use super::cell::{Cell, Inputs, fingerprint};
@@ -147,14 +149,33 @@ struct StudiedModel<'a> {
     checkpoint: Checkpoint,
     hash: String,
     context: usize,
+    dense: OnceCell<Model>,
+    logits: KeptLogits,
 }
+
+/// Logits of the checkpoint up to this size stay in memory from cell to cell; beyond that they are
+/// computed anew.
+const KEPT_BYTES: usize = 1 << 30;
 
 impl<'a> StudiedModel<'a> {
     fn open(entry: &'a StudyModel) -> Result<Self> {
         let checkpoint = Checkpoint::open(&entry.path, true)?;
         let hash = fingerprint(&checkpoint);
         let context = entry.context.unwrap_or(checkpoint.spec.context_length as usize);
-        Ok(Self { entry, checkpoint, hash, context })
+        let (dense, logits) = (OnceCell::new(), KeptLogits::new(KEPT_BYTES));
+        Ok(Self { entry, checkpoint, hash, context, dense, logits })
+    }
+
+    /// The checkpoint as what converted models are compared with.
+    fn reference(&self) -> Result<Reference<'_>> {
+        let model = match self.dense.get() {
+            Some(model) => model,
+            None => {
+                let model = open_to_measure(&self.entry.path, &options())?;
+                self.dense.get_or_init(|| model)
+            }
+        };
+        Ok(Reference { model, kept: Some(&self.logits) })
     }
 }
 
@@ -241,8 +262,8 @@ impl Row<'_> {
             None => converted.insert(self.convert(&inputs, events)?),
         };
         let started = Instant::now();
-        let reference = open_to_measure(&self.model.entry.path, &options())?;
-        let tokenizer = reference.tokenizer()?;
+        let reference = self.model.reference()?;
+        let tokenizer = reference.model.tokenizer()?;
         let options = PerplexityOptions {
             context: inputs.context,
             windows: inputs.windows,
@@ -250,7 +271,7 @@ impl Row<'_> {
         };
         let progress = |done, all| events.window(done, all);
         let found =
-            perplexity(model, Some(&reference), &tokenizer, &text.text, &options, &progress)?;
+            perplexity(model, Some(reference), &tokenizer, &text.text, &options, &progress)?;
         let divergence = found
             .divergence
             .ok_or_else(|| Error::Internal { what: "a comparison without a result".into() })?;

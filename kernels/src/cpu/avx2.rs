@@ -58,7 +58,7 @@ macro_rules! both {
 impl Simd for Avx2 {
     type F = F;
     type I = I;
-    const GEMM_ROWS: usize = 4;
+    const GEMM_ROWS: usize = 6;
     const GEMM_VECTORS: usize = 1;
 
     #[inline(always)]

@@ -4,13 +4,13 @@
 
 use stb_format::encoding::MatrixView;
 
-use super::{Bytes, Simd, nm, rows};
+use super::{Bytes, Simd, nm, rows as unpacked};
 use crate::isa::{Isa, Task};
 
 /// Activations per panel: two vectors.
 const PANEL: usize = 32;
 /// Columns unpacked at a time; a multiple of 128.
-const DEPTH: usize = 512;
+const DEPTH: usize = 256;
 /// Rows unpacked at a time.
 const ROWS: usize = 64;
 
@@ -177,7 +177,7 @@ fn unpack<S: Simd>(
     #[inline(always)]
     fn by_row<S: Simd>(
         s: S,
-        m: &impl rows::Rows,
+        m: &impl unpacked::Rows,
         row: usize,
         count: usize,
         from: usize,
@@ -186,7 +186,7 @@ fn unpack<S: Simd>(
     ) {
         for r in 0..count {
             let stored = (m.cols() - from).min(width);
-            rows::unpack(s, m, row + r, from, &mut to[r * width..r * width + stored]);
+            unpacked::unpack(s, m, row + r, from, &mut to[r * width..r * width + stored]);
         }
     }
     match matrix {
@@ -216,6 +216,7 @@ fn block<S: Simd>(
     // The trait's sizes as constants that the micro-kernel can be unrolled for.
     match (S::GEMM_ROWS, S::GEMM_VECTORS) {
         (8, 2) => tiled::<S, 8, 2>(s, weights, width, count, panel, out, stride),
+        (6, 1) => tiled::<S, 6, 1>(s, weights, width, count, panel, out, stride),
         (4, 1) => tiled::<S, 4, 1>(s, weights, width, count, panel, out, stride),
         sizes => unreachable!("no micro-kernel of size {sizes:?}"),
     }
@@ -233,21 +234,32 @@ fn tiled<S: Simd, const R: usize, const V: usize>(
 ) {
     let mut r = 0;
     while r + R <= count {
-        for v in (0..PANEL / 16).step_by(V) {
-            let mut rows: [&[f32]; R] = [&[]; R];
-            for (i, row) in rows.iter_mut().enumerate() {
-                *row = &weights[(r + i) * width..(r + i + 1) * width];
-            }
-            micro::<S, R, V>(s, rows, panel, 16 * v, &mut out[r * stride + 16 * v..], stride);
-        }
+        rows::<S, R, V>(s, &weights[r * width..], width, panel, &mut out[r * stride..], stride);
         r += R;
     }
+    while r + 4 <= count {
+        rows::<S, 4, 1>(s, &weights[r * width..], width, panel, &mut out[r * stride..], stride);
+        r += 4;
+    }
     while r < count {
-        for v in 0..PANEL / 16 {
-            let row = [&weights[r * width..(r + 1) * width]];
-            micro::<S, 1, 1>(s, row, panel, 16 * v, &mut out[r * stride + 16 * v..], stride);
-        }
+        rows::<S, 1, 1>(s, &weights[r * width..], width, panel, &mut out[r * stride..], stride);
         r += 1;
+    }
+}
+
+/// The first `R` of `weights` × all tokens of a panel.
+#[inline(always)]
+fn rows<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    weights: &[f32],
+    width: usize,
+    panel: &[f32],
+    out: &mut [f32],
+    stride: usize,
+) {
+    let rows: [&[f32]; R] = std::array::from_fn(|i| &weights[i * width..(i + 1) * width]);
+    for v in (0..PANEL / 16).step_by(V) {
+        micro::<S, R, V>(s, rows, panel, 16 * v, &mut out[16 * v..], stride);
     }
 }
 

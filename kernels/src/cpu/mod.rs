@@ -41,7 +41,7 @@ pub(crate) trait Simd: Copy {
     type F: Copy;
     /// 16 × u32, two's complement where signed.
     type I: Copy;
-    /// Rows of the matrix-multiplication micro-kernel; divides 16.
+    /// Rows of the matrix-multiplication micro-kernel.
     const GEMM_ROWS: usize;
     /// Vectors of 16 activations of the micro-kernel.
     const GEMM_VECTORS: usize;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value as Json, json};
 use stb_runtime::{
-    Divergence, Error, Estimate, Model, Perplexity, PerplexityOptions, Task, TaskResult,
+    Divergence, Error, Estimate, Model, Perplexity, PerplexityOptions, Reference, Task, TaskResult,
     TextLayout, ZeroShotOptions, perplexity as measure, zero_shot as answer,
 };
 
@@ -32,9 +32,16 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
         layout,
     };
     let progress = Progress::new("window");
-    let result = measure(&model, reference.as_ref(), &tokenizer, &text, &options, &|done, all| {
-        progress.step(done, all);
-    })?;
+    let result = measure(
+        &model,
+        reference.as_ref().map(Reference::new),
+        &tokenizer,
+        &text,
+        &options,
+        &|done, all| {
+            progress.step(done, all);
+        },
+    )?;
     if args.json {
         return Ok(terminal::line(perplexity_json(args, &model, &text, &result))?);
     }

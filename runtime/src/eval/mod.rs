@@ -2,11 +2,13 @@
 
 mod distribution;
 mod perplexity;
+mod reference;
 mod tasks;
 mod text;
 mod zero_shot;
 
 pub use perplexity::{Divergence, Perplexity, PerplexityOptions, perplexity};
+pub use reference::{KeptLogits, Reference};
 pub use tasks::{Item, Prompt, Task};
 pub use text::TextLayout;
 pub use zero_shot::{Score, TaskResult, ZeroShotOptions, score_item, zero_shot};

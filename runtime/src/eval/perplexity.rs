@@ -8,6 +8,7 @@
 use rayon::prelude::*;
 
 use super::distribution::Distribution;
+use super::reference::Reference;
 use super::text::TextLayout;
 use super::{Estimate, is_small};
 use crate::error::{Error, Result};
@@ -45,7 +46,7 @@ pub struct Perplexity {
 }
 
 /// How far a model is from a reference on the same tokens.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Divergence {
     /// The perplexity of the reference.
     pub reference_perplexity: Estimate,
@@ -88,14 +89,14 @@ impl Window {
 /// Measures the perplexity of `model` on `text` and its distance to `reference`. `progress` is
 /// called with windows done and all.
 ///
-/// Logits of one piece of a window at most are in memory.
+/// Logits of one piece of a window at most are in memory, and what the reference keeps.
 ///
 /// # Errors
 /// [`Error::Usage`] if the text is shorter than one window; [`Error::Invalid`] if the models do not
 /// have the same tokens, or compute logits that are not finite.
 pub fn perplexity(
     model: &Model,
-    reference: Option<&Model>,
+    reference: Option<Reference<'_>>,
     tokenizer: &Tokenizer,
     text: &str,
     options: &PerplexityOptions,
@@ -115,11 +116,11 @@ pub fn perplexity(
         )));
     }
     if let Some(reference) = reference {
-        same_tokens(model, reference, text, options, &tokens)?;
+        same_tokens(model, reference.model, text, options, &tokens)?;
     }
     let windows: Vec<&[u32]> = tokens.chunks_exact(context).take(count).collect();
     let done = std::sync::atomic::AtomicUsize::new(0);
-    let small = is_small(model) && reference.is_none_or(is_small);
+    let small = is_small(model) && reference.is_none_or(|r| is_small(r.model));
     let measure = |window: &&[u32]| {
         let found = match reference {
             None => window_loss(model, window, small),
@@ -202,23 +203,21 @@ fn window_loss(model: &Model, window: &[u32], serial: bool) -> Result<Window> {
 }
 
 /// The losses of both models and their distance, piece by piece, so that the logits of the
-/// reference for a whole window never have to be kept.
+/// reference for a whole window need not be in memory.
 fn window_divergence(
     model: &Model,
-    reference: &Model,
+    reference: Reference<'_>,
     window: &[u32],
     serial: bool,
 ) -> Result<Window> {
     let vocab = model.embeddings.rows();
-    let mut states = [State::new(model, window.len()), State::new(reference, window.len())];
+    let mut state = State::new(model, window.len());
+    let mut reference = reference.begin(window);
     let mut sum = Ok(Window::default());
-    let mut expected = Vec::new();
     let mut start = 0;
     for piece in pieces(window, vocab) {
-        let [own, other] = &mut states;
-        expected.clear();
-        reference.forward_all(other, piece, |_, logits| expected.extend_from_slice(logits))?;
-        model.forward_all(own, piece, |first, logits| {
+        let expected = reference.next(window, piece.len())?;
+        model.forward_all(&mut state, piece, |first, logits| {
             let row = |i: usize| match window.get(start + first + i + 1) {
                 None => Ok(Window::default()),
                 Some(target) => {

@@ -1,0 +1,115 @@
+//! A model to compare with, and what is kept of it for the next comparison.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::Result;
+use crate::forward::State;
+use crate::model::Model;
+
+/// A model that others are compared with.
+#[derive(Clone, Copy, Debug)]
+pub struct Reference<'a> {
+    /// The model, usually the dense checkpoint.
+    pub model: &'a Model,
+    /// Its logits on windows that were measured before, if there will be more comparisons on them.
+    pub kept: Option<&'a KeptLogits>,
+}
+
+impl<'a> Reference<'a> {
+    /// A reference that nothing is kept of.
+    #[must_use]
+    pub fn new(model: &'a Model) -> Self {
+        Self { model, kept: None }
+    }
+
+    /// Begins with a window.
+    pub(super) fn begin(&self, window: &[u32]) -> ReferenceWindow<'a> {
+        let kept = self.kept.and_then(|kept| kept.get(window));
+        let fresh = kept.is_none().then(|| State::new(self.model, window.len()));
+        ReferenceWindow { reference: *self, kept, state: fresh, logits: Vec::new(), done: 0 }
+    }
+}
+
+/// The logits of one model on windows of tokens, [tokens, vocab] for each, up to a number of bytes.
+#[derive(Debug)]
+pub struct KeptLogits {
+    most: usize,
+    windows: Mutex<Windows>,
+}
+
+#[derive(Debug, Default)]
+struct Windows {
+    logits: HashMap<Vec<u32>, Arc<[f32]>>,
+    bytes: usize,
+}
+
+impl KeptLogits {
+    /// Keeps up to `most` bytes.
+    #[must_use]
+    pub fn new(most: usize) -> Self {
+        Self { most, windows: Mutex::default() }
+    }
+
+    fn get(&self, window: &[u32]) -> Option<Arc<[f32]>> {
+        let windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        windows.logits.get(window).cloned()
+    }
+
+    fn has_room(&self, more: usize) -> bool {
+        let windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        windows.bytes + more <= self.most
+    }
+
+    fn put(&self, window: &[u32], logits: &[f32]) {
+        let bytes = size_of_val(logits);
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        if windows.bytes + bytes <= self.most {
+            let before = windows.logits.insert(window.to_vec(), logits.into());
+            windows.bytes += bytes;
+            windows.bytes -= before.map_or(0, |old| size_of_val(&*old));
+        }
+    }
+}
+
+/// A window of a reference, piece by piece.
+pub(super) struct ReferenceWindow<'a> {
+    reference: Reference<'a>,
+    kept: Option<Arc<[f32]>>,
+    state: Option<State>,
+    /// Of the last piece; of all so far if they are to be kept.
+    logits: Vec<f32>,
+    /// Tokens so far.
+    done: usize,
+}
+
+impl ReferenceWindow<'_> {
+    /// The logits of the next tokens of `window`, [tokens, vocab].
+    ///
+    /// # Errors
+    /// As for [`Model::forward_all`].
+    pub(super) fn next(&mut self, window: &[u32], tokens: usize) -> Result<&[f32]> {
+        let Self { reference, kept, state, logits, done } = self;
+        let vocab = reference.model.embeddings.rows();
+        let piece = *done..*done + tokens;
+        *done = piece.end;
+        let Some(state) = state else {
+            let kept = kept.as_deref().unwrap_or_default();
+            return Ok(&kept[piece.start * vocab..piece.end * vocab]);
+        };
+        let whole = window.len() * vocab;
+        let keep = reference.kept.filter(|kept| kept.has_room(whole * size_of::<f32>()));
+        if keep.is_none() {
+            logits.clear();
+        }
+        let before = logits.len();
+        reference.model.forward_all(state, &window[piece], |_, new| {
+            logits.extend_from_slice(new);
+        })?;
+        // Not whole if there was no room for some time.
+        if let Some(kept) = keep.filter(|_| logits.len() == whole) {
+            kept.put(window, logits);
+        }
+        Ok(&logits[before..])
+    }
+}
