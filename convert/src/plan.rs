@@ -252,10 +252,15 @@ impl Plan {
         let calibration = &recipe.calibration;
         let dense = calibration.follows_dense().unwrap_or(false);
         let tunes = matches!(calibration.tuning(), Ok(Some(_)));
-        // A separate pruning pass has hidden states of its own, and so has the dense model (those of the
-        // next layer beside them).
-        let states = 1 + u64::from(self.prunes_first()) + 2 * u64::from(dense);
-        let hidden = tokens * spec.hidden_size * 4 * states;
+        // A separate pruning pass has hidden states of its own, and so has the dense model; tuning keeps
+        // the inputs of the layer.
+        let states = 1 + u64::from(self.prunes_first()) + u64::from(dense) + u64::from(tunes);
+        let kept = match calibration.refreshed() {
+            Ok(true) => crate::pipeline::KEPT_BYTES as u64,
+            _ => 0,
+        };
+        let widest = spec.intermediate_size.max(q_width);
+        let hidden = tokens * 4 * (spec.hidden_size * states) + kept.min(tokens * 4 * widest);
         let batch = crate::pipeline::BATCH as u64 * length;
         let captured = batch * (inputs.iter().sum::<u64>() + 4 * spec.intermediate_size) * 4;
         // H in f32, M and U in f32, and two f64 copies while one of them is factored.

@@ -5,7 +5,7 @@
 
 mod price;
 
-pub(crate) use price::memory;
+pub use price::memory;
 use stb_format::{Meta, SECTION_ALIGN};
 use stb_runtime::{Checkpoint, Error, Result};
 

@@ -83,7 +83,8 @@ pub(super) fn candidates(
 }
 
 /// An upper estimate of the memory that prices take beside the mapped source, in bytes.
-pub(crate) fn memory(spec: &ModelSpec) -> u64 {
+#[must_use]
+pub fn memory(spec: &ModelSpec) -> u64 {
     let tokens = TOKENS as u64;
     let width = 8 * spec.hidden_size + 4 * spec.heads * spec.head_dim + 6 * spec.intermediate_size;
     let layer = 4 * spec.hidden_size * spec.heads * spec.head_dim

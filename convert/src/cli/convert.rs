@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use stb_convert::budget;
 use stb_convert::calibration::Source;
 use stb_convert::prepare::prepare;
 use stb_convert::recipe::Body;
@@ -21,12 +22,20 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         Some(path) => Source::file(path)?,
         None => Source::of(&recipe.calibration)?,
     };
+    if recipe.body.target()?.is_some() {
+        check_memory(budget::memory(&checkpoint.spec), "pricing encodings", || {
+            "use a machine with more, or a recipe of one encoding instead of --bits".into()
+        })?;
+    }
     let (plan, meta) = prepare(&checkpoint, &recipe, &source)?;
     if args.dry_run {
         return dry_run(&checkpoint, &recipe, &plan, &meta);
     }
     let Some(out) = &args.out else { usage("give a file to write, or --dry-run") };
-    check_memory(plan.peak_memory(&checkpoint, &recipe), &recipe)?;
+    check_memory(plan.peak_memory(&checkpoint, &recipe), "the conversion", || {
+        let samples = recipe.calibration.samples;
+        format!("use fewer --calib-samples (now {samples}) or shorter ones with --calib-len")
+    })?;
     let bar = Bar::new(args.quiet);
     let job = Job {
         checkpoint: &checkpoint,
@@ -51,18 +60,17 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
 }
 
 /// Says before hours of work that there is too little memory, where the system tells how much there
-/// is (Linux).
-fn check_memory(needed: u64, recipe: &Recipe) -> Result<(), Error> {
+/// is (Linux). `what` needs it, `advice` is what to do instead.
+fn check_memory(needed: u64, what: &str, advice: impl Fn() -> String) -> Result<(), Error> {
     let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return Ok(()) };
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kilobytes = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
     match kilobytes.map(|k| k.saturating_mul(1024)) {
         Some(available) if needed > available => Err(Error::usage(format!(
-            "the conversion needs up to {} MB of memory, {} MB are available: use fewer \
-             --calib-samples (now {}) or shorter ones with --calib-len",
+            "{what} needs up to {} MB of memory, {} MB are available: {}",
             needed / 1_000_000,
             available / 1_000_000,
-            recipe.calibration.samples
+            advice()
         ))),
         _ => Ok(()),
     }

@@ -20,6 +20,7 @@ use crate::quantise::Packed;
 use crate::recipe::Recipe;
 use crate::report::{LayerReport, Report, Stages, TensorReport};
 use crate::resume::{States, Workspace};
+pub(crate) use refresh::KEPT_BYTES;
 use refresh::Shift;
 pub(crate) use tensor::finite;
 use tensor::{squared_error, without_inputs};

@@ -84,7 +84,7 @@ fn joined(seen: &[Seen], of: fn(&Seen) -> &[f32]) -> Vec<f32> {
 
 /// Inputs of linear layers up to this size (bytes of all calibration sequences) are kept until those
 /// layers are quantised; larger ones are computed anew.
-const KEPT_BYTES: usize = 1 << 30;
+pub(crate) const KEPT_BYTES: usize = 1 << 30;
 
 /// How far the sequences are in the layer at work: what nothing later can change is not computed
 /// again. Residual streams advance in place, by halves of the layer: attention, then MLP.

@@ -4,17 +4,19 @@
 
 use stb_format::encoding::MatrixView;
 
-use super::{Bytes, Simd, nm, rows as unpacked};
+use super::{Bytes, Simd, nm, rows};
 use crate::isa::{Isa, Task};
 
-/// Activations per panel: two vectors.
-const PANEL: usize = 32;
+/// Tokens per panel: a vector. Panels are read from end to end, whole cache lines at a time.
+const PANEL: usize = 16;
+/// Tokens are padded to a multiple of this: the most panels of a micro-kernel.
+const TOKENS: usize = 2 * PANEL;
 /// Columns unpacked at a time; a multiple of 128.
 const DEPTH: usize = 256;
 /// Rows unpacked at a time.
 const ROWS: usize = 64;
 
-/// Activations of several tokens, transposed into panels of 32 tokens: for each panel, for each
+/// Activations of several tokens, transposed into panels of 16 tokens: for each panel, for each
 /// column, the tokens.
 #[derive(Default, Debug)]
 pub struct Panels {
@@ -51,7 +53,7 @@ impl Panels {
     pub fn pack_strided(&mut self, x: &[f32], tokens: usize, cols: usize, stride: usize) {
         self.reset(tokens, cols);
         for (p, panel) in self.data.chunks_exact_mut(cols * PANEL).enumerate() {
-            for t in 0..PANEL.min(tokens - p * PANEL) {
+            for t in 0..PANEL.min(tokens.saturating_sub(p * PANEL)) {
                 let start = (p * PANEL + t) * stride;
                 for (c, x) in x[start..start + cols].iter().enumerate() {
                     panel[c * PANEL + t] = *x;
@@ -67,7 +69,10 @@ impl Panels {
     pub fn pack_transposed(&mut self, x: &[f32], tokens: usize, cols: usize, stride: usize) {
         self.reset(tokens, cols);
         for (p, panel) in self.data.chunks_exact_mut(cols * PANEL).enumerate() {
-            let count = PANEL.min(tokens - p * PANEL);
+            let count = PANEL.min(tokens.saturating_sub(p * PANEL));
+            if count == 0 {
+                break;
+            }
             for (c, line) in panel.chunks_exact_mut(PANEL).enumerate() {
                 let start = c * stride + p * PANEL;
                 line[..count].copy_from_slice(&x[start..start + count]);
@@ -79,7 +84,7 @@ impl Panels {
         self.tokens = tokens;
         self.cols = cols;
         self.data.clear();
-        self.data.resize(tokens.div_ceil(PANEL) * cols * PANEL, 0.0);
+        self.data.resize(tokens.next_multiple_of(TOKENS) * cols, 0.0);
     }
 
     /// All tokens and columns.
@@ -96,7 +101,8 @@ impl Panels {
     pub fn first(&self, tokens: usize, cols: usize) -> PanelsRef<'_> {
         assert!(tokens <= self.tokens && cols <= self.cols, "a part of what is packed");
         let stride = self.cols * PANEL;
-        PanelsRef { data: &self.data[..tokens.div_ceil(PANEL) * stride], tokens, cols, stride }
+        let panels = tokens.next_multiple_of(TOKENS) / PANEL;
+        PanelsRef { data: &self.data[..panels * stride], tokens, cols, stride }
     }
 }
 
@@ -107,10 +113,10 @@ impl PanelsRef<'_> {
         self.tokens
     }
 
-    /// Floats that the output of one row takes: tokens rounded up to whole panels.
+    /// Floats that the output of one row takes: tokens rounded up to what a micro-kernel computes.
     #[must_use]
     pub fn row_stride(&self) -> usize {
-        self.tokens.next_multiple_of(PANEL)
+        self.tokens.next_multiple_of(TOKENS)
     }
 }
 
@@ -153,15 +159,21 @@ impl Task for MatMul<'_> {
                 // Unpacked rows have a width of whole steps of 128 columns.
                 let width = depth.next_multiple_of(super::PAD);
                 unpack(s, matrix, row, count, from, width, &mut weights);
-                for (p, panel) in x.data.chunks_exact(x.stride).enumerate() {
-                    let panel = &panel[from * PANEL..(from + depth) * PANEL];
-                    let out = &mut y[p * PANEL..];
-                    block(s, &weights, width, count, panel, out, stride);
+                for (p, panels) in x.data.chunks_exact(TOKENS / PANEL * x.stride).enumerate() {
+                    let panels = std::array::from_fn(|i| {
+                        let panel = &panels[i * x.stride..][from * PANEL..(from + depth) * PANEL];
+                        panel.as_chunks().0
+                    });
+                    let out = &mut y[p * TOKENS..];
+                    block(s, &weights, width, count, panels, out, stride);
                 }
             }
         }
     }
 }
+
+/// The columns at work of neighbouring panels, [panel][column][token].
+type PanelGroup<'a> = [&'a [[f32; PANEL]]; TOKENS / PANEL];
 
 /// Rows `row..row + count` and columns `from..from + width` into `to`, row-major.
 #[inline(always)]
@@ -177,7 +189,7 @@ fn unpack<S: Simd>(
     #[inline(always)]
     fn by_row<S: Simd>(
         s: S,
-        m: &impl unpacked::Rows,
+        m: &impl rows::Rows,
         row: usize,
         count: usize,
         from: usize,
@@ -186,7 +198,7 @@ fn unpack<S: Simd>(
     ) {
         for r in 0..count {
             let stored = (m.cols() - from).min(width);
-            unpacked::unpack(s, m, row + r, from, &mut to[r * width..r * width + stored]);
+            rows::unpack(s, m, row + r, from, &mut to[r * width..r * width + stored]);
         }
     }
     match matrix {
@@ -202,22 +214,22 @@ fn unpack<S: Simd>(
     }
 }
 
-/// Adds the product of `count` unpacked rows with one panel to `out`.
+/// Adds the product of `count` unpacked rows with a group of panels to `out`.
 #[inline(always)]
 fn block<S: Simd>(
     s: S,
     weights: &[f32],
     width: usize,
     count: usize,
-    panel: &[f32],
+    panels: PanelGroup<'_>,
     out: &mut [f32],
     stride: usize,
 ) {
     // The trait's sizes as constants that the micro-kernel can be unrolled for.
     match (S::GEMM_ROWS, S::GEMM_VECTORS) {
-        (8, 2) => tiled::<S, 8, 2>(s, weights, width, count, panel, out, stride),
-        (6, 1) => tiled::<S, 6, 1>(s, weights, width, count, panel, out, stride),
-        (4, 1) => tiled::<S, 4, 1>(s, weights, width, count, panel, out, stride),
+        (8, 2) => tiled::<S, 8, 2>(s, weights, width, count, panels, out, stride),
+        (6, 1) => tiled::<S, 6, 1>(s, weights, width, count, panels, out, stride),
+        (4, 1) => tiled::<S, 4, 1>(s, weights, width, count, panels, out, stride),
         sizes => unreachable!("no micro-kernel of size {sizes:?}"),
     }
 }
@@ -228,66 +240,53 @@ fn tiled<S: Simd, const R: usize, const V: usize>(
     weights: &[f32],
     width: usize,
     count: usize,
-    panel: &[f32],
+    panels: PanelGroup<'_>,
     out: &mut [f32],
     stride: usize,
 ) {
-    let mut r = 0;
-    while r + R <= count {
-        rows::<S, R, V>(s, &weights[r * width..], width, panel, &mut out[r * stride..], stride);
-        r += R;
-    }
-    while r + 4 <= count {
-        rows::<S, 4, 1>(s, &weights[r * width..], width, panel, &mut out[r * stride..], stride);
-        r += 4;
-    }
-    while r < count {
-        rows::<S, 1, 1>(s, &weights[r * width..], width, panel, &mut out[r * stride..], stride);
-        r += 1;
-    }
-}
-
-/// The first `R` of `weights` × all tokens of a panel.
-#[inline(always)]
-fn rows<S: Simd, const R: usize, const V: usize>(
-    s: S,
-    weights: &[f32],
-    width: usize,
-    panel: &[f32],
-    out: &mut [f32],
-    stride: usize,
-) {
-    let rows: [&[f32]; R] = std::array::from_fn(|i| &weights[i * width..(i + 1) * width]);
-    for v in (0..PANEL / 16).step_by(V) {
-        micro::<S, R, V>(s, rows, panel, 16 * v, &mut out[16 * v..], stride);
+    // All rows with one panel after the other: it stays in the cache nearest to the core.
+    for v in (0..panels.len()).step_by(V) {
+        let x: [&[[f32; PANEL]]; V] = std::array::from_fn(|i| panels[v + i]);
+        let out = &mut out[v * PANEL..];
+        let mut r = 0;
+        while r + R <= count {
+            micro::<S, R, V>(s, &weights[r * width..], width, x, &mut out[r * stride..], stride);
+            r += R;
+        }
+        while r + 4 <= count {
+            micro::<S, 4, V>(s, &weights[r * width..], width, x, &mut out[r * stride..], stride);
+            r += 4;
+        }
+        while r < count {
+            micro::<S, 1, V>(s, &weights[r * width..], width, x, &mut out[r * stride..], stride);
+            r += 1;
+        }
     }
 }
 
-/// `R` rows × `V` vectors of tokens, accumulated over the depth of the panel.
+/// The first `R` rows of `weights` × `V` panels, accumulated over their columns.
 #[inline(always)]
 fn micro<S: Simd, const R: usize, const V: usize>(
     s: S,
-    rows: [&[f32]; R],
-    panel: &[f32],
-    lane: usize,
+    weights: &[f32],
+    width: usize,
+    panels: [&[[f32; PANEL]]; V],
     out: &mut [f32],
     stride: usize,
 ) {
+    let depth = panels[0].len();
+    let panels = panels.map(|panel| &panel[..depth]);
+    let weights: [&[f32]; R] = std::array::from_fn(|r| &weights[r * width..][..depth]);
     let mut acc = [[s.splat(0.0); V]; R];
     for r in 0..R {
         for v in 0..V {
-            acc[r][v] = s.load(super::lanes(out, r * stride + 16 * v));
+            acc[r][v] = s.load(super::lanes(out, r * stride + PANEL * v));
         }
     }
-    let (steps, _) = panel.as_chunks::<PANEL>();
-    let mut weights = rows;
-    for row in &mut weights {
-        *row = &row[..steps.len()];
-    }
-    for (k, step) in steps.iter().enumerate() {
+    for k in 0..depth {
         let mut x = [s.splat(0.0); V];
-        for (v, x) in x.iter_mut().enumerate() {
-            *x = s.load(super::lanes(step, lane + 16 * v));
+        for (x, panel) in x.iter_mut().zip(panels) {
+            *x = s.load(&panel[k]);
         }
         for r in 0..R {
             let w = s.splat(weights[r][k]);
@@ -298,8 +297,8 @@ fn micro<S: Simd, const R: usize, const V: usize>(
     }
     for r in 0..R {
         for v in 0..V {
-            let at = r * stride + 16 * v;
-            s.store(acc[r][v], out[at..at + 16].first_chunk_mut().expect("a slice of 16"));
+            let at = r * stride + PANEL * v;
+            s.store(acc[r][v], out[at..at + PANEL].first_chunk_mut().expect("a slice of 16"));
         }
     }
 }
