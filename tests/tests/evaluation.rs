@@ -155,7 +155,7 @@ fn divergences_are_those_of_the_definition() {
     let layout = TextLayout::Documents("lazy".into());
     let tokens = layout.tokenize(&tokenizer, &sample).unwrap();
     let options = PerplexityOptions { context: 33, windows: Some(6), layout };
-    let measure = |reference| {
+    let measure = |reference: Reference<'_>| {
         perplexity(&model, Some(reference), &tokenizer, &sample, &options, &|_, _| {}).unwrap()
     };
     let found = measure(Reference::new(&reference));
