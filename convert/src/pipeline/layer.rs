@@ -6,7 +6,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 use stb_runtime::{Error, Layer, LinearInput, Result, Weight};
 
-use super::refresh::Walk;
+use super::refresh::{Place, Walk};
 use super::tensor::{clear_dead, finite, in_range, squared_error, without_inputs};
 use super::{BATCH, Capture, Done, Hidden, Moments, Progress, Run, check_interrupt};
 use crate::hessian::{Factor, Hessian};
@@ -79,12 +79,12 @@ impl Run<'_> {
         }
         drop((moments, pruned));
         if index + 1 < layers || tuned {
-            self.advance_dense(&dense, &mut hidden.dense, &mut walk)?;
+            self.advance(2, &dense, &mut hidden.dense, &mut walk.dense)?;
         }
         if tuned {
             step(units - 2, "tuning");
             self.tune(tensors, &mut layer, &mut finished, &inputs, &hidden.dense)?;
-            (hidden.quantised, walk) = (inputs, Walk::default());
+            (hidden.quantised, walk.quantised) = (inputs, Place::default());
         }
         let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
         for (tensor, done) in tensors.iter().zip(finished.into_iter().flatten()) {
@@ -97,7 +97,7 @@ impl Run<'_> {
         }
         step(units - 1, "next inputs");
         if index + 1 < layers {
-            self.advance(2, &layer, &mut hidden.quantised, &mut walk)?;
+            self.advance(2, &layer, &mut hidden.quantised, &mut walk.quantised)?;
         } else {
             *hidden = Hidden::default();
         }
@@ -211,7 +211,7 @@ impl Run<'_> {
             pruned.insert(part, result);
             self.stages.quantiser.prune += clock.elapsed().as_secs_f64();
         }
-        self.forward(layer, states)?;
+        self.advance(2, layer, states, &mut Place::default())?;
         Ok(pruned)
     }
 
@@ -312,17 +312,6 @@ impl Run<'_> {
         let all: Vec<Moments> = factored.into_iter().collect::<Result<_>>()?;
         let four = || Error::Internal { what: "a layer has four inputs".into() };
         Ok(all.try_into().map_err(|_| four())?)
-    }
-
-    /// Replaces the hidden states by the output of `layer`.
-    fn forward(&mut self, layer: &Layer, hidden: &mut [Vec<f32>]) -> anyhow::Result<()> {
-        let started = Instant::now();
-        for batch in hidden.chunks_mut(BATCH) {
-            check_interrupt()?;
-            batch.par_iter_mut().for_each(|states| self.model.run_layer(layer, states, &mut ()));
-        }
-        self.stages.forward += started.elapsed().as_secs_f64();
-        Ok(())
     }
 }
 

@@ -86,17 +86,21 @@ fn joined(seen: &[Seen], of: fn(&Seen) -> &[f32]) -> Vec<f32> {
 /// layers are quantised; larger ones are computed anew.
 pub(crate) const KEPT_BYTES: usize = 1 << 30;
 
-/// How far the sequences are in the layer at work: what nothing later can change is not computed
-/// again. Residual streams advance in place, by halves of the layer: attention, then MLP.
+/// How far residual streams are in the layer at work: what nothing later can change is not computed
+/// again. They advance in place, by halves of the layer: attention, then MLP.
+#[derive(Default)]
+pub(super) struct Place {
+    /// Halves behind them.
+    halves: usize,
+    /// What the linear layer reads that ends the next half: [tokens, in] for each sequence; or none.
+    kept: States,
+}
+
+/// The places of the streams in [`Hidden`] that refreshed statistics come from.
 #[derive(Default)]
 pub(super) struct Walk {
-    /// What the linear layer reads that ends the half where the quantised streams stand: [tokens, in]
-    /// for each sequence; or none.
-    kept: States,
-    /// Halves behind the quantised streams.
-    quantised: usize,
-    /// Halves behind the streams of the dense model.
-    dense: usize,
+    pub(super) quantised: Place,
+    pub(super) dense: Place,
 }
 
 /// Sums over the calibration sequences for [`Shift`].
@@ -140,7 +144,7 @@ impl Run<'_> {
         walk: &mut Walk,
     ) -> anyhow::Result<Moments> {
         if matches!(input, LinearInput::Mlp | LinearInput::MlpDown) {
-            self.advance(1, layer, &mut hidden.quantised, walk)?;
+            self.advance(1, layer, &mut hidden.quantised, &mut walk.quantised)?;
         }
         let isa = self.model.isa;
         let (width, to_stream) = match input {
@@ -176,12 +180,12 @@ impl Run<'_> {
                 sums.add(isa, &seen, &x);
             }
             if keep {
-                walk.kept.extend(seen.into_iter().map(|s| s.x));
+                walk.quantised.kept.extend(seen.into_iter().map(|s| s.x));
             }
             self.stages.moments += started.elapsed().as_secs_f64();
         }
         if to_stream && sums.is_some() {
-            walk.dense += 1;
+            walk.dense.halves += 1;
         }
         let started = Instant::now();
         hessian.finish();
@@ -230,33 +234,18 @@ impl Run<'_> {
             .collect()
     }
 
-    /// Brings the quantised streams to the end of `halves` halves of `layer`, which must be finished
-    /// so far.
+    /// Brings streams to the end of `halves` halves of `layer`, which must be finished so far.
     pub(super) fn advance(
         &mut self,
         halves: usize,
         layer: &Layer,
         streams: &mut States,
-        walk: &mut Walk,
+        place: &mut Place,
     ) -> anyhow::Result<()> {
-        while walk.quantised < halves {
-            let kept = std::mem::take(&mut walk.kept);
-            self.half(walk.quantised, layer, streams, &kept)?;
-            walk.quantised += 1;
-        }
-        Ok(())
-    }
-
-    /// The same for those of the dense model, to the end of the layer.
-    pub(super) fn advance_dense(
-        &mut self,
-        layer: &Layer,
-        streams: &mut States,
-        walk: &mut Walk,
-    ) -> anyhow::Result<()> {
-        while walk.dense < 2 {
-            self.half(walk.dense, layer, streams, &[])?;
-            walk.dense += 1;
+        while place.halves < halves {
+            let kept = std::mem::take(&mut place.kept);
+            self.half(place.halves, layer, streams, &kept)?;
+            place.halves += 1;
         }
         Ok(())
     }
