@@ -112,6 +112,13 @@ impl Isa {
         }
     }
 
+    /// Calls `f`, compiled for this set: loops that are inlined into it (a closure, and what it calls,
+    /// says `#[inline(always)]`) use its vectors. Results are those of any other set, as the compiler
+    /// neither reorders nor fuses operations on floats.
+    pub fn compiled<R>(self, f: impl FnOnce() -> R) -> R {
+        self.run(Plain(f))
+    }
+
     /// Runs `task` with the vector operations of this set.
     #[inline]
     pub(crate) fn run<T: Task>(self, task: T) -> T::Output {
@@ -130,6 +137,18 @@ impl Isa {
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Kind::NeonDotprod(s) => s.enter(task),
         }
+    }
+}
+
+/// Code without explicit vectors.
+struct Plain<F>(F);
+
+impl<R, F: FnOnce() -> R> Task for Plain<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, _: S) -> R {
+        (self.0)()
     }
 }
 

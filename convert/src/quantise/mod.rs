@@ -2,10 +2,12 @@
 
 mod fit;
 pub mod int_group;
+mod magnitudes;
 pub mod metric;
 pub mod nm;
 pub mod pb_llm;
 pub mod prune;
+mod quantiles;
 pub(crate) mod refit;
 pub mod search;
 pub mod sorted;

@@ -53,14 +53,10 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) {
                 for (index, block) in blocks.iter().enumerate() {
                     let stride =
                         product(input.isa, &task.rest, cols, &block.columns, &mut residuals);
-                    for (r, residual) in residuals.chunks_exact_mut(stride).enumerate() {
-                        let mut row = task.row(r, index, block, &mut residual[..block.width]);
-                        row.refit_scales();
-                        if sweep > 0 {
-                            row.choose_codes();
-                            row.refit_scales();
-                        }
-                    }
+                    input.isa.compiled(
+                        #[inline(always)]
+                        || task.improve(index, block, &mut residuals, stride, sweep > 0),
+                    );
                 }
             }
         });
@@ -101,13 +97,36 @@ impl Task<'_> {
         {
             residual.resize(block.width, 0.0);
             let row = self.row(r, index, block, &mut residual);
-            let scales = row.scales_f32();
+            let values = row.values();
             for c in 0..block.width {
-                row.rest[c] -= row.value(&scales, c, row.states[c], row.negative[c]);
+                row.rest[c] -= row.value(&values, c);
             }
         }
     }
 
+    /// Refits the scales of a block in all rows; if `choose`, re-chooses its codes and refits again.
+    /// `residuals` are (W − Q)·H of the block, a row every `stride`.
+    #[inline(always)]
+    fn improve(
+        &mut self,
+        index: usize,
+        block: &Block,
+        residuals: &mut [f32],
+        stride: usize,
+        choose: bool,
+    ) {
+        let mut memory = Memory::default();
+        for (r, residual) in residuals.chunks_exact_mut(stride).enumerate() {
+            let mut row = self.row(r, index, block, &mut residual[..block.width]);
+            row.refit_scales(&mut memory);
+            if choose {
+                row.choose_codes(&mut memory);
+                row.refit_scales(&mut memory);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn row<'b>(
         &'b mut self,
         r: usize,
@@ -146,54 +165,89 @@ struct Row<'a> {
 }
 
 /// `y += a·x`.
+#[inline(always)]
 fn add(y: &mut [f32], a: f32, x: &[f32]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
 }
 
+/// One sign of one column: a 1 or −1 of B.
+#[derive(Clone, Copy, Default)]
+struct Entry {
+    column: usize,
+    set: usize,
+    sign: f32,
+}
+
+/// Reusable memory of rows.
+#[derive(Default)]
+struct Memory {
+    /// All ones of B by column; salient columns have two.
+    entries: Vec<Entry>,
+    /// BᵀH, [sets, width].
+    lines: Vec<f32>,
+}
+
+/// What is tried for a column: each state with a plus and with a minus sign.
+const CODES: usize = 6;
+
 impl Row<'_> {
-    fn scales_f32(&self) -> [f32; SETS] {
-        std::array::from_fn(|k| self.scales[k].to_f32())
+    /// Value of a column that is salient or not by its code, 2·(state − 1) + negative. NaN where there
+    /// is no such code, or where it is zero: a kept weight stays one, zeros are for the mask.
+    #[inline(always)]
+    fn values(&self) -> [[f32; CODES]; 2] {
+        let [d, i, p, a, b] = std::array::from_fn(|k| self.scales[k].to_f32());
+        let values = [[d, -d, i, -i, p, -p], [a + b, b - a, a - b, -a - b, f32::NAN, f32::NAN]];
+        values.map(|codes| codes.map(|v| if v == 0.0 { f32::NAN } else { v }))
     }
 
-    /// Sets that column `c` is in with this state, and its signs in them.
-    fn members(&self, c: usize, state: u8, negative: bool) -> [Option<(usize, f32)>; 2] {
-        let sign = if negative { -1.0 } else { 1.0 };
-        match (state, self.salient[c]) {
-            (0, _) => [None, None],
-            (state, false) => [Some((usize::from(state) - 1, sign)), None],
-            (state, true) => [Some((3, sign)), Some((4, if state == 2 { -1.0 } else { 1.0 }))],
+    /// What column `c` is now.
+    #[inline(always)]
+    fn value(&self, values: &[[f32; CODES]; 2], c: usize) -> f32 {
+        let code = 2 * usize::from(self.states[c]) + usize::from(self.negative[c]);
+        // Of state 0, and zero by its scales: no code.
+        let value = code.checked_sub(2).map_or(0.0, |k| values[usize::from(self.salient[c])][k]);
+        if value.is_nan() { 0.0 } else { value }
+    }
+
+    /// Lists B. Nothing is branched on: which weights are kept cannot be predicted.
+    #[inline(always)]
+    fn list(&self, entries: &mut Vec<Entry>) {
+        let width = self.rest.len();
+        entries.resize(2 * width, Entry::default());
+        let mut count = 0;
+        for column in 0..width {
+            let (state, salient) = (self.states[column], self.salient[column]);
+            let sign = if self.negative[column] { -1.0 } else { 1.0 };
+            let set = if salient { 3 } else { usize::from(state.saturating_sub(1)) };
+            entries[count] = Entry { column, set, sign };
+            count += usize::from(state != 0);
+            let sign = if state == 2 { -1.0 } else { 1.0 };
+            entries[count] = Entry { column, set: 4, sign };
+            count += usize::from(state != 0 && salient);
         }
-    }
-
-    /// What column `c` is with this state.
-    fn value(&self, scales: &[f32; SETS], c: usize, state: u8, negative: bool) -> f32 {
-        let members = self.members(c, state, negative).into_iter().flatten();
-        members.map(|(k, sign)| sign * scales[k]).sum()
+        entries.truncate(count);
     }
 
     /// The best scales for signs and regions as they are.
-    fn refit_scales(&mut self) {
+    #[inline(always)]
+    fn refit_scales(&mut self, memory: &mut Memory) {
         let width = self.rest.len();
-        // BᵀH, [sets, width].
-        let mut lines = vec![0.0f32; SETS * width];
+        let Memory { entries, lines } = memory;
+        self.list(entries);
+        lines.clear();
+        lines.resize(SETS * width, 0.0);
         let mut used = [false; SETS];
         let mut right = [0f64; SETS];
-        for c in 0..width {
-            let members = self.members(c, self.states[c], self.negative[c]);
-            for (k, sign) in members.into_iter().flatten() {
-                let h = &self.h[c * width..(c + 1) * width];
-                add(&mut lines[k * width..(k + 1) * width], sign, h);
-                right[k] += f64::from(sign * self.residual[c]);
-                used[k] = true;
-            }
+        for Entry { column, set, sign } in entries.iter().copied() {
+            let h = &self.h[column * width..(column + 1) * width];
+            add(&mut lines[set * width..(set + 1) * width], sign, h);
+            right[set] += f64::from(sign * self.residual[column]);
+            used[set] = true;
         }
         let mut system = [0f64; SETS * SETS];
-        for c in 0..width {
-            let members = self.members(c, self.states[c], self.negative[c]);
-            for (j, sign) in members.into_iter().flatten() {
-                for k in 0..SETS {
-                    system[k * SETS + j] += f64::from(sign * lines[k * width + c]);
-                }
+        for Entry { column, set, sign } in entries.iter().copied() {
+            for k in 0..SETS {
+                system[k * SETS + set] += f64::from(sign * lines[k * width + column]);
             }
         }
         for k in (0..SETS).filter(|k| !used[*k]) {
@@ -203,47 +257,43 @@ impl Row<'_> {
         if !solve(&mut system, &mut right) {
             return;
         }
+        let mut changes = [0.0; SETS];
         for k in 0..SETS {
             let old = self.scales[k].to_f32();
             let new = f16::from_f64(f64::from(old) + right[k]);
             let change = new.to_f32() - old;
-            if !new.is_finite() || change == 0.0 {
-                continue;
+            if new.is_finite() && change != 0.0 {
+                (self.scales[k], changes[k]) = (new, change);
+                add(self.residual, -change, &lines[k * width..(k + 1) * width]);
             }
-            self.scales[k] = new;
-            add(self.residual, -change, &lines[k * width..(k + 1) * width]);
-            for c in 0..width {
-                let members = self.members(c, self.states[c], self.negative[c]);
-                for (_, sign) in members.into_iter().flatten().filter(|(set, _)| *set == k) {
-                    self.rest[c] -= sign * change;
-                }
-            }
+        }
+        for Entry { column, set, sign } in entries.iter().copied() {
+            self.rest[column] -= sign * changes[set];
         }
     }
 
     /// Coordinate descent: each kept weight in turn takes the sign and region, or the two signs,
     /// that minimise the output error with all others as they are.
-    fn choose_codes(&mut self) {
+    #[inline(always)]
+    fn choose_codes(&mut self, memory: &mut Memory) {
         let width = self.rest.len();
-        let scales = self.scales_f32();
-        for c in (0..width).filter(|c| self.states[*c] != 0).collect::<Vec<_>>() {
+        let values = self.values();
+        self.list(&mut memory.entries);
+        for c in memory.entries.iter().filter(|e| e.set < 4).map(|e| e.column) {
             let h = &self.h[c * width..(c + 1) * width];
-            let old = self.value(&scales, c, self.states[c], self.negative[c]);
+            let old = self.value(&values, c);
             let target = old + self.residual[c] / h[c];
-            let mut best = (f32::INFINITY, 0, false, 0.0);
-            let states = if self.salient[c] { 1..=2 } else { 1..=3 };
-            for (state, negative) in states.flat_map(|s| [(s, false), (s, true)]) {
-                let value = self.value(&scales, c, state, negative);
+            let mut best = (f32::INFINITY, 0, 0.0);
+            for (code, value) in values[usize::from(self.salient[c])].into_iter().enumerate() {
                 let distance = (value - target).abs();
-                // A kept weight stays one: zeros are for the mask.
-                if distance < best.0 && value != 0.0 {
-                    best = (distance, state, negative, value);
+                if distance < best.0 {
+                    best = (distance, code, value);
                 }
             }
-            let (distance, state, negative, value) = best;
+            let (distance, code, value) = best;
             let change = value - old;
             if distance.is_finite() && change != 0.0 {
-                (self.states[c], self.negative[c]) = (state, negative);
+                (self.states[c], self.negative[c]) = (code as u8 / 2 + 1, code % 2 == 1);
                 self.rest[c] -= change;
                 add(self.residual, -change, h);
             }

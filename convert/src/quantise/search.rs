@@ -2,8 +2,11 @@
 //! magnitudes of the other weights are split into regions.
 
 use rayon::prelude::*;
+use stb_kernels::Isa;
 
 use super::TASK_ROWS;
+use super::magnitudes::{Grid, Row, Values, add_salient_errors, add_threshold_errors};
+use super::quantiles::quantiles;
 use super::sorted::{Sorted, binary_error, residual_error};
 
 /// What is binarised, and with which error, while a search compares its candidates.
@@ -97,6 +100,8 @@ impl Regions {
 /// A block of columns with all rows.
 #[derive(Clone, Copy, Debug)]
 pub struct Block<'a> {
+    /// What the searches are compiled for; it does not change what they find.
+    pub isa: Isa,
     /// Weights of the whole matrix, [rows, cols].
     pub weights: &'a [f32],
     /// Which of them are kept.
@@ -114,6 +119,7 @@ pub struct Block<'a> {
 impl SearchError {
     /// What is binarised for weight `w` in a column of this importance, and its cost weight.
     #[must_use]
+    #[inline(always)]
     pub fn value(self, w: f32, importance: f32) -> (f32, f32) {
         match self {
             Self::Weighted => (w, importance),
@@ -125,7 +131,7 @@ impl SearchError {
 
 impl Block<'_> {
     /// Weights and mask of the block in each row of a task.
-    fn rows(&self, task: usize) -> impl Iterator<Item = (&[f32], &[bool])> {
+    fn rows(&self, task: usize) -> impl Iterator<Item = Row<'_>> {
         let part = self.from..self.from + self.width;
         let span = TASK_ROWS * self.cols;
         let end = self.weights.len().min((task + 1) * span);
@@ -144,15 +150,14 @@ impl Block<'_> {
         &self.importance[self.from..self.from + self.width]
     }
 
-    /// Sums what `cost` gives for each row, in an order that does not depend on threads.
-    fn sum_rows(
-        &self,
-        count: usize,
-        cost: impl Fn(&[f32], &[bool], &mut [f64]) + Sync,
-    ) -> Vec<f64> {
+    /// Sums what `cost` adds for the rows of each task, in an order that does not depend on threads.
+    fn sum_tasks(&self, count: usize, cost: impl Fn(usize, &mut [f64]) + Sync) -> Vec<f64> {
         let part = |task: usize| {
             let mut sums = vec![0.0; count];
-            self.rows(task).for_each(|(weights, mask)| cost(weights, mask, &mut sums));
+            self.isa.compiled(
+                #[inline(always)]
+                || cost(task, &mut sums),
+            );
             sums
         };
         let parts: Vec<Vec<f64>> = (0..self.tasks()).into_par_iter().map(part).collect();
@@ -161,6 +166,19 @@ impl Block<'_> {
             total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
         }
         total
+    }
+
+    /// [`Block::sum_tasks`] for a cost of single rows.
+    fn sum_rows(
+        &self,
+        count: usize,
+        cost: impl Fn(&[f32], &[bool], &mut [f64]) + Sync,
+    ) -> Vec<f64> {
+        self.sum_tasks(
+            count,
+            #[inline(always)]
+            |task, sums| self.rows(task).for_each(|(weights, mask)| cost(weights, mask, sums)),
+        )
     }
 
     /// Salient columns, then thresholds, each with the least error.
@@ -179,21 +197,44 @@ impl Block<'_> {
             return salient;
         }
         let importance = self.importance();
-        let scores = self.sum_rows(self.width, |weights, mask, sums| {
-            for c in 0..weights.len() {
-                if mask[c] {
+        let scores = self.sum_rows(
+            self.width,
+            #[inline(always)]
+            |weights, mask, sums| {
+                let columns = sums.iter_mut().zip(weights).zip(mask).zip(importance);
+                for (((sum, w), kept), importance) in columns {
                     let score = match options.salient {
-                        Salient::Magnitude => weights[c].abs(),
-                        _ => weights[c] * weights[c] * importance[c],
+                        Salient::Magnitude => w.abs(),
+                        _ => w * w * importance,
                     };
-                    sums[c] += f64::from(score);
+                    *sum += if *kept { f64::from(score) } else { 0.0 };
                 }
-            }
-        });
+            },
+        );
         let mut ranked: Vec<usize> = (0..self.width).collect();
         ranked.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
         let counts = options.salient_limit.min(self.width).saturating_sub(1);
-        let errors = self.sum_rows(counts, |weights, mask, sums| {
+        let errors = if options.means {
+            self.salient_errors(options, &ranked, counts)
+        } else {
+            let values = Values { error: options.error, importance };
+            self.sum_tasks(
+                counts,
+                #[inline(always)]
+                |task, sums| add_salient_errors(self.rows(task), &ranked, &values, sums),
+            )
+        };
+        let best = (0..counts).min_by(|a, b| errors[*a].total_cmp(&errors[*b]));
+        for c in ranked.iter().take(best.map_or(0, |k| k + 1)) {
+            salient[*c] = true;
+        }
+        salient
+    }
+
+    /// The error of binarising both sets twice, with means, for each number of salient columns.
+    fn salient_errors(&self, options: &SearchOptions, ranked: &[usize], counts: usize) -> Vec<f64> {
+        let importance = self.importance();
+        self.sum_rows(counts, |weights, mask, sums| {
             let pair = |c: usize| options.error.value(weights[c], importance[c]);
             let mut all = Sorted::default();
             all.fill((0..weights.len()).filter(|c| mask[*c]).map(pair));
@@ -204,17 +245,11 @@ impl Block<'_> {
                     if mask[ranked[k]] {
                         chosen.push(pair(ranked[k]));
                     }
-                    error = residual_error(&chosen[..], options.means)
-                        + residual_error(&all.without(&chosen), options.means);
+                    error = residual_error(&chosen[..]) + residual_error(&all.without(&chosen));
                 }
                 *sum += error;
             }
-        });
-        let best = (0..counts).min_by(|a, b| errors[*a].total_cmp(&errors[*b]));
-        for c in ranked.iter().take(best.map_or(0, |k| k + 1)) {
-            salient[*c] = true;
-        }
-        salient
+        })
     }
 
     /// The thresholds of the regions with the least error over kept, non-salient weights.
@@ -224,21 +259,16 @@ impl Block<'_> {
             Partition::Bell => BELL_THRESHOLDS,
             Partition::Trisection | Partition::Exhaustive => THRESHOLDS,
         };
-        let magnitudes = self.magnitudes(options, salient);
-        let Some(last) = magnitudes.len().checked_sub(1) else {
+        let step = (HIGHEST - LOWEST) / (grid - 1) as f64;
+        let mut at: Vec<f64> = (0..grid).map(|i| LOWEST + step * i as f64).collect();
+        at.push(HIGHEST);
+        let Some(mut points) = quantiles(&self.magnitudes(options, salient), &at) else {
             return vec![0.0; if options.partition == Partition::Bell { 1 } else { 2 }];
         };
-        // Linear between order statistics, as NumPy's default.
-        let quantile = |q: f64| {
-            let at = q * last as f64;
-            let (below, above) = (magnitudes[at as usize], magnitudes[last.min(at as usize + 1)]);
-            f64::from(below) + (f64::from(above) - f64::from(below)) * at.fract()
-        };
-        let step = (HIGHEST - LOWEST) / (grid - 1) as f64;
-        let mut points: Vec<f64> = (0..grid).map(|i| quantile(LOWEST + step * i as f64)).collect();
+        let (lowest, highest) = (points[0], points[grid]);
+        points.truncate(grid);
         points.dedup();
         let ratio = f64::from(options.region_ratio);
-        let highest = quantile(HIGHEST);
         let candidates: Vec<Vec<f64>> = match options.partition {
             Partition::Bell => points.iter().map(|p| vec![*p]).collect(),
             Partition::Exhaustive => {
@@ -254,28 +284,27 @@ impl Block<'_> {
             }
         };
         let best = self.best_thresholds(options, salient, &candidates);
-        best.unwrap_or_else(|| vec![quantile(LOWEST), highest])
+        best.unwrap_or_else(|| vec![lowest, highest])
     }
 
-    /// The magnitudes of which thresholds are quantiles, ascending.
-    fn magnitudes(&self, options: &SearchOptions, salient: &[bool]) -> Vec<f32> {
+    /// The magnitudes of which thresholds are quantiles, by task.
+    fn magnitudes(&self, options: &SearchOptions, salient: &[bool]) -> Vec<Vec<f32>> {
         let importance = self.importance();
         let whole = options.quantiles == Quantiles::Block;
-        let of_row = |(weights, mask): (&[f32], &[bool])| -> Vec<f32> {
-            let value = |c: usize| options.error.value(weights[c], importance[c]).0.abs();
-            let columns = 0..weights.len();
-            let inside = |c: usize| mask[c] && !salient[c];
-            if whole {
-                columns.map(|c| if inside(c) { value(c) } else { 0.0 }).collect()
-            } else {
-                columns.filter(|c| inside(*c)).map(value).collect()
+        let of_task = |task: usize| {
+            let mut magnitudes = Vec::with_capacity(TASK_ROWS * self.width);
+            for (weights, mask) in self.rows(task) {
+                for c in 0..weights.len() {
+                    if mask[c] && !salient[c] {
+                        magnitudes.push(options.error.value(weights[c], importance[c]).0.abs());
+                    } else if whole {
+                        magnitudes.push(0.0);
+                    }
+                }
             }
+            magnitudes
         };
-        let of_task = |task: usize| self.rows(task).flat_map(of_row).collect::<Vec<f32>>();
-        let parts: Vec<Vec<f32>> = (0..self.tasks()).into_par_iter().map(of_task).collect();
-        let mut magnitudes = parts.concat();
-        magnitudes.par_sort_unstable_by(f32::total_cmp);
-        magnitudes
+        (0..self.tasks()).into_par_iter().map(of_task).collect()
     }
 
     /// The first of the candidates with the least error.
@@ -285,13 +314,36 @@ impl Block<'_> {
         salient: &[bool],
         candidates: &[Vec<f64>],
     ) -> Option<Vec<f64>> {
+        let errors = if options.means {
+            self.threshold_errors(options, salient, candidates)
+        } else {
+            let values = Values { error: options.error, importance: self.importance() };
+            let columns: Vec<usize> = (0..self.width).filter(|c| !salient[*c]).collect();
+            let grid = Grid::new(candidates);
+            self.sum_tasks(
+                candidates.len(),
+                #[inline(always)]
+                |task, sums| add_threshold_errors(self.rows(task), &columns, &values, &grid, sums),
+            )
+        };
+        let best = (0..candidates.len()).min_by(|a, b| errors[*a].total_cmp(&errors[*b]))?;
+        candidates.get(best).cloned()
+    }
+
+    /// The error of binarising the regions between thresholds, with means, for each candidate.
+    fn threshold_errors(
+        &self,
+        options: &SearchOptions,
+        salient: &[bool],
+        candidates: &[Vec<f64>],
+    ) -> Vec<f64> {
         let importance = self.importance();
-        let errors = self.sum_rows(candidates.len(), |weights, mask, sums| {
+        self.sum_rows(candidates.len(), |weights, mask, sums| {
             let pair = |c: usize| options.error.value(weights[c], importance[c]);
             let mut sorted = Sorted::default();
             let members = (0..weights.len()).filter(|c| mask[*c] && !salient[*c]);
             sorted.fill(members.map(pair));
-            let error = |p1: f64, p2: f64| binary_error(&sorted.band(p1, p2), options.means);
+            let error = |p1: f64, p2: f64| binary_error(&sorted.band(p1, p2));
             // Pairs come ordered by the lower threshold: its region is the same for many.
             let mut lowest = (f64::NAN, 0.0);
             for (sum, thresholds) in sums.iter_mut().zip(candidates) {
@@ -302,8 +354,6 @@ impl Block<'_> {
                 let middle = if first < last { error(first, last) } else { 0.0 };
                 *sum += lowest.1 + middle + error(last, f64::INFINITY);
             }
-        });
-        let best = (0..candidates.len()).min_by(|a, b| errors[*a].total_cmp(&errors[*b]))?;
-        candidates.get(best).cloned()
+        })
     }
 }

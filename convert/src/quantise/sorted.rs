@@ -1,5 +1,5 @@
-//! Sums over the values of a row in sorted order: the error of binarising any range of them in the
-//! time of a few binary searches.
+//! Errors of binarising with means, for the searches: sums over the values of a row in sorted order
+//! give the error of any range of them in the time of a few binary searches.
 
 /// Sums over some values x with cost weights h.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -165,11 +165,11 @@ impl Members for [(f32, f32)] {
     }
 }
 
-/// Σ h (x − q)² of binarising a set once: q = μ ± α with α the mean magnitude of x − μ (paper
-/// equation 1) and μ the mean of x if `means`, else 0.
+/// Σ h (x − q)² of binarising a set once: q = μ ± α with μ the mean of x and α the mean magnitude
+/// of x − μ (paper equation 1).
 #[must_use]
-pub fn binary_error(set: &(impl Members + ?Sized), means: bool) -> f64 {
-    match first_order(set, means) {
+pub fn binary_error(set: &(impl Members + ?Sized)) -> f64 {
+    match first_order(set) {
         Some(first) => first.low.error(first.levels[0]) + first.high.error(first.levels[1]),
         None => 0.0,
     }
@@ -177,12 +177,12 @@ pub fn binary_error(set: &(impl Members + ?Sized), means: bool) -> f64 {
 
 /// The same for binarising twice, the second time the residual of the first.
 #[must_use]
-pub fn residual_error(set: &(impl Members + ?Sized), means: bool) -> f64 {
-    let Some(First { middle, low, high, levels: [under, over] }) = first_order(set, means) else {
+pub fn residual_error(set: &(impl Members + ?Sized)) -> f64 {
+    let Some(First { middle, low, high, levels: [under, over] }) = first_order(set) else {
         return 0.0;
     };
     let n = low.n + high.n;
-    let mean = if means { (low.deviation(under) + high.deviation(over)) / n } else { 0.0 };
+    let mean = (low.deviation(under) + high.deviation(over)) / n;
     // Each half splits where its residual changes sign.
     let low_split = set.between(f64::NEG_INFINITY, middle.min(under + mean));
     let high_split = set.between(middle, middle.max(over + mean));
@@ -207,12 +207,12 @@ struct First {
     levels: [f64; 2],
 }
 
-fn first_order(set: &(impl Members + ?Sized), means: bool) -> Option<First> {
+fn first_order(set: &(impl Members + ?Sized)) -> Option<First> {
     let all = set.between(f64::NEG_INFINITY, f64::INFINITY);
     if all.n < 0.5 {
         return None;
     }
-    let middle = if means { all.x / all.n } else { 0.0 };
+    let middle = all.x / all.n;
     let low = set.between(f64::NEG_INFINITY, middle);
     let high = all.minus(low);
     let scale = (high.deviation(middle) - low.deviation(middle)) / all.n;
@@ -220,7 +220,7 @@ fn first_order(set: &(impl Members + ?Sized), means: bool) -> Option<First> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     fn sample(n: usize) -> Vec<(f32, f32)> {
@@ -229,7 +229,7 @@ mod tests {
     }
 
     /// Binarises `order` times as defined, without shortcuts.
-    fn expected(values: &[(f32, f32)], order: usize, means: bool) -> f64 {
+    pub fn binarised_error(values: &[(f32, f32)], order: usize, means: bool) -> f64 {
         let n = values.len().max(1) as f64;
         let mut rest: Vec<f64> = values.iter().map(|v| f64::from(v.0)).collect();
         for _ in 0..order {
@@ -251,21 +251,19 @@ mod tests {
         let values = sample(40);
         let mut sorted = Sorted::default();
         sorted.fill(values.iter().copied());
-        for means in [false, true] {
-            for (p1, p2) in [(1.0, 2.0), (0.0, 9.0), (0.0, 1.2), (2.3, 4.6), (8.0, 9.0)] {
-                let inside = |v: &&(f32, f32)| (p1..p2).contains(&f64::from(v.0.abs()));
-                let part: Vec<_> = values.iter().filter(inside).copied().collect();
-                let band = sorted.band(p1, p2);
-                close(binary_error(&band, means), expected(&part, 1, means));
-                close(residual_error(&band, means), expected(&part, 2, means));
-            }
+        for (p1, p2) in [(1.0, 2.0), (0.0, 9.0), (0.0, 1.2), (2.3, 4.6), (8.0, 9.0)] {
+            let inside = |v: &&(f32, f32)| (p1..p2).contains(&f64::from(v.0.abs()));
+            let part: Vec<_> = values.iter().filter(inside).copied().collect();
+            let band = sorted.band(p1, p2);
+            close(binary_error(&band), binarised_error(&part, 1, true));
+            close(residual_error(&band), binarised_error(&part, 2, true));
         }
     }
 
     #[test]
     fn nothing_costs_nothing() {
-        assert_eq!(residual_error(&Sorted::default().without(&[]), true), 0.0);
-        assert_eq!(binary_error(&Sorted::default().band(1.0, 2.0), false), 0.0);
+        assert_eq!(residual_error(&Sorted::default().without(&[])), 0.0);
+        assert_eq!(binary_error(&Sorted::default().band(1.0, 2.0)), 0.0);
     }
 
     #[test]
@@ -273,12 +271,10 @@ mod tests {
         let values = sample(30);
         let mut sorted = Sorted::default();
         sorted.fill(values.iter().copied());
-        for means in [false, true] {
-            for k in [0, 1, 7, 29, 30] {
-                let (chosen, rest) = values.split_at(k);
-                close(residual_error(&sorted.without(chosen), means), expected(rest, 2, means));
-                close(residual_error(chosen, means), expected(chosen, 2, means));
-            }
+        for k in [0, 1, 7, 29, 30] {
+            let (chosen, rest) = values.split_at(k);
+            close(residual_error(&sorted.without(chosen)), binarised_error(rest, 2, true));
+            close(residual_error(chosen), binarised_error(chosen, 2, true));
         }
     }
 }

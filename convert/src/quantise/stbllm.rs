@@ -190,8 +190,16 @@ pub fn binarise(
             at.select(&selector, spec, &weights, &mut mask);
         }
         let pruning = clock.elapsed().as_secs_f64();
-        let block =
-            Block { weights: &weights, mask: &mask, importance: &importance, cols, from, width };
+        let isa = input.isa;
+        let block = Block {
+            isa,
+            weights: &weights,
+            mask: &mask,
+            importance: &importance,
+            cols,
+            from,
+            width,
+        };
         let regions = block.search(&options.search);
         out.salient[from..from + width].copy_from_slice(&regions.salient);
         let searching = clock.elapsed().as_secs_f64();

@@ -1,0 +1,445 @@
+//! Errors of binarising without means, for the searches. Signs do not matter then, so sums go over
+//! magnitudes, and four rows are summed at a time, a row in each lane. Everything here is inlined into
+//! a function that is compiled for vectors; additions keep their order whatever these are.
+
+use std::array::from_fn;
+use std::ops::{Add, AddAssign, Mul, Sub};
+
+use super::search::SearchError;
+
+/// Rows at a time.
+pub const LANES: usize = 4;
+
+/// A number of each row.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Lanes([f64; LANES]);
+
+impl Add for Lanes {
+    type Output = Self;
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(from_fn(|i| self.0[i] + other.0[i]))
+    }
+}
+
+impl Sub for Lanes {
+    type Output = Self;
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self(from_fn(|i| self.0[i] - other.0[i]))
+    }
+}
+
+impl Mul for Lanes {
+    type Output = Self;
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Self(from_fn(|i| self.0[i] * other.0[i]))
+    }
+}
+
+impl Lanes {
+    /// Zero where the divisor is.
+    #[inline(always)]
+    fn divided_by(self, other: Self) -> Self {
+        Self(from_fn(|i| if other.0[i] > 0.0 { self.0[i] / other.0[i] } else { 0.0 }))
+    }
+
+    /// Zero where `x` is not below `limit`.
+    #[inline(always)]
+    fn where_below(self, x: Self, limit: Self) -> Self {
+        Self(from_fn(|i| if x.0[i] < limit.0[i] { self.0[i] } else { 0.0 }))
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f64 {
+        self.0.iter().sum()
+    }
+}
+
+/// Sums over some magnitudes m with cost weights h.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Sums {
+    /// How many.
+    n: Lanes,
+    /// Σ m.
+    m: Lanes,
+    /// Σ h.
+    h: Lanes,
+    /// Σ h·m.
+    hm: Lanes,
+}
+
+impl AddAssign for Sums {
+    #[inline(always)]
+    fn add_assign(&mut self, other: Self) {
+        self.n = self.n + other.n;
+        self.m = self.m + other.m;
+        self.h = self.h + other.h;
+        self.hm = self.hm + other.hm;
+    }
+}
+
+impl Sub for Sums {
+    type Output = Self;
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self {
+            n: self.n - other.n,
+            m: self.m - other.m,
+            h: self.h - other.h,
+            hm: self.hm - other.hm,
+        }
+    }
+}
+
+impl Sums {
+    /// One magnitude of one lane.
+    #[inline(always)]
+    fn set(&mut self, lane: usize, m: f64, h: f64) {
+        self.n.0[lane] = 1.0;
+        self.m.0[lane] = m;
+        self.h.0[lane] = h;
+        self.hm.0[lane] = h * m;
+    }
+
+    #[inline(always)]
+    fn where_below(self, m: Lanes, limit: Lanes) -> Self {
+        Self {
+            n: self.n.where_below(m, limit),
+            m: self.m.where_below(m, limit),
+            h: self.h.where_below(m, limit),
+            hm: self.hm.where_below(m, limit),
+        }
+    }
+
+    /// α, the mean magnitude (paper equation 1).
+    #[inline(always)]
+    fn scale(self) -> Lanes {
+        self.m.divided_by(self.n)
+    }
+
+    /// By how much the error Σ h (m − c)² is below Σ h m².
+    #[inline(always)]
+    fn gain(self, c: Lanes) -> Lanes {
+        c * (self.hm + self.hm - c * self.h)
+    }
+
+    /// The same for binarising once.
+    #[inline(always)]
+    fn gain_of_one(self) -> Lanes {
+        self.gain(self.scale())
+    }
+
+    /// By how much binarising twice takes the error below Σ h m². `low` are the sums over
+    /// magnitudes below [`Sums::scale`]: the residual of the others has their sign, that of those the
+    /// other one.
+    #[inline(always)]
+    fn gain_of_two(self, low: Self) -> Lanes {
+        let (scale, high) = (self.scale(), self - low);
+        let deviation = (high.m - scale * high.n) + (scale * low.n - low.m);
+        let second = deviation.divided_by(self.n);
+        low.gain(scale - second) + high.gain(scale + second)
+    }
+}
+
+/// What is binarised.
+#[derive(Clone, Copy, Debug)]
+pub struct Values<'a> {
+    /// Its kind.
+    pub error: SearchError,
+    /// 1/d² of each column.
+    pub importance: &'a [f32],
+}
+
+/// Weights and mask of a row.
+pub type Row<'a> = (&'a [f32], &'a [bool]);
+
+/// Up to [`LANES`] rows, column by column; zeros for what is not kept.
+#[derive(Default)]
+struct Group {
+    m: Vec<Lanes>,
+    terms: Vec<Sums>,
+    /// Of all columns.
+    total: Sums,
+    /// Σ h m² of all columns.
+    squares: Lanes,
+}
+
+impl Group {
+    /// The columns of `rows` in this order.
+    #[inline(always)]
+    fn fill(&mut self, rows: &[Row<'_>], columns: &[usize], values: &Values<'_>) {
+        self.m.clear();
+        self.terms.clear();
+        (self.total, self.squares) = Default::default();
+        for c in columns {
+            let (mut m, mut terms) = (Lanes::default(), Sums::default());
+            for (lane, (weights, mask)) in rows.iter().enumerate() {
+                if mask[*c] {
+                    let (x, h) = values.error.value(weights[*c], values.importance[*c]);
+                    m.0[lane] = f64::from(x.abs());
+                    terms.set(lane, m.0[lane], f64::from(h));
+                }
+            }
+            self.m.push(m);
+            self.terms.push(terms);
+            self.total += terms;
+            self.squares = self.squares + terms.hm * m;
+        }
+    }
+}
+
+/// The magnitudes of one row, ascending, with running sums.
+#[derive(Default)]
+struct Ascending {
+    values: Vec<(f64, f64)>,
+    /// n, Σ m, Σ h, Σ h·m; one entry more than values.
+    sums: Vec<[f64; 4]>,
+    /// What the last call found: limits move little from one to the next.
+    at: usize,
+}
+
+impl Ascending {
+    #[inline(always)]
+    fn fill(&mut self, group: &Group, lane: usize) {
+        self.values.clear();
+        let kept = group.terms.iter().zip(&group.m).filter(|(terms, _)| terms.n.0[lane] > 0.0);
+        self.values.extend(kept.map(|(terms, m)| (m.0[lane], terms.h.0[lane])));
+        self.values.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        self.sums.clear();
+        self.sums.push([0.0; 4]);
+        let mut sum = [0.0; 4];
+        for (m, h) in &self.values {
+            let term = [1.0, *m, *h, h * m];
+            sum = from_fn(|k| sum[k] + term[k]);
+            self.sums.push(sum);
+        }
+        self.at = self.values.len();
+    }
+
+    /// Sums over what is below `limit`.
+    #[inline(always)]
+    fn below(&mut self, limit: f64) -> [f64; 4] {
+        while self.at > 0 && self.values[self.at - 1].0 >= limit {
+            self.at -= 1;
+        }
+        while self.at < self.values.len() && self.values[self.at].0 < limit {
+            self.at += 1;
+        }
+        self.sums[self.at]
+    }
+}
+
+/// Adds to `errors[k]` what binarising the first k + 1 of `ranked` twice, and all other columns twice,
+/// loses in these rows. Work per row: a sort of its columns, and the square of `errors.len()` over
+/// lanes.
+#[inline(always)]
+pub fn add_salient_errors<'a>(
+    rows: impl Iterator<Item = Row<'a>>,
+    ranked: &[usize],
+    values: &Values<'_>,
+    errors: &mut [f64],
+) {
+    let mut group = Group::default();
+    let mut ascending: [Ascending; LANES] = Default::default();
+    let mut found = vec![Lanes::default(); errors.len()];
+    each_group(
+        rows,
+        #[inline(always)]
+        |rows| {
+            group.fill(rows, ranked, values);
+            for (lane, ascending) in ascending.iter_mut().enumerate() {
+                ascending.fill(&group, lane);
+            }
+            let mut chosen = Sums::default();
+            for (k, found) in found.iter_mut().enumerate() {
+                chosen += group.terms[k];
+                let others = group.total - chosen;
+                let (limit, limit_of_others) = (chosen.scale(), others.scale());
+                let (mut low, mut low_not_others) = (Sums::default(), Sums::default());
+                for (m, terms) in group.m[..=k].iter().zip(&group.terms) {
+                    low += terms.where_below(*m, limit);
+                    low_not_others += terms.where_below(*m, limit_of_others);
+                }
+                let mut low_of_all = Sums::default();
+                for (lane, ascending) in ascending.iter_mut().enumerate() {
+                    let [n, m, h, hm] = ascending.below(limit_of_others.0[lane]);
+                    low_of_all.n.0[lane] = n;
+                    low_of_all.m.0[lane] = m;
+                    low_of_all.h.0[lane] = h;
+                    low_of_all.hm.0[lane] = hm;
+                }
+                let gain = chosen.gain_of_two(low);
+                let gain = gain + others.gain_of_two(low_of_all - low_not_others);
+                *found = *found + (group.squares - gain);
+            }
+        },
+    );
+    errors.iter_mut().zip(found).for_each(|(error, found)| *error += found.sum());
+}
+
+/// Candidates for thresholds between regions.
+#[derive(Debug)]
+pub struct Grid {
+    /// All thresholds, ascending.
+    edges: Vec<f64>,
+    /// For each candidate, the places of its lowest and its highest threshold in `edges`.
+    candidates: Vec<[usize; 2]>,
+}
+
+impl Grid {
+    /// From thresholds (one or two, ascending) of each candidate.
+    #[must_use]
+    pub fn new(candidates: &[Vec<f64>]) -> Self {
+        let mut edges = candidates.concat();
+        edges.sort_unstable_by(f64::total_cmp);
+        edges.dedup();
+        let place = |p: f64| edges.partition_point(|e| *e < p);
+        let pair = |c: &Vec<f64>| [place(c[0]), place(c[c.len() - 1])];
+        Self { candidates: candidates.iter().map(pair).collect(), edges }
+    }
+}
+
+/// Adds to the error of each candidate what binarising the regions of these rows loses. Work per row:
+/// a binary search for each column, and once through edges and candidates over lanes.
+#[inline(always)]
+pub fn add_threshold_errors<'a>(
+    rows: impl Iterator<Item = Row<'a>>,
+    columns: &[usize],
+    values: &Values<'_>,
+    grid: &Grid,
+    errors: &mut [f64],
+) {
+    let mut group = Group::default();
+    let mut below = vec![Sums::default(); grid.edges.len() + 1];
+    let mut found = vec![Lanes::default(); errors.len()];
+    each_group(
+        rows,
+        #[inline(always)]
+        |rows| {
+            group.fill(rows, columns, values);
+            // Magnitudes between two edges, then running sums: what is below each edge.
+            below.fill(Sums::default());
+            for (m, terms) in group.m.iter().zip(&group.terms) {
+                for lane in 0..LANES {
+                    let at = grid.edges.partition_point(|edge| *edge <= m.0[lane]);
+                    let to = &mut below[at];
+                    to.n.0[lane] += terms.n.0[lane];
+                    to.m.0[lane] += terms.m.0[lane];
+                    to.h.0[lane] += terms.h.0[lane];
+                    to.hm.0[lane] += terms.hm.0[lane];
+                }
+            }
+            let mut sum = Sums::default();
+            for below in &mut below {
+                sum += *below;
+                *below = sum;
+            }
+            // Pairs come ordered by the lower threshold: its region is the same for many.
+            let mut lowest = (usize::MAX, Lanes::default());
+            for (found, [low, high]) in found.iter_mut().zip(&grid.candidates) {
+                if lowest.0 != *low {
+                    lowest = (*low, below[*low].gain_of_one());
+                }
+                let gains = lowest.1 + (below[*high] - below[*low]).gain_of_one();
+                let gains = gains + (group.total - below[*high]).gain_of_one();
+                *found = *found + (group.squares - gains);
+            }
+        },
+    );
+    errors.iter_mut().zip(found).for_each(|(error, found)| *error += found.sum());
+}
+
+/// Calls `f` with [`LANES`] rows at a time, the last time perhaps fewer.
+#[inline(always)]
+fn each_group<'a>(mut rows: impl Iterator<Item = Row<'a>>, mut f: impl FnMut(&[Row<'a>])) {
+    let mut group: [Row<'a>; LANES] = [(&[], &[]); LANES];
+    loop {
+        let mut count = 0;
+        while count < LANES {
+            let Some(row) = rows.next() else { break };
+            group[count] = row;
+            count += 1;
+        }
+        if count == 0 {
+            return;
+        }
+        f(&group[..count]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sorted::tests::binarised_error;
+    use super::*;
+
+    const COLS: usize = 24;
+
+    /// Seven rows: one group and a part of one; the last without any kept weight.
+    fn sample() -> (Vec<f32>, Vec<bool>, Vec<f32>) {
+        let weight = |i: usize| ((i * 37 + i / 5) % 53) as f32 / 10.0 - 2.5;
+        let weights = (0..7 * COLS).map(weight).collect();
+        let mask = (0..7 * COLS).map(|i| i % 3 != 0 && i < 6 * COLS).collect();
+        let importance = (0..COLS).map(|c| 0.5 + ((c * 11) % 7) as f32).collect();
+        (weights, mask, importance)
+    }
+
+    /// Σ over rows of the errors of binarising the columns of each set `order` times.
+    fn expected(order: usize, sets: &[&dyn Fn(usize, f32) -> bool]) -> f64 {
+        let (weights, mask, importance) = sample();
+        let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
+        let of_row = |(weights, mask): Row<'_>| -> f64 {
+            let of_set = |set: &&dyn Fn(usize, f32) -> bool| {
+                let members = (0..COLS).filter(|c| mask[*c] && set(*c, weights[*c]));
+                let pairs: Vec<_> = members.map(|c| (weights[c], importance[c])).collect();
+                binarised_error(&pairs, order, false)
+            };
+            sets.iter().map(of_set).sum()
+        };
+        rows.map(of_row).sum()
+    }
+
+    fn close(found: f64, expected: f64) {
+        assert!((found - expected).abs() < 1e-9 * expected.max(1.0), "{found} {expected}");
+    }
+
+    #[test]
+    fn salient_errors_match_the_definition() {
+        let (weights, mask, importance) = sample();
+        let ranked: Vec<usize> = (0..COLS).map(|i| i * 7 % COLS).collect();
+        let mut errors = vec![1.0; 9];
+        let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
+        let values = Values { error: SearchError::Weighted, importance: &importance };
+        add_salient_errors(rows, &ranked, &values, &mut errors);
+        for (k, error) in errors.iter().enumerate() {
+            let chosen = |c: usize, _: f32| ranked[..=k].contains(&c);
+            close(*error, 1.0 + expected(2, &[&chosen, &|c, w| !chosen(c, w)]));
+        }
+    }
+
+    #[test]
+    fn threshold_errors_match_the_definition() {
+        let (weights, mask, importance) = sample();
+        let candidates =
+            [vec![0.3, 1.1], vec![0.7, 0.7], vec![1.2, 2.2], vec![1.3], vec![8.0, 9.0]];
+        let columns: Vec<usize> = (0..COLS).filter(|c| c % 5 != 0).collect();
+        let mut errors = vec![1.0; candidates.len()];
+        let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
+        let grid = Grid::new(&candidates);
+        let values = Values { error: SearchError::Weighted, importance: &importance };
+        add_threshold_errors(rows, &columns, &values, &grid, &mut errors);
+        for (candidate, error) in candidates.iter().zip(errors) {
+            let (p1, p2) = (candidate[0], candidate[candidate.len() - 1]);
+            let band = |from: f64, to: f64| {
+                move |c: usize, w: f32| c % 5 != 0 && (from..to).contains(&f64::from(w.abs()))
+            };
+            let sets = [band(0.0, p1), band(p1, p2), band(p2, f64::INFINITY)];
+            close(error, 1.0 + expected(1, &[&sets[0], &sets[1], &sets[2]]));
+        }
+    }
+}
