@@ -295,6 +295,8 @@ impl Bytes for Avx2 {
     /// 16-bit sums of rows 0 to 7 and 8 to 15, those of lane 0 and 2 in the low halves, of lane 1
     /// and 3 in the high ones.
     type Acc = I;
+    /// 16-bit sums of neighbours.
+    type Small = I;
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
@@ -440,6 +442,23 @@ impl Bytes for Avx2 {
         let one = values!([_mm256_set1_epi16(1); 2]);
         let fours = both!(_mm256_madd_epi16, pairs, one);
         both!(_mm256_add_epi32, acc, fours)
+    }
+
+    #[inline(always)]
+    fn zero_small(self) -> I {
+        values!([_mm256_setzero_si256(); 2])
+    }
+
+    #[inline(always)]
+    fn dot4_small(self, acc: I, u: I, v: I) -> I {
+        let pairs = both!(_mm256_maddubs_epi16, u, v);
+        both!(_mm256_add_epi16, acc, pairs)
+    }
+
+    #[inline(always)]
+    fn finish_small(self, acc: I) -> I {
+        let one = values!([_mm256_set1_epi16(1); 2]);
+        both!(_mm256_madd_epi16, acc, one)
     }
 
     #[inline(always)]

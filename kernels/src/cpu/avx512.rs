@@ -261,6 +261,8 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     type B = __m512i;
     /// From level `VBMI`: two vectors of 16 sums. Without: 16-bit sums of rows 0 to 7 and 8 to 15, by lane.
     type Acc = [__m512i; 2];
+    /// Sums of four, or 16-bit ones of neighbours below VBMI.
+    type Small = __m512i;
     const TILES: bool = LEVEL >= AMX;
 
     #[inline(always)]
@@ -389,6 +391,27 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
             let pairs = _mm512_maddubs_epi16(u, v);
             _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
         })
+    }
+
+    #[inline(always)]
+    fn zero_small(self) -> __m512i {
+        values!(_mm512_setzero_si512())
+    }
+
+    #[inline(always)]
+    fn dot4_small(self, acc: __m512i, u: __m512i, v: __m512i) -> __m512i {
+        if LEVEL >= VBMI {
+            return self.dot4(acc, u, v);
+        }
+        values!(_mm512_add_epi16(acc, _mm512_maddubs_epi16(u, v)))
+    }
+
+    #[inline(always)]
+    fn finish_small(self, acc: __m512i) -> __m512i {
+        if LEVEL >= VBMI {
+            return acc;
+        }
+        values!(_mm512_madd_epi16(acc, _mm512_set1_epi16(1)))
     }
 
     #[inline(always)]

@@ -11,6 +11,8 @@ pub(crate) trait Bytes: Simd {
     type B: Copy;
     /// 16 sums, in whatever form suits the instructions.
     type Acc: Copy;
+    /// 16 sums of products with small factors, in whatever form suits the instructions.
+    type Small: Copy;
     /// Whether there is a unit for products of tiles: [`Bytes::tile_products`] works.
     const TILES: bool = false;
 
@@ -49,6 +51,13 @@ pub(crate) trait Bytes: Simd {
     /// `acc[i] += Σ_k u[4i + k] · v[4i + k]` for i = 0..16, with u unsigned and below 128, v signed:
     /// products of neighbours then fit 16 bits.
     fn dot4(self, acc: Self::I, u: Self::B, v: Self::B) -> Self::I;
+    fn zero_small(self) -> Self::Small;
+    /// What [`Bytes::dot4`] does, for u of at most 2 and v above −128, at most [`MAX_SMALL`] times
+    /// on one accumulator: two neighbours are within ±508, and 64 · 508 = 32512 fits 16 bits, so
+    /// that sets without 32-bit dot products save a widening each time.
+    fn dot4_small(self, acc: Self::Small, u: Self::B, v: Self::B) -> Self::Small;
+    /// The sums.
+    fn finish_small(self, acc: Self::Small) -> Self::I;
     /// These four bytes in every place.
     fn splat_4(self, v: [u8; 4]) -> Self::B;
     /// The lanes as little-endian words.
@@ -85,3 +94,6 @@ pub(crate) type TileSums = [[[[i32; 16]; 16]; 2]; 2];
 
 /// See [`Bytes::dot2`].
 pub(crate) const MAX_DOTS: usize = 64;
+
+/// See [`Bytes::dot4_small`].
+pub(crate) const MAX_SMALL: usize = 64;

@@ -10,7 +10,7 @@ use stb_format::encoding::nm::{QUAD, TILE};
 use stb_format::encoding::{MatrixView, NmView};
 use stb_format::half::f16;
 
-use super::bytes::{Bytes, TileSums};
+use super::bytes::{Bytes, MAX_SMALL, TileSums};
 use super::int8::{self, BLOCK};
 use super::nm8::{self, PART, Planes};
 use super::{Simd, nm};
@@ -259,8 +259,8 @@ fn scale_rows<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes]) {
 }
 
 /// What the codes expand to: the bytes of a group of columns, four at a time as one word. Bytes are
-/// signed for tiles and have an offset of 1 otherwise, because the first operand of [`Bytes::dot4`]
-/// is unsigned.
+/// signed for tiles and have an offset of 1 otherwise, because the first operand of
+/// [`Bytes::dot4_small`] is unsigned.
 struct Patterns<S: Simd> {
     /// For the first four columns of a group and the others, by what [`nm8::first_indices`] gives.
     /// 2:8: what one weight changes, by exclusive or, in four weights of zero.
@@ -403,7 +403,7 @@ impl<'a> Part<'a> {
         &self.weights[tile * (DEPTH / BLOCK) + k]
     }
 
-    /// Adds to `y`, [tile][token][row], with [`Bytes::dot4`].
+    /// Adds to `y`, [tile][token][row], with [`Bytes::dot4_small`].
     #[inline(always)]
     fn multiply<S: Bytes>(&self, s: S, tiles: usize, y: &mut [Lanes]) {
         // The trait's sizes as constants that the micro-kernel can be unrolled for.
@@ -421,16 +421,20 @@ impl<'a> Part<'a> {
         y: &mut [Lanes],
     ) {
         let stride = self.x.tile_stride();
-        for token in (0..self.x.tokens).step_by(T) {
-            let mut tile = 0;
-            while tile + V <= tiles {
+        let tokens = (0..self.x.tokens).step_by(T);
+        let mut tile = 0;
+        // All tokens with the same tiles, which stay in the first cache.
+        while tile + V <= tiles {
+            for token in tokens.clone() {
                 self.micro::<S, T, V>(s, tile, token, &mut y[tile * stride..]);
-                tile += V;
             }
-            while tile < tiles {
+            tile += V;
+        }
+        while tile < tiles {
+            for token in tokens.clone() {
                 self.micro::<S, T, 1>(s, tile, token, &mut y[tile * stride..]);
-                tile += 1;
             }
+            tile += 1;
         }
     }
 
@@ -446,13 +450,10 @@ impl<'a> Part<'a> {
         let (x, all, stride) = (self.x, self.x.blocks(), self.x.tile_stride());
         for (k, block) in self.blocks.clone().enumerate() {
             let mut rows: [&[[i8; 4]]; T] = [&[]; T];
-            let mut acc = [[s.splat_i(0); V]; T];
+            let mut acc = [[s.zero_small(); V]; T];
             for t in 0..T {
                 let (at, t_in) = (token / TOKENS * all + block, token % TOKENS + t);
                 rows[t] = &x.codes[at].0[t_in].as_chunks().0[..BLOCK / 4];
-                // The offset of the bytes, times the activations, is taken off beforehand.
-                let sum = x.sums[at][t_in];
-                acc[t] = [s.splat_i(sum.cast_unsigned()); V];
             }
             let mut weights: [&[[u8; 64]]; V] = [&[]; V];
             for v in 0..V {
@@ -466,7 +467,7 @@ impl<'a> Part<'a> {
                 for t in 0..T {
                     let x = s.splat_4(rows[t][c].map(i8::cast_unsigned));
                     for v in 0..V {
-                        acc[t][v] = s.dot4(acc[t][v], w[v], x);
+                        acc[t][v] = s.dot4_small(acc[t][v], w[v], x);
                     }
                 }
             }
@@ -474,8 +475,12 @@ impl<'a> Part<'a> {
                 let base = Base::new(s, self.m, self.tile + tile + v, block);
                 for t in 0..T {
                     let at = v * stride + token + t;
-                    let scale = x.scales[token / TOKENS * all + block][token % TOKENS + t];
-                    add_to(s, base.times(s, scale), acc[t][v], &mut y[at]);
+                    let (token_block, t_in) = (token / TOKENS * all + block, token % TOKENS + t);
+                    // The offset of the bytes, times the activations, is taken off.
+                    let offset = s.splat_i(x.sums[token_block][t_in].cast_unsigned());
+                    let sums = s.add_i(s.finish_small(acc[t][v]), offset);
+                    let scale = base.times(s, x.scales[token_block][t_in]);
+                    add_to(s, scale, sums, &mut y[at]);
                 }
             }
         }
@@ -580,3 +585,4 @@ impl<S: Bytes> Base<S> {
 
 // Blocks of weight scales are whole blocks of activations, and expanded in whole quads.
 const _: () = assert!(DEPTH.is_multiple_of(BLOCK) && BLOCK.is_multiple_of(QUAD * 8));
+const _: () = assert!(BLOCK / 4 <= MAX_SMALL);

@@ -335,6 +335,7 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     type B = [uint8x16_t; 4];
     /// 16-bit sums of lanes 0 and 1, rows 0 to 7 and 8 to 15; then of lanes 2 and 3.
     type Acc = [int16x8_t; 4];
+    type Small = I;
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
@@ -486,6 +487,22 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
             };
         }
         each!(vreinterpretq_u32_s32, acc)
+    }
+
+    #[inline(always)]
+    fn zero_small(self) -> I {
+        self.splat_i(0)
+    }
+
+    /// Widening is part of the addition here.
+    #[inline(always)]
+    fn dot4_small(self, acc: I, u: Self::B, v: Self::B) -> I {
+        self.dot4(acc, u, v)
+    }
+
+    #[inline(always)]
+    fn finish_small(self, acc: I) -> I {
+        acc
     }
 
     #[inline(always)]

@@ -83,20 +83,24 @@ impl Task for Multiplications {
         const SUMS: usize = 8;
         const STEPS: usize = 64;
         let (u, mut v) = (s.splat_b(1), s.splat_b(2));
-        let mut sums = [s.splat_i(0); SUMS];
+        let mut total = [s.splat_i(0); SUMS];
         while done < self.0 {
+            let mut sums = [s.zero_small(); SUMS];
             for _ in 0..STEPS {
                 for sum in &mut sums {
-                    *sum = s.dot4(*sum, u, v);
+                    *sum = s.dot4_small(*sum, u, v);
                 }
                 // Nothing of the next step is known before.
                 v = s.sub_b(v, u);
             }
+            for (total, sum) in total.iter_mut().zip(sums) {
+                *total = s.add_i(*total, s.finish_small(sum));
+            }
             done += (STEPS * SUMS * 64) as u64;
         }
-        for sum in sums {
+        for total in total {
             let mut bytes = [0; 64];
-            s.store_words(sum, &mut bytes);
+            s.store_words(total, &mut bytes);
             black_box(bytes);
         }
         done

@@ -222,6 +222,7 @@ fn zip_b(a: [u8; 64], b: [u8; 64], f: impl Fn(u8, u8) -> u8) -> [u8; 64] {
 impl Bytes for Scalar {
     type B = [u8; 64];
     type Acc = [u32; 16];
+    type Small = [u32; 16];
 
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
@@ -322,6 +323,21 @@ impl Bytes for Scalar {
             let product = i32::from(u[i]) * i32::from(v[i].cast_signed());
             acc[i / 4] = acc[i / 4].wrapping_add_signed(product);
         }
+        acc
+    }
+
+    #[inline(always)]
+    fn zero_small(self) -> Self::Small {
+        [0; 16]
+    }
+
+    #[inline(always)]
+    fn dot4_small(self, acc: Self::Small, u: Self::B, v: Self::B) -> Self::Small {
+        self.dot4(acc, u, v)
+    }
+
+    #[inline(always)]
+    fn finish_small(self, acc: Self::Small) -> Self::I {
         acc
     }
 

@@ -1,10 +1,10 @@
 //! The STBLLM structure with rounded activations. A weight is one of five magnitudes with a sign, so
 //! a product is five sums of signed activations times magnitudes: over the columns of each region, and
 //! two over salient ones, by sign and by the sign of the residual. Operations for 64 weights: a deposit of signs, a masked negation, and for each kind
-//! some logic on words, a mask and one `dot4`; the two kinds of salient columns only where there are
+//! some logic on words, a mask and one `dot4_small`; the two kinds of salient columns only where there are
 //! such columns, which is the same for all rows.
 //!
-//! No sum overflows: within a block of activations a lane adds 2 · 4 numbers of at most 127.
+//! No sum overflows: a block of activations is two units, far fewer than `dot4_small` allows.
 
 use stb_format::encoding::StbllmView;
 use stb_format::encoding::stbllm::{SCALES, UNIT};
@@ -60,16 +60,16 @@ fn negate<S: Bytes>(s: S, x: S::B, bits: u64) -> S::B {
 /// Sums of activations by the kind of their weights.
 struct Sums<S: Bytes> {
     /// Dense, intermediate, sparse.
-    regions: [S::I; 3],
+    regions: [S::Small; 3],
     /// Salient, by the sign of the weight and by that of its residual.
-    salient: [S::I; 2],
+    salient: [S::Small; 2],
     any_salient: bool,
 }
 
 impl<S: Bytes> Sums<S> {
     #[inline(always)]
     fn new(s: S) -> Self {
-        let zero = s.splat_i(0);
+        let zero = s.zero_small();
         Self { regions: [zero; 3], salient: [zero; 2], any_salient: false }
     }
 
@@ -81,14 +81,15 @@ impl<S: Bytes> Sums<S> {
         let salient = m.salient_word(unit);
         let kinds = [low & !high & !salient, high & !low & !salient, low & high & !salient];
         for (sum, kind) in self.regions.iter_mut().zip(kinds) {
-            *sum = s.dot4(*sum, s.select_bytes(kind, 1), x);
+            *sum = s.dot4_small(*sum, s.select_bytes(kind, 1), x);
         }
         if salient != 0 {
             self.any_salient = true;
             // The states of salient columns, 1 and 2, are the signs of the residual.
             let kept = s.select_bytes((low ^ high) & salient, 1);
             let [main, second] = self.salient;
-            self.salient = [s.dot4(main, kept, x), s.dot4(second, kept, negate(s, residual, high))];
+            let second = s.dot4_small(second, kept, negate(s, residual, high));
+            self.salient = [s.dot4_small(main, kept, x), second];
         }
     }
 
@@ -111,11 +112,11 @@ impl<S: Bytes> Sums<S> {
         let [dense, intermediate, sparse, salient, residual, ..] = scales;
         let mut total = total;
         for (sum, scale) in self.regions.iter().zip([dense, intermediate, sparse]) {
-            total = s.mul_add(s.to_f32(*sum), s.splat(scale), total);
+            total = s.mul_add(s.to_f32(s.finish_small(*sum)), s.splat(scale), total);
         }
         if self.any_salient {
             for (sum, scale) in self.salient.iter().zip([salient, residual]) {
-                total = s.mul_add(s.to_f32(*sum), s.splat(scale), total);
+                total = s.mul_add(s.to_f32(s.finish_small(*sum)), s.splat(scale), total);
             }
         }
         total

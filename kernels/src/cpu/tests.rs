@@ -1,7 +1,7 @@
 //! Every vector operation of every instruction set of this machine against the portable code, bit
 //! for bit, with the numbers that instructions like to treat differently.
 
-use super::bytes::{Bytes, MAX_DOTS};
+use super::bytes::{Bytes, MAX_DOTS, MAX_SMALL};
 use super::scalar::Scalar;
 use super::{Simd, lanes};
 use crate::isa::{Isa, Task};
@@ -237,6 +237,16 @@ impl Task for Eights {
             let start: [u32; 16] = std::array::from_fn(|_| rng.next() as u32);
             let found = ints(s, s.dot4(from_ints(s, start), s.load_b(&u), vb));
             assert_eq!(found, Scalar.dot4(start, u, b), "{name} dot4");
+
+            // As often as is allowed, with the largest factors too.
+            let (u, v) = (a.map(|v| v % 3), b.map(|v| if v == 128 { 129 } else { v }));
+            let (vu, vv) = (s.load_b(&u), s.load_b(&v));
+            let (mut acc, mut expected) = (s.zero_small(), [0; 16]);
+            for _ in 0..MAX_SMALL {
+                acc = s.dot4_small(acc, vu, vv);
+                expected = Scalar.dot4(expected, u, v);
+            }
+            assert_eq!(ints(s, s.finish_small(acc)), expected, "{name} dot4_small");
 
             // As often as is allowed, with the largest bytes too.
             let above = |v: u8| if v == 128 { 129 } else { v };
