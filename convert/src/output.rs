@@ -58,13 +58,18 @@ impl Output {
     }
 }
 
-/// Refuses to replace a file unless that was asked for.
+/// Refuses to replace a file unless that was asked for, and to replace a folder or a device ever.
 ///
 /// # Errors
 /// [`Error::Usage`].
 pub fn refuse_existing(target: &Path, force: bool) -> Result<()> {
-    if !force && target.exists() {
-        return Err(Error::usage(format!("{} exists; --force replaces it", target.display())));
+    let Ok(found) = std::fs::metadata(target) else { return Ok(()) };
+    let name = target.display();
+    if !found.is_file() {
+        return Err(Error::usage(format!("{name} is not a regular file; give the output a name")));
+    }
+    if !force {
+        return Err(Error::usage(format!("{name} exists; --force replaces it")));
     }
     Ok(())
 }

@@ -127,6 +127,7 @@ fn wrong_usage_is_explained() {
         ("stb-convert", vec![], "give a checkpoint"),
         ("stb-convert", vec![text(&source)], "give a file to write"),
         ("stb-convert", vec![text(&source), text(&file)], "--force"),
+        ("stb-convert", vec![text(&source), text(folder.path()), "--force"], "regular file"),
         ("stb-convert", vec![text(&source), text(&out), "--recipe", "nonsense"], "stbllm-4of8"),
         ("stb-convert", vec![text(&source), text(&out), "--bits", "-1"], "above 0"),
         ("stb-convert", vec![text(&source), text(&out), "--calib-len", "1"], "calib-len"),
