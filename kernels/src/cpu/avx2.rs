@@ -28,6 +28,12 @@ impl Avx2 {
             && is_x86_feature_detected!("bmi2");
         all.then_some(Self(()))
     }
+
+    /// Machines with that set have this one: it is detected only together with it.
+    #[inline(always)]
+    pub(super) fn of_avx512<const LEVEL: u8>(_proof: super::avx512::Avx512<LEVEL>) -> Self {
+        Self(())
+    }
 }
 
 /// Compiles `task` for AVX2: everything it calls is inlined into this function.
@@ -283,6 +289,35 @@ impl Simd for Avx2 {
     }
 }
 
+/// See [`Bytes::transpose`].
+#[inline(always)]
+pub(super) fn transpose(_proof: Avx2, words: &[u64; 16]) -> [I; 2] {
+    let (pairs, _) = words.as_chunks::<2>();
+    // SAFETY: the argument proves that the CPU has the instructions; 16 bytes are readable behind each
+    // reference, at any alignment.
+    unsafe {
+        let load = |i: usize| _mm_loadu_si128(pairs[i].as_ptr().cast());
+        // Bytes of two words alternately; rows from 8 on in the upper halves.
+        let order = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+            0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15,
+        ));
+        let two = |i: usize| _mm256_shuffle_epi8(_mm256_set_m128i(load(i + 4), load(i)), order);
+        let (a, b, c, d) = (two(0), two(1), two(2), two(3));
+        // Four rows of each byte, then eight.
+        let (ab, cd) = (_mm256_unpacklo_epi16(a, b), _mm256_unpacklo_epi16(c, d));
+        let (ab_high, cd_high) = (_mm256_unpackhi_epi16(a, b), _mm256_unpackhi_epi16(c, d));
+        // The eight rows of the other half beside them.
+        let join = |eights| _mm256_permute4x64_epi64::<0b11_01_10_00>(eights);
+        [
+            [join(_mm256_unpacklo_epi32(ab, cd)), join(_mm256_unpackhi_epi32(ab, cd))],
+            [
+                join(_mm256_unpacklo_epi32(ab_high, cd_high)),
+                join(_mm256_unpackhi_epi32(ab_high, cd_high)),
+            ],
+        ]
+    }
+}
+
 /// Both halves of a vector from two parts.
 #[inline(always)]
 fn halves_of<A, B>(parts: &[A], f: impl Fn(&A) -> B) -> [B; 2] {
@@ -347,6 +382,11 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
+    fn add_b(self, a: I, b: I) -> I {
+        both!(_mm256_add_epi8, a, b)
+    }
+
+    #[inline(always)]
     fn sub_b(self, a: I, b: I) -> I {
         both!(_mm256_sub_epi8, a, b)
     }
@@ -369,29 +409,6 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
-    fn select_bytes(self, bits: u64, v: u8) -> I {
-        // Every byte gets the eight bits that its own is among, then its own bit.
-        values!({
-            let all = _mm256_set1_epi64x(bits.cast_signed());
-            let own = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
-            let low = _mm256_setr_epi64x(
-                0,
-                0x0101_0101_0101_0101,
-                0x0202_0202_0202_0202,
-                0x0303_0303_0303_0303,
-            );
-            let high = _mm256_add_epi8(low, _mm256_set1_epi8(4));
-            let value = _mm256_set1_epi8(v.cast_signed());
-            let low = _mm256_and_si256(_mm256_shuffle_epi8(all, low), own);
-            let high = _mm256_and_si256(_mm256_shuffle_epi8(all, high), own);
-            [
-                _mm256_and_si256(_mm256_cmpeq_epi8(low, own), value),
-                _mm256_and_si256(_mm256_cmpeq_epi8(high, own), value),
-            ]
-        })
-    }
-
-    #[inline(always)]
     fn eq_b(self, a: I, b: I) -> I {
         both!(_mm256_cmpeq_epi8, a, b)
     }
@@ -399,6 +416,11 @@ impl Bytes for Avx2 {
     #[inline(always)]
     fn lookup_b(self, table: I, index: I) -> I {
         both!(_mm256_shuffle_epi8, table, index)
+    }
+
+    #[inline(always)]
+    fn transpose(self, words: &[u64; 16]) -> [I; 2] {
+        transpose(self, words)
     }
 
     #[inline(always)]
@@ -459,6 +481,18 @@ impl Bytes for Avx2 {
     fn finish_small(self, acc: I) -> I {
         let one = values!([_mm256_set1_epi16(1); 2]);
         both!(_mm256_madd_epi16, acc, one)
+    }
+
+    #[inline(always)]
+    fn sum_fours(self, sums: [I; 4]) -> I {
+        let [a, b, c, d] = sums;
+        // Of a and b alternately: neighbours at a distance of two added, then those two.
+        let left =
+            self.add_i(both!(_mm256_unpacklo_epi32, a, b), both!(_mm256_unpackhi_epi32, a, b));
+        let right =
+            self.add_i(both!(_mm256_unpacklo_epi32, c, d), both!(_mm256_unpackhi_epi32, c, d));
+        let low = both!(_mm256_unpacklo_epi64, left, right);
+        self.add_i(low, both!(_mm256_unpackhi_epi64, left, right))
     }
 
     #[inline(always)]

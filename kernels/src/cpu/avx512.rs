@@ -9,6 +9,7 @@ use std::arch::x86_64::*;
 
 use super::Simd;
 use super::amx;
+use super::avx2::Avx2;
 use super::bytes::{Bytes, TileSums};
 use super::int8::BLOCK;
 use crate::isa::Task;
@@ -70,6 +71,14 @@ macro_rules! values {
         // SAFETY: `self` proves that the CPU has the instructions; see the macro.
         unsafe { $e }
     };
+}
+
+impl<const LEVEL: u8> Avx512<LEVEL> {
+    /// The older set, which is part of this one.
+    #[inline(always)]
+    fn avx2(self) -> Avx2 {
+        Avx2::of_avx512(self)
+    }
 }
 
 impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
@@ -304,6 +313,11 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn add_b(self, a: __m512i, b: __m512i) -> __m512i {
+        values!(_mm512_add_epi8(a, b))
+    }
+
+    #[inline(always)]
     fn sub_b(self, a: __m512i, b: __m512i) -> __m512i {
         values!(_mm512_sub_epi8(a, b))
     }
@@ -324,11 +338,6 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
-    fn select_bytes(self, bits: u64, v: u8) -> __m512i {
-        values!(_mm512_maskz_set1_epi8(bits, v.cast_signed()))
-    }
-
-    #[inline(always)]
     fn eq_b(self, a: __m512i, b: __m512i) -> __m512i {
         values!(_mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)))
     }
@@ -336,6 +345,31 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     #[inline(always)]
     fn lookup_b(self, table: __m512i, index: __m512i) -> __m512i {
         values!(_mm512_shuffle_epi8(table, index))
+    }
+
+    #[inline(always)]
+    fn transpose(self, words: &[u64; 16]) -> [__m512i; 2] {
+        let (halves, _) = words.as_chunks::<8>();
+        if LEVEL >= VBMI {
+            let [first, second] = [0, 1].map(
+                #[inline(always)]
+                |half: usize| {
+                    // SAFETY: 64 bytes are readable behind the reference, at any alignment.
+                    unsafe { _mm512_loadu_si512(halves[half].as_ptr().cast()) }
+                },
+            );
+            return [0, 1].map(
+                #[inline(always)]
+                |q: usize| {
+                    let order = self.load_b(&BYTES_OF_ROWS[q]);
+                    values!(_mm512_permutex2var_epi8(first, order, second))
+                },
+            );
+        }
+        super::avx2::transpose(self.avx2(), words).map(
+            #[inline(always)]
+            |[low, high]| values!(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)),
+        )
     }
 
     #[inline(always)]
@@ -415,6 +449,18 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn sum_fours(self, sums: [__m512i; 4]) -> __m512i {
+        let [a, b, c, d] = sums;
+        // Of a and b alternately: neighbours at a distance of two added, then those two.
+        values!({
+            let left = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let right = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            let low = _mm512_unpacklo_epi64(left, right);
+            _mm512_add_epi32(low, _mm512_unpackhi_epi64(left, right))
+        })
+    }
+
+    #[inline(always)]
     fn splat_4(self, v: [u8; 4]) -> __m512i {
         values!(_mm512_set1_epi32(i32::from_le_bytes(v)))
     }
@@ -462,6 +508,18 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
         unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), packed) }
     }
 }
+
+/// Byte 16·lane + row of vector q comes from byte 8·row + 4q + lane.
+const BYTES_OF_ROWS: [[u8; 64]; 2] = {
+    let mut order = [[0; 64]; 2];
+    let mut i = 0;
+    while i < 128 {
+        let (q, lane, row) = (i / 64, i / 16 % 4, i % 16);
+        order[q][i % 64] = (8 * row + 4 * q + lane) as u8;
+        i += 1;
+    }
+    order
+};
 
 /// Byte 4·row + lane comes from byte 16·lane + row.
 const ROWS_FIRST: [u8; 64] = {

@@ -25,6 +25,8 @@ pub(crate) trait Bytes: Simd {
     fn or_b(self, a: Self::B, b: Self::B) -> Self::B;
     fn xor_b(self, a: Self::B, b: Self::B) -> Self::B;
     /// Wrapping.
+    fn add_b(self, a: Self::B, b: Self::B) -> Self::B;
+    /// Wrapping.
     fn sub_b(self, a: Self::B, b: Self::B) -> Self::B;
     /// Each byte to the right; the `K` high bits of the result are unspecified.
     fn shr_b<const K: u32>(self, a: Self::B) -> Self::B;
@@ -32,18 +34,19 @@ pub(crate) trait Bytes: Simd {
     fn shl_b<const K: u32>(self, a: Self::B) -> Self::B;
     /// All ones where a > b, as signed bytes.
     fn gt_b(self, a: Self::B, b: Self::B) -> Self::B;
-    /// `v` in byte i where bit i is set, else zero.
-    fn select_bytes(self, bits: u64, v: u8) -> Self::B;
     /// All ones where a = b.
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B;
     /// Byte by byte `table[index]` within the lane; zero where the index has its top bit set. Other
     /// indices are below 16.
     fn lookup_b(self, table: Self::B, index: Self::B) -> Self::B;
 
+    /// Byte r of lane g of vector q is byte 4q + g of `words[r]`, the lowest being byte 0.
+    fn transpose(self, words: &[u64; 16]) -> [Self::B; 2];
+
     fn zero_acc(self) -> Self::Acc;
-    /// `acc[r] += Σ_lane a[lane, r] + b[lane, r]` as signed bytes above −128, for r = 0..16. At
-    /// most [`MAX_DOTS`] times on one accumulator: the bytes of two lanes are within ±508, and
-    /// 64 · 508 = 32512 fits 16 bits, which is what the narrowest implementation adds in.
+    /// `acc[r] += Σ_lane a[lane, r] + b[lane, r]` as signed bytes, for r = 0..16. At most
+    /// [`MAX_DOTS`] times on one accumulator, or half as often with bytes of −128: the others of two lanes
+    /// are within ±508, and 64 · 508 = 32512 fits 16 bits, which is what the narrowest implementation adds in.
     fn dot2(self, acc: Self::Acc, a: Self::B, b: Self::B) -> Self::Acc;
     /// The sums.
     fn finish(self, acc: Self::Acc) -> Self::I;
@@ -52,12 +55,14 @@ pub(crate) trait Bytes: Simd {
     /// products of neighbours then fit 16 bits.
     fn dot4(self, acc: Self::I, u: Self::B, v: Self::B) -> Self::I;
     fn zero_small(self) -> Self::Small;
-    /// What [`Bytes::dot4`] does, for u of at most 2 and v above −128, at most [`MAX_SMALL`] times
-    /// on one accumulator: two neighbours are within ±508, and 64 · 508 = 32512 fits 16 bits, so
-    /// that sets without 32-bit dot products save a widening each time.
+    /// What [`Bytes::dot4`] does, for v above −128 and small u: the largest ones of all calls on one
+    /// accumulator add up to [`MAX_SMALL`] at most. Two neighbours then add up to 2 · 128 · 127 = 32512
+    /// at most, which fits 16 bits, so that sets without 32-bit dot products save widening each time.
     fn dot4_small(self, acc: Self::Small, u: Self::B, v: Self::B) -> Self::Small;
     /// The sums.
     fn finish_small(self, acc: Self::Small) -> Self::I;
+    /// `to[4g + v] = Σ_k sums[v][4g + k]` for k and v below 4: neighbours added, the vectors side by side.
+    fn sum_fours(self, sums: [Self::I; 4]) -> Self::I;
     /// These four bytes in every place.
     fn splat_4(self, v: [u8; 4]) -> Self::B;
     /// The lanes as little-endian words.
@@ -96,4 +101,4 @@ pub(crate) type TileSums = [[[[i32; 16]; 16]; 2]; 2];
 pub(crate) const MAX_DOTS: usize = 64;
 
 /// See [`Bytes::dot4_small`].
-pub(crate) const MAX_SMALL: usize = 64;
+pub(crate) const MAX_SMALL: usize = 128;

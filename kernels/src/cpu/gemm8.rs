@@ -585,4 +585,5 @@ impl<S: Bytes> Base<S> {
 
 // Blocks of weight scales are whole blocks of activations, and expanded in whole quads.
 const _: () = assert!(DEPTH.is_multiple_of(BLOCK) && BLOCK.is_multiple_of(QUAD * 8));
-const _: () = assert!(BLOCK / 4 <= MAX_SMALL);
+// Of four columns at a time; bytes are at most 2.
+const _: () = assert!(BLOCK / 4 * 2 <= MAX_SMALL);

@@ -1,17 +1,20 @@
 //! Integer groups with rounded activations. In a plane of w bits (1, 2, 4 or 8) a *stride* of 512
 //! columns takes w vectors of 64 bytes; every 4 bytes of them belong to one unit of 32 columns, so
 //! each of the 16 sums of a vector has one scale. A field of 8/w in a byte is moved to a fixed place,
-//! and multiplied with the activations of its columns by [`Bytes::dot4`].
+//! and multiplied with the activations of its columns by [`Bytes::dot4_small`]. With 4 bits, the four
+//! sums of a unit are added, so that the 16 units of a stride take one conversion and one product.
 //!
 //! Odd codes of few bits are 2q + low for the stored number q, so fields are placed at bit 1, where
 //! they count 2q; −low times the sum of activations is where sums begin, as for 4 bits, which are
 //! q − 8. The upper bit of 3 is a plane of its own, whose sums count four times. Codes of 8 bits are
-//! not unsigned below 128 as `dot4` needs them, but activations are, apart from their signs: positive
-//! and negative ones make two tables.
+//! not unsigned below 128 as [`Bytes::dot4`] needs them, but activations are, apart from their signs:
+//! positive and negative ones make two tables.
 //!
-//! No sum overflows: in `dot4` a factor is at most 127, as it asks for. A sum over 4 bytes and all
+//! No sum overflows: the fields of a byte are at most 8 · 2, 4 · 6 and 2 · 15 in all, of the 128 that
+//! `dot4_small` allows; in `dot4` a factor is at most 127, as it asks for. A sum over 4 bytes and all
 //! fields is, for 1, 2 and 4 bits, within 32 · 2 · 127, 16 · 6 · 127 and 8 · 15 · 127, for 8 bits
-//! within 4 · 128 · 127; with what they begin with, up to 32 · 8 · 127, all are below 2¹⁷. So they
+//! within 4 · 128 · 127; with what they begin with, up to 32 · 8 · 127, and four of them all are below
+//! 2¹⁹. So they
 //! are converted to f32 exactly, and only products with scales and their sum are rounded.
 
 use stb_format::encoding::int_group::UNIT;
@@ -52,11 +55,8 @@ pub(super) fn arrange(spec: IntGroup, x: &[i8], scales: &[f32], to: &mut Arrange
     }
     let blocks = STRIDE / BLOCK;
     to.unit_scales.extend(scales.chunks(blocks).map(|part| {
-        let mut units = [0.0; 16];
-        for (units, scale) in units.chunks_exact_mut(16 / blocks).zip(part) {
-            units.fill(*scale);
-        }
-        units
+        let order = &UNITS_BY_PLACE[usize::from(spec.bits() == 4)];
+        order.map(|unit| part.get(usize::from(unit) * blocks / 16).copied().unwrap_or(0.0))
     }));
 }
 
@@ -65,9 +65,9 @@ pub(super) struct Arranged<'a> {
     /// For each stride, the activations of each field of each vector; for 8 bits, the positive ones
     /// and the magnitudes of the negative ones.
     pub tables: &'a mut Vec<[u8; 64]>,
-    /// What the sums of each vector of the first plane begin with.
+    /// What the sums of each vector of the first plane begin with; for 4 bits those of a stride.
     pub sums: &'a mut Vec<[i32; 16]>,
-    /// The scales of the units of each stride.
+    /// The scales of the units of each stride, see [`UNITS_BY_PLACE`].
     pub unit_scales: &'a mut Vec<[f32; 16]>,
 }
 
@@ -99,6 +99,12 @@ fn halves(line: &[i8; STRIDE], tables: &mut Vec<[u8; 64]>) {
 fn offsets(line: &[i8; STRIDE], spec: IntGroup, sums: &mut Vec<[i32; 16]>) {
     let width = if spec.bits() == 3 { 2 } else { usize::from(spec.bits()) };
     let low = i32::from(spec.limits().0);
+    if width == 4 {
+        let units = line.as_chunks::<UNIT>().0;
+        let sum = |unit: &u8| units[usize::from(*unit)].iter().map(|x| i32::from(*x)).sum::<i32>();
+        sums.push(std::array::from_fn(|place| low * sum(&UNITS_BY_PLACE[1][place])));
+        return;
+    }
     for vector in line.chunks_exact(STRIDE / width) {
         let mut sum = [0; 16];
         for (places, unit) in sum.chunks_exact_mut(width).zip(vector.as_chunks::<UNIT>().0) {
@@ -155,10 +161,11 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
     let [low, high] = m.row_planes(row);
     let stored = m.row_scales(row).as_flattened();
     // 16 scales at a time serve as many strides as a group has units.
+    let places = &PLACES[usize::from(BITS == 4)];
     let (places, part) = match m.spec.group() {
-        32 => (&PLACES[0], 1),
-        64 => (&PLACES[1], 2),
-        _ => (&PLACES[2], 4),
+        32 => (&places[0], 1),
+        64 => (&places[1], 2),
+        _ => (&places[2], 4),
     };
     let tables_of_stride = WIDTH * TABLES + if BITS == 3 { 8 } else { 0 };
     let mut sixteen = s.splat(0.0);
@@ -187,15 +194,28 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
                 &spare
             }
         };
+        let mut of_vectors = [[s.splat_i(0); 4]; T];
         for v in 0..WIDTH {
             s.prefetch(vectors[v].as_ptr().wrapping_add(AHEAD));
             for t in 0..T {
+                if BITS == 4 {
+                    let zero = s.splat_i(0);
+                    of_vectors[t][v] = dots::<S, WIDTH, TABLES>(s, zero, &vectors[v], &first[t][v]);
+                    continue;
+                }
                 let start = match BITS {
                     8 => s.splat_i(0),
                     _ => s.load_i(&x[t].sums[stride * WIDTH + v]),
                 };
                 let sum = dots::<S, WIDTH, TABLES>(s, start, &vectors[v], &first[t][v]);
                 acc[t] = s.mul_add(spread::<S, WIDTH>(s, scales[t], v), s.to_f32(sum), acc[t]);
+            }
+        }
+        if BITS == 4 {
+            for t in 0..T {
+                let start = s.load_i(&x[t].sums[stride]);
+                let sum = s.to_f32(s.add_i(start, s.sum_fours(of_vectors[t])));
+                acc[t] = s.mul_add(scales[t], sum, acc[t]);
             }
         }
         if BITS == 3 {
@@ -220,15 +240,16 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
 #[inline(always)]
 fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
     s: S,
-    mut sum: S::I,
+    start: S::I,
     codes: &[u8; 64],
     tables: &[[u8; 64]; TABLES],
 ) -> S::I {
     let codes = s.load_b(codes);
+    let mut sum = s.zero_small();
     macro_rules! add {
         ($mask:literal: $($table:literal $shifted:expr),+) => {$(
             let field = s.and_b($shifted, s.splat_b($mask));
-            sum = s.dot4(sum, field, s.load_b(&tables[$table]));
+            sum = s.dot4_small(sum, field, s.load_b(&tables[$table]));
         )+};
     }
     match WIDTH {
@@ -248,11 +269,11 @@ fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
             // Negative activations first, negated: −n = !(n − 1).
             let ones = s.splat_i(u32::MAX);
             let negative = s.dot4(ones, s.load_b(&tables[1]), codes);
-            sum = s.add_i(sum, s.xor(negative, ones));
-            sum = s.dot4(sum, s.load_b(&tables[0]), codes);
+            let start = s.add_i(start, s.xor(negative, ones));
+            return s.dot4(start, s.load_b(&tables[0]), codes);
         }
     }
-    sum
+    s.add_i(start, s.finish_small(sum))
 }
 
 /// The scales of the sums of vector `v` of a stride: every `WIDTH` of them belong to one unit.
@@ -276,13 +297,27 @@ const SPREAD: [[[u8; 16]; 8]; 4] = {
     spread
 };
 
-/// For groups of 1, 2 and 4 units, for as many strides: which of 16 scales each unit has.
-const PLACES: [[[u8; 16]; 4]; 3] = {
-    let mut places = [[[0; 16]; 4]; 3];
+/// Which unit of a stride each of the 16 sums belongs to, in order and after [`Bytes::sum_fours`].
+const UNITS_BY_PLACE: [[u8; 16]; 2] = {
+    let mut units = [[0; 16]; 2];
+    let mut place = 0;
+    while place < 16 {
+        units[0][place] = place as u8;
+        units[1][place] = (place % 4 * 4 + place / 4) as u8;
+        place += 1;
+    }
+    units
+};
+
+/// For both orders of units, for groups of 1, 2 and 4 units, for as many strides: which of 16 scales
+/// each place has.
+const PLACES: [[[[u8; 16]; 4]; 3]; 2] = {
+    let mut places = [[[[0; 16]; 4]; 3]; 2];
     let mut i = 0;
-    while i < 192 {
-        let (log, stride, unit) = (i / 64, i / 16 % 4, i % 16);
-        places[log][stride][unit] = (((stride * 16 + unit) >> log) % 16) as u8;
+    while i < 384 {
+        let (order, log, stride, place) = (i / 192, i / 64 % 3, i / 16 % 4, i % 16);
+        let unit = stride * 16 + UNITS_BY_PLACE[order][place] as usize;
+        places[order][log][stride][place] = ((unit >> log) % 16) as u8;
         i += 1;
     }
     places

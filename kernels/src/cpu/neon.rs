@@ -386,6 +386,11 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn add_b(self, a: Self::B, b: Self::B) -> Self::B {
+        each!(vaddq_u8, a, b)
+    }
+
+    #[inline(always)]
     fn sub_b(self, a: Self::B, b: Self::B) -> Self::B {
         each!(vsubq_u8, a, b)
     }
@@ -410,21 +415,6 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
-    fn select_bytes(self, bits: u64, v: u8) -> Self::B {
-        // Every byte gets the eight bits that its own is among, then its own bit.
-        let mut parts = [values!(vdupq_n_u8(0)); 4];
-        for (k, part) in parts.iter_mut().enumerate() {
-            let sixteen = (bits >> (16 * k)) as u16;
-            *part = values!({
-                let own = vreinterpretq_u8_u64(vdupq_n_u64(0x8040_2010_0804_0201));
-                let eight = vcombine_u8(vdup_n_u8(sixteen as u8), vdup_n_u8((sixteen >> 8) as u8));
-                vandq_u8(vtstq_u8(eight, own), vdupq_n_u8(v))
-            });
-        }
-        parts
-    }
-
-    #[inline(always)]
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
         each!(vceqq_u8, a, b)
     }
@@ -433,6 +423,25 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     fn lookup_b(self, table: Self::B, index: Self::B) -> Self::B {
         // Zero for every index above 15, as those with the top bit set are.
         each!(vqtbl1q_u8, table, index)
+    }
+
+    #[inline(always)]
+    fn transpose(self, words: &[u64; 16]) -> [Self::B; 2] {
+        let (rows, _) = words.as_chunks::<8>();
+        // Bytes k and k + 4 of each of eight words, alternately.
+        let fours = [0, 1].map(
+            #[inline(always)]
+            |half: usize| {
+                // SAFETY: 64 bytes are readable behind the reference; the load takes any alignment,
+                // and words are little-endian (the module is for such systems only).
+                unsafe { vld4q_u8(rows[half].as_ptr().cast()) }
+            },
+        );
+        let [uint8x16x4_t(a, b, c, d), uint8x16x4_t(e, f, g, h)] = fours;
+        values!([
+            [vuzp1q_u8(a, e), vuzp1q_u8(b, f), vuzp1q_u8(c, g), vuzp1q_u8(d, h)],
+            [vuzp2q_u8(a, e), vuzp2q_u8(b, f), vuzp2q_u8(c, g), vuzp2q_u8(d, h)],
+        ])
     }
 
     #[inline(always)]
@@ -503,6 +512,13 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     #[inline(always)]
     fn finish_small(self, acc: I) -> I {
         acc
+    }
+
+    #[inline(always)]
+    fn sum_fours(self, sums: [I; 4]) -> I {
+        let [a, b, c, d] = sums;
+        let (left, right) = (each!(vpaddq_u32, a, b), each!(vpaddq_u32, c, d));
+        each!(vpaddq_u32, left, right)
     }
 
     #[inline(always)]

@@ -258,6 +258,11 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
+    fn add_b(self, a: Self::B, b: Self::B) -> Self::B {
+        zip_b(a, b, u8::wrapping_add)
+    }
+
+    #[inline(always)]
     fn sub_b(self, a: Self::B, b: Self::B) -> Self::B {
         zip_b(a, b, u8::wrapping_sub)
     }
@@ -278,11 +283,6 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
-    fn select_bytes(self, bits: u64, v: u8) -> Self::B {
-        std::array::from_fn(|i| if bits >> i & 1 != 0 { v } else { 0 })
-    }
-
-    #[inline(always)]
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
         zip_b(a, b, |a, b| if a == b { 255 } else { 0 })
     }
@@ -296,6 +296,11 @@ impl Bytes for Scalar {
             }
         }
         out
+    }
+
+    #[inline(always)]
+    fn transpose(self, words: &[u64; 16]) -> [Self::B; 2] {
+        [0, 1].map(|q| std::array::from_fn(|i| words[i % 16].to_le_bytes()[4 * q + i / 16]))
     }
 
     #[inline(always)]
@@ -339,6 +344,14 @@ impl Bytes for Scalar {
     #[inline(always)]
     fn finish_small(self, acc: Self::Small) -> Self::I {
         acc
+    }
+
+    #[inline(always)]
+    fn sum_fours(self, sums: [Self::I; 4]) -> Self::I {
+        std::array::from_fn(|i| {
+            let four = &sums[i % 4][i / 4 * 4..][..4];
+            four.iter().fold(0, |sum: u32, v| sum.wrapping_add(*v))
+        })
     }
 
     #[inline(always)]

@@ -1,12 +1,18 @@
-//! The STBLLM structure with rounded activations. A weight is one of five magnitudes with a sign, so
-//! a product is five sums of signed activations times magnitudes: over the columns of each region, and
-//! two over salient ones, by sign and by the sign of the residual. Operations for 64 weights: a deposit of signs, a masked negation, and for each kind
-//! some logic on words, a mask and one `dot4_small`; the two kinds of salient columns only where there are
-//! such columns, which is the same for all rows.
+//! The STBLLM structure with rounded activations, 16 rows at a time. A weight is one of five magnitudes
+//! with a sign, so a product is five sums of signed activations times magnitudes: over the columns of
+//! each region, and two over salient ones, by sign and by the sign of the residual. A sum over some of
+//! four columns is looked up: bits of planes are the index, and the table is the same for all rows.
 //!
-//! No sum overflows: a block of activations is two units, far fewer than `dot4_small` allows.
+//! Operations for 128 columns of 16 rows: for each row and word the deposit of its signs; 12
+//! transpositions of words to bytes of rows; for each of the three kinds, positive and negative, 8
+//! look-ups of 64 bytes in each of two tables, and their additions as bytes; the two kinds of salient
+//! columns only in blocks that have any, which are the same for all rows.
+//!
+//! No sum overflows: a sum e over at most four activations is within ±508 and split as 32·h + l, with h
+//! from −16 to 15 and l from 0 to 31. In a block a byte adds eight of them: −128 to 120, and 0 to 248.
 
 use stb_format::encoding::StbllmView;
+use stb_format::encoding::nm::TILE;
 use stb_format::encoding::stbllm::{SCALES, UNIT};
 
 use super::bytes::Bytes;
@@ -15,110 +21,210 @@ use super::rows::bytes;
 
 /// Units of a block of activations.
 const UNITS: usize = BLOCK / UNIT;
+/// Vectors of a plane in a block: bytes 0 to 3 of the rows' words, a lane for each, then bytes 4 to 7.
+const VECTORS: usize = 2 * UNITS;
+/// Tables of a block: for each vector, for its low and its high nibbles, h and l.
+const TABLES: usize = 4 * VECTORS;
 
-/// The codes of each unit.
-pub(super) fn arrange(x: &[i8], tables: &mut Vec<[u8; UNIT]>) {
+/// The tables of each block: a lane has the 16 sums over four columns.
+pub(super) fn arrange(x: &[i8], tables: &mut Vec<[u8; 64]>) {
     tables.clear();
-    tables.extend(x.as_chunks::<UNIT>().0.iter().map(|unit| unit.map(i8::cast_unsigned)));
+    for bytes in x.chunks_exact(UNIT / 2) {
+        for half in [0, 4] {
+            let (mut high, mut low) = ([0; 64], [0; 64]);
+            for (lane, eight) in bytes.chunks_exact(8).enumerate() {
+                let mut sums = [0i16; 16];
+                for subset in 1..16usize {
+                    let column = half + subset.trailing_zeros() as usize;
+                    sums[subset] = sums[subset & (subset - 1)] + i16::from(eight[column]);
+                    high[16 * lane + subset] = (sums[subset] >> 5) as u8;
+                    low[16 * lane + subset] = (sums[subset] & 31) as u8;
+                }
+            }
+            tables.extend([high, low]);
+        }
+    }
 }
 
 /// See [`super::matvec`].
 #[inline(always)]
 pub(super) fn matvec<S: Bytes>(s: S, m: &StbllmView<'_>, x: &Rounded, first: usize, y: &mut [f32]) {
-    for (r, y) in y.iter_mut().enumerate() {
-        let row = first + r;
-        let mut total = s.splat(0.0);
-        for (block, activations) in x.tables.chunks(UNITS).enumerate() {
-            let units = block * UNITS..m.units().min((block + 1) * UNITS);
-            let mut sums = Sums::new(s);
-            for (unit, x) in units.zip(activations) {
-                sums.add_unit(s, m, row, unit, s.load_b(x));
+    let mut read = Read::<S> {
+        words: [[0; TILE]; 3],
+        planes: [[[s.splat_b(0); 2]; VECTORS]; SCALES],
+        scales: [[0; 2 * TILE]; SCALES],
+    };
+    for (i, y) in y.chunks_mut(TILE).enumerate() {
+        let tile = Tile { m, row: first + i * TILE, rows: y.len() };
+        let mut totals = s.splat(0.0);
+        for (block, tables) in x.tables.as_chunks().0.iter().enumerate() {
+            totals = tile.add_block(s, block, tables, x.scales[block], &mut read, totals);
+        }
+        let mut sums = [0.0; TILE];
+        s.store(totals, &mut sums);
+        y.copy_from_slice(&sums[..y.len()]);
+    }
+}
+
+/// Rows of a matrix.
+struct Tile<'a> {
+    m: &'a StbllmView<'a>,
+    row: usize,
+    /// How many, up to 16.
+    rows: usize,
+}
+
+/// What is read of a block of 16 rows. Rows and units that do not exist keep what was there before: the
+/// results of those rows are not used, and the tables of those columns are zero.
+struct Read<S: Bytes> {
+    /// Low and high bits of states and negative signs, of one unit.
+    words: [[u64; TILE]; 3],
+    /// Which weights are of each kind, positive and negative: a lane has eight columns, a byte of it a
+    /// row. Dense, intermediate, sparse; salient by their sign and by that of the residual.
+    planes: [[[S::B; 2]; VECTORS]; SCALES],
+    /// Scales of each kind, binary16.
+    scales: [[u8; 2 * TILE]; SCALES],
+}
+
+impl Tile<'_> {
+    /// Reads the planes of a block, and says how many kinds there are: three if no column is salient.
+    #[inline(always)]
+    fn read_planes<S: Bytes>(&self, s: S, block: usize, to: &mut Read<S>) -> usize {
+        let m = self.m;
+        let (units, n) = (m.units(), m.spec.n());
+        let signs_of_unit = u64::MAX >> (64 - 8 * n);
+        let Read { words, planes, .. } = to;
+        let mut count = 3;
+        for unit in 0..UNITS.min(units - block * UNITS) {
+            let mut at = self.row * units + block * UNITS + unit;
+            let salient = m.salient_word(block * UNITS + unit);
+            for r in 0..self.rows {
+                let [low, high] = m.states[at].map(u64::from_le_bytes);
+                // One load where there are bytes behind it.
+                let signs = u64::from_le_bytes(*bytes(m.signs, at * n, &mut [0; 8]));
+                (words[0][r], words[1][r]) = (low, high);
+                words[2][r] = s.deposit(signs & signs_of_unit, low | high);
+                at += units;
             }
-            let weight_block = block * BLOCK / m.spec.block();
-            total = sums.times(s, m, row, weight_block, x.scales[block], total);
+            if salient != 0 {
+                count = SCALES;
+            }
+            let (low, high) = (s.transpose(&words[0]), s.transpose(&words[1]));
+            let negative = s.transpose(&words[2]);
+            let salient = s.transpose(&[salient; TILE]);
+            for q in 0..2 {
+                let (low, high, negative) = (low[q], high[q], negative[q]);
+                let either = s.xor_b(low, high);
+                let single = s.and_b(either, salient[q]);
+                let one = s.xor_b(either, single);
+                let both = s.and_b(low, high);
+                let dense = s.and_b(one, low);
+                let kinds = [
+                    (dense, negative),
+                    (s.xor_b(one, dense), negative),
+                    (s.xor_b(both, s.and_b(both, salient[q])), negative),
+                    (single, negative),
+                    // The states of salient columns, 1 and 2, are the signs of the residual.
+                    (single, high),
+                ];
+                for (planes, (kept, negative)) in planes.iter_mut().zip(kinds) {
+                    let negative = s.and_b(kept, negative);
+                    planes[2 * unit + q] = [s.xor_b(kept, negative), negative];
+                }
+            }
         }
-        *y = s.sum(total);
-    }
-}
-
-/// [`StbllmView::sign_word`] in one load where there are bytes behind it.
-#[inline(always)]
-fn signs(m: &StbllmView<'_>, row: usize, unit: usize) -> u64 {
-    let n = m.spec.n();
-    let mut spare = [0; 8];
-    let word = *bytes(m.signs, (row * m.units() + unit) * n, &mut spare);
-    u64::from_le_bytes(word) & u64::MAX >> (64 - 8 * n)
-}
-
-/// −x in the bytes of these bits.
-#[inline(always)]
-fn negate<S: Bytes>(s: S, x: S::B, bits: u64) -> S::B {
-    let mask = s.select_bytes(bits, 255);
-    s.sub_b(s.xor_b(x, mask), mask)
-}
-
-/// Sums of activations by the kind of their weights.
-struct Sums<S: Bytes> {
-    /// Dense, intermediate, sparse.
-    regions: [S::Small; 3],
-    /// Salient, by the sign of the weight and by that of its residual.
-    salient: [S::Small; 2],
-    any_salient: bool,
-}
-
-impl<S: Bytes> Sums<S> {
-    #[inline(always)]
-    fn new(s: S) -> Self {
-        let zero = s.zero_small();
-        Self { regions: [zero; 3], salient: [zero; 2], any_salient: false }
+        count
     }
 
+    /// `totals` plus the products with a block of activations.
     #[inline(always)]
-    fn add_unit(&mut self, s: S, m: &StbllmView<'_>, row: usize, unit: usize, x: S::B) {
-        let (low, high) = m.state_words(row, unit);
-        let residual = x;
-        let x = negate(s, x, s.deposit(signs(m, row, unit), low | high));
-        let salient = m.salient_word(unit);
-        let kinds = [low & !high & !salient, high & !low & !salient, low & high & !salient];
-        for (sum, kind) in self.regions.iter_mut().zip(kinds) {
-            *sum = s.dot4_small(*sum, s.select_bytes(kind, 1), x);
-        }
-        if salient != 0 {
-            self.any_salient = true;
-            // The states of salient columns, 1 and 2, are the signs of the residual.
-            let kept = s.select_bytes((low ^ high) & salient, 1);
-            let [main, second] = self.salient;
-            let second = s.dot4_small(second, kept, negate(s, residual, high));
-            self.salient = [s.dot4_small(main, kept, x), second];
-        }
-    }
-
-    /// `total` plus the products with the scales of the row in a block.
-    #[inline(always)]
-    fn times(
+    fn add_block<S: Bytes>(
         &self,
         s: S,
-        m: &StbllmView<'_>,
-        row: usize,
         block: usize,
+        tables: &[[u8; 64]; TABLES],
         activation: f32,
-        total: S::F,
+        read: &mut Read<S>,
+        totals: S::F,
     ) -> S::F {
-        let at = (row * m.blocks() + block) * SCALES * 2;
-        let mut scales = [0.0; 16];
-        let mut spare = [0; 32];
-        let stored = bytes(m.scales.as_flattened(), at, &mut spare);
-        s.store(s.mul(s.f16_to_f32(stored), s.splat(activation)), &mut scales);
-        let [dense, intermediate, sparse, salient, residual, ..] = scales;
-        let mut total = total;
-        for (sum, scale) in self.regions.iter().zip([dense, intermediate, sparse]) {
-            total = s.mul_add(s.to_f32(s.finish_small(*sum)), s.splat(scale), total);
+        self.prefetch(s, block);
+        let count = self.read_planes(s, block, read);
+        self.read_scales(s, block * BLOCK / self.m.spec.block(), read);
+        let mut totals = totals;
+        for (planes, scales) in read.planes[..count].iter().zip(&read.scales) {
+            let scales = s.mul(s.f16_to_f32(scales), s.splat(activation));
+            totals = s.mul_add(s.to_f32(sums(s, planes, tables)), scales, totals);
         }
-        if self.any_salient {
-            for (sum, scale) in self.salient.iter().zip([salient, residual]) {
-                total = s.mul_add(s.to_f32(s.finish_small(*sum)), s.splat(scale), total);
+        totals
+    }
+
+    /// Reads the scales of a block of weights.
+    #[inline(always)]
+    fn read_scales<S: Bytes>(&self, s: S, block: usize, to: &mut Read<S>) {
+        let stored = self.m.scales.as_flattened();
+        let Read { words: [fours, ..], scales, .. } = to;
+        for r in 0..self.rows {
+            let at = ((self.row + r) * self.m.blocks() + block) * SCALES * 2;
+            let mut spare = [0; 16];
+            let (four, last) = bytes(stored, at, &mut spare).split_at(8);
+            fours[r] = u64::from_le_bytes(*four.first_chunk().expect("half of 16"));
+            scales[4][2 * r..2 * r + 2].copy_from_slice(&last[..2]);
+        }
+        let mut by_bytes = [[0; 64]; 2];
+        for (to, v) in by_bytes.iter_mut().zip(s.transpose(fours)) {
+            s.store_b(v, to);
+        }
+        let lines = by_bytes.as_flattened().as_chunks::<TILE>().0.as_chunks::<2>().0;
+        for (scales, [low, high]) in scales.iter_mut().zip(lines) {
+            for r in 0..TILE {
+                (scales[2 * r], scales[2 * r + 1]) = (low[r], high[r]);
             }
         }
-        total
     }
+
+    /// Asks for what the next tile reads for this block. Rows lie behind one another, so the CPU does not
+    /// see in which order they are read.
+    #[inline(always)]
+    fn prefetch<S: Bytes>(&self, s: S, block: usize) {
+        let m = self.m;
+        for row in self.row + TILE..self.row + TILE + self.rows {
+            let unit = row * m.units() + block * UNITS;
+            // Of a block, states are half a line; signs and scales are less.
+            if block.is_multiple_of(2) {
+                s.prefetch(m.states.as_ptr().wrapping_add(unit).cast());
+            }
+            if block.is_multiple_of(4) {
+                s.prefetch(m.signs.as_ptr().wrapping_add(unit * m.spec.n()));
+                let scale = (row * m.blocks() + block * BLOCK / m.spec.block()) * SCALES;
+                s.prefetch(m.scales.as_ptr().wrapping_add(scale).cast());
+            }
+        }
+    }
+}
+
+/// The sum of the signed activations of a kind, for each row.
+#[inline(always)]
+fn sums<S: Bytes>(s: S, planes: &[[S::B; 2]; VECTORS], tables: &[[u8; 64]; TABLES]) -> S::I {
+    // [positive, negative] × [h, l].
+    let mut sums = [[s.splat_b(0); 2]; 2];
+    for (planes, tables) in planes.iter().zip(tables.as_chunks::<4>().0) {
+        for (half, tables) in tables.as_chunks::<2>().0.iter().enumerate() {
+            let tables = [s.load_b(&tables[0]), s.load_b(&tables[1])];
+            for (sums, plane) in sums.iter_mut().zip(planes) {
+                let bits = if half == 0 { *plane } else { s.shr_b::<4>(*plane) };
+                let index = s.and_b(bits, s.splat_b(15));
+                for (sum, table) in sums.iter_mut().zip(tables) {
+                    *sum = s.add_b(*sum, s.lookup_b(table, index));
+                }
+            }
+        }
+    }
+    let [[high, low], [high_negative, low_negative]] = sums;
+    // −1 − v = !v; from 0 to 255, less 128 as signed bytes.
+    let high_negative = s.xor_b(high_negative, s.splat_b(255));
+    let (low, low_negative) = (s.xor_b(low, s.splat_b(128)), s.xor_b(low_negative, s.splat_b(127)));
+    let high = s.finish(s.dot2(s.zero_acc(), high, high_negative));
+    let low = s.finish(s.dot2(s.zero_acc(), low, low_negative));
+    // Each of the four lanes is 1 too low in both.
+    s.add_i(s.add_i(s.shl(high, 5), low), s.splat_i(4 * 32 + 4))
 }

@@ -214,9 +214,6 @@ impl Task for Eights {
             assert_eq!(Self::out(s, s.sub_b(va, vb)), Scalar.sub_b(a, b), "{name} sub_b");
             assert_eq!(Self::out(s, s.gt_b(va, vb)), Scalar.gt_b(a, b), "{name} gt_b");
             assert_eq!(Self::out(s, s.eq_b(va, vb)), Scalar.eq_b(a, b), "{name} eq_b");
-            let bits = u64::from_le_bytes(*a.first_chunk().unwrap());
-            let selected = Self::out(s, s.select_bytes(bits, b[0]));
-            assert_eq!(selected, Scalar.select_bytes(bits, b[0]), "{name} select_bytes");
             let four = *b.first_chunk().unwrap();
             assert_eq!(Self::out(s, s.splat_4(four)), Scalar.splat_4(four), "{name} splat_4");
             // The bits that come from the neighbour are unspecified.
@@ -233,6 +230,11 @@ impl Task for Eights {
             let found = Self::out(s, s.lookup_b(va, s.load_b(&index)));
             assert_eq!(found, Scalar.lookup_b(a, index), "{name} lookup_b");
 
+            assert_eq!(Self::out(s, s.add_b(va, vb)), Scalar.add_b(a, b), "{name} add_b");
+            let words: [u64; 16] = std::array::from_fn(|_| rng.next());
+            let found = s.transpose(&words).map(|v| Self::out(s, v));
+            assert_eq!(found, Scalar.transpose(&words), "{name} transpose");
+
             let u = a.map(|v| v & 127);
             let start: [u32; 16] = std::array::from_fn(|_| rng.next() as u32);
             let found = ints(s, s.dot4(from_ints(s, start), s.load_b(&u), vb));
@@ -242,11 +244,16 @@ impl Task for Eights {
             let (u, v) = (a.map(|v| v % 3), b.map(|v| if v == 128 { 129 } else { v }));
             let (vu, vv) = (s.load_b(&u), s.load_b(&v));
             let (mut acc, mut expected) = (s.zero_small(), [0; 16]);
-            for _ in 0..MAX_SMALL {
+            for _ in 0..MAX_SMALL / 2 {
                 acc = s.dot4_small(acc, vu, vv);
                 expected = Scalar.dot4(expected, u, v);
             }
             assert_eq!(ints(s, s.finish_small(acc)), expected, "{name} dot4_small");
+
+            let four: [[u32; 16]; 4] =
+                std::array::from_fn(|_| std::array::from_fn(|_| rng.next() as u32));
+            let found = ints(s, s.sum_fours(four.map(|v| from_ints(s, v))));
+            assert_eq!(found, Scalar.sum_fours(four), "{name} sum_fours");
 
             // As often as is allowed, with the largest bytes too.
             let above = |v: u8| if v == 128 { 129 } else { v };
@@ -258,6 +265,14 @@ impl Task for Eights {
                 expected = Scalar.dot2(expected, a, b);
             }
             assert_eq!(ints(s, s.finish(acc)), Scalar.finish(expected), "{name} dot2");
+            // The lowest byte too, half as often.
+            let low = [128; 64];
+            let (mut acc, mut expected) = (s.zero_acc(), Scalar.zero_acc());
+            for _ in 0..MAX_DOTS / 2 {
+                acc = s.dot2(acc, s.load_b(&low), vb);
+                expected = Scalar.dot2(expected, low, b);
+            }
+            assert_eq!(ints(s, s.finish(acc)), Scalar.finish(expected), "{name} dot2 of −128");
             s.prefetch(std::ptr::null());
         }
     }
