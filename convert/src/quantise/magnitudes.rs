@@ -427,7 +427,7 @@ mod tests {
         let (weights, mask, importance) = sample();
         let candidates =
             [vec![0.3, 1.1], vec![0.7, 0.7], vec![1.2, 2.2], vec![1.3], vec![8.0, 9.0]];
-        let columns: Vec<usize> = (0..COLS).filter(|c| c % 5 != 0).collect();
+        let columns: Vec<usize> = (0..COLS).filter(|c| !c.is_multiple_of(5)).collect();
         let mut errors = vec![1.0; candidates.len()];
         let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
         let grid = Grid::new(&candidates);
@@ -436,7 +436,9 @@ mod tests {
         for (candidate, error) in candidates.iter().zip(errors) {
             let (p1, p2) = (candidate[0], candidate[candidate.len() - 1]);
             let band = |from: f64, to: f64| {
-                move |c: usize, w: f32| c % 5 != 0 && (from..to).contains(&f64::from(w.abs()))
+                move |c: usize, w: f32| {
+                    !c.is_multiple_of(5) && (from..to).contains(&f64::from(w.abs()))
+                }
             };
             let sets = [band(0.0, p1), band(p1, p2), band(p2, f64::INFINITY)];
             close(error, 1.0 + expected(1, &[&sets[0], &sets[1], &sets[2]]));

@@ -351,25 +351,21 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     fn transpose(self, words: &[u64; 16]) -> [__m512i; 2] {
         let (halves, _) = words.as_chunks::<8>();
         if LEVEL >= VBMI {
-            let [first, second] = [0, 1].map(
-                #[inline(always)]
-                |half: usize| {
-                    // SAFETY: 64 bytes are readable behind the reference, at any alignment.
-                    unsafe { _mm512_loadu_si512(halves[half].as_ptr().cast()) }
-                },
-            );
-            return [0, 1].map(
-                #[inline(always)]
-                |q: usize| {
-                    let order = self.load_b(&BYTES_OF_ROWS[q]);
-                    values!(_mm512_permutex2var_epi8(first, order, second))
-                },
-            );
+            // SAFETY: 64 bytes are readable behind the reference, at any alignment.
+            let first = unsafe { _mm512_loadu_si512(halves[0].as_ptr().cast()) };
+            // SAFETY: as above.
+            let second = unsafe { _mm512_loadu_si512(halves[1].as_ptr().cast()) };
+            let orders = [self.load_b(&BYTES_OF_ROWS[0]), self.load_b(&BYTES_OF_ROWS[1])];
+            return values!([
+                _mm512_permutex2var_epi8(first, orders[0], second),
+                _mm512_permutex2var_epi8(first, orders[1], second),
+            ]);
         }
-        super::avx2::transpose(self.avx2(), words).map(
-            #[inline(always)]
-            |[low, high]| values!(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)),
-        )
+        let [[a, b], [c, d]] = super::avx2::transpose(self.avx2(), words);
+        values!([
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b),
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(c), d),
+        ])
     }
 
     #[inline(always)]

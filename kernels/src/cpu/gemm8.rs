@@ -3,7 +3,7 @@
 //! for them. Each output is the same chain of operations as in [`super::nm8`], so that a token has
 //! the same result alone and among others.
 //!
-//! Operations per weight and token, AVX-512 with VNNI: 1/64 of an instruction; AMX: 1/16384. The
+//! Operations per weight and token, AVX2: 1/16 of an instruction; AVX-512 with VNNI: 1/64; AMX: 1/16384. The
 //! expansion (about 8 instructions for 16 groups) is shared by all tokens.
 
 use stb_format::encoding::nm::{QUAD, TILE};
@@ -421,20 +421,16 @@ impl<'a> Part<'a> {
         y: &mut [Lanes],
     ) {
         let stride = self.x.tile_stride();
-        let tokens = (0..self.x.tokens).step_by(T);
-        let mut tile = 0;
-        // All tokens with the same tiles, which stay in the first cache.
-        while tile + V <= tiles {
-            for token in tokens.clone() {
+        for token in (0..self.x.tokens).step_by(T) {
+            let mut tile = 0;
+            while tile + V <= tiles {
                 self.micro::<S, T, V>(s, tile, token, &mut y[tile * stride..]);
+                tile += V;
             }
-            tile += V;
-        }
-        while tile < tiles {
-            for token in tokens.clone() {
+            while tile < tiles {
                 self.micro::<S, T, 1>(s, tile, token, &mut y[tile * stride..]);
+                tile += 1;
             }
-            tile += 1;
         }
     }
 

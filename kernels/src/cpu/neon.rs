@@ -429,15 +429,11 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     fn transpose(self, words: &[u64; 16]) -> [Self::B; 2] {
         let (rows, _) = words.as_chunks::<8>();
         // Bytes k and k + 4 of each of eight words, alternately.
-        let fours = [0, 1].map(
-            #[inline(always)]
-            |half: usize| {
-                // SAFETY: 64 bytes are readable behind the reference; the load takes any alignment,
-                // and words are little-endian (the module is for such systems only).
-                unsafe { vld4q_u8(rows[half].as_ptr().cast()) }
-            },
-        );
-        let [uint8x16x4_t(a, b, c, d), uint8x16x4_t(e, f, g, h)] = fours;
+        // SAFETY: 64 bytes are readable behind the reference; the load takes any alignment, and words
+        // are little-endian (the module is for such systems only).
+        let uint8x16x4_t(a, b, c, d) = unsafe { vld4q_u8(rows[0].as_ptr().cast()) };
+        // SAFETY: as above.
+        let uint8x16x4_t(e, f, g, h) = unsafe { vld4q_u8(rows[1].as_ptr().cast()) };
         values!([
             [vuzp1q_u8(a, e), vuzp1q_u8(b, f), vuzp1q_u8(c, g), vuzp1q_u8(d, h)],
             [vuzp2q_u8(a, e), vuzp2q_u8(b, f), vuzp2q_u8(c, g), vuzp2q_u8(d, h)],
