@@ -14,8 +14,8 @@ const TASK_BYTES: usize = 64 << 10;
 const TASK_ROWS: usize = 64;
 /// From so many tokens on, weights are expanded for all of them where there is a kernel for it.
 const EXPAND_TOKENS: usize = 12;
-/// Elsewhere, up to so many tokens are multiplied with packed weights while these are in cache.
-const FEW_TOKENS: usize = 16;
+/// At most so many tokens are multiplied with packed weights while these are in cache.
+const FEW_TOKENS: usize = 48;
 /// Below this many multiplications, threads cost more than they save.
 const SERIAL_WORK: usize = 1 << 15;
 
@@ -32,6 +32,16 @@ pub struct Linears {
     by_rows: Vec<f32>,
     /// Outputs by row tiles, [tiles, tokens padded].
     by_tiles: Vec<Lanes>,
+}
+
+/// Up to how many tokens packed weights are multiplied with each of them, where nothing expands them:
+/// as many as take less time than exact products with unpacked weights, which cost much for few tokens.
+fn few(view: &MatrixView<'_>) -> usize {
+    match view {
+        MatrixView::IntGroup(_) => FEW_TOKENS,
+        MatrixView::Stbllm(_) => 8,
+        MatrixView::Nm(_) | MatrixView::Dense(_) => 16,
+    }
 }
 
 impl Linears {
@@ -68,7 +78,7 @@ pub fn apply<const N: usize>(
         out.resize(tokens * view.rows(), 0.0);
         if memory.rounded && has_rounded_matmul(&view) && tokens >= EXPAND_TOKENS {
             many_rounded(isa, pool, memory, &view, x, out);
-        } else if memory.rounded && tokens <= FEW_TOKENS {
+        } else if memory.rounded && tokens <= few(&view) {
             few_tokens(isa, pool, memory, &[view], weight.byte_len(), x, [out]);
         } else {
             many_exact(isa, pool, memory, &view, x, out);
