@@ -8,7 +8,7 @@ use std::ops::{Add, AddAssign, Mul, Sub};
 use super::search::SearchError;
 
 /// Rows at a time.
-pub const LANES: usize = 4;
+const LANES: usize = 4;
 
 /// A number of each row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -412,7 +412,7 @@ mod tests {
     fn salient_errors_match_the_definition() {
         let (weights, mask, importance) = sample();
         let ranked: Vec<usize> = (0..COLS).map(|i| i * 7 % COLS).collect();
-        let mut errors = vec![1.0; 9];
+        let mut errors = vec![1.0; COLS];
         let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
         let values = Values { error: SearchError::Weighted, importance: &importance };
         add_salient_errors(rows, &ranked, &values, &mut errors);

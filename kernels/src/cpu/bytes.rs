@@ -45,8 +45,9 @@ pub(crate) trait Bytes: Simd {
 
     fn zero_acc(self) -> Self::Acc;
     /// `acc[r] += Σ_lane a[lane, r] + b[lane, r]` as signed bytes, for r = 0..16. At most
-    /// [`MAX_DOTS`] times on one accumulator, or half as often with bytes of −128: the others of two lanes
-    /// are within ±508, and 64 · 508 = 32512 fits 16 bits, which is what the narrowest implementation adds in.
+    /// [`MAX_DOTS`] times on one accumulator, or half as often with bytes of −128: the others of two
+    /// lanes are within ±508, and 64 · 508 = 32512 fits 16 bits, which is what the narrowest
+    /// implementation adds in.
     fn dot2(self, acc: Self::Acc, a: Self::B, b: Self::B) -> Self::Acc;
     /// The sums.
     fn finish(self, acc: Self::Acc) -> Self::I;
@@ -61,7 +62,8 @@ pub(crate) trait Bytes: Simd {
     fn dot4_small(self, acc: Self::Small, u: Self::B, v: Self::B) -> Self::Small;
     /// The sums.
     fn finish_small(self, acc: Self::Small) -> Self::I;
-    /// `to[4g + v] = Σ_k sums[v][4g + k]` for k and v below 4: neighbours added, the vectors side by side.
+    /// `to[4g + v] = Σ_k sums[v][4g + k]` for k and v below 4: neighbours added, the vectors side by
+    /// side.
     fn sum_fours(self, sums: [Self::I; 4]) -> Self::I;
     /// These four bytes in every place.
     fn splat_4(self, v: [u8; 4]) -> Self::B;

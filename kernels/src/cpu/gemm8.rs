@@ -3,8 +3,8 @@
 //! for them. Each output is the same chain of operations as in [`super::nm8`], so that a token has
 //! the same result alone and among others.
 //!
-//! Operations per weight and token, AVX2: 1/16 of an instruction; AVX-512 with VNNI: 1/64; AMX: 1/16384. The
-//! expansion (about 8 instructions for 16 groups) is shared by all tokens.
+//! Operations per weight and token, AVX2: 1/16 of an instruction; AVX-512 with VNNI: 1/64; AMX:
+//! 1/16384. The expansion (about 8 instructions for 16 groups) is shared by all tokens.
 
 use stb_format::encoding::nm::{QUAD, TILE};
 use stb_format::encoding::{MatrixView, NmView};

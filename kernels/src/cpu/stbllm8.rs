@@ -3,7 +3,7 @@
 //! each region, and two over salient ones, by sign and by the sign of the residual. A sum over some of
 //! four columns is looked up: bits of planes are the index, and the table is the same for all rows.
 //!
-//! Operations for 128 columns of 16 rows: for each row and word the deposit of its signs; 12
+//! Operations for 128 columns of 16 rows: for each row and word the deposit of its signs; nine
 //! transpositions of words to bytes of rows; for each of the three kinds, positive and negative, 8
 //! look-ups of 64 bytes in each of two tables, and their additions as bytes; the two kinds of salient
 //! columns only in blocks that have any, which are the same for all rows.
