@@ -51,6 +51,16 @@ impl Output {
         Ok(())
     }
 
+    /// Ends the file without giving it its name, for one who will read it; returns where it is.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn close(self) -> Result<PathBuf> {
+        let fail = |e: std::io::IntoInnerError<_>| Error::io(&self.temporary, e.into_error());
+        self.file.into_inner().map_err(fail)?;
+        Ok(self.temporary)
+    }
+
     /// The path for messages.
     #[must_use]
     pub fn target(&self) -> &Path {

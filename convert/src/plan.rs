@@ -1,7 +1,7 @@
 //! What will be done to each tensor and what it will cost, before anything is computed.
 
 use stb_format::encoding::{Dense, IntGroup};
-use stb_format::{Encoding, Meta, file_size};
+use stb_format::{Encoding, Meta, ModelSpec, file_size};
 use stb_runtime::{Checkpoint, Error, LinearInput, Result};
 
 use crate::quantise::{int_group, nm, pb_llm, stbllm};
@@ -133,9 +133,14 @@ impl TensorPlan {
     /// The decoder layer and the part of a body tensor: `(3, "mlp.up_proj")`.
     #[must_use]
     pub fn layer(&self) -> Option<(usize, &str)> {
-        let (index, part) = self.name.strip_prefix("model.layers.")?.split_once('.')?;
-        Some((index.parse().ok()?, part.strip_suffix(".weight")?))
+        layer_part(&self.name)
     }
+}
+
+/// As [`TensorPlan::layer`], of a name.
+pub(crate) fn layer_part(name: &str) -> Option<(usize, &str)> {
+    let (index, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    Some((index.parse().ok()?, part.strip_suffix(".weight")?))
 }
 
 /// All tensors in file order.
@@ -290,7 +295,31 @@ impl Plan {
         let weights = 4 * spec.hidden_size * q_width + 3 * linear;
         let tuning = if tunes { weights * 8 + 2 * captured } else { 0 };
         let step = captured.max(factoring).max(quantising).max(tuning);
-        pricing.max(hidden + moments + shift + layer + step)
+        let fine = match calibration.fine_tuning() {
+            Ok(Some(_)) => self.fine_tuning_memory(spec, tokens, batch) + weights * 8 + captured,
+            _ => 0,
+        };
+        pricing.max(fine).max(hidden + moments + shift + layer + step)
+    }
+
+    /// What fine-tuning takes beside a layer's weights and gradients: codes and scales of all layers, and
+    /// what goes through the model.
+    fn fine_tuning_memory(&self, spec: &ModelSpec, tokens: u64, batch: u64) -> u64 {
+        let moving = self.tensors.iter().map(|t| match t.treatment {
+            // Codes of 16 and 8 bits; scales four times.
+            Treatment::Linear(Method::Nm(o)) => {
+                let block = if o.spec.block() == 0 { t.shape[1] } else { o.spec.block() as u64 };
+                t.elements() * 2 / o.spec.m() as u64 + t.elements() * 16 / block.max(1)
+            }
+            Treatment::Linear(Method::Int(o)) => {
+                t.elements() + t.elements() * 18 / o.spec.group() as u64
+            }
+            // Embeddings and head, with a gradient for each weight.
+            Treatment::Round(spec) => t.elements() * 6 + t.elements() * 18 / spec.group() as u64,
+            _ => 0,
+        });
+        let streams = batch * spec.hidden_size * (spec.layers + 2) * 4;
+        moving.sum::<u64>() + tokens * spec.hidden_size * 4 + streams + batch * spec.vocab_size * 12
     }
 }
 

@@ -42,6 +42,9 @@ pub struct Stages {
     /// Tuning the layer as a whole.
     #[serde(default)]
     pub tuning: f64,
+    /// Tuning the model as a whole.
+    #[serde(default)]
+    pub fine_tuning: f64,
     /// Measuring the error of what is stored.
     pub check: f64,
     /// Writing, and keeping what a later run can go on from.
@@ -56,6 +59,7 @@ impl Stages {
         self.factors += other.factors;
         self.quantiser.add(&other.quantiser);
         self.tuning += other.tuning;
+        self.fine_tuning += other.fine_tuning;
         self.check += other.check;
         self.output += other.output;
     }

@@ -102,6 +102,12 @@ impl Workspace {
         self.folder.join("output")
     }
 
+    /// The file in the making while the first one is being fine-tuned.
+    #[must_use]
+    pub fn tuned_output(&self) -> PathBuf {
+        self.folder.join("tuned")
+    }
+
     /// The folder, for messages.
     #[must_use]
     pub fn folder(&self) -> &Path {
@@ -235,7 +241,9 @@ pub fn leave_at_once() {
         && let Some(folder) = unfinished.take()
     {
         if folder.join("states").exists() {
-            let _ = std::fs::remove_file(folder.join("output"));
+            for name in ["output", "tuned"] {
+                let _ = std::fs::remove_file(folder.join(name));
+            }
         } else {
             let _ = std::fs::remove_dir_all(&folder);
         }

@@ -233,7 +233,8 @@ class Peers:
         for label, arguments in self.variants().items():
             cell = self.work / f"{label}.json"
             row = json.loads(cell.read_text()) if cell.exists() else self.row(label, arguments, seen)
-            seen.setdefault(row.get("stored_as"), label)
+            if "perplexity" in row:
+                seen.setdefault(row["stored_as"], label)
             cell.write_text(json.dumps(row))
             print(json.dumps(row), flush=True)
             rows.append(row)
@@ -247,7 +248,13 @@ def our_rows(options: argparse.Namespace, models: list[Model]) -> list[dict]:
     blocks = [block for block in blocks if block.startswith(wanted) or not block.startswith("[[model]]")]
     (options.out / "ours.toml").write_text("\n".join(blocks))
     paths = [argument for model in models for argument in ("--model", f"{model.name}={model.path}")]
-    run(options.stb_convert, "study", options.out / "ours.toml", options.out / "ours", "--define", f"data={options.data}", *paths)
+    study = [options.stb_convert, "study", options.out / "ours.toml", options.out / "ours", "--define", f"data={options.data}", *paths]
+    try:
+        run(*study)
+    except RuntimeError as error:
+        # Sizes that a model cannot have are rows without figures.
+        if "not all cells could be measured" not in str(error):
+            raise
     with open(next((options.out / "ours").glob("*.csv"))) as file:
         found = list(csv.DictReader(file))
     other = {"recipe": "type", "error": "fallback"}

@@ -6,14 +6,16 @@ import re
 from collections.abc import Callable
 from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT, LEFT, TOP, GAP, FOOT = 470, 340, 64, 46, 76, 64
+WIDTH, HEIGHT, LEFT, TOP, GAP, FOOT = 470, 340, 64, 46, 76, 84
 RANGE = {"true_bits": (0.5, 4.5), "body_bits": (0.5, 4.5)}
 AXES = {"true_bits": "bits per parameter, whole file", "body_bits": "bits per weight of the decoder's matrices"}
 # Name, colour, which rows, whether they are joined.
 FAMILIES: list[tuple[str, str, Callable[[dict], bool], bool]] = [
     ("llama.cpp", "#c0392b", lambda row: row["program"] == "llama.cpp", False),
-    ("--bits", "#1f4e9c", lambda row: row["type"].startswith("bits-"), True),
-    ("nm", "#2e86de", lambda row: row["type"].startswith("nm-"), True),
+    ("--bits, fine-tuned", "#6c3483", lambda row: re.match("bits-.*fine-tuned", row["type"]) is not None, True),
+    ("--bits", "#1f4e9c", lambda row: row["type"].startswith("bits-") and "," not in row["type"], True),
+    ("nm, fine-tuned", "#d16ba5", lambda row: re.match("nm-.*fine-tuned", row["type"]) is not None, True),
+    ("nm", "#2e86de", lambda row: row["type"].startswith("nm-") and "," not in row["type"], True),
     ("int, sign", "#10898d", lambda row: re.match(r"int\d|sign", row["type"]) is not None, True),
     ("stbllm", "#e08e0b", lambda row: row["type"].startswith("stbllm-"), True),
     ("GPTQ", "#7f8c8d", lambda row: row["type"].startswith("gptq-"), True),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value as Json;
 use stb_convert::Recipe;
 use stb_convert::recipe::PRESETS;
-use stb_format::encoding::Dense;
+use stb_format::encoding::{Dense, MatrixView};
 use stb_format::{Encoding, File};
 use stb_tests::paths::quill;
 use stb_tests::programs::{Run, command, convert, run};
@@ -253,6 +253,53 @@ fn what_is_left_of_another_or_damaged_conversion_is_discarded() {
         assert!(std::fs::read(&out).unwrap() == whole, "{damaged}: other bytes");
         std::fs::remove_file(&out).unwrap();
     }
+}
+
+/// Fine-tuning changes scales and norms and nothing else: no size, no encoding, no code.
+/// It comes closer to the dense model, whatever holds the weights, and goes on after a kill.
+#[test]
+fn fine_tuning_moves_scales_and_norms_only() {
+    let folder = folder();
+    for recipe in ["nm-1of4", "int2"] {
+        let plain = folder.path().join(format!("{recipe}.stb"));
+        let _ = finished(&plain, &["--recipe", recipe]).success();
+        let out = folder.path().join(format!("{recipe}-tuned.stb"));
+        let options = ["--recipe", recipe, "--fine-tuning", "1"];
+        let work = folder.path().join(format!(".{recipe}-tuned.stb.unfinished"));
+        killed(&out, &options, || work.join("layer-00003").exists());
+        let run = finished(&out, &options);
+        assert!(run.err.contains("going on after"), "{}", run.err);
+        let divergences = divergences(&run.err);
+        let _ = run.success();
+        assert!(divergences[1] < 0.95 * divergences[0], "{recipe}: {divergences:?}");
+
+        let (plain, tuned) = (std::fs::read(plain).unwrap(), std::fs::read(&out).unwrap());
+        let (plain, tuned) = (File::open(&plain).unwrap(), File::open(&tuned).unwrap());
+        let mut moved = 0;
+        for (before, after) in plain.tensors().iter().zip(tuned.tensors()) {
+            assert_eq!((before.name(), before.encoding()), (after.name(), after.encoding()));
+            assert_eq!(before.payload().len(), after.payload().len(), "{}", before.name());
+            moved += usize::from(before.payload() != after.payload());
+            match (before.view().unwrap(), after.view().unwrap()) {
+                (MatrixView::Nm(before), MatrixView::Nm(after)) => {
+                    assert!(before.codes == after.codes);
+                }
+                (MatrixView::IntGroup(before), MatrixView::IntGroup(after)) => {
+                    assert!(before.codes == after.codes);
+                }
+                _ => {}
+            }
+        }
+        // All: seven linear layers and two norms of each decoder layer, the embeddings and the last norm.
+        assert_eq!(moved, 4 * 9 + 2, "{recipe}");
+    }
+}
+
+/// What a fine-tuned conversion says about the distance from the dense model, before and after.
+fn divergences(err: &str) -> [f64; 2] {
+    let line = err.lines().find(|line| line.contains("fine-tuning: from")).unwrap();
+    let numbers: Vec<f64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
+    numbers.try_into().unwrap()
 }
 
 /// Two conversions to one file would spoil each other's work.

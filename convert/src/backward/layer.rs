@@ -106,6 +106,11 @@ impl Pass<'_> {
         squared(&self.forward(weights, x).out, target)
     }
 
+    /// The output for sequences `x`, [sequences · length, hidden].
+    pub fn output(&self, weights: &LayerWeights, x: Vec<f32>) -> Vec<f32> {
+        self.forward(weights, x).out
+    }
+
     /// Adds the gradient of ½ Σ (out − target)² to `gradient`: of all norms, and of the linear layers
     /// whose matrices are not empty. Returns Σ (out − target)².
     pub fn gradient(
@@ -119,14 +124,37 @@ impl Pass<'_> {
         let error = squared(&memory.out, target);
         let d_out: Vec<f32> =
             memory.out.par_iter().zip(target).map(|(out, target)| out - target).collect();
+        self.add_gradient(weights, &memory, d_out, gradient);
+        error
+    }
+
+    /// From the gradient of a loss with respect to the output, [tokens, hidden], to that with respect to the
+    /// input `x`; adds that of the weights to `gradient`, as [`Pass::gradient`] does.
+    pub fn back(
+        &self,
+        weights: &LayerWeights,
+        x: Vec<f32>,
+        d_out: Vec<f32>,
+        gradient: &mut LayerWeights,
+    ) -> Vec<f32> {
+        let memory = self.forward(weights, x);
+        self.add_gradient(weights, &memory, d_out, gradient)
+    }
+
+    fn add_gradient(
+        &self,
+        weights: &LayerWeights,
+        memory: &Memory,
+        d_out: Vec<f32>,
+        gradient: &mut LayerWeights,
+    ) -> Vec<f32> {
         let LayerWeights { linear, norms } = gradient;
-        self.backward(weights, &memory, d_out, norms, &mut |part, d, x| {
+        self.backward(weights, memory, d_out, norms, &mut |part, d, x| {
             let to = &mut linear[part];
             if !to.values.is_empty() {
                 add_cross_products(self.model.isa, d, to.rows, x, to.cols, &mut to.values);
             }
-        });
-        error
+        })
     }
 
     /// From the gradient of a loss with respect to the output, [tokens, hidden], to that with respect to the

@@ -4,4 +4,4 @@ mod layer;
 mod model;
 
 pub(crate) use layer::{LayerSlopes, LayerWeights, Matrix, Pass};
-pub(crate) use model::{Ends, through};
+pub(crate) use model::{Ends, logits, logits_back, through};

@@ -7,7 +7,7 @@
 use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 use rayon::prelude::*;
-use stb_kernels::Panels;
+use stb_kernels::{Isa, Panels};
 use stb_runtime::{Model, Weight};
 
 use super::layer::{LayerSlopes, LayerWeights, Pass, mean_squares};
@@ -67,35 +67,17 @@ pub(crate) fn through(
 
 /// The last norm and the head for `stream`, [tokens, hidden], and the gradient of that.
 fn head(pass: &Pass<'_>, stream: &[f32]) -> (Ends, Vec<f32>) {
-    let (isa, weight) = (pass.model.isa, pass.model.head());
-    let (vocab, hidden) = (weight.rows(), weight.cols());
+    let (vocab, hidden) = (pass.model.head().rows(), pass.model.norm.len());
     let normed = pass.norm(stream, &pass.model.norm);
-    let tokens = normed.len() / hidden;
-    let mut logits = vec![0.0; tokens * vocab];
-    let mut panels = Panels::default();
-    for (from, rows) in chunks(weight) {
-        panels.pack(&rows, hidden);
-        let width = rows.len() / hidden;
-        let part = product_of(isa, &normed, hidden, &panels, width);
-        for (logits, part) in logits.chunks_exact_mut(vocab).zip(part.chunks_exact(width)) {
-            logits[from..from + width].copy_from_slice(part);
-        }
-    }
+    let mut logits = logits(pass.model.isa, pass.model.head(), &normed);
     let mut random = Pcg64Mcg::seed_from_u64(SEED);
+    let tokens = normed.len() / hidden;
     let draws: Vec<f64> = (0..tokens).map(|_| random.next_u64() as f64 / 2f64.powi(64)).collect();
     logits
         .par_chunks_exact_mut(vocab)
         .zip(draws)
         .for_each(|(logits, draw)| less_a_draw(logits, draw));
-    let mut d_normed = vec![0.0; normed.len()];
-    for (from, rows) in chunks(weight) {
-        let width = rows.len() / hidden;
-        panels.pack_transposed(&rows, hidden, width, hidden);
-        let part: Vec<f32> =
-            logits.chunks_exact(vocab).flat_map(|g| &g[from..from + width]).copied().collect();
-        let part = product_of(isa, &part, width, &panels, hidden);
-        d_normed.iter_mut().zip(part).for_each(|(d, p)| *d += p);
-    }
+    let d_normed = logits_back(pass.model.isa, pass.model.head(), &logits);
     let mut d_stream = vec![0.0; stream.len()];
     let mut d_norm = vec![0.0; hidden];
     pass.norm_back(stream, &pass.model.norm, &d_normed, &mut d_stream, &mut d_norm);
@@ -105,6 +87,39 @@ fn head(pass: &Pass<'_>, stream: &[f32]) -> (Ends, Vec<f32>) {
         logits: mean_squares(&logits, vocab),
     };
     (ends, d_stream)
+}
+
+/// What the head `weight` makes of `normed`, [tokens, hidden]: [tokens, vocab].
+pub(crate) fn logits(isa: Isa, weight: &Weight, normed: &[f32]) -> Vec<f32> {
+    let (vocab, hidden) = (weight.rows(), weight.cols());
+    let mut logits = vec![0.0; normed.len() / hidden * vocab];
+    let mut panels = Panels::default();
+    for (from, rows) in chunks(weight) {
+        panels.pack(&rows, hidden);
+        let width = rows.len() / hidden;
+        let part = product_of(isa, normed, hidden, &panels, width);
+        for (logits, part) in logits.chunks_exact_mut(vocab).zip(part.chunks_exact(width)) {
+            logits[from..from + width].copy_from_slice(part);
+        }
+    }
+    logits
+}
+
+/// From the gradient with respect to logits, [tokens, vocab], to that of the inputs of the head `weight`,
+/// [tokens, hidden].
+pub(crate) fn logits_back(isa: Isa, weight: &Weight, d_logits: &[f32]) -> Vec<f32> {
+    let (vocab, hidden) = (weight.rows(), weight.cols());
+    let mut d_normed = vec![0.0; d_logits.len() / vocab * hidden];
+    let mut panels = Panels::default();
+    for (from, rows) in chunks(weight) {
+        let width = rows.len() / hidden;
+        panels.pack_transposed(&rows, hidden, width, hidden);
+        let part: Vec<f32> =
+            d_logits.chunks_exact(vocab).flat_map(|g| &g[from..from + width]).copied().collect();
+        let part = product_of(isa, &part, width, &panels, hidden);
+        d_normed.iter_mut().zip(part).for_each(|(d, p)| *d += p);
+    }
+    d_normed
 }
 
 /// Some rows at a time: the first, and [rows, cols].

@@ -97,8 +97,11 @@ fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
     }
     if let Some(epochs) = args.tuning {
         calibration.tuning = Some(epochs as usize);
-        recipe.check_tuning()?;
     }
+    if let Some(epochs) = args.fine_tuning {
+        calibration.fine_tuning = Some(epochs as usize);
+    }
+    recipe.check_tuning()?;
     Ok(recipe)
 }
 

@@ -31,6 +31,10 @@ impl Bar {
 
 impl Progress for Bar {
     fn step(&self, done: u64, all: u64, what: &str) {
+        if done < self.bar.position() {
+            // Another kind of work has begun.
+            self.bar.reset_eta();
+        }
         self.bar.set_length(all);
         self.bar.set_position(done);
         self.bar.set_message(what.to_owned());

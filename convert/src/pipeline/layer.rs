@@ -124,7 +124,7 @@ impl Run<'_> {
     ) -> anyhow::Result<()> {
         let Some(options) = self.job.recipe.calibration.tuning()? else { return Ok(()) };
         let started = Instant::now();
-        tune::tune(&self.model, layer, inputs, targets, options)?;
+        tune::layer::tune(&self.model, layer, inputs, targets, options)?;
         check_interrupt()?;
         for (tensor, done) in tensors.iter().zip(finished) {
             let Some((Done { packed, .. }, (_, part))) = done.as_mut().zip(tensor.layer()) else {

@@ -1,5 +1,6 @@
 //! The conversion: one decoder layer at a time through calibration, quantisation and output.
 
+mod fine;
 mod layer;
 mod refresh;
 mod tensor;
@@ -130,10 +131,16 @@ fn convert_in(
     let calibration_tokens = run.all_tensors(progress)?;
     let writing = Instant::now();
     let Run { writer, reports, layers, mut stages, resumed, .. } = run;
-    let output = writer.finish(meta).map_err(fail)?;
+    let mut output = writer.finish(meta).map_err(fail)?;
     check_interrupt()?;
+    let mut fine_tuning = 0.0;
+    if let Some(options) = job.recipe.calibration.fine_tuning()? {
+        let (file, tuned) = (output.close()?, workspace.tuned_output());
+        (output, fine_tuning) = fine::fine_tune(job, meta, &file, tuned, options, progress)?;
+    }
     output.commit()?;
-    stages.output += writing.elapsed().as_secs_f64();
+    stages.output += writing.elapsed().as_secs_f64() - fine_tuning;
+    stages.fine_tuning = fine_tuning;
     let mut report = make_report(job, reports, calibration_tokens, meta);
     layers.iter().for_each(|layer| stages.add(&layer.stages));
     report.stages = stages;

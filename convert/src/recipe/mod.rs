@@ -67,13 +67,20 @@ pub struct Calibration {
     /// to the second moment of each input; a large one gives the layer's own weights back.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ridge: Option<f64>,
-    /// Passes over the calibration sequences in which scales of joint codes and weights of norms of a
-    /// finished layer are tuned to the dense model's output of that layer; none if not given.
+    /// Passes over the calibration sequences in which scales and norms of a finished layer are tuned to
+    /// the dense model's output of that layer; none if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tuning: Option<usize>,
     /// The largest relative step of tuning.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tuning_rate: Option<f64>,
+    /// Passes over the calibration sequences in which scales and norms of the whole model are tuned to
+    /// what the dense model says; none if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fine_tuning: Option<usize>,
+    /// The largest relative step of fine-tuning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fine_tuning_rate: Option<f64>,
 }
 
 impl Default for Calibration {
@@ -91,6 +98,8 @@ impl Default for Calibration {
             ridge: None,
             tuning: None,
             tuning_rate: None,
+            fine_tuning: None,
+            fine_tuning_rate: None,
         }
     }
 }
@@ -187,7 +196,9 @@ impl Recipe {
     /// [`Error::Invalid`] if nothing is quantised, and as for [`Calibration::tuning`].
     pub fn check_tuning(&self) -> Result<()> {
         let quantises = self.body.method()?.is_some() || self.body.target()?.is_some();
-        if self.calibration.tuning()?.is_some() && !quantises {
+        let calibration = &self.calibration;
+        let tunes = calibration.tuning()?.or(calibration.fine_tuning()?).is_some();
+        if tunes && !quantises {
             return Err(Error::invalid(format!(
                 "recipe {}: tuning needs layers that are quantised, and method = {:?} has none",
                 self.name, self.body.method
@@ -207,6 +218,10 @@ impl Recipe {
 
 /// The ridge of targets from the dense model, if the recipe does not say.
 const RIDGE: f64 = 0.1;
+/// The largest relative step of tuning, if the recipe does not say.
+const TUNING_RATE: f64 = 0.01;
+/// That of fine-tuning. `tests/bench/record/2026-11-26-fine-tuning.md` has what others gave.
+const FINE_TUNING_RATE: f64 = 0.02;
 
 /// How calibration windows are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,17 +254,15 @@ impl Calibration {
     /// # Errors
     /// [`Error::Invalid`] for numbers out of range.
     pub fn tuning(&self) -> Result<Option<tune::Options>> {
-        let epochs = self.tuning.unwrap_or(0);
-        let rate = self.tuning_rate.unwrap_or(0.01);
-        if self.tuning_rate.is_some() && epochs == 0 {
-            return Err(Error::invalid("recipe: tuning-rate needs tuning"));
-        }
-        if epochs > 1000 || !(rate > 0.0 && rate <= 0.5) {
-            return Err(Error::invalid(
-                "recipe: tuning is at most 1000, tuning-rate above 0 and at most 0.5",
-            ));
-        }
-        Ok((epochs > 0).then_some(tune::Options { epochs, rate }))
+        tuning("tuning", self.tuning, self.tuning_rate, TUNING_RATE)
+    }
+
+    /// How the whole model is tuned; `None` if it is not.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for numbers out of range.
+    pub fn fine_tuning(&self) -> Result<Option<tune::Options>> {
+        tuning("fine-tuning", self.fine_tuning, self.fine_tuning_rate, FINE_TUNING_RATE)
     }
 
     /// Whether the dense model runs along.
@@ -277,6 +290,24 @@ impl Calibration {
             ridge => Ok(dense.then(|| ridge.unwrap_or(RIDGE))),
         }
     }
+}
+
+fn tuning(
+    what: &str,
+    epochs: Option<usize>,
+    rate: Option<f64>,
+    usual: f64,
+) -> Result<Option<tune::Options>> {
+    let options = tune::Options { epochs: epochs.unwrap_or(0), rate: rate.unwrap_or(usual) };
+    if rate.is_some() && options.epochs == 0 {
+        return Err(Error::invalid(format!("recipe: {what}-rate needs {what}")));
+    }
+    if options.epochs > 1000 || !(options.rate > 0.0 && options.rate <= 0.5) {
+        return Err(Error::invalid(format!(
+            "recipe: {what} is at most 1000, {what}-rate above 0 and at most 0.5"
+        )));
+    }
+    Ok((options.epochs > 0).then_some(options))
 }
 
 impl Table {
@@ -341,6 +372,8 @@ mod tests {
         refuse_calibration("inputs = 'refreshed'\ntarget = 'dense'\nridge = -1.0", "ridge");
         refuse_calibration("tuning = 2000", "1000");
         refuse_calibration("tuning-rate = 0.1", "needs tuning");
+        refuse_calibration("fine-tuning-rate = 0.1", "needs fine-tuning");
+        refuse_calibration("fine-tuning = 1001", "fine-tuning is at most 1000");
         let idle = "name = 'x'\n[calibration]\ntuning = 2\n[body]\nmethod = 'source'";
         assert!(Recipe::parse(idle).unwrap_err().to_string().contains("source"));
         assert!(Recipe::load("nonsense").unwrap_err().to_string().contains("stbllm-4of8"));

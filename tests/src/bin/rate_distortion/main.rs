@@ -1,6 +1,8 @@
 //! What each code costs and how far it is from the weights: on normally distributed numbers and on the
 //! weights of a model.
 
+mod extras;
+
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -206,6 +208,41 @@ fn main() -> anyhow::Result<()> {
             "| int{bits}, group {group} | {rate:.3} | {:.3} | | {first} | | {second} | {third} |\n",
             2f64.powf(-2.0 * rate)
         ));
+    }
+    two_levels(&normal, &plain)?;
+    salient(&calibrated)
+}
+
+/// Codes with two magnitudes, against one.
+fn two_levels(normal: &Layer, plain: &[Layer]) -> anyhow::Result<()> {
+    print(
+        "\n| code with two magnitudes | bits | normal, kept | weights, kept |\n|---|---|---|---|\n",
+    );
+    for (n, m) in [(1, 8), (1, 4), (2, 8), (2, 4), (3, 8), (4, 8)] {
+        let (kept, of) = (usize::from(n), usize::from(m));
+        let bits = nominal_bits(n, m) + f64::from(n) / f64::from(m);
+        let by_size = extras::two_levels(normal, kept, of);
+        let of_weights = mean(plain, |l| Ok(extras::two_levels(l, kept, of)))?;
+        print(&format!("| {n}:{m} | {bits:.3} | {by_size:.3} | {of_weights:.3} |\n"));
+    }
+    Ok(())
+}
+
+/// Salient columns in integers, against none.
+fn salient(calibrated: &[Layer]) -> anyhow::Result<()> {
+    print("\n| code | salient columns in 4 bits | bits | outputs, encoder |\n|---|---|---|---|\n");
+    for (n, m) in CODES {
+        let Some(spec) = Nm::new(n, m, 4, BLOCK as u16, false) else { continue };
+        for share in [0.0, 0.01, 0.03, 0.1] {
+            let of = |l: &Layer| extras::salient(l, spec, share, nominal_bits(n, m));
+            let found: Vec<(f64, f64)> =
+                calibrated.iter().map(of).collect::<anyhow::Result<_>>()?;
+            let mean =
+                |f: fn(&(f64, f64)) -> f64| found.iter().map(f).sum::<f64>() / found.len() as f64;
+            let (error, bits) = (mean(|f| f.0), mean(|f| f.1));
+            let percent = share * 100.0;
+            print(&format!("| {n}:{m} | {percent:.0} % | {bits:.3} | {error:.4} |\n"));
+        }
     }
     Ok(())
 }

@@ -1,0 +1,36 @@
+//! Tuning of what is continuous in quantised weights, the scales of joint codes and integers and the
+//! weights of norms, by gradients; codes stay. Layer by layer ([`layer`]), or the whole model at once
+//! ([`model`]).
+
+pub(crate) mod layer;
+pub(crate) mod model;
+mod scales;
+
+/// Sequences of a step.
+const BATCH: usize = 8;
+
+/// How much is tuned.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// Passes over the calibration sequences.
+    pub epochs: usize,
+    /// The largest step of a parameter, relative to it; falls to a tenth over the steps.
+    pub rate: f64,
+}
+
+impl Options {
+    /// The largest step of a parameter in step `step` of `steps`, from 0.
+    fn rate_at(&self, step: usize, steps: usize) -> f64 {
+        let done = step as f64 / steps.max(1) as f64;
+        self.rate * (0.55 + 0.45 * (std::f64::consts::PI * done).cos())
+    }
+}
+
+/// An error before and after.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// With the weights as they were quantised.
+    pub before: f64,
+    /// With what is kept: never more than before.
+    pub after: f64,
+}

@@ -1,0 +1,321 @@
+//! Fine-tuning of the whole quantised model: until what it says comes closer to what the dense model says.
+//!
+//! The loss is KL(dense ‖ quantised) of the next token, its mean over all tokens. Gradients go through all
+//! layers; a layer's input is kept for each batch and the rest computed anew, so that memory for gradients
+//! is that of a single layer.
+
+use rayon::prelude::*;
+use stb_format::Encoding;
+use stb_runtime::{Layer, Model, Result, Weight};
+
+use super::scales::{Logarithms, Tunable};
+use super::{BATCH, Options, Outcome};
+use crate::backward::{LayerWeights, Matrix, Pass, logits, logits_back};
+use crate::hessian::add_cross_products;
+use crate::pipeline::check_interrupt;
+
+/// A decoder layer whose scales and norms move.
+struct Moving<'a> {
+    layer: &'a Layer,
+    linear: Vec<Tunable>,
+    norms: [Logarithms; 2],
+}
+
+impl<'a> Moving<'a> {
+    fn new(layer: &'a Layer) -> Self {
+        let matrices = layer.matrices().into_iter().enumerate();
+        let linear = matrices.filter_map(|(part, weight)| Tunable::new(part, weight)).collect();
+        let norms = [&layer.attention_norm, &layer.mlp_norm];
+        Self { layer, linear, norms: norms.map(|norm| Logarithms::new(norm.clone())) }
+    }
+
+    /// The weights as they would be stored now.
+    fn weights(&mut self) -> LayerWeights {
+        let mut weights = LayerWeights::default();
+        for t in &mut self.linear {
+            weights.linear[t.part] = t.zeros();
+            t.weights(&mut weights.linear[t.part]);
+        }
+        for (matrix, weight) in weights.linear.iter_mut().zip(self.layer.matrices()) {
+            if matrix.values.is_empty() {
+                let (rows, cols) = (weight.rows(), weight.cols());
+                *matrix = Matrix { rows, cols, values: weight.decode() };
+            }
+        }
+        weights.norms = self.norms.each_ref().map(Logarithms::values);
+        weights
+    }
+
+    /// One step down: from the gradient of the output for the inputs `x` to that of `x`.
+    fn step(&mut self, pass: &Pass<'_>, x: Vec<f32>, d_out: Vec<f32>, rate: f64) -> Vec<f32> {
+        let weights = self.weights();
+        let mut gradient = LayerWeights {
+            norms: weights.norms.each_ref().map(|n| vec![0.0; n.len()]),
+            ..Default::default()
+        };
+        for t in &self.linear {
+            gradient.linear[t.part] = t.zeros();
+        }
+        let d_in = pass.back(&weights, x, d_out, &mut gradient);
+        for t in &mut self.linear {
+            t.step(&gradient.linear[t.part], rate);
+        }
+        for (i, norm) in self.norms.iter_mut().enumerate() {
+            norm.step(&gradient.norms[i], &weights.norms[i], rate);
+        }
+        d_in
+    }
+}
+
+/// Embeddings or head.
+struct Table {
+    moving: Option<Tunable>,
+    /// As it would be stored now.
+    weight: Weight,
+}
+
+impl Table {
+    fn new(weight: &Weight) -> Self {
+        Self { moving: Tunable::new(0, weight), weight: weight.clone() }
+    }
+
+    /// Zero, if there is something to move.
+    fn gradient(&self) -> Option<Matrix> {
+        self.moving.as_ref().map(Tunable::zeros)
+    }
+
+    fn step(&mut self, gradient: Option<&Matrix>, rate: f64) -> Result<()> {
+        if let Some((moving, gradient)) = self.moving.as_mut().zip(gradient) {
+            moving.step(gradient, rate);
+            let (rows, cols) = (self.weight.rows() as u64, self.weight.cols() as u64);
+            let encoding = self.weight.encoding().clone();
+            self.weight = Weight::from_payload(&moving.pack(), encoding, rows, cols)?;
+        }
+        Ok(())
+    }
+}
+
+/// A quantised model that has been fine-tuned.
+pub(crate) struct Tuned<'a> {
+    embeddings: Table,
+    layers: Vec<Moving<'a>>,
+    norm: Logarithms,
+    head: Option<Table>,
+    /// The KL divergence from the dense model, nats per token, on the sequences it was tuned with.
+    pub outcome: Outcome,
+}
+
+impl Tuned<'_> {
+    /// The bytes of a tensor, if it has moved; `encoding` is how it is stored.
+    pub(crate) fn payload(&mut self, name: &str, encoding: &Encoding) -> Option<Vec<u8>> {
+        let norm = |values: Vec<f32>| match encoding {
+            Encoding::Dense(kind) => Some(kind.encode(&values)),
+            _ => None,
+        };
+        if self.outcome.after >= self.outcome.before {
+            return None;
+        }
+        match name {
+            "model.norm.weight" => return norm(self.norm.values()),
+            "model.embed_tokens.weight" => return Some(self.embeddings.moving.as_mut()?.pack()),
+            "lm_head.weight" => return Some(self.head.as_mut()?.moving.as_mut()?.pack()),
+            _ => {}
+        }
+        let (index, part) = crate::plan::layer_part(name)?;
+        let layer = self.layers.get_mut(index)?;
+        match part {
+            "input_layernorm" => norm(layer.norms[0].values()),
+            "post_attention_layernorm" => norm(layer.norms[1].values()),
+            _ => {
+                let place = Layer::PARTS.iter().position(|name| *name == part)?;
+                Some(layer.linear.iter_mut().find(|t| t.part == place)?.pack())
+            }
+        }
+    }
+}
+
+/// Fine-tunes `model`, quantised, to what `dense` says about `sequences`, all of one length. `progress`
+/// hears steps done, all steps, and the loss of the last.
+///
+/// # Errors
+/// [`crate::pipeline::Interrupted`], and tokens outside the vocabulary.
+pub(crate) fn tune<'a>(
+    dense: &Model,
+    model: &'a Model,
+    sequences: &[Vec<u32>],
+    options: Options,
+    progress: &dyn Fn(usize, usize, f64),
+) -> anyhow::Result<Tuned<'a>> {
+    let pass = Pass { model, length: sequences.first().map_or(1, Vec::len) };
+    let mut work = Work {
+        pass,
+        dense,
+        targets: dense_states(dense, sequences)?,
+        embeddings: Table::new(&model.embeddings),
+        layers: model.layers.iter().map(Moving::new).collect(),
+        norm: Logarithms::new(model.norm.clone()),
+        head: model.head.as_ref().map(Table::new),
+    };
+    let before = work.loss(sequences)?;
+    let all = options.epochs * sequences.len().div_ceil(BATCH);
+    let mut step = 0;
+    for _ in 0..options.epochs {
+        for (index, batch) in sequences.chunks(BATCH).enumerate() {
+            check_interrupt()?;
+            let loss = work.step(index, batch, Some(options.rate_at(step, all)))?;
+            step += 1;
+            progress(step, all, loss);
+        }
+    }
+    let after = work.loss(sequences)?;
+    let after = if after.is_nan() { before } else { after.min(before) };
+    let Work { embeddings, layers, norm, head, .. } = work;
+    Ok(Tuned { embeddings, layers, norm, head, outcome: Outcome { before, after } })
+}
+
+/// What the head of the dense model reads, [tokens, hidden] of each batch.
+fn dense_states(dense: &Model, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Vec<f32>>> {
+    let mut all = Vec::new();
+    for batch in sequences.chunks(BATCH) {
+        check_interrupt()?;
+        let mut states = vec![Vec::new(); batch.len()];
+        for (tokens, states) in batch.iter().zip(&mut states) {
+            dense.embed(tokens, states)?;
+        }
+        states.par_iter_mut().for_each(|stream| {
+            dense.layers.iter().for_each(|layer| dense.run_layer(layer, stream, &mut ()));
+        });
+        let length = batch.first().map_or(1, Vec::len);
+        all.push(Pass { model: dense, length }.norm(&states.concat(), &dense.norm));
+    }
+    Ok(all)
+}
+
+/// Fine-tuning on its way.
+struct Work<'a, 'b> {
+    pass: Pass<'a>,
+    dense: &'b Model,
+    /// What the head of the dense model reads, of each batch.
+    targets: Vec<Vec<f32>>,
+    embeddings: Table,
+    layers: Vec<Moving<'a>>,
+    norm: Logarithms,
+    /// `None` if the embeddings are the head too.
+    head: Option<Table>,
+}
+
+impl Work<'_, '_> {
+    /// The mean over all sequences.
+    fn loss(&mut self, sequences: &[Vec<u32>]) -> anyhow::Result<f64> {
+        let mut sum = 0.0;
+        for (index, batch) in sequences.chunks(BATCH).enumerate() {
+            check_interrupt()?;
+            sum += self.step(index, batch, None)? * batch.len() as f64;
+        }
+        Ok(sum / sequences.len().max(1) as f64)
+    }
+
+    /// The mean loss of batch `index`, and a step down if there is a rate.
+    fn step(&mut self, index: usize, batch: &[Vec<u32>], rate: Option<f64>) -> anyhow::Result<f64> {
+        let Self { pass, dense, targets, embeddings, layers, norm, head } = self;
+        let (isa, hidden) = (pass.model.isa, pass.model.norm.len());
+        let tokens = || batch.iter().flatten().map(|token| *token as usize);
+        let mut stream = vec![0.0; tokens().count() * hidden];
+        for (token, state) in tokens().zip(stream.chunks_exact_mut(hidden)) {
+            embeddings.weight.view().decode_row(token, state);
+        }
+        let mut inputs = Vec::new();
+        for layer in &mut *layers {
+            let out = pass.output(&layer.weights(), stream.clone());
+            if rate.is_some() {
+                inputs.push(std::mem::replace(&mut stream, out));
+            } else {
+                stream = out;
+            }
+        }
+        let weight = norm.values();
+        let normed = pass.norm(&stream, &weight);
+        let to_logits = &head.as_ref().unwrap_or(embeddings).weight;
+        let vocab = to_logits.rows();
+        let mut slopes = logits(isa, to_logits, &normed);
+        let wanted = logits(isa, dense.head(), &targets[index]);
+        let losses: Vec<f64> = slopes
+            .par_chunks_exact_mut(vocab)
+            .zip(wanted.par_chunks_exact(vocab))
+            .map(|(ours, theirs)| divergence(ours, theirs))
+            .collect();
+        let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
+        let Some(rate) = rate else { return Ok(loss) };
+        let d_normed = logits_back(isa, to_logits, &slopes);
+        let mut d_table = embeddings.gradient();
+        let mut d_head = head.as_ref().and_then(Table::gradient);
+        let to = if head.is_some() { &mut d_head } else { &mut d_table };
+        if let Some(to) = to {
+            add_cross_products(isa, &slopes, vocab, &normed, hidden, &mut to.values);
+        }
+        drop((slopes, wanted));
+        let mut d_stream = vec![0.0; stream.len()];
+        let mut d_norm = vec![0.0; weight.len()];
+        pass.norm_back(&stream, &weight, &d_normed, &mut d_stream, &mut d_norm);
+        norm.step(&d_norm, &weight, rate);
+        for (layer, x) in layers.iter_mut().zip(inputs).rev() {
+            d_stream = layer.step(pass, x, d_stream, rate);
+        }
+        if let Some(to) = &mut d_table {
+            for (token, d) in tokens().zip(d_stream.chunks_exact(hidden)) {
+                let row = &mut to.values[token * hidden..(token + 1) * hidden];
+                row.iter_mut().zip(d).for_each(|(row, d)| *row += d);
+            }
+        }
+        embeddings.step(d_table.as_ref(), rate)?;
+        if let Some(head) = head {
+            head.step(d_head.as_ref(), rate)?;
+        }
+        Ok(loss)
+    }
+}
+
+/// KL(theirs ‖ ours) of two distributions by their logits; `ours` becomes the gradient with respect to
+/// itself, q − p.
+fn divergence(ours: &mut [f32], theirs: &[f32]) -> f64 {
+    let sum = |logits: &[f32]| -> f64 {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|l| f64::from(l - largest).exp()).sum();
+        f64::from(largest) + sum.ln()
+    };
+    let (all_ours, all_theirs) = (sum(ours), sum(theirs));
+    let mut divergence = 0.0;
+    for (q, p) in ours.iter_mut().zip(theirs) {
+        let (log_q, log_p) = (f64::from(*q) - all_ours, f64::from(*p) - all_theirs);
+        let share = log_p.exp();
+        if share > 0.0 {
+            divergence += share * (log_p - log_q);
+        }
+        *q = (log_q.exp() - share) as f32;
+    }
+    divergence
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_divergence_and_its_gradient() {
+        let theirs = [0.3f32, -1.2, 2.0, 0.1];
+        let ours = [1.0f32, 0.5, -0.5, 0.2];
+        let mut slopes = ours;
+        let here = divergence(&mut slopes, &theirs);
+        assert!(divergence(&mut theirs.clone(), &theirs).abs() < 1e-9 && here > 0.1);
+        for i in 0..ours.len() {
+            let step = 1e-3f32;
+            let at = |sign: f32| {
+                let mut moved = ours;
+                moved[i] += sign * step;
+                divergence(&mut moved, &theirs)
+            };
+            let slope = (at(1.0) - at(-1.0)) / (2.0 * f64::from(step));
+            assert!((slope - f64::from(slopes[i])).abs() < 1e-3, "{i}: {slope} {slopes:?}");
+        }
+    }
+}
