@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use stb_format::{Encoding, File, Value, ValueRef};
+use stb_kernels::cuda::prompt_units;
 
 /// Everything about a file but its weights.
 #[derive(Clone, Debug, Serialize)]
@@ -54,6 +55,9 @@ pub struct Tensor {
     pub bytes: u64,
     /// Stored bits per weight.
     pub stored_bits: f64,
+    /// What multiplies a linear layer with the tokens of a prompt on an NVIDIA GPU; absent if nothing does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cuda_prompts: Option<&'static str>,
     /// XXH3-64 of the stored bytes.
     pub checksum: String,
 }
@@ -74,6 +78,8 @@ pub fn inspect(file: &File<'_>) -> Inspection {
         offset: s.offset,
         bytes: s.bytes.len() as u64,
     });
+    let linear =
+        |t: &stb_format::Tensor<'_>| t.name().starts_with("model.layers.") && t.shape().len() == 2;
     let tensors = file.tensors().iter().map(|t| Tensor {
         name: t.name().to_owned(),
         shape: t.shape().to_vec(),
@@ -82,14 +88,10 @@ pub fn inspect(file: &File<'_>) -> Inspection {
         offset: t.offset(),
         bytes: t.payload().len() as u64,
         stored_bits: t.stored_bits(),
+        cuda_prompts: if linear(t) { prompt_units(t.encoding()) } else { None },
         checksum: format!("{:016x}", t.checksum()),
     });
-    let body = || {
-        let linear = |t: &&stb_format::Tensor<'_>| {
-            t.name().starts_with("model.layers.") && t.shape().len() == 2
-        };
-        file.tensors().iter().filter(linear)
-    };
+    let body = || file.tensors().iter().filter(|t| linear(t));
     let body_bytes: usize = body().map(|t| t.payload().len()).sum();
     let body_weights: u64 = body().map(stb_format::Tensor::elements).sum();
     Inspection {
@@ -169,6 +171,13 @@ impl Inspection {
                 t.bytes,
                 t.stored_bits
             );
+        }
+        let mut units = std::collections::BTreeMap::new();
+        for name in self.tensors.iter().filter_map(|t| t.cuda_prompts) {
+            *units.entry(name).or_insert(0) += 1;
+        }
+        for (name, count) in units {
+            let _ = write!(out, "\nprompts on a GPU: {count} linear layers by {name}");
         }
         let _ = writeln!(
             out,

@@ -65,6 +65,9 @@ fn the_bundled_model_end_to_end() {
     for (shown, stored) in inspection["tensors"].as_array().unwrap().iter().zip(parsed.tensors()) {
         let bits = stored.payload().len() as f64 * 8.0 / stored.elements() as f64;
         assert_eq!(shown["stored_bits"].as_f64().unwrap(), bits, "{}", stored.name());
+        let linear = stored.name().ends_with("_proj.weight");
+        let units = linear.then_some("dense tensor cores");
+        assert_eq!(shown["cuda_prompts"].as_str(), units, "{}", stored.name());
     }
     let _ = run("stb-convert", &["verify", text(&file)]).success();
 

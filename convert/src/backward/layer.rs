@@ -4,6 +4,7 @@ use rayon::prelude::*;
 use stb_kernels::{Isa, Panels, ops};
 use stb_runtime::{Layer, Model};
 
+use super::attention::Attention;
 use crate::hessian::{add_cross_products, product_of};
 
 // Places in `Layer::PARTS`.
@@ -312,82 +313,6 @@ impl Pass<'_> {
                 v,
             })
     }
-}
-
-/// Causal attention of one sequence.
-struct Attention<'a> {
-    isa: Isa,
-    q_width: usize,
-    kv_width: usize,
-    /// Of a head.
-    width: usize,
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
-}
-
-impl Attention<'_> {
-    /// All heads: where a head is in a row of queries and in one of keys.
-    fn heads(&self) -> impl Iterator<Item = (usize, usize)> {
-        let (heads, kv_heads) = (self.q_width / self.width, self.kv_width / self.width);
-        let width = self.width;
-        (0..heads).map(move |h| (h * width, h / (heads / kv_heads) * width))
-    }
-
-    fn key<'s>(&self, all: &'s [f32], at: usize, s: usize) -> &'s [f32] {
-        &all[s * self.kv_width + at..][..self.width]
-    }
-
-    /// What token `t` takes of tokens up to itself.
-    fn weights(&self, t: usize, (q_at, kv_at): (usize, usize), out: &mut Vec<f32>) {
-        let q = &self.q[t * self.q_width + q_at..][..self.width];
-        let scale = 1.0 / (self.width as f32).sqrt();
-        out.clear();
-        out.extend((0..=t).map(|s| scale * ops::dot(self.isa, q, self.key(self.k, kv_at, s))));
-        ops::softmax(self.isa, out);
-    }
-
-    fn forward(&self, mixed: &mut [f32]) {
-        let mut weights = Vec::new();
-        for (t, mixed) in mixed.chunks_exact_mut(self.q_width).enumerate() {
-            for head in self.heads() {
-                self.weights(t, head, &mut weights);
-                let out = &mut mixed[head.0..head.0 + self.width];
-                for (s, w) in weights.iter().enumerate() {
-                    add_scaled(out, *w, self.key(self.v, head.1, s));
-                }
-            }
-        }
-    }
-
-    fn backward(&self, d_mixed: &[f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
-        let (mut weights, mut d) = (Vec::new(), Vec::new());
-        let scale = 1.0 / (self.width as f32).sqrt();
-        for (t, d_mixed) in d_mixed.chunks_exact(self.q_width).enumerate() {
-            for head in self.heads() {
-                let (q_at, kv_at) = head;
-                self.weights(t, head, &mut weights);
-                let d_out = &d_mixed[q_at..q_at + self.width];
-                d.clear();
-                d.extend((0..=t).map(|s| ops::dot(self.isa, d_out, self.key(self.v, kv_at, s))));
-                let mean: f32 = d.iter().zip(&weights).map(|(d, w)| d * w).sum();
-                let here = t * self.q_width + q_at;
-                let q = &self.q[here..here + self.width];
-                for (s, (w, d)) in weights.iter().zip(&d).enumerate() {
-                    let there = s * self.kv_width + kv_at;
-                    add_scaled(&mut dv[there..there + self.width], *w, d_out);
-                    let d_score = w * (d - mean) * scale;
-                    add_scaled(&mut dk[there..there + self.width], d_score, q);
-                    let key = self.key(self.k, kv_at, s);
-                    add_scaled(&mut dq[here..here + self.width], d_score, key);
-                }
-            }
-        }
-    }
-}
-
-fn add_scaled(to: &mut [f32], scale: f32, from: &[f32]) {
-    to.iter_mut().zip(from).for_each(|(to, from)| *to += scale * from);
 }
 
 fn accumulate(to: &mut [f32], from: &[f32]) {

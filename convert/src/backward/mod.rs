@@ -1,5 +1,6 @@
 //! Gradients: of a decoder layer, and of what the whole model says.
 
+mod attention;
 mod layer;
 mod model;
 

@@ -134,8 +134,8 @@ impl Tuned<'_> {
     }
 }
 
-/// Fine-tunes `model`, quantised, to what `dense` says about `sequences`, all of one length. `progress`
-/// hears steps done, all steps, and the loss of the last.
+/// Fine-tunes `model`, quantised, to what `dense` says about `sequences`, all of one length. The rate is that
+/// of a model at least one nat per token away and falls with the root of the distance. `progress` hears steps done, all steps, and the loss of the last.
 ///
 /// # Errors
 /// [`crate::pipeline::Interrupted`], and tokens outside the vocabulary.
@@ -157,6 +157,9 @@ pub(crate) fn tune<'a>(
         head: model.head.as_ref().map(Table::new),
     };
     let before = work.loss(sequences)?;
+    // What steps of a size do to the loss goes with their squares: a model that is close already would
+    // be spoilt by those that a coarse one needs.
+    let options = Options { rate: options.rate * before.sqrt().min(1.0), ..options };
     let all = options.epochs * sequences.len().div_ceil(BATCH);
     let mut step = 0;
     for _ in 0..options.epochs {

@@ -26,19 +26,23 @@ impl Logarithms {
         Self { start, now: vec![0.0; n], moments: vec![[0.0; 2]; n], steps: 0 }
     }
 
-    /// One step of Adam; `gradient` is with respect to the parameters, whose values are `values`.
+    /// One step of Adam; `gradient` is with respect to the parameters, whose values are `values`. What has
+    /// smaller gradients than the others moves less than the rate: those of rare tokens are mostly noise.
     pub(super) fn step(&mut self, gradient: &[f32], values: &[f32], rate: f64) {
         self.steps += 1;
         let [first, second] = DECAY.map(|d| (1.0 - d.powi(self.steps)) as f32);
         let [keep_first, keep_second] = DECAY.map(|d| d as f32);
-        let rate = rate as f32;
-        let gradient = gradient.iter().zip(values).map(|(g, v)| g * v);
-        for ((now, [m, v]), g) in self.now.iter_mut().zip(&mut self.moments).zip(gradient) {
+        let mut sum = 0.0;
+        for ([m, v], (g, value)) in self.moments.iter_mut().zip(gradient.iter().zip(values)) {
+            let g = g * value;
             *m = keep_first * *m + (1.0 - keep_first) * g;
             *v = keep_second * *v + (1.0 - keep_second) * g * g;
-            let (m, v) = (*m / first, *v / second);
-            if v > 0.0 {
-                *now -= rate * m / v.sqrt();
+            sum += f64::from(*v);
+        }
+        let mean = (sum / self.moments.len().max(1) as f64) as f32 / second;
+        if mean > 0.0 {
+            for (now, [m, v]) in self.now.iter_mut().zip(&self.moments) {
+                *now -= rate as f32 * (m / first) / (v / second + mean).sqrt();
             }
         }
     }

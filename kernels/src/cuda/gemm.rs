@@ -196,6 +196,16 @@ impl GemmPlan {
     }
 }
 
+/// The units that prompts of matrices of an encoding run on; `None` if there are no kernels for it.
+#[must_use]
+pub fn prompt_units(encoding: &Encoding) -> Option<&'static str> {
+    module(encoding)?;
+    Some(match codes(encoding) {
+        Some(_) => "2:4 sparse tensor cores",
+        None => "dense tensor cores",
+    })
+}
+
 /// The module of an encoding.
 fn module(encoding: &Encoding) -> Option<Module> {
     Some(match encoding {
