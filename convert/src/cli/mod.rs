@@ -111,7 +111,8 @@ struct ConvertArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
     tuning: Option<u32>,
     /// Passes over the calibration sequences in which scales and norms of the whole model are tuned to
-    /// what the dense model says: by far the most, in time for small models only; default: what the recipe says, none
+    /// what the dense model says: better by far, but large models take days; default: what the recipe
+    /// says, none
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
     fine_tuning: Option<u32>,
     /// Replace OUT if it exists

@@ -112,6 +112,29 @@ pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::R
     Ok((error / output, bits + 1.0 / rows as f64))
 }
 
+/// The layer with columns divided by factors and their inputs multiplied by them: quantising it is
+/// quantising with a factor per column.
+pub fn scaled(layer: &Layer, factors: &[f32]) -> anyhow::Result<Layer> {
+    let cols = layer.cols;
+    let divided = |(i, w): (usize, &f32)| w / factors[i % cols];
+    let weights = layer.weights.iter().enumerate().map(divided).collect();
+    let moments = layer.hessian.matrix().iter().enumerate();
+    let moments = moments.map(|(i, h)| h * factors[i / cols] * factors[i % cols]).collect();
+    Layer::new(weights, cols, Hessian::from_matrix(moments, cols), 0.0)
+}
+
+/// Root mean square of each column of weights, and of its inputs (up to a constant): what factors come from.
+pub fn column_sizes(layer: &Layer) -> [Vec<f32>; 2] {
+    let cols = layer.cols;
+    let mut weights = vec![0f64; cols];
+    for row in layer.weights.chunks_exact(cols) {
+        weights.iter_mut().zip(row).for_each(|(sum, w)| *sum += square(*w));
+    }
+    let root = |sum: f64| (sum / layer.rows as f64).sqrt().max(1e-6) as f32;
+    let inputs = layer.hessian.diagonal().iter().map(|h| h.sqrt()).collect();
+    [weights.into_iter().map(root).collect(), inputs]
+}
+
 /// What a quantiser makes of `weights`, [rows, n], with second moments [n, n], and tr(ΔW H ΔWᵀ).
 fn quantised(
     weights: &[f32],

@@ -210,7 +210,9 @@ fn main() -> anyhow::Result<()> {
         ));
     }
     two_levels(&normal, &plain)?;
-    salient(&calibrated)
+    salient(&calibrated)?;
+    scales(&plain, &calibrated)?;
+    column_factors(&calibrated)
 }
 
 /// Codes with two magnitudes, against one.
@@ -243,6 +245,55 @@ fn salient(calibrated: &[Layer]) -> anyhow::Result<()> {
             let percent = share * 100.0;
             print(&format!("| {n}:{m} | {percent:.0} % | {bits:.3} | {error:.4} |\n"));
         }
+    }
+    Ok(())
+}
+
+/// Other scales for a code: columns per scale (0: one per row), bits of a scale.
+fn scales(plain: &[Layer], calibrated: &[Layer]) -> anyhow::Result<()> {
+    print(
+        "\n| 2:8, columns per scale, bits | bits | weights, encoder | outputs, encoder |\n|---|---|---|---|\n",
+    );
+    for (block, scale_bits) in [(0, 0), (256, 4), (128, 4), (128, 8), (64, 4), (64, 8)] {
+        let Some(spec) = Nm::new(2, 8, scale_bits, block, false) else { continue };
+        let [plain, outputs] = [plain, calibrated]
+            .map(|layers| mean(layers, |l| l.error(Method::Nm(spec))))
+            .map(|e| e.map(|e| format!("{e:.4}")));
+        let per_block = f64::from(scale_bits) / f64::from(block.max(1));
+        let bits = 0.875 + per_block;
+        print(&format!("| {block}, {scale_bits} | {bits:.3} | {} | {} |\n", plain?, outputs?));
+    }
+    Ok(())
+}
+
+/// Factors of columns, which cost 16 bits per column.
+fn column_factors(calibrated: &[Layer]) -> anyhow::Result<()> {
+    type Powers = (f32, f32);
+    let kinds: [(&str, Powers); 6] = [
+        ("none", (0.0, 0.0)),
+        ("weights^0.5", (0.5, 0.0)),
+        ("weights", (1.0, 0.0)),
+        ("inputs^-0.25", (0.0, -0.25)),
+        ("inputs^-0.5", (0.0, -0.5)),
+        ("weights^0.5 inputs^-0.25", (0.5, -0.25)),
+    ];
+    print("\n| factors by sizes of | 1:8 | 1:4 | 2:8 | 2:4 |\n|---|---|---|---|---|\n");
+    for (name, (of_weights, of_inputs)) in kinds {
+        let layers: Vec<Layer> = calibrated
+            .iter()
+            .map(|l| {
+                let [weights, inputs] = extras::column_sizes(l);
+                let sizes = weights.iter().zip(&inputs);
+                let factor = |(w, x): (&f32, &f32)| w.powf(of_weights) * x.powf(of_inputs);
+                extras::scaled(l, &sizes.map(factor).collect::<Vec<_>>())
+            })
+            .collect::<anyhow::Result<_>>()?;
+        let mut line = format!("| {name} |");
+        for (n, m) in [(1, 8), (1, 4), (2, 8), (2, 4)] {
+            let Some(spec) = Nm::new(n, m, 4, BLOCK as u16, false) else { continue };
+            line += &format!(" {:.4} |", mean(&layers, |l| l.error(Method::Nm(spec)))?);
+        }
+        print(&(line + "\n"));
     }
     Ok(())
 }
