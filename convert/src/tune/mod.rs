@@ -1,6 +1,6 @@
 //! Tuning of what is continuous in quantised weights, the scales of joint codes and integers and the
-//! weights of norms, by gradients; codes stay. Layer by layer ([`layer`]), or the whole model at once
-//! ([`model`]).
+//! weights of norms, by gradients; codes stay. Layer by layer (`layer`), or the whole model at once
+//! (`model`).
 
 pub(crate) mod layer;
 pub(crate) mod model;
