@@ -248,9 +248,9 @@ def our_rows(options: argparse.Namespace, models: list[Model]) -> list[dict]:
     blocks = [block for block in blocks if block.startswith(wanted) or not block.startswith("[[model]]")]
     (options.out / "ours.toml").write_text("\n".join(blocks))
     paths = [argument for model in models for argument in ("--model", f"{model.name}={model.path}")]
-    study = [options.stb_convert, "study", options.out / "ours.toml", options.out / "ours", "--define", f"data={options.data}", *paths]
+    places = [options.out / "ours.toml", options.out / "ours", "--define", f"data={options.data}"]
     try:
-        run(*study)
+        run(options.stb_convert, "study", *places, *paths)
     except RuntimeError as error:
         # Sizes that a model cannot have are rows without figures.
         if "not all cells could be measured" not in str(error):

@@ -135,7 +135,8 @@ impl Tuned<'_> {
 }
 
 /// Fine-tunes `model`, quantised, to what `dense` says about `sequences`, all of one length. The rate is that
-/// of a model at least one nat per token away and falls with the root of the distance. `progress` hears steps done, all steps, and the loss of the last.
+/// of a model at least one nat per token away and falls with the root of the distance. `progress` hears
+/// steps done, all steps, and the loss of the last.
 ///
 /// # Errors
 /// [`crate::pipeline::Interrupted`], and tokens outside the vocabulary.
