@@ -33,10 +33,16 @@ fn benches(c: &mut Criterion) {
                 group.sample_size(10);
                 for isa in Isa::available().filter(|isa| only.is_empty() || isa.name() == only) {
                     let mut rounded = RoundedTokens::default();
-                    rounded.parts(&view, &x).for_each(|mut part| part.round(isa, &view));
-                    let mut y = vec![Lanes::default(); ROWS / 16 * rounded.tile_stride()];
+                    let parts = rounded.parts(isa, &view, &x);
+                    parts.into_iter().for_each(|mut part| part.round(isa, &view));
+                    let size = ROWS / 16 * rounded.group();
+                    let mut y = vec![Lanes::default(); rounded.groups() * size];
                     group.bench_function(isa.name(), |b| {
-                        b.iter(|| matmul_rounded(isa, &view, &rounded, 0, &mut y));
+                        b.iter(|| {
+                            for (group, y) in y.chunks_mut(size).enumerate() {
+                                matmul_rounded(isa, &view, &rounded, group, 0, y);
+                            }
+                        });
                     });
                     if tokens == 512 && isa.name() != "scalar" {
                         let mut panels = Panels::default();

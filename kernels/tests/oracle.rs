@@ -208,14 +208,18 @@ fn rounded_tokens_do_not_depend_on_each_other() {
                 }
                 for isa in Isa::available() {
                     let mut together = RoundedTokens::default();
-                    together.parts(&view, &x).for_each(|mut part| part.round(isa, &view));
-                    let stride = together.tile_stride();
-                    let mut y = vec![Lanes([f32::NAN; 16]); rows.div_ceil(16) * stride];
-                    for (i, y) in y.chunks_mut(3 * stride).enumerate() {
-                        matmul_rounded(isa, &view, &together, i * 48, y);
+                    let parts = together.parts(isa, &view, &x);
+                    parts.into_iter().for_each(|mut part| part.round(isa, &view));
+                    let (size, tiles) = (together.group(), rows.div_ceil(16));
+                    let mut y = vec![Lanes([f32::NAN; 16]); together.groups() * tiles * size];
+                    for (group, y) in y.chunks_mut(tiles * size).enumerate() {
+                        for (i, y) in y.chunks_mut(3 * size).enumerate() {
+                            matmul_rounded(isa, &view, &together, group, i * 48, y);
+                        }
                     }
                     for (t, r) in (0..tokens).flat_map(|t| (0..rows).map(move |r| (t, r))) {
-                        let found = y[r / 16 * stride + t].0[r % 16];
+                        let tile = t / size * tiles + r / 16;
+                        let found = y[tile * size + t % size].0[r % 16];
                         assert_eq!(
                             found.to_bits(),
                             alone[t * rows + r].to_bits(),

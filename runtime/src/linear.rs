@@ -2,7 +2,7 @@
 
 use stb_format::encoding::MatrixView;
 use stb_kernels::{
-    Isa, Lanes, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, RoundingPart, Workspace,
+    Isa, Lanes, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, Workspace,
     has_rounded_matmul, matmul, matmul_rounded, matvec, matvec_tokens, share_preparation,
 };
 
@@ -12,8 +12,12 @@ use crate::weights::Weight;
 const TASK_BYTES: usize = 64 << 10;
 /// Rows per task of a product with many tokens.
 const TASK_ROWS: usize = 64;
-/// From so many tokens on, weights are expanded for all of them where there is a kernel for it.
-const EXPAND_TOKENS: usize = 12;
+/// Tasks per thread of a product with many rounded tokens, and rows per task at most: tables are
+/// computed for each task.
+const TASKS: usize = 4;
+const MAX_TASK_ROWS: usize = 1024;
+/// From so many tokens on, all of them share the work on a weight where there is a kernel for it.
+const TABLE_TOKENS: usize = 4;
 /// At most so many tokens are multiplied with packed weights while these are in cache.
 const FEW_TOKENS: usize = 48;
 /// Below this many multiplications, threads cost more than they save.
@@ -74,14 +78,20 @@ pub fn apply<const N: usize>(
         let bytes = weights.iter().map(|w| w.byte_len()).sum();
         return few_tokens(isa, pool, memory, &views, bytes, x, outputs);
     }
-    for ((view, weight), out) in views.into_iter().zip(weights).zip(outputs) {
+    // The matrix that activations were rounded for last.
+    let mut rounded: Option<&MatrixView<'_>> = None;
+    for ((view, weight), out) in views.iter().zip(weights).zip(outputs) {
         out.resize(tokens * view.rows(), 0.0);
-        if memory.rounded && has_rounded_matmul(&view) && tokens >= EXPAND_TOKENS {
-            many_rounded(isa, pool, memory, &view, x, out);
-        } else if memory.rounded && tokens <= few(&view) {
-            few_tokens(isa, pool, memory, &[view], weight.byte_len(), x, [out]);
+        if memory.rounded && has_rounded_matmul(view) && tokens >= TABLE_TOKENS {
+            if !rounded.is_some_and(|last| share_preparation(last, view, false)) {
+                round(isa, pool, &mut memory.tokens, view, x);
+                rounded = Some(view);
+            }
+            many_rounded(isa, pool, memory, view, out);
+        } else if memory.rounded && tokens <= few(view) {
+            few_tokens(isa, pool, memory, &[*view], weight.byte_len(), x, [out]);
         } else {
-            many_exact(isa, pool, memory, &view, x, out);
+            many_exact(isa, pool, memory, view, x, out);
         }
     }
 }
@@ -172,26 +182,36 @@ fn few_tokens<const N: usize>(
     }
 }
 
+fn round(isa: Isa, pool: &Pool, tokens: &mut RoundedTokens, view: &MatrixView<'_>, x: &[f32]) {
+    let mut parts = tokens.parts(isa, view, x);
+    pool.run_chunks(&mut parts, 1, |_, parts| parts.iter_mut().for_each(|p| p.round(isa, view)));
+}
+
 fn many_rounded(
     isa: Isa,
     pool: &Pool,
     memory: &mut Linears,
     view: &MatrixView<'_>,
-    x: &[f32],
     out: &mut [f32],
 ) {
     let Linears { tokens, by_tiles, .. } = memory;
-    let mut parts: Vec<RoundingPart<'_>> = tokens.parts(view, x).collect();
-    pool.run_chunks(&mut parts, 1, |_, parts| parts.iter_mut().for_each(|p| p.round(isa, view)));
-    let (stride, rows) = (tokens.tile_stride(), view.rows());
-    by_tiles.resize(rows.div_ceil(ROW_TILE) * stride, Lanes::default());
-    pool.run_chunks(by_tiles, TASK_ROWS / ROW_TILE * stride, |first, y| {
-        matmul_rounded(isa, view, tokens, first / stride * ROW_TILE, y);
+    let (group, groups, rows) = (tokens.group(), tokens.groups(), view.rows());
+    // Tasks of one size, a few for each thread, that are whole numbers of them for every group.
+    let all = rows.div_ceil(ROW_TILE);
+    let wanted = (TASKS * pool.threads()).div_ceil(groups);
+    let tiles = all.div_ceil(wanted).clamp(TASK_ROWS / ROW_TILE, MAX_TASK_ROWS / ROW_TILE).min(all);
+    let tiles = all.div_ceil(all.div_ceil(tiles));
+    let padded = all.next_multiple_of(tiles);
+    by_tiles.resize(groups * padded * group, Lanes::default());
+    pool.run_chunks(by_tiles, tiles * group, |first, y| {
+        let tile = first / group % padded;
+        let used = tiles.min(all - tile) * group;
+        matmul_rounded(isa, view, tokens, first / group / padded, tile * ROW_TILE, &mut y[..used]);
     });
     pool.run_chunks(out, rows, |first, out| {
         let t = first / rows;
         let (whole, rest) = out.as_chunks_mut::<ROW_TILE>();
-        let mut tiles = by_tiles[t..].iter().step_by(stride);
+        let mut tiles = by_tiles[t / group * padded * group + t % group..].iter().step_by(group);
         for (out, lanes) in whole.iter_mut().zip(&mut tiles) {
             *out = lanes.0;
         }

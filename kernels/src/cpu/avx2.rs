@@ -332,6 +332,7 @@ impl Bytes for Avx2 {
     type Acc = I;
     /// 16-bit sums of neighbours.
     type Small = I;
+    type H = __m256i;
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
@@ -484,6 +485,36 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
+    fn load_h(self, v: &[i16; 16]) -> __m256i {
+        // SAFETY: 32 bytes are readable behind the reference; the load takes any alignment.
+        unsafe { _mm256_loadu_si256(v.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn store_h(self, v: __m256i, to: &mut [i16; 16]) {
+        // SAFETY: 32 bytes are writable behind the reference; the store takes any alignment.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), v) }
+    }
+
+    #[inline(always)]
+    fn add_h(self, a: __m256i, b: __m256i) -> __m256i {
+        values!(_mm256_add_epi16(a, b))
+    }
+
+    #[inline(always)]
+    fn sub_h(self, a: __m256i, b: __m256i) -> __m256i {
+        values!(_mm256_sub_epi16(a, b))
+    }
+
+    #[inline(always)]
+    fn widen_h(self, v: __m256i) -> I {
+        values!([
+            _mm256_cvtepi16_epi32(_mm256_castsi256_si128(v)),
+            _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<1>(v)),
+        ])
+    }
+
+    #[inline(always)]
     fn sum_fours(self, sums: [I; 4]) -> I {
         let [a, b, c, d] = sums;
         // Of a and b alternately: neighbours at a distance of two added, then those two.
@@ -493,11 +524,6 @@ impl Bytes for Avx2 {
             self.add_i(both!(_mm256_unpacklo_epi32, c, d), both!(_mm256_unpackhi_epi32, c, d));
         let low = both!(_mm256_unpacklo_epi64, left, right);
         self.add_i(low, both!(_mm256_unpackhi_epi64, left, right))
-    }
-
-    #[inline(always)]
-    fn splat_4(self, v: [u8; 4]) -> I {
-        values!([_mm256_set1_epi32(i32::from_le_bytes(v)); 2])
     }
 
     #[inline(always)]

@@ -272,6 +272,7 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     type Acc = [__m512i; 2];
     /// Sums of four, or 16-bit ones of neighbours below VBMI.
     type Small = __m512i;
+    type H = __m256i;
     const TILES: bool = LEVEL >= AMX;
 
     #[inline(always)]
@@ -445,6 +446,33 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn load_h(self, v: &[i16; 16]) -> __m256i {
+        // SAFETY: 32 bytes are readable behind the reference; the load takes any alignment.
+        unsafe { _mm256_loadu_si256(v.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn store_h(self, v: __m256i, to: &mut [i16; 16]) {
+        // SAFETY: 32 bytes are writable behind the reference; the store takes any alignment.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), v) }
+    }
+
+    #[inline(always)]
+    fn add_h(self, a: __m256i, b: __m256i) -> __m256i {
+        values!(_mm256_add_epi16(a, b))
+    }
+
+    #[inline(always)]
+    fn sub_h(self, a: __m256i, b: __m256i) -> __m256i {
+        values!(_mm256_sub_epi16(a, b))
+    }
+
+    #[inline(always)]
+    fn widen_h(self, v: __m256i) -> __m512i {
+        values!(_mm512_cvtepi16_epi32(v))
+    }
+
+    #[inline(always)]
     fn sum_fours(self, sums: [__m512i; 4]) -> __m512i {
         let [a, b, c, d] = sums;
         // Of a and b alternately: neighbours at a distance of two added, then those two.
@@ -454,11 +482,6 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
             let low = _mm512_unpacklo_epi64(left, right);
             _mm512_add_epi32(low, _mm512_unpackhi_epi64(left, right))
         })
-    }
-
-    #[inline(always)]
-    fn splat_4(self, v: [u8; 4]) -> __m512i {
-        values!(_mm512_set1_epi32(i32::from_le_bytes(v)))
     }
 
     #[inline(always)]

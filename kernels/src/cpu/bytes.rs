@@ -13,6 +13,8 @@ pub(crate) trait Bytes: Simd {
     type Acc: Copy;
     /// 16 sums of products with small factors, in whatever form suits the instructions.
     type Small: Copy;
+    /// 16 × i16.
+    type H: Copy;
     /// Whether there is a unit for products of tiles: [`Bytes::tile_products`] works.
     const TILES: bool = false;
 
@@ -62,11 +64,17 @@ pub(crate) trait Bytes: Simd {
     fn dot4_small(self, acc: Self::Small, u: Self::B, v: Self::B) -> Self::Small;
     /// The sums.
     fn finish_small(self, acc: Self::Small) -> Self::I;
+    fn load_h(self, v: &[i16; 16]) -> Self::H;
+    fn store_h(self, v: Self::H, to: &mut [i16; 16]);
+    /// Wrapping.
+    fn add_h(self, a: Self::H, b: Self::H) -> Self::H;
+    /// Wrapping.
+    fn sub_h(self, a: Self::H, b: Self::H) -> Self::H;
+    /// The same numbers in 32 bits.
+    fn widen_h(self, v: Self::H) -> Self::I;
     /// `to[4g + v] = Σ_k sums[v][4g + k]` for k and v below 4: neighbours added, the vectors side by
     /// side.
     fn sum_fours(self, sums: [Self::I; 4]) -> Self::I;
-    /// These four bytes in every place.
-    fn splat_4(self, v: [u8; 4]) -> Self::B;
     /// The lanes as little-endian words.
     fn store_words(self, v: Self::I, to: &mut [u8; 64]);
     fn load_i(self, v: &[i32; 16]) -> Self::I;

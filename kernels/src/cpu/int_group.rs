@@ -20,7 +20,7 @@
 use stb_format::encoding::int_group::UNIT;
 use stb_format::encoding::{IntGroup, IntGroupView};
 
-use super::bytes::Bytes;
+use super::bytes::{Bytes, MAX_SMALL};
 use super::int8::{BLOCK, Rounded};
 use super::rows::bytes;
 
@@ -275,6 +275,9 @@ fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
     }
     s.add_i(start, s.finish_small(sum))
 }
+
+// The largest fields of [`dots`], added up.
+const _: () = assert!(8 * 2 <= MAX_SMALL && 4 * 6 <= MAX_SMALL && 2 * 15 <= MAX_SMALL);
 
 /// The scales of the sums of vector `v` of a stride: every `WIDTH` of them belong to one unit.
 #[inline(always)]

@@ -336,6 +336,7 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     /// 16-bit sums of lanes 0 and 1, rows 0 to 7 and 8 to 15; then of lanes 2 and 3.
     type Acc = [int16x8_t; 4];
     type Small = I;
+    type H = [int16x8_t; 2];
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
@@ -511,15 +512,48 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn load_h(self, v: &[i16; 16]) -> Self::H {
+        let (low, high) = v.split_at(8);
+        // SAFETY: 16 bytes are readable behind each half; the load takes any alignment.
+        unsafe { [vld1q_s16(low.as_ptr()), vld1q_s16(high.as_ptr())] }
+    }
+
+    #[inline(always)]
+    fn store_h(self, v: Self::H, to: &mut [i16; 16]) {
+        let (low, high) = to.split_at_mut(8);
+        // SAFETY: 16 bytes are writable behind each half; the store takes any alignment.
+        unsafe {
+            vst1q_s16(low.as_mut_ptr(), v[0]);
+            vst1q_s16(high.as_mut_ptr(), v[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn add_h(self, a: Self::H, b: Self::H) -> Self::H {
+        values!([vaddq_s16(a[0], b[0]), vaddq_s16(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn sub_h(self, a: Self::H, b: Self::H) -> Self::H {
+        values!([vsubq_s16(a[0], b[0]), vsubq_s16(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn widen_h(self, v: Self::H) -> I {
+        let wide = values!([
+            vmovl_s16(vget_low_s16(v[0])),
+            vmovl_high_s16(v[0]),
+            vmovl_s16(vget_low_s16(v[1])),
+            vmovl_high_s16(v[1]),
+        ]);
+        each!(vreinterpretq_u32_s32, wide)
+    }
+
+    #[inline(always)]
     fn sum_fours(self, sums: [I; 4]) -> I {
         let [a, b, c, d] = sums;
         let (left, right) = (each!(vpaddq_u32, a, b), each!(vpaddq_u32, c, d));
         each!(vpaddq_u32, left, right)
-    }
-
-    #[inline(always)]
-    fn splat_4(self, v: [u8; 4]) -> Self::B {
-        values!([vreinterpretq_u8_u32(vdupq_n_u32(u32::from_le_bytes(v))); 4])
     }
 
     #[inline(always)]

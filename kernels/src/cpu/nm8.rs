@@ -337,6 +337,21 @@ pub(super) fn pairs_of_8<S: Bytes>(s: S, planes: &Planes<'_>) -> [[S::B; PART]; 
     index
 }
 
+/// 2:8: the codes themselves, i + 8j + 64s.
+#[inline(always)]
+pub(super) fn codes_of_8<S: Bytes>(s: S, planes: &Planes<'_>) -> [S::B; PART] {
+    let mut codes = planes.nibbles(s);
+    let (high, sign) = (planes.twos(s), planes.ones(s));
+    let highs = [s.shl_b::<4>(high), s.shl_b::<2>(high), high, s.shr_b::<2>(high)];
+    let signs = [s.shl_b::<6>(sign), s.shl_b::<5>(sign), s.shl_b::<4>(sign), s.shl_b::<3>(sign)];
+    let (bits_of_j, bit_of_sign) = (s.splat_b(0x30), s.splat_b(0x40));
+    for q in 0..PART {
+        let upper = s.or_b(s.and_b(highs[q], bits_of_j), s.and_b(signs[q], bit_of_sign));
+        codes[q] = s.or_b(codes[q], upper);
+    }
+    codes
+}
+
 #[inline(always)]
 fn two_of_8<S: Bytes>(s: S, planes: &Planes<'_>, tables: &[[u8; 64]], acc: S::Acc) -> S::Acc {
     let [first, second] = pairs_of_8(s, planes);

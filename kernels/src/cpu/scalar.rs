@@ -223,6 +223,7 @@ impl Bytes for Scalar {
     type B = [u8; 64];
     type Acc = [u32; 16];
     type Small = [u32; 16];
+    type H = [i16; 16];
 
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
@@ -347,16 +348,46 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
+    fn load_h(self, v: &[i16; 16]) -> Self::H {
+        *v
+    }
+
+    #[inline(always)]
+    fn store_h(self, v: Self::H, to: &mut [i16; 16]) {
+        *to = v;
+    }
+
+    #[inline(always)]
+    fn add_h(self, mut a: Self::H, b: Self::H) -> Self::H {
+        for i in 0..16 {
+            a[i] = a[i].wrapping_add(b[i]);
+        }
+        a
+    }
+
+    #[inline(always)]
+    fn sub_h(self, mut a: Self::H, b: Self::H) -> Self::H {
+        for i in 0..16 {
+            a[i] = a[i].wrapping_sub(b[i]);
+        }
+        a
+    }
+
+    #[inline(always)]
+    fn widen_h(self, v: Self::H) -> Self::I {
+        let mut wide = [0; 16];
+        for i in 0..16 {
+            wide[i] = i32::from(v[i]).cast_unsigned();
+        }
+        wide
+    }
+
+    #[inline(always)]
     fn sum_fours(self, sums: [Self::I; 4]) -> Self::I {
         std::array::from_fn(|i| {
             let four = &sums[i % 4][i / 4 * 4..][..4];
             four.iter().fold(0, |sum: u32, v| sum.wrapping_add(*v))
         })
-    }
-
-    #[inline(always)]
-    fn splat_4(self, v: [u8; 4]) -> Self::B {
-        std::array::from_fn(|i| v[i % 4])
     }
 
     #[inline(always)]

@@ -214,8 +214,6 @@ impl Task for Eights {
             assert_eq!(Self::out(s, s.sub_b(va, vb)), Scalar.sub_b(a, b), "{name} sub_b");
             assert_eq!(Self::out(s, s.gt_b(va, vb)), Scalar.gt_b(a, b), "{name} gt_b");
             assert_eq!(Self::out(s, s.eq_b(va, vb)), Scalar.eq_b(a, b), "{name} eq_b");
-            let four = *b.first_chunk().unwrap();
-            assert_eq!(Self::out(s, s.splat_4(four)), Scalar.splat_4(four), "{name} splat_4");
             // The bits that come from the neighbour are unspecified.
             macro_rules! shifts {
                 ($($k:literal)+) => {$(
@@ -249,6 +247,18 @@ impl Task for Eights {
                 expected = Scalar.dot4(expected, u, v);
             }
             assert_eq!(ints(s, s.finish_small(acc)), expected, "{name} dot4_small");
+
+            let halves = |v: [u8; 64]| -> [i16; 16] {
+                std::array::from_fn(|i| i16::from_le_bytes([v[2 * i], v[2 * i + 1]]))
+            };
+            let (ha, hb) = (halves(a), halves(b));
+            let (va, vb) = (s.load_h(&ha), s.load_h(&hb));
+            let (mut sum, mut difference) = ([0; 16], [0; 16]);
+            s.store_h(s.add_h(va, vb), &mut sum);
+            s.store_h(s.sub_h(va, vb), &mut difference);
+            assert_eq!(sum, Scalar.add_h(ha, hb), "{name} add_h");
+            assert_eq!(difference, Scalar.sub_h(ha, hb), "{name} sub_h");
+            assert_eq!(ints(s, s.widen_h(va)), Scalar.widen_h(ha), "{name} widen_h");
 
             let four: [[u32; 16]; 4] =
                 std::array::from_fn(|_| std::array::from_fn(|_| rng.next() as u32));

@@ -1,0 +1,245 @@
+//! Matrix × matrix for joint N:M codes with rounded activations. Each output is the same chain of
+//! operations as in [`super::nm8`], so that a token has the same result alone and among others.
+//!
+//! By what the instruction set has, one of two ways: codes are expanded to bytes and multiplied by a
+//! unit for tiles ([`tiles`]), or they are indices of sums of activations, of many tokens at a time
+//! ([`tables`]).
+
+mod tables;
+mod tiles;
+
+use stb_format::encoding::nm::TILE;
+use stb_format::encoding::{MatrixView, NmView};
+
+use super::bytes::Bytes;
+use super::int8::{self, BLOCK};
+use super::nm;
+use crate::isa::{Isa, Task};
+
+/// Tokens are padded with zeros to a multiple of this.
+const TOKENS: usize = 32;
+
+/// Where a cache line begins: vectors that cross lines take twice the time.
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C, align(64))]
+struct Aligned<T>(T);
+
+/// Activations of a block of columns, [token][column].
+type ByToken = Aligned<[[i8; BLOCK]; TOKENS]>;
+
+/// Activations of a block of columns, [half of the tokens][column][token].
+type ByColumn = Aligned<[[[i16; 16]; BLOCK]; TOKENS / 16]>;
+
+/// Results of 16 rows for one token.
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C, align(64))]
+pub struct Lanes(pub [f32; TILE]);
+
+/// Activations of several tokens, rounded to 8 bits with one scale per token and 128 columns, ready
+/// for [`matmul_rounded`].
+#[derive(Default, Debug)]
+pub struct RoundedTokens {
+    /// By [`TOKENS`] tokens, for each block, what the instruction set reads; the other one is empty.
+    /// Whole rows of activations would lie at multiples of a page and so in the same few places of
+    /// a cache.
+    by_token: Vec<ByToken>,
+    by_column: Vec<ByColumn>,
+    /// By [`TOKENS`] tokens, for each block: the scale of each token.
+    scales: Vec<[f32; TOKENS]>,
+    tokens: usize,
+    cols: usize,
+    /// Padded tokens whose products are computed together.
+    group: usize,
+}
+
+/// Whether [`matmul_rounded`] has a kernel for the matrix.
+#[must_use]
+pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
+    matches!(matrix, MatrixView::Nm(_)) && int8::supports(matrix)
+}
+
+/// Activations of up to 32 tokens on their way into [`RoundedTokens`].
+#[derive(Debug)]
+pub struct RoundingPart<'a> {
+    x: &'a [f32],
+    /// For each block; one of both is empty.
+    by_token: &'a mut [ByToken],
+    by_column: &'a mut [ByColumn],
+    scales: &'a mut [[f32; TOKENS]],
+}
+
+impl RoundedTokens {
+    /// Makes room for `x`, [tokens, columns] row-major, and splits the work of rounding it for
+    /// `matrix` into independent parts; all of them must be given to [`RoundingPart::round`].
+    /// The instruction set is the one that multiplies them.
+    ///
+    /// # Panics
+    /// If `x` is not a whole number of rows of the matrix' width.
+    pub fn parts<'a>(
+        &'a mut self,
+        isa: Isa,
+        matrix: &MatrixView<'_>,
+        x: &'a [f32],
+    ) -> Vec<RoundingPart<'a>> {
+        let cols = matrix.cols();
+        assert!(x.len().is_multiple_of(cols), "whole rows of activations");
+        self.tokens = x.len() / cols;
+        self.cols = cols;
+        let (padded, blocks) = (self.tokens.next_multiple_of(TOKENS), cols.div_ceil(BLOCK));
+        let has_tiles = isa.run(HasTiles);
+        self.group = if has_tiles { padded } else { TOKENS };
+        let count = padded / TOKENS * blocks;
+        self.by_token.clear();
+        self.by_column.clear();
+        if has_tiles {
+            self.by_token.resize(count, Aligned([[0; BLOCK]; TOKENS]));
+        } else {
+            self.by_column.resize(count, Aligned([[[0; 16]; BLOCK]; TOKENS / 16]));
+        }
+        self.scales.clear();
+        self.scales.resize(count, [0.0; TOKENS]);
+        let mut by_token = self.by_token.chunks_mut(blocks);
+        let mut by_column = self.by_column.chunks_mut(blocks);
+        let parts = x.chunks(TOKENS * cols).zip(self.scales.chunks_mut(blocks));
+        let part = |(x, scales)| RoundingPart {
+            x,
+            by_token: by_token.next().unwrap_or_default(),
+            by_column: by_column.next().unwrap_or_default(),
+            scales,
+        };
+        parts.map(part).collect()
+    }
+
+    /// Tokens held.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// How many tokens, padding included, [`matmul_rounded`] computes at a time.
+    #[must_use]
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// How many times [`RoundedTokens::group`] tokens there are.
+    #[must_use]
+    pub fn groups(&self) -> usize {
+        self.tokens.div_ceil(self.group.max(1))
+    }
+
+    fn blocks(&self) -> usize {
+        self.cols.div_ceil(BLOCK)
+    }
+}
+
+/// Whether the set has a unit for tiles.
+struct HasTiles;
+
+impl Task for HasTiles {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, _: S) -> bool {
+        S::TILES
+    }
+}
+
+impl RoundingPart<'_> {
+    /// Rounds these activations, with the column factors of `matrix`.
+    pub fn round(&mut self, isa: Isa, matrix: &MatrixView<'_>) {
+        isa.run(Round { part: self, matrix });
+    }
+}
+
+struct Round<'p, 'a, 'm> {
+    part: &'p mut RoundingPart<'a>,
+    matrix: &'m MatrixView<'m>,
+}
+
+impl Task for Round<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) {
+        let Self { part, matrix } = self;
+        let cols = matrix.cols();
+        let blocks = cols.div_ceil(BLOCK);
+        let mut factored = vec![0.0; blocks * BLOCK];
+        for (t, x) in part.x.chunks_exact(cols).enumerate() {
+            factored[..cols].copy_from_slice(x);
+            if let MatrixView::Nm(m) = matrix {
+                nm::multiply_factors(s, m, &mut factored);
+            }
+            for (b, x) in factored.chunks_exact(BLOCK).enumerate() {
+                let mut codes = [0; BLOCK];
+                part.scales[b][t] = int8::round_block(s, x, &mut codes);
+                if S::TILES {
+                    part.by_token[b].0[t] = codes;
+                } else {
+                    let half = &mut part.by_column[b].0[t / 16];
+                    for (to, code) in half.iter_mut().zip(codes) {
+                        to[t % 16] = i16::from(code);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `y[tile, t, r] = Σ_c w[first + 16·tile + r, c] · x[t, c]` with rounded activations, for tokens t of
+/// the group `group`: for each tile of 16 rows [`RoundedTokens::group`] tokens, of which those
+/// that exist count. Rows past the last are zero.
+///
+/// # Panics
+/// If `first` is not a multiple of [`crate::ROW_TILE`], the rows are not inside the matrix, the
+/// widths differ, `y` is not whole tiles, there is no such group, there is no kernel
+/// ([`has_rounded_matmul`]), or activations were prepared for another instruction set.
+pub fn matmul_rounded(
+    isa: Isa,
+    matrix: &MatrixView<'_>,
+    x: &RoundedTokens,
+    group: usize,
+    first: usize,
+    y: &mut [Lanes],
+) {
+    assert!(has_rounded_matmul(matrix), "an encoding with a kernel");
+    assert!(first.is_multiple_of(TILE), "work is split at row tiles");
+    assert_eq!(x.cols, matrix.cols(), "one activation per column");
+    assert!(group < x.groups(), "a group of tokens");
+    assert!(!y.is_empty() && y.len().is_multiple_of(x.group), "whole tiles of output");
+    assert!(first + (y.len() / x.group - 1) * TILE < matrix.rows(), "rows outside the matrix");
+    let MatrixView::Nm(matrix) = matrix else { unreachable!("an encoding with a kernel") };
+    isa.run(MatMul { matrix, x, group, first, y });
+}
+
+struct MatMul<'a> {
+    matrix: &'a NmView<'a>,
+    x: &'a RoundedTokens,
+    group: usize,
+    first: usize,
+    y: &'a mut [Lanes],
+}
+
+impl Task for MatMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) {
+        if S::TILES {
+            s.with_tiles(tiles::InTiles(self));
+        } else {
+            tables::run(s, self);
+        }
+    }
+}
+
+/// The scales of 16 rows in a block of columns, without the rows' own: code + 1 of each row and the
+/// size of a step, or nothing where all of them are 1.
+#[inline(always)]
+fn steps<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, block: usize) -> Option<(S::F, f32)> {
+    (m.blocks() != 0).then(
+        #[inline(always)]
+        || nm::multiplier_steps(s, m, tile, block * BLOCK / m.spec.block()),
+    )
+}

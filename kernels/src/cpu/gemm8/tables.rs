@@ -1,0 +1,238 @@
+//! Sums of activations by table: what a code of some columns adds up to is looked up, for 16 tokens at
+//! a time. No weight is expanded, and no product computed: the work is one load and one addition for
+//! each code, whatever the number of columns it stands for.
+//!
+//! | | columns of a unit | entries of its table | look-ups for 128 columns |
+//! |---|---|---|---|
+//! | 1:8 | 8 | 16 | 16 |
+//! | 1:4 | 2 × 4 | 64 | 16 |
+//! | 2:8 | 8 | 128 | 16 |
+//! | 2:4 | 4 | 32 | 32 |
+//!
+//! Tables take an addition and a store for each entry, shared by all rows. Sums of a block stay within
+//! 16 bits: at most 64 weights of ±1 times ±127 are ±8128.
+
+use stb_format::encoding::NmView;
+use stb_format::encoding::nm::{QUAD, TILE};
+use stb_format::half::f16;
+
+use super::super::bytes::Bytes;
+use super::super::int8::BLOCK;
+use super::super::nm8::{self, PART, Planes};
+use super::{Aligned, Lanes, MatMul, TOKENS, steps};
+
+/// Sums for 16 tokens.
+type Sums = [i16; 16];
+
+/// The tables of all units of a block, one after the other, for the largest of the rates; any byte is
+/// an index into the last one.
+type Tables = Aligned<[Sums; 16 * 128 + 128]>;
+
+/// What the rows of a tile look up: [unit][row].
+type Indices<const UNITS: usize> = [[u8; TILE]; UNITS];
+
+#[inline(always)]
+pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
+    match (job.matrix.spec.n(), job.matrix.spec.m()) {
+        (1, 4) => all_tiles::<S, 1, 4, 16, 64>(s, job),
+        (1, 8) => all_tiles::<S, 1, 8, 16, 16>(s, job),
+        (2, 4) => all_tiles::<S, 2, 4, 32, 32>(s, job),
+        (2, 8) => all_tiles::<S, 2, 8, 16, 128>(s, job),
+        (n, m) => unreachable!("the format has no {n}:{m} codes"),
+    }
+}
+
+/// `y` holds [tile][row][token] until the end.
+#[inline(always)]
+fn all_tiles<S: Bytes, const N: usize, const M: usize, const UNITS: usize, const ENTRIES: usize>(
+    s: S,
+    job: MatMul<'_>,
+) {
+    let MatMul { matrix: m, x, group, first, y } = job;
+    let count = (x.tokens - group * TOKENS).min(TOKENS);
+    let first = first / TILE;
+    let mut tables: Vec<Tables> = vec![Aligned([[0; 16]; 16 * 128 + 128])];
+    let mut indices = vec![[[0; TILE]; UNITS]; y.len() / TOKENS];
+    y.fill(Lanes::default());
+    for block in 0..x.blocks() {
+        for (t, to) in indices.iter_mut().enumerate() {
+            index::<S, N, M, UNITS>(s, m, first + t, block, to);
+        }
+        let at = group * x.blocks() + block;
+        let scales = x.scales[at].as_chunks::<16>().0;
+        for half in 0..count.div_ceil(16) {
+            build::<S, N, M, ENTRIES>(s, &x.by_column[at].0[half], &mut tables[0].0);
+            let scale = s.load(&scales[half]);
+            for (t, (indices, y)) in
+                indices.iter().zip(y.as_chunks_mut::<TOKENS>().0).enumerate()
+            {
+                let steps = steps(s, m, first + t, block);
+                add_tile::<S, UNITS, ENTRIES>(s, &tables[0], indices, steps, scale, half, y);
+            }
+        }
+    }
+    for (t, y) in y.as_chunks_mut::<TOKENS>().0.iter_mut().enumerate() {
+        finish(s, m, first + t, y);
+    }
+}
+
+/// What each row of a tile looks up in a block of columns; as many planes as there are.
+#[inline(always)]
+fn index<S: Bytes, const N: usize, const M: usize, const UNITS: usize>(
+    s: S,
+    m: &NmView<'_>,
+    tile: usize,
+    block: usize,
+    to: &mut Indices<UNITS>,
+) {
+    let quads = m.groups().div_ceil(QUAD);
+    let codes = m.tile_codes(tile).as_chunks::<64>().0;
+    let bits = N * M.trailing_zeros() as usize + 1;
+    let parts = BLOCK / (PART * QUAD * M);
+    let vectors = to.as_flattened_mut().as_chunks_mut::<64>().0;
+    for (p, to) in vectors.chunks_exact_mut(UNITS / QUAD / parts).enumerate() {
+        let part = block * parts + p;
+        if part * PART >= quads {
+            // Activations are zero there.
+            to.fill([0; 64]);
+            continue;
+        }
+        let planes = Planes::new(codes, 0, bits, quads, part);
+        let quads = match (N, M) {
+            (2, 8) => nm8::codes_of_8(s, &planes),
+            _ => nm8::first_indices::<S, N, M>(s, &planes),
+        };
+        if (N, M) == (1, 4) {
+            // Two groups of four columns, from two quads, make an index.
+            for (k, to) in to.iter_mut().enumerate() {
+                let upper = s.and_b(s.shl_b::<3>(quads[2 * k + 1]), s.splat_b(0x38));
+                s.store_b(s.or_b(quads[2 * k], upper), to);
+            }
+        } else {
+            for (quad, to) in quads.into_iter().zip(to) {
+                s.store_b(quad, to);
+            }
+        }
+    }
+}
+
+/// The tables of all units: the sums that [`index`] means, of activations [column][token].
+#[inline(always)]
+fn build<S: Bytes, const N: usize, const M: usize, const ENTRIES: usize>(
+    s: S,
+    x: &[Sums; BLOCK],
+    tables: &mut [Sums],
+) {
+    let groups = x.as_chunks::<M>().0;
+    let tables = tables.as_chunks_mut::<ENTRIES>().0;
+    match (N, M) {
+        (1, 8) => {
+            for (group, to) in groups.iter().zip(tables) {
+                signed::<S, M>(s, group, to);
+            }
+        }
+        (1, 4) => {
+            // Of 4 quads, those of quads 0 and 1, 2 and 3.
+            let pairs = groups.chunks_exact(2 * QUAD).flat_map(
+                #[inline(always)]
+                |quads| quads[..QUAD].iter().zip(&quads[QUAD..]),
+            );
+            for ((lower, upper), to) in pairs.zip(tables) {
+                let (mut low, mut high) = ([[0; 16]; 8], [[0; 16]; 8]);
+                signed::<S, M>(s, lower, &mut low);
+                signed::<S, M>(s, upper, &mut high);
+                for (to, high) in to.as_chunks_mut::<8>().0.iter_mut().zip(&high) {
+                    let high = s.load_h(high);
+                    for (to, low) in to.iter_mut().zip(&low) {
+                        s.store_h(s.add_h(s.load_h(low), high), to);
+                    }
+                }
+            }
+        }
+        _ => {
+            for (group, to) in groups.iter().zip(tables) {
+                pairs::<S, M>(s, group, to);
+            }
+        }
+    }
+}
+
+/// Position, above it the sign.
+#[inline(always)]
+fn signed<S: Bytes, const M: usize>(s: S, x: &[Sums; M], to: &mut [Sums]) {
+    let (plus, minus) = to.split_at_mut(M);
+    for ((x, plus), minus) in x.iter().zip(plus).zip(minus) {
+        *plus = *x;
+        s.store_h(s.sub_h(s.load_h(&[0; 16]), s.load_h(x)), minus);
+    }
+}
+
+/// i + M·j, above them the sign s: s·x_i, and s·x_j if i < j, −s·x_j if i > j, nothing if they are
+/// equal (spec/encodings.md, "Joint codes").
+#[inline(always)]
+fn pairs<S: Bytes, const M: usize>(s: S, x: &[Sums; M], to: &mut [Sums]) {
+    let zero = s.load_h(&[0; 16]);
+    let (plus, minus) = to.split_at_mut(M * M);
+    let lines = plus.as_chunks_mut::<M>().0.iter_mut().zip(minus.as_chunks_mut::<M>().0);
+    for (j, (plus, minus)) in lines.enumerate() {
+        let second = s.load_h(&x[j]);
+        for (i, (plus, minus)) in plus.iter_mut().zip(minus).enumerate() {
+            let first = s.load_h(&x[i]);
+            let sum = match i.cmp(&j) {
+                std::cmp::Ordering::Less => s.add_h(first, second),
+                std::cmp::Ordering::Equal => first,
+                std::cmp::Ordering::Greater => s.sub_h(first, second),
+            };
+            s.store_h(sum, plus);
+            s.store_h(s.sub_h(zero, sum), minus);
+        }
+    }
+}
+
+/// Adds the block's sums of 16 rows for 16 tokens, times their scales, to `y`, [row][half].
+#[inline(always)]
+fn add_tile<S: Bytes, const UNITS: usize, const ENTRIES: usize>(
+    s: S,
+    tables: &Tables,
+    indices: &Indices<UNITS>,
+    steps: Option<(S::F, f32)>,
+    scale: S::F,
+    half: usize,
+    y: &mut [Lanes; TOKENS],
+) {
+    let mut of_rows = [1.0; TILE];
+    let mut scale = scale;
+    if let Some((steps, step)) = steps {
+        s.store(steps, &mut of_rows);
+        scale = s.mul(scale, s.splat(step));
+    }
+    for r in 0..TILE {
+        let mut sums = s.load_h(&tables.0[usize::from(indices[0][r])]);
+        for unit in 1..UNITS {
+            let entry = &tables.0[unit * ENTRIES + usize::from(indices[unit][r])];
+            sums = s.add_h(sums, s.load_h(entry));
+        }
+        let scale = if steps.is_some() { s.mul(s.splat(of_rows[r]), scale) } else { scale };
+        let Lanes(y) = &mut y[2 * r + half];
+        s.store(s.mul_add(scale, s.to_f32(s.widen_h(sums)), s.load(y)), y);
+    }
+}
+
+/// Multiplies by the scales of rows, and from [row][token] to [token][row].
+#[inline(always)]
+fn finish<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes; TOKENS]) {
+    let mut by_row = [[0.0; TOKENS]; TILE];
+    for (r, scale) in m.row_scales[tile * TILE..].iter().take(TILE).enumerate() {
+        let scale = s.splat(f16::from_le_bytes(*scale).to_f32());
+        for (half, to) in by_row[r].as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            s.store(s.mul(s.load(&y[2 * r + half].0), scale), to);
+        }
+    }
+    for (t, Lanes(y)) in y.iter_mut().enumerate() {
+        for r in 0..TILE {
+            y[r] = by_row[r][t];
+        }
+    }
+}
+
+const _: () = assert!(TOKENS == 2 * 16, "two halves");
