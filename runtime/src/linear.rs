@@ -2,8 +2,8 @@
 
 use stb_format::encoding::MatrixView;
 use stb_kernels::{
-    Isa, Lanes, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, Workspace,
-    has_rounded_matmul, matmul, matmul_rounded, matvec, matvec_tokens, share_preparation,
+    Isa, Lanes, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul,
+    matmul, matmul_rounded, matvec, matvec_tokens, share_preparation,
 };
 
 use crate::weights::Weight;
@@ -12,12 +12,10 @@ use crate::weights::Weight;
 const TASK_BYTES: usize = 64 << 10;
 /// Rows per task of a product with many tokens.
 const TASK_ROWS: usize = 64;
-/// Tasks per thread of a product with many rounded tokens, and rows per task at most: tables are
-/// computed for each task.
+/// Tokens whose results are put in order together; groups are multiples.
+const COPIED_TOKENS: usize = 8;
+/// Tasks per thread of a product with many rounded tokens, at least: each computes what its rows share.
 const TASKS: usize = 4;
-const MAX_TASK_ROWS: usize = 1024;
-/// From so many tokens on, all of them share the work on a weight where there is a kernel for it.
-const TABLE_TOKENS: usize = 4;
 /// At most so many tokens are multiplied with packed weights while these are in cache.
 const FEW_TOKENS: usize = 48;
 /// Below this many multiplications, threads cost more than they save.
@@ -45,6 +43,15 @@ fn few(view: &MatrixView<'_>) -> usize {
         MatrixView::IntGroup(_) => FEW_TOKENS,
         MatrixView::Stbllm(_) => 8,
         MatrixView::Nm(_) | MatrixView::Dense(_) => 16,
+    }
+}
+
+/// From so many tokens on, all of them share the work on a weight where there is a kernel for it: work
+/// that is done for 16 tokens at a time, but once for all of them.
+fn enough(view: &MatrixView<'_>) -> usize {
+    match view {
+        MatrixView::Nm(m) if (m.spec.n(), m.spec.m()) == (1, 8) => 11,
+        _ => 8,
     }
 }
 
@@ -82,8 +89,8 @@ pub fn apply<const N: usize>(
     let mut rounded: Option<&MatrixView<'_>> = None;
     for ((view, weight), out) in views.iter().zip(weights).zip(outputs) {
         out.resize(tokens * view.rows(), 0.0);
-        if memory.rounded && has_rounded_matmul(view) && tokens >= TABLE_TOKENS {
-            if !rounded.is_some_and(|last| share_preparation(last, view, false)) {
+        if memory.rounded && has_rounded_matmul(view) && tokens >= enough(view) {
+            if !rounded.is_some_and(|last| share_preparation(last, view, true)) {
                 round(isa, pool, &mut memory.tokens, view, x);
                 rounded = Some(view);
             }
@@ -199,7 +206,8 @@ fn many_rounded(
     // Tasks of one size, a few for each thread, that are whole numbers of them for every group.
     let all = rows.div_ceil(ROW_TILE);
     let wanted = (TASKS * pool.threads()).div_ceil(groups);
-    let tiles = all.div_ceil(wanted).clamp(TASK_ROWS / ROW_TILE, MAX_TASK_ROWS / ROW_TILE).min(all);
+    let tiles =
+        all.div_ceil(wanted).clamp(TASK_ROWS / ROW_TILE, tokens.task_rows() / ROW_TILE).min(all);
     let tiles = all.div_ceil(all.div_ceil(tiles));
     let padded = all.next_multiple_of(tiles);
     by_tiles.resize(groups * padded * group, Lanes::default());
@@ -208,15 +216,16 @@ fn many_rounded(
         let used = tiles.min(all - tile) * group;
         matmul_rounded(isa, view, tokens, first / group / padded, tile * ROW_TILE, &mut y[..used]);
     });
-    pool.run_chunks(out, rows, |first, out| {
+    // Several tokens at a time: those of a tile lie side by side.
+    pool.run_chunks(out, COPIED_TOKENS * rows, |first, out| {
         let t = first / rows;
-        let (whole, rest) = out.as_chunks_mut::<ROW_TILE>();
-        let mut tiles = by_tiles[t / group * padded * group + t % group..].iter().step_by(group);
-        for (out, lanes) in whole.iter_mut().zip(&mut tiles) {
-            *out = lanes.0;
-        }
-        if let Some(lanes) = tiles.next() {
-            rest.copy_from_slice(&lanes.0[..rest.len()]);
+        let tiles = &by_tiles[t / group * padded * group..][..all * group];
+        for (tile, lanes) in tiles.chunks_exact(group).enumerate() {
+            let row = tile * ROW_TILE;
+            let count = ROW_TILE.min(rows - row);
+            for (out, lanes) in out.chunks_exact_mut(rows).zip(&lanes[t % group..]) {
+                out[row..row + count].copy_from_slice(&lanes.0[..count]);
+            }
         }
     });
 }

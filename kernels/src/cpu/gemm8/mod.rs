@@ -50,6 +50,7 @@ pub struct RoundedTokens {
     cols: usize,
     /// Padded tokens whose products are computed together.
     group: usize,
+    task_rows: usize,
 }
 
 /// Whether [`matmul_rounded`] has a kernel for the matrix.
@@ -87,7 +88,8 @@ impl RoundedTokens {
         self.cols = cols;
         let (padded, blocks) = (self.tokens.next_multiple_of(TOKENS), cols.div_ceil(BLOCK));
         let has_tiles = isa.run(HasTiles);
-        self.group = if has_tiles { padded } else { TOKENS };
+        (self.group, self.task_rows) =
+            if has_tiles { (padded, tiles::ROWS) } else { (TOKENS, tables::ROWS) };
         let count = padded / TOKENS * blocks;
         self.by_token.clear();
         self.by_column.clear();
@@ -120,6 +122,12 @@ impl RoundedTokens {
     #[must_use]
     pub fn group(&self) -> usize {
         self.group
+    }
+
+    /// Up to how many rows a call of [`matmul_rounded`] does better with more of them.
+    #[must_use]
+    pub fn task_rows(&self) -> usize {
+        self.task_rows
     }
 
     /// How many times [`RoundedTokens::group`] tokens there are.
@@ -174,8 +182,8 @@ impl Task for Round<'_, '_, '_> {
             for (b, x) in factored.chunks_exact(BLOCK).enumerate() {
                 let mut codes = [0; BLOCK];
                 part.scales[b][t] = int8::round_block(s, x, &mut codes);
-                if S::TILES {
-                    part.by_token[b].0[t] = codes;
+                if let Some(to) = part.by_token.get_mut(b) {
+                    to.0[t] = codes;
                 } else {
                     let half = &mut part.by_column[b].0[t / 16];
                     for (to, code) in half.iter_mut().zip(codes) {
@@ -242,4 +250,15 @@ fn steps<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, block: usize) -> Option<(S
         #[inline(always)]
         || nm::multiplier_steps(s, m, tile, block * BLOCK / m.spec.block()),
     )
+}
+
+/// From [row][token] to [token][row].
+#[inline(always)]
+fn transpose(lanes: &mut [Lanes; TILE]) {
+    let by_row = *lanes;
+    for (t, Lanes(to)) in lanes.iter_mut().enumerate() {
+        for (to, row) in to.iter_mut().zip(&by_row) {
+            *to = row.0[t];
+        }
+    }
 }

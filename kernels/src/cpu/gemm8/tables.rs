@@ -19,7 +19,11 @@ use stb_format::half::f16;
 use super::super::bytes::Bytes;
 use super::super::int8::BLOCK;
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, TOKENS, steps};
+use super::{Aligned, Lanes, MatMul, TOKENS, steps, transpose};
+
+/// Rows of a task that share tables: results for 32 tokens take 128 KiB, about what is left in the
+/// second cache of a core.
+pub(super) const ROWS: usize = 1024;
 
 /// Sums for 16 tokens.
 type Sums = [i16; 16];
@@ -33,7 +37,8 @@ type Indices<const UNITS: usize> = [[u8; TILE]; UNITS];
 
 #[inline(always)]
 pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
-    match (job.matrix.spec.n(), job.matrix.spec.m()) {
+    let m = job.matrix;
+    match (m.spec.n(), m.spec.m()) {
         (1, 4) => all_tiles::<S, 1, 4, 16, 64>(s, job),
         (1, 8) => all_tiles::<S, 1, 8, 16, 16>(s, job),
         (2, 4) => all_tiles::<S, 2, 4, 32, 32>(s, job),
@@ -42,7 +47,7 @@ pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
     }
 }
 
-/// `y` holds [tile][row][token] until the end.
+/// `y` holds [tile][half of the tokens][row][token] until the end.
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const UNITS: usize, const ENTRIES: usize>(
     s: S,
@@ -63,9 +68,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const UNITS: usize, const
         for half in 0..count.div_ceil(16) {
             build::<S, N, M, ENTRIES>(s, &x.by_column[at].0[half], &mut tables[0].0);
             let scale = s.load(&scales[half]);
-            for (t, (indices, y)) in
-                indices.iter().zip(y.as_chunks_mut::<TOKENS>().0).enumerate()
-            {
+            for (t, (indices, y)) in indices.iter().zip(y.as_chunks_mut::<TOKENS>().0).enumerate() {
                 let steps = steps(s, m, first + t, block);
                 add_tile::<S, UNITS, ENTRIES>(s, &tables[0], indices, steps, scale, half, y);
             }
@@ -189,7 +192,7 @@ fn pairs<S: Bytes, const M: usize>(s: S, x: &[Sums; M], to: &mut [Sums]) {
     }
 }
 
-/// Adds the block's sums of 16 rows for 16 tokens, times their scales, to `y`, [row][half].
+/// Adds the block's sums of 16 rows for 16 tokens, times their scales, to `y`, [half][row].
 #[inline(always)]
 fn add_tile<S: Bytes, const UNITS: usize, const ENTRIES: usize>(
     s: S,
@@ -213,25 +216,23 @@ fn add_tile<S: Bytes, const UNITS: usize, const ENTRIES: usize>(
             sums = s.add_h(sums, s.load_h(entry));
         }
         let scale = if steps.is_some() { s.mul(s.splat(of_rows[r]), scale) } else { scale };
-        let Lanes(y) = &mut y[2 * r + half];
+        let Lanes(y) = &mut y[half * TILE + r];
         s.store(s.mul_add(scale, s.to_f32(s.widen_h(sums)), s.load(y)), y);
     }
 }
 
-/// Multiplies by the scales of rows, and from [row][token] to [token][row].
+/// Multiplies by the scales of rows, and from [half][row][token] to [token][row].
 #[inline(always)]
 fn finish<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes; TOKENS]) {
-    let mut by_row = [[0.0; TOKENS]; TILE];
-    for (r, scale) in m.row_scales[tile * TILE..].iter().take(TILE).enumerate() {
-        let scale = s.splat(f16::from_le_bytes(*scale).to_f32());
-        for (half, to) in by_row[r].as_chunks_mut::<16>().0.iter_mut().enumerate() {
-            s.store(s.mul(s.load(&y[2 * r + half].0), scale), to);
-        }
+    let mut scales = [0.0; TILE];
+    for (to, scale) in scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
+        *to = f16::from_le_bytes(*scale).to_f32();
     }
-    for (t, Lanes(y)) in y.iter_mut().enumerate() {
-        for r in 0..TILE {
-            y[r] = by_row[r][t];
+    for half in y.as_chunks_mut::<TILE>().0 {
+        for (Lanes(y), scale) in half.iter_mut().zip(scales) {
+            s.store(s.mul(s.load(y), s.splat(scale)), y);
         }
+        transpose(half);
     }
 }
 

@@ -15,6 +15,8 @@ use crate::isa::Task;
 
 /// Columns expanded at a time; a multiple of [`BLOCK`].
 const DEPTH: usize = 512;
+/// Rows of a task.
+pub(super) const ROWS: usize = TILES * TILE;
 /// Row tiles expanded at a time: 64 rows × [`DEPTH`] columns are 32 KiB.
 const TILES: usize = 4;
 /// Bytes of 16 rows × 128 columns: for every four columns, the rows' four bytes side by side.
@@ -30,12 +32,13 @@ impl Task for InTiles<'_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        let m = self.0.matrix;
+        let Self(job) = self;
+        let m = job.matrix;
         match (m.spec.n(), m.spec.m()) {
-            (1, 4) => all_tiles::<S, 1, 4>(s, self.0),
-            (1, 8) => all_tiles::<S, 1, 8>(s, self.0),
-            (2, 4) => all_tiles::<S, 2, 4>(s, self.0),
-            (2, 8) => all_tiles::<S, 2, 8>(s, self.0),
+            (1, 4) => all_tiles::<S, 1, 4>(s, job),
+            (1, 8) => all_tiles::<S, 1, 8>(s, job),
+            (2, 4) => all_tiles::<S, 2, 4>(s, job),
+            (2, 8) => all_tiles::<S, 2, 8>(s, job),
             (n, m) => unreachable!("the format has no {n}:{m} codes"),
         }
     }
