@@ -221,10 +221,12 @@ fn many_rounded(
         let t = first / rows;
         let tiles = &by_tiles[t / group * padded * group..][..all * group];
         for (tile, lanes) in tiles.chunks_exact(group).enumerate() {
-            let row = tile * ROW_TILE;
-            let count = ROW_TILE.min(rows - row);
             for (out, lanes) in out.chunks_exact_mut(rows).zip(&lanes[t % group..]) {
-                out[row..row + count].copy_from_slice(&lanes.0[..count]);
+                let out = &mut out[tile * ROW_TILE..];
+                match out.first_chunk_mut() {
+                    Some(out) => *out = lanes.0,
+                    None => out.copy_from_slice(&lanes.0[..out.len()]),
+                }
             }
         }
     });
