@@ -82,12 +82,15 @@ def prepare(options: argparse.Namespace, work: pathlib.Path) -> None:
     output("cargo", "build", "--release", "--workspace", "--bins")
     for recipe in options.recipes:
         random_model = ROOT / "target/release/random-model"
-        output(random_model, "llama-7b", work / f"{recipe}.stb", "--recipe", recipe, "--layers", options.layers)
-    dense = work / "f16.gguf"
-    write_gguf(dense, options.layers)
-    for kind in options.types:
-        output(options.llama_cpp / "llama-quantize", dense, work / f"{kind}.gguf", kind, 2)
-    dense.unlink()
+        if not (work / f"{recipe}.stb").exists():
+            output(random_model, "llama-7b", work / f"{recipe}.stb", "--recipe", recipe, "--layers", options.layers)
+    types = [kind for kind in options.types if not (work / f"{kind}.gguf").exists()]
+    if types:
+        dense = work / "f16.gguf"
+        write_gguf(dense, options.layers)
+        for kind in types:
+            output(options.llama_cpp / "llama-quantize", dense, work / f"{kind}.gguf", kind, 2)
+        dense.unlink()
 
 
 def measure_llama(options: argparse.Namespace, file: pathlib.Path, threads: int) -> dict:
@@ -128,7 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--recipes", type=words, default=["nm-1of8", "nm-1of4", "nm-2of8", "nm-2of4"])
     parser.add_argument("--types", type=words, default=["TQ2_0", "Q2_K", "Q4_0"], help="types of llama.cpp")
-    parser.add_argument("--work", type=pathlib.Path, help="folder for the models; they stay there")
+    parser.add_argument("--work", type=pathlib.Path, help="folder for the models; they stay there, and those that are there already are used")
     options = parser.parse_args()
     options.llama_cpp = options.llama_cpp.resolve()
     with tempfile.TemporaryDirectory() as temporary:

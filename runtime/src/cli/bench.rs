@@ -159,7 +159,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Multiplications per second of the prompt: the head is needed once.
+    /// Multiplications per second of the prompt, as if every weight took one: the head is needed once.
     fn products(&self) -> f64 {
         self.prefill.median * self.body
     }
@@ -224,7 +224,7 @@ impl<'a> Report<'a> {
             self.prefill,
             "",
             self.products() / 1e9,
-            of_ceiling(self.products(), &self.multiply, "G/s that the instructions allow", 0),
+            of_ceiling(self.products(), &self.multiply, "G/s of multiplying every weight", 0),
             args.tokens,
             self.decode.median,
             self.decode,
