@@ -334,11 +334,6 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
-    fn gt_b(self, a: __m512i, b: __m512i) -> __m512i {
-        values!(_mm512_movm_epi8(_mm512_cmpgt_epi8_mask(a, b)))
-    }
-
-    #[inline(always)]
     fn eq_b(self, a: __m512i, b: __m512i) -> __m512i {
         values!(_mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)))
     }

@@ -34,8 +34,6 @@ pub(crate) trait Bytes: Simd {
     fn shr_b<const K: u32>(self, a: Self::B) -> Self::B;
     /// Each byte to the left; the `K` low bits of the result are unspecified.
     fn shl_b<const K: u32>(self, a: Self::B) -> Self::B;
-    /// All ones where a > b, as signed bytes.
-    fn gt_b(self, a: Self::B, b: Self::B) -> Self::B;
     /// All ones where a = b.
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B;
     /// Byte by byte `table[index]` within the lane; zero where the index has its top bit set. Other

@@ -410,12 +410,6 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
-    fn gt_b(self, a: Self::B, b: Self::B) -> Self::B {
-        let (a, b) = (each!(vreinterpretq_s8_u8, a), each!(vreinterpretq_s8_u8, b));
-        each!(vcgtq_s8, a, b)
-    }
-
-    #[inline(always)]
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
         each!(vceqq_u8, a, b)
     }

@@ -324,15 +324,22 @@ pub(super) fn pairs_of_8<S: Bytes>(s: S, planes: &Planes<'_>) -> [[S::B; PART]; 
     let highs = [s.shl_b::<1>(high), s.shr_b::<1>(high), s.shr_b::<3>(high), s.shr_b::<5>(high)];
     let signs = [s.shl_b::<3>(sign), s.shl_b::<2>(sign), s.shl_b::<1>(sign), sign];
     let (one, six, seven, eight) = (s.splat_b(1), s.splat_b(6), s.splat_b(7), s.splat_b(8));
+    // What i − j from 0 to 7 changes of the second index.
+    let mut changes = [8; 64];
+    for lane in changes.as_chunks_mut::<16>().0 {
+        lane[0] = 128;
+    }
+    let changes = s.load_b(&changes);
     let mut index = [[s.splat_b(0); PART]; 2];
     for q in 0..PART {
         let i = s.and_b(low[q], seven);
         let j = s.or_b(s.and_b(s.shr_b::<3>(low[q]), one), s.and_b(highs[q], six));
         let sign = s.and_b(signs[q], eight);
         index[0][q] = s.or_b(i, sign);
-        // The sign of j is the other one if i is above; nothing is at j if they are equal.
-        let flip = s.and_b(s.gt_b(i, j), eight);
-        index[1][q] = s.or_b(s.xor_b(s.or_b(j, sign), flip), s.eq_b(i, j));
+        // The sign of j is the other one if i is above; nothing is at j if they are equal. Negative
+        // differences have their top bit set, and so look up zero.
+        let change = s.lookup_b(changes, s.sub_b(i, j));
+        index[1][q] = s.xor_b(s.or_b(j, sign), change);
     }
     index
 }

@@ -279,11 +279,6 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
-    fn gt_b(self, a: Self::B, b: Self::B) -> Self::B {
-        zip_b(a, b, |a, b| if a.cast_signed() > b.cast_signed() { 255 } else { 0 })
-    }
-
-    #[inline(always)]
     fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
         zip_b(a, b, |a, b| if a == b { 255 } else { 0 })
     }
