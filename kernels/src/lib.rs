@@ -23,7 +23,9 @@ pub mod cuda;
 mod isa;
 mod pool;
 
-pub use cpu::{Lanes, RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
+pub use cpu::{
+    Lanes, RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded,
+};
 pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec};
 pub use cpu::{kv, ops, probe};
 pub use cpu::{matvec_tokens, share_preparation};

@@ -2,8 +2,8 @@
 
 use stb_format::encoding::MatrixView;
 use stb_kernels::{
-    Isa, Lanes, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul,
-    matmul, matmul_rounded, matvec, matvec_tokens, share_preparation,
+    Isa, Lanes, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, Workspace, enough_tokens,
+    has_rounded_matmul, matmul, matmul_rounded, matvec, matvec_tokens, share_preparation,
 };
 
 use crate::weights::Weight;
@@ -32,26 +32,17 @@ pub struct Linears {
     tokens: RoundedTokens,
     /// Outputs by rows, [rows, tokens padded], before they are transposed.
     by_rows: Vec<f32>,
-    /// Outputs by row tiles, [tiles, tokens padded].
+    /// Outputs by row tiles, [groups of tokens, tiles padded, tokens of a group].
     by_tiles: Vec<Lanes>,
 }
 
-/// Up to how many tokens packed weights are multiplied with each of them, where nothing expands them:
+/// Up to how many tokens packed weights are multiplied with each of them, where these cannot share work:
 /// as many as take less time than exact products with unpacked weights, which cost much for few tokens.
 fn few(view: &MatrixView<'_>) -> usize {
     match view {
         MatrixView::IntGroup(_) => FEW_TOKENS,
         MatrixView::Stbllm(_) => 8,
         MatrixView::Nm(_) | MatrixView::Dense(_) => 16,
-    }
-}
-
-/// From so many tokens on, all of them share the work on a weight where there is a kernel for it: work
-/// that is done for 16 tokens at a time, but once for all of them.
-fn enough(view: &MatrixView<'_>) -> usize {
-    match view {
-        MatrixView::Nm(m) if (m.spec.n(), m.spec.m()) == (1, 8) => 11,
-        _ => 8,
     }
 }
 
@@ -89,7 +80,8 @@ pub fn apply<const N: usize>(
     let mut rounded: Option<&MatrixView<'_>> = None;
     for ((view, weight), out) in views.iter().zip(weights).zip(outputs) {
         out.resize(tokens * view.rows(), 0.0);
-        if memory.rounded && has_rounded_matmul(view) && tokens >= enough(view) {
+        let many = has_rounded_matmul(view) && tokens >= enough_tokens(isa, view);
+        if memory.rounded && many {
             if !rounded.is_some_and(|last| share_preparation(last, view, true)) {
                 round(isa, pool, &mut memory.tokens, view, x);
                 rounded = Some(view);
@@ -203,7 +195,7 @@ fn many_rounded(
 ) {
     let Linears { tokens, by_tiles, .. } = memory;
     let (group, groups, rows) = (tokens.group(), tokens.groups(), view.rows());
-    // Tasks of one size, a few for each thread, that are whole numbers of them for every group.
+    // Tasks of one size, a few for each thread; a group of tokens is a whole number of them.
     let all = rows.div_ceil(ROW_TILE);
     let wanted = (TASKS * pool.threads()).div_ceil(groups);
     let tiles =

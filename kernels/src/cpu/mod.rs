@@ -31,7 +31,9 @@ use crate::isa::{Isa, Task};
 
 pub(crate) use bytes::Bytes;
 pub use gemm::{Panels, PanelsRef, matmul};
-pub use gemm8::{Lanes, RoundedTokens, RoundingPart, has_rounded_matmul, matmul_rounded};
+pub use gemm8::{
+    Lanes, RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded,
+};
 use int8::Rounded;
 
 /// Operations on 16 lanes of f32 (`F`) or u32 (`I`). A value of the implementing type proves that

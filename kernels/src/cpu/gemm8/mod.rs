@@ -59,6 +59,17 @@ pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
     matches!(matrix, MatrixView::Nm(_)) && int8::supports(matrix)
 }
 
+/// From how many tokens on [`matmul_rounded`] takes less time than a product for each of them, as
+/// measured: the work is done for 16 tokens at a time, whether they exist or not.
+#[must_use]
+pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
+    match matrix {
+        _ if isa.run(HasTiles) => 12,
+        MatrixView::Nm(m) if (m.spec.n(), m.spec.m()) == (1, 8) => 11,
+        _ => 8,
+    }
+}
+
 /// Activations of up to 32 tokens on their way into [`RoundedTokens`].
 #[derive(Debug)]
 pub struct RoundingPart<'a> {
@@ -110,12 +121,6 @@ impl RoundedTokens {
             scales,
         };
         parts.map(part).collect()
-    }
-
-    /// Tokens held.
-    #[must_use]
-    pub fn tokens(&self) -> usize {
-        self.tokens
     }
 
     /// How many tokens, padding included, [`matmul_rounded`] computes at a time.

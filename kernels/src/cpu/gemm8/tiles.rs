@@ -15,10 +15,11 @@ use crate::isa::Task;
 
 /// Columns expanded at a time; a multiple of [`BLOCK`].
 const DEPTH: usize = 512;
-/// Rows of a task.
-pub(super) const ROWS: usize = TILES * TILE;
 /// Row tiles expanded at a time: 64 rows × [`DEPTH`] columns are 32 KiB.
 const TILES: usize = 4;
+/// Rows of a task: more of them share nothing.
+pub(super) const ROWS: usize = TILES * TILE;
+
 /// Bytes of 16 rows × 128 columns: for every four columns, the rows' four bytes side by side.
 type Expanded = Aligned<[[u8; 64]; BLOCK / 4]>;
 
