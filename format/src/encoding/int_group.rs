@@ -211,6 +211,7 @@ pub struct IntGroupView<'a> {
     /// Scales: rows × groups, binary16.
     pub scales: &'a [[u8; 2]],
     row_bytes: usize,
+    groups: usize,
 }
 
 impl<'a> IntGroupView<'a> {
@@ -220,14 +221,15 @@ impl<'a> IntGroupView<'a> {
         let [codes, scales] = split(payload, spec.segments(rows, cols)?)?;
         let row_bytes = usize::try_from(spec.row_bytes(cols)?).ok()?;
         let (rows, cols) = (usize::try_from(rows).ok()?, usize::try_from(cols).ok()?);
-        Some(Self { spec, rows, cols, codes, scales: as_f16(scales), row_bytes })
+        let groups = cols.div_ceil(spec.group());
+        Some(Self { spec, rows, cols, codes, scales: as_f16(scales), row_bytes, groups })
     }
 
     /// Scales per row.
     #[must_use]
     #[inline]
     pub fn groups(&self) -> usize {
-        self.cols.div_ceil(self.spec.group())
+        self.groups
     }
 
     /// The code bytes of row `row`.

@@ -405,11 +405,6 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
-    fn eq_b(self, a: I, b: I) -> I {
-        both!(_mm256_cmpeq_epi8, a, b)
-    }
-
-    #[inline(always)]
     fn lookup_b(self, table: I, index: I) -> I {
         both!(_mm256_shuffle_epi8, table, index)
     }

@@ -268,11 +268,12 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
 
 impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     type B = __m512i;
-    /// From level `VBMI`: two vectors of 16 sums. Without: 16-bit sums of rows 0 to 7 and 8 to 15, by lane.
+    /// From level `VBMI`: 16 sums, and nothing. Without: 16-bit sums of rows 0 to 7 and 8 to 15, by lane.
     type Acc = [__m512i; 2];
     /// Sums of four, or 16-bit ones of neighbours below VBMI.
     type Small = __m512i;
     type H = __m256i;
+    const WIDE: bool = LEVEL >= VBMI;
     const TILES: bool = LEVEL >= AMX;
 
     #[inline(always)]
@@ -334,11 +335,6 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
-    fn eq_b(self, a: __m512i, b: __m512i) -> __m512i {
-        values!(_mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)))
-    }
-
-    #[inline(always)]
     fn lookup_b(self, table: __m512i, index: __m512i) -> __m512i {
         values!(_mm512_shuffle_epi8(table, index))
     }
@@ -365,6 +361,33 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn arrange(self, v: __m512i) -> __m512i {
+        if LEVEL >= VBMI {
+            return values!(_mm512_permutexvar_epi8(self.load_b(&ROWS_FIRST), v));
+        }
+        v
+    }
+
+    #[inline(always)]
+    fn lookup_arranged(self, table: __m512i, index: __m512i) -> __m512i {
+        if LEVEL >= VBMI {
+            let index = self.or_b(index, self.load_b(&LANES_OF_ROWS));
+            return values!(_mm512_permutexvar_epi8(index, table));
+        }
+        self.lookup_b(table, index)
+    }
+
+    #[inline(always)]
+    fn lookup_arranged_or_zero(self, table: __m512i, index: __m512i) -> __m512i {
+        if LEVEL >= VBMI {
+            // A bit above the six of an index into the table chooses zeros.
+            let index = self.or_b(index, self.load_b(&LANES_OF_ROWS));
+            return values!(_mm512_permutex2var_epi8(table, index, _mm512_setzero_si512()));
+        }
+        self.lookup_b(table, index)
+    }
+
+    #[inline(always)]
     fn zero_acc(self) -> Self::Acc {
         values!([_mm512_setzero_si512(); 2])
     }
@@ -373,12 +396,9 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     fn dot2(self, acc: Self::Acc, a: __m512i, b: __m512i) -> Self::Acc {
         let one = self.splat_b(1);
         if LEVEL >= VBMI {
-            // The four lanes of a row side by side, times one, added.
-            let order = self.load_b(&ROWS_FIRST);
-            return values!([
-                _mm512_dpbusd_epi32(acc[0], one, _mm512_permutexvar_epi8(order, a)),
-                _mm512_dpbusd_epi32(acc[1], one, _mm512_permutexvar_epi8(order, b)),
-            ]);
+            // The four lanes of a row lie side by side: times one, added.
+            let sums = values!(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[0], one, a), one, b));
+            return [sums, acc[1]];
         }
         // a and b of a row side by side, times one, added.
         values!([
@@ -390,7 +410,7 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     #[inline(always)]
     fn finish(self, acc: Self::Acc) -> __m512i {
         if LEVEL >= VBMI {
-            return values!(_mm512_add_epi32(acc[0], acc[1]));
+            return acc[0];
         }
         // Lanes 0 and 2, 1 and 3: their 16-bit sums are within ±508 · 64. Then both, in 32 bits.
         values!({
@@ -544,4 +564,15 @@ const ROWS_FIRST: [u8; 64] = {
         i += 1;
     }
     order
+};
+
+/// Where the table of each arranged byte begins: its lane.
+const LANES_OF_ROWS: [u8; 64] = {
+    let mut lanes = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        lanes[i] = (i % 4 * 16) as u8;
+        i += 1;
+    }
+    lanes
 };

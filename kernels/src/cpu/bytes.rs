@@ -15,6 +15,8 @@ pub(crate) trait Bytes: Simd {
     type Small: Copy;
     /// 16 × i16.
     type H: Copy;
+    /// Whether a `B` is one register, and there are 32 of them.
+    const WIDE: bool = false;
     /// Whether there is a unit for products of tiles: [`Bytes::tile_products`] works.
     const TILES: bool = false;
 
@@ -34,8 +36,6 @@ pub(crate) trait Bytes: Simd {
     fn shr_b<const K: u32>(self, a: Self::B) -> Self::B;
     /// Each byte to the left; the `K` low bits of the result are unspecified.
     fn shl_b<const K: u32>(self, a: Self::B) -> Self::B;
-    /// All ones where a = b.
-    fn eq_b(self, a: Self::B, b: Self::B) -> Self::B;
     /// Byte by byte `table[index]` within the lane; zero where the index has its top bit set. Other
     /// indices are below 16.
     fn lookup_b(self, table: Self::B, index: Self::B) -> Self::B;
@@ -43,8 +43,25 @@ pub(crate) trait Bytes: Simd {
     /// Byte r of lane g of vector q is byte 4q + g of `words[r]`, the lowest being byte 0.
     fn transpose(self, words: &[u64; 16]) -> [Self::B; 2];
 
+    /// Moves the bytes to where [`Bytes::dot2`] takes them.
+    #[inline(always)]
+    fn arrange(self, v: Self::B) -> Self::B {
+        v
+    }
+    /// [`Bytes::lookup_b`] by arranged indices below 16, each in the lane where its byte was; the bytes
+    /// found are arranged.
+    #[inline(always)]
+    fn lookup_arranged(self, table: Self::B, index: Self::B) -> Self::B {
+        self.lookup_b(table, index)
+    }
+    /// The same, and zero where the index has the bits of [`NONE`], which no other one has.
+    #[inline(always)]
+    fn lookup_arranged_or_zero(self, table: Self::B, index: Self::B) -> Self::B {
+        self.lookup_b(table, index)
+    }
+
     fn zero_acc(self) -> Self::Acc;
-    /// `acc[r] += Σ_lane a[lane, r] + b[lane, r]` as signed bytes, for r = 0..16. At most
+    /// `acc[r] += Σ_lane a[lane, r] + b[lane, r]` as signed bytes, for r = 0..16, a and b arranged. At most
     /// [`MAX_DOTS`] times on one accumulator, or half as often with bytes of −128: the others of two
     /// lanes are within ±508, and 64 · 508 = 32512 fits 16 bits, which is what the narrowest
     /// implementation adds in.
@@ -110,3 +127,7 @@ pub(crate) const MAX_DOTS: usize = 64;
 
 /// See [`Bytes::dot4_small`].
 pub(crate) const MAX_SMALL: usize = 128;
+
+/// In an index: there is nothing to look up. The top bit, which byte shuffles ask for, and another one,
+/// for sets that test a bit themselves.
+pub(crate) const NONE: u8 = 0xc0;

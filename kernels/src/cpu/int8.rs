@@ -45,7 +45,7 @@ impl Rounded {
     pub(crate) fn set<S: Bytes>(&mut self, s: S, matrix: &MatrixView<'_>, x: &[f32]) {
         self.round(s, x);
         match matrix {
-            MatrixView::Nm(m) => super::nm8::tables(s, m.spec, &self.codes, &mut self.tables),
+            MatrixView::Nm(m) => super::nm8::tables(m.spec, &self.codes, &mut self.tables),
             MatrixView::IntGroup(m) => {
                 let (tables, sums) = (&mut self.tables, &mut self.sums);
                 let mut to = Arranged { tables, sums, unit_scales: &mut self.unit_scales };

@@ -22,7 +22,6 @@ use stb_format::encoding::{IntGroup, IntGroupView};
 
 use super::bytes::{Bytes, MAX_SMALL};
 use super::int8::{BLOCK, Rounded};
-use super::rows::bytes;
 
 /// Columns whose codes are a whole number of vectors for every width, and whose units are as many as
 /// a vector has lanes.
@@ -114,22 +113,24 @@ fn offsets(line: &[i8; STRIDE], spec: IntGroup, sums: &mut Vec<[i32; 16]>) {
     }
 }
 
-/// See [`super::matvec`]; for `T` tokens, whose rows follow one another in `y`. One row at a time: several at once, each half a page long, share the loads
-/// of activations but were 10 to 25 % slower from memory.
+/// See [`super::matvec`]; for `T` tokens, of which `y` may have room for less: `count` rows for
+/// each. One row at a time: several at once, each half a page long, share the loads of activations but
+/// were 10 to 25 % slower from memory.
 #[inline(always)]
 pub(super) fn matvec<S: Bytes, const T: usize>(
     s: S,
     m: &IntGroupView<'_>,
     x: [&Rounded; T],
+    count: usize,
     first: usize,
     y: &mut [f32],
 ) {
     match m.spec.bits() {
-        1 => rows::<S, T, 1, 1, 8>(s, m, x, first, y),
-        2 => rows::<S, T, 2, 2, 4>(s, m, x, first, y),
-        3 => rows::<S, T, 3, 2, 4>(s, m, x, first, y),
-        4 => rows::<S, T, 4, 4, 2>(s, m, x, first, y),
-        _ => rows::<S, T, 8, 8, 2>(s, m, x, first, y),
+        1 => rows::<S, T, 1, 1, 8>(s, m, x, count, first, y),
+        2 => rows::<S, T, 2, 2, 4>(s, m, x, count, first, y),
+        3 => rows::<S, T, 3, 2, 4>(s, m, x, count, first, y),
+        4 => rows::<S, T, 4, 4, 2>(s, m, x, count, first, y),
+        _ => rows::<S, T, 8, 8, 2>(s, m, x, count, first, y),
     }
 }
 
@@ -139,14 +140,14 @@ fn rows<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const T
     s: S,
     m: &IntGroupView<'_>,
     x: [&Rounded; T],
+    count: usize,
     first: usize,
     y: &mut [f32],
 ) {
-    let count = y.len() / T;
     for r in 0..count {
         let sums = row::<S, T, BITS, WIDTH, TABLES>(s, m, x, first + r);
-        for t in 0..T {
-            y[t * count + r] = sums[t];
+        for (y, sum) in y.chunks_exact_mut(count).zip(sums) {
+            y[r] = sum;
         }
     }
 }
@@ -160,6 +161,10 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
 ) -> [f32; T] {
     let [low, high] = m.row_planes(row);
     let stored = m.row_scales(row).as_flattened();
+    // In place but for what is at the end of a row, which is padded with zeros.
+    let (strides, last_stride) = padded(low.as_chunks::<64>().0.as_chunks::<WIDTH>().0, low);
+    let (seconds, last_second) = padded(high.as_chunks::<64>().0, high);
+    let (sixteens, last_sixteen) = padded(stored.as_chunks::<32>().0, stored);
     // 16 scales at a time serve as many strides as a group has units.
     let places = &PLACES[usize::from(BITS == 4)];
     let (places, part) = match m.spec.group() {
@@ -172,7 +177,7 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
     let mut acc = [s.splat(0.0); T];
     for stride in 0..x[0].unit_scales.len() {
         if stride % part == 0 {
-            sixteen = s.f16_to_f32(bytes(stored, stride / part * 32, &mut [0; 32]));
+            sixteen = s.f16_to_f32(sixteens.get(stride / part).unwrap_or(&last_sixteen));
         }
         let units = s.lookup(sixteen, s.widen_u8(&places[stride % part]));
         let mut scales = [units; T];
@@ -184,16 +189,7 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
             let (of_first, of_second) = tables.split_at(WIDTH * TABLES);
             (first[t], second[t]) = (of_first.as_chunks::<TABLES>().0, of_second);
         }
-        let from = stride * WIDTH * 64;
-        let rest = low.get(from..).unwrap_or_default();
-        let mut spare = [[0; 64]; WIDTH];
-        let vectors = match rest.as_chunks::<64>().0.first_chunk::<WIDTH>() {
-            Some(vectors) => vectors,
-            None => {
-                spare.as_flattened_mut()[..rest.len()].copy_from_slice(rest);
-                &spare
-            }
-        };
+        let vectors = strides.get(stride).unwrap_or(&last_stride);
         let mut of_vectors = [[s.splat_i(0); 4]; T];
         for v in 0..WIDTH {
             s.prefetch(vectors[v].as_ptr().wrapping_add(AHEAD));
@@ -219,8 +215,7 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
             }
         }
         if BITS == 3 {
-            let mut spare = [0; 64];
-            let codes = bytes(high, stride * 64, &mut spare);
+            let codes = seconds.get(stride).unwrap_or(&last_second);
             s.prefetch(codes.as_ptr().wrapping_add(AHEAD));
             for t in 0..T {
                 let Some(tables) = second[t].first_chunk::<8>() else { continue };
@@ -234,6 +229,40 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
         sums[t] = s.sum(acc[t]);
     }
     sums
+}
+
+/// `whole`, the first pieces of `bytes`, and what is left of these, padded with zeros.
+#[inline(always)]
+fn padded<'a, P: Piece>(whole: &'a [P], bytes: &[u8]) -> (&'a [P], P) {
+    let mut last = P::ZERO;
+    let rest = &bytes[size_of_val(whole)..];
+    if !rest.is_empty() {
+        last.bytes()[..rest.len()].copy_from_slice(rest);
+    }
+    (whole, last)
+}
+
+trait Piece {
+    const ZERO: Self;
+    fn bytes(&mut self) -> &mut [u8];
+}
+
+impl<const N: usize> Piece for [u8; N] {
+    const ZERO: Self = [0; N];
+
+    #[inline(always)]
+    fn bytes(&mut self) -> &mut [u8] {
+        self
+    }
+}
+
+impl<const N: usize> Piece for [[u8; 64]; N] {
+    const ZERO: Self = [[0; 64]; N];
+
+    #[inline(always)]
+    fn bytes(&mut self) -> &mut [u8] {
+        self.as_flattened_mut()
+    }
 }
 
 /// `sum` plus the products of the fields of a vector with their activations.

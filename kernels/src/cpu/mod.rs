@@ -25,7 +25,7 @@ mod stbllm8;
 #[cfg(test)]
 mod tests;
 
-use stb_format::encoding::{IntGroupView, MatrixView};
+use stb_format::encoding::MatrixView;
 
 use crate::isa::{Isa, Task};
 
@@ -260,36 +260,59 @@ pub fn matvec_tokens(
     let width = matrix.cols().next_multiple_of(PAD);
     assert!(x.iter().all(|x| x.x.len() == width), "activations of another width");
     let rows = y.len() / x.len();
-    let (fours, rest) = x.as_chunks::<4>();
-    let (y_fours, y_rest) = y.split_at_mut(fours.len() * 4 * rows);
-    for (x, y) in fours.iter().zip(y_fours.chunks_exact_mut(4 * rows)) {
-        let rounded = x.map(|x| x.rounded);
-        if let (MatrixView::IntGroup(m), [Some(a), Some(b), Some(c), Some(d)]) = (matrix, rounded) {
-            isa.run(FourTokens { matrix: m, x: [a, b, c, d], first, y });
-            continue;
+    let together = isa.run(Together(matrix));
+    for (x, y) in x.chunks(together).zip(y.chunks_mut(together * rows)) {
+        let rounded: Option<Vec<&Rounded>> = x.iter().map(|x| x.rounded).collect();
+        match rounded {
+            Some(x) if x.len() > 4 => isa.run(Tokens::<8> { matrix, x: &x, rows, first, y }),
+            Some(x) if x.len() > 1 => isa.run(Tokens::<4> { matrix, x: &x, rows, first, y }),
+            _ => {
+                for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
+                    matvec(isa, matrix, *x, first, y);
+                }
+            }
         }
-        for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
-            matvec(isa, matrix, *x, first, y);
-        }
-    }
-    for (x, y) in rest.iter().zip(y_rest.chunks_exact_mut(rows)) {
-        matvec(isa, matrix, *x, first, y);
     }
 }
 
-struct FourTokens<'a> {
-    matrix: &'a IntGroupView<'a>,
-    x: [&'a Rounded; 4],
+/// Up to how many tokens share what codes are taken apart to: 8, 4 or 1.
+struct Together<'a>(&'a MatrixView<'a>);
+
+impl Task for Together<'_> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, _: S) -> usize {
+        match self.0 {
+            MatrixView::Nm(_) if S::WIDE => 8,
+            MatrixView::Nm(_) | MatrixView::IntGroup(_) => 4,
+            MatrixView::Stbllm(_) | MatrixView::Dense(_) => 1,
+        }
+    }
+}
+
+/// Products for up to `K` tokens at once; those that are missing are computed and thrown away.
+struct Tokens<'a, const K: usize> {
+    matrix: &'a MatrixView<'a>,
+    x: &'a [&'a Rounded],
+    rows: usize,
     first: usize,
     y: &'a mut [f32],
 }
 
-impl Task for FourTokens<'_> {
+impl<const K: usize> Task for Tokens<'_, K> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        int_group::matvec(s, self.matrix, self.x, self.first, self.y);
+        let Self { matrix, x, rows, first, y } = self;
+        let mut all = [x[0]; K];
+        all[..x.len()].copy_from_slice(x);
+        match matrix {
+            MatrixView::Nm(m) if K == 4 || S::WIDE => nm8::matvec(s, m, all, rows, first, y),
+            MatrixView::IntGroup(m) if K == 4 => int_group::matvec(s, m, all, rows, first, y),
+            _ => unreachable!("so many tokens together"),
+        }
     }
 }
 
@@ -307,9 +330,11 @@ impl Task for MatVec<'_> {
     fn run<S: Bytes>(self, s: S) {
         let Self { matrix, x, first, y } = self;
         match (matrix, x.rounded) {
-            (MatrixView::Nm(m), Some(x)) => return nm8::matvec(s, m, x, first, y),
+            (MatrixView::Nm(m), Some(x)) => return nm8::matvec(s, m, [x], y.len(), first, y),
             (MatrixView::Stbllm(m), Some(x)) => return stbllm8::matvec(s, m, x, first, y),
-            (MatrixView::IntGroup(m), Some(x)) => return int_group::matvec(s, m, [x], first, y),
+            (MatrixView::IntGroup(m), Some(x)) => {
+                return int_group::matvec(s, m, [x], y.len(), first, y);
+            }
             _ => {}
         }
         let x = x.x;

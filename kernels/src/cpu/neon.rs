@@ -410,11 +410,6 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
-    fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
-        each!(vceqq_u8, a, b)
-    }
-
-    #[inline(always)]
     fn lookup_b(self, table: Self::B, index: Self::B) -> Self::B {
         // Zero for every index above 15, as those with the top bit set are.
         each!(vqtbl1q_u8, table, index)

@@ -88,47 +88,57 @@ fn tiles<S: Simd, const N: usize, const M: usize, const T: usize>(
             totals[t] = if m.blocks() == 0 {
                 acc[t]
             } else {
-                s.mul_add(multipliers(s, m, tile + t, block, 1.0), acc[t], totals[t])
+                s.mul_add(multipliers(s, m, tile + t, block), acc[t], totals[t])
             };
         }
     }
     totals
 }
 
-/// The scale multipliers of the rows of a tile, times `factor`: (code + 1) / 2^bits · factor.
+/// The scale multipliers of the rows of a tile: (code + 1) / 2^bits.
 #[inline(always)]
-pub(crate) fn multipliers<S: Simd>(
-    s: S,
-    m: &NmView<'_>,
-    tile: usize,
-    block: usize,
-    factor: f32,
-) -> S::F {
-    let (steps, step) = multiplier_steps(s, m, tile, block);
-    s.mul(steps, s.splat(factor * step))
+fn multipliers<S: Simd>(s: S, m: &NmView<'_>, tile: usize, block: usize) -> S::F {
+    let steps = Steps::of(m, tile);
+    s.mul(steps.at(s, block), s.splat(steps.size))
 }
 
-/// The scale multipliers of the rows of a tile in steps, code + 1, and the size 1 / 2^bits of a step.
-#[inline(always)]
-pub(crate) fn multiplier_steps<S: Simd>(
-    s: S,
-    m: &NmView<'_>,
-    tile: usize,
-    block: usize,
-) -> (S::F, f32) {
-    let index = tile * m.blocks() + block;
-    let (codes, step) = if m.spec.scale_bits() == 8 {
-        let stored = m.block_codes.get(index * 16..).and_then(|b| b.first_chunk());
-        (*stored.unwrap_or(&[0; 16]), 1.0 / 256.0)
-    } else {
-        let stored = m.block_codes.get(index * 8..).and_then(|b| b.first_chunk());
-        let pairs = u64::from_le_bytes(*stored.unwrap_or(&[0; 8]));
-        const LOW: u64 = 0x0f0f_0f0f_0f0f_0f0f;
-        let both = u128::from(pairs & LOW) | u128::from(pairs >> 4 & LOW) << 64;
-        (both.to_le_bytes(), 1.0 / 16.0)
-    };
-    let codes = s.to_f32(s.widen_u8(&codes));
-    (s.add(codes, s.splat(1.0)), step)
+/// The scale codes of a tile, whose multipliers are whole steps.
+#[derive(Clone, Copy)]
+pub(crate) struct Steps<'a> {
+    /// By block, for each row; of both one is empty. Two rows in a byte:
+    four: &'a [[u8; 8]],
+    eight: &'a [[u8; 16]],
+    /// 1 / 2^bits.
+    pub size: f32,
+}
+
+impl<'a> Steps<'a> {
+    #[inline(always)]
+    pub(crate) fn of(m: &NmView<'a>, tile: usize) -> Self {
+        let (blocks, wide) = (m.blocks(), m.spec.scale_bits() == 8);
+        let bytes = blocks * if wide { 16 } else { 8 };
+        let codes = m.block_codes.get(tile * bytes..(tile + 1) * bytes).unwrap_or_default();
+        if wide {
+            Self { four: &[], eight: codes.as_chunks().0, size: 1.0 / 256.0 }
+        } else {
+            Self { four: codes.as_chunks().0, eight: &[], size: 1.0 / 16.0 }
+        }
+    }
+
+    /// Code + 1 of each row.
+    #[inline(always)]
+    pub(crate) fn at<S: Simd>(&self, s: S, block: usize) -> S::F {
+        let codes = match self.four.get(block) {
+            Some(stored) => {
+                let pairs = u64::from_le_bytes(*stored);
+                const LOW: u64 = 0x0f0f_0f0f_0f0f_0f0f;
+                let both = u128::from(pairs & LOW) | u128::from(pairs >> 4 & LOW) << 64;
+                both.to_le_bytes()
+            }
+            None => self.eight.get(block).copied().unwrap_or_default(),
+        };
+        s.add(s.to_f32(s.widen_u8(&codes)), s.splat(1.0))
+    }
 }
 
 /// Adds the four groups of a quad for `T` tiles.
@@ -282,7 +292,7 @@ pub(crate) fn unpack<S: Simd>(
         let place = Place::new(m.spec.code_bits() as usize, quad, quads);
         if m.blocks() != 0 {
             let block = quad * quad_cols / m.spec.block();
-            s.store(s.mul(row_scales, multipliers(s, m, tile, block, 1.0)), &mut scales);
+            s.store(s.mul(row_scales, multipliers(s, m, tile, block)), &mut scales);
         }
         for lane in 0..QUAD {
             let mut codes = [0.0; TILE];

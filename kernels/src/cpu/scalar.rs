@@ -279,11 +279,6 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
-    fn eq_b(self, a: Self::B, b: Self::B) -> Self::B {
-        zip_b(a, b, |a, b| if a == b { 255 } else { 0 })
-    }
-
-    #[inline(always)]
     fn lookup_b(self, table: Self::B, index: Self::B) -> Self::B {
         let mut out = [0; 64];
         for i in 0..64 {

@@ -223,8 +223,8 @@ fn sums<S: Bytes>(s: S, planes: &[[S::B; 2]; VECTORS], tables: &[[u8; 64]; TABLE
     // −1 − v = !v; from 0 to 255, less 128 as signed bytes.
     let high_negative = s.xor_b(high_negative, s.splat_b(255));
     let (low, low_negative) = (s.xor_b(low, s.splat_b(128)), s.xor_b(low_negative, s.splat_b(127)));
-    let high = s.finish(s.dot2(s.zero_acc(), high, high_negative));
-    let low = s.finish(s.dot2(s.zero_acc(), low, low_negative));
+    let high = s.finish(s.dot2(s.zero_acc(), s.arrange(high), s.arrange(high_negative)));
+    let low = s.finish(s.dot2(s.zero_acc(), s.arrange(low), s.arrange(low_negative)));
     // Each of the four lanes is 1 too low in both.
     s.add_i(s.add_i(s.shl(high, 5), low), s.splat_i(4 * 32 + 4))
 }

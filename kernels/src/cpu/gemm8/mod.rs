@@ -5,11 +5,13 @@
 //! unit for tiles ([`tiles`]), or they are indices of sums of activations, of many tokens at a time
 //! ([`tables`]).
 
+mod lookups;
 mod tables;
 mod tiles;
 
 use stb_format::encoding::nm::TILE;
 use stb_format::encoding::{MatrixView, NmView};
+use stb_format::half::f16;
 
 use super::bytes::Bytes;
 use super::int8::{self, BLOCK};
@@ -44,6 +46,8 @@ pub struct RoundedTokens {
     /// a cache.
     by_token: Vec<ByToken>,
     by_column: Vec<ByColumn>,
+    /// By [`lookups::TOGETHER`] tokens, for each block, the quads of the block.
+    tables: Vec<lookups::Quad>,
     /// By [`TOKENS`] tokens, for each block: the scale of each token.
     scales: Vec<[f32; TOKENS]>,
     tokens: usize,
@@ -64,7 +68,7 @@ pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
 #[must_use]
 pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
     match matrix {
-        _ if isa.run(HasTiles) => 12,
+        _ if isa.run(IsWide) => 3,
         MatrixView::Nm(m) if (m.spec.n(), m.spec.m()) == (1, 8) => 11,
         _ => 8,
     }
@@ -74,9 +78,11 @@ pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
 #[derive(Debug)]
 pub struct RoundingPart<'a> {
     x: &'a [f32],
-    /// For each block; one of both is empty.
+    /// For each block; but one of them are empty.
     by_token: &'a mut [ByToken],
     by_column: &'a mut [ByColumn],
+    /// By [`lookups::TOGETHER`] tokens.
+    tables: &'a mut [lookups::Quad],
     scales: &'a mut [[f32; TOKENS]],
 }
 
@@ -98,26 +104,40 @@ impl RoundedTokens {
         self.tokens = x.len() / cols;
         self.cols = cols;
         let (padded, blocks) = (self.tokens.next_multiple_of(TOKENS), cols.div_ceil(BLOCK));
-        let has_tiles = isa.run(HasTiles);
-        (self.group, self.task_rows) =
-            if has_tiles { (padded, tiles::ROWS) } else { (TOKENS, tables::ROWS) };
         let count = padded / TOKENS * blocks;
         self.by_token.clear();
         self.by_column.clear();
-        if has_tiles {
-            self.by_token.resize(count, Aligned([[0; BLOCK]; TOKENS]));
-        } else {
-            self.by_column.resize(count, Aligned([[[0; 16]; BLOCK]; TOKENS / 16]));
+        self.tables.clear();
+        let mut tables_of_part = 0;
+        match isa.run(Ways { tokens: self.tokens }) {
+            Way::Tiles => {
+                (self.group, self.task_rows) = (padded, tiles::ROWS);
+                self.by_token.resize(count, Aligned([[0; BLOCK]; TOKENS]));
+            }
+            Way::Lookups => {
+                let together = self.tokens.next_multiple_of(lookups::TOGETHER);
+                (self.group, self.task_rows) = (together.min(TOKENS), lookups::ROWS);
+                let of_token = blocks * lookups::quads(group_columns(matrix));
+                tables_of_part = TOKENS / lookups::TOGETHER * of_token;
+                let all = together / lookups::TOGETHER * of_token;
+                self.tables.resize(all, Aligned([[0; 64]; lookups::TOGETHER]));
+            }
+            Way::Tables => {
+                (self.group, self.task_rows) = (TOKENS, tables::ROWS);
+                self.by_column.resize(count, Aligned([[[0; 16]; BLOCK]; TOKENS / 16]));
+            }
         }
         self.scales.clear();
         self.scales.resize(count, [0.0; TOKENS]);
         let mut by_token = self.by_token.chunks_mut(blocks);
         let mut by_column = self.by_column.chunks_mut(blocks);
+        let mut tables = self.tables.chunks_mut(tables_of_part.max(1));
         let parts = x.chunks(TOKENS * cols).zip(self.scales.chunks_mut(blocks));
         let part = |(x, scales)| RoundingPart {
             x,
             by_token: by_token.next().unwrap_or_default(),
             by_column: by_column.next().unwrap_or_default(),
+            tables: tables.next().unwrap_or_default(),
             scales,
         };
         parts.map(part).collect()
@@ -146,16 +166,49 @@ impl RoundedTokens {
     }
 }
 
-/// Whether the set has a unit for tiles.
-struct HasTiles;
+/// From how many tokens on tiles take less time than look-ups, where there are tiles.
+const TILES_FROM: usize = 12;
 
-impl Task for HasTiles {
+struct IsWide;
+
+impl Task for IsWide {
     type Output = bool;
 
     #[inline(always)]
     fn run<S: Bytes>(self, _: S) -> bool {
-        S::TILES
+        S::WIDE
     }
+}
+
+/// What a set multiplies with.
+enum Way {
+    Tiles,
+    Lookups,
+    Tables,
+}
+
+struct Ways {
+    tokens: usize,
+}
+
+impl Task for Ways {
+    type Output = Way;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, _: S) -> Way {
+        if S::TILES && self.tokens >= TILES_FROM {
+            Way::Tiles
+        } else if S::WIDE {
+            Way::Lookups
+        } else {
+            Way::Tables
+        }
+    }
+}
+
+/// M of N:M, 8 if there is none.
+fn group_columns(matrix: &MatrixView<'_>) -> usize {
+    if let MatrixView::Nm(m) = matrix { m.spec.m() } else { 8 }
 }
 
 impl RoundingPart<'_> {
@@ -189,11 +242,16 @@ impl Task for Round<'_, '_, '_> {
                 part.scales[b][t] = int8::round_block(s, x, &mut codes);
                 if let Some(to) = part.by_token.get_mut(b) {
                     to.0[t] = codes;
-                } else {
-                    let half = &mut part.by_column[b].0[t / 16];
-                    for (to, code) in half.iter_mut().zip(codes) {
+                } else if let Some(to) = part.by_column.get_mut(b) {
+                    for (to, code) in to.0[t / 16].iter_mut().zip(codes) {
                         to[t % 16] = i16::from(code);
                     }
+                } else {
+                    let (group, t) = (t / lookups::TOGETHER, t % lookups::TOGETHER);
+                    let columns = group_columns(matrix);
+                    let quads = lookups::quads(columns);
+                    let to = &mut part.tables[(group * blocks + b) * quads..][..quads];
+                    lookups::arrange(columns, &codes, t, to);
                 }
             }
         }
@@ -239,8 +297,10 @@ impl Task for MatMul<'_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        if S::TILES {
+        if S::TILES && !self.x.by_token.is_empty() {
             s.with_tiles(tiles::InTiles(self));
+        } else if S::WIDE {
+            lookups::run(s, self);
         } else {
             tables::run(s, self);
         }
@@ -253,8 +313,24 @@ impl Task for MatMul<'_> {
 fn steps<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, block: usize) -> Option<(S::F, f32)> {
     (m.blocks() != 0).then(
         #[inline(always)]
-        || nm::multiplier_steps(s, m, tile, block * BLOCK / m.spec.block()),
+        || {
+            let steps = nm::Steps::of(m, tile);
+            (steps.at(s, block * BLOCK / m.spec.block()), steps.size)
+        },
     )
+}
+
+/// Multiplies the sums of a tile, [token][row], by the scales of its rows.
+#[inline(always)]
+fn scale_rows<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes]) {
+    let mut scales = [0.0; TILE];
+    for (to, scale) in scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
+        *to = f16::from_le_bytes(*scale).to_f32();
+    }
+    let scales = s.load(&scales);
+    for Lanes(y) in y {
+        s.store(s.mul(s.load(y), scales), y);
+    }
 }
 
 /// From [row][token] to [token][row].

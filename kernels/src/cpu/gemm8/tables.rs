@@ -39,17 +39,24 @@ type Indices<const UNITS: usize> = [[u8; TILE]; UNITS];
 pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
     let m = job.matrix;
     match (m.spec.n(), m.spec.m()) {
-        (1, 4) => all_tiles::<S, 1, 4, 16, 64>(s, job),
-        (1, 8) => all_tiles::<S, 1, 8, 16, 16>(s, job),
-        (2, 4) => all_tiles::<S, 2, 4, 32, 32>(s, job),
-        (2, 8) => all_tiles::<S, 2, 8, 16, 128>(s, job),
+        (1, 4) => all_tiles::<S, 1, 4, 3, 16, 64>(s, job),
+        (1, 8) => all_tiles::<S, 1, 8, 4, 16, 16>(s, job),
+        (2, 4) => all_tiles::<S, 2, 4, 5, 32, 32>(s, job),
+        (2, 8) => all_tiles::<S, 2, 8, 7, 16, 128>(s, job),
         (n, m) => unreachable!("the format has no {n}:{m} codes"),
     }
 }
 
 /// `y` holds [tile][half of the tokens][row][token] until the end.
 #[inline(always)]
-fn all_tiles<S: Bytes, const N: usize, const M: usize, const UNITS: usize, const ENTRIES: usize>(
+fn all_tiles<
+    S: Bytes,
+    const N: usize,
+    const M: usize,
+    const BITS: usize,
+    const UNITS: usize,
+    const ENTRIES: usize,
+>(
     s: S,
     job: MatMul<'_>,
 ) {
@@ -61,7 +68,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const UNITS: usize, const
     y.fill(Lanes::default());
     for block in 0..x.blocks() {
         for (t, to) in indices.iter_mut().enumerate() {
-            index::<S, N, M, UNITS>(s, m, first + t, block, to);
+            index::<S, N, M, BITS, UNITS>(s, m, first + t, block, to);
         }
         let at = group * x.blocks() + block;
         let scales = x.scales[at].as_chunks::<16>().0;
@@ -81,7 +88,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const UNITS: usize, const
 
 /// What each row of a tile looks up in a block of columns; as many planes as there are.
 #[inline(always)]
-fn index<S: Bytes, const N: usize, const M: usize, const UNITS: usize>(
+fn index<S: Bytes, const N: usize, const M: usize, const BITS: usize, const UNITS: usize>(
     s: S,
     m: &NmView<'_>,
     tile: usize,
@@ -90,7 +97,7 @@ fn index<S: Bytes, const N: usize, const M: usize, const UNITS: usize>(
 ) {
     let quads = m.groups().div_ceil(QUAD);
     let codes = m.tile_codes(tile).as_chunks::<64>().0;
-    let bits = N * M.trailing_zeros() as usize + 1;
+    let (whole, last) = nm8::chunks::<BITS>(codes, quads);
     let parts = BLOCK / (PART * QUAD * M);
     let vectors = to.as_flattened_mut().as_chunks_mut::<64>().0;
     for (p, to) in vectors.chunks_exact_mut(UNITS / QUAD / parts).enumerate() {
@@ -100,10 +107,11 @@ fn index<S: Bytes, const N: usize, const M: usize, const UNITS: usize>(
             to.fill([0; 64]);
             continue;
         }
-        let planes = Planes::new(codes, 0, bits, quads, part);
+        let chunk = whole.get(part / 2).unwrap_or(&last);
+        let planes = Planes { chunk, half: part % 2, arranged: false };
         let quads = match (N, M) {
-            (2, 8) => nm8::codes_of_8(s, &planes),
-            _ => nm8::first_indices::<S, N, M>(s, &planes),
+            (2, 8) => nm8::codes_of_8(s, planes),
+            _ => nm8::indices::<S, N, M, BITS>(s, planes),
         };
         if (N, M) == (1, 4) {
             // Two groups of four columns, from two quads, make an index.

@@ -4,13 +4,12 @@
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{QUAD, TILE};
-use stb_format::half::f16;
 
 use super::super::Simd;
 use super::super::bytes::{Bytes, TileSums};
 use super::super::int8::BLOCK;
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, steps};
+use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, scale_rows, steps};
 use crate::isa::Task;
 
 /// Columns expanded at a time; a multiple of [`BLOCK`].
@@ -36,17 +35,17 @@ impl Task for InTiles<'_> {
         let Self(job) = self;
         let m = job.matrix;
         match (m.spec.n(), m.spec.m()) {
-            (1, 4) => all_tiles::<S, 1, 4>(s, job),
-            (1, 8) => all_tiles::<S, 1, 8>(s, job),
-            (2, 4) => all_tiles::<S, 2, 4>(s, job),
-            (2, 8) => all_tiles::<S, 2, 8>(s, job),
+            (1, 4) => all_tiles::<S, 1, 4, 3>(s, job),
+            (1, 8) => all_tiles::<S, 1, 8, 4>(s, job),
+            (2, 4) => all_tiles::<S, 2, 4, 5>(s, job),
+            (2, 8) => all_tiles::<S, 2, 8, 7>(s, job),
             (n, m) => unreachable!("the format has no {n}:{m} codes"),
         }
     }
 }
 
 #[inline(always)]
-fn all_tiles<S: Bytes, const N: usize, const M: usize>(s: S, job: MatMul<'_>) {
+fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(s: S, job: MatMul<'_>) {
     let MatMul { matrix: m, x, first, y, .. } = job;
     let stride = x.group;
     let patterns = Patterns::<S>::new::<N, M>(s);
@@ -61,7 +60,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize>(s: S, job: MatMul<'_>) {
             for t in 0..tiles {
                 for (k, block) in blocks.clone().enumerate() {
                     let to = &mut weights[t * (DEPTH / BLOCK) + k];
-                    patterns.expand::<N, M>(s, m, tile + t, block, to);
+                    patterns.expand::<N, M, BITS>(s, m, tile + t, block, to);
                 }
             }
             let part = Part { m, x, tile, blocks, weights: &weights };
@@ -73,22 +72,9 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize>(s: S, job: MatMul<'_>) {
     }
 }
 
-/// Multiplies the sums of a tile, [token][row], by the scales of its rows.
-#[inline(always)]
-fn scale_rows<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes]) {
-    let mut scales = [0.0; TILE];
-    for (to, scale) in scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
-        *to = f16::from_le_bytes(*scale).to_f32();
-    }
-    let scales = s.load(&scales);
-    for Lanes(y) in y {
-        s.store(s.mul(s.load(y), scales), y);
-    }
-}
-
 /// What the codes expand to: the bytes of a group of columns, four at a time as one word.
 struct Patterns<S: Simd> {
-    /// For the first four columns of a group and the others, by what [`nm8::first_indices`] gives.
+    /// For the first four columns of a group and the others, by what [`nm8::indices`] gives.
     /// 2:8: what one weight changes, by exclusive or, in four weights of zero.
     tables: [S::F; 2],
     /// 2:4: the same for codes with the negative sign.
@@ -126,7 +112,7 @@ impl<S: Bytes> Patterns<S> {
 
     /// Columns `128·block..` of a tile of rows.
     #[inline(always)]
-    fn expand<const N: usize, const M: usize>(
+    fn expand<const N: usize, const M: usize, const BITS: usize>(
         &self,
         s: S,
         m: &NmView<'_>,
@@ -136,7 +122,7 @@ impl<S: Bytes> Patterns<S> {
     ) {
         let quads = m.groups().div_ceil(QUAD);
         let codes = m.tile_codes(tile).as_chunks::<64>().0;
-        let bits = N * M.trailing_zeros() as usize + 1;
+        let (whole, last) = nm8::chunks::<BITS>(codes, quads);
         let words = PART * QUAD * M / 4;
         let parts = BLOCK / 4 / words;
         for (p, to) in to.0.chunks_exact_mut(words).enumerate() {
@@ -146,12 +132,13 @@ impl<S: Bytes> Patterns<S> {
                 to.fill([0; 64]);
                 continue;
             }
-            let planes = Planes::new(codes, 0, bits, quads, part);
+            let chunk = whole.get(part / 2).unwrap_or(&last);
+            let planes = Planes { chunk, half: part % 2, arranged: false };
             let (first, second) = if (N, M) == (2, 8) {
-                let [first, second] = nm8::pairs_of_8(s, &planes);
+                let [first, second] = nm8::pairs::<S, 8, BITS>(s, planes);
                 (first, second)
             } else {
-                let first = nm8::first_indices::<S, N, M>(s, &planes);
+                let first = nm8::indices::<S, N, M, BITS>(s, planes);
                 (first, first)
             };
             for (q, to) in to.chunks_exact_mut(QUAD * M / 4).enumerate() {
