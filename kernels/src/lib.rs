@@ -25,6 +25,7 @@ mod pool;
 
 pub use cpu::{
     Lanes, RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded,
+    tokens_together,
 };
 pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec};
 pub use cpu::{kv, ops, probe};

@@ -10,6 +10,8 @@ const BLOCK: usize = 64;
 const FEW_TOKENS: usize = 4;
 /// Keys or values of a head that stay in cache while all its queries use them.
 const CACHED: usize = 256;
+/// Below this many numbers, they are copied by one thread.
+const SERIAL_COPY: usize = 1 << 16;
 /// Below this many multiplications, threads cost more than they save.
 const SERIAL_WORK: usize = 1 << 15;
 
@@ -99,11 +101,13 @@ impl KvCache {
             }
         });
         let wide = heads.group() * heads.width;
-        for (index, head) in self.by_head.iter().enumerate() {
-            for (t, from) in head.memory.out.chunks_exact(wide).enumerate() {
-                out[t * heads.q_width + index * wide..][..wide].copy_from_slice(from);
+        let by_head = &self.by_head;
+        pool.or_serial(q.len() >= SERIAL_COPY).run_chunks(out, heads.q_width, |first, out| {
+            let t = first / heads.q_width;
+            for (out, head) in out.chunks_exact_mut(wide).zip(by_head) {
+                out.copy_from_slice(&head.memory.out[t * wide..][..wide]);
             }
-        }
+        });
     }
 }
 

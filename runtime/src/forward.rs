@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use stb_format::{RopePairing, RopeScaling};
 use stb_kernels::cuda::{self, Attention};
 use stb_kernels::kv::KvKind;
-use stb_kernels::{Isa, Pool, ops};
+use stb_kernels::{Isa, Pool, has_rounded_matmul, ops, tokens_together};
 
 use crate::attention::{Heads, KvCache};
 use crate::device::{Caches, DeviceModel, Logits};
@@ -164,7 +164,12 @@ impl Model {
             state.logits = logits;
             return Ok(&state.logits);
         }
-        let hidden = self.run_layers(state, tokens)?;
+        self.check_tokens(state, tokens)?;
+        let (passes, last_pass) = self.passes(tokens);
+        for tokens in passes {
+            state.memory.hidden = self.run_layers(state, tokens)?;
+        }
+        let hidden = self.run_layers(state, last_pass)?;
         let width = self.norm.len();
         let last = &hidden[hidden.len() - width..];
         self.logits(&mut state.memory, last, &mut state.logits);
@@ -245,14 +250,32 @@ impl Model {
         if self.device.is_some() {
             return self.forward_on_device(state, tokens, Logits::All, sink);
         }
-        let hidden = self.run_layers(state, tokens)?;
-        let mut logits = Vec::new();
-        for (i, hidden) in hidden.chunks(CHUNK * self.norm.len()).enumerate() {
-            self.logits(&mut state.memory, hidden, &mut logits);
-            sink(i * CHUNK, &logits);
+        self.check_tokens(state, tokens)?;
+        let (passes, last_pass) = self.passes(tokens);
+        let (mut logits, mut first) = (Vec::new(), 0);
+        for tokens in passes.chain([last_pass]) {
+            let hidden = self.run_layers(state, tokens)?;
+            for (i, hidden) in hidden.chunks(CHUNK * self.norm.len()).enumerate() {
+                self.logits(&mut state.memory, hidden, &mut logits);
+                sink(first + i * CHUNK, &logits);
+            }
+            first += tokens.len();
+            state.memory.hidden = hidden;
         }
-        state.memory.hidden = hidden;
         Ok(())
+    }
+
+    /// `tokens` in pieces that go through all layers one after the other, and the last of them: as
+    /// many as share work, but no more, so that activations stay in cache.
+    fn passes<'t>(&self, tokens: &'t [u32]) -> (impl Iterator<Item = &'t [u32]>, &'t [u32]) {
+        let shared = |w: &Weight| !self.exact && has_rounded_matmul(&w.view());
+        let rounded = self.layers.iter().flat_map(Layer::matrices).all(shared);
+        let most = if rounded { tokens_together(self.isa) } else { EXACT_TOKENS };
+        // Of nearly one size: a few tokens alone cost as much as many.
+        let count = tokens.len().div_ceil(most).max(1);
+        let size = tokens.len().div_ceil(count).next_multiple_of(GROUP);
+        let (passes, last) = tokens.split_at(tokens.len().saturating_sub(1) / size * size);
+        (passes.chunks(size), last)
     }
 
     /// Layers that the CPU computes: all, or those before the layers on the device.
@@ -559,6 +582,10 @@ impl Rotary {
     }
 }
 
+/// Tokens that share the weights once these are unpacked.
+const EXACT_TOKENS: usize = 512;
+/// Of so many tokens kernels make use together.
+const GROUP: usize = 32;
 /// Up to so many numbers, operations between the linear layers stay on one thread.
 const SERIAL: usize = 1 << 15;
 /// Numbers per task above that.

@@ -7,12 +7,13 @@
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
+use stb_format::half::f16;
 
 use super::super::bytes::Bytes;
 use super::super::int8::BLOCK;
 use super::super::nm::Steps;
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, TOKENS, scale_rows};
+use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS};
 
 /// Rows of a task that share the tables in the second cache.
 pub(super) const ROWS: usize = 256;
@@ -55,79 +56,94 @@ pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
 
 /// `y` holds [tile][token][row].
 #[inline(always)]
-fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
-    s: S,
-    mut job: MatMul<'_>,
-) {
-    let MatMul { matrix: m, x, group, first, .. } = job;
+fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(s: S, job: MatMul<'_>) {
+    let MatMul { matrix: m, x, group, first, y } = job;
     let count = (x.tokens - group * x.group).min(x.group);
-    let blocks = x.blocks();
-    let y = std::mem::take(&mut job.y);
-    y.fill(Lanes::default());
-    for from in (0..blocks).step_by(DEPTH) {
-        let to = blocks.min(from + DEPTH);
+    let quads = m.groups().div_ceil(QUAD);
+    let mut tiles = Vec::with_capacity(y.len() / x.group);
+    for tile in first / TILE..first / TILE + y.len() / x.group {
+        let (whole, last) = nm8::chunks(m.tile_codes(tile).as_chunks().0, quads);
+        let mut row_scales = [0.0; TILE];
+        for (to, scale) in row_scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
+            *to = f16::from_le_bytes(*scale).to_f32();
+        }
+        tiles.push(Tile::<BITS> { whole, last, steps: Steps::of(m, tile), row_scales });
+    }
+    for from in (0..x.blocks()).step_by(DEPTH) {
+        let to = x.blocks().min(from + DEPTH);
         for sub in 0..count.div_ceil(TOGETHER) {
-            let part = Part::<M>::new(&job, sub, from..to);
-            for (t, y) in y.chunks_exact_mut(x.group).enumerate() {
+            let part = Part::<M>::new(m, x, group * x.group + sub * TOGETHER, from..to);
+            for (tile, y) in tiles.iter().zip(y.chunks_exact_mut(x.group)) {
                 let y = &mut y.as_chunks_mut::<TOGETHER>().0[sub];
-                part.add::<S, N, BITS>(s, m, first / TILE + t, y);
+                part.add::<S, N, BITS>(s, tile, y, to == x.blocks());
             }
         }
     }
-    for (t, y) in y.chunks_exact_mut(x.group).enumerate() {
-        scale_rows(s, m, first / TILE + t, y);
-    }
 }
 
-/// Some blocks of columns for the tokens of one table.
+/// 16 rows; see [`nm8::chunks`].
+struct Tile<'a, const BITS: usize> {
+    whole: &'a [[[u8; 64]; BITS]],
+    last: [[u8; 64]; BITS],
+    steps: Steps<'a>,
+    row_scales: [f32; TILE],
+}
+
+/// Some blocks of columns for tokens that share tables.
 struct Part<'a, const M: usize> {
     blocks: std::ops::Range<usize>,
     /// [block][quad].
     tables: &'a [Quad],
     /// Scales of activations times the size of a step of the rows' scales: [block][token].
     factors: [[f32; TOGETHER]; DEPTH],
+    /// Blocks that share the rows' scales; 0 if these are 1.
+    together: usize,
 }
 
 impl<'a, const M: usize> Part<'a, M> {
     #[inline(always)]
-    fn new(job: &MatMul<'a>, sub: usize, blocks: std::ops::Range<usize>) -> Self {
-        let x = job.x;
-        let token = job.group * x.group + sub * TOGETHER;
+    fn new(
+        m: &NmView<'_>,
+        x: &'a RoundedTokens,
+        token: usize,
+        blocks: std::ops::Range<usize>,
+    ) -> Self {
         let at = token / TOGETHER * x.blocks();
         let tables = &x.tables[(at + blocks.start) * quads(M)..(at + blocks.end) * quads(M)];
-        let size = if job.matrix.blocks() == 0 { 1.0 } else { Steps::of(job.matrix, 0).size };
+        let together = if m.blocks() == 0 { 0 } else { m.spec.block() / BLOCK };
+        let size = if together == 0 { 1.0 } else { Steps::of(m, 0).size };
         let mut factors = [[0.0; TOGETHER]; DEPTH];
         for (factors, block) in factors.iter_mut().zip(blocks.clone()) {
             let scales = &x.scales[token / TOKENS * x.blocks() + block];
             *factors = scales.as_chunks().0[token % TOKENS / TOGETHER].map(|scale| scale * size);
         }
-        Self { blocks, tables, factors }
+        Self { blocks, tables, factors, together }
     }
 
-    /// Adds the products of a tile to `y`, [token][row].
+    /// Adds the products of a tile to `y`, [token][row], or begins there with the first block; after
+    /// the `last` one of all, multiplies by the scales of the rows.
     #[inline(always)]
     fn add<S: Bytes, const N: usize, const BITS: usize>(
         &self,
         s: S,
-        m: &NmView<'_>,
-        tile: usize,
+        tile: &Tile<'_, BITS>,
         y: &mut [Lanes; TOGETHER],
+        last: bool,
     ) {
-        let count = m.groups().div_ceil(QUAD);
-        let (whole, last) = nm8::chunks::<BITS>(m.tile_codes(tile).as_chunks().0, count);
-        let steps = Steps::of(m, tile);
         let per_chunk = CHUNK_QUADS / quads(M);
         let mut totals = [s.splat(0.0); TOGETHER];
-        for (total, y) in totals.iter_mut().zip(&*y) {
-            *total = s.load(&y.0);
+        if self.blocks.start > 0 {
+            for (total, y) in totals.iter_mut().zip(&*y) {
+                *total = s.load(&y.0);
+            }
         }
         let mut block = self.blocks.start;
         while block < self.blocks.end {
-            let chunk = whole.get(block / per_chunk).unwrap_or(&last);
+            let chunk = tile.whole.get(block / per_chunk).unwrap_or(&tile.last);
             let mut acc = [s.zero_acc(); TOGETHER];
             self.half::<S, N, BITS>(s, chunk, block, 0, &mut acc);
             if M == 8 {
-                self.finish(s, m, steps, block, acc, &mut totals);
+                self.finish(s, tile.steps, block, acc, &mut totals);
                 block += 1;
                 if block == self.blocks.end {
                     break;
@@ -135,11 +151,12 @@ impl<'a, const M: usize> Part<'a, M> {
                 acc = [s.zero_acc(); TOGETHER];
             }
             self.half::<S, N, BITS>(s, chunk, block, 1, &mut acc);
-            self.finish(s, m, steps, block, acc, &mut totals);
+            self.finish(s, tile.steps, block, acc, &mut totals);
             block += 1;
         }
+        let scale = if last { s.load(&tile.row_scales) } else { s.splat(1.0) };
         for (total, y) in totals.into_iter().zip(y) {
-            s.store(total, &mut y.0);
+            s.store(s.mul(total, scale), &mut y.0);
         }
     }
 
@@ -184,17 +201,17 @@ impl<'a, const M: usize> Part<'a, M> {
     fn finish<S: Bytes>(
         &self,
         s: S,
-        m: &NmView<'_>,
         steps: Steps<'_>,
         block: usize,
         acc: [S::Acc; TOGETHER],
         totals: &mut [S::F; TOGETHER],
     ) {
         let factors = &self.factors[block - self.blocks.start];
-        let steps = (m.blocks() != 0).then(
-            #[inline(always)]
-            || steps.at(s, block * BLOCK / m.spec.block()),
-        );
+        let steps = match self.together {
+            0 => None,
+            1 => Some(steps.at(s, block)),
+            n => Some(steps.at(s, block / n)),
+        };
         for k in 0..TOGETHER {
             let mut scale = s.splat(factors[k]);
             if let Some(steps) = steps {

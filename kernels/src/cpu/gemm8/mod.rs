@@ -74,6 +74,24 @@ pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
     }
 }
 
+/// Of how many tokens [`matmul_rounded`] makes use together: more share nothing that counts.
+#[must_use]
+pub fn tokens_together(isa: Isa) -> usize {
+    if isa.run(HasTiles) { 512 } else { 128 }
+}
+
+/// Whether the set has a unit for tiles.
+struct HasTiles;
+
+impl Task for HasTiles {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, _: S) -> bool {
+        S::TILES
+    }
+}
+
 /// Activations of up to 32 tokens on their way into [`RoundedTokens`].
 #[derive(Debug)]
 pub struct RoundingPart<'a> {
