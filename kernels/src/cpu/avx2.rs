@@ -505,15 +505,17 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
-    fn sum_fours(self, sums: [I; 4]) -> I {
-        let [a, b, c, d] = sums;
-        // Of a and b alternately: neighbours at a distance of two added, then those two.
-        let left =
-            self.add_i(both!(_mm256_unpacklo_epi32, a, b), both!(_mm256_unpackhi_epi32, a, b));
-        let right =
-            self.add_i(both!(_mm256_unpacklo_epi32, c, d), both!(_mm256_unpackhi_epi32, c, d));
-        let low = both!(_mm256_unpacklo_epi64, left, right);
-        self.add_i(low, both!(_mm256_unpackhi_epi64, left, right))
+    fn transpose_words(self, v: [I; 4]) -> [I; 4] {
+        let [a, b, c, d] = v;
+        let (ab, cd) = (both!(_mm256_unpacklo_epi32, a, b), both!(_mm256_unpacklo_epi32, c, d));
+        let ab_high = both!(_mm256_unpackhi_epi32, a, b);
+        let cd_high = both!(_mm256_unpackhi_epi32, c, d);
+        [
+            both!(_mm256_unpacklo_epi64, ab, cd),
+            both!(_mm256_unpackhi_epi64, ab, cd),
+            both!(_mm256_unpacklo_epi64, ab_high, cd_high),
+            both!(_mm256_unpackhi_epi64, ab_high, cd_high),
+        ]
     }
 
     #[inline(always)]

@@ -488,14 +488,17 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
-    fn sum_fours(self, sums: [__m512i; 4]) -> __m512i {
-        let [a, b, c, d] = sums;
-        // Of a and b alternately: neighbours at a distance of two added, then those two.
+    fn transpose_words(self, v: [__m512i; 4]) -> [__m512i; 4] {
+        let [a, b, c, d] = v;
         values!({
-            let left = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-            let right = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-            let low = _mm512_unpacklo_epi64(left, right);
-            _mm512_add_epi32(low, _mm512_unpackhi_epi64(left, right))
+            let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+            let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+            [
+                _mm512_unpacklo_epi64(ab, cd),
+                _mm512_unpackhi_epi64(ab, cd),
+                _mm512_unpacklo_epi64(ab_high, cd_high),
+                _mm512_unpackhi_epi64(ab_high, cd_high),
+            ]
         })
     }
 

@@ -1,8 +1,34 @@
 //! Operations on bytes, for products with activations of 8 bits.
 
+use std::ops::{Deref, DerefMut};
+
 use super::Simd;
 use super::int8::BLOCK;
 use crate::isa::Task;
+
+/// Where a cache line begins: vectors that cross lines take twice the time.
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Aligned<T>(pub T);
+
+impl<T> Deref for Aligned<T> {
+    type Target = T;
+
+    #[inline(always)]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+/// A vector of bytes.
+pub(crate) type Line = Aligned<[u8; 64]>;
 
 /// Operations on 64 bytes in four *lanes* of 16 (`B`), and sums over them (`Acc`). Every
 /// implementation gives the same numbers: all of it is integer arithmetic without overflow.
@@ -87,9 +113,9 @@ pub(crate) trait Bytes: Simd {
     fn sub_h(self, a: Self::H, b: Self::H) -> Self::H;
     /// The same numbers in 32 bits.
     fn widen_h(self, v: Self::H) -> Self::I;
-    /// `to[4g + v] = Σ_k sums[v][4g + k]` for k and v below 4: neighbours added, the vectors side by
-    /// side.
-    fn sum_fours(self, sums: [Self::I; 4]) -> Self::I;
+    /// Within each lane the words of 4 vectors transposed: word w of vector v becomes word v of vector
+    /// w.
+    fn transpose_words(self, v: [Self::B; 4]) -> [Self::B; 4];
     /// The lanes as little-endian words.
     fn store_words(self, v: Self::I, to: &mut [u8; 64]);
     fn load_i(self, v: &[i32; 16]) -> Self::I;

@@ -7,6 +7,7 @@
 
 use stb_format::encoding::MatrixView;
 
+use super::bytes::{Aligned, Line};
 use super::int_group::{Arranged, arrange};
 use super::{Bytes, Simd, lanes};
 
@@ -20,11 +21,11 @@ pub(crate) struct Rounded {
     pub scales: Vec<f32>,
     /// What the kernel reads beside the codes; see [`super::nm8`],
     /// [`super::int_group`] and [`super::stbllm8`].
-    pub tables: Vec<[u8; 64]>,
+    pub tables: Vec<Line>,
     /// Sums of activations, for encodings with an offset.
-    pub sums: Vec<[i32; 16]>,
+    pub sums: Vec<Aligned<[i32; 16]>>,
     /// `scales` repeated for each 32 columns, for integer groups.
-    pub unit_scales: Vec<[f32; 16]>,
+    pub unit_scales: Vec<Aligned<[f32; 16]>>,
     codes: Vec<i8>,
 }
 

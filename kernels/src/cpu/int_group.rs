@@ -1,8 +1,9 @@
 //! Integer groups with rounded activations. In a plane of w bits (1, 2, 4 or 8) a *stride* of 512
 //! columns takes w vectors of 64 bytes; every 4 bytes of them belong to one unit of 32 columns, so
 //! each of the 16 sums of a vector has one scale. A field of 8/w in a byte is moved to a fixed place,
-//! and multiplied with the activations of its columns by [`Bytes::dot4_small`]. With 4 bits, the four
-//! sums of a unit are added, so that the 16 units of a stride take one conversion and one product.
+//! and multiplied with the activations of its columns by [`Bytes::dot4_small`]. With 4 bits,
+//! the four words of each unit are brought to the same place of four vectors first, so that the 16 units
+//! of a stride have 16 sums, for which one conversion and one product are enough.
 //!
 //! Odd codes of few bits are 2q + low for the stored number q, so fields are placed at bit 1, where
 //! they count 2q; −low times the sum of activations is where sums begin, as for 4 bits, which are
@@ -10,8 +11,8 @@
 //! not unsigned below 128 as [`Bytes::dot4`] needs them, but activations are, apart from their signs:
 //! positive and negative ones make two tables.
 //!
-//! No sum overflows: the fields of a byte are at most 8 · 2, 4 · 6 and 2 · 15 in all, of the 128 that
-//! `dot4_small` allows; in `dot4` a factor is at most 127, as it asks for. A sum over 4 bytes and all
+//! No sum overflows: the fields of a byte are at most 8 · 2 and 4 · 6 in all, those of a stride of 4 bits 8 · 15, of the 128
+//! that `dot4_small` allows; in `dot4` a factor is at most 127, as it asks for. A sum over 4 bytes and all
 //! fields is, for 1, 2 and 4 bits, within 32 · 2 · 127, 16 · 6 · 127 and 8 · 15 · 127, for 8 bits
 //! within 4 · 128 · 127; with what they begin with, up to 32 · 8 · 127, and four of them all are below
 //! 2¹⁹. So they
@@ -20,7 +21,7 @@
 use stb_format::encoding::int_group::UNIT;
 use stb_format::encoding::{IntGroup, IntGroupView};
 
-use super::bytes::{Bytes, MAX_SMALL};
+use super::bytes::{Aligned, Bytes, Line, MAX_SMALL};
 use super::int8::{BLOCK, Rounded};
 
 /// Columns whose codes are a whole number of vectors for every width, and whose units are as many as
@@ -45,7 +46,7 @@ pub(super) fn arrange(spec: IntGroup, x: &[i8], scales: &[f32], to: &mut Arrange
                 fields(&line, 2, to.tables);
                 fields(&line, 1, to.tables);
             }
-            4 => fields(&line, 4, to.tables),
+            4 => fields_of_4_bits(&line, to.tables),
             _ => halves(&line, to.tables),
         }
         if spec.bits() != 8 {
@@ -55,7 +56,7 @@ pub(super) fn arrange(spec: IntGroup, x: &[i8], scales: &[f32], to: &mut Arrange
     let blocks = STRIDE / BLOCK;
     to.unit_scales.extend(scales.chunks(blocks).map(|part| {
         let order = &UNITS_BY_PLACE[usize::from(spec.bits() == 4)];
-        order.map(|unit| part.get(usize::from(unit) * blocks / 16).copied().unwrap_or(0.0))
+        Aligned(order.map(|unit| part.get(usize::from(unit) * blocks / 16).copied().unwrap_or(0.0)))
     }));
 }
 
@@ -63,15 +64,15 @@ pub(super) fn arrange(spec: IntGroup, x: &[i8], scales: &[f32], to: &mut Arrange
 pub(super) struct Arranged<'a> {
     /// For each stride, the activations of each field of each vector; for 8 bits, the positive ones
     /// and the magnitudes of the negative ones.
-    pub tables: &'a mut Vec<[u8; 64]>,
+    pub tables: &'a mut Vec<Line>,
     /// What the sums of each vector of the first plane begin with; for 4 bits those of a stride.
-    pub sums: &'a mut Vec<[i32; 16]>,
+    pub sums: &'a mut Vec<Aligned<[i32; 16]>>,
     /// The scales of the units of each stride, see [`UNITS_BY_PLACE`].
-    pub unit_scales: &'a mut Vec<[f32; 16]>,
+    pub unit_scales: &'a mut Vec<Aligned<[f32; 16]>>,
 }
 
 /// Byte k of a unit holds the fields of columns k, k + n, k + 2n, …, n being the bytes of a unit.
-fn fields(line: &[i8; STRIDE], width: usize, tables: &mut Vec<[u8; 64]>) {
+fn fields(line: &[i8; STRIDE], width: usize, tables: &mut Vec<Line>) {
     let bytes = 4 * width;
     for vector in line.chunks_exact(STRIDE / width) {
         for field in 0..8 / width {
@@ -81,27 +82,41 @@ fn fields(line: &[i8; STRIDE], width: usize, tables: &mut Vec<[u8; 64]>) {
                     *to = x.cast_unsigned();
                 }
             }
-            tables.push(table);
+            tables.push(Aligned(table));
         }
     }
 }
 
-fn halves(line: &[i8; STRIDE], tables: &mut Vec<[u8; 64]>) {
+/// The same for 4 bits, where word w of every unit is in vector w, at the unit's place.
+fn fields_of_4_bits(line: &[i8; STRIDE], tables: &mut Vec<Line>) {
+    let units = line.as_chunks::<UNIT>().0;
+    for (word, field) in (0..4).flat_map(|word| [(word, 0), (word, 1)]) {
+        let mut table = [0; 64];
+        for (to, unit) in table.as_chunks_mut::<4>().0.iter_mut().zip(&UNITS_BY_PLACE[1]) {
+            let from = field * 16 + word * 4;
+            let x = &units[usize::from(*unit)][from..from + 4];
+            to.iter_mut().zip(x).for_each(|(to, x)| *to = x.cast_unsigned());
+        }
+        tables.push(Aligned(table));
+    }
+}
+
+fn halves(line: &[i8; STRIDE], tables: &mut Vec<Line>) {
     for vector in line.as_chunks::<64>().0 {
         // Activations are −127 at least, so their magnitudes are below 128.
-        tables.push(vector.map(|x| x.max(0).unsigned_abs()));
-        tables.push(vector.map(|x| x.min(0).unsigned_abs()));
+        tables.push(Aligned(vector.map(|x| x.max(0).unsigned_abs())));
+        tables.push(Aligned(vector.map(|x| x.min(0).unsigned_abs())));
     }
 }
 
 /// The lowest code times the sum of activations of each unit, at its first place.
-fn offsets(line: &[i8; STRIDE], spec: IntGroup, sums: &mut Vec<[i32; 16]>) {
+fn offsets(line: &[i8; STRIDE], spec: IntGroup, sums: &mut Vec<Aligned<[i32; 16]>>) {
     let width = if spec.bits() == 3 { 2 } else { usize::from(spec.bits()) };
     let low = i32::from(spec.limits().0);
     if width == 4 {
         let units = line.as_chunks::<UNIT>().0;
         let sum = |unit: &u8| units[usize::from(*unit)].iter().map(|x| i32::from(*x)).sum::<i32>();
-        sums.push(std::array::from_fn(|place| low * sum(&UNITS_BY_PLACE[1][place])));
+        sums.push(Aligned(UNITS_BY_PLACE[1].map(|unit| low * sum(&unit))));
         return;
     }
     for vector in line.chunks_exact(STRIDE / width) {
@@ -109,7 +124,7 @@ fn offsets(line: &[i8; STRIDE], spec: IntGroup, sums: &mut Vec<[i32; 16]>) {
         for (places, unit) in sum.chunks_exact_mut(width).zip(vector.as_chunks::<UNIT>().0) {
             places[0] = low * unit.iter().map(|x| i32::from(*x)).sum::<i32>();
         }
-        sums.push(sum);
+        sums.push(Aligned(sum));
     }
 }
 
@@ -129,7 +144,7 @@ pub(super) fn matvec<S: Bytes, const T: usize>(
         1 => rows::<S, T, 1, 1, 8>(s, m, x, count, first, y),
         2 => rows::<S, T, 2, 2, 4>(s, m, x, count, first, y),
         3 => rows::<S, T, 3, 2, 4>(s, m, x, count, first, y),
-        4 => rows::<S, T, 4, 4, 2>(s, m, x, count, first, y),
+        4 => rows_of_4_bits(s, m, x, count, first, y),
         _ => rows::<S, T, 8, 8, 2>(s, m, x, count, first, y),
     }
 }
@@ -165,13 +180,7 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
     let (strides, last_stride) = padded(low.as_chunks::<64>().0.as_chunks::<WIDTH>().0, low);
     let (seconds, last_second) = padded(high.as_chunks::<64>().0, high);
     let (sixteens, last_sixteen) = padded(stored.as_chunks::<32>().0, stored);
-    // 16 scales at a time serve as many strides as a group has units.
-    let places = &PLACES[usize::from(BITS == 4)];
-    let (places, part) = match m.spec.group() {
-        32 => (&places[0], 1),
-        64 => (&places[1], 2),
-        _ => (&places[2], 4),
-    };
+    let (places, part) = places::<0>(m);
     let tables_of_stride = WIDTH * TABLES + if BITS == 3 { 8 } else { 0 };
     let mut sixteen = s.splat(0.0);
     let mut acc = [s.splat(0.0); T];
@@ -181,8 +190,8 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
         }
         let units = s.lookup(sixteen, s.widen_u8(&places[stride % part]));
         let mut scales = [units; T];
-        let mut first: [&[[[u8; 64]; TABLES]]; T] = [&[]; T];
-        let mut second: [&[[u8; 64]]; T] = [&[]; T];
+        let mut first: [&[[Line; TABLES]]; T] = [&[]; T];
+        let mut second: [&[Line]; T] = [&[]; T];
         for t in 0..T {
             scales[t] = s.mul(units, s.load(&x[t].unit_scales[stride]));
             let tables = &x[t].tables[stride * tables_of_stride..][..tables_of_stride];
@@ -190,28 +199,15 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
             (first[t], second[t]) = (of_first.as_chunks::<TABLES>().0, of_second);
         }
         let vectors = strides.get(stride).unwrap_or(&last_stride);
-        let mut of_vectors = [[s.splat_i(0); 4]; T];
         for v in 0..WIDTH {
             s.prefetch(vectors[v].as_ptr().wrapping_add(AHEAD));
             for t in 0..T {
-                if BITS == 4 {
-                    let zero = s.splat_i(0);
-                    of_vectors[t][v] = dots::<S, WIDTH, TABLES>(s, zero, &vectors[v], &first[t][v]);
-                    continue;
-                }
                 let start = match BITS {
                     8 => s.splat_i(0),
                     _ => s.load_i(&x[t].sums[stride * WIDTH + v]),
                 };
                 let sum = dots::<S, WIDTH, TABLES>(s, start, &vectors[v], &first[t][v]);
                 acc[t] = s.mul_add(spread::<S, WIDTH>(s, scales[t], v), s.to_f32(sum), acc[t]);
-            }
-        }
-        if BITS == 4 {
-            for t in 0..T {
-                let start = s.load_i(&x[t].sums[stride]);
-                let sum = s.to_f32(s.add_i(start, s.sum_fours(of_vectors[t])));
-                acc[t] = s.mul_add(scales[t], sum, acc[t]);
             }
         }
         if BITS == 3 {
@@ -222,6 +218,83 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
                 let sum = dots::<S, 1, 8>(s, s.splat_i(0), codes, tables);
                 acc[t] = s.mul_add(s.mul(scales[t], s.splat(4.0)), s.to_f32(sum), acc[t]);
             }
+        }
+    }
+    let mut sums = [0.0; T];
+    for t in 0..T {
+        sums[t] = s.sum(acc[t]);
+    }
+    sums
+}
+
+/// 16 scales at a time serve as many strides as a group has units; which of them each place has in each
+/// of these strides, for the `ORDER` of units in [`UNITS_BY_PLACE`].
+#[inline(always)]
+fn places<const ORDER: usize>(m: &IntGroupView<'_>) -> (&'static [[u8; 16]; 4], usize) {
+    match m.spec.group() {
+        32 => (&PLACES[ORDER][0], 1),
+        64 => (&PLACES[ORDER][1], 2),
+        _ => (&PLACES[ORDER][2], 4),
+    }
+}
+
+#[inline(always)]
+fn rows_of_4_bits<S: Bytes, const T: usize>(
+    s: S,
+    m: &IntGroupView<'_>,
+    x: [&Rounded; T],
+    count: usize,
+    first: usize,
+    y: &mut [f32],
+) {
+    for r in 0..count {
+        let sums = row_of_4_bits(s, m, x, first + r);
+        for (y, sum) in y.chunks_exact_mut(count).zip(sums) {
+            y[r] = sum;
+        }
+    }
+}
+
+#[inline(always)]
+fn row_of_4_bits<S: Bytes, const T: usize>(
+    s: S,
+    m: &IntGroupView<'_>,
+    x: [&Rounded; T],
+    row: usize,
+) -> [f32; T] {
+    let codes = m.row_codes(row);
+    let stored = m.row_scales(row).as_flattened();
+    let (strides, last_stride) = padded(codes.as_chunks::<64>().0.as_chunks::<4>().0, codes);
+    let (sixteens, last_sixteen) = padded(stored.as_chunks::<32>().0, stored);
+    let (places, part) = places::<1>(m);
+    let (low, mut sixteen) = (s.splat_b(15), s.splat(0.0));
+    let mut acc = [s.splat(0.0); T];
+    for stride in 0..x[0].unit_scales.len() {
+        if stride % part == 0 {
+            sixteen = s.f16_to_f32(sixteens.get(stride / part).unwrap_or(&last_sixteen));
+        }
+        let units = s.lookup(sixteen, s.widen_u8(&places[stride % part]));
+        let stored = strides.get(stride).unwrap_or(&last_stride);
+        let mut vectors = [low; 4];
+        for v in 0..4 {
+            s.prefetch(stored[v].as_ptr().wrapping_add(AHEAD));
+            vectors[v] = s.load_b(&stored[v]);
+        }
+        let words = s.transpose_words(vectors);
+        let mut fields = [low; 8];
+        for w in 0..4 {
+            fields[2 * w] = s.and_b(words[w], low);
+            fields[2 * w + 1] = s.and_b(s.shr_b::<4>(words[w]), low);
+        }
+        for t in 0..T {
+            let tables: &[Line; 8] = &x[t].tables.as_chunks().0[stride];
+            let mut sum = s.zero_small();
+            for f in 0..8 {
+                sum = s.dot4_small(sum, fields[f], s.load_b(&tables[f]));
+            }
+            let sum = s.add_i(s.load_i(&x[t].sums[stride]), s.finish_small(sum));
+            let scale = s.mul(units, s.load(&x[t].unit_scales[stride]));
+            acc[t] = s.mul_add(scale, s.to_f32(sum), acc[t]);
         }
     }
     let mut sums = [0.0; T];
@@ -271,7 +344,7 @@ fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
     s: S,
     start: S::I,
     codes: &[u8; 64],
-    tables: &[[u8; 64]; TABLES],
+    tables: &[Line; TABLES],
 ) -> S::I {
     let codes = s.load_b(codes);
     let mut sum = s.zero_small();
@@ -291,9 +364,6 @@ fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
             add!(6: 0 s.shl_b::<1>(codes), 1 s.shr_b::<1>(codes));
             add!(6: 2 s.shr_b::<3>(codes), 3 s.shr_b::<5>(codes));
         }
-        4 => {
-            add!(15: 0 codes, 1 s.shr_b::<4>(codes));
-        }
         _ => {
             // Negative activations first, negated: −n = !(n − 1).
             let ones = s.splat_i(u32::MAX);
@@ -305,8 +375,8 @@ fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
     s.add_i(start, s.finish_small(sum))
 }
 
-// The largest fields of [`dots`], added up.
-const _: () = assert!(8 * 2 <= MAX_SMALL && 4 * 6 <= MAX_SMALL && 2 * 15 <= MAX_SMALL);
+// The largest fields that are added up, by width.
+const _: () = assert!(8 * 2 <= MAX_SMALL && 4 * 6 <= MAX_SMALL && 8 * 15 <= MAX_SMALL);
 
 /// The scales of the sums of vector `v` of a stride: every `WIDTH` of them belong to one unit.
 #[inline(always)]
@@ -329,7 +399,8 @@ const SPREAD: [[[u8; 16]; 8]; 4] = {
     spread
 };
 
-/// Which unit of a stride each of the 16 sums belongs to, in order and after [`Bytes::sum_fours`].
+/// Which unit of a stride each of the 16 sums belongs to, in order and after
+/// [`Bytes::transpose_words`].
 const UNITS_BY_PLACE: [[u8; 16]; 2] = {
     let mut units = [[0; 16]; 2];
     let mut place = 0;

@@ -261,12 +261,11 @@ pub fn matvec_tokens(
     let width = matrix.cols().next_multiple_of(PAD);
     assert!(x.iter().all(|x| x.x.len() == width), "activations of another width");
     let rows = y.len() / x.len();
-    let together = isa.run(Together(matrix));
-    for (x, y) in x.chunks(together).zip(y.chunks_mut(together * rows)) {
+    let shares = matches!(matrix, MatrixView::Nm(_) | MatrixView::IntGroup(_));
+    for (x, y) in x.chunks(TOGETHER).zip(y.chunks_mut(TOGETHER * rows)) {
         let rounded: Option<Vec<&Rounded>> = x.iter().map(|x| x.rounded).collect();
         match rounded {
-            Some(x) if x.len() > 4 => isa.run(Tokens::<8> { matrix, x: &x, rows, first, y }),
-            Some(x) if x.len() > 1 => isa.run(Tokens::<4> { matrix, x: &x, rows, first, y }),
+            Some(x) if shares && x.len() > 1 => isa.run(Tokens { matrix, x: &x, rows, first, y }),
             _ => {
                 for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
                     matvec(isa, matrix, *x, first, y);
@@ -276,24 +275,12 @@ pub fn matvec_tokens(
     }
 }
 
-/// Up to how many tokens share what codes are taken apart to: 8, 4 or 1.
-struct Together<'a>(&'a MatrixView<'a>);
+/// Up to how many tokens share what codes are taken apart to: twice as many have tables that the first
+/// cache does not hold.
+const TOGETHER: usize = 4;
 
-impl Task for Together<'_> {
-    type Output = usize;
-
-    #[inline(always)]
-    fn run<S: Bytes>(self, _: S) -> usize {
-        match self.0 {
-            MatrixView::Nm(_) if S::WIDE => 8,
-            MatrixView::Nm(_) | MatrixView::IntGroup(_) => 4,
-            MatrixView::Stbllm(_) | MatrixView::Dense(_) => 1,
-        }
-    }
-}
-
-/// Products for up to `K` tokens at once; those that are missing are computed and thrown away.
-struct Tokens<'a, const K: usize> {
+/// Products for up to [`TOGETHER`] tokens; those that are missing are computed and thrown away.
+struct Tokens<'a> {
     matrix: &'a MatrixView<'a>,
     x: &'a [&'a Rounded],
     rows: usize,
@@ -301,18 +288,18 @@ struct Tokens<'a, const K: usize> {
     y: &'a mut [f32],
 }
 
-impl<const K: usize> Task for Tokens<'_, K> {
+impl Task for Tokens<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         let Self { matrix, x, rows, first, y } = self;
-        let mut all = [x[0]; K];
+        let mut all = [x[0]; TOGETHER];
         all[..x.len()].copy_from_slice(x);
         match matrix {
-            MatrixView::Nm(m) if K == 4 || S::WIDE => nm8::matvec(s, m, all, rows, first, y),
-            MatrixView::IntGroup(m) if K == 4 => int_group::matvec(s, m, all, rows, first, y),
-            _ => unreachable!("so many tokens together"),
+            MatrixView::Nm(m) => nm8::matvec(s, m, all, rows, first, y),
+            MatrixView::IntGroup(m) => int_group::matvec(s, m, all, rows, first, y),
+            _ => unreachable!("an encoding whose tokens share work"),
         }
     }
 }

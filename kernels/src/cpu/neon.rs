@@ -62,6 +62,12 @@ macro_rules! each {
     };
 }
 
+/// Bytes as words.
+#[inline(always)]
+fn words(v: [uint8x16_t; 4]) -> I {
+    each!(vreinterpretq_u32_u8, v)
+}
+
 /// Four registers from the four parts of some memory.
 #[inline(always)]
 fn parts<A, B>(parts: &[A], f: impl Fn(&A) -> B) -> [B; 4] {
@@ -539,10 +545,19 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
-    fn sum_fours(self, sums: [I; 4]) -> I {
-        let [a, b, c, d] = sums;
-        let (left, right) = (each!(vpaddq_u32, a, b), each!(vpaddq_u32, c, d));
-        each!(vpaddq_u32, left, right)
+    fn transpose_words(self, v: [Self::B; 4]) -> [Self::B; 4] {
+        let [a, b, c, d] = [words(v[0]), words(v[1]), words(v[2]), words(v[3])];
+        // Words 0 and 2, 1 and 3 of two vectors, then of all four.
+        let (ab, ab_odd) = (each!(vtrn1q_u32, a, b), each!(vtrn2q_u32, a, b));
+        let (cd, cd_odd) = (each!(vtrn1q_u32, c, d), each!(vtrn2q_u32, c, d));
+        let [ab, ab_odd] = [each!(vreinterpretq_u64_u32, ab), each!(vreinterpretq_u64_u32, ab_odd)];
+        let [cd, cd_odd] = [each!(vreinterpretq_u64_u32, cd), each!(vreinterpretq_u64_u32, cd_odd)];
+        [
+            each!(vreinterpretq_u8_u64, each!(vtrn1q_u64, ab, cd)),
+            each!(vreinterpretq_u8_u64, each!(vtrn1q_u64, ab_odd, cd_odd)),
+            each!(vreinterpretq_u8_u64, each!(vtrn2q_u64, ab, cd)),
+            each!(vreinterpretq_u8_u64, each!(vtrn2q_u64, ab_odd, cd_odd)),
+        ]
     }
 
     #[inline(always)]

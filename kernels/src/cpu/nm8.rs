@@ -8,7 +8,7 @@ use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
 use stb_format::encoding::{Nm, NmView};
 use stb_format::half::f16;
 
-use super::bytes::{Bytes, MAX_DOTS, NONE};
+use super::bytes::{Aligned, Bytes, Line, MAX_DOTS, NONE};
 use super::int8::{BLOCK, Rounded};
 use super::nm::Steps;
 
@@ -17,7 +17,7 @@ pub(super) const PART: usize = 4;
 
 /// Look-up tables for each quad, a lane for each of its groups.
 #[inline(always)]
-pub(super) fn tables(spec: Nm, x: &[i8], tables: &mut Vec<[u8; 64]>) {
+pub(super) fn tables(spec: Nm, x: &[i8], tables: &mut Vec<Line>) {
     match spec.m() {
         8 => all_signed::<8>(x, tables),
         _ => all_signed::<4>(x, tables),
@@ -26,8 +26,8 @@ pub(super) fn tables(spec: Nm, x: &[i8], tables: &mut Vec<[u8; 64]>) {
 
 /// Activations of the group, then their negatives, again if there is room.
 #[inline(always)]
-fn all_signed<const M: usize>(x: &[i8], tables: &mut Vec<[u8; 64]>) {
-    tables.resize(x.len() / (QUAD * M), [0; 64]);
+fn all_signed<const M: usize>(x: &[i8], tables: &mut Vec<Line>) {
+    tables.resize(x.len() / (QUAD * M), Aligned([0; 64]));
     for (table, quad) in tables.iter_mut().zip(x.chunks_exact(QUAD * M)) {
         signed::<M>(quad, table);
     }
@@ -85,9 +85,10 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const 
     first: usize,
     y: &mut [f32],
 ) {
-    match (S::WIDE, K) {
-        (true, _) | (false, 1) => by_tiles::<S, N, M, BITS, K, 2>(s, m, x, rows, first, y),
-        (false, _) => by_tiles::<S, N, M, BITS, K, 1>(s, m, x, rows, first, y),
+    if S::WIDE || K == 1 {
+        by_tiles::<S, N, M, BITS, K, 2>(s, m, x, rows, first, y);
+    } else {
+        by_tiles::<S, N, M, BITS, K, 1>(s, m, x, rows, first, y);
     }
 }
 
@@ -365,7 +366,7 @@ fn add_part<
     x: [&Rounded; K],
     acc: &mut [[S::Acc; T]; K],
 ) {
-    let mut tables: [&[[u8; 64]; PART]; K] = [&[[0; 64]; PART]; K];
+    let mut tables: [&[Line; PART]; K] = [&[Aligned([0; 64]); PART]; K];
     for (tables, x) in tables.iter_mut().zip(x) {
         *tables = &x.tables.as_chunks().0[part + half];
     }

@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use super::bytes::{Bytes, TileSums};
+use super::bytes::{Aligned, Bytes, TileSums};
 use super::int8::BLOCK;
 use crate::isa::{Isa, Task};
 
@@ -58,9 +58,6 @@ impl Task for Multiply {
 }
 
 struct Multiplications(u64);
-
-#[repr(align(64))]
-struct Aligned<T>(T);
 
 impl Task for Multiplications {
     type Output = u64;

@@ -373,10 +373,12 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
-    fn sum_fours(self, sums: [Self::I; 4]) -> Self::I {
-        std::array::from_fn(|i| {
-            let four = &sums[i % 4][i / 4 * 4..][..4];
-            four.iter().fold(0, |sum: u32, v| sum.wrapping_add(*v))
+    fn transpose_words(self, v: [Self::B; 4]) -> [Self::B; 4] {
+        std::array::from_fn(|w| {
+            std::array::from_fn(|i| {
+                let (lane, from, byte) = (i / 16, i / 4 % 4, i % 4);
+                v[from][16 * lane + 4 * w + byte]
+            })
         })
     }
 

@@ -15,7 +15,7 @@ use stb_format::encoding::StbllmView;
 use stb_format::encoding::nm::TILE;
 use stb_format::encoding::stbllm::{SCALES, UNIT};
 
-use super::bytes::Bytes;
+use super::bytes::{Aligned, Bytes, Line};
 use super::int8::{BLOCK, Rounded};
 use super::rows::bytes;
 
@@ -27,7 +27,7 @@ const VECTORS: usize = 2 * UNITS;
 const TABLES: usize = 4 * VECTORS;
 
 /// The tables of each block: a lane has the 16 sums over four columns.
-pub(super) fn arrange(x: &[i8], tables: &mut Vec<[u8; 64]>) {
+pub(super) fn arrange(x: &[i8], tables: &mut Vec<Line>) {
     tables.clear();
     for bytes in x.chunks_exact(UNIT / 2) {
         for half in [0, 4] {
@@ -41,7 +41,7 @@ pub(super) fn arrange(x: &[i8], tables: &mut Vec<[u8; 64]>) {
                     low[16 * lane + subset] = (sums[subset] & 31) as u8;
                 }
             }
-            tables.extend([high, low]);
+            tables.extend([Aligned(high), Aligned(low)]);
         }
     }
 }
@@ -142,7 +142,7 @@ impl Tile<'_> {
         &self,
         s: S,
         block: usize,
-        tables: &[[u8; 64]; TABLES],
+        tables: &[Line; TABLES],
         activation: f32,
         read: &mut Read<S>,
         totals: S::F,
@@ -204,7 +204,7 @@ impl Tile<'_> {
 
 /// The sum of the signed activations of a kind, for each row.
 #[inline(always)]
-fn sums<S: Bytes>(s: S, planes: &[[S::B; 2]; VECTORS], tables: &[[u8; 64]; TABLES]) -> S::I {
+fn sums<S: Bytes>(s: S, planes: &[[S::B; 2]; VECTORS], tables: &[Line; TABLES]) -> S::I {
     // [positive, negative] × [h, l].
     let mut sums = [[s.splat_b(0); 2]; 2];
     for (planes, tables) in planes.iter().zip(tables.as_chunks::<4>().0) {

@@ -269,10 +269,9 @@ impl Task for Eights {
             assert_eq!(difference, Scalar.sub_h(ha, hb), "{name} sub_h");
             assert_eq!(ints(s, s.widen_h(va)), Scalar.widen_h(ha), "{name} widen_h");
 
-            let four: [[u32; 16]; 4] =
-                std::array::from_fn(|_| std::array::from_fn(|_| rng.next() as u32));
-            let found = ints(s, s.sum_fours(four.map(|v| from_ints(s, v))));
-            assert_eq!(found, Scalar.sum_fours(four), "{name} sum_fours");
+            let four: [[u8; 64]; 4] = std::array::from_fn(|_| rng.bytes());
+            let found = s.transpose_words(four.map(|v| s.load_b(&v))).map(|v| Self::out(s, v));
+            assert_eq!(found, Scalar.transpose_words(four), "{name} transpose_words");
 
             // As often as is allowed, with the largest bytes too.
             let above = |v: u8| if v == 128 { 129 } else { v };

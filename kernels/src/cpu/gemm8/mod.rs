@@ -13,18 +13,13 @@ use stb_format::encoding::nm::TILE;
 use stb_format::encoding::{MatrixView, NmView};
 use stb_format::half::f16;
 
-use super::bytes::Bytes;
+use super::bytes::{Aligned, Bytes};
 use super::int8::{self, BLOCK};
 use super::nm;
 use crate::isa::{Isa, Task};
 
 /// Tokens are padded with zeros to a multiple of this.
 const TOKENS: usize = 32;
-
-/// Where a cache line begins: vectors that cross lines take twice the time.
-#[derive(Clone, Copy, Default, Debug)]
-#[repr(C, align(64))]
-struct Aligned<T>(T);
 
 /// Activations of a block of columns, [token][column].
 type ByToken = Aligned<[[i8; BLOCK]; TOKENS]>;
