@@ -86,6 +86,36 @@ pub(crate) trait Bytes: Simd {
         self.lookup_b(table, index)
     }
 
+    /// `acc[k][r] += Σ_lane found[lane, r]`, what [`Bytes::lookup_arranged`] finds for `index` in table k.
+    /// Of those of [`MAX_DOTS`] half as many.
+    #[inline(always)]
+    fn add_lookups(
+        self,
+        mut acc: [Self::Acc; 8],
+        tables: &[[u8; 64]; 8],
+        index: Self::B,
+    ) -> [Self::Acc; 8] {
+        for (acc, table) in acc.iter_mut().zip(tables) {
+            let found = self.lookup_arranged(self.load_b(table), index);
+            *acc = self.dot2(*acc, found, self.splat_b(0));
+        }
+        acc
+    }
+    /// The same with [`Bytes::lookup_arranged_or_zero`].
+    #[inline(always)]
+    fn add_lookups_or_zero(
+        self,
+        mut acc: [Self::Acc; 8],
+        tables: &[[u8; 64]; 8],
+        index: Self::B,
+    ) -> [Self::Acc; 8] {
+        for (acc, table) in acc.iter_mut().zip(tables) {
+            let found = self.lookup_arranged_or_zero(self.load_b(table), index);
+            *acc = self.dot2(*acc, found, self.splat_b(0));
+        }
+        acc
+    }
+
     fn zero_acc(self) -> Self::Acc;
     /// `acc[r] += Σ_lane a[lane, r] + b[lane, r]` as signed bytes, for r = 0..16, a and b arranged. At most
     /// [`MAX_DOTS`] times on one accumulator, or half as often with bytes of −128: the others of two

@@ -67,10 +67,24 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(s: S, 
         for (to, scale) in row_scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
             *to = f16::from_le_bytes(*scale).to_f32();
         }
-        tiles.push(Tile::<BITS> { whole, last, steps: Steps::of(m, tile), row_scales });
+        tiles.push(Tile::<BITS> {
+            whole,
+            last,
+            all_steps: Steps::of(m, tile),
+            steps: Aligned([[1.0; TILE]; DEPTH]),
+            row_scales,
+        });
     }
+    let together = if m.blocks() == 0 { 0 } else { m.spec.block() / BLOCK };
     for from in (0..x.blocks()).step_by(DEPTH) {
         let to = x.blocks().min(from + DEPTH);
+        if together > 0 {
+            for Tile { all_steps, steps, .. } in &mut tiles {
+                for (block, steps) in (from..to).zip(&mut steps.0) {
+                    s.store(all_steps.at(s, block / together), steps);
+                }
+            }
+        }
         for sub in 0..count.div_ceil(TOGETHER) {
             let part = Part::<M>::new(m, x, group * x.group + sub * TOGETHER, from..to);
             for (tile, y) in tiles.iter().zip(y.chunks_exact_mut(x.group)) {
@@ -85,7 +99,9 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(s: S, 
 struct Tile<'a, const BITS: usize> {
     whole: &'a [[[u8; 64]; BITS]],
     last: [[u8; 64]; BITS],
-    steps: Steps<'a>,
+    all_steps: Steps<'a>,
+    /// Those of the present blocks; 1 if there are none.
+    steps: Aligned<[[f32; TILE]; DEPTH]>,
     row_scales: [f32; TILE],
 }
 
@@ -96,8 +112,6 @@ struct Part<'a, const M: usize> {
     tables: &'a [Quad],
     /// Scales of activations times the size of a step of the rows' scales: [block][token].
     factors: [[f32; TOGETHER]; DEPTH],
-    /// Blocks that share the rows' scales; 0 if these are 1.
-    together: usize,
 }
 
 impl<'a, const M: usize> Part<'a, M> {
@@ -110,14 +124,13 @@ impl<'a, const M: usize> Part<'a, M> {
     ) -> Self {
         let at = token / TOGETHER * x.blocks();
         let tables = &x.tables[(at + blocks.start) * quads(M)..(at + blocks.end) * quads(M)];
-        let together = if m.blocks() == 0 { 0 } else { m.spec.block() / BLOCK };
-        let size = if together == 0 { 1.0 } else { Steps::of(m, 0).size };
+        let size = if m.blocks() == 0 { 1.0 } else { Steps::of(m, 0).size };
         let mut factors = [[0.0; TOGETHER]; DEPTH];
         for (factors, block) in factors.iter_mut().zip(blocks.clone()) {
             let scales = &x.scales[token / TOKENS * x.blocks() + block];
             *factors = scales.as_chunks().0[token % TOKENS / TOGETHER].map(|scale| scale * size);
         }
-        Self { blocks, tables, factors, together }
+        Self { blocks, tables, factors }
     }
 
     /// Adds the products of a tile to `y`, [token][row], or begins there with the first block; after
@@ -143,7 +156,7 @@ impl<'a, const M: usize> Part<'a, M> {
             let mut acc = [s.zero_acc(); TOGETHER];
             self.half::<S, N, BITS>(s, chunk, block, 0, &mut acc);
             if M == 8 {
-                self.finish(s, tile.steps, block, acc, &mut totals);
+                self.finish(s, &tile.steps, block, acc, &mut totals);
                 block += 1;
                 if block == self.blocks.end {
                     break;
@@ -151,7 +164,7 @@ impl<'a, const M: usize> Part<'a, M> {
                 acc = [s.zero_acc(); TOGETHER];
             }
             self.half::<S, N, BITS>(s, chunk, block, 1, &mut acc);
-            self.finish(s, tile.steps, block, acc, &mut totals);
+            self.finish(s, &tile.steps, block, acc, &mut totals);
             block += 1;
         }
         let scale = if last { s.load(&tile.row_scales) } else { s.splat(1.0) };
@@ -176,23 +189,15 @@ impl<'a, const M: usize> Part<'a, M> {
         let tables: &[Quad; PART] = self.tables[from..].first_chunk().expect("tables of a block");
         if N == 1 {
             let index = nm8::indices::<S, N, M, BITS>(s, planes);
-            for q in [0, 2] {
-                for k in 0..TOGETHER {
-                    let a = s.lookup_arranged(s.load_b(&tables[q].0[k]), index[q]);
-                    let b = s.lookup_arranged(s.load_b(&tables[q + 1].0[k]), index[q + 1]);
-                    acc[k] = s.dot2(acc[k], a, b);
-                }
+            for q in 0..PART {
+                *acc = s.add_lookups(*acc, &tables[q].0, index[q]);
             }
             return;
         }
         let [first, second] = nm8::pairs::<S, M, BITS>(s, planes);
         for q in 0..PART {
-            for k in 0..TOGETHER {
-                let table = s.load_b(&tables[q].0[k]);
-                let a = s.lookup_arranged(table, first[q]);
-                let b = s.lookup_arranged_or_zero(table, second[q]);
-                acc[k] = s.dot2(acc[k], a, b);
-            }
+            *acc = s.add_lookups(*acc, &tables[q].0, first[q]);
+            *acc = s.add_lookups_or_zero(*acc, &tables[q].0, second[q]);
         }
     }
 
@@ -201,22 +206,15 @@ impl<'a, const M: usize> Part<'a, M> {
     fn finish<S: Bytes>(
         &self,
         s: S,
-        steps: Steps<'_>,
+        steps: &[[f32; TILE]; DEPTH],
         block: usize,
         acc: [S::Acc; TOGETHER],
         totals: &mut [S::F; TOGETHER],
     ) {
-        let factors = &self.factors[block - self.blocks.start];
-        let steps = match self.together {
-            0 => None,
-            1 => Some(steps.at(s, block)),
-            n => Some(steps.at(s, block / n)),
-        };
+        let i = block - self.blocks.start;
+        let (factors, steps) = (&self.factors[i], s.load(&steps[i]));
         for k in 0..TOGETHER {
-            let mut scale = s.splat(factors[k]);
-            if let Some(steps) = steps {
-                scale = s.mul(steps, scale);
-            }
+            let scale = s.mul(steps, s.splat(factors[k]));
             totals[k] = s.mul_add(scale, s.to_f32(s.finish(acc[k])), totals[k]);
         }
     }
