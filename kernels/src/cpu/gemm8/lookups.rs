@@ -2,8 +2,12 @@
 //! them, and each look-up finds 16 rows in four groups of columns of one token. For sets whose look-ups
 //! and sums take one instruction each ([`Bytes::WIDE`]).
 //!
-//! For each token and 64 codes: a look-up and a dot product with ones (2:M: two each), whose operand
-//! comes from memory. Tables of [`DEPTH`] blocks and the codes they meet stay in the first cache.
+//! For each token and 64 codes: a look-up in a table in memory and a dot product with ones (2:M: two
+//! each). Tables of [`DEPTH`] blocks and the codes they meet stay in the first cache. Where more than 8
+//! tokens meet them, codes are taken apart once for all: rows often take a power of two bytes, and then
+//! those of several tiles would be in the same few places of the cache, too.
+
+use std::ops::Range;
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
@@ -19,7 +23,7 @@ use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS};
 pub(super) const ROWS: usize = 256;
 /// Tokens whose sums are in registers together.
 pub(super) const TOGETHER: usize = 8;
-/// Blocks of columns whose tables are in the first cache.
+/// Blocks of columns whose tables are in the first cache, whole chunks of codes.
 const DEPTH: usize = 4;
 
 /// The tables of a quad, by token.
@@ -42,6 +46,12 @@ pub(super) fn quads(m: usize) -> usize {
     BLOCK / (QUAD * m)
 }
 
+/// Blocks of a chunk of codes.
+#[inline(always)]
+fn blocks_of_chunk(m: usize) -> usize {
+    CHUNK_QUADS / quads(m)
+}
+
 #[inline(always)]
 pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
     let m = job.matrix;
@@ -54,7 +64,7 @@ pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
     }
 }
 
-/// `y` holds [tile][token][row].
+/// `y` holds [tile][token][row]. A block of a tile looks up `INDICES` vectors.
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const INDICES: usize>(
     s: S,
@@ -62,41 +72,59 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const 
 ) {
     let MatMul { matrix: m, x, group, first, y } = job;
     let count = (x.tokens - group * x.group).min(x.group);
-    let mut tiles: Vec<_> = (first / TILE..first / TILE + y.len() / x.group)
-        .map(
-            #[inline(always)]
-            |tile| Tile::<BITS, INDICES>::new(m, tile),
-        )
-        .collect();
+    let parts = count.div_ceil(TOGETHER);
+    let mut tiles = Vec::with_capacity(y.len() / x.group);
+    for tile in first / TILE..first / TILE + y.len() / x.group {
+        tiles.push(Tile::<N, M, BITS>::new(m, tile));
+    }
+    let mut apart = Vec::new();
+    if parts > 1 {
+        apart.resize_with(tiles.len(), Apart::<N, M, INDICES>::default);
+    }
     for from in (0..x.blocks()).step_by(DEPTH) {
-        let to = x.blocks().min(from + DEPTH);
-        for tile in &mut tiles {
-            tile.read::<S, N, M>(s, m, from..to);
-        }
-        for sub in 0..count.div_ceil(TOGETHER) {
-            let part = Part::new(m, x, group * x.group + sub * TOGETHER, from..to);
-            for (tile, y) in tiles.iter().zip(y.chunks_exact_mut(x.group)) {
-                let y = &mut y.as_chunks_mut::<TOGETHER>().0[sub];
-                part.add::<S, N, BITS, INDICES>(s, tile, y);
+        let blocks = from..x.blocks().min(from + DEPTH);
+        for part in 0..parts {
+            let token = group * x.group + part * TOGETHER;
+            let tokens = Part::new(m, x, token, blocks.clone());
+            for (t, y) in y.chunks_exact_mut(x.group).enumerate() {
+                let y = &mut y.as_chunks_mut::<TOGETHER>().0[part];
+                let tile = &mut tiles[t];
+                tile.first_block = from;
+                let Some(apart) = apart.get_mut(t) else {
+                    tokens.add::<S, N, M>(s, tile, &tile.row_scales, y);
+                    continue;
+                };
+                if part == 0 {
+                    apart.read(s, tile, blocks.clone());
+                }
+                tokens.add::<S, N, M>(s, apart, &tile.row_scales, y);
             }
         }
     }
 }
 
-/// 16 rows, and what those blocks of them look up that are multiplied at the moment.
-struct Tile<'a, const BITS: usize, const INDICES: usize> {
-    /// By block, by quad: of each weight of a group, arranged.
-    indices: Aligned<[[[u8; 64]; INDICES]; DEPTH]>,
-    /// Scales of rows in steps, by block; 1 if there are none.
-    steps: [[f32; TILE]; DEPTH],
-    row_scales: [f32; TILE],
+/// 16 rows of some blocks of columns.
+trait Rows {
+    /// What the weights of each group look up in half of a chunk, arranged for sums.
+    fn indices<S: Bytes>(&self, s: S, chunk: usize, half: usize) -> [[S::B; PART]; 2];
+
+    /// The scales of rows in a block, in steps; 1 if there are none.
+    fn steps<S: Bytes>(&self, s: S, block: usize) -> S::F;
+}
+
+/// A tile as it is stored, from some block on.
+struct Tile<'a, const N: usize, const M: usize, const BITS: usize> {
     /// See [`nm8::chunks`].
     whole: &'a [[[u8; 64]; BITS]],
     last: [[u8; 64]; BITS],
-    all_steps: Steps<'a>,
+    steps: Steps<'a>,
+    row_scales: [f32; TILE],
+    first_block: usize,
+    /// Blocks that share scales of rows; 0 if there are none.
+    together: usize,
 }
 
-impl<'a, const BITS: usize, const INDICES: usize> Tile<'a, BITS, INDICES> {
+impl<'a, const N: usize, const M: usize, const BITS: usize> Tile<'a, N, M, BITS> {
     #[inline(always)]
     fn new(m: &NmView<'a>, tile: usize) -> Self {
         let codes = m.tile_codes(tile).as_chunks().0;
@@ -105,51 +133,88 @@ impl<'a, const BITS: usize, const INDICES: usize> Tile<'a, BITS, INDICES> {
         for (to, scale) in row_scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
             *to = f16::from_le_bytes(*scale).to_f32();
         }
-        Self {
-            indices: Aligned([[[0; 64]; INDICES]; DEPTH]),
-            steps: [[1.0; TILE]; DEPTH],
-            row_scales,
-            whole,
-            last,
-            all_steps: Steps::of(m, tile),
+        let together = if m.blocks() == 0 { 0 } else { m.spec.block() / BLOCK };
+        Self { whole, last, steps: Steps::of(m, tile), row_scales, first_block: 0, together }
+    }
+}
+
+impl<const N: usize, const M: usize, const BITS: usize> Rows for Tile<'_, N, M, BITS> {
+    #[inline(always)]
+    fn indices<S: Bytes>(&self, s: S, chunk: usize, half: usize) -> [[S::B; PART]; 2] {
+        let chunk = self.first_block / blocks_of_chunk(M) + chunk;
+        let chunk = self.whole.get(chunk).unwrap_or(&self.last);
+        if half == 0 {
+            // Those of the next blocks.
+            let ahead = DEPTH / blocks_of_chunk(M) * BITS * 64;
+            chunk.iter().for_each(|v| s.prefetch(v.as_ptr().wrapping_add(ahead)));
+        }
+        let planes = Planes { chunk, half, arranged: true };
+        if N == 1 {
+            let index = nm8::indices::<S, N, M, BITS>(s, planes);
+            [index, index]
+        } else {
+            nm8::pairs::<S, M, BITS>(s, planes)
         }
     }
 
-    /// Takes the codes of `blocks` apart, which begin with a chunk.
     #[inline(always)]
-    fn read<S: Bytes, const N: usize, const M: usize>(
-        &mut self,
-        s: S,
-        m: &NmView<'_>,
-        blocks: std::ops::Range<usize>,
-    ) {
-        let per_chunk = CHUNK_QUADS / quads(M);
-        let chunks = blocks.start / per_chunk..blocks.end.div_ceil(per_chunk);
-        let indices = self.indices.0.as_flattened_mut().chunks_exact_mut(N * CHUNK_QUADS);
-        for (chunk, to) in chunks.zip(indices) {
-            let chunk = self.whole.get(chunk).unwrap_or(&self.last);
-            for (half, to) in to.chunks_exact_mut(N * PART).enumerate() {
-                let planes = Planes { chunk, half, arranged: true };
-                if N == 1 {
-                    let index = nm8::indices::<S, N, M, BITS>(s, planes);
-                    for q in 0..PART {
-                        s.store_b(index[q], &mut to[q]);
-                    }
-                } else {
-                    let index = nm8::pairs::<S, M, BITS>(s, planes);
-                    for q in 0..PART {
-                        s.store_b(index[0][q], &mut to[2 * q]);
-                        s.store_b(index[1][q], &mut to[2 * q + 1]);
-                    }
+    fn steps<S: Bytes>(&self, s: S, block: usize) -> S::F {
+        match self.together {
+            0 => s.splat(1.0),
+            1 => self.steps.at(s, self.first_block + block),
+            n => self.steps.at(s, (self.first_block + block) / n),
+        }
+    }
+}
+
+/// Blocks of a tile, taken apart.
+struct Apart<const N: usize, const M: usize, const INDICES: usize> {
+    /// By block, by quad: of each weight of a group.
+    indices: Aligned<[[[u8; 64]; INDICES]; DEPTH]>,
+    steps: [[f32; TILE]; DEPTH],
+}
+
+impl<const N: usize, const M: usize, const INDICES: usize> Default for Apart<N, M, INDICES> {
+    fn default() -> Self {
+        Self { indices: Aligned([[[0; 64]; INDICES]; DEPTH]), steps: [[0.0; TILE]; DEPTH] }
+    }
+}
+
+impl<const N: usize, const M: usize, const INDICES: usize> Apart<N, M, INDICES> {
+    #[inline(always)]
+    fn read<S: Bytes>(&mut self, s: S, tile: &impl Rows, blocks: Range<usize>) {
+        let halves = self.indices.as_flattened_mut().chunks_exact_mut(N * PART);
+        for (i, to) in halves.take(blocks.len() * quads(M) / PART).enumerate() {
+            let index =
+                if i % 2 == 0 { tile.indices(s, i / 2, 0) } else { tile.indices(s, i / 2, 1) };
+            for (q, to) in to.chunks_exact_mut(N).enumerate() {
+                for n in 0..N {
+                    s.store_b(index[n][q], &mut to[n]);
                 }
             }
         }
-        if m.blocks() > 0 {
-            let together = m.spec.block() / BLOCK;
-            for (block, steps) in blocks.zip(&mut self.steps) {
-                s.store(self.all_steps.at(s, block / together), steps);
+        for (block, to) in self.steps.iter_mut().enumerate().take(blocks.len()) {
+            s.store(tile.steps(s, block), to);
+        }
+    }
+}
+
+impl<const N: usize, const M: usize, const INDICES: usize> Rows for Apart<N, M, INDICES> {
+    #[inline(always)]
+    fn indices<S: Bytes>(&self, s: S, chunk: usize, half: usize) -> [[S::B; PART]; 2] {
+        let stored = &self.indices.as_flattened()[(2 * chunk + half) * N * PART..][..N * PART];
+        let mut index = [[s.splat_b(0); PART]; 2];
+        for q in 0..PART {
+            for n in 0..N {
+                index[n][q] = s.load_b(&stored[q * N + n]);
             }
         }
+        index
+    }
+
+    #[inline(always)]
+    fn steps<S: Bytes>(&self, s: S, block: usize) -> S::F {
+        s.load(&self.steps[block])
     }
 }
 
@@ -159,6 +224,7 @@ struct Part<'a> {
     tables: &'a [Quad],
     /// Scales of activations times the size of a step of the rows' scales: [block][token].
     factors: [[f32; TOGETHER]; DEPTH],
+    /// How many blocks.
     count: usize,
     first: bool,
     last: bool,
@@ -166,12 +232,7 @@ struct Part<'a> {
 
 impl<'a> Part<'a> {
     #[inline(always)]
-    fn new(
-        m: &NmView<'_>,
-        x: &'a RoundedTokens,
-        token: usize,
-        blocks: std::ops::Range<usize>,
-    ) -> Self {
+    fn new(m: &NmView<'_>, x: &'a RoundedTokens, token: usize, blocks: Range<usize>) -> Self {
         let at = token / TOGETHER * x.blocks();
         let quads = quads(m.spec.m());
         let tables = &x.tables[(at + blocks.start) * quads..(at + blocks.end) * quads];
@@ -185,13 +246,14 @@ impl<'a> Part<'a> {
         Self { tables, factors, count: blocks.len(), first, last }
     }
 
-    /// Adds the products of a tile to `y`, [token][row], or begins there with the first block; after
+    /// Adds the products of some rows to `y`, [token][row], or begins there with the first block; after
     /// the last one of all, multiplies by the scales of the rows.
     #[inline(always)]
-    fn add<S: Bytes, const N: usize, const BITS: usize, const INDICES: usize>(
+    fn add<S: Bytes, const N: usize, const M: usize>(
         &self,
         s: S,
-        tile: &Tile<'_, BITS, INDICES>,
+        rows: &impl Rows,
+        row_scales: &[f32; TILE],
         y: &mut [Lanes; TOGETHER],
     ) {
         let mut totals = [s.splat(0.0); TOGETHER];
@@ -200,25 +262,47 @@ impl<'a> Part<'a> {
                 *total = s.load(&y.0);
             }
         }
-        let blocks = tile.indices.iter().zip(self.tables.chunks_exact(INDICES / N));
-        let scales = tile.steps.iter().zip(&self.factors);
-        for ((indices, tables), (steps, factors)) in blocks.zip(scales).take(self.count) {
+        let mut tables = self.tables.as_chunks().0.iter();
+        for chunk in 0..self.count.div_ceil(blocks_of_chunk(M)) {
             let mut acc = [s.zero_acc(); TOGETHER];
-            for (table, index) in tables.iter().zip(indices.chunks_exact(N)) {
-                acc = s.add_lookups(acc, &table.0, s.load_b(&index[0]));
-                if N == 2 {
-                    acc = s.add_lookups_or_zero(acc, &table.0, s.load_b(&index[1]));
+            for half in 0..2 {
+                // The last chunk may have one block only.
+                let Some(tables) = tables.next() else { break };
+                acc = add_half::<S, N>(s, rows.indices(s, chunk, half), tables, acc);
+                if M == 8 || half == 1 {
+                    let block = if M == 8 { 2 * chunk + half } else { chunk };
+                    let steps = rows.steps(s, block);
+                    for k in 0..TOGETHER {
+                        let scale = s.mul(steps, s.splat(self.factors[block][k]));
+                        totals[k] = s.mul_add(scale, s.to_f32(s.finish(acc[k])), totals[k]);
+                    }
+                    acc = [s.zero_acc(); TOGETHER];
                 }
             }
-            let steps = s.load(steps);
-            for k in 0..TOGETHER {
-                let scale = s.mul(steps, s.splat(factors[k]));
-                totals[k] = s.mul_add(scale, s.to_f32(s.finish(acc[k])), totals[k]);
-            }
         }
-        let scale = if self.last { s.load(&tile.row_scales) } else { s.splat(1.0) };
+        let scale = if self.last { s.load(row_scales) } else { s.splat(1.0) };
         for (total, y) in totals.into_iter().zip(y) {
             s.store(s.mul(total, scale), &mut y.0);
         }
     }
 }
+
+/// Adds half of a chunk to the sums of each token.
+#[inline(always)]
+fn add_half<S: Bytes, const N: usize>(
+    s: S,
+    indices: [[S::B; PART]; 2],
+    tables: &[Quad; PART],
+    acc: [S::Acc; TOGETHER],
+) -> [S::Acc; TOGETHER] {
+    let mut acc = acc;
+    for q in 0..PART {
+        acc = s.add_lookups(acc, &tables[q].0, indices[0][q]);
+        if N == 2 {
+            acc = s.add_lookups_or_zero(acc, &tables[q].0, indices[1][q]);
+        }
+    }
+    acc
+}
+
+const _: () = assert!(DEPTH.is_multiple_of(CHUNK_QUADS * QUAD * 8 / BLOCK), "whole chunks");
