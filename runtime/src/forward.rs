@@ -351,15 +351,18 @@ impl Model {
         let width = self.embeddings.cols();
         hidden.resize(tokens.len() * width, 0.0);
         let table = self.embeddings.view();
-        for (token, out) in tokens.iter().zip(hidden.chunks_exact_mut(width)) {
-            if *token as usize >= table.rows() {
-                return Err(Error::invalid(format!(
-                    "token {token} is outside the vocabulary of {}",
-                    table.rows()
-                )));
-            }
-            table.decode_row(*token as usize, out);
+        if let Some(token) = tokens.iter().find(|token| **token as usize >= table.rows()) {
+            return Err(Error::invalid(format!(
+                "token {token} is outside the vocabulary of {}",
+                table.rows()
+            )));
         }
+        let pool = self.pool.or_serial(hidden.len() > SERIAL);
+        pool.run_chunks(hidden, width, |first, out| {
+            for (token, out) in tokens[first / width..].iter().zip(out.chunks_exact_mut(width)) {
+                table.decode_row(*token as usize, out);
+            }
+        });
         Ok(())
     }
 

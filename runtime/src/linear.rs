@@ -42,7 +42,7 @@ fn few(view: &MatrixView<'_>) -> usize {
     match view {
         MatrixView::IntGroup(_) => FEW_TOKENS,
         MatrixView::Stbllm(_) => 8,
-        MatrixView::Nm(_) | MatrixView::Dense(_) => 48,
+        MatrixView::Nm(_) | MatrixView::Dense(_) => 16,
     }
 }
 
@@ -138,8 +138,8 @@ fn few_tokens<const N: usize>(
 
     // With several tokens the results of a piece lie together, and are spread afterwards.
     let total: usize = views.iter().map(MatrixView::rows).sum();
-    let chunk = (TASK_BYTES * total / bytes.max(1)).next_multiple_of(4 * ROW_TILE);
-    let chunk = chunk.clamp(4 * ROW_TILE, 32 * ROW_TILE);
+    let chunk = (TASK_BYTES * total / bytes.max(1)).next_multiple_of(2 * ROW_TILE);
+    let chunk = chunk.clamp(2 * ROW_TILE, 32 * ROW_TILE);
     let pool = pool.or_serial(total * cols >= SERIAL_WORK);
     if tokens == 1 {
         let mut rows = views.iter().map(MatrixView::rows);

@@ -12,6 +12,7 @@ use super::amx;
 use super::avx2::Avx2;
 use super::bytes::{Bytes, TileSums};
 use super::int8::BLOCK;
+use super::vbmi;
 use crate::isa::Task;
 
 /// Exists only on machines with AVX-512 F, BW, DQ and VL, AVX2, FMA, F16C and BMI2; from `LEVEL`
@@ -401,7 +402,7 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
             |acc| acc[0],
         );
         // SAFETY: a value of that level proves that the CPU has every feature of the function.
-        let sums = unsafe { add_lookups(sums, tables, index) };
+        let sums = unsafe { vbmi::add_lookups(sums, tables, index) };
         sums.map(
             #[inline(always)]
             |sum| [sum, acc[0][1]],
@@ -424,7 +425,7 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
             |acc| acc[0],
         );
         // SAFETY: a value of that level proves that the CPU has every feature of the function.
-        let sums = unsafe { add_lookups_or_zero(sums, tables, index) };
+        let sums = unsafe { vbmi::add_lookups_or_zero(sums, tables, index) };
         sums.map(
             #[inline(always)]
             |sum| [sum, acc[0][1]],
@@ -623,107 +624,3 @@ const LANES_OF_ROWS: [u8; 64] = {
     }
     lanes
 };
-
-/// Sums of what `index` finds in each of 8 tables.
-///
-/// Written out because a compiler that sees the parts does all look-ups first, and has no registers
-/// for what they find.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
-fn add_lookups(mut acc: [__m512i; 8], tables: &[[u8; 64]; 8], index: __m512i) -> [__m512i; 8] {
-    let mut _found = [_mm512_setzero_si512(); 2];
-    // SAFETY: reads the 512 bytes behind the reference, at any alignment, and changes registers only.
-    unsafe {
-        std::arch::asm!(
-            "vpermb {t0}, {i}, [{p} + 0]",
-            "vpdpbusd {a0}, {one}, {t0}",
-            "vpermb {t1}, {i}, [{p} + 64]",
-            "vpdpbusd {a1}, {one}, {t1}",
-            "vpermb {t0}, {i}, [{p} + 128]",
-            "vpdpbusd {a2}, {one}, {t0}",
-            "vpermb {t1}, {i}, [{p} + 192]",
-            "vpdpbusd {a3}, {one}, {t1}",
-            "vpermb {t0}, {i}, [{p} + 256]",
-            "vpdpbusd {a4}, {one}, {t0}",
-            "vpermb {t1}, {i}, [{p} + 320]",
-            "vpdpbusd {a5}, {one}, {t1}",
-            "vpermb {t0}, {i}, [{p} + 384]",
-            "vpdpbusd {a6}, {one}, {t0}",
-            "vpermb {t1}, {i}, [{p} + 448]",
-            "vpdpbusd {a7}, {one}, {t1}",
-            p = in(reg) tables.as_ptr(),
-            i = in(zmm_reg) index,
-            one = in(zmm_reg) _mm512_set1_epi8(1),
-            t0 = out(zmm_reg) _found[0],
-            t1 = out(zmm_reg) _found[1],
-            a0 = inout(zmm_reg) acc[0],
-            a1 = inout(zmm_reg) acc[1],
-            a2 = inout(zmm_reg) acc[2],
-            a3 = inout(zmm_reg) acc[3],
-            a4 = inout(zmm_reg) acc[4],
-            a5 = inout(zmm_reg) acc[5],
-            a6 = inout(zmm_reg) acc[6],
-            a7 = inout(zmm_reg) acc[7],
-            options(pure, readonly, nostack, preserves_flags),
-        );
-    }
-    acc
-}
-
-/// The same where bit 6 of the index is set, zero elsewhere.
-///
-/// Written out because a compiler that sees the parts does all look-ups first, and has no registers
-/// for what they find.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
-fn add_lookups_or_zero(
-    mut acc: [__m512i; 8],
-    tables: &[[u8; 64]; 8],
-    index: __m512i,
-) -> [__m512i; 8] {
-    let mut _found = [_mm512_setzero_si512(); 2];
-    // SAFETY: reads the 512 bytes behind the reference, at any alignment, and changes registers only.
-    unsafe {
-        std::arch::asm!(
-            "vpxord {t0}, {t0}, {t0}",
-            "vpermt2b {t0}, {i}, [{p} + 0]",
-            "vpdpbusd {a0}, {one}, {t0}",
-            "vpxord {t1}, {t1}, {t1}",
-            "vpermt2b {t1}, {i}, [{p} + 64]",
-            "vpdpbusd {a1}, {one}, {t1}",
-            "vpxord {t0}, {t0}, {t0}",
-            "vpermt2b {t0}, {i}, [{p} + 128]",
-            "vpdpbusd {a2}, {one}, {t0}",
-            "vpxord {t1}, {t1}, {t1}",
-            "vpermt2b {t1}, {i}, [{p} + 192]",
-            "vpdpbusd {a3}, {one}, {t1}",
-            "vpxord {t0}, {t0}, {t0}",
-            "vpermt2b {t0}, {i}, [{p} + 256]",
-            "vpdpbusd {a4}, {one}, {t0}",
-            "vpxord {t1}, {t1}, {t1}",
-            "vpermt2b {t1}, {i}, [{p} + 320]",
-            "vpdpbusd {a5}, {one}, {t1}",
-            "vpxord {t0}, {t0}, {t0}",
-            "vpermt2b {t0}, {i}, [{p} + 384]",
-            "vpdpbusd {a6}, {one}, {t0}",
-            "vpxord {t1}, {t1}, {t1}",
-            "vpermt2b {t1}, {i}, [{p} + 448]",
-            "vpdpbusd {a7}, {one}, {t1}",
-            p = in(reg) tables.as_ptr(),
-            i = in(zmm_reg) index,
-            one = in(zmm_reg) _mm512_set1_epi8(1),
-            t0 = out(zmm_reg) _found[0],
-            t1 = out(zmm_reg) _found[1],
-            a0 = inout(zmm_reg) acc[0],
-            a1 = inout(zmm_reg) acc[1],
-            a2 = inout(zmm_reg) acc[2],
-            a3 = inout(zmm_reg) acc[3],
-            a4 = inout(zmm_reg) acc[4],
-            a5 = inout(zmm_reg) acc[5],
-            a6 = inout(zmm_reg) acc[6],
-            a7 = inout(zmm_reg) acc[7],
-            options(pure, readonly, nostack, preserves_flags),
-        );
-    }
-    acc
-}

@@ -1,9 +1,9 @@
 //! Integer groups with rounded activations. In a plane of w bits (1, 2, 4 or 8) a *stride* of 512
 //! columns takes w vectors of 64 bytes; every 4 bytes of them belong to one unit of 32 columns, so
 //! each of the 16 sums of a vector has one scale. A field of 8/w in a byte is moved to a fixed place,
-//! and multiplied with the activations of its columns by [`Bytes::dot4_small`]. With 4 bits,
-//! the four words of each unit are brought to the same place of four vectors first, so that the 16 units
-//! of a stride have 16 sums, for which one conversion and one product are enough.
+//! and multiplied with the activations of its columns by [`Bytes::dot4_small`]. With 4 bits, the four
+//! words of each unit are brought to the same place of four vectors first, so that the 16 units of a
+//! stride have 16 sums, for which one conversion and one product are enough.
 //!
 //! Odd codes of few bits are 2q + low for the stored number q, so fields are placed at bit 1, where
 //! they count 2q; −low times the sum of activations is where sums begin, as for 4 bits, which are
@@ -11,12 +11,12 @@
 //! not unsigned below 128 as [`Bytes::dot4`] needs them, but activations are, apart from their signs:
 //! positive and negative ones make two tables.
 //!
-//! No sum overflows: the fields of a byte are at most 8 · 2 and 4 · 6 in all, those of a stride of 4 bits 8 · 15, of the 128
-//! that `dot4_small` allows; in `dot4` a factor is at most 127, as it asks for. A sum over 4 bytes and all
-//! fields is, for 1, 2 and 4 bits, within 32 · 2 · 127, 16 · 6 · 127 and 8 · 15 · 127, for 8 bits
-//! within 4 · 128 · 127; with what they begin with, up to 32 · 8 · 127, and four of them all are below
-//! 2¹⁹. So they
-//! are converted to f32 exactly, and only products with scales and their sum are rounded.
+//! No sum overflows: the fields of a byte are at most 8 · 2 and 4 · 6 in all, those of a stride of 4
+//! bits 8 · 15, of the 128 that `dot4_small` allows; in `dot4` a factor is at most 127, as it asks for.
+//! A sum over 4 bytes and all fields is, for 1 and 2 bits, within 32 · 2 · 127 and 16 · 6 · 127, one
+//! over a unit of 4 bits within 32 · 15 · 127, over 4 bytes of 8 bits within 4 · 128 · 127; with what
+//! they begin with, up to 32 · 8 · 127, all are below 2¹⁷. So they are converted to f32 exactly, and
+//! only products with scales and their sum are rounded.
 
 use stb_format::encoding::int_group::UNIT;
 use stb_format::encoding::{IntGroup, IntGroupView};

@@ -24,6 +24,8 @@ pub(crate) mod scalar;
 mod stbllm8;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod vbmi;
 
 use stb_format::encoding::MatrixView;
 

@@ -1,9 +1,9 @@
 //! Matrix × matrix for joint N:M codes with rounded activations. Each output is the same chain of
 //! operations as in [`super::nm8`], so that a token has the same result alone and among others.
 //!
-//! By what the instruction set has, one of two ways: codes are expanded to bytes and multiplied by a
-//! unit for tiles ([`tiles`]), or they are indices of sums of activations, of many tokens at a time
-//! ([`tables`]).
+//! By what the instruction set has, one of three ways: codes are expanded to bytes and multiplied by a
+//! unit for tiles ([`tiles`]), looked up in registers for some tokens ([`lookups`]), or they are indices
+//! of sums of activations, of many tokens at a time ([`tables`]).
 
 mod lookups;
 mod tables;
@@ -36,12 +36,12 @@ pub struct Lanes(pub [f32; TILE]);
 /// for [`matmul_rounded`].
 #[derive(Default, Debug)]
 pub struct RoundedTokens {
-    /// By [`TOKENS`] tokens, for each block, what the instruction set reads; the other one is empty.
-    /// Whole rows of activations would lie at multiples of a page and so in the same few places of
-    /// a cache.
+    /// What the instruction set reads, for each block; but one of these are empty. Whole rows of
+    /// activations would lie at multiples of a page and so in the same few places of a cache. By
+    /// [`TOKENS`] tokens:
     by_token: Vec<ByToken>,
     by_column: Vec<ByColumn>,
-    /// By [`lookups::TOGETHER`] tokens, for each block, the quads of the block.
+    /// By [`lookups::TOGETHER`] tokens, the quads of each block.
     tables: Vec<lookups::Quad>,
     /// By [`TOKENS`] tokens, for each block: the scale of each token.
     scales: Vec<[f32; TOKENS]>,
@@ -58,13 +58,13 @@ pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
     matches!(matrix, MatrixView::Nm(_)) && int8::supports(matrix)
 }
 
-/// From how many tokens on [`matmul_rounded`] takes less time than a product for each of them, as
-/// measured: the work is done for 16 tokens at a time, whether they exist or not.
+/// From how many tokens on [`matmul_rounded`] takes less time than products for a few of them, as
+/// measured: the work is done for 16 tokens at a time, or 8, whether they exist or not.
 #[must_use]
 pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
-    match matrix {
-        _ if isa.run(IsWide) => 3,
-        MatrixView::Nm(m) if (m.spec.n(), m.spec.m()) == (1, 8) => 11,
+    match (isa.run(Ways { tokens: 1 }), matrix) {
+        (Way::Lookups, _) => 5,
+        (_, MatrixView::Nm(m)) if (m.spec.n(), m.spec.m()) == (1, 8) => 11,
         _ => 8,
     }
 }
@@ -72,18 +72,9 @@ pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
 /// Of how many tokens [`matmul_rounded`] makes use together: more share nothing that counts.
 #[must_use]
 pub fn tokens_together(isa: Isa) -> usize {
-    if isa.run(HasTiles) { 512 } else { 128 }
-}
-
-/// Whether the set has a unit for tiles.
-struct HasTiles;
-
-impl Task for HasTiles {
-    type Output = bool;
-
-    #[inline(always)]
-    fn run<S: Bytes>(self, _: S) -> bool {
-        S::TILES
+    match isa.run(Ways { tokens: usize::MAX }) {
+        Way::Tiles => 512,
+        Way::Lookups | Way::Tables => 128,
     }
 }
 
@@ -182,24 +173,14 @@ impl RoundedTokens {
 /// From how many tokens on tiles take less time than look-ups, where there are tiles.
 const TILES_FROM: usize = 12;
 
-struct IsWide;
-
-impl Task for IsWide {
-    type Output = bool;
-
-    #[inline(always)]
-    fn run<S: Bytes>(self, _: S) -> bool {
-        S::WIDE
-    }
-}
-
-/// What a set multiplies with.
+/// See the module.
 enum Way {
     Tiles,
     Lookups,
     Tables,
 }
 
+/// What a set does with so many tokens.
 struct Ways {
     tokens: usize,
 }

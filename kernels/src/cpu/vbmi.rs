@@ -1,0 +1,106 @@
+//! Look-ups of 64 bytes for 8 tokens, and their sums, written out: a compiler that sees the parts does
+//! all look-ups first, and has no registers for what they find.
+
+use std::arch::x86_64::*;
+
+/// Sums of what `index` finds in each of 8 tables.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
+pub(super) fn add_lookups(
+    mut acc: [__m512i; 8],
+    tables: &[[u8; 64]; 8],
+    index: __m512i,
+) -> [__m512i; 8] {
+    let mut _found = [_mm512_setzero_si512(); 2];
+    // SAFETY: reads the 512 bytes behind the reference, at any alignment, and changes registers only.
+    unsafe {
+        std::arch::asm!(
+            "vpermb {t0}, {i}, [{p} + 0]",
+            "vpdpbusd {a0}, {one}, {t0}",
+            "vpermb {t1}, {i}, [{p} + 64]",
+            "vpdpbusd {a1}, {one}, {t1}",
+            "vpermb {t0}, {i}, [{p} + 128]",
+            "vpdpbusd {a2}, {one}, {t0}",
+            "vpermb {t1}, {i}, [{p} + 192]",
+            "vpdpbusd {a3}, {one}, {t1}",
+            "vpermb {t0}, {i}, [{p} + 256]",
+            "vpdpbusd {a4}, {one}, {t0}",
+            "vpermb {t1}, {i}, [{p} + 320]",
+            "vpdpbusd {a5}, {one}, {t1}",
+            "vpermb {t0}, {i}, [{p} + 384]",
+            "vpdpbusd {a6}, {one}, {t0}",
+            "vpermb {t1}, {i}, [{p} + 448]",
+            "vpdpbusd {a7}, {one}, {t1}",
+            p = in(reg) tables.as_ptr(),
+            i = in(zmm_reg) index,
+            one = in(zmm_reg) _mm512_set1_epi8(1),
+            t0 = out(zmm_reg) _found[0],
+            t1 = out(zmm_reg) _found[1],
+            a0 = inout(zmm_reg) acc[0],
+            a1 = inout(zmm_reg) acc[1],
+            a2 = inout(zmm_reg) acc[2],
+            a3 = inout(zmm_reg) acc[3],
+            a4 = inout(zmm_reg) acc[4],
+            a5 = inout(zmm_reg) acc[5],
+            a6 = inout(zmm_reg) acc[6],
+            a7 = inout(zmm_reg) acc[7],
+            options(pure, readonly, nostack, preserves_flags),
+        );
+    }
+    acc
+}
+
+/// The same where bit 6 of the index is set, zero elsewhere.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
+pub(super) fn add_lookups_or_zero(
+    mut acc: [__m512i; 8],
+    tables: &[[u8; 64]; 8],
+    index: __m512i,
+) -> [__m512i; 8] {
+    let mut _found = [_mm512_setzero_si512(); 2];
+    // SAFETY: reads the 512 bytes behind the reference, at any alignment, and changes registers only.
+    unsafe {
+        std::arch::asm!(
+            "vpxord {t0}, {t0}, {t0}",
+            "vpermt2b {t0}, {i}, [{p} + 0]",
+            "vpdpbusd {a0}, {one}, {t0}",
+            "vpxord {t1}, {t1}, {t1}",
+            "vpermt2b {t1}, {i}, [{p} + 64]",
+            "vpdpbusd {a1}, {one}, {t1}",
+            "vpxord {t0}, {t0}, {t0}",
+            "vpermt2b {t0}, {i}, [{p} + 128]",
+            "vpdpbusd {a2}, {one}, {t0}",
+            "vpxord {t1}, {t1}, {t1}",
+            "vpermt2b {t1}, {i}, [{p} + 192]",
+            "vpdpbusd {a3}, {one}, {t1}",
+            "vpxord {t0}, {t0}, {t0}",
+            "vpermt2b {t0}, {i}, [{p} + 256]",
+            "vpdpbusd {a4}, {one}, {t0}",
+            "vpxord {t1}, {t1}, {t1}",
+            "vpermt2b {t1}, {i}, [{p} + 320]",
+            "vpdpbusd {a5}, {one}, {t1}",
+            "vpxord {t0}, {t0}, {t0}",
+            "vpermt2b {t0}, {i}, [{p} + 384]",
+            "vpdpbusd {a6}, {one}, {t0}",
+            "vpxord {t1}, {t1}, {t1}",
+            "vpermt2b {t1}, {i}, [{p} + 448]",
+            "vpdpbusd {a7}, {one}, {t1}",
+            p = in(reg) tables.as_ptr(),
+            i = in(zmm_reg) index,
+            one = in(zmm_reg) _mm512_set1_epi8(1),
+            t0 = out(zmm_reg) _found[0],
+            t1 = out(zmm_reg) _found[1],
+            a0 = inout(zmm_reg) acc[0],
+            a1 = inout(zmm_reg) acc[1],
+            a2 = inout(zmm_reg) acc[2],
+            a3 = inout(zmm_reg) acc[3],
+            a4 = inout(zmm_reg) acc[4],
+            a5 = inout(zmm_reg) acc[5],
+            a6 = inout(zmm_reg) acc[6],
+            a7 = inout(zmm_reg) acc[7],
+            options(pure, readonly, nostack, preserves_flags),
+        );
+    }
+    acc
+}
