@@ -87,7 +87,7 @@ pub(crate) trait Bytes: Simd {
     }
 
     /// `acc[k][r] += Σ_lane found[lane, r]`, what [`Bytes::lookup_arranged`] finds for `index` in table k.
-    /// Of those of [`MAX_DOTS`] half as many.
+    /// Counts as one [`Bytes::dot2`]. For sets that are [`Bytes::WIDE`].
     #[inline(always)]
     fn add_lookups(
         self,

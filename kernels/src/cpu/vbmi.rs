@@ -11,7 +11,7 @@ pub(super) fn add_lookups(
     tables: &[[u8; 64]; 8],
     index: __m512i,
 ) -> [__m512i; 8] {
-    let mut _found = [_mm512_setzero_si512(); 2];
+    let (one, mut _found) = (_mm512_set1_epi8(1), [_mm512_setzero_si512(); 2]);
     // SAFETY: reads the 512 bytes behind the reference, at any alignment, and changes registers only.
     unsafe {
         std::arch::asm!(
@@ -33,7 +33,7 @@ pub(super) fn add_lookups(
             "vpdpbusd {a7}, {one}, {t1}",
             p = in(reg) tables.as_ptr(),
             i = in(zmm_reg) index,
-            one = in(zmm_reg) _mm512_set1_epi8(1),
+            one = in(zmm_reg) one,
             t0 = out(zmm_reg) _found[0],
             t1 = out(zmm_reg) _found[1],
             a0 = inout(zmm_reg) acc[0],
@@ -58,7 +58,7 @@ pub(super) fn add_lookups_or_zero(
     tables: &[[u8; 64]; 8],
     index: __m512i,
 ) -> [__m512i; 8] {
-    let mut _found = [_mm512_setzero_si512(); 2];
+    let (one, mut _found) = (_mm512_set1_epi8(1), [_mm512_setzero_si512(); 2]);
     // SAFETY: reads the 512 bytes behind the reference, at any alignment, and changes registers only.
     unsafe {
         std::arch::asm!(
@@ -88,7 +88,7 @@ pub(super) fn add_lookups_or_zero(
             "vpdpbusd {a7}, {one}, {t1}",
             p = in(reg) tables.as_ptr(),
             i = in(zmm_reg) index,
-            one = in(zmm_reg) _mm512_set1_epi8(1),
+            one = in(zmm_reg) one,
             t0 = out(zmm_reg) _found[0],
             t1 = out(zmm_reg) _found[1],
             a0 = inout(zmm_reg) acc[0],
