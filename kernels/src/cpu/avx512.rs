@@ -389,43 +389,27 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
-    fn add_lookups(
+    fn add_lookups<const OR_ZERO: bool>(
         self,
         acc: [Self::Acc; 8],
         tables: &[[u8; 64]; 8],
         index: __m512i,
     ) -> [Self::Acc; 8] {
         assert!(LEVEL >= VBMI, "a set with look-ups of 64 bytes");
-        let index = self.or_b(index, self.load_b(&LANES_OF_ROWS));
+        let lanes = self.load_b(&LANES_OF_ROWS);
         let sums = acc.map(
             #[inline(always)]
             |acc| acc[0],
         );
-        // SAFETY: a value of that level proves that the CPU has every feature of the function.
-        let sums = unsafe { vbmi::add_lookups(sums, tables, index) };
-        sums.map(
-            #[inline(always)]
-            |sum| [sum, acc[0][1]],
-        )
-    }
-
-    #[inline(always)]
-    fn add_lookups_or_zero(
-        self,
-        acc: [Self::Acc; 8],
-        tables: &[[u8; 64]; 8],
-        index: __m512i,
-    ) -> [Self::Acc; 8] {
-        assert!(LEVEL >= VBMI, "a set with look-ups of 64 bytes");
-        // Bit 6 chooses the table, or zeros.
-        let chosen = self.or_b(self.load_b(&LANES_OF_ROWS), self.splat_b(0x40));
-        let index = self.xor_b(index, chosen);
-        let sums = acc.map(
-            #[inline(always)]
-            |acc| acc[0],
-        );
-        // SAFETY: a value of that level proves that the CPU has every feature of the function.
-        let sums = unsafe { vbmi::add_lookups_or_zero(sums, tables, index) };
+        let sums = if OR_ZERO {
+            // Bit 6 chooses the table, or zeros.
+            let index = self.xor_b(index, self.or_b(lanes, self.splat_b(0x40)));
+            // SAFETY: a value of that level proves that the CPU has every feature of the function.
+            unsafe { vbmi::add_lookups_or_zero(sums, tables, index) }
+        } else {
+            // SAFETY: as above.
+            unsafe { vbmi::add_lookups(sums, tables, self.or_b(index, lanes)) }
+        };
         sums.map(
             #[inline(always)]
             |sum| [sum, acc[0][1]],

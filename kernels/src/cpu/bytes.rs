@@ -86,31 +86,23 @@ pub(crate) trait Bytes: Simd {
         self.lookup_b(table, index)
     }
 
-    /// `acc[k][r] += Σ_lane found[lane, r]`, what [`Bytes::lookup_arranged`] finds for `index` in table k.
-    /// Counts as one [`Bytes::dot2`]. For sets that are [`Bytes::WIDE`].
+    /// `acc[k][r] += Σ_lane found[lane, r]`, what [`Bytes::lookup_arranged`] finds for `index` in table k,
+    /// or, `OR_ZERO`, [`Bytes::lookup_arranged_or_zero`]. Counts as one [`Bytes::dot2`]. For sets that are
+    /// [`Bytes::WIDE`].
     #[inline(always)]
-    fn add_lookups(
+    fn add_lookups<const OR_ZERO: bool>(
         self,
         mut acc: [Self::Acc; 8],
         tables: &[[u8; 64]; 8],
         index: Self::B,
     ) -> [Self::Acc; 8] {
         for (acc, table) in acc.iter_mut().zip(tables) {
-            let found = self.lookup_arranged(self.load_b(table), index);
-            *acc = self.dot2(*acc, found, self.splat_b(0));
-        }
-        acc
-    }
-    /// The same with [`Bytes::lookup_arranged_or_zero`].
-    #[inline(always)]
-    fn add_lookups_or_zero(
-        self,
-        mut acc: [Self::Acc; 8],
-        tables: &[[u8; 64]; 8],
-        index: Self::B,
-    ) -> [Self::Acc; 8] {
-        for (acc, table) in acc.iter_mut().zip(tables) {
-            let found = self.lookup_arranged_or_zero(self.load_b(table), index);
+            let table = self.load_b(table);
+            let found = if OR_ZERO {
+                self.lookup_arranged_or_zero(table, index)
+            } else {
+                self.lookup_arranged(table, index)
+            };
             *acc = self.dot2(*acc, found, self.splat_b(0));
         }
         acc

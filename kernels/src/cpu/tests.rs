@@ -295,11 +295,11 @@ impl Task for Eights {
                 let tables: [[u8; 64]; 8] = std::array::from_fn(|_| rng.bytes::<64>().map(above));
                 let some = rng.bytes::<64>().map(|v| if v < 200 { v & 15 } else { NONE });
                 let index = some.map(|v| v & 15);
-                let expected = Scalar.add_lookups([Scalar.zero_acc(); 8], &tables, index);
-                let expected = Scalar.add_lookups_or_zero(expected, &tables, some);
+                let expected = Scalar.add_lookups::<false>([Scalar.zero_acc(); 8], &tables, index);
+                let expected = Scalar.add_lookups::<true>(expected, &tables, some);
                 let [some, index] = [some, index].map(|v| s.arrange(s.load_b(&v)));
-                let found = s.add_lookups([s.zero_acc(); 8], &tables, index);
-                let found = s.add_lookups_or_zero(found, &tables, some);
+                let found = s.add_lookups::<false>([s.zero_acc(); 8], &tables, index);
+                let found = s.add_lookups::<true>(found, &tables, some);
                 for (found, expected) in found.into_iter().zip(expected) {
                     assert_eq!(ints(s, s.finish(found)), Scalar.finish(expected), "{name} lookups");
                 }

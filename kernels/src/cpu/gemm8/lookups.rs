@@ -297,9 +297,9 @@ fn add_half<S: Bytes, const N: usize>(
 ) -> [S::Acc; TOGETHER] {
     let mut acc = acc;
     for q in 0..PART {
-        acc = s.add_lookups(acc, &tables[q].0, indices[0][q]);
+        acc = s.add_lookups::<false>(acc, &tables[q].0, indices[0][q]);
         if N == 2 {
-            acc = s.add_lookups_or_zero(acc, &tables[q].0, indices[1][q]);
+            acc = s.add_lookups::<true>(acc, &tables[q].0, indices[1][q]);
         }
     }
     acc
