@@ -45,10 +45,14 @@ pub(crate) struct KvCache {
 struct Head {
     keys: KvRows,
     values: KvRows,
+    /// Lent by [`Scratch`] while it is needed.
     memory: Memory,
 }
 
-/// Reusable memory of one key head.
+/// Reusable memory for the attention of one layer at a time, by key head.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Scratch(Vec<Memory>);
+
 #[derive(Clone, Debug, Default)]
 struct Memory {
     /// Queries of the group, padded, [group, padded width].
@@ -85,11 +89,13 @@ impl KvCache {
         &mut self,
         isa: Isa,
         pool: &Pool,
+        scratch: &mut Scratch,
         q: &[f32],
         k: &[f32],
         v: &[f32],
         out: &mut [f32],
     ) {
+        self.swap(scratch);
         let heads = self.heads;
         let tokens = q.len() / heads.q_width;
         let seen = self.by_head.first().map_or(0, |head| head.keys.len()) + tokens;
@@ -108,6 +114,14 @@ impl KvCache {
                 out.copy_from_slice(&head.memory.out[t * wide..][..wide]);
             }
         });
+        self.swap(scratch);
+    }
+
+    fn swap(&mut self, scratch: &mut Scratch) {
+        scratch.0.resize_with(self.by_head.len().max(scratch.0.len()), Memory::default);
+        for (head, memory) in self.by_head.iter_mut().zip(&mut scratch.0) {
+            std::mem::swap(&mut head.memory, memory);
+        }
     }
 }
 
@@ -275,7 +289,8 @@ mod tests {
                 for (q_range, kv_range) in ranges {
                     let (k, v) = (&keys[kv_range.clone()], &values[kv_range]);
                     let out = &mut out[q_range.clone()];
-                    cache.attend(isa, &pool, &q[q_range], k, v, out);
+                    let mut scratch = Scratch::default();
+                    cache.attend(isa, &pool, &mut scratch, &q[q_range], k, v, out);
                 }
                 let exact = naive(heads, &q[q_split..], &keys, &values);
                 for (a, b) in out[q_split..].iter().zip(&exact) {

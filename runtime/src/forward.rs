@@ -7,7 +7,7 @@ use stb_kernels::cuda::{self, Attention};
 use stb_kernels::kv::KvKind;
 use stb_kernels::{Isa, Pool, has_rounded_matmul, ops, tokens_together};
 
-use crate::attention::{Heads, KvCache};
+use crate::attention::{Heads, KvCache, Scratch};
 use crate::device::{Caches, DeviceModel, Logits};
 use crate::error::{Error, Result};
 use crate::linear::{Linears, apply};
@@ -63,6 +63,7 @@ pub struct State {
     tokens: usize,
     context: usize,
     memory: Memory,
+    scratch: Scratch,
     logits: Vec<f32>,
 }
 
@@ -92,6 +93,7 @@ impl State {
             tokens: 0,
             context,
             memory: Memory { linears: Linears::new(!model.exact), ..Memory::default() },
+            scratch: Scratch::default(),
             logits: Vec::new(),
         }
     }
@@ -196,16 +198,19 @@ impl Model {
         }
         self.turn(&mut memory.rotary, states.iter().map(|state| state.tokens));
         let heads = self.heads();
+        let mut scratch = std::mem::take(&mut states[0].scratch);
         for (i, layer) in self.layers[..self.host_layers()].iter().enumerate() {
             let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
                 let rows = q.chunks_exact(heads.q_width).zip(out.chunks_exact_mut(heads.q_width));
                 let keys = k.chunks_exact(heads.kv_width).zip(v.chunks_exact(heads.kv_width));
                 for ((state, (q, out)), (k, v)) in states.iter_mut().zip(rows).zip(keys) {
-                    state.caches[i].attend(self.isa, &self.pool, q, k, v, out);
+                    let cache = &mut state.caches[i];
+                    cache.attend(self.isa, &self.pool, &mut scratch, q, k, v, out);
                 }
             };
             self.layer(layer, &self.pool, attend, &mut memory, &mut hidden);
         }
+        states[0].scratch = scratch;
         if let Some(device) = &self.device {
             let mut logits = std::mem::take(&mut states[0].logits);
             let sequences = states.iter_mut().map(|s| s.device_cache(s.tokens));
@@ -332,11 +337,11 @@ impl Model {
         let mut hidden = std::mem::take(&mut state.memory.hidden);
         self.embed(tokens, &mut hidden)?;
         self.turn(&mut state.memory.rotary, state.tokens..state.tokens + tokens.len());
-        for (layer, cache) in self.layers.iter().zip(&mut state.caches) {
+        let State { caches, memory, scratch, .. } = state;
+        for (layer, cache) in self.layers.iter().zip(caches) {
             let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
-                cache.attend(self.isa, &self.pool, q, k, v, out);
+                cache.attend(self.isa, &self.pool, scratch, q, k, v, out);
             };
-            let memory = &mut state.memory;
             self.layer(layer, &self.pool, attend, memory, &mut hidden);
         }
         state.tokens += tokens.len();
@@ -384,9 +389,10 @@ impl Model {
         let mut memory = Memory::default();
         self.turn(&mut memory.rotary, 0..hidden.len() / self.norm.len());
         let mut cache = KvCache::new(KvKind::F32, self.heads());
+        let mut scratch = Scratch::default();
         let pool = self.pool.or_serial(false);
         let attend = |q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]| {
-            cache.attend(self.isa, pool, q, k, v, out);
+            cache.attend(self.isa, pool, &mut scratch, q, k, v, out);
         };
         self.attention(layer, pool, attend, &mut memory, hidden, observer)
     }
