@@ -322,6 +322,10 @@ impl Model {
             return Err(Error::usage("there is no token to continue from; give a prompt"));
         }
         state.check_room(tokens.len())?;
+        self.check_vocabulary(tokens)
+    }
+
+    fn check_vocabulary(&self, tokens: &[u32]) -> Result<()> {
         let vocabulary = self.embeddings.rows();
         match tokens.iter().find(|t| **t as usize >= vocabulary) {
             Some(token) => Err(Error::invalid(format!(
@@ -353,15 +357,9 @@ impl Model {
     /// # Errors
     /// [`Error::Invalid`] if a token is not in the vocabulary.
     pub fn embed(&self, tokens: &[u32], hidden: &mut Vec<f32>) -> Result<()> {
-        let width = self.embeddings.cols();
+        self.check_vocabulary(tokens)?;
+        let (width, table) = (self.embeddings.cols(), self.embeddings.view());
         hidden.resize(tokens.len() * width, 0.0);
-        let table = self.embeddings.view();
-        if let Some(token) = tokens.iter().find(|token| **token as usize >= table.rows()) {
-            return Err(Error::invalid(format!(
-                "token {token} is outside the vocabulary of {}",
-                table.rows()
-            )));
-        }
         let pool = self.pool.or_serial(hidden.len() > SERIAL);
         pool.run_chunks(hidden, width, |first, out| {
             for (token, out) in tokens[first / width..].iter().zip(out.chunks_exact_mut(width)) {

@@ -141,6 +141,20 @@ impl<'a> Steps<'a> {
     }
 }
 
+/// The scales of the rows of a tile, zero past the last one.
+#[inline(always)]
+pub(super) fn row_scales<S: Simd>(s: S, m: &NmView<'_>, tile: usize) -> S::F {
+    let stored = m.row_scales.get(tile * TILE..).unwrap_or_default();
+    if let Some(stored) = stored.as_flattened().first_chunk() {
+        return s.f16_to_f32(stored);
+    }
+    let mut scales = [0.0; TILE];
+    for (scale, stored) in scales.iter_mut().zip(stored) {
+        *scale = f16::from_le_bytes(*stored).to_f32();
+    }
+    s.load(&scales)
+}
+
 /// Adds the four groups of a quad for `T` tiles.
 #[inline(always)]
 fn add_quad<S: Simd, const N: usize, const M: usize, const T: usize>(
@@ -281,11 +295,9 @@ pub(crate) fn unpack<S: Simd>(
 ) {
     let group_cols = m.spec.m();
     let quads = m.groups().div_ceil(QUAD);
+    let row_scales = row_scales(s, m, tile);
     let mut scales = [0.0; TILE];
-    for (r, scale) in scales.iter_mut().enumerate() {
-        *scale = m.row_scales.get(tile * TILE + r).map_or(0.0, |b| f16::from_le_bytes(*b).to_f32());
-    }
-    let row_scales = s.load(&scales);
+    s.store(row_scales, &mut scales);
     to[..TILE * width].fill(0.0);
     let quad_cols = QUAD * group_cols;
     for quad in from / quad_cols..quads.min((from + width) / quad_cols) {

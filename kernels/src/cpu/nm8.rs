@@ -6,11 +6,10 @@
 
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
 use stb_format::encoding::{Nm, NmView};
-use stb_format::half::f16;
 
 use super::bytes::{Aligned, Bytes, Line, MAX_DOTS, NONE};
 use super::int8::{BLOCK, Rounded};
-use super::nm::Steps;
+use super::nm::{Steps, row_scales};
 
 /// Quads whose codes are taken apart together: as many as a byte has 2-bit fields.
 pub(super) const PART: usize = 4;
@@ -144,17 +143,7 @@ fn put<S: Bytes, const K: usize>(
     rows: usize,
     y: &mut [f32],
 ) {
-    let stored = &m.row_scales[tile * TILE..];
-    let mut scales = [0.0; TILE];
-    match stored.as_flattened().first_chunk() {
-        Some(stored) => s.store(s.f16_to_f32(stored), &mut scales),
-        None => {
-            for (scale, stored) in scales.iter_mut().zip(stored) {
-                *scale = f16::from_le_bytes(*stored).to_f32();
-            }
-        }
-    }
-    let scales = s.load(&scales);
+    let scales = row_scales(s, m, tile);
     for (total, y) in totals.into_iter().zip(y.chunks_exact_mut(rows)) {
         let y = &mut y[at..];
         let sums = s.mul(total, scales);

@@ -11,11 +11,10 @@ use std::ops::Range;
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
-use stb_format::half::f16;
 
 use super::super::bytes::Bytes;
 use super::super::int8::BLOCK;
-use super::super::nm::Steps;
+use super::super::nm::{self, Steps};
 use super::super::nm8::{self, PART, Planes};
 use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS};
 
@@ -75,7 +74,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const 
     let parts = count.div_ceil(TOGETHER);
     let mut tiles = Vec::with_capacity(y.len() / x.group);
     for tile in first / TILE..first / TILE + y.len() / x.group {
-        tiles.push(Tile::<N, M, BITS>::new(m, tile));
+        tiles.push(Tile::<N, M, BITS>::new(s, m, tile));
     }
     let mut apart = Vec::new();
     if parts > 1 {
@@ -126,13 +125,11 @@ struct Tile<'a, const N: usize, const M: usize, const BITS: usize> {
 
 impl<'a, const N: usize, const M: usize, const BITS: usize> Tile<'a, N, M, BITS> {
     #[inline(always)]
-    fn new(m: &NmView<'a>, tile: usize) -> Self {
+    fn new<S: Bytes>(s: S, m: &NmView<'a>, tile: usize) -> Self {
         let codes = m.tile_codes(tile).as_chunks().0;
         let (whole, last) = nm8::chunks(codes, m.groups().div_ceil(QUAD));
         let mut row_scales = [0.0; TILE];
-        for (to, scale) in row_scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
-            *to = f16::from_le_bytes(*scale).to_f32();
-        }
+        s.store(nm::row_scales(s, m, tile), &mut row_scales);
         let together = if m.blocks() == 0 { 0 } else { m.spec.block() / BLOCK };
         Self { whole, last, steps: Steps::of(m, tile), row_scales, first_block: 0, together }
     }

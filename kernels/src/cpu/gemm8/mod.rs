@@ -11,7 +11,6 @@ mod tiles;
 
 use stb_format::encoding::nm::TILE;
 use stb_format::encoding::{MatrixView, NmView};
-use stb_format::half::f16;
 
 use super::bytes::{Aligned, Bytes};
 use super::int8::{self, BLOCK};
@@ -317,11 +316,7 @@ fn steps<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, block: usize) -> Option<(S
 /// Multiplies the sums of a tile, [token][row], by the scales of its rows.
 #[inline(always)]
 fn scale_rows<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes]) {
-    let mut scales = [0.0; TILE];
-    for (to, scale) in scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
-        *to = f16::from_le_bytes(*scale).to_f32();
-    }
-    let scales = s.load(&scales);
+    let scales = nm::row_scales(s, m, tile);
     for Lanes(y) in y {
         s.store(s.mul(s.load(y), scales), y);
     }

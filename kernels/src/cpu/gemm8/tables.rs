@@ -14,10 +14,10 @@
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{QUAD, TILE};
-use stb_format::half::f16;
 
 use super::super::bytes::Bytes;
 use super::super::int8::BLOCK;
+use super::super::nm;
 use super::super::nm8::{self, PART, Planes};
 use super::{Aligned, Lanes, MatMul, TOKENS, steps, transpose};
 
@@ -233,9 +233,7 @@ fn add_tile<S: Bytes, const UNITS: usize, const ENTRIES: usize>(
 #[inline(always)]
 fn finish<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [Lanes; TOKENS]) {
     let mut scales = [0.0; TILE];
-    for (to, scale) in scales.iter_mut().zip(&m.row_scales[tile * TILE..]) {
-        *to = f16::from_le_bytes(*scale).to_f32();
-    }
+    s.store(nm::row_scales(s, m, tile), &mut scales);
     for half in y.as_chunks_mut::<TILE>().0 {
         for (Lanes(y), scale) in half.iter_mut().zip(scales) {
             s.store(s.mul(s.load(y), s.splat(scale)), y);
