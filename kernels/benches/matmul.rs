@@ -8,10 +8,10 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use stb_format::Encoding;
 use stb_format::encoding::Nm;
-use stb_kernels::{Isa, Lanes, Panels, RoundedTokens, matmul, matmul_rounded};
+use stb_kernels::{Isa, Panels, RoundedTokens, matmul, matmul_rounded};
 
 const COLS: usize = 4096;
-const ROWS: usize = 512;
+const ROWS: usize = 2048;
 
 fn benches(c: &mut Criterion) {
     let only = std::env::var("STB_ISA").unwrap_or_default();
@@ -35,12 +35,18 @@ fn benches(c: &mut Criterion) {
                     let mut rounded = RoundedTokens::default();
                     let parts = rounded.parts(isa, &view, &x);
                     parts.into_iter().for_each(|mut part| part.round(isa, &view));
-                    let size = ROWS / 16 * rounded.group();
-                    let mut y = vec![Lanes::default(); rounded.groups() * size];
+                    let (size, task) = (rounded.group(), rounded.task_rows());
+                    let mut y = vec![0.0; rounded.groups() * size * ROWS];
+                    let mut y: Vec<_> = y.chunks_exact_mut(ROWS).collect();
                     group.bench_function(isa.name(), |b| {
                         b.iter(|| {
-                            for (group, y) in y.chunks_mut(size).enumerate() {
-                                matmul_rounded(isa, &view, &rounded, group, 0, y);
+                            for (group, y) in y.chunks_exact_mut(size).enumerate() {
+                                for first in (0..ROWS).step_by(task) {
+                                    let rows = first..ROWS.min(first + task);
+                                    let mut y: Vec<_> =
+                                        y.iter_mut().map(|y| &mut y[rows.clone()]).collect();
+                                    matmul_rounded(isa, &view, &rounded, group, first, &mut y);
+                                }
                             }
                         });
                     });

@@ -23,11 +23,10 @@ pub mod cuda;
 mod isa;
 mod pool;
 
-pub use cpu::{
-    Lanes, RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded,
-    tokens_together,
-};
 pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec};
+pub use cpu::{
+    RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded, tokens_together,
+};
 pub use cpu::{kv, ops, probe};
 pub use cpu::{matvec_tokens, share_preparation};
 pub use isa::{Isa, IsaError};

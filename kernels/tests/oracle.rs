@@ -8,8 +8,8 @@ use stb_format::Encoding;
 use stb_format::encoding::Dense;
 use stb_format::half::f16;
 use stb_kernels::{
-    Isa, Lanes, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul,
-    matmul_rounded, matvec, matvec_tokens, ops,
+    Isa, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul, matmul_rounded,
+    matvec, matvec_tokens, ops,
 };
 
 /// Shapes with ragged rows, columns, groups, units, blocks and chunks.
@@ -210,21 +210,24 @@ fn rounded_tokens_do_not_depend_on_each_other() {
                     let mut together = RoundedTokens::default();
                     let parts = together.parts(isa, &view, &x);
                     parts.into_iter().for_each(|mut part| part.round(isa, &view));
-                    let (size, tiles) = (together.group(), rows.div_ceil(16));
-                    let mut y = vec![Lanes([f32::NAN; 16]); together.groups() * tiles * size];
-                    for (group, y) in y.chunks_mut(tiles * size).enumerate() {
-                        for (i, y) in y.chunks_mut(3 * size).enumerate() {
-                            matmul_rounded(isa, &view, &together, group, i * 48, y);
+                    let size = together.group();
+                    let mut y = vec![f32::NAN; together.groups() * size * rows];
+                    for (group, y) in y.chunks_mut(size * rows).enumerate() {
+                        for first in (0..rows).step_by(48) {
+                            let part = first..rows.min(first + 48);
+                            let mut y: Vec<_> =
+                                y.chunks_mut(rows).map(|y| &mut y[part.clone()]).collect();
+                            matmul_rounded(isa, &view, &together, group, first, &mut y);
                         }
                     }
-                    for (t, r) in (0..tokens).flat_map(|t| (0..rows).map(move |r| (t, r))) {
-                        let tile = t / size * tiles + r / 16;
-                        let found = y[tile * size + t % size].0[r % 16];
+                    for (i, (found, alone)) in y.iter().zip(&alone).enumerate() {
                         assert_eq!(
                             found.to_bits(),
-                            alone[t * rows + r].to_bits(),
-                            "{encoding} {rows}x{cols} {} token {t} of {tokens} row {r}: {found}",
-                            isa.name()
+                            alone.to_bits(),
+                            "{encoding} {rows}x{cols} {} token {} of {tokens} row {}: {found}",
+                            isa.name(),
+                            i / rows,
+                            i % rows,
                         );
                     }
                     kernels += 1;

@@ -1,5 +1,7 @@
 //! Causal attention over cached keys and values.
 
+use std::cell::RefCell;
+
 use stb_format::encoding::{Dense, DenseView, MatrixView};
 use stb_kernels::kv::{KvKind, KvRows, mix, scores};
 use stb_kernels::{Isa, Panels, Pool, matmul, ops};
@@ -62,6 +64,19 @@ struct Memory {
     mixed: Vec<f32>,
     /// [tokens, group · width].
     out: Vec<f32>,
+}
+
+/// Keys and values of one head in the form that products with many queries need.
+#[derive(Default)]
+struct Packed {
+    numbers: Vec<f32>,
+    keys: Panels,
+    values: Panels,
+}
+
+thread_local! {
+    /// Of the head that a thread works on.
+    static PACKED: RefCell<Packed> = RefCell::default();
 }
 
 impl KvCache {
@@ -143,7 +158,7 @@ impl Head {
                 self.one_token(isa, heads, index, token, q);
             }
         } else {
-            self.many_tokens(isa, heads, index, q);
+            PACKED.with_borrow_mut(|packed| self.many_tokens(isa, heads, index, q, packed));
         }
     }
 
@@ -183,16 +198,22 @@ impl Head {
     }
 
     /// Many queries as two matrix products per head and block of queries.
-    fn many_tokens(&mut self, isa: Isa, heads: Heads, index: usize, q: &[f32]) {
+    fn many_tokens(
+        &mut self,
+        isa: Isa,
+        heads: Heads,
+        index: usize,
+        q: &[f32],
+        packed: &mut Packed,
+    ) {
         let Self { keys, values, memory } = self;
         let (group, width, seen) = (heads.group(), heads.width, keys.len());
         let tokens = q.len() / heads.q_width;
-        let (mut numbers, mut key_panels, mut value_panels) =
-            (Vec::new(), Panels::default(), Panels::default());
-        keys.read(isa, &mut numbers);
-        key_panels.pack_strided(&numbers, seen, width, width);
-        values.read(isa, &mut numbers);
-        value_panels.pack_transposed(&numbers, width, seen, width);
+        let Packed { numbers, keys: key_panels, values: value_panels } = packed;
+        keys.read(isa, numbers);
+        key_panels.pack_strided(numbers, seen, width, width);
+        values.read(isa, numbers);
+        value_panels.pack_transposed(numbers, width, seen, width);
         let scale = 1.0 / (width as f32).sqrt();
         let Memory { queries, scores, mixed, out } = memory;
         for (h, from) in (0..group).flat_map(|h| (0..tokens).step_by(BLOCK).map(move |t| (h, t))) {

@@ -2,7 +2,7 @@
 
 use stb_format::encoding::MatrixView;
 use stb_kernels::{
-    Isa, Lanes, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, Workspace, enough_tokens,
+    Isa, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, Workspace, enough_tokens,
     has_rounded_matmul, matmul, matmul_rounded, matvec, matvec_tokens, share_preparation,
 };
 
@@ -12,10 +12,8 @@ use crate::weights::Weight;
 const TASK_BYTES: usize = 64 << 10;
 /// Rows per task of a product with many tokens.
 const TASK_ROWS: usize = 64;
-/// Tokens whose results are put in order together; groups are multiples.
-const COPIED_TOKENS: usize = 8;
 /// Tasks per thread of a product with many rounded tokens, at least: each computes what its rows share.
-const TASKS: usize = 4;
+const TASKS: usize = 2;
 /// At most so many tokens are multiplied with packed weights while these are in cache.
 const FEW_TOKENS: usize = 48;
 /// Below this many multiplications, threads cost more than they save.
@@ -32,8 +30,6 @@ pub struct Linears {
     tokens: RoundedTokens,
     /// Outputs by rows, [rows, tokens padded], before they are transposed.
     by_rows: Vec<f32>,
-    /// Outputs by row tiles, [groups of tokens, tiles padded, tokens of a group].
-    by_tiles: Vec<Lanes>,
 }
 
 /// Up to how many tokens packed weights are multiplied with each of them, where these cannot share work:
@@ -76,18 +72,24 @@ pub fn apply<const N: usize>(
         let bytes = weights.iter().map(|w| w.byte_len()).sum();
         return few_tokens(isa, pool, memory, &views, bytes, x, outputs);
     }
+    let may_round = memory.rounded;
+    let rounded =
+        |view| may_round && has_rounded_matmul(view) && tokens >= enough_tokens(isa, view);
+    let alike = |view| rounded(view) && share_preparation(&views[0], view, true);
+    if views.iter().all(alike) {
+        round(isa, pool, &mut memory.tokens, &views[0], x);
+        return many_rounded(isa, pool, &memory.tokens, &views, outputs);
+    }
     // The matrix that activations were rounded for last.
-    let mut rounded: Option<&MatrixView<'_>> = None;
+    let mut last: Option<&MatrixView<'_>> = None;
     for ((view, weight), out) in views.iter().zip(weights).zip(outputs) {
-        out.resize(tokens * view.rows(), 0.0);
-        let many = has_rounded_matmul(view) && tokens >= enough_tokens(isa, view);
-        if memory.rounded && many {
-            if !rounded.is_some_and(|last| share_preparation(last, view, true)) {
+        if rounded(view) {
+            if !last.is_some_and(|last| share_preparation(last, view, true)) {
                 round(isa, pool, &mut memory.tokens, view, x);
-                rounded = Some(view);
+                last = Some(view);
             }
-            many_rounded(isa, pool, memory, view, out);
-        } else if memory.rounded && tokens <= few(view) {
+            many_rounded(isa, pool, &memory.tokens, &[*view], [out]);
+        } else if may_round && tokens <= few(view) {
             few_tokens(isa, pool, memory, &[*view], weight.byte_len(), x, [out]);
         } else {
             many_exact(isa, pool, memory, view, x, out);
@@ -186,41 +188,42 @@ fn round(isa: Isa, pool: &Pool, tokens: &mut RoundedTokens, view: &MatrixView<'_
     pool.run_chunks(&mut parts, 1, |_, parts| parts.iter_mut().for_each(|p| p.round(isa, view)));
 }
 
-fn many_rounded(
+/// Products with activations that all matrices share, already rounded.
+fn many_rounded<const N: usize>(
     isa: Isa,
     pool: &Pool,
-    memory: &mut Linears,
-    view: &MatrixView<'_>,
-    out: &mut [f32],
+    tokens: &RoundedTokens,
+    views: &[MatrixView<'_>; N],
+    outputs: [&mut Vec<f32>; N],
 ) {
-    let Linears { tokens, by_tiles, .. } = memory;
-    let (group, groups, rows) = (tokens.group(), tokens.groups(), view.rows());
-    // Tasks of one size, a few for each thread; a group of tokens is a whole number of them.
-    let all = rows.div_ceil(ROW_TILE);
-    let wanted = (TASKS * pool.threads()).div_ceil(groups);
-    let tiles =
-        all.div_ceil(wanted).clamp(TASK_ROWS / ROW_TILE, tokens.task_rows() / ROW_TILE).min(all);
-    let tiles = all.div_ceil(all.div_ceil(tiles));
-    let padded = all.next_multiple_of(tiles);
-    by_tiles.resize(groups * padded * group, Lanes::default());
-    pool.run_chunks(by_tiles, tiles * group, |first, y| {
-        let tile = first / group % padded;
-        let used = tiles.min(all - tile) * group;
-        matmul_rounded(isa, view, tokens, first / group / padded, tile * ROW_TILE, &mut y[..used]);
+    // Tasks of nearly one size, as many for each thread.
+    let group = tokens.group();
+    let wanted = (TASKS * pool.threads()).div_ceil(tokens.groups());
+    let task_rows = views.each_ref().map(|view| {
+        let tiles = view.rows().div_ceil(ROW_TILE);
+        let most = tiles.div_ceil(TASK_ROWS / ROW_TILE);
+        let tasks = view.rows().div_ceil(tokens.task_rows()).max(wanted);
+        tiles.div_ceil(tasks.next_multiple_of(pool.threads()).min(most)) * ROW_TILE
     });
-    // Several tokens at a time: those of a tile lie side by side.
-    pool.run_chunks(out, COPIED_TOKENS * rows, |first, out| {
-        let t = first / rows;
-        let tiles = &by_tiles[t / group * padded * group..][..all * group];
-        for (tile, lanes) in tiles.chunks_exact(group).enumerate() {
-            for (out, lanes) in out.chunks_exact_mut(rows).zip(&lanes[t % group..]) {
-                let out = &mut out[tile * ROW_TILE..];
-                match out.first_chunk_mut() {
-                    Some(out) => *out = lanes.0,
-                    None => out.copy_from_slice(&lanes.0[..out.len()]),
-                }
+    let mut all = outputs.into_iter().enumerate().map(|(i, out)| {
+        let (rows, task) = (views[i].rows(), task_rows[i]);
+        out.resize(tokens.len() * rows, 0.0);
+        // By group, by task: what it gives of each token; tokens past the last have nothing.
+        let mut pieces: Vec<&mut [f32]> = Vec::new();
+        for out in out.chunks_mut(group * rows) {
+            let mut rest: Vec<_> = out.chunks_exact_mut(rows).map(|y| y.chunks_mut(task)).collect();
+            for _ in 0..rows.div_ceil(task) {
+                pieces.extend(rest.iter_mut().filter_map(Iterator::next));
+                pieces.resize_with(pieces.len().next_multiple_of(group), Default::default);
             }
         }
+        pieces
+    });
+    let mut pieces: [Vec<&mut [f32]>; N] = std::array::from_fn(|_| all.next().unwrap_or_default());
+    pool.run_parts(pieces.each_mut().map(|p| &mut p[..]), group, |i, first, y| {
+        let (task, tasks) = (first / group, views[i].rows().div_ceil(task_rows[i]));
+        let first = task % tasks * task_rows[i];
+        matmul_rounded(isa, &views[i], tokens, task / tasks, first, y);
     });
 }
 
@@ -230,9 +233,10 @@ fn many_exact(
     memory: &mut Linears,
     view: &MatrixView<'_>,
     x: &[f32],
-    out: &mut [f32],
+    out: &mut Vec<f32>,
 ) {
     let Linears { panels, by_rows, .. } = memory;
+    out.resize(x.len() / view.cols() * view.rows(), 0.0);
     panels.pack(x, view.cols());
     let panels = panels.all();
     let (stride, rows) = (panels.row_stride(), view.rows());

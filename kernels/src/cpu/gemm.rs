@@ -2,6 +2,8 @@
 //! activations. Each output is one chain of fused additions over the columns, whatever the
 //! blocking, so results do not depend on batch, threads or instruction set.
 
+use std::cell::RefCell;
+
 use stb_format::encoding::MatrixView;
 
 use super::{Bytes, Simd, nm, rows};
@@ -83,8 +85,8 @@ impl Panels {
     fn reset(&mut self, tokens: usize, cols: usize) {
         self.tokens = tokens;
         self.cols = cols;
-        self.data.clear();
         self.data.resize(tokens.next_multiple_of(TOKENS) * cols, 0.0);
+        self.data[tokens / PANEL * PANEL * cols..].fill(0.0);
     }
 
     /// All tokens and columns.
@@ -132,7 +134,15 @@ pub fn matmul(isa: Isa, matrix: &MatrixView<'_>, x: PanelsRef<'_>, first: usize,
     let stride = x.row_stride();
     assert!(stride != 0 && y.len().is_multiple_of(stride), "whole rows of output");
     assert!(first + y.len() / stride <= matrix.rows(), "rows outside the matrix");
-    isa.run(MatMul { matrix, x, first, y });
+    WEIGHTS.with_borrow_mut(|weights| {
+        weights.resize(ROWS * DEPTH, 0.0);
+        isa.run(MatMul { matrix, x, first, y, weights });
+    });
+}
+
+thread_local! {
+    /// Unpacked weights, [row][column].
+    static WEIGHTS: RefCell<Vec<f32>> = RefCell::default();
 }
 
 struct MatMul<'a> {
@@ -140,6 +150,7 @@ struct MatMul<'a> {
     x: PanelsRef<'a>,
     first: usize,
     y: &'a mut [f32],
+    weights: &'a mut [f32],
 }
 
 impl Task for MatMul<'_> {
@@ -147,9 +158,8 @@ impl Task for MatMul<'_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        let Self { matrix, x, first, y } = self;
+        let Self { matrix, x, first, y, weights } = self;
         let stride = x.row_stride();
-        let mut weights = vec![0.0; ROWS * DEPTH];
         y.fill(0.0);
         for (i, y) in y.chunks_mut(ROWS * stride).enumerate() {
             let row = first + i * ROWS;
@@ -158,14 +168,14 @@ impl Task for MatMul<'_> {
                 let count = y.len() / stride;
                 // Unpacked rows have a width of whole steps of 128 columns.
                 let width = depth.next_multiple_of(super::PAD);
-                unpack(s, matrix, row, count, from, width, &mut weights);
+                unpack(s, matrix, row, count, from, width, weights);
                 for (p, panels) in x.data.chunks_exact(TOKENS / PANEL * x.stride).enumerate() {
                     let panels = std::array::from_fn(|i| {
                         let panel = &panels[i * x.stride..][from * PANEL..(from + depth) * PANEL];
                         panel.as_chunks().0
                     });
                     let out = &mut y[p * TOKENS..];
-                    block(s, &weights, width, count, panels, out, stride);
+                    block(s, weights, width, count, panels, out, stride);
                 }
             }
         }

@@ -34,8 +34,7 @@ use crate::isa::{Isa, Task};
 pub(crate) use bytes::Bytes;
 pub use gemm::{Panels, PanelsRef, matmul};
 pub use gemm8::{
-    Lanes, RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded,
-    tokens_together,
+    RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded, tokens_together,
 };
 use int8::Rounded;
 

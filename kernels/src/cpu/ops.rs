@@ -140,12 +140,7 @@ fn weight<S: Simd>(s: S, x: S::F) -> S::F {
 
 /// Softmax in place: exp(x − max) divided by the sum. Shares below e⁻⁸⁰ of the largest are zero.
 pub fn softmax(isa: Isa, x: &mut [f32]) {
-    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum = isa.run(ExpInPlace { x, max });
-    let scale = 1.0 / sum;
-    for x in x {
-        *x *= scale;
-    }
+    isa.run(Softmax { x });
 }
 
 /// ln Σ exp(x`[i]`).
@@ -155,31 +150,39 @@ pub fn log_sum_exp(isa: Isa, x: &[f32]) -> f32 {
     max + isa.run(ExpSum { x, max }).ln()
 }
 
-/// exp(x − max) in place; returns the sum.
-struct ExpInPlace<'a> {
+struct Softmax<'a> {
     x: &'a mut [f32],
-    max: f32,
 }
 
-impl Task for ExpInPlace<'_> {
-    type Output = f32;
+impl Task for Softmax<'_> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<S: Bytes>(self, s: S) -> f32 {
-        let max = s.splat(self.max);
-        let mut acc = s.splat(0.0);
+    fn run<S: Bytes>(self, s: S) {
         let (vectors, tail) = self.x.as_chunks_mut::<16>();
-        for v in vectors {
+        // Minus infinity has no weight.
+        let mut last = [f32::NEG_INFINITY; 16];
+        last[..tail.len()].copy_from_slice(tail);
+        let mut max = s.load(&last);
+        for v in &*vectors {
+            max = s.max(max, s.load(v));
+        }
+        let mut lanes = [0.0; 16];
+        s.store(max, &mut lanes);
+        let max = s.splat(lanes.into_iter().fold(f32::NEG_INFINITY, f32::max));
+        let mut acc = s.splat(0.0);
+        for v in &mut *vectors {
             let e = weight(s, s.sub(s.load(v), max));
             s.store(e, v);
             acc = s.add(acc, e);
         }
-        // Minus infinity has no weight.
-        let mut last = [f32::NEG_INFINITY; 16];
-        last[..tail.len()].copy_from_slice(tail);
-        s.store(weight(s, s.sub(s.load(&last), max)), &mut last);
+        let e = weight(s, s.sub(s.load(&last), max));
+        let scale = s.splat(1.0 / s.sum(s.add(acc, e)));
+        for v in vectors {
+            s.store(s.mul(s.load(v), scale), v);
+        }
+        s.store(s.mul(e, scale), &mut last);
         tail.copy_from_slice(&last[..tail.len()]);
-        s.sum(s.add(acc, s.load(&last)))
     }
 }
 

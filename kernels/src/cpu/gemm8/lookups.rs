@@ -12,14 +12,16 @@ use std::ops::Range;
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
 
-use super::super::bytes::Bytes;
+use super::super::bytes::{Bytes, Line};
 use super::super::int8::BLOCK;
 use super::super::nm::{self, Steps};
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS};
+use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, copy_tile};
 
-/// Rows of a task that share the tables in the second cache.
-pub(super) const ROWS: usize = 256;
+/// Rows of a task: tables are read from the third cache once for all of them.
+pub(super) const ROWS: usize = 1024;
+/// Tokens of a task: codes are taken apart once for all of them, and their sums stay in the second cache.
+pub(super) const GROUP: usize = 128;
 /// Tokens whose sums are in registers together.
 pub(super) const TOGETHER: usize = 8;
 /// Blocks of columns whose tables are in the first cache, whole chunks of codes.
@@ -52,7 +54,7 @@ fn blocks_of_chunk(m: usize) -> usize {
 }
 
 #[inline(always)]
-pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
+pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_>) {
     let m = job.matrix;
     match (m.spec.n(), m.spec.m()) {
         (1, 4) => all_tiles::<S, 1, 4, 3, 8>(s, job),
@@ -63,41 +65,42 @@ pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
     }
 }
 
-/// `y` holds [tile][token][row]. A block of a tile looks up `INDICES` vectors.
+/// Sums are [tokens together][tile][token][row]. A block of a tile looks up `INDICES` vectors.
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const INDICES: usize>(
     s: S,
-    job: MatMul<'_>,
+    job: MatMul<'_, '_>,
 ) {
-    let MatMul { matrix: m, x, group, first, y } = job;
-    let count = (x.tokens - group * x.group).min(x.group);
-    let parts = count.div_ceil(TOGETHER);
-    let mut tiles = Vec::with_capacity(y.len() / x.group);
-    for tile in first / TILE..first / TILE + y.len() / x.group {
+    let MatMul { matrix: m, x, group, first, tiles: count, y, work } = job;
+    let parts = y.len().div_ceil(TOGETHER);
+    let mut tiles = Vec::with_capacity(count);
+    for tile in first / TILE..first / TILE + count {
         tiles.push(Tile::<N, M, BITS>::new(s, m, tile));
     }
-    let mut apart = Vec::new();
-    if parts > 1 {
-        apart.resize_with(tiles.len(), Apart::<N, M, INDICES>::default);
-    }
+    let mut apart = work.lookups.tiles::<N, M, INDICES>(if parts > 1 { count } else { 0 });
+    let (sums, _) = work.lanes.as_chunks_mut::<TOGETHER>();
     for from in (0..x.blocks()).step_by(DEPTH) {
         let blocks = from..x.blocks().min(from + DEPTH);
         for part in 0..parts {
             let token = group * x.group + part * TOGETHER;
             let tokens = Part::new(m, x, token, blocks.clone());
-            for (t, y) in y.chunks_exact_mut(x.group).enumerate() {
-                let y = &mut y.as_chunks_mut::<TOGETHER>().0[part];
-                let tile = &mut tiles[t];
+            let sums = &mut sums[part * count..][..count];
+            for (t, (tile, sums)) in tiles.iter_mut().zip(sums).enumerate() {
                 tile.first_block = from;
                 let Some(apart) = apart.get_mut(t) else {
-                    tokens.add::<S, N, M>(s, tile, &tile.row_scales, y);
+                    tokens.add::<S, N, M>(s, tile, &tile.row_scales, sums);
                     continue;
                 };
                 if part == 0 {
                     apart.read(s, tile, blocks.clone());
                 }
-                tokens.add::<S, N, M>(s, apart, &tile.row_scales, y);
+                tokens.add::<S, N, M>(s, apart, &tile.row_scales, sums);
             }
+        }
+    }
+    for (y, sums) in y.chunks_mut(TOGETHER).zip(sums.chunks_exact(count)) {
+        for (t, sums) in sums.iter().enumerate() {
+            copy_tile(sums, t, y);
         }
     }
 }
@@ -164,20 +167,39 @@ impl<const N: usize, const M: usize, const BITS: usize> Rows for Tile<'_, N, M, 
     }
 }
 
-/// Blocks of a tile, taken apart.
-struct Apart<const N: usize, const M: usize, const INDICES: usize> {
-    /// By block, by quad: of each weight of a group.
-    indices: Aligned<[[[u8; 64]; INDICES]; DEPTH]>,
-    steps: [[f32; TILE]; DEPTH],
+/// Room for tiles taken apart.
+#[derive(Default)]
+pub(super) struct Work {
+    indices: Vec<Line>,
+    steps: Vec<Lanes>,
 }
 
-impl<const N: usize, const M: usize, const INDICES: usize> Default for Apart<N, M, INDICES> {
-    fn default() -> Self {
-        Self { indices: Aligned([[[0; 64]; INDICES]; DEPTH]), steps: [[0.0; TILE]; DEPTH] }
+impl Work {
+    #[inline(always)]
+    fn tiles<const N: usize, const M: usize, const INDICES: usize>(
+        &mut self,
+        count: usize,
+    ) -> Vec<Apart<'_, N, M, INDICES>> {
+        let all = count * DEPTH;
+        if self.steps.len() < all || self.indices.len() < all * INDICES {
+            self.steps.resize(all, Lanes::default());
+            self.indices.resize(all * INDICES, Aligned([0; 64]));
+        }
+        let indices = self.indices.as_chunks_mut().0.as_chunks_mut().0.iter_mut();
+        let steps = self.steps.as_chunks_mut().0.iter_mut();
+        let apart = indices.zip(steps).map(|(indices, steps)| Apart { indices, steps });
+        apart.take(count).collect()
     }
 }
 
-impl<const N: usize, const M: usize, const INDICES: usize> Apart<N, M, INDICES> {
+/// Blocks of a tile, taken apart.
+struct Apart<'a, const N: usize, const M: usize, const INDICES: usize> {
+    /// By block, by quad: of each weight of a group.
+    indices: &'a mut [[Line; INDICES]; DEPTH],
+    steps: &'a mut [Lanes; DEPTH],
+}
+
+impl<const N: usize, const M: usize, const INDICES: usize> Apart<'_, N, M, INDICES> {
     #[inline(always)]
     fn read<S: Bytes>(&mut self, s: S, tile: &impl Rows, blocks: Range<usize>) {
         let halves = self.indices.as_flattened_mut().chunks_exact_mut(N * PART);
@@ -191,12 +213,12 @@ impl<const N: usize, const M: usize, const INDICES: usize> Apart<N, M, INDICES> 
             }
         }
         for (block, to) in self.steps.iter_mut().enumerate().take(blocks.len()) {
-            s.store(tile.steps(s, block), to);
+            s.store(tile.steps(s, block), &mut to.0);
         }
     }
 }
 
-impl<const N: usize, const M: usize, const INDICES: usize> Rows for Apart<N, M, INDICES> {
+impl<const N: usize, const M: usize, const INDICES: usize> Rows for Apart<'_, N, M, INDICES> {
     #[inline(always)]
     fn indices<S: Bytes>(&self, s: S, chunk: usize, half: usize) -> [[S::B; PART]; 2] {
         let stored = &self.indices.as_flattened()[(2 * chunk + half) * N * PART..][..N * PART];
@@ -211,7 +233,7 @@ impl<const N: usize, const M: usize, const INDICES: usize> Rows for Apart<N, M, 
 
     #[inline(always)]
     fn steps<S: Bytes>(&self, s: S, block: usize) -> S::F {
-        s.load(&self.steps[block])
+        s.load(&self.steps[block].0)
     }
 }
 
@@ -243,20 +265,20 @@ impl<'a> Part<'a> {
         Self { tables, factors, count: blocks.len(), first, last }
     }
 
-    /// Adds the products of some rows to `y`, [token][row], or begins there with the first block; after
-    /// the last one of all, multiplies by the scales of the rows.
+    /// Adds the products of some rows to `sums`, [token][row], or begins there with the first block;
+    /// after the last one of all, multiplies by the scales of the rows.
     #[inline(always)]
     fn add<S: Bytes, const N: usize, const M: usize>(
         &self,
         s: S,
         rows: &impl Rows,
         row_scales: &[f32; TILE],
-        y: &mut [Lanes; TOGETHER],
+        sums: &mut [Lanes; TOGETHER],
     ) {
         let mut totals = [s.splat(0.0); TOGETHER];
         if !self.first {
-            for (total, y) in totals.iter_mut().zip(&*y) {
-                *total = s.load(&y.0);
+            for (total, sum) in totals.iter_mut().zip(&*sums) {
+                *total = s.load(&sum.0);
             }
         }
         let mut tables = self.tables.as_chunks().0.iter();
@@ -278,8 +300,8 @@ impl<'a> Part<'a> {
             }
         }
         let scale = if self.last { s.load(row_scales) } else { s.splat(1.0) };
-        for (total, y) in totals.into_iter().zip(y) {
-            s.store(s.mul(total, scale), &mut y.0);
+        for (total, sum) in totals.into_iter().zip(sums) {
+            s.store(s.mul(total, scale), &mut sum.0);
         }
     }
 }

@@ -9,6 +9,8 @@ mod lookups;
 mod tables;
 mod tiles;
 
+use std::cell::RefCell;
+
 use stb_format::encoding::nm::TILE;
 use stb_format::encoding::{MatrixView, NmView};
 
@@ -29,7 +31,7 @@ type ByColumn = Aligned<[[[i16; 16]; BLOCK]; TOKENS / 16]>;
 /// Results of 16 rows for one token.
 #[derive(Clone, Copy, Default, Debug)]
 #[repr(C, align(64))]
-pub struct Lanes(pub [f32; TILE]);
+struct Lanes([f32; TILE]);
 
 /// Activations of several tokens, rounded to 8 bits with one scale per token and 128 columns, ready
 /// for [`matmul_rounded`].
@@ -108,18 +110,26 @@ impl RoundedTokens {
         self.cols = cols;
         let (padded, blocks) = (self.tokens.next_multiple_of(TOKENS), cols.div_ceil(BLOCK));
         let count = padded / TOKENS * blocks;
-        self.by_token.clear();
-        self.by_column.clear();
-        self.tables.clear();
+        // What is there already is written over, or belongs to no token.
+        let way = isa.run(Ways { tokens: self.tokens });
+        if !matches!(way, Way::Tiles) {
+            self.by_token.clear();
+        }
+        if !matches!(way, Way::Lookups) {
+            self.tables.clear();
+        }
+        if !matches!(way, Way::Tables) {
+            self.by_column.clear();
+        }
         let mut tables_of_part = 0;
-        match isa.run(Ways { tokens: self.tokens }) {
+        match way {
             Way::Tiles => {
                 (self.group, self.task_rows) = (padded, tiles::ROWS);
                 self.by_token.resize(count, Aligned([[0; BLOCK]; TOKENS]));
             }
             Way::Lookups => {
                 let together = self.tokens.next_multiple_of(lookups::TOGETHER);
-                (self.group, self.task_rows) = (together.min(TOKENS), lookups::ROWS);
+                (self.group, self.task_rows) = (together.min(lookups::GROUP), lookups::ROWS);
                 let of_token = blocks * lookups::quads(group_columns(matrix));
                 tables_of_part = TOKENS / lookups::TOGETHER * of_token;
                 let all = together / lookups::TOGETHER * of_token;
@@ -130,7 +140,6 @@ impl RoundedTokens {
                 self.by_column.resize(count, Aligned([[[0; 16]; BLOCK]; TOKENS / 16]));
             }
         }
-        self.scales.clear();
         self.scales.resize(count, [0.0; TOKENS]);
         let mut by_token = self.by_token.chunks_mut(blocks);
         let mut by_column = self.by_column.chunks_mut(blocks);
@@ -144,6 +153,18 @@ impl RoundedTokens {
             scales,
         };
         parts.map(part).collect()
+    }
+
+    /// Tokens.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.tokens
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.tokens == 0
     }
 
     /// How many tokens, padding included, [`matmul_rounded`] computes at a time.
@@ -251,41 +272,66 @@ impl Task for Round<'_, '_, '_> {
     }
 }
 
-/// `y[tile, t, r] = Σ_c w[first + 16·tile + r, c] · x[t, c]` with rounded activations, for tokens t of
-/// the group `group`: for each tile of 16 rows [`RoundedTokens::group`] tokens, of which those
-/// that exist count. Rows past the last are zero.
+/// `y[t][r] = Σ_c w[first + r, c] · x[t, c]` with rounded activations, for the tokens t of the group
+/// `group`; `y` has a piece for each of [`RoundedTokens::group`] tokens, and those past the last token
+/// may be anything.
 ///
 /// # Panics
 /// If `first` is not a multiple of [`crate::ROW_TILE`], the rows are not inside the matrix, the
-/// widths differ, `y` is not whole tiles, there is no such group, there is no kernel
-/// ([`has_rounded_matmul`]), or activations were prepared for another instruction set.
+/// widths differ, pieces are missing or empty or differ in length, there is no such group, there is no
+/// kernel ([`has_rounded_matmul`]), or activations were prepared for another instruction set.
 pub fn matmul_rounded(
     isa: Isa,
     matrix: &MatrixView<'_>,
     x: &RoundedTokens,
     group: usize,
     first: usize,
-    y: &mut [Lanes],
+    y: &mut [&mut [f32]],
 ) {
     assert!(has_rounded_matmul(matrix), "an encoding with a kernel");
     assert!(first.is_multiple_of(TILE), "work is split at row tiles");
     assert_eq!(x.cols, matrix.cols(), "one activation per column");
     assert!(group < x.groups(), "a group of tokens");
-    assert!(!y.is_empty() && y.len().is_multiple_of(x.group), "whole tiles of output");
-    assert!(first + (y.len() / x.group - 1) * TILE < matrix.rows(), "rows outside the matrix");
+    let y = &mut y[..(x.tokens - group * x.group).min(x.group)];
+    let rows = y[0].len();
+    assert!(rows != 0 && y.iter().all(|y| y.len() == rows), "the same rows of every token");
+    assert!(rows <= matrix.rows() && first <= matrix.rows() - rows, "rows outside the matrix");
     let MatrixView::Nm(matrix) = matrix else { unreachable!("an encoding with a kernel") };
-    isa.run(MatMul { matrix, x, group, first, y });
+    WORK.with_borrow_mut(|work| {
+        let tiles = rows.div_ceil(TILE);
+        if work.lanes.len() < tiles * x.group {
+            work.lanes.resize(tiles * x.group, Lanes::default());
+        }
+        isa.run(MatMul { matrix, x, group, first, tiles, y, work });
+    });
 }
 
-struct MatMul<'a> {
+thread_local! {
+    /// Kept from task to task: it is in cache then.
+    static WORK: RefCell<Work> = RefCell::default();
+}
+
+/// What a task needs, at least as long as it says.
+#[derive(Default)]
+struct Work {
+    /// Sums of tiles of rows, [tile][token][row] or what suits: tiles times tokens of a group.
+    lanes: Vec<Lanes>,
+    lookups: lookups::Work,
+}
+
+struct MatMul<'a, 'y> {
     matrix: &'a NmView<'a>,
     x: &'a RoundedTokens,
     group: usize,
+    /// First row, and how many tiles of rows.
     first: usize,
-    y: &'a mut [Lanes],
+    tiles: usize,
+    /// [token][row].
+    y: &'a mut [&'y mut [f32]],
+    work: &'a mut Work,
 }
 
-impl Task for MatMul<'_> {
+impl Task for MatMul<'_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -296,6 +342,18 @@ impl Task for MatMul<'_> {
             lookups::run(s, self);
         } else {
             tables::run(s, self);
+        }
+    }
+}
+
+/// Copies the results of a tile, [token][row], to the tokens' rows; the last tile may have fewer.
+#[inline(always)]
+fn copy_tile(lanes: &[Lanes], tile: usize, y: &mut [&mut [f32]]) {
+    for (Lanes(lanes), y) in lanes.iter().zip(y) {
+        let y = &mut y[tile * TILE..];
+        match y.first_chunk_mut() {
+            Some(y) => *y = *lanes,
+            None => y.copy_from_slice(&lanes[..y.len()]),
         }
     }
 }

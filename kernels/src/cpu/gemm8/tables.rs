@@ -19,7 +19,7 @@ use super::super::bytes::Bytes;
 use super::super::int8::BLOCK;
 use super::super::nm;
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, TOKENS, steps, transpose};
+use super::{Aligned, Lanes, MatMul, TOKENS, copy_tile, steps, transpose};
 
 /// Rows of a task that share tables: results for 32 tokens take 128 KiB, about what is left in the
 /// second cache of a core.
@@ -36,7 +36,7 @@ type Tables = Aligned<[Sums; 16 * 128 + 128]>;
 type Indices<const UNITS: usize> = [[u8; TILE]; UNITS];
 
 #[inline(always)]
-pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
+pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_>) {
     let m = job.matrix;
     match (m.spec.n(), m.spec.m()) {
         (1, 4) => all_tiles::<S, 1, 4, 3, 16, 64>(s, job),
@@ -47,7 +47,7 @@ pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_>) {
     }
 }
 
-/// `y` holds [tile][half of the tokens][row][token] until the end.
+/// Sums are [tile][half of the tokens][row][token] until the end.
 #[inline(always)]
 fn all_tiles<
     S: Bytes,
@@ -58,31 +58,32 @@ fn all_tiles<
     const ENTRIES: usize,
 >(
     s: S,
-    job: MatMul<'_>,
+    job: MatMul<'_, '_>,
 ) {
-    let MatMul { matrix: m, x, group, first, y } = job;
-    let count = (x.tokens - group * TOKENS).min(TOKENS);
+    let MatMul { matrix: m, x, group, first, tiles, y, work } = job;
     let first = first / TILE;
+    let sums = &mut work.lanes.as_chunks_mut::<TOKENS>().0[..tiles];
     let mut tables: Vec<Tables> = vec![Aligned([[0; 16]; 16 * 128 + 128])];
-    let mut indices = vec![[[0; TILE]; UNITS]; y.len() / TOKENS];
-    y.fill(Lanes::default());
+    let mut indices = vec![[[0; TILE]; UNITS]; tiles];
+    sums.fill([Lanes::default(); TOKENS]);
     for block in 0..x.blocks() {
         for (t, to) in indices.iter_mut().enumerate() {
             index::<S, N, M, BITS, UNITS>(s, m, first + t, block, to);
         }
         let at = group * x.blocks() + block;
         let scales = x.scales[at].as_chunks::<16>().0;
-        for half in 0..count.div_ceil(16) {
+        for half in 0..y.len().div_ceil(16) {
             build::<S, N, M, ENTRIES>(s, &x.by_column[at].0[half], &mut tables[0].0);
             let scale = s.load(&scales[half]);
-            for (t, (indices, y)) in indices.iter().zip(y.as_chunks_mut::<TOKENS>().0).enumerate() {
+            for (t, (indices, sums)) in indices.iter().zip(&mut *sums).enumerate() {
                 let steps = steps(s, m, first + t, block);
-                add_tile::<S, UNITS, ENTRIES>(s, &tables[0], indices, steps, scale, half, y);
+                add_tile::<S, UNITS, ENTRIES>(s, &tables[0], indices, steps, scale, half, sums);
             }
         }
     }
-    for (t, y) in y.as_chunks_mut::<TOKENS>().0.iter_mut().enumerate() {
-        finish(s, m, first + t, y);
+    for (t, sums) in sums.iter_mut().enumerate() {
+        finish(s, m, first + t, sums);
+        copy_tile(sums, t, y);
     }
 }
 

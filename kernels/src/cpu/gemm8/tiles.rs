@@ -9,7 +9,7 @@ use super::super::Simd;
 use super::super::bytes::{Bytes, TileSums};
 use super::super::int8::BLOCK;
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, scale_rows, steps};
+use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, copy_tile, scale_rows, steps};
 use crate::isa::Task;
 
 /// Columns expanded at a time; a multiple of [`BLOCK`].
@@ -25,9 +25,9 @@ type Expanded = Aligned<[[u8; 64]; BLOCK / 4]>;
 /// Products of tiles before they are scaled.
 type Sums = Aligned<TileSums>;
 
-pub(super) struct InTiles<'a>(pub MatMul<'a>);
+pub(super) struct InTiles<'a, 'y>(pub MatMul<'a, 'y>);
 
-impl Task for InTiles<'_> {
+impl Task for InTiles<'_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -45,9 +45,13 @@ impl Task for InTiles<'_> {
 }
 
 #[inline(always)]
-fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(s: S, job: MatMul<'_>) {
-    let MatMul { matrix: m, x, first, y, .. } = job;
+fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
+    s: S,
+    job: MatMul<'_, '_>,
+) {
+    let MatMul { matrix: m, x, first, tiles, y: to, work, .. } = job;
     let stride = x.group;
+    let y = &mut work.lanes[..tiles * stride];
     let patterns = Patterns::<S>::new::<N, M>(s);
     let mut weights = vec![Aligned([[0; 64]; BLOCK / 4]); TILES * DEPTH / BLOCK];
     let mut sums: [Sums; 2] = [Aligned([[[[0; 16]; 16]; 2]; 2]); 2];
@@ -68,6 +72,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(s: S, 
         }
         for (t, y) in y.chunks_exact_mut(stride).enumerate() {
             scale_rows(s, m, tile + t, y);
+            copy_tile(y, i * TILES + t, to);
         }
     }
 }
