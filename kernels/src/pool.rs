@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -40,8 +40,8 @@ struct Shared {
     generation: AtomicU32,
     /// [`OPEN`] while a region may be entered, plus the number of workers inside.
     gate: AtomicU32,
-    /// The next task to take.
-    next: AtomicUsize,
+    /// By thread, the caller first.
+    ranges: Box<[Range]>,
     job: UnsafeCell<Job>,
     /// The first panic of a worker.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -49,6 +49,40 @@ struct Shared {
     sleep: Mutex<()>,
     wake: Condvar,
     stop: AtomicBool,
+}
+
+/// Tasks with consecutive numbers: a thread reads what lies side by side in memory, so that what it
+/// fetches ahead is what it needs next. It takes the first one, others that have nothing left the last.
+#[derive(Default, Debug)]
+#[repr(align(64))]
+struct Range(AtomicU64);
+
+impl Range {
+    /// Nobody may take any meanwhile.
+    fn set(&self, first: u32, end: u32) {
+        self.0.store(u64::from(first) << 32 | u64::from(end), Ordering::Relaxed);
+    }
+
+    fn bounds(packed: u64) -> (u32, u32) {
+        ((packed >> 32) as u32, packed as u32)
+    }
+
+    fn left(&self) -> u32 {
+        let (first, end) = Self::bounds(self.0.load(Ordering::Relaxed));
+        end.saturating_sub(first)
+    }
+
+    fn take(&self, from_end: bool) -> Option<usize> {
+        let shorter = |packed| {
+            let (first, end) = Self::bounds(packed);
+            let less = if from_end { packed.wrapping_sub(1) } else { packed.wrapping_add(1 << 32) };
+            (first < end).then_some(less)
+        };
+        // What a task reads and writes is ordered by the gate.
+        let packed = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shorter).ok()?;
+        let (first, end) = Self::bounds(packed);
+        Some(if from_end { end - 1 } else { first } as usize)
+    }
 }
 
 /// A slice that is cut into pieces for several threads.
@@ -75,7 +109,6 @@ impl<T> Part<T> {
 #[derive(Clone, Copy, Debug)]
 struct Job {
     task: Option<*const Task<'static>>,
-    tasks: usize,
 }
 
 const OPEN: u32 = 1 << 31;
@@ -94,11 +127,12 @@ impl Pool {
     /// # Errors
     /// If the system gives no more threads.
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        let mut pool = Self::serial();
+        let mut pool = Self::of(threads.max(1));
         for i in 1..threads {
             let shared = pool.shared.clone();
             let name = format!("stb-{i}");
-            pool.workers.push(std::thread::Builder::new().name(name).spawn(move || shared.work())?);
+            let work = move || shared.work(i);
+            pool.workers.push(std::thread::Builder::new().name(name).spawn(work)?);
         }
         Ok(pool)
     }
@@ -106,11 +140,16 @@ impl Pool {
     /// A pool without threads of its own.
     #[must_use]
     pub fn serial() -> Self {
+        Self::of(1)
+    }
+
+    /// Without its workers.
+    fn of(threads: usize) -> Self {
         let shared = Shared {
             generation: AtomicU32::new(0),
             gate: AtomicU32::new(0),
-            next: AtomicUsize::new(0),
-            job: UnsafeCell::new(Job { task: None, tasks: 0 }),
+            ranges: (0..threads).map(|_| Range::default()).collect(),
+            job: UnsafeCell::new(Job { task: None }),
             panic: Mutex::new(None),
             sleepers: AtomicU32::new(0),
             sleep: Mutex::new(()),
@@ -177,14 +216,15 @@ impl Pool {
     }
 
     /// Calls `task` with every number below `tasks`, on all threads, and returns when all calls have
-    /// returned. Threads take the next number when they are free, so that a core that is taken away
-    /// holds up no more than its present task, and the caller then works alone for a while. It also does while
-    /// another thread is in a region of this pool.
+    /// returned. Each thread has as many of them, one after the other, and then takes from those who have
+    /// some left, so that a core that is taken away holds up no more than its present task; the caller
+    /// then works alone for a while. It also does while another thread is in a region of this pool.
     ///
     /// # Panics
     /// If a task does.
     pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
-        let alone = self.workers.is_empty() || tasks < 2;
+        let count = u32::try_from(tasks);
+        let alone = self.workers.is_empty() || tasks < 2 || count.is_err();
         let busy = match self.busy.try_lock() {
             _ if alone => None,
             Ok(busy) => Some(busy),
@@ -206,9 +246,9 @@ impl Pool {
         // use the pointer only inside it.
         let long = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(short) };
         // SAFETY: `busy` is held, the gate closed and empty since the region before: nobody reads.
-        unsafe { *self.shared.job.get() = Job { task: Some(long), tasks } };
-        let region = Region::open(&self.shared);
-        let own = region.0.take_tasks(&task, tasks);
+        unsafe { *self.shared.job.get() = Job { task: Some(long) } };
+        let region = Region::open(&self.shared, count.unwrap_or(0));
+        let own = region.0.take_tasks(&task, 0);
         let worked = started.elapsed();
         drop(region);
         let waited = started.elapsed() - worked;
@@ -236,9 +276,16 @@ impl Drop for Pool {
 struct Region<'a>(&'a Shared);
 
 impl<'a> Region<'a> {
-    fn open(shared: &'a Shared) -> Self {
-        shared.next.store(0, Ordering::Relaxed);
-        // Releases `job` and `next` to those who enter.
+    fn open(shared: &'a Shared, tasks: u32) -> Self {
+        let threads = shared.ranges.len() as u64;
+        let mut first = 0;
+        for (range, i) in shared.ranges.iter().zip(1..) {
+            // At most `tasks`.
+            let end = (u64::from(tasks) * i / threads) as u32;
+            range.set(first, end);
+            first = end;
+        }
+        // Releases `job` and the ranges to those who enter.
         shared.gate.store(OPEN, Ordering::Release);
         shared.announce();
         Self(shared)
@@ -281,21 +328,28 @@ impl Shared {
         }
     }
 
-    /// Takes tasks until there are none left; returns how many it took.
-    fn take_tasks(&self, task: &Task<'_>, tasks: usize) -> u32 {
-        let mut own = 0;
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
-                return own;
-            }
+    /// Takes tasks, those of `thread` first, until there are none left; returns how many it took.
+    fn take_tasks(&self, task: &Task<'_>, thread: usize) -> u32 {
+        let mut taken = 0;
+        while let Some(i) = self.ranges[thread].take(false) {
             task(i);
-            own += 1;
+            taken += 1;
         }
+        while let Some(most) = self.ranges.iter().max_by_key(|range| range.left()) {
+            match most.take(true) {
+                Some(i) => {
+                    task(i);
+                    taken += 1;
+                }
+                None if most.left() == 0 => break,
+                None => {}
+            }
+        }
+        taken
     }
 
     /// What a worker does until the pool is dropped.
-    fn work(&self) {
+    fn work(&self, thread: usize) {
         let mut seen = 0;
         loop {
             seen = self.wait_for_change(seen);
@@ -311,7 +365,7 @@ impl Shared {
             if let Some(task) = job.task {
                 // SAFETY: the target lives as long as the region is open or anyone inside.
                 let task = unsafe { &*task };
-                let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(task, job.tasks)));
+                let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(task, thread)));
                 if let Err(panic) = result
                     && let Ok(mut first) = self.panic.lock()
                 {
@@ -363,6 +417,8 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     fn add_one(count: &AtomicUsize) {
