@@ -5,7 +5,7 @@ use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE, VECTOR};
 use stb_format::half::f16;
 
-use super::Simd;
+use super::{Bytes, Simd};
 
 /// Tiles that share the tables of a pass over the columns.
 const TILES: usize = 4;
@@ -122,6 +122,15 @@ impl<'a> Steps<'a> {
             Self { four: &[], eight: codes.as_chunks().0, size: 1.0 / 256.0 }
         } else {
             Self { four: codes.as_chunks().0, eight: &[], size: 1.0 / 16.0 }
+        }
+    }
+
+    /// Asks for the codes of the tile that comes `tiles` later.
+    #[inline(always)]
+    pub(crate) fn prefetch_behind<S: Bytes>(&self, s: S, tiles: usize) {
+        let codes = self.four.as_flattened();
+        for line in (0..codes.len()).step_by(64) {
+            s.prefetch(codes.as_ptr().wrapping_add(tiles * codes.len() + line));
         }
     }
 

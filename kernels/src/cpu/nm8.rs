@@ -178,6 +178,7 @@ fn tiles<
     for t in 0..T {
         codes[t] = m.tile_codes(tile + t).as_chunks().0;
         steps[t] = Steps::of(m, tile + t);
+        steps[t].prefetch_behind(s, T);
     }
     // The tiles that come next lie behind the present ones.
     let ahead = T * codes[0].len() * 64;
