@@ -140,7 +140,8 @@ fn few_tokens<const N: usize>(
 
     // With several tokens the results of a piece lie together, and are spread afterwards.
     let total: usize = views.iter().map(MatrixView::rows).sum();
-    let chunk = (TASK_BYTES * total / bytes.max(1)).next_multiple_of(2 * ROW_TILE);
+    let task = if tokens > 4 { 4 * TASK_BYTES } else { TASK_BYTES };
+    let chunk = (task * total / bytes.max(1)).next_multiple_of(2 * ROW_TILE);
     let chunk = chunk.clamp(2 * ROW_TILE, 32 * ROW_TILE);
     let pool = pool.or_serial(total * cols >= SERIAL_WORK);
     if tokens == 1 {
