@@ -32,8 +32,8 @@ pub struct Linears {
     by_rows: Vec<f32>,
 }
 
-/// Up to how many tokens packed weights are multiplied with each of them, where these cannot share work:
-/// as many as take less time than exact products with unpacked weights, which cost much for few tokens.
+/// Up to how many tokens packed weights are multiplied with each of them, where there are too few or no
+/// kernel for many: as many as take less time than exact products with unpacked weights.
 fn few(view: &MatrixView<'_>) -> usize {
     match view {
         MatrixView::IntGroup(_) => FEW_TOKENS,

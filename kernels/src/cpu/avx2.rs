@@ -368,6 +368,11 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
+    fn splat_word(self, v: [u8; 4]) -> I {
+        self.splat_i(u32::from_le_bytes(v))
+    }
+
+    #[inline(always)]
     fn and_b(self, a: I, b: I) -> I {
         both!(_mm256_and_si256, a, b)
     }

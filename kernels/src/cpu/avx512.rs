@@ -301,6 +301,11 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn splat_word(self, v: [u8; 4]) -> __m512i {
+        self.splat_i(u32::from_le_bytes(v))
+    }
+
+    #[inline(always)]
     fn and_b(self, a: __m512i, b: __m512i) -> __m512i {
         values!(_mm512_and_si512(a, b))
     }

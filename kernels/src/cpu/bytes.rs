@@ -51,6 +51,8 @@ pub(crate) trait Bytes: Simd {
     fn load_b(self, v: &[u8; 64]) -> Self::B;
     fn store_b(self, v: Self::B, to: &mut [u8; 64]);
     fn splat_b(self, v: u8) -> Self::B;
+    /// The same four bytes again and again.
+    fn splat_word(self, v: [u8; 4]) -> Self::B;
     fn and_b(self, a: Self::B, b: Self::B) -> Self::B;
     fn or_b(self, a: Self::B, b: Self::B) -> Self::B;
     fn xor_b(self, a: Self::B, b: Self::B) -> Self::B;

@@ -378,6 +378,11 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn splat_word(self, v: [u8; 4]) -> Self::B {
+        values!([vreinterpretq_u8_u32(vdupq_n_u32(u32::from_le_bytes(v))); 4])
+    }
+
+    #[inline(always)]
     fn and_b(self, a: Self::B, b: Self::B) -> Self::B {
         each!(vandq_u8, a, b)
     }

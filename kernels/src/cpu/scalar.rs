@@ -244,6 +244,11 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
+    fn splat_word(self, v: [u8; 4]) -> Self::B {
+        std::array::from_fn(|i| v[i % 4])
+    }
+
+    #[inline(always)]
     fn and_b(self, a: Self::B, b: Self::B) -> Self::B {
         zip_b(a, b, |a, b| a & b)
     }

@@ -1,10 +1,12 @@
-//! Matrix × matrix for joint N:M codes with rounded activations. Each output is the same chain of
-//! operations as in [`super::nm8`], so that a token has the same result alone and among others.
+//! Matrix × matrix with rounded activations. Each output is one chain of operations, whatever the number
+//! of tokens, the split and the instruction set; for joint codes the same as in [`super::nm8`], so that
+//! a token has the same result alone and among others.
 //!
-//! By what the instruction set has, one of three ways: codes are expanded to bytes and multiplied by a
+//! Integers are expanded to bytes ([`integers`]). For joint codes, by what the instruction set has, one of three ways: codes are expanded to bytes and multiplied by a
 //! unit for tiles ([`tiles`]), looked up in registers for some tokens ([`lookups`]), or they are indices
 //! of sums of activations, of many tokens at a time ([`tables`]).
 
+mod integers;
 mod lookups;
 mod tables;
 mod tiles;
@@ -46,6 +48,8 @@ pub struct RoundedTokens {
     tables: Vec<lookups::Quad>,
     /// By [`TOKENS`] tokens, for each block: the scale of each token.
     scales: Vec<[f32; TOKENS]>,
+    /// The same for integers, by 32 columns: the lowest code times the sum of activations.
+    offsets: Vec<[[i32; TOKENS]; integers::UNITS]>,
     tokens: usize,
     cols: usize,
     /// Padded tokens whose products are computed together.
@@ -56,14 +60,21 @@ pub struct RoundedTokens {
 /// Whether [`matmul_rounded`] has a kernel for the matrix.
 #[must_use]
 pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
-    matches!(matrix, MatrixView::Nm(_)) && int8::supports(matrix)
+    match matrix {
+        MatrixView::Nm(_) => int8::supports(matrix),
+        MatrixView::IntGroup(m) => m.spec.bits() <= 4,
+        MatrixView::Stbllm(_) | MatrixView::Dense(_) => false,
+    }
 }
 
 /// From how many tokens on [`matmul_rounded`] takes less time than products for a few of them, as
-/// measured: the work is done for 16 tokens at a time, or 8, whether they exist or not.
+/// measured: the work is done for 16 tokens at a time, or 8, whether they exist or not, and codes are
+/// expanded first.
 #[must_use]
 pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
-    match (isa.run(Ways { tokens: 1 }), matrix) {
+    match (way(isa, matrix, 1), matrix) {
+        (Way::Integers, MatrixView::IntGroup(m)) if m.spec.bits() == 4 => 28,
+        (Way::Integers, _) => 13,
         (Way::Lookups, _) => 5,
         (_, MatrixView::Nm(m)) if (m.spec.n(), m.spec.m()) == (1, 8) => 11,
         _ => 8,
@@ -75,7 +86,7 @@ pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
 pub fn tokens_together(isa: Isa) -> usize {
     match isa.run(Ways { tokens: usize::MAX }) {
         Way::Tiles => 512,
-        Way::Lookups | Way::Tables => 128,
+        Way::Lookups | Way::Tables | Way::Integers => 128,
     }
 }
 
@@ -89,6 +100,7 @@ pub struct RoundingPart<'a> {
     /// By [`lookups::TOGETHER`] tokens.
     tables: &'a mut [lookups::Quad],
     scales: &'a mut [[f32; TOKENS]],
+    offsets: &'a mut [[[i32; TOKENS]; integers::UNITS]],
 }
 
 impl RoundedTokens {
@@ -111,8 +123,8 @@ impl RoundedTokens {
         let (padded, blocks) = (self.tokens.next_multiple_of(TOKENS), cols.div_ceil(BLOCK));
         let count = padded / TOKENS * blocks;
         // What is there already is written over, or belongs to no token.
-        let way = isa.run(Ways { tokens: self.tokens });
-        if !matches!(way, Way::Tiles) {
+        let way = way(isa, matrix, self.tokens);
+        if !matches!(way, Way::Tiles | Way::Integers) {
             self.by_token.clear();
         }
         if !matches!(way, Way::Lookups) {
@@ -126,6 +138,11 @@ impl RoundedTokens {
             Way::Tiles => {
                 (self.group, self.task_rows) = (padded, tiles::ROWS);
                 self.by_token.resize(count, Aligned([[0; BLOCK]; TOKENS]));
+            }
+            Way::Integers => {
+                (self.group, self.task_rows) = (padded.min(integers::GROUP), integers::ROWS);
+                self.by_token.resize(count, Aligned([[0; BLOCK]; TOKENS]));
+                self.offsets.resize(count, [[0; TOKENS]; integers::UNITS]);
             }
             Way::Lookups => {
                 let together = self.tokens.next_multiple_of(lookups::TOGETHER);
@@ -144,6 +161,7 @@ impl RoundedTokens {
         let mut by_token = self.by_token.chunks_mut(blocks);
         let mut by_column = self.by_column.chunks_mut(blocks);
         let mut tables = self.tables.chunks_mut(tables_of_part.max(1));
+        let mut offsets = self.offsets.chunks_mut(blocks);
         let parts = x.chunks(TOKENS * cols).zip(self.scales.chunks_mut(blocks));
         let part = |(x, scales)| RoundingPart {
             x,
@@ -151,6 +169,7 @@ impl RoundedTokens {
             by_column: by_column.next().unwrap_or_default(),
             tables: tables.next().unwrap_or_default(),
             scales,
+            offsets: offsets.next().unwrap_or_default(),
         };
         parts.map(part).collect()
     }
@@ -198,9 +217,17 @@ enum Way {
     Tiles,
     Lookups,
     Tables,
+    Integers,
 }
 
-/// What a set does with so many tokens.
+fn way(isa: Isa, matrix: &MatrixView<'_>, tokens: usize) -> Way {
+    if matches!(matrix, MatrixView::IntGroup(_)) {
+        return Way::Integers;
+    }
+    isa.run(Ways { tokens })
+}
+
+/// What a set does with joint codes for so many tokens.
 struct Ways {
     tokens: usize,
 }
@@ -256,6 +283,9 @@ impl Task for Round<'_, '_, '_> {
                 part.scales[b][t] = int8::round_block(s, x, &mut codes);
                 if let Some(to) = part.by_token.get_mut(b) {
                     to.0[t] = codes;
+                    if let MatrixView::IntGroup(m) = matrix {
+                        integers::offsets(m.spec.limits().0, &codes, t, &mut part.offsets[b]);
+                    }
                 } else if let Some(to) = part.by_column.get_mut(b) {
                     for (to, code) in to.0[t / 16].iter_mut().zip(codes) {
                         to[t % 16] = i16::from(code);
@@ -296,13 +326,21 @@ pub fn matmul_rounded(
     let rows = y[0].len();
     assert!(rows != 0 && y.iter().all(|y| y.len() == rows), "the same rows of every token");
     assert!(rows <= matrix.rows() && first <= matrix.rows() - rows, "rows outside the matrix");
-    let MatrixView::Nm(matrix) = matrix else { unreachable!("an encoding with a kernel") };
     WORK.with_borrow_mut(|work| {
         let tiles = rows.div_ceil(TILE);
         if work.lanes.len() < tiles * x.group {
             work.lanes.resize(tiles * x.group, Lanes::default());
         }
-        isa.run(MatMul { matrix, x, group, first, tiles, y, work });
+        match matrix {
+            MatrixView::Nm(matrix) => {
+                isa.run(MatMul { matrix, x, group, first, tiles, y, work });
+            }
+            MatrixView::IntGroup(matrix) => {
+                let lanes = &mut work.lanes;
+                isa.run(integers::Job { matrix, x, group, first, tiles, y, lanes });
+            }
+            MatrixView::Stbllm(_) | MatrixView::Dense(_) => unreachable!("a kernel, see above"),
+        }
     });
 }
 

@@ -1,0 +1,335 @@
+//! Integers of up to 4 bits, expanded to bytes for 16 rows and some columns at a time, and multiplied
+//! with the activations of one token after the other: four columns of 16 rows with the same four bytes
+//! in every lane ([`Bytes::dot4_small`]). What is expanded serves all tokens of a task.
+//!
+//! A byte is the stored number, or twice that where codes are odd; what codes are above or below it,
+//! times the sum of the activations of 32 columns, comes with the activations. No sum overflows: eight
+//! bytes of at most 15 are within [`MAX_SMALL`], and a sum over 128 columns within 128 · 23 · 127.
+
+use stb_format::encoding::IntGroupView;
+use stb_format::encoding::int_group::UNIT;
+use stb_format::encoding::nm::TILE;
+
+use super::super::bytes::{Bytes, Line, MAX_SMALL};
+use super::super::int8::BLOCK;
+use super::{Aligned, Lanes, RoundedTokens, TOKENS, copy_tile};
+use crate::isa::Task;
+
+/// Rows of a task: more of them share nothing.
+pub(super) const ROWS: usize = 4 * TILE;
+/// Tokens of a task.
+pub(super) const GROUP: usize = 128;
+/// Tiles that use the activations of some tokens while these are in the first cache.
+const TILES: usize = 2;
+/// Blocks of columns expanded at a time.
+const DEPTH: usize = 4;
+/// Units of a block of activations.
+pub(super) const UNITS: usize = BLOCK / UNIT;
+/// Words of four columns of a unit.
+const WORDS: usize = UNIT / 4;
+
+pub(super) struct Job<'a, 'y> {
+    pub matrix: &'a IntGroupView<'a>,
+    pub x: &'a RoundedTokens,
+    pub group: usize,
+    /// First row, and how many tiles of rows.
+    pub first: usize,
+    pub tiles: usize,
+    /// [token][row].
+    pub y: &'a mut [&'y mut [f32]],
+    /// At least tiles times tokens of a group.
+    pub lanes: &'a mut [Lanes],
+}
+
+impl Task for Job<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, s: S) {
+        // With 32 registers of 64 bytes, the sums of 8 tokens stay there.
+        match (S::WIDE, self.matrix.spec.group()) {
+            (true, 32) => all_tiles::<S, 8, 1>(s, self),
+            (true, 64) => all_tiles::<S, 8, 2>(s, self),
+            (true, _) => all_tiles::<S, 8, 4>(s, self),
+            (false, 32) => all_tiles::<S, 4, 1>(s, self),
+            (false, 64) => all_tiles::<S, 4, 2>(s, self),
+            (false, _) => all_tiles::<S, 4, 4>(s, self),
+        }
+    }
+}
+
+/// `K` tokens at a time, `G` units of columns with one scale. Sums are [tile][tokens together][token].
+#[inline(always)]
+fn all_tiles<S: Bytes, const K: usize, const G: usize>(s: S, job: Job<'_, '_>) {
+    let Job { matrix: m, x, group, first, tiles, y, lanes } = job;
+    let parts = y.len().div_ceil(K);
+    let mut expanded = vec![Expanded::NONE; TILES];
+    for from_tile in (0..tiles).step_by(TILES) {
+        let expanded = &mut expanded[..TILES.min(tiles - from_tile)];
+        let rows: [_; TILES] = std::array::from_fn(
+            #[inline(always)]
+            |t| Rows::new(m, (first + (from_tile + t) * TILE).min(m.rows)),
+        );
+        for from in (0..x.blocks()).step_by(DEPTH) {
+            for (expanded, rows) in expanded.iter_mut().zip(&rows) {
+                expanded.read::<S, G>(s, m.spec.bits(), rows, from);
+            }
+            for part in 0..parts {
+                let tokens = Part::<K>::new(x, group * x.group + part * K, from);
+                for (t, expanded) in expanded.iter().enumerate() {
+                    let sums = &mut lanes.as_chunks_mut().0[t * parts + part];
+                    tokens.add::<S, G>(s, expanded, from == 0, sums);
+                }
+            }
+        }
+        for t in 0..expanded.len() {
+            copy_tile(&lanes[t * parts * K..][..parts * K], from_tile + t, y);
+        }
+    }
+}
+
+/// What is stored of the rows of a tile; of those that do not exist, nothing.
+struct Rows<'a> {
+    low: [&'a [u8]; TILE],
+    /// The third bits of 3.
+    high: [&'a [u8]; TILE],
+    scales: [&'a [[u8; 2]]; TILE],
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn new(m: &IntGroupView<'a>, first: usize) -> Self {
+        let mut rows = Self { low: [&[]; TILE], high: [&[]; TILE], scales: [&[]; TILE] };
+        for r in 0..TILE.min(m.rows - first) {
+            [rows.low[r], rows.high[r]] = m.row_planes(first + r);
+            rows.scales[r] = m.row_scales(first + r);
+        }
+        rows
+    }
+
+    /// The scales of the rows in a group of columns.
+    #[inline(always)]
+    fn scales<S: Bytes>(&self, s: S, group: usize) -> S::F {
+        let mut halves = [0; 2 * TILE];
+        for (half, scales) in halves.as_chunks_mut().0.iter_mut().zip(&self.scales) {
+            *half = scales.get(group).copied().unwrap_or_default();
+        }
+        s.f16_to_f32(&halves)
+    }
+}
+
+/// Four words of each row, word by word those of all rows.
+#[inline(always)]
+fn words<S: Bytes>(s: S, planes: &[&[u8]; TILE], at: usize) -> [S::B; 4] {
+    // Word w of row 4l + v becomes word v in lane l of vector w.
+    let mut by_row = [Aligned([0; 64]); 4];
+    for (r, plane) in planes.iter().enumerate() {
+        let to = &mut by_row[r % 4].0.as_chunks_mut::<16>().0[r / 4];
+        if let Some(bytes) = plane.as_chunks().0.get(at) {
+            *to = *bytes;
+        } else if let Some(rest) = plane.get(16 * at..) {
+            to[..rest.len()].copy_from_slice(rest);
+        }
+    }
+    let mut vectors = [s.splat_b(0); 4];
+    for (vector, line) in vectors.iter_mut().zip(&by_row) {
+        *vector = s.load_b(line);
+    }
+    s.transpose_words(vectors)
+}
+
+/// Some blocks of a tile.
+#[derive(Clone)]
+struct Expanded {
+    /// By unit, by word of four columns: the four bytes of each row.
+    words: [[Line; WORDS]; DEPTH * UNITS],
+    /// By unit, for the first one of each group: the scale of each row.
+    scales: [Lanes; DEPTH * UNITS],
+}
+
+impl Expanded {
+    const NONE: Self = Self {
+        words: [[Aligned([0; 64]); WORDS]; DEPTH * UNITS],
+        scales: [Lanes([0.0; TILE]); DEPTH * UNITS],
+    };
+
+    /// Reads [`DEPTH`] blocks from `block`; where there are none, activations are zero.
+    #[inline(always)]
+    fn read<S: Bytes, const G: usize>(&mut self, s: S, bits: u8, rows: &Rows<'_>, block: usize) {
+        let unit = block * UNITS;
+        match bits {
+            1 => self.ones(s, &rows.low, unit, false),
+            2 => self.twos(s, &rows.low, unit),
+            3 => {
+                self.twos(s, &rows.low, unit);
+                self.ones(s, &rows.high, unit, true);
+            }
+            _ => self.fours(s, &rows.low, unit),
+        }
+        for (g, scales) in self.scales.iter_mut().step_by(G).enumerate() {
+            s.store(rows.scales(s, unit / G + g), &mut scales.0);
+        }
+    }
+
+    /// A unit takes four words; columns k and k + 16 are in byte k.
+    #[inline(always)]
+    fn fours<S: Bytes>(&mut self, s: S, planes: &[&[u8]; TILE], unit: usize) {
+        let mask = s.splat_b(15);
+        for (u, to) in self.words.iter_mut().enumerate() {
+            for (w, word) in words(s, planes, unit + u).into_iter().enumerate() {
+                s.store_b(s.and_b(word, mask), &mut to[w]);
+                s.store_b(s.and_b(s.shr_b::<4>(word), mask), &mut to[4 + w]);
+            }
+        }
+    }
+
+    /// Twice the number. A unit takes two words; columns k, k + 8, k + 16 and k + 24 are in byte k.
+    #[inline(always)]
+    fn twos<S: Bytes>(&mut self, s: S, planes: &[&[u8]; TILE], unit: usize) {
+        let mask = s.splat_b(6);
+        for (i, to) in self.words.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            for (w, word) in words(s, planes, unit / 2 + i).into_iter().enumerate() {
+                let fields = [
+                    s.shl_b::<1>(word),
+                    s.shr_b::<1>(word),
+                    s.shr_b::<3>(word),
+                    s.shr_b::<5>(word),
+                ];
+                for (f, field) in fields.into_iter().enumerate() {
+                    s.store_b(s.and_b(field, mask), &mut to[w / 2][2 * f + w % 2]);
+                }
+            }
+        }
+    }
+
+    /// Twice the number, or eight times, `added` to what is there. A unit takes a word; columns k, k + 4,
+    /// … are in byte k.
+    #[inline(always)]
+    fn ones<S: Bytes>(&mut self, s: S, planes: &[&[u8]; TILE], unit: usize, added: bool) {
+        let mask = s.splat_b(if added { 8 } else { 2 });
+        for (i, to) in self.words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            for (word, to) in words(s, planes, unit / 4 + i).into_iter().zip(to) {
+                // The bits to 1, those to 3: two places further on.
+                let [a, b] = [s.shl_b::<3>(word), s.shl_b::<2>(word)];
+                let [c, d, e, f] =
+                    [s.shl_b::<1>(word), word, s.shr_b::<1>(word), s.shr_b::<2>(word)];
+                let [g, h, i, j] = [
+                    s.shr_b::<3>(word),
+                    s.shr_b::<4>(word),
+                    s.shr_b::<5>(word),
+                    s.shr_b::<6>(word),
+                ];
+                let fields =
+                    if added { [a, b, c, d, e, f, g, h] } else { [c, d, e, f, g, h, i, j] };
+                for (field, to) in fields.into_iter().zip(to) {
+                    let mut field = s.and_b(field, mask);
+                    if added {
+                        field = s.or_b(field, s.load_b(to));
+                    }
+                    s.store_b(field, to);
+                }
+            }
+        }
+    }
+}
+
+/// Some blocks of the activations of `K` tokens.
+struct Part<'a, const K: usize> {
+    blocks: [Option<Activations<'a, K>>; DEPTH],
+}
+
+#[derive(Clone, Copy)]
+struct Activations<'a, const K: usize> {
+    /// [token][column].
+    codes: &'a [[i8; BLOCK]; K],
+    /// By unit, see [`RoundedTokens`].
+    offsets: [&'a [i32; K]; UNITS],
+    scales: &'a [f32; K],
+}
+
+impl<'a, const K: usize> Part<'a, K> {
+    #[inline(always)]
+    fn new(x: &'a RoundedTokens, token: usize, from: usize) -> Self {
+        let (at, part) = (token / TOKENS * x.blocks(), token % TOKENS / K);
+        let mut blocks = [None; DEPTH];
+        for (to, block) in blocks.iter_mut().zip(from..x.blocks()) {
+            let offsets = &x.offsets[at + block];
+            *to = Some(Activations {
+                codes: &x.by_token[at + block].0.as_chunks().0[part],
+                offsets: offsets.each_ref().map(
+                    #[inline(always)]
+                    |offsets| &offsets.as_chunks().0[part],
+                ),
+                scales: &x.scales[at + block].as_chunks().0[part],
+            });
+        }
+        Self { blocks }
+    }
+
+    /// Adds the products of some rows to `sums`, or begins there.
+    #[inline(always)]
+    fn add<S: Bytes, const G: usize>(
+        &self,
+        s: S,
+        rows: &Expanded,
+        first: bool,
+        sums: &mut [Lanes; K],
+    ) {
+        let mut totals = [s.splat(0.0); K];
+        if !first {
+            for (total, sum) in totals.iter_mut().zip(&*sums) {
+                *total = s.load(&sum.0);
+            }
+        }
+        for (b, x) in self.blocks.iter().enumerate() {
+            let Some(x) = x else { break };
+            for g in 0..UNITS / G {
+                let mut acc = [s.splat_i(0); K];
+                for u in g * G..(g + 1) * G {
+                    let products = unit_products(s, &rows.words[b * UNITS + u], x.codes, u);
+                    for k in 0..K {
+                        let offset = s.splat_i(x.offsets[u][k].cast_unsigned());
+                        acc[k] = s.add_i(acc[k], s.add_i(offset, s.finish_small(products[k])));
+                    }
+                }
+                let scales = s.load(&rows.scales[b * UNITS + g * G].0);
+                for k in 0..K {
+                    let scale = s.mul(scales, s.splat(x.scales[k]));
+                    totals[k] = s.mul_add(scale, s.to_f32(acc[k]), totals[k]);
+                }
+            }
+        }
+        for (total, sum) in totals.into_iter().zip(sums) {
+            s.store(total, &mut sum.0);
+        }
+    }
+}
+
+/// The products of 16 rows with a unit of each token.
+#[inline(always)]
+fn unit_products<S: Bytes, const K: usize>(
+    s: S,
+    words: &[Line; WORDS],
+    x: &[[i8; BLOCK]; K],
+    unit: usize,
+) -> [S::Small; K] {
+    let mut sums = [s.zero_small(); K];
+    for (w, word) in words.iter().enumerate() {
+        let bytes = s.load_b(word);
+        for k in 0..K {
+            let four: &[i8; 4] = &x[k].as_chunks().0[unit * WORDS + w];
+            sums[k] = s.dot4_small(sums[k], bytes, s.splat_word(four.map(i8::cast_unsigned)));
+        }
+    }
+    sums
+}
+
+/// Adds to the offsets of one token, `t`: by unit the lowest code times the sum of activations.
+#[inline(always)]
+pub(super) fn offsets(low: i8, codes: &[i8; BLOCK], t: usize, to: &mut [[i32; TOKENS]; UNITS]) {
+    for (to, unit) in to.iter_mut().zip(codes.as_chunks::<UNIT>().0) {
+        to[t] = i32::from(low) * unit.iter().map(|x| i32::from(*x)).sum::<i32>();
+    }
+}
+
+const _: () = assert!(WORDS * 15 <= MAX_SMALL && TOKENS.is_multiple_of(8), "see the module");
