@@ -1,5 +1,6 @@
-//! Products of a 4096 × 4096 matrix with 512 tokens and with small batches, on every instruction set
-//! of the machine. Throughput is in multiplications (weights × tokens); `STB_ISA` limits it to one set.
+//! Products of a 2048 × 4096 matrix with 512 tokens and with 8, on every instruction set of the machine.
+//! Throughput is in multiplications (weights × tokens), below it in weights and as shares of what this
+//! machine can do; `STB_ISA` limits it to one set.
 //!
 //! `cargo bench -p stb-kernels --bench matmul -- nm`
 
@@ -7,57 +8,66 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use stb_format::Encoding;
-use stb_format::encoding::Nm;
-use stb_kernels::{Isa, Panels, RoundedTokens, matmul, matmul_rounded};
+use stb_format::encoding::{IntGroup, Nm};
+use stb_kernels::{Panels, RoundedTokens, matmul, matmul_rounded};
+
+mod report;
+use report::{Limits, Work};
 
 const COLS: usize = 4096;
 const ROWS: usize = 2048;
 
-fn benches(c: &mut Criterion) {
-    let only = std::env::var("STB_ISA").unwrap_or_default();
+fn encodings() -> Vec<Encoding> {
+    let mut all = Vec::new();
     for (n, m) in [(1, 8), (1, 4), (2, 8), (2, 4)] {
-        for bits in [0, 4] {
-            let block = if bits == 0 { 0 } else { 128 };
-            let encoding = Encoding::Nm(Nm::new(n, m, bits, block, false).expect("valid"));
-            let shape = [ROWS as u64, COLS as u64];
-            let bytes = encoding.payload_len(&shape).expect("a valid shape").expect("known");
-            // Any bits are codes; what they decode to does not matter for speed.
-            let payload: Vec<u8> =
-                (0..bytes).map(|i| ((i * 2654435761) >> 7) as u8 & 0x3b).collect();
-            let view = encoding.view(shape[0], shape[1], &payload).expect("the right length");
-            for tokens in [8, 512] {
-                let x: Vec<f32> =
-                    (0..tokens * COLS).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
-                let mut group = c.benchmark_group(format!("{encoding} {tokens} tokens"));
-                group.throughput(Throughput::Elements((ROWS * COLS * tokens) as u64));
-                group.sample_size(10);
-                for isa in Isa::available().filter(|isa| only.is_empty() || isa.name() == only) {
-                    let mut rounded = RoundedTokens::default();
-                    let parts = rounded.parts(isa, &view, &x);
-                    parts.into_iter().for_each(|mut part| part.round(isa, &view));
-                    let (size, task) = (rounded.group(), rounded.task_rows());
-                    let mut y = vec![0.0; rounded.groups() * size * ROWS];
-                    let mut y: Vec<_> = y.chunks_exact_mut(ROWS).collect();
-                    group.bench_function(isa.name(), |b| {
-                        b.iter(|| {
-                            for (group, y) in y.chunks_exact_mut(size).enumerate() {
-                                for first in (0..ROWS).step_by(task) {
-                                    let rows = first..ROWS.min(first + task);
-                                    let mut y: Vec<_> =
-                                        y.iter_mut().map(|y| &mut y[rows.clone()]).collect();
-                                    matmul_rounded(isa, &view, &rounded, group, first, &mut y);
-                                }
-                            }
-                        });
-                    });
-                    if tokens == 512 && isa.name() != "scalar" {
-                        let mut panels = Panels::default();
-                        panels.pack(&x, COLS);
-                        let mut y = vec![0.0; ROWS * panels.all().row_stride()];
-                        group.bench_function(format!("{} exact", isa.name()), |b| {
-                            b.iter(|| matmul(isa, &view, panels.all(), 0, &mut y));
-                        });
+        for (bits, block) in [(0, 0), (4, 128)] {
+            all.push(Encoding::Nm(Nm::new(n, m, bits, block, false).expect("valid")));
+        }
+    }
+    all.extend([2, 4].map(|bits| Encoding::IntGroup(IntGroup::new(bits, 128).expect("valid"))));
+    all
+}
+
+fn benches(c: &mut Criterion) {
+    let sets = Limits::all();
+    for encoding in encodings() {
+        let shape = [ROWS as u64, COLS as u64];
+        let bytes = encoding.payload_len(&shape).expect("a valid shape").expect("known");
+        // Any bits are codes; what they decode to does not matter for speed.
+        let payload: Vec<u8> = (0..bytes).map(|i| ((i * 2654435761) >> 7) as u8 & 0x3b).collect();
+        let view = encoding.view(shape[0], shape[1], &payload).expect("the right length");
+        for tokens in [8, 512] {
+            let x: Vec<f32> =
+                (0..tokens * COLS).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+            let mut group = c.benchmark_group(format!("{encoding} {tokens} tokens"));
+            group.throughput(Throughput::Elements((ROWS * COLS * tokens) as u64));
+            group.sample_size(10);
+            let work = Work { weights: (ROWS * COLS) as u64, bytes, tokens: tokens as u64 };
+            for set in &sets {
+                let isa = set.isa();
+                let mut rounded = RoundedTokens::default();
+                let parts = rounded.parts(isa, &view, &x);
+                parts.into_iter().for_each(|mut part| part.round(isa, &view));
+                let (size, task) = (rounded.group(), rounded.task_rows());
+                let mut y = vec![0.0; rounded.groups() * size * ROWS];
+                let mut y: Vec<_> = y.chunks_exact_mut(ROWS).collect();
+                set.bench(&mut group, &work, || {
+                    for (group, y) in y.chunks_exact_mut(size).enumerate() {
+                        for first in (0..ROWS).step_by(task) {
+                            let rows = first..ROWS.min(first + task);
+                            let mut y: Vec<_> =
+                                y.iter_mut().map(|y| &mut y[rows.clone()]).collect();
+                            matmul_rounded(isa, &view, &rounded, group, first, &mut y);
+                        }
                     }
+                });
+                if tokens == 512 && isa.name() != "scalar" {
+                    let mut panels = Panels::default();
+                    panels.pack(&x, COLS);
+                    let mut y = vec![0.0; ROWS * panels.all().row_stride()];
+                    group.bench_function(format!("{} exact", isa.name()), |b| {
+                        b.iter(|| matmul(isa, &view, panels.all(), 0, &mut y));
+                    });
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! Matrix-vector products at 4096 × 4096, weights in cache and from memory, on every instruction set
-//! of the machine. Throughput is in stored bytes; `STB_ISA` limits it to one set.
+//! of the machine. Throughput is in stored bytes, below it in weights and as shares
+//! of what this machine can do; `STB_ISA` limits it to one set.
 //!
 //! `cargo bench -p stb-kernels --bench matvec -- nm`
 
@@ -8,7 +9,10 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use stb_format::Encoding;
 use stb_format::encoding::{IntGroup, Nm, Stbllm};
-use stb_kernels::{Isa, Workspace, matvec};
+use stb_kernels::{Workspace, matvec};
+
+mod report;
+use report::{Limits, Work};
 
 const COLS: usize = 4096;
 
@@ -21,7 +25,7 @@ fn encodings() -> Vec<Encoding> {
 
 fn benches(c: &mut Criterion) {
     let x: Vec<f32> = (0..COLS).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
-    let only = std::env::var("STB_ISA").unwrap_or_default();
+    let sets = Limits::all();
     for encoding in encodings() {
         // 256 rows stay in the second-level cache; the large one does not fit any cache.
         for (place, rows) in [("cache", 256), ("memory", 65536)] {
@@ -34,13 +38,12 @@ fn benches(c: &mut Criterion) {
             let mut group = c.benchmark_group(format!("{encoding} {place}"));
             group.throughput(Throughput::Bytes(bytes));
             group.sample_size(20);
-            for isa in Isa::available().filter(|isa| only.is_empty() || isa.name() == only) {
+            let work = Work { weights: (rows * COLS) as u64, bytes, tokens: 1 };
+            for set in &sets {
                 let mut y = vec![0.0; rows];
-                let mut work = Workspace::default();
-                group.bench_function(isa.name(), |b| {
-                    let prepared = work.prepare_rounded(isa, &view, &x);
-                    b.iter(|| matvec(isa, &view, prepared, 0, &mut y));
-                });
+                let mut memory = Workspace::default();
+                let prepared = memory.prepare_rounded(set.isa(), &view, &x);
+                set.bench(&mut group, &work, || matvec(set.isa(), &view, prepared, 0, &mut y));
             }
         }
     }

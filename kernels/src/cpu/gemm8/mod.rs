@@ -2,9 +2,10 @@
 //! of tokens, the split and the instruction set; for joint codes the same as in [`super::nm8`], so that
 //! a token has the same result alone and among others.
 //!
-//! Integers are expanded to bytes ([`integers`]). For joint codes, by what the instruction set has, one of three ways: codes are expanded to bytes and multiplied by a
-//! unit for tiles ([`tiles`]), looked up in registers for some tokens ([`lookups`]), or they are indices
-//! of sums of activations, of many tokens at a time ([`tables`]).
+//! Integers are expanded to bytes ([`integers`]). For joint codes, by what the instruction set has, one
+//! of three ways: codes are expanded to bytes and multiplied by a unit for tiles ([`tiles`]), looked up
+//! in registers for some tokens ([`lookups`]), or they are indices of sums of activations, of many
+//! tokens at a time ([`tables`]).
 
 mod integers;
 mod lookups;
