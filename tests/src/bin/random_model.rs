@@ -57,8 +57,9 @@ fn main() -> anyhow::Result<()> {
         });
         return Ok(());
     }
+    let recipe = Recipe::load(&cli.recipe)?;
     let file = File::create(&cli.out).with_context(|| cli.out.display().to_string())?;
-    let out = write(&spec, &Recipe::load(&cli.recipe)?, BufWriter::new(file))?;
+    let out = write(&spec, &recipe, BufWriter::new(file))?;
     out.into_inner()?.sync_all()?;
     Ok(())
 }
