@@ -8,8 +8,8 @@ use stb_format::Encoding;
 use stb_format::encoding::{Dense, MatrixView};
 use stb_format::half::f16;
 use stb_kernels::{
-    Isa, Panels, ROW_TILE, RoundedTokens, Workspace, has_rounded_matmul, matmul, matmul_rounded,
-    matvec, matvec_tokens, ops,
+    Isa, Panels, ROW_TILE, RoundedTokens, Workspace, enough_tokens, has_rounded_matmul, matmul,
+    matmul_rounded, matvec, matvec_tokens, ops, tokens_together,
 };
 
 /// Shapes with ragged rows, columns, groups, units, blocks and chunks.
@@ -209,6 +209,21 @@ fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
         }
     }
     all
+}
+
+/// Integers add in another order when there are few tokens, so all sets must call the same number few,
+/// and split prompts alike.
+#[test]
+fn few_integers_are_as_many_on_every_set() {
+    let mut rng = Rng(11);
+    for encoding in encodings() {
+        let bytes = payload(&mut rng, &encoding, 16, 64);
+        let view = encoding.view(16, 64, &bytes).unwrap();
+        if matches!(view, MatrixView::IntGroup(_)) && has_rounded_matmul(&view) {
+            let of = |isa| (enough_tokens(isa, &view), tokens_together(isa, &view));
+            assert!(Isa::available().all(|isa| of(isa) == of(Isa::scalar())), "{encoding}");
+        }
+    }
 }
 
 /// Many tokens at once give what each gives alone, bit for bit, on every set and for every split.

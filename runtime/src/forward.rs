@@ -273,9 +273,13 @@ impl Model {
     /// `tokens` in pieces that go through all layers one after the other, and the last of them: as
     /// many as share work, but no more, so that activations stay in cache.
     fn passes<'t>(&self, tokens: &'t [u32]) -> (impl Iterator<Item = &'t [u32]>, &'t [u32]) {
-        let shared = |w: &Weight| !self.exact && has_rounded_matmul(&w.view());
-        let rounded = self.layers.iter().flat_map(Layer::matrices).all(shared);
-        let most = if rounded { tokens_together(self.isa) } else { EXACT_TOKENS };
+        let shared = |w: &Weight| {
+            let rounded = !self.exact && has_rounded_matmul(&w.view());
+            rounded.then(|| tokens_together(self.isa, &w.view()))
+        };
+        let mut matrices = self.layers.iter().flat_map(Layer::matrices).map(shared);
+        let fewest = matrices.try_fold(EXACT_TOKENS, |most, shared| Some(most.min(shared?)));
+        let most = fewest.unwrap_or(EXACT_TOKENS);
         // Of nearly one size: a few tokens alone cost as much as many.
         let count = tokens.len().div_ceil(most).max(1);
         let size = tokens.len().div_ceil(count).next_multiple_of(GROUP);

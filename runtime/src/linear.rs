@@ -72,6 +72,10 @@ pub fn apply<const N: usize>(
         let bytes = weights.iter().map(|w| w.byte_len()).sum();
         return few_tokens(isa, pool, memory, &views, bytes, x, outputs);
     }
+    let mut outputs = outputs;
+    for (view, out) in views.iter().zip(&mut outputs) {
+        out.resize(tokens * view.rows(), 0.0);
+    }
     let may_round = memory.rounded;
     let rounded =
         |view| may_round && has_rounded_matmul(view) && tokens >= enough_tokens(isa, view);
@@ -208,7 +212,6 @@ fn many_rounded<const N: usize>(
     });
     let mut all = outputs.into_iter().enumerate().map(|(i, out)| {
         let (rows, task) = (views[i].rows(), task_rows[i]);
-        out.resize(tokens.len() * rows, 0.0);
         // By group, by task: what it gives of each token; tokens past the last have nothing.
         let mut pieces: Vec<&mut [f32]> = Vec::new();
         for out in out.chunks_mut(group * rows) {
@@ -234,10 +237,9 @@ fn many_exact(
     memory: &mut Linears,
     view: &MatrixView<'_>,
     x: &[f32],
-    out: &mut Vec<f32>,
+    out: &mut [f32],
 ) {
     let Linears { panels, by_rows, .. } = memory;
-    out.resize(x.len() / view.cols() * view.rows(), 0.0);
     panels.pack(x, view.cols());
     let panels = panels.all();
     let (stride, rows) = (panels.row_stride(), view.rows());

@@ -12,7 +12,7 @@ use stb_format::encoding::nm::TILE;
 
 use super::super::bytes::{Bytes, Line, MAX_SMALL};
 use super::super::int8::BLOCK;
-use super::{Aligned, Lanes, RoundedTokens, TOKENS, copy_tile};
+use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, copy_tile};
 use crate::isa::Task;
 
 /// Rows of a task: more of them share nothing.
@@ -28,20 +28,7 @@ pub(super) const UNITS: usize = BLOCK / UNIT;
 /// Words of four columns of a unit.
 const WORDS: usize = UNIT / 4;
 
-pub(super) struct Job<'a, 'y> {
-    pub matrix: &'a IntGroupView<'a>,
-    pub x: &'a RoundedTokens,
-    pub group: usize,
-    /// First row, and how many tiles of rows.
-    pub first: usize,
-    pub tiles: usize,
-    /// [token][row].
-    pub y: &'a mut [&'y mut [f32]],
-    /// At least tiles times tokens of a group.
-    pub lanes: &'a mut [Lanes],
-}
-
-impl Task for Job<'_, '_> {
+impl Task for MatMul<'_, '_, IntGroupView<'_>> {
     type Output = ();
 
     #[inline(always)]
@@ -60,8 +47,12 @@ impl Task for Job<'_, '_> {
 
 /// `K` tokens at a time, `G` units of columns with one scale. Sums are [tile][tokens together][token].
 #[inline(always)]
-fn all_tiles<S: Bytes, const K: usize, const G: usize>(s: S, job: Job<'_, '_>) {
-    let Job { matrix: m, x, group, first, tiles, y, lanes } = job;
+fn all_tiles<S: Bytes, const K: usize, const G: usize>(
+    s: S,
+    job: MatMul<'_, '_, IntGroupView<'_>>,
+) {
+    let MatMul { matrix: m, x, group, first, tiles, y, work } = job;
+    let lanes = &mut work.lanes;
     let parts = y.len().div_ceil(K);
     let mut expanded = vec![Expanded::NONE; TILES];
     for from_tile in (0..tiles).step_by(TILES) {
@@ -209,18 +200,17 @@ impl Expanded {
         let mask = s.splat_b(if added { 8 } else { 2 });
         for (i, to) in self.words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             for (word, to) in words(s, planes, unit / 4 + i).into_iter().zip(to) {
-                // The bits to 1, those to 3: two places further on.
-                let [a, b] = [s.shl_b::<3>(word), s.shl_b::<2>(word)];
-                let [c, d, e, f] =
-                    [s.shl_b::<1>(word), word, s.shr_b::<1>(word), s.shr_b::<2>(word)];
-                let [g, h, i, j] = [
-                    s.shr_b::<3>(word),
-                    s.shr_b::<4>(word),
-                    s.shr_b::<5>(word),
-                    s.shr_b::<6>(word),
-                ];
-                let fields =
-                    if added { [a, b, c, d, e, f, g, h] } else { [c, d, e, f, g, h, i, j] };
+                // Bit f comes to bit 1, or to bit 3.
+                let [up, down] = [s.shl_b::<1>(word), s.shr_b::<1>(word)];
+                let [down_2, down_3, down_4] =
+                    [s.shr_b::<2>(word), s.shr_b::<3>(word), s.shr_b::<4>(word)];
+                let fields = if added {
+                    let [up_3, up_2] = [s.shl_b::<3>(word), s.shl_b::<2>(word)];
+                    [up_3, up_2, up, word, down, down_2, down_3, down_4]
+                } else {
+                    let [down_5, down_6] = [s.shr_b::<5>(word), s.shr_b::<6>(word)];
+                    [up, word, down, down_2, down_3, down_4, down_5, down_6]
+                };
                 for (field, to) in fields.into_iter().zip(to) {
                     let mut field = s.and_b(field, mask);
                     if added {

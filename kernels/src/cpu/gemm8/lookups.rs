@@ -54,7 +54,7 @@ fn blocks_of_chunk(m: usize) -> usize {
 }
 
 #[inline(always)]
-pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_>) {
+pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_, NmView<'_>>) {
     let m = job.matrix;
     match (m.spec.n(), m.spec.m()) {
         (1, 4) => all_tiles::<S, 1, 4, 3, 8>(s, job),
@@ -69,7 +69,7 @@ pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_>) {
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const INDICES: usize>(
     s: S,
-    job: MatMul<'_, '_>,
+    job: MatMul<'_, '_, NmView<'_>>,
 ) {
     let MatMul { matrix: m, x, group, first, tiles: count, y, work } = job;
     let parts = y.len().div_ceil(TOGETHER);

@@ -82,10 +82,11 @@ pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
     }
 }
 
-/// Of how many tokens [`matmul_rounded`] makes use together: more share nothing that counts.
+/// Of how many tokens [`matmul_rounded`] makes use together: more share nothing that counts. For
+/// integers it is the same on every set, because they are added in another order when there are few.
 #[must_use]
-pub fn tokens_together(isa: Isa) -> usize {
-    match isa.run(Ways { tokens: usize::MAX }) {
+pub fn tokens_together(isa: Isa, matrix: &MatrixView<'_>) -> usize {
+    match way(isa, matrix, usize::MAX) {
         Way::Tiles => 512,
         Way::Lookups | Way::Tables | Way::Integers => 128,
     }
@@ -173,18 +174,6 @@ impl RoundedTokens {
             offsets: offsets.next().unwrap_or_default(),
         };
         parts.map(part).collect()
-    }
-
-    /// Tokens.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.tokens
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.tokens == 0
     }
 
     /// How many tokens, padding included, [`matmul_rounded`] computes at a time.
@@ -337,8 +326,7 @@ pub fn matmul_rounded(
                 isa.run(MatMul { matrix, x, group, first, tiles, y, work });
             }
             MatrixView::IntGroup(matrix) => {
-                let lanes = &mut work.lanes;
-                isa.run(integers::Job { matrix, x, group, first, tiles, y, lanes });
+                isa.run(MatMul { matrix, x, group, first, tiles, y, work });
             }
             MatrixView::Stbllm(_) | MatrixView::Dense(_) => unreachable!("a kernel, see above"),
         }
@@ -358,8 +346,8 @@ struct Work {
     lookups: lookups::Work,
 }
 
-struct MatMul<'a, 'y> {
-    matrix: &'a NmView<'a>,
+struct MatMul<'a, 'y, M> {
+    matrix: &'a M,
     x: &'a RoundedTokens,
     group: usize,
     /// First row, and how many tiles of rows.
@@ -370,7 +358,7 @@ struct MatMul<'a, 'y> {
     work: &'a mut Work,
 }
 
-impl Task for MatMul<'_, '_> {
+impl Task for MatMul<'_, '_, NmView<'_>> {
     type Output = ();
 
     #[inline(always)]

@@ -36,7 +36,7 @@ type Tables = Aligned<[Sums; 16 * 128 + 128]>;
 type Indices<const UNITS: usize> = [[u8; TILE]; UNITS];
 
 #[inline(always)]
-pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_>) {
+pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_, NmView<'_>>) {
     let m = job.matrix;
     match (m.spec.n(), m.spec.m()) {
         (1, 4) => all_tiles::<S, 1, 4, 3, 16, 64>(s, job),
@@ -58,7 +58,7 @@ fn all_tiles<
     const ENTRIES: usize,
 >(
     s: S,
-    job: MatMul<'_, '_>,
+    job: MatMul<'_, '_, NmView<'_>>,
 ) {
     let MatMul { matrix: m, x, group, first, tiles, y, work } = job;
     let first = first / TILE;

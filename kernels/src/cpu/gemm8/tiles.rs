@@ -25,7 +25,7 @@ type Expanded = Aligned<[[u8; 64]; BLOCK / 4]>;
 /// Products of tiles before they are scaled.
 type Sums = Aligned<TileSums>;
 
-pub(super) struct InTiles<'a, 'y>(pub MatMul<'a, 'y>);
+pub(super) struct InTiles<'a, 'y>(pub MatMul<'a, 'y, NmView<'a>>);
 
 impl Task for InTiles<'_, '_> {
     type Output = ();
@@ -47,7 +47,7 @@ impl Task for InTiles<'_, '_> {
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
     s: S,
-    job: MatMul<'_, '_>,
+    job: MatMul<'_, '_, NmView<'_>>,
 ) {
     let MatMul { matrix: m, x, first, tiles, y: to, work, .. } = job;
     let stride = x.group;
