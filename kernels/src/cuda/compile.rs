@@ -41,6 +41,7 @@ macro_rules! module {
 
 impl Module {
     pub(super) const OPS: Self = module!("ops", "ops.cu");
+    pub(super) const MOMENTS: Self = module!("moments", "moments.cu");
     pub(super) const NM_1_8: Self = module!("nm 1:8", "matvec_nm.cu", "NM_N=1", "NM_M=8");
     pub(super) const NM_1_4: Self = module!("nm 1:4", "matvec_nm.cu", "NM_N=1", "NM_M=4");
     pub(super) const NM_2_8: Self = module!("nm 2:8", "matvec_nm.cu", "NM_N=2", "NM_M=8");
@@ -75,6 +76,7 @@ impl Module {
     /// All modules.
     pub const ALL: &[Self] = &[
         Self::OPS,
+        Self::MOMENTS,
         Self::NM_1_8,
         Self::NM_1_4,
         Self::NM_2_8,

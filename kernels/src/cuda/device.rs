@@ -265,6 +265,14 @@ impl Device {
         }
     }
 
+    /// The memory, if it is simulated.
+    pub(super) fn simulated_memory(&self) -> Option<&Simulated> {
+        match &self.shared.backend {
+            Backend::Driver(_) => None,
+            Backend::Simulated(s) => Some(s),
+        }
+    }
+
     /// Queues a kernel.
     ///
     /// # Safety

@@ -11,26 +11,28 @@
 mod attention;
 mod cache;
 mod compile;
-mod cublas;
 mod device;
 mod gemm;
 mod launch;
 mod matrix;
 mod matvec;
+mod moments;
 mod nvrtc;
 mod ops;
 pub mod simulated;
+mod vendor;
 
 pub use attention::{Attend, Attention, KvCache, KvSlot, Slots};
 pub use compile::{Arch, Compiler, Module, compile_all};
-pub use cublas::Cublas;
 pub use device::{Buffer, Device, DeviceInfo, Graph, devices};
 pub use gemm::{Gemm, GemmPlan, gemm_prepared, gemm_stride, plan_prepare, prompt_units};
 pub use launch::{Launch, Limits};
 pub use matrix::{Matrix, MatrixParams};
 pub use matvec::{Input, MatVec, MatVecPlan, Numbers, plan_decode};
+pub use moments::{Dense, Factors};
 pub use nvrtc::Nvrtc;
 pub use ops::{Ops, plan_argmax, plan_materialise};
+pub use vendor::{Blas, Operand};
 
 /// The oldest compute capability the kernels are written for: asynchronous copies, bf16, `mma.sp`.
 pub const OLDEST: (u32, u32) = (8, 0);

@@ -257,6 +257,9 @@ fn candidates() -> Vec<PathBuf> {
     found
 }
 
+/// Folders of Python's packages with libraries: all of CUDA 13, those of CUDA 12 one by one.
+const PACKAGES: [&str; 5] = ["cu13", "cuda_nvrtc", "cublas", "cusolver", "cu12"];
+
 /// Where the toolkit and Python's packages put libraries.
 pub(super) fn folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
@@ -286,13 +289,12 @@ pub(super) fn folders() -> Vec<PathBuf> {
         for python in children(prefix.join("lib"), "python3") {
             for packages in ["site-packages", "dist-packages"] {
                 let nvidia = python.join(packages).join("nvidia");
-                folders
-                    .extend(["cu13", "cuda_nvrtc", "cu12"].map(|sub| nvidia.join(sub).join("lib")));
+                folders.extend(PACKAGES.map(|package| nvidia.join(package).join("lib")));
             }
         }
         // Windows.
         let nvidia = prefix.join("Lib").join("site-packages").join("nvidia");
-        folders.extend(["cu13", "cuda_nvrtc"].map(|sub| nvidia.join(sub).join("bin")));
+        folders.extend(PACKAGES.map(|package| nvidia.join(package).join("bin")));
     }
     folders
 }

@@ -7,7 +7,7 @@ use anyhow::Context;
 use serde_json::{Value, json};
 use stb_format::Encoding;
 use stb_format::encoding::Nm;
-use stb_kernels::cuda::{Buffer, Cublas, Device, Gemm, Graph, Input, MatVec, Matrix, Numbers};
+use stb_kernels::cuda::{Blas, Buffer, Device, Gemm, Graph, Input, MatVec, Matrix, Numbers};
 use stb_tests::random::Rng;
 use stb_tests::random_model::random;
 
@@ -121,7 +121,7 @@ pub(crate) fn decode(report: &mut Report, device: &Device) -> anyhow::Result<()>
 
 /// Products with many tokens: the rate counted as if all weights were there, and that of cuBLAS in bf16.
 pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()> {
-    let cublas = Cublas::new(device);
+    let cublas = Blas::new(device);
     if let Err(e) = &cublas {
         report.line(&format!("  not compared: {e}"));
     }
@@ -142,7 +142,7 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
                 let mut y = device.zeros("results", tokens * rows)?;
                 let times = time(9, || {
                     for _ in 0..10 {
-                        cublas.queue_bf16(&w, &x, &mut y, [rows, cols, tokens])?;
+                        cublas.multiply_bf16(&w, &x, &mut y, [rows, cols, tokens])?;
                     }
                     Ok(device.synchronize()?)
                 })?

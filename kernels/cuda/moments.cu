@@ -1,0 +1,66 @@
+// What conversion does to matrices between the products of the vendor's libraries. All are bound by memory.
+#include "ptx.cuh"
+
+constexpr u32 THREADS = 256;
+
+// Fields as `Square` of moments.rs.
+struct Square {
+    // [n][n].
+    float *single;
+    double *twice, *unit;
+    u32 n;
+    float scale;
+};
+
+// Fields as `Part` of moments.rs: rows × cols elements, a row every so many.
+struct Part {
+    float *to;
+    const float *from, *minus;
+    u64 to_stride, from_stride;
+    u32 rows, cols;
+};
+
+STB_DEVICE u64 element() { return u64(blockIdx.x) * THREADS + threadIdx.x; }
+
+extern "C" {
+// A matrix read backwards, in f64: its lower factor is the upper one of the matrix. And a unit matrix.
+__global__ void __launch_bounds__(THREADS) widen(const __grid_constant__ Square a) {
+    const u64 i = element(), all = u64(a.n) * a.n;
+    if (i >= all)
+        return;
+    a.twice[i] = double(a.single[all - 1 - i]);
+    a.unit[i] = i % (a.n + 1) == 0 ? 1.0 : 0.0;
+}
+
+// A lower triangle read backwards: an upper one, in f32, with zeros below.
+__global__ void __launch_bounds__(THREADS) narrow(const __grid_constant__ Square a) {
+    const u64 i = element(), all = u64(a.n) * a.n;
+    if (i >= all)
+        return;
+    const u32 row = u32(i / a.n), col = u32(i % a.n);
+    a.single[i] = col >= row ? float(a.twice[all - 1 - i]) : 0.0f;
+}
+
+// From the lower triangle of sums to a symmetric matrix, scaled.
+__global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ Square a) {
+    const u64 i = element();
+    if (i >= u64(a.n) * a.n)
+        return;
+    const u32 row = u32(i / a.n), col = u32(i % a.n);
+    if (col > row)
+        return;
+    const float v = a.single[i] * a.scale;
+    a.single[i] = v;
+    if (col < row)
+        a.single[u64(col) * a.n + row] = v;
+}
+
+// to = from − minus, or from: parts of matrices; `minus` lies as `from`.
+__global__ void __launch_bounds__(THREADS) copy_part(const __grid_constant__ Part a) {
+    const u64 i = element();
+    if (i >= u64(a.rows) * a.cols)
+        return;
+    const u64 row = i / a.cols, col = i % a.cols, at = row * a.from_stride + col;
+    a.to[row * a.to_stride + col] = a.minus ? a.from[at] - a.minus[at] : a.from[at];
+}
+}
