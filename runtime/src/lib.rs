@@ -29,7 +29,7 @@ mod weights;
 
 pub use checkpoint::{Checkpoint, SourceFile};
 pub use config::{TokenConfig, parse_config};
-pub use device::DeviceChoice;
+pub use device::{DeviceChoice, DeviceHalf, DeviceLayers, DeviceObserver, Half};
 pub use error::{Error, Result, exit_code};
 pub use eval::{
     Divergence, Estimate, Item, KeptLogits, Perplexity, PerplexityOptions, Prompt, Reference,

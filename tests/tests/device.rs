@@ -8,10 +8,12 @@ mod emulator;
 mod machine;
 
 use std::fs::File;
+use std::ops::ControlFlow;
 
 use machine::device;
 use stb_convert::Recipe;
-use stb_runtime::{KvKind, Model, OpenOptions, State};
+use stb_kernels::cuda;
+use stb_runtime::{DeviceLayers, Half, KvKind, LinearInput, Model, Observer, OpenOptions, State};
 use stb_tests::random_model::{shape, write};
 
 fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
@@ -101,4 +103,85 @@ fn rounded_activations_of_few_and_many_tokens() {
         close(found, &expected, tolerance, "rounded");
         assert!(found != expected);
     }
+}
+
+/// What an observer on the host saw last.
+#[derive(Default)]
+struct Seen(Vec<(LinearInput, Vec<f32>)>);
+
+impl Observer for Seen {
+    fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
+        self.0.push((input, x.to_vec()));
+        ControlFlow::Continue(())
+    }
+}
+
+/// Halves of a decoder layer over several sequences at once, and what its linear layers read: as the CPU has
+/// them one by one.
+#[test]
+fn layers_for_calibration() {
+    let Some(device) = device() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.stb");
+    let spec = shape("tiny", Some(1)).unwrap();
+    write(&spec, &Recipe::load("int4").unwrap(), File::create(&path).unwrap()).unwrap();
+    let model = Model::open(&path, &OpenOptions::exact()).unwrap();
+    let (layer, width) = (&model.layers[0], model.norm.len());
+    let lengths = [21, 1, 9];
+    let embedded = |n: usize| {
+        let tokens: Vec<u32> = (0..n as u32).map(|i| (i * 7 + n as u32) % 64).collect();
+        let mut hidden = Vec::new();
+        model.embed(&tokens, &mut hidden).unwrap();
+        hidden
+    };
+    let mut host: Vec<Vec<f32>> = lengths.map(embedded).to_vec();
+    let mut layers = DeviceLayers::new(&device, &model).unwrap();
+    let mut hidden = device.upload("hidden states", &host.concat()).unwrap();
+    for half in [Half::Attention, Half::Mlp] {
+        let loaded = layers.load(layer, half).unwrap();
+        let mut found = Vec::new();
+        let mut observe = |which, _: &cuda::Dense, x: &cuda::Buffer<f32>| {
+            let mut values = vec![0.0; x.len()];
+            x.read(&mut values)?;
+            found.push((which, values));
+            Ok(ControlFlow::Continue(()))
+        };
+        let flow = layers.run(&loaded, &lengths, &mut hidden, &mut observe).unwrap();
+        assert!(flow.is_continue());
+        let mut seen: Vec<(LinearInput, Vec<f32>)> = Vec::new();
+        for hidden in &mut host {
+            let mut observer = Seen::default();
+            let _ = match half {
+                Half::Attention => model.run_attention(layer, hidden, &mut observer),
+                Half::Mlp => model.run_mlp(layer, hidden, &mut observer),
+            };
+            seen.resize_with(observer.0.len(), || (observer.0[0].0, Vec::new()));
+            for ((which, all), (input, x)) in seen.iter_mut().zip(observer.0) {
+                *which = input;
+                all.extend(x);
+            }
+        }
+        assert_eq!(found.len(), 2);
+        for ((a, found), (b, expected)) in found.iter().zip(&seen) {
+            assert_eq!(a, b);
+            close(&found[..expected.len()], expected, 1e-5, "input");
+        }
+        let mut after = vec![0.0; lengths.iter().sum::<usize>() * width];
+        hidden.read(&mut after).unwrap();
+        close(&after, &host.concat(), 1e-5, "residual stream");
+    }
+    // Ended at the second input, the stream is as it was.
+    let loaded = layers.load(layer, Half::Mlp).unwrap();
+    let mut stop = |which, _: &cuda::Dense, _: &cuda::Buffer<f32>| {
+        Ok(match which {
+            LinearInput::MlpDown => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        })
+    };
+    let before = host.concat();
+    let mut hidden = device.upload("hidden states", &before).unwrap();
+    assert!(layers.run(&loaded, &lengths, &mut hidden, &mut stop).unwrap().is_break());
+    let mut after = vec![0.0; before.len()];
+    hidden.read(&mut after).unwrap();
+    assert_eq!(after, before);
 }

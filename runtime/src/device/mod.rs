@@ -4,8 +4,12 @@
 //! their inputs, the residual sums at their outputs. Six launches per layer. A single token is recorded
 //! once as a CUDA graph and run from then on.
 
+mod exact;
+mod layer;
+
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
@@ -15,8 +19,11 @@ use stb_kernels::cuda::{
 };
 
 use crate::error::{Error, Result};
+use crate::forward::LinearInput;
 use crate::model::{Layer, Model};
 use crate::weights::Weight;
+pub use exact::{DeviceHalf, DeviceLayers, DeviceObserver, Half};
+use layer::{AttentionHalf, AttentionWork, MlpHalf, Products};
 
 /// Tokens that the matrix-vector kernels compute at most, and that get logits at a time.
 const FEW: usize = 16;
@@ -65,18 +72,7 @@ impl fmt::Display for DeviceChoice {
 }
 
 /// The weights of one decoder layer on the device.
-#[derive(Debug)]
-struct DeviceLayer {
-    attention_norm: Buffer<f32>,
-    q: Matrix,
-    k: Matrix,
-    v: Matrix,
-    o: Matrix,
-    mlp_norm: Buffer<f32>,
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
-}
+type DeviceLayer = (AttentionHalf<Matrix>, MlpHalf<Matrix>);
 
 /// The part of a model that is on a device.
 #[derive(Debug)]
@@ -142,26 +138,16 @@ impl DeviceModel {
         let upload = |w: &Weight| {
             Matrix::upload(device, w.encoding(), w.rows(), w.cols(), w.bytes()).map_err(Error::from)
         };
-        let vector = |values: &[f32]| device.upload("a norm", values).map_err(Error::from);
         let layer = |layer: &Layer| -> Result<DeviceLayer> {
-            Ok(DeviceLayer {
-                attention_norm: vector(&layer.attention_norm)?,
-                q: upload(&layer.q)?,
-                k: upload(&layer.k)?,
-                v: upload(&layer.v)?,
-                o: upload(&layer.o)?,
-                mlp_norm: vector(&layer.mlp_norm)?,
-                gate: upload(&layer.gate)?,
-                up: upload(&layer.up)?,
-                down: upload(&layer.down)?,
-            })
+            let attention = AttentionHalf::load(device, layer, upload)?;
+            Ok((attention, MlpHalf::load(device, layer, upload)?))
         };
         let loaded = model.layers[first..].iter().map(layer).collect::<Result<Vec<_>>>()?;
         let is_tied = model.head.is_none();
         let attention = model.device_attention(all - first);
         Ok(Self {
             layers: loaded,
-            norm: vector(&model.norm)?,
+            norm: device.upload("a norm", &model.norm)?,
             embeddings: (first == 0 || is_tied).then(|| upload(&model.embeddings)).transpose()?,
             head: model.head.as_ref().map(upload).transpose()?,
             attention,
@@ -280,15 +266,11 @@ impl DeviceModel {
         {
             matvec.queue_rows(embeddings, ids, n, hidden)?;
         }
-        let mut products = Products { matvec, gemm, numbers: self.numbers, tokens: n };
-        for (i, layer) in self.layers.iter().enumerate() {
-            let normed = Input::Norm { x: &*hidden, weight: &layer.attention_norm, eps };
-            products.queue(&[&layer.q, &layer.k, &layer.v], normed, &mut [q, k, v], false)?;
-            attend.queue(slots, i, visible, q, k, v, mixed)?;
-            products.queue(&[&layer.o], Input::Plain(mixed), &mut [hidden], true)?;
-            let normed = Input::Norm { x: &*hidden, weight: &layer.mlp_norm, eps };
-            products.queue(&[&layer.gate, &layer.up], normed, &mut [gate, up], false)?;
-            products.queue(&[&layer.down], Input::Silu { gate, up }, &mut [hidden], true)?;
+        let mut products = Packed { matvec, gemm, numbers: self.numbers, tokens: n };
+        for (layer, (attention, mlp)) in self.layers.iter().enumerate() {
+            let work = AttentionWork { attend, slots, layer, visible, q, k, v, mixed };
+            let _ = attention.queue(&mut products, work, eps, hidden)?;
+            let _ = mlp.queue(&mut products, [gate, up], eps, hidden)?;
         }
         Ok(())
     }
@@ -312,28 +294,32 @@ impl DeviceModel {
     }
 }
 
-/// Products of a step.
-struct Products<'a> {
+/// Products of a step with packed matrices.
+struct Packed<'a> {
     matvec: &'a mut MatVec,
     gemm: &'a mut Gemm,
     numbers: Numbers,
     tokens: usize,
 }
 
-impl Products<'_> {
-    /// `out[i]` (+)= `input` · `matrices[i]`ᵀ: for a few tokens with kernels that read the weights once, for
-    /// many on tensor cores.
+impl Products for Packed<'_> {
+    type Matrix = Matrix;
+
+    /// For a few tokens with kernels that read the weights once, for many on tensor cores.
     fn queue(
         &mut self,
+        _: LinearInput,
         matrices: &[&Matrix],
         input: Input<&Buffer<f32>>,
         out: &mut [&mut Buffer<f32>],
         add: bool,
-    ) -> Result<()> {
+    ) -> Result<ControlFlow<()>> {
         if self.tokens <= FEW {
-            return Ok(self.matvec.queue(matrices, input, self.numbers, out, add, self.tokens)?);
+            self.matvec.queue(matrices, input, self.numbers, out, add, self.tokens)?;
+        } else {
+            self.gemm.queue(matrices, input, out, add, self.tokens)?;
         }
-        Ok(self.gemm.queue(matrices, input, out, add, self.tokens)?)
+        Ok(ControlFlow::Continue(()))
     }
 }
 
