@@ -667,6 +667,19 @@ inline unsigned atomicInc(unsigned *p, unsigned last) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+namespace emulator {
+// prmt: nibbles of the selector choose bytes of {b, a}; bit 3 repeats the sign bit of the byte.
+inline unsigned permute(unsigned a, unsigned b, unsigned s) {
+    const unsigned long long all = (unsigned long long)b << 32 | a;
+    unsigned r = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned n = s >> 4 * i & 15, byte = unsigned(all >> 8 * (n & 7)) & 255;
+        r |= (n & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+    }
+    return r;
+}
+} // namespace emulator
+
 inline void __threadfence_system() {}
 inline void __trap() { emulator::fail("__trap"); }
 
@@ -681,6 +694,16 @@ inline unsigned __float_as_uint(float v) { return emulator::bits(v); }
 inline int __float_as_int(float v) { return int(emulator::bits(v)); }
 inline float __uint_as_float(unsigned v) { return emulator::from_bits(v); }
 inline float __int_as_float(int v) { return emulator::from_bits(unsigned(v)); }
+inline long long __double_as_longlong(double v) {
+    long long bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+inline double __longlong_as_double(long long bits) {
+    double v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(unsigned(v)); }
@@ -691,15 +714,9 @@ inline unsigned __brev(unsigned v) {
         r |= (v >> i & 1) << (31 - i);
     return r;
 }
-// prmt: selector nibbles choose bytes of {b, a}; bit 3 repeats the sign bit of the byte.
+// Three bits of each nibble of the selector choose a byte of {b, a}; the fourth is not looked at.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
-    const unsigned long long all = (unsigned long long)b << 32 | a;
-    unsigned r = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned n = s >> 4 * i & 15, byte = unsigned(all >> 8 * (n & 7)) & 255;
-        r |= (n & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
-    }
-    return r;
+    return emulator::permute(a, b, s & 0x7777);
 }
 inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned by) {
     return unsigned(((unsigned long long)hi << 32 | lo) >> (by & 31));

@@ -20,6 +20,18 @@ struct Part {
     u32 rows, cols;
 };
 
+// Fields as `Dots` of moments.rs.
+struct Dots {
+    // [rows][cols], a row every so many.
+    const float *a, *b;
+    u64 a_stride, b_stride;
+    // [rows][blocks].
+    double *out;
+    u32 rows, cols;
+    // Columns of a block.
+    u32 span, blocks;
+};
+
 STB_DEVICE u64 element() { return u64(blockIdx.x) * THREADS + threadIdx.x; }
 
 extern "C" {
@@ -62,5 +74,29 @@ __global__ void __launch_bounds__(THREADS) copy_part(const __grid_constant__ Par
         return;
     const u64 row = i / a.cols, col = i % a.cols, at = row * a.from_stride + col;
     a.to[row * a.to_stride + col] = a.minus ? a.from[at] - a.minus[at] : a.from[at];
+}
+
+// For each row and block of columns the sum of a · b, in f64: a warp for each, the same bits every time.
+__global__ void __launch_bounds__(THREADS) block_dots(const __grid_constant__ Dots a) {
+    const u64 i = element() / 32;
+    if (i >= u64(a.rows) * a.blocks)
+        return;
+    const u32 block = u32(i % a.blocks), lane = threadIdx.x % 32;
+    const u64 row = i / a.blocks;
+    const u32 first = block * a.span;
+    const u32 end = a.cols - first < a.span ? a.cols : first + a.span;
+    double sum = 0.0;
+    for (u32 c = first + lane; c < end; c += 32)
+        sum += double(a.a[row * a.a_stride + c]) * double(a.b[row * a.b_stride + c]);
+#pragma unroll
+    for (int by = 16; by > 0; by >>= 1) {
+        // A number of 64 bits goes as two words.
+        const u64 bits = u64(__double_as_longlong(sum));
+        const u32 low = __shfl_xor_sync(0xffffffff, u32(bits), by);
+        const u32 high = __shfl_xor_sync(0xffffffff, u32(bits >> 32), by);
+        sum += __longlong_as_double(i64(u64(high) << 32 | low));
+    }
+    if (lane == 0)
+        a.out[i] = sum;
 }
 }

@@ -38,6 +38,20 @@ STB_DEVICE u32 shared_address(const void *p) {
 #endif
 }
 
+// ---- Bytes ------------------------------------------------------------------------------------
+
+// prmt: byte n of the result is the byte of {b, a} that nibble n of the selector names by its low three bits; with its high
+// bit that byte's sign, eight times. CUDA's own __byte_perm clears the high bits first.
+STB_DEVICE u32 permute(u32 a, u32 b, u32 selector) {
+#if defined(STB_EMULATED)
+    return emulator::permute(a, b, selector);
+#else
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+#endif
+}
+
 // ---- Numbers of 16 bits ----------------------------------------------------------------------
 
 STB_DEVICE float f16_to_f32(u16 v) {

@@ -134,3 +134,25 @@ fn parts_are_copied_and_subtracted() {
         }
     }
 }
+
+#[test]
+fn sums_of_products_by_blocks_of_columns() {
+    let Some(device) = device() else { return };
+    let dense = Dense::new(&device).unwrap();
+    for (rows, cols, span) in [(5, 130, 64), (3, 40, 100), (9, 7, 1)] {
+        let (a, b) = (numbers(rows * (cols + 3), 7), numbers(rows * cols, 8));
+        let (on_a, on_b) = (device.upload("a", &a).unwrap(), device.upload("b", &b).unwrap());
+        let blocks = cols.div_ceil(span);
+        let mut sums = device.zeros::<f64>("sums", rows * blocks).unwrap();
+        dense.block_dots([rows, cols], span, (&on_a, cols + 3), (&on_b, cols), &mut sums).unwrap();
+        let mut found = vec![0.0; rows * blocks];
+        sums.read(&mut found).unwrap();
+        for (i, found) in found.into_iter().enumerate() {
+            let (row, block) = (i / blocks, i % blocks);
+            let expected: f64 = (block * span..cols.min((block + 1) * span))
+                .map(|c| f64::from(a[row * (cols + 3) + c]) * f64::from(b[row * cols + c]))
+                .sum();
+            assert!((found - expected).abs() < 1e-9, "{row} {block}: {found} {expected}");
+        }
+    }
+}

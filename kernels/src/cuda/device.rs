@@ -19,6 +19,10 @@ use super::launch::Launch;
 use super::simulated::{Run, Simulated};
 use super::{Error, OLDEST, Result};
 
+/// Bytes up to which the driver takes a copy of what is to be copied to the device before it returns ("API
+/// synchronization behavior" of its manual).
+const COPIED_AT_ONCE: usize = 64 << 10;
+
 /// The oldest driver whose functions are all there, and its name for users.
 const OLDEST_DRIVER: (i32, &str) = (12_000, "CUDA 12.0 (driver 525)");
 
@@ -234,6 +238,8 @@ impl Device {
     pub fn free_memory(&self) -> Result<u64> {
         match &self.shared.backend {
             Backend::Driver(d) => {
+                // Released memory goes back at the next synchronisation.
+                self.synchronize()?;
                 let (free, _) = d.context.mem_get_info().map_err(Error::driver("count memory"))?;
                 Ok(free as u64)
             }
@@ -307,7 +313,7 @@ impl Device {
             Backend::Driver(d) => match d.stream.alloc_zeros::<u8>(bytes) {
                 Ok(slice) => {
                     let address = slice.device_ptr(&d.stream).0;
-                    (Place::Driver { _slice: slice }, address)
+                    (Place::Driver(Some(slice)), address)
                 }
                 Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                     let free = self.free_memory()?;
@@ -357,6 +363,19 @@ impl Device {
     }
 }
 
+/// Whether a driver does not take an image, rather than being in trouble itself.
+fn is_refused(error: &cudarc::driver::DriverError) -> bool {
+    use sys::CUresult as Code;
+    matches!(
+        error.0,
+        Code::CUDA_ERROR_INVALID_IMAGE
+            | Code::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | Code::CUDA_ERROR_INVALID_PTX
+            | Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | Code::CUDA_ERROR_INVALID_SOURCE
+    )
+}
+
 impl Driver {
     /// Loads `module`, compiled if need be.
     fn load(&self, info: &DeviceInfo, module: &Module) -> Result<Arc<CudaModule>> {
@@ -375,8 +394,11 @@ impl Driver {
             self.context.load_module(code)
         };
         let image = self.compiler.image(module, info.arch())?;
-        let loaded = load(&image).or_else(|_| {
+        let loaded = load(&image).or_else(|e| {
             // Perhaps the driver has changed since: compile again, once.
+            if !is_refused(&e) {
+                return Err(fail(e));
+            }
             self.compiler.forget(&image);
             load(&self.compiler.image(module, info.arch())?).map_err(&fail)
         })?;
@@ -410,9 +432,9 @@ impl Driver {
     /// As for [`Device::launch`].
     unsafe fn launch(&self, info: &DeviceInfo, launch: &Launch) -> Result<()> {
         let fail = Error::driver("start a kernel");
+        self.context.bind_to_thread().map_err(&fail)?;
         let function = self.function(info, &launch.module, launch.kernel)?;
         let [x, y, z] = launch.blocks;
-        self.context.bind_to_thread().map_err(&fail)?;
         let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: the kernel has one parameter, a struct by value with the layout of `params` (the plan's
         // promise), which the driver copies before it returns; the memory is the caller's promise.
@@ -501,18 +523,22 @@ struct Memory {
 
 enum Place {
     /// Held for its release.
-    Driver {
-        _slice: CudaSlice<u8>,
-    },
+    Driver(Option<CudaSlice<u8>>),
     Simulated(u64),
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if let (Place::Simulated(at), Backend::Simulated(s)) =
-            (&self.place, &self.device.shared.backend)
-        {
-            s.release(*at);
+        match (&mut self.place, &self.device.shared.backend) {
+            (Place::Driver(slice), Backend::Driver(d)) => {
+                // A release on a stream that is being recorded would become part of the graph: the graph
+                // releases it.
+                if let (Some(kept), Some(slice)) = (&mut *lock(&d.recorded), slice.take()) {
+                    kept.push(Arc::new(slice));
+                }
+            }
+            (Place::Simulated(at), Backend::Simulated(s)) => s.release(*at),
+            _ => {}
         }
     }
 }
@@ -580,9 +606,12 @@ impl<T: Pod> Buffer<T> {
             Backend::Simulated(s) => s.write(self.memory.address, bytemuck::cast_slice(data)),
             Backend::Driver(d) => {
                 let stream = d.stream()?;
-                // SAFETY: the memory is live and has room for the data. From memory that is not pinned the
-                // driver returns when it has its own copy.
+                // SAFETY: the memory is live and has room for the data. Of little data that is not pinned the driver
+                // makes a copy of its own before it returns; more is waited for while it is borrowed.
                 let copied = unsafe { result::memcpy_htod_async(self.address(), data, stream) };
+                if size_of_val(data) > COPIED_AT_ONCE {
+                    self.device().synchronize()?;
+                }
                 copied.map_err(Error::driver("copy to the device"))
             }
         }

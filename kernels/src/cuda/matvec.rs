@@ -277,10 +277,14 @@ impl Split {
         let slabs = cols.div_ceil(slab).max(1);
         // More rows for a block while there are blocks enough: its tables are made once.
         let mut block_rows = at_least;
-        while row_blocks(2 * block_rows) * groups * slabs >= target && block_rows < 64 * at_least {
+        let shared = |block_rows: usize| bytes(slab) + block_rows * at_once * 4;
+        while row_blocks(2 * block_rows) * groups * slabs >= target
+            && block_rows < 64 * at_least
+            && shared(2 * block_rows) <= limits.shared as usize
+        {
             block_rows *= 2;
         }
-        let shared = bytes(slab) + block_rows * at_once * 4;
+        let shared = shared(block_rows);
         Self { slab, slabs, block_rows, row_blocks: row_blocks(block_rows), shared }
     }
 }
@@ -412,5 +416,45 @@ impl MatVec {
         let launch = plan_decode(encoding, params, ids.address(), count, out.address())?;
         // SAFETY: as in `queue`; the kernel skips ids outside the matrix.
         unsafe { self.device.launch(&launch) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stb_format::encoding::Nm;
+
+    /// No launch asks for more shared memory than a block of the device may have: an A100's, a 4090's and an
+    /// H100's, layers of 7B and 70B models and large heads.
+    #[test]
+    fn shared_memory_stays_within_the_device() {
+        let devices = [(108, 163), (128, 99), (132, 227)];
+        let shapes =
+            [(4096, 4096), (11_008, 4096), (28_672, 8192), (8192, 28_672), (128_256, 8192)];
+        for (multiprocessors, kib) in devices {
+            let limits = Limits { multiprocessors, shared: (kib - 1) << 10 };
+            for (n, m) in [(1, 8), (1, 4), (2, 8), (2, 4)] {
+                let encoding = Encoding::Nm(Nm::new(n, m, 4, 128, false).unwrap());
+                for ((rows, cols), count) in shapes.into_iter().flat_map(|s| [(s, 1), (s, 2)]) {
+                    let mut matrix = MatrixParams::default();
+                    (matrix.rows, matrix.cols) = (rows, cols);
+                    for tokens in 1..=16 {
+                        let plan = MatVecPlan::new(
+                            limits,
+                            &encoding,
+                            &vec![(matrix, 0); count],
+                            Input::Plain(0),
+                            Numbers::Rounded,
+                            false,
+                            tokens,
+                            [0; 2],
+                        );
+                        let shared = plan.unwrap().launch.shared;
+                        let what = format!("{n}:{m}, {rows} x {cols}, {tokens} tokens, {kib} KiB");
+                        assert!(shared <= limits.shared, "{what}: {shared}");
+                    }
+                }
+            }
+        }
     }
 }

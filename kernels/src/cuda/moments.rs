@@ -34,6 +34,21 @@ struct Part {
     cols: u32,
 }
 
+/// `Dots` of moments.cu.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Dots {
+    a: u64,
+    b: u64,
+    a_stride: u64,
+    b_stride: u64,
+    out: u64,
+    rows: u32,
+    cols: u32,
+    span: u32,
+    blocks: u32,
+}
+
 impl Square {
     fn plan(&self, kernel: &'static str) -> Launch {
         let n = self.n as usize;
@@ -166,6 +181,48 @@ impl Dense {
         let blocks = [(rows * cols).div_ceil(THREADS), 1, 1];
         let launch = Launch::new(Module::MOMENTS, "copy_part", blocks, THREADS as u32, 0, &part);
         // SAFETY: the parts lie in live buffers, as checked.
+        unsafe { self.device.launch(&launch) }
+    }
+
+    /// Queues `out[row, block]` = Σ `a` · `b` over every `span` columns of a row, in f64: both [rows, cols], a row every so
+    /// many elements, `out` [rows, blocks].
+    ///
+    /// # Errors
+    /// As for [`Dense::finish`].
+    ///
+    /// # Panics
+    /// If a buffer is too small.
+    pub fn block_dots(
+        &self,
+        [rows, cols]: [usize; 2],
+        span: usize,
+        (a, a_stride): (&Buffer<f32>, usize),
+        (b, b_stride): (&Buffer<f32>, usize),
+        out: &mut Buffer<f64>,
+    ) -> Result<()> {
+        let blocks = cols.div_ceil(span);
+        if rows == 0 || blocks == 0 {
+            return Ok(());
+        }
+        let holds = |buffer: &Buffer<f32>, stride| {
+            cols <= stride && (rows - 1) * stride + cols <= buffer.len()
+        };
+        assert!(holds(a, a_stride) && holds(b, b_stride), "matrices of this size");
+        assert!(out.len() >= rows * blocks, "room for the sums");
+        let dots = Dots {
+            a: a.address(),
+            b: b.address(),
+            a_stride: a_stride as u64,
+            b_stride: b_stride as u64,
+            out: out.address(),
+            rows: to_u32("a matrix with rows", rows)?,
+            cols: to_u32("a matrix with columns", cols)?,
+            span: to_u32("a block", span)?,
+            blocks: to_u32("a row with blocks", blocks)?,
+        };
+        let grid = [(rows * blocks).div_ceil(THREADS / 32), 1, 1];
+        let launch = Launch::new(Module::MOMENTS, "block_dots", grid, THREADS as u32, 0, &dots);
+        // SAFETY: the matrices and sums lie in live buffers, as checked.
         unsafe { self.device.launch(&launch) }
     }
 }

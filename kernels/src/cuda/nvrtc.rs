@@ -5,7 +5,7 @@
 
 use std::env;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
 
 use libloading::{Library, Symbol};
@@ -24,6 +24,8 @@ pub struct Nvrtc {
     /// Where it was found.
     path: PathBuf,
     version: (u32, u32),
+    /// Its second part, kept loaded.
+    _builtins: Option<Library>,
 }
 
 /// What NVRTC makes of a source.
@@ -93,7 +95,7 @@ impl Nvrtc {
         // SAFETY: NVRTC's initialisers may run in any thread and have no preconditions. The path is
         // the user's, a name the system's loader resolves, or in a folder of installed libraries.
         let library = unsafe { Library::new(&path) }.map_err(|e| e.to_string())?;
-        let mut nvrtc = Self { library, path, version: (0, 0) };
+        let mut nvrtc = Self { library, path, version: (0, 0), _builtins: None };
         type Version = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
         let (mut major, mut minor) = (0, 0);
         let version = nvrtc.symbol::<Version>(c"nvrtcVersion").map_err(|e| e.to_string())?;
@@ -103,6 +105,13 @@ impl Nvrtc {
             return Err(format!("nvrtcVersion: {code}"));
         }
         nvrtc.version = (major.unsigned_abs(), minor.unsigned_abs());
+        // NVRTC opens its second part by name alone, which the loader finds only in its own path: unless it is loaded
+        // already.
+        let builtins = format!("libnvrtc-builtins.so.{major}.{minor}");
+        if let Some(folder) = nvrtc.path.parent().filter(|folder| *folder != Path::new("")) {
+            // SAFETY: as for NVRTC itself, beside which it lies.
+            nvrtc._builtins = unsafe { Library::new(folder.join(builtins)) }.ok();
+        }
         Ok(nvrtc)
     }
 
@@ -114,7 +123,7 @@ impl Nvrtc {
 
     /// Where it was found.
     #[must_use]
-    pub fn path(&self) -> &std::path::Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
@@ -283,8 +292,13 @@ pub(super) fn folders() -> Vec<PathBuf> {
     let variable = |name: &str| env::var_os(name).map(PathBuf::from);
     let home = variable("HOME").map(|home| home.join(".local"));
     let prefixes = [variable("VIRTUAL_ENV"), variable("CONDA_PREFIX"), home];
-    let system = ["/usr/local", "/usr"].map(|p| Some(PathBuf::from(p)));
-    for prefix in prefixes.into_iter().chain(system).flatten() {
+    let system = ["/usr/local", "/usr"].map(PathBuf::from);
+    // Of environments that are on the path without being active.
+    let path = env::var_os("PATH").unwrap_or_default();
+    let pythons = env::split_paths(&path)
+        .filter(|bin| bin.ends_with("bin") && bin.join("python3").is_file())
+        .filter_map(|bin| bin.parent().map(Path::to_owned));
+    for prefix in prefixes.into_iter().flatten().chain(pythons).chain(system) {
         folders.push(prefix.join("lib"));
         for python in children(prefix.join("lib"), "python3") {
             for packages in ["site-packages", "dist-packages"] {

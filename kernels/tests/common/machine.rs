@@ -99,7 +99,9 @@ fn build(module: &Module) -> Emulator {
         "gemm_rows.cu" => (&["gemm_rows.cu"], &["gemm_rows"]),
         "gemm_nm.cu" => (&["gemm_nm.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
         "ops.cu" => (&["ops.cu"], &["materialise", "argmax"]),
-        "moments.cu" => (&["moments.cu"], &["widen", "narrow", "finish", "copy_part"]),
+        "moments.cu" => {
+            (&["moments.cu"], &["widen", "narrow", "finish", "copy_part", "block_dots"])
+        }
         _ => (
             &["attention.cu", slots],
             &["rotate", "attend_1", "attend_4", "attend_8", "set_slot", "clear_slots"],

@@ -81,7 +81,8 @@ const DEFAULT: c_int = -1;
 /// A library with a handle for one device.
 #[derive(Debug)]
 struct Opened {
-    library: Loaded,
+    /// For the rest of the process: the library does not bear being unloaded while the device is in use.
+    library: &'static Loaded,
     handle: Handle,
     destroy: &'static CStr,
     name: &'static str,
@@ -137,6 +138,7 @@ impl Opened {
             .find_map(|path| unsafe { Loaded::new(path) }.ok())
             .ok_or_else(|| missing(&format!("not installed (`pip install {package}`)")))?;
         let stream = device.raw_stream()?;
+        let library = Box::leak(Box::new(library));
         let mut opened = Self { library, handle: null_mut(), destroy: names.destroy, name };
         let mut handle = null_mut();
         // SAFETY: the signature is that of the library's header; the context of the device is bound.
