@@ -191,12 +191,8 @@ impl Factor {
         let scratch = cholesky_in_place_scratch::<f64>(n, par, default());
         let mut memory = faer::dyn_stack::MemBuffer::new(scratch);
         let stack = faer::dyn_stack::MemStack::new(&mut memory);
-        cholesky_in_place(lower.as_mut(), default(), par, stack, default()).map_err(|_| {
-            Error::invalid(
-                "the second moments of the calibration inputs are not positive definite; use more \
-                 calibration text or a larger damping",
-            )
-        })?;
+        cholesky_in_place(lower.as_mut(), default(), par, stack, default())
+            .map_err(|_| not_positive())?;
         let mut inverse = Mat::<f64>::zeros(n, n);
         invert_lower_triangular(inverse.as_mut(), lower.as_ref(), par);
         let backwards = |matrix: &Mat<f64>| {
@@ -211,22 +207,19 @@ impl Factor {
         Ok(Self { size: n, u: backwards(&inverse), m: backwards(&lower) })
     }
 
-    /// `a` · H⁻¹, [rows, in].
-    #[must_use]
-    pub fn times_inverse(&self, isa: Isa, a: &[f32]) -> Vec<f32> {
-        let n = self.size;
-        let mut panels = Panels::default();
-        panels.pack(&self.u, n);
-        let half = product_of(isa, a, n, &panels, n);
-        panels.pack_transposed(&self.u, n, n, n);
-        product_of(isa, &half, n, &panels, n)
-    }
-
     /// 1 / U_jj² for each column: how much an error there costs after compensation.
     #[must_use]
     pub fn importance(&self) -> Vec<f32> {
         self.m.iter().step_by(self.size + 1).map(|m| m * m).collect()
     }
+}
+
+/// Second moments that no factor exists of.
+pub(crate) fn not_positive() -> Error {
+    Error::invalid(
+        "the second moments of the calibration inputs are not positive definite; use more \
+         calibration text or a larger damping",
+    )
 }
 
 /// Whether the user wants to stop; long computations look now and then.

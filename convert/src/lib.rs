@@ -9,6 +9,7 @@ pub mod allocation;
 pub(crate) mod backward;
 pub mod budget;
 pub mod calibration;
+pub mod engine;
 pub mod export;
 pub mod flips;
 pub mod hessian;

@@ -61,8 +61,8 @@ impl Moments {
 
     fn input<'a>(&'a self, weights: &'a [f32]) -> Input<'a> {
         let Self { hessian, factor, norms } = self;
-        let isa = Isa::detect().unwrap();
-        Input { isa, weights, rows: ROWS, cols: COLS, hessian, factor, norms }
+        let engine = Isa::detect().unwrap().into();
+        Input { engine, weights, rows: ROWS, cols: COLS, hessian, factor, norms }
     }
 }
 
@@ -106,7 +106,7 @@ fn agree(name: &str, body: &str, in_loop: bool) {
     let pruned = (!in_loop).then(|| Pruned { weights: weights.clone(), mask: dump.mask() });
     let options = options(body);
     let input = moments.input(weights);
-    let layer = stbllm::binarise(&input, &options, pruned.as_ref(), false);
+    let layer = stbllm::binarise(&input, &options, pruned.as_ref(), false).unwrap();
     let zero = |regions: &[u8]| -> Vec<bool> { regions.iter().map(|r| *r == 0).collect() };
     // BiLLM has two regions: the reference numbers the salient set after them.
     let regions: Vec<u8> = dump.bytes["regions"]
@@ -127,7 +127,7 @@ fn agree(name: &str, body: &str, in_loop: bool) {
     assert!(equal.iter().all(|e| *e >= 0.999), "{name}: {equal:?}");
     assert!(error <= 1e-4, "{name}: {error}");
     // As written.
-    let packed = stbllm::quantise(&input, &options, pruned.as_ref());
+    let packed = stbllm::quantise(&input, &options, pruned.as_ref()).unwrap();
     let view = packed.encoding.view(ROWS as u64, COLS as u64, &packed.payload).unwrap();
     let error = relative(&view.decode(), &dump.floats["W_q"]);
     note(&format!("{name}: as {}, relative error {error:.1e}", packed.encoding));
@@ -178,7 +178,7 @@ fn masks_of_the_pruning_pass() {
         let moments = Moments::new(&dump.floats["P1_H"], &dump.floats["P1_scaler_row"]);
         let mut options = options("mask = 'before'");
         options.spec = Stbllm::new(3, 128).unwrap();
-        let pruned = stbllm::prune(&moments.input(&dump.floats["P1_W"]), &options);
+        let pruned = stbllm::prune(&moments.input(&dump.floats["P1_W"]), &options).unwrap();
         let expected: Vec<bool> = dump.bytes["P1_pruned"].iter().map(|p| *p == 0).collect();
         let equal = share_of_equal(&pruned.mask, &expected);
         assert!(equal >= 0.999, "{name}: {equal}");

@@ -140,10 +140,10 @@ impl Moments {
     }
 
     /// E[(ΔW x)²] of each row of `weights` when they are quantised by `method`.
-    fn errors(&self, weights: &[f32], method: Method) -> Vec<f64> {
+    fn errors(&self, weights: &[f32], method: Method) -> Result<Vec<f64>> {
         let cols = self.norms.len();
         let input = Input {
-            isa: self.isa,
+            engine: self.isa.into(),
             weights,
             rows: weights.len() / cols,
             cols,
@@ -151,11 +151,11 @@ impl Moments {
             factor: &self.factor,
             norms: &self.norms,
         };
-        let stored = decode(&linear(&input, method, None), input.rows, cols);
+        let stored = decode(&linear(&input, method, None)?, input.rows, cols);
         let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
         let scale = 0.5 / self.tokens as f64;
         let errors = output_errors(self.isa, &difference, &self.plain);
-        errors.into_iter().map(|e| e * scale).collect()
+        Ok(errors.into_iter().map(|e| e * scale).collect())
     }
 }
 
@@ -214,7 +214,7 @@ fn of_linear(
     for method in methods() {
         let mut loss = 0.0;
         for (values, moments) in chunks.iter().zip(moments) {
-            let errors = moments.errors(values, method);
+            let errors = moments.errors(values, method)?;
             let weighted = errors.iter().zip(&rows).map(|(e, r)| e * f64::from(slopes[*r]));
             loss += weighted.sum::<f64>();
         }

@@ -9,7 +9,8 @@ use stb_convert::recipe::Body;
 use stb_convert::report::Report;
 use stb_convert::{Job, Plan, Recipe, convert};
 use stb_format::Meta;
-use stb_runtime::{Checkpoint, Error};
+use stb_kernels::cuda::{Dense, Device};
+use stb_runtime::{Checkpoint, DeviceChoice, Error};
 
 use super::progress::Bar;
 use super::{ConvertArgs, note, print, usage};
@@ -45,6 +46,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         calibration: &source,
         target: out,
         force: args.force,
+        device: device(args.device.unwrap_or_default())?,
     };
     let result = convert(job, &bar);
     bar.finish();
@@ -57,6 +59,25 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         summary(out, &report);
     }
     Ok(())
+}
+
+/// The device that was asked for, if it and what is needed on it are there.
+fn device(choice: DeviceChoice) -> Result<Option<Device>, Error> {
+    let ordinal = match choice {
+        DeviceChoice::Cpu => return Ok(None),
+        DeviceChoice::Auto => 0,
+        DeviceChoice::Cuda(ordinal) => ordinal,
+    };
+    let usable = |device: Device| Dense::new(&device).map(|_| device);
+    match Device::open(ordinal).and_then(usable).map_err(Error::from) {
+        Ok(device) => Ok(Some(device)),
+        // A defect is told, whatever was asked for.
+        Err(e) if choice == DeviceChoice::Auto && e.exit_code() == 5 => {
+            note(format_args!("{e}; the CPU computes"));
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
 }
 
 /// Says before hours of work that there is too little memory, where the system tells how much there

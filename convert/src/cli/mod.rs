@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use stb_convert::hessian::INTERRUPTED;
+use stb_runtime::DeviceChoice;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
     read or written, 4 file invalid, 5 not supported, 130 interrupted.";
@@ -127,6 +128,10 @@ struct ConvertArgs {
     /// Threads; default: as many as this process may use
     #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
     threads: Option<u16>,
+    /// Where calibration and large products are computed: cpu, cuda, cuda:N, or auto for a CUDA device if
+    /// there is one; tuning and --bits use the CPU [default: cpu, until this has been proven on devices]
+    #[arg(long, value_name = "DEVICE", help_heading = "Output")]
+    device: Option<DeviceChoice>,
 }
 
 fn bits(text: &str) -> Result<f64, String> {

@@ -9,7 +9,7 @@ use stb_runtime::{Error, Layer, LinearInput, Result, Weight};
 use super::refresh::{Place, Walk};
 use super::tensor::{clear_dead, finite, in_range, squared_error, without_inputs};
 use super::{BATCH, Capture, Done, Hidden, Moments, Progress, Run, check_interrupt};
-use crate::hessian::{Factor, Hessian};
+use crate::hessian::Hessian;
 use crate::plan::{Method, TensorPlan, Treatment, input_of};
 use crate::quantise::prune::Pruned;
 use crate::quantise::{Input, decode, linear, relative_error, stbllm};
@@ -17,7 +17,7 @@ use crate::report::{LayerReport, Stages};
 use crate::resume::{SavedLayer, States};
 use crate::tune;
 
-impl Run<'_> {
+impl<'r> Run<'r> {
     /// One decoder layer: statistics with its weights as they are, all its tensors, then the hidden
     /// states that the next layer will really see.
     pub(super) fn layer(
@@ -204,7 +204,8 @@ impl Run<'_> {
             let clock = Instant::now();
             let weight = self.job.checkpoint.weight(&tensor.name)?;
             let values = weight.decode();
-            let result = stbllm::prune(&self.input(&values, &weight, &moments[input]), &options);
+            let input = self.input(&values, &weight, &moments[input]);
+            let result = stbllm::prune(&input, &options)?;
             let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
             let stored = Weight::from_floats(result.weights.clone(), rows, cols)?;
             put(layer, part, stored);
@@ -215,9 +216,12 @@ impl Run<'_> {
         Ok(pruned)
     }
 
-    fn input<'a>(&self, values: &'a [f32], weight: &Weight, moments: &'a Moments) -> Input<'a> {
+    fn input<'i>(&self, values: &'i [f32], weight: &Weight, moments: &'i Moments) -> Input<'i>
+    where
+        'r: 'i,
+    {
         Input {
-            isa: self.model.isa,
+            engine: self.engine(),
             weights: values,
             rows: weight.rows(),
             cols: weight.cols(),
@@ -243,16 +247,16 @@ impl Run<'_> {
             (Treatment::Linear(method), Some(moments)) => {
                 if let Some(shift) = &moments.shift {
                     let clock = Instant::now();
-                    shift.apply(self.model.isa, &mut values);
+                    shift.apply(self.engine(), &mut values)?;
                     self.stages.moments += clock.elapsed().as_secs_f64();
                 }
                 clear_dead(&mut values, &moments.norms);
                 let input = self.input(&values, &weight, moments);
-                let packed = linear(&input, method, pruned);
+                let packed = linear(&input, method, pruned)?;
                 let clock = Instant::now();
                 let decoded = decode(&packed, input.rows, input.cols);
                 in_range(&decoded, &tensor.name)?;
-                let error = relative_error(&input, &decoded);
+                let error = relative_error(&input, &decoded)?;
                 self.stages.check += clock.elapsed().as_secs_f64();
                 (packed, error)
             }
@@ -273,6 +277,30 @@ impl Run<'_> {
 
     /// Second moments of the four inputs of a layer, with its weights as they are.
     fn moments(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<[Moments; 4]> {
+        let hessians = match self.accelerator {
+            Some(accelerator) => self.sums_on_device(accelerator, layer, hidden)?,
+            None => self.sums(layer, hidden)?,
+        };
+        let started = Instant::now();
+        let damping = self.job.recipe.calibration.damping;
+        let engine = self.engine();
+        let factored: Vec<Result<Moments>> = hessians
+            .into_par_iter()
+            .map(|mut hessian| {
+                let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
+                hessian.damp(damping);
+                let factor = engine.factor(&hessian)?;
+                Ok(Moments { hessian, factor, norms, shift: None })
+            })
+            .collect();
+        self.stages.factors += started.elapsed().as_secs_f64();
+        let all: Vec<Moments> = factored.into_iter().collect::<Result<_>>()?;
+        let four = || Error::Internal { what: "a layer has four inputs".into() };
+        Ok(all.try_into().map_err(|_| four())?)
+    }
+
+    /// Second moments of the four inputs, finished.
+    fn sums(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<Vec<Hessian>> {
         let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
         let mut hessians = sizes.map(Hessian::new);
         for batch in hidden.chunks(BATCH) {
@@ -297,21 +325,9 @@ impl Run<'_> {
             self.stages.moments += started.elapsed().as_secs_f64();
         }
         let started = Instant::now();
-        let damping = self.job.recipe.calibration.damping;
-        let factored: Vec<Result<Moments>> = hessians
-            .into_par_iter()
-            .map(|mut hessian| {
-                hessian.finish();
-                let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
-                hessian.damp(damping);
-                let factor = Factor::new(&hessian)?;
-                Ok(Moments { hessian, factor, norms, shift: None })
-            })
-            .collect();
-        self.stages.factors += started.elapsed().as_secs_f64();
-        let all: Vec<Moments> = factored.into_iter().collect::<Result<_>>()?;
-        let four = || Error::Internal { what: "a layer has four inputs".into() };
-        Ok(all.try_into().map_err(|_| four())?)
+        hessians.par_iter_mut().for_each(Hessian::finish);
+        self.stages.moments += started.elapsed().as_secs_f64();
+        Ok(hessians.into())
     }
 }
 

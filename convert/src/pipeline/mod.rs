@@ -1,5 +1,6 @@
 //! The conversion: one decoder layer at a time through calibration, quantisation and output.
 
+mod device;
 mod fine;
 mod layer;
 mod refresh;
@@ -10,9 +11,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use stb_format::{Meta, Writer};
+use stb_kernels::cuda::Device;
 use stb_runtime::{Checkpoint, Error, LinearInput, Model, Observer, Weight};
 
 use crate::calibration::Source;
+use crate::engine::{Accelerator, Engine};
 use crate::hessian::{Factor, Hessian, interrupted};
 use crate::metadata;
 use crate::output::{Output, refuse_existing};
@@ -45,6 +48,8 @@ pub struct Job<'a> {
     pub target: &'a Path,
     /// Whether it may replace another.
     pub force: bool,
+    /// A GPU that computes the large products; results differ from those of the CPU by rounding.
+    pub device: Option<Device>,
 }
 
 /// Hears how far a conversion is.
@@ -83,7 +88,11 @@ pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> 
     let model = Model::from_checkpoint(job.checkpoint)?;
     let mut meta = job.meta.clone();
     metadata::add_hashes(&mut meta, job.checkpoint)?;
-    let key = key(&job, &meta, &model);
+    let accelerator = match &job.device {
+        Some(device) => Some(Accelerator::new(device, &model)?),
+        None => None,
+    };
+    let key = key(&job, &meta, &model, accelerator.as_ref());
     let mut workspace = Workspace::open(job.target, &key)?;
     if workspace.discarded {
         progress.note(
@@ -91,7 +100,8 @@ pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> 
              version: it is discarded",
         );
     }
-    let result = convert_in(&job, &meta, model, &mut workspace, progress, started);
+    let result =
+        convert_in(&job, &meta, model, accelerator.as_ref(), &mut workspace, progress, started);
     let keep = match &result {
         Ok(_) => false,
         Err(e) => {
@@ -111,6 +121,7 @@ fn convert_in(
     job: &Job<'_>,
     meta: &Meta,
     model: Model,
+    accelerator: Option<&Accelerator>,
     workspace: &mut Workspace,
     progress: &dyn Progress,
     started: Instant,
@@ -121,6 +132,7 @@ fn convert_in(
     let mut run = Run {
         job,
         model,
+        accelerator,
         writer,
         workspace,
         reports: Vec::new(),
@@ -151,8 +163,9 @@ fn convert_in(
 }
 
 /// The text of everything that the bytes of the file depend on.
-fn key(job: &Job<'_>, meta: &Meta, model: &Model) -> String {
-    let mut text = format!("{meta:?}\n{}\n", model.isa.name());
+fn key(job: &Job<'_>, meta: &Meta, model: &Model, accelerator: Option<&Accelerator>) -> String {
+    let device = accelerator.map_or("", Accelerator::name);
+    let mut text = format!("{meta:?}\n{} {device}\n", model.isa.name());
     for tensor in &job.plan.tensors {
         text += &format!("{} {:?} {:?}\n", tensor.name, tensor.shape, tensor.treatment);
     }
@@ -202,6 +215,7 @@ pub(crate) fn check_interrupt() -> anyhow::Result<()> {
 struct Run<'a> {
     job: &'a Job<'a>,
     model: Model,
+    accelerator: Option<&'a Accelerator>,
     writer: Writer<Output>,
     workspace: &'a mut Workspace,
     reports: Vec<TensorReport>,
@@ -257,7 +271,12 @@ impl Observer for Capture {
     }
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    /// Where products are computed.
+    fn engine(&self) -> Engine<'a> {
+        Engine { isa: self.model.isa, accelerator: self.accelerator }
+    }
+
     /// Writes all tensors; returns the number of calibration tokens.
     fn all_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
         let job = self.job;

@@ -5,11 +5,12 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use rayon::prelude::*;
-use stb_kernels::{Isa, Panels};
-use stb_runtime::{Layer, LinearInput, Observer, Result};
+use stb_kernels::Isa;
+use stb_runtime::{Half, Layer, LinearInput, Observer, Result};
 
 use super::{BATCH, Hidden, Moments, Run, check_interrupt};
-use crate::hessian::{CrossMoments, Factor, Hessian, product_of};
+use crate::engine::{Engine, Right};
+use crate::hessian::{CrossMoments, Factor, Hessian};
 use crate::resume::States;
 
 /// The ridge that inputs of as many features as there are tokens add to the recipe's: a regression on
@@ -31,16 +32,15 @@ impl Shift {
     /// The weights that, from the inputs as they are, come closest to what the dense model has
     /// there: the ridge regression W + (W E + D) (H + Λ)⁻¹ with E, D the fields above, which minimises
     /// ‖W X̃ + R̃ − R − W* X‖² + ‖(W* − W) Λ^½‖². `weights` is [rows, in].
-    pub(super) fn apply(&self, isa: Isa, weights: &mut [f32]) {
+    pub(super) fn apply(&self, engine: Engine<'_>, weights: &mut [f32]) -> Result<()> {
         let n = self.factor.size;
-        let mut panels = Panels::default();
-        panels.pack_transposed(&self.inputs, n, n, n);
-        let mut change = product_of(isa, weights, n, &panels, n);
+        let mut change = engine.product(weights, n, Right::Plain(&self.inputs), n)?;
         if let Some(stream) = &self.stream {
             change.par_iter_mut().zip(stream).for_each(|(c, s)| *c += s);
         }
-        let change = self.factor.times_inverse(isa, &change);
+        let change = engine.times_inverse(&self.factor, &change)?;
         weights.par_iter_mut().zip(change).for_each(|(w, c)| *w += c);
+        Ok(())
     }
 }
 
@@ -103,11 +103,36 @@ pub(super) struct Walk {
     pub(super) dense: Place,
 }
 
-/// Sums over the calibration sequences for [`Shift`].
+/// Sums over the calibration sequences for one input of a layer.
+pub(super) struct Summed {
+    /// Finished, without damping.
+    pub(super) hessian: Hessian,
+    /// The first two fields of [`Shift`].
+    pub(super) shift: Option<(Vec<f32>, Option<Vec<f32>>)>,
+}
+
+/// Features of an input of `layer`, and whether the linear layer behind it writes to the residual stream.
+pub(super) fn shape(layer: &Layer, input: LinearInput) -> (usize, bool) {
+    match input {
+        LinearInput::Attention => (layer.q.cols(), false),
+        LinearInput::AttentionOutput => (layer.o.cols(), true),
+        LinearInput::Mlp => (layer.gate.cols(), false),
+        LinearInput::MlpDown => (layer.down.cols(), true),
+    }
+}
+
+/// Second moments for [`Shift`], from those without damping.
+fn with_ridge(hessian: &Hessian, ridge: f64, tokens: usize) -> Hessian {
+    let few = FEW_TOKENS * hessian.size as f64 / tokens.max(1) as f64;
+    let mut hessian = hessian.clone();
+    hessian.add_ridge(ridge + few);
+    hessian
+}
+
+/// Sums for [`Shift`].
 struct ShiftSums {
     inputs: CrossMoments,
     stream: Option<CrossMoments>,
-    ridge: f64,
 }
 
 impl ShiftSums {
@@ -119,16 +144,8 @@ impl ShiftSums {
         }
     }
 
-    /// `hessian` has no damping yet.
-    fn finish(self, hessian: &Hessian, tokens: usize) -> Result<Shift> {
-        let few = FEW_TOKENS * hessian.size as f64 / tokens.max(1) as f64;
-        let mut hessian = hessian.clone();
-        hessian.add_ridge(self.ridge + few);
-        Ok(Shift {
-            inputs: self.inputs.finish(),
-            stream: self.stream.map(CrossMoments::finish),
-            factor: Factor::new(&hessian)?,
-        })
+    fn finish(self) -> (Vec<f32>, Option<Vec<f32>>) {
+        (self.inputs.finish(), self.stream.map(CrossMoments::finish))
     }
 }
 
@@ -146,19 +163,55 @@ impl Run<'_> {
         if matches!(input, LinearInput::Mlp | LinearInput::MlpDown) {
             self.advance(1, layer, &mut hidden.quantised, &mut walk.quantised)?;
         }
-        let isa = self.model.isa;
-        let (width, to_stream) = match input {
-            LinearInput::Attention => (layer.q.cols(), false),
-            LinearInput::AttentionOutput => (layer.o.cols(), true),
-            LinearInput::Mlp => (layer.gate.cols(), false),
-            LinearInput::MlpDown => (layer.down.cols(), true),
+        let ridge = self.job.recipe.calibration.ridge()?;
+        let (_, to_stream) = shape(layer, input);
+        let summed = match self.accelerator {
+            Some(accelerator) => {
+                // None of the dense model, if nobody wants them.
+                let wanted = if ridge.is_some() { &mut hidden.dense[..] } else { &mut [] };
+                let (streams, dense) = ((layer, &hidden.quantised[..]), (dense, wanted));
+                self.summed_on_device(accelerator, input, streams, dense)?
+            }
+            None => self.summed(input, layer, dense, hidden, walk, ridge.is_some())?,
         };
+        if to_stream && ridge.is_some() {
+            walk.dense.halves += 1;
+        }
+        let features = self.model.norm.len();
+        let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / features;
+        let started = Instant::now();
+        let Summed { mut hessian, shift } = summed;
+        let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
+        let shift = match shift.zip(ridge) {
+            Some(((inputs, stream), ridge)) => {
+                let factor = self.engine().factor(&with_ridge(&hessian, ridge, tokens))?;
+                Some(Shift { inputs, stream, factor })
+            }
+            None => None,
+        };
+        hessian.damp(self.job.recipe.calibration.damping);
+        let factor = self.engine().factor(&hessian)?;
+        self.stages.factors += started.elapsed().as_secs_f64();
+        Ok(Moments { hessian, factor, norms, shift })
+    }
+
+    /// Sums over all sequences; `targets` if those of the dense model are wanted.
+    fn summed(
+        &mut self,
+        input: LinearInput,
+        layer: &Layer,
+        dense: &Layer,
+        hidden: &mut Hidden,
+        walk: &mut Walk,
+        targets: bool,
+    ) -> anyhow::Result<Summed> {
+        let isa = self.model.isa;
+        let (width, to_stream) = shape(layer, input);
         let features = self.model.norm.len();
         let mut hessian = Hessian::new(width);
-        let mut sums = self.job.recipe.calibration.ridge()?.map(|ridge| ShiftSums {
+        let mut sums = targets.then(|| ShiftSums {
             inputs: CrossMoments::new(width, width),
             stream: to_stream.then(|| CrossMoments::new(features, width)),
-            ridge,
         });
         let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / features;
         let keep = to_stream && tokens * width * size_of::<f32>() <= KEPT_BYTES;
@@ -184,17 +237,11 @@ impl Run<'_> {
             }
             self.stages.moments += started.elapsed().as_secs_f64();
         }
-        if to_stream && sums.is_some() {
-            walk.dense.halves += 1;
-        }
         let started = Instant::now();
         hessian.finish();
-        let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
-        let shift = sums.map(|sums| sums.finish(&hessian, tokens)).transpose()?;
-        hessian.damp(self.job.recipe.calibration.damping);
-        let factor = Factor::new(&hessian)?;
-        self.stages.factors += started.elapsed().as_secs_f64();
-        Ok(Moments { hessian, factor, norms, shift })
+        let shift = sums.map(ShiftSums::finish);
+        self.stages.moments += started.elapsed().as_secs_f64();
+        Ok(Summed { hessian, shift })
     }
 
     /// Runs sequences up to `input`, from where their streams stand. Those of the dense model, if
@@ -259,6 +306,12 @@ impl Run<'_> {
         kept: &[Vec<f32>],
     ) -> anyhow::Result<()> {
         let started = Instant::now();
+        if let Some(accelerator) = self.accelerator {
+            let half = if half == 0 { Half::Attention } else { Half::Mlp };
+            self.half_on_device(accelerator, half, layer, streams)?;
+            self.stages.forward += started.elapsed().as_secs_f64();
+            return Ok(());
+        }
         for (batch, streams) in streams.chunks_mut(BATCH).enumerate() {
             check_interrupt()?;
             streams.par_iter_mut().enumerate().for_each(|(i, stream)| {
@@ -303,7 +356,8 @@ mod tests {
         let (e, d) = (cross(&difference, n), cross(&stream, rows));
         let mut shifted = weights.clone();
         let factor = Factor::new(&hessian).unwrap();
-        Shift { inputs: e.clone(), stream: Some(d.clone()), factor }.apply(isa, &mut shifted);
+        let shift = Shift { inputs: e.clone(), stream: Some(d.clone()), factor };
+        shift.apply(isa.into(), &mut shifted).unwrap();
         let h = hessian.matrix();
         for r in 0..rows {
             for j in 0..n {

@@ -3,102 +3,269 @@
 
 use rayon::prelude::*;
 use stb_kernels::Panels;
+use stb_kernels::cuda::{Buffer, Operand};
+use stb_runtime::Result;
 
 use super::{Input, TASK_ROWS};
+use crate::engine::{Accelerator, download, fetch_columns, upload};
 use crate::hessian::{product, product_of};
 
-/// `weights` · H, [rows, cols].
-pub(super) fn times_hessian(input: &Input<'_>, weights: &[f32]) -> Vec<f32> {
-    let mut panels = Panels::default();
-    panels.pack(input.hessian.matrix(), input.cols);
-    product_of(input.isa, weights, input.cols, &panels, input.cols)
+/// A linear layer with its H at hand for products.
+pub(super) struct Fitting<'a> {
+    input: &'a Input<'a>,
+    device: Option<OnDevice<'a>>,
 }
 
-/// (W − Q) · H, [rows, cols]: `target` is W·H, `weights` Q.
-pub(super) fn residual(input: &Input<'_>, weights: &[f32], target: &[f32]) -> Vec<f32> {
-    let mut residual = times_hessian(input, weights);
-    residual.par_iter_mut().zip(target).for_each(|(r, t)| *r = t - *r);
-    residual
+/// H on the device.
+pub(super) struct OnDevice<'a> {
+    accelerator: &'a Accelerator,
+    h: Buffer<f32>,
 }
 
-/// The scales that minimise the output error of weights that are `units`, [rows, cols], times a scale for
-/// every `span` columns of a row: per row the small system (Tᵀ H T) α = Tᵀ H w, T the units by block.
-/// `target` is W·H. A row whose system is singular keeps its `scales`, [rows, blocks].
-pub(super) fn best_scales(
-    input: &Input<'_>,
-    units: &[f32],
-    span: usize,
-    target: &[f32],
-    scales: &mut [f32],
-) {
-    let (isa, rows, cols) = (input.isa, input.rows, input.cols);
-    let blocks = cols.div_ceil(span);
-    // [rows, blocks, blocks], lower triangle.
-    let mut systems = vec![0f64; rows * blocks * blocks];
-    let mut panels = Panels::default();
-    for b in 0..blocks {
-        let (start, end) = (b * span, cols.min((b + 1) * span));
-        let width = end - start;
-        let rows_of_h = &input.hessian.matrix()[start * cols..end * cols];
-        // Only columns up to the end of the block: the system is symmetric.
-        panels.pack_transposed(rows_of_h, end, width, cols);
-        let panels = &panels;
-        systems
-            .par_chunks_mut(TASK_ROWS * blocks * blocks)
-            .zip(units.par_chunks(TASK_ROWS * cols))
-            .for_each_init(Default::default, |memory: &mut [Vec<f32>; 2], (systems, units)| {
-                let [part, out] = memory;
-                part.clear();
-                units.chunks_exact(cols).for_each(|s| part.extend_from_slice(&s[start..end]));
-                let stride = product(isa, part, width, panels, out);
-                let rows = systems.chunks_exact_mut(blocks * blocks);
-                for ((system, units), out) in
-                    rows.zip(units.chunks_exact(cols)).zip(out.chunks_exact(stride))
-                {
-                    let earlier = units[..end].chunks(span).zip(out[..end].chunks(span));
-                    for (k, (s, p)) in earlier.enumerate() {
-                        system[b * blocks + k] = dot(s, p);
+/// (W − Q) · H, [rows, cols], while Q changes block by block of columns.
+pub(super) struct Residual<'a> {
+    fitting: &'a Fitting<'a>,
+    /// Right for the columns from the block at work on; with a device, for that block only.
+    pub values: Vec<f32>,
+    device: Option<Buffer<f32>>,
+}
+
+/// W − Q, [rows, cols], on the device.
+pub(super) struct Rest<'a> {
+    on: &'a OnDevice<'a>,
+    values: Buffer<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a> Fitting<'a> {
+    /// # Errors
+    /// [`stb_runtime::Error::Device`].
+    pub(super) fn new(input: &'a Input<'a>) -> Result<Self> {
+        let device = match input.engine.accelerator {
+            Some(accelerator) => {
+                let h = upload(accelerator.layers().dense(), input.hessian.matrix())?;
+                Some(OnDevice { accelerator, h })
+            }
+            None => None,
+        };
+        Ok(Self { input, device })
+    }
+
+    /// `weights` · H, [rows, cols].
+    pub(super) fn times_hessian(&self, weights: &[f32]) -> Result<Vec<f32>> {
+        let (input, cols) = (self.input, self.input.cols);
+        let Some(on) = &self.device else {
+            let mut panels = Panels::default();
+            panels.pack(input.hessian.matrix(), cols);
+            return Ok(product_of(input.engine.isa, weights, cols, &panels, cols));
+        };
+        let mut layers = on.accelerator.layers();
+        let dense = layers.dense();
+        let weights = upload(dense, weights)?;
+        let mut out = dense.device().zeros("a product", weights.len())?;
+        let (left, right) = (Operand::new(&weights, 0, cols), Operand::new(&on.h, 0, cols));
+        let sizes = [input.rows, cols, cols];
+        dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut out, (0, cols))?;
+        download(&out, weights.len())
+    }
+
+    /// (W − Q) · H: `target` is W·H, `weights` Q, both [rows, cols]. Blocks are of up to `block` columns.
+    pub(super) fn residual(
+        &self,
+        weights: &[f32],
+        target: &[f32],
+        block: usize,
+    ) -> Result<Residual<'_>> {
+        let (input, cols) = (self.input, self.input.cols);
+        let Some(on) = &self.device else {
+            let mut values = self.times_hessian(weights)?;
+            values.par_iter_mut().zip(target).for_each(|(r, t)| *r = t - *r);
+            return Ok(Residual { fitting: self, values, device: None });
+        };
+        let mut layers = on.accelerator.layers();
+        let dense = layers.dense();
+        let (weights, mut residual) = (upload(dense, weights)?, upload(dense, target)?);
+        let (left, right) = (Operand::new(&weights, 0, cols), Operand::new(&on.h, 0, cols));
+        let sizes = [input.rows, cols, cols];
+        dense.blas().multiply(sizes, -1.0, left, right, 1.0, &mut residual, (0, cols))?;
+        let mut values = vec![0.0; target.len()];
+        fetch_columns(dense, &residual, &mut values, cols, 0, block.min(cols))?;
+        Ok(Residual { fitting: self, values, device: Some(residual) })
+    }
+
+    /// The device, if there is one.
+    pub(super) fn on_device(&self) -> Option<&OnDevice<'a>> {
+        self.device.as_ref()
+    }
+
+    /// The scales that minimise the output error of weights that are `units`, [rows, cols], times a scale for
+    /// every `span` columns of a row: per row the small system (Tᵀ H T) α = Tᵀ H w, T the units by block.
+    /// `target` is W·H. A row whose system is singular keeps its `scales`, [rows, blocks].
+    pub(super) fn best_scales(
+        &self,
+        units: &[f32],
+        span: usize,
+        target: &[f32],
+        scales: &mut [f32],
+    ) -> Result<()> {
+        let cols = self.input.cols;
+        let blocks = cols.div_ceil(span);
+        let mut systems = match &self.device {
+            None => self.systems(units, span),
+            Some(on) => self.systems_on_device(on, units, span)?,
+        };
+        scales
+            .par_chunks_exact_mut(blocks)
+            .zip(systems.par_chunks_exact_mut(blocks * blocks))
+            .zip(units.par_chunks_exact(cols))
+            .zip(target.par_chunks_exact(cols))
+            .for_each(|(((scales, system), units), target)| {
+                let parts = units.chunks(span).zip(target.chunks(span));
+                let mut right: Vec<f64> = parts.map(|(s, t)| dot(s, t)).collect();
+                if solve(system, &mut right) {
+                    for (scale, value) in scales.iter_mut().zip(right) {
+                        *scale = value as f32;
                     }
                 }
             });
+        Ok(())
     }
-    scales
-        .par_chunks_exact_mut(blocks)
-        .zip(systems.par_chunks_exact_mut(blocks * blocks))
-        .zip(units.par_chunks_exact(cols))
-        .zip(target.par_chunks_exact(cols))
-        .for_each(|(((scales, system), units), target)| {
-            let parts = units.chunks(span).zip(target.chunks(span));
-            let mut right: Vec<f64> = parts.map(|(s, t)| dot(s, t)).collect();
-            if solve(system, &mut right) {
-                for (scale, value) in scales.iter_mut().zip(right) {
-                    *scale = value as f32;
-                }
-            }
-        });
+
+    /// Tᵀ H T of each row: [rows, blocks, blocks], the lower triangle.
+    fn systems(&self, units: &[f32], span: usize) -> Vec<f64> {
+        let (input, cols) = (self.input, self.input.cols);
+        let blocks = cols.div_ceil(span);
+        let mut systems = vec![0f64; input.rows * blocks * blocks];
+        let mut panels = Panels::default();
+        for b in 0..blocks {
+            let (start, end) = (b * span, cols.min((b + 1) * span));
+            let width = end - start;
+            let rows_of_h = &input.hessian.matrix()[start * cols..end * cols];
+            // Only columns up to the end of the block: the system is symmetric.
+            panels.pack_transposed(rows_of_h, end, width, cols);
+            let (isa, panels) = (input.engine.isa, &panels);
+            systems
+                .par_chunks_mut(TASK_ROWS * blocks * blocks)
+                .zip(units.par_chunks(TASK_ROWS * cols))
+                .for_each_init(Default::default, |memory: &mut [Vec<f32>; 2], (systems, units)| {
+                    let [part, out] = memory;
+                    part.clear();
+                    units.chunks_exact(cols).for_each(|s| part.extend_from_slice(&s[start..end]));
+                    let stride = product(isa, part, width, panels, out);
+                    let rows = systems.chunks_exact_mut(blocks * blocks);
+                    for ((system, units), out) in
+                        rows.zip(units.chunks_exact(cols)).zip(out.chunks_exact(stride))
+                    {
+                        let earlier = units[..end].chunks(span).zip(out[..end].chunks(span));
+                        for (k, (s, p)) in earlier.enumerate() {
+                            system[b * blocks + k] = dot(s, p);
+                        }
+                    }
+                });
+        }
+        systems
+    }
+
+    fn systems_on_device(&self, on: &OnDevice<'_>, units: &[f32], span: usize) -> Result<Vec<f64>> {
+        let (rows, cols) = (self.input.rows, self.input.cols);
+        let blocks = cols.div_ceil(span);
+        let mut layers = on.accelerator.layers();
+        let dense = layers.dense();
+        let units = upload(dense, units)?;
+        let mut product = dense.device().zeros("a product", rows * cols)?;
+        let mut sums = dense.device().zeros::<f64>("sums", rows * blocks)?;
+        let mut host = vec![0.0; rows * blocks];
+        let mut systems = vec![0f64; rows * blocks * blocks];
+        for b in 0..blocks {
+            let (start, end) = (b * span, cols.min((b + 1) * span));
+            let sizes = [rows, end, end - start];
+            let left = Operand::new(&units, start, cols);
+            let right = Operand::new(&on.h, start * cols, cols);
+            dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut product, (0, end))?;
+            dense.block_dots([rows, end], span, (&units, cols), (&product, end), &mut sums)?;
+            let host = &mut host[..rows * (b + 1)];
+            sums.read(host)?;
+            systems
+                .par_chunks_exact_mut(blocks * blocks)
+                .zip(host.par_chunks_exact(b + 1))
+                .for_each(|(system, sums)| {
+                    system[b * blocks..][..=b].copy_from_slice(sums);
+                });
+        }
+        Ok(systems)
+    }
 }
 
-/// Updates `residual`, [rows, cols], for changes of the weights of a block of columns that begins at `from`,
-/// [rows, width]; the block itself has been updated.
-pub(super) fn pass_on(input: &Input<'_>, residual: &mut [f32], changes: &[f32], from: usize) {
-    let (isa, cols) = (input.isa, input.cols);
-    let width = changes.len() / input.rows.max(1);
-    let mut panels = Panels::default();
-    panels.pack_transposed(&input.hessian.matrix()[from * cols..], cols, width, cols);
-    residual
-        .par_chunks_mut(TASK_ROWS * cols)
-        .zip(changes.par_chunks(TASK_ROWS * width))
-        .for_each_init(Vec::new, |memory, (residual, changes)| {
-            let stride = product(isa, changes, width, &panels, memory);
-            let rows = residual.chunks_exact_mut(cols).zip(memory.chunks_exact(stride));
-            for (residual, product) in rows {
-                for (j, (r, p)) in residual.iter_mut().zip(product).enumerate() {
-                    if !(from..from + width).contains(&j) {
+impl Residual<'_> {
+    /// Takes in changes of the weights of a block of columns that begins at `from`, [rows, width]; the block itself has
+    /// been updated. What is before the block is not needed any more.
+    pub(super) fn pass_on(&mut self, changes: &[f32], from: usize) -> Result<()> {
+        let (input, cols) = (self.fitting.input, self.fitting.input.cols);
+        let width = changes.len() / input.rows.max(1);
+        let later = from + width;
+        if later >= cols {
+            return Ok(());
+        }
+        if let (Some(on), Some(residual)) = (&self.fitting.device, &mut self.device) {
+            let mut layers = on.accelerator.layers();
+            let dense = layers.dense();
+            let changes = upload(dense, changes)?;
+            let left = Operand::new(&changes, 0, width);
+            let right = Operand::new(&on.h, from * cols + later, cols);
+            let sizes = [input.rows, cols - later, width];
+            dense.blas().multiply(sizes, -1.0, left, right, 1.0, residual, (later, cols))?;
+            let next = width.min(cols - later);
+            return fetch_columns(dense, residual, &mut self.values, cols, later, next);
+        }
+        let isa = input.engine.isa;
+        let mut panels = Panels::default();
+        let rows_of_h = &input.hessian.matrix()[from * cols + later..];
+        panels.pack_transposed(rows_of_h, cols - later, width, cols);
+        self.values
+            .par_chunks_mut(TASK_ROWS * cols)
+            .zip(changes.par_chunks(TASK_ROWS * width))
+            .for_each_init(Vec::new, |memory, (residual, changes)| {
+                let stride = product(isa, changes, width, &panels, memory);
+                let rows = residual.chunks_exact_mut(cols).zip(memory.chunks_exact(stride));
+                for (residual, product) in rows {
+                    for (r, p) in residual[later..].iter_mut().zip(product) {
                         *r -= p;
                     }
                 }
-            }
-        });
+            });
+        Ok(())
+    }
+}
+
+impl<'a> Rest<'a> {
+    /// `values`, [rows, cols], beside H.
+    pub(super) fn new(on: &'a OnDevice<'a>, values: &[f32], cols: usize) -> Result<Self> {
+        let rows = values.len() / cols;
+        let values = upload(on.accelerator.layers().dense(), values)?;
+        Ok(Self { on, values, rows, cols })
+    }
+
+    /// Its product with the columns `from..from + width` of H, [rows, width].
+    pub(super) fn times_columns(&self, from: usize, width: usize) -> Result<Vec<f32>> {
+        let mut layers = self.on.accelerator.layers();
+        let dense = layers.dense();
+        let mut out = dense.device().zeros("a product", self.rows * width)?;
+        let left = Operand::new(&self.values, 0, self.cols);
+        let right = Operand::new(&self.on.h, from, self.cols);
+        let sizes = [self.rows, width, self.cols];
+        dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut out, (0, width))?;
+        download(&out, self.rows * width)
+    }
+
+    /// Replaces the columns `from..from + width` by `values`, [rows, width].
+    pub(super) fn replace(&mut self, values: &[f32], from: usize, width: usize) -> Result<()> {
+        let mut layers = self.on.accelerator.layers();
+        let dense = layers.dense();
+        let values = upload(dense, values)?;
+        let (sizes, at) = ([self.rows, width], (from, self.cols));
+        Ok(dense.copy_part(sizes, &values, None, (0, width), &mut self.values, at)?)
+    }
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {

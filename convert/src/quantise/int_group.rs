@@ -9,9 +9,11 @@ use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{IntGroup, IntGroupParts};
 use stb_format::half::f16;
+use stb_runtime::Result;
 
-use super::fit::{best_scales, pass_on, residual, times_hessian};
-use super::{Input, Packed, Propagation, Seconds, TASK_ROWS, propagate};
+use super::fit::Fitting;
+use super::{Input, Packed, Propagation, Seconds, TASK_ROWS};
+use crate::engine::Compensation;
 
 /// Columns between exchanges with the rest of the matrix.
 const BLOCK: usize = 128;
@@ -73,12 +75,14 @@ pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packe
 }
 
 /// Quantises one linear layer.
-#[must_use]
-pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
+pub fn quantise(input: &Input<'_>, options: &Options) -> Result<Packed> {
     if options.compensate {
         compensate(input, options)
     } else {
-        round_to(input.weights, input.rows, input.cols, options)
+        Ok(round_to(input.weights, input.rows, input.cols, options))
     }
 }
 
@@ -107,12 +111,14 @@ fn round_to(weights: &[f32], rows: usize, cols: usize, options: &Options) -> Pac
 
 /// GPTQ: columns are rounded one after another and the error of each is spread over the later ones.
 /// The scale of a group is fixed when its first column is reached.
-fn compensate(input: &Input<'_>, options: &Options) -> Packed {
+fn compensate(input: &Input<'_>, options: &Options) -> Result<Packed> {
     let clock = Instant::now();
     let spec = options.spec;
     let (rows, cols, u) = (input.rows, input.cols, &input.factor.u);
     let groups = cols.div_ceil(spec.group());
     let mut weights = input.weights.to_vec();
+    let mode = Propagation::Solve;
+    let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
     let mut codes = vec![0i8; rows * cols];
     let mut scales = vec![f16::ZERO; rows * groups];
     for (index, from) in (0..cols).step_by(spec.group()).enumerate() {
@@ -139,38 +145,45 @@ fn compensate(input: &Input<'_>, options: &Options) -> Packed {
                     errors[col - from] -= value;
                 }
             });
-        let mode = Propagation::Solve;
-        propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
+        compensation.pass(&mut weights, &errors, from, width, spec.group())?;
     }
     let mut parts = IntGroupParts { spec, rows, cols, codes, scales };
     if options.sweeps > 0 {
-        let target = times_hessian(input, input.weights);
-        refit(input, &mut parts, &target);
+        let fitting = Fitting::new(input)?;
+        let target = fitting.times_hessian(input.weights)?;
+        refit(&fitting, &mut parts, &target)?;
         for _ in 0..options.sweeps {
-            sweep(input, options, &mut parts, &target);
-            refit(input, &mut parts, &target);
+            sweep(input, &fitting, options, &mut parts, &target)?;
+            refit(&fitting, &mut parts, &target)?;
         }
     }
-    pack(parts, clock)
+    Ok(pack(parts, clock))
 }
 
 /// The scales that minimise the output error for the present codes, rounded to what is stored. `target` is
 /// W·H.
-fn refit(input: &Input<'_>, parts: &mut IntGroupParts, target: &[f32]) {
+fn refit(fitting: &Fitting<'_>, parts: &mut IntGroupParts, target: &[f32]) -> Result<()> {
     let units: Vec<f32> = parts.codes.iter().map(|c| f32::from(*c)).collect();
     let mut scales: Vec<f32> = parts.scales.iter().map(|s| s.to_f32()).collect();
-    best_scales(input, &units, parts.spec.group(), target, &mut scales);
+    fitting.best_scales(&units, parts.spec.group(), target, &mut scales)?;
     for (stored, scale) in parts.scales.iter_mut().zip(scales) {
         let scale = f16::from_f32(scale);
         if scale.is_finite() {
             *stored = scale;
         }
     }
+    Ok(())
 }
 
 /// Coordinate descent: each code in turn becomes the one that minimises the output error with all others
 /// as they are. `target` is W·H.
-fn sweep(input: &Input<'_>, options: &Options, parts: &mut IntGroupParts, target: &[f32]) {
+fn sweep(
+    input: &Input<'_>,
+    fitting: &Fitting<'_>,
+    options: &Options,
+    parts: &mut IntGroupParts,
+    target: &[f32],
+) -> Result<()> {
     let (rows, cols) = (input.rows, input.cols);
     let h = input.hessian.matrix();
     let (group, allowed) = (parts.spec.group(), Codes::around_zero(options));
@@ -179,11 +192,12 @@ fn sweep(input: &Input<'_>, options: &Options, parts: &mut IntGroupParts, target
         parts.scales[i / cols * groups + i % cols / group].to_f32() * f32::from(*code)
     };
     let weights: Vec<f32> = parts.codes.iter().enumerate().map(weight).collect();
-    let mut residual = residual(input, &weights, target);
+    let mut residual = fitting.residual(&weights, target, BLOCK)?;
     for from in (0..cols).step_by(BLOCK) {
         let width = BLOCK.min(cols - from);
         let mut changes = vec![0.0; rows * width];
         residual
+            .values
             .par_chunks_exact_mut(cols)
             .zip(parts.codes.par_chunks_exact_mut(cols))
             .zip(parts.scales.par_chunks_exact(groups))
@@ -209,8 +223,9 @@ fn sweep(input: &Input<'_>, options: &Options, parts: &mut IntGroupParts, target
                     }
                 }
             });
-        pass_on(input, &mut residual, &changes, from);
+        residual.pass_on(&changes, from)?;
     }
+    Ok(())
 }
 
 fn pack(parts: IntGroupParts, clock: Instant) -> Packed {
@@ -441,15 +456,14 @@ mod tests {
         let weights: Vec<f32> = (0..rows * cols).map(number(17)).collect();
         let norms = vec![1.0; cols];
         let (hessian, factor, norms) = (&hessian, &factor, norms.as_slice());
-        let input = Input { isa, weights: &weights, rows, cols, hessian, factor, norms };
+        let engine = isa.into();
+        let input = Input { engine, weights: &weights, rows, cols, hessian, factor, norms };
         for bits in 1..=4 {
             let spec = IntGroup::new(bits, 32).unwrap();
             let error = |sweeps: usize| {
-                let packed = quantise(&input, &Options::full(spec, sweeps));
-                crate::quantise::relative_error(
-                    &input,
-                    &crate::quantise::decode(&packed, rows, cols),
-                )
+                let packed = quantise(&input, &Options::full(spec, sweeps)).unwrap();
+                let decoded = crate::quantise::decode(&packed, rows, cols);
+                crate::quantise::relative_error(&input, &decoded).unwrap()
             };
             let errors = [0, 1, 4].map(error);
             assert!(errors[1] < errors[0], "{bits} bits: {errors:?}");

@@ -16,7 +16,9 @@ pub mod stbllm;
 use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_kernels::{Isa, Panels};
+use stb_runtime::Result;
 
+use crate::engine::Engine;
 use crate::hessian::{Factor, Hessian, product};
 use crate::plan::Method;
 use prune::Pruned;
@@ -27,8 +29,8 @@ pub(crate) const TASK_ROWS: usize = 64;
 /// A linear layer on its way to packed weights.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
-    /// The instruction set for products.
-    pub isa: Isa,
+    /// Where products are computed.
+    pub engine: Engine<'a>,
     /// [rows, cols], row-major.
     pub weights: &'a [f32],
     /// Output features.
@@ -98,17 +100,20 @@ pub enum Propagation {
 
 /// The error of a layer's output that `quantised` causes, relative to the output itself:
 /// tr(ΔW H ΔWᵀ) / tr(W H Wᵀ).
-#[must_use]
-pub fn relative_error(input: &Input<'_>, quantised: &[f32]) -> f64 {
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
+pub fn relative_error(input: &Input<'_>, quantised: &[f32]) -> Result<f64> {
     let difference: Vec<f32> =
         input.weights.par_iter().zip(quantised).map(|(w, q)| w - q).collect();
-    let energy =
-        |weights: &[f32]| output_errors(input.isa, weights, input.hessian).iter().sum::<f64>();
-    let output = energy(input.weights);
-    if output > 0.0 { energy(&difference) / output } else { 0.0 }
+    let energy = |weights: &[f32]| -> Result<f64> {
+        Ok(input.engine.output_errors(weights, input.hessian)?.iter().sum())
+    };
+    let output = energy(input.weights)?;
+    Ok(if output > 0.0 { energy(&difference)? / output } else { 0.0 })
 }
 
-/// (W H Wᵀ)_ii of each row of `weights`, [rows, in].
+/// (W H Wᵀ)_ii of each row of `weights`, [rows, in], on this processor.
 pub(crate) fn output_errors(isa: Isa, weights: &[f32], hessian: &Hessian) -> Vec<f64> {
     let cols = hessian.size;
     let mut panels = Panels::default();
@@ -126,7 +131,10 @@ pub(crate) fn output_errors(isa: Isa, weights: &[f32], hessian: &Hessian) -> Vec
 }
 
 /// Quantises a linear layer. `pruned` is its pruned form where that comes from a pass of its own.
-pub(crate) fn linear(input: &Input<'_>, method: Method, pruned: Option<&Pruned>) -> Packed {
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
+pub(crate) fn linear(input: &Input<'_>, method: Method, pruned: Option<&Pruned>) -> Result<Packed> {
     match method {
         Method::Stbllm(options) => stbllm::quantise(input, &options, pruned),
         Method::Nm(options) => nm::quantise(input, &options),

@@ -7,9 +7,11 @@ use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{Nm, NmParts};
 use stb_format::half::f16;
+use stb_runtime::Result;
 
-use super::fit::{best_scales, pass_on, residual, times_hessian};
-use super::{Input, Packed, Propagation, Seconds, TASK_ROWS, propagate};
+use super::fit::Fitting;
+use super::{Input, Packed, Propagation, Seconds, TASK_ROWS};
+use crate::engine::Compensation;
 
 /// Options of the quantiser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,7 @@ const BLOCK: usize = 128;
 /// Codes and scales of a layer while they are optimised.
 struct Fit<'a> {
     input: &'a Input<'a>,
+    fitting: Fitting<'a>,
     spec: Nm,
     groups: usize,
     blocks: usize,
@@ -42,8 +45,10 @@ struct Fit<'a> {
 }
 
 /// Quantises one linear layer.
-#[must_use]
-pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
+pub fn quantise(input: &Input<'_>, options: &Options) -> Result<Packed> {
     let mut seconds = Seconds::default();
     let clock = Instant::now();
     let spec = options.spec;
@@ -52,6 +57,7 @@ pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
     let blocks = input.cols.div_ceil(span);
     let mut fit = Fit {
         input,
+        fitting: Fitting::new(input)?,
         spec,
         groups,
         blocks,
@@ -61,15 +67,15 @@ pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
         row_scales: vec![f16::ZERO; input.rows],
         block_codes: Vec::new(),
     };
-    fit.choose_with_compensation();
-    let target = times_hessian(input, input.weights);
+    fit.choose_with_compensation()?;
+    let target = fit.fitting.times_hessian(input.weights)?;
     if options.refit {
-        fit.refit_scales(&target);
+        fit.refit_scales(&target)?;
     }
     for _ in 0..options.sweeps {
-        fit.sweep(&target);
+        fit.sweep(&target)?;
         if options.refit {
-            fit.refit_scales(&target);
+            fit.refit_scales(&target)?;
         }
     }
     let parts = NmParts {
@@ -84,17 +90,22 @@ pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
     seconds.quantise = clock.elapsed().as_secs_f64();
     let payload = parts.pack();
     seconds.pack = clock.elapsed().as_secs_f64() - seconds.quantise;
-    Packed { encoding: Encoding::Nm(spec), payload, salient: None, seconds }
+    Ok(Packed { encoding: Encoding::Nm(spec), payload, salient: None, seconds })
 }
 
 impl Fit<'_> {
     /// First codes and scales: block by block, group by group, each group taking the positions
     /// with the largest gain, its error spread over the columns still to come.
-    fn choose_with_compensation(&mut self) {
-        let Self { input, spec, groups, blocks, span, .. } = *self;
+    fn choose_with_compensation(&mut self) -> Result<()> {
+        let (input, spec, span) = (self.input, self.spec, self.span);
+        let (groups, blocks) = (self.groups, self.blocks);
         let (cols, u, m) = (input.cols, &input.factor.u, &input.factor.m);
         let importance = input.factor.importance();
         let mut weights = input.weights.to_vec();
+        let mode = Propagation::Solve;
+        let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
+        // Scales are estimated from whole blocks of theirs.
+        let ahead = if span < cols { BLOCK.max(span) } else { BLOCK };
         for from in (0..cols).step_by(BLOCK) {
             let width = BLOCK.min(cols - from);
             let mut errors = vec![0.0; input.rows * width];
@@ -143,10 +154,10 @@ impl Fit<'_> {
                         }
                     }
                 });
-            let mode = Propagation::Solve;
-            propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
+            compensation.pass(&mut weights, &errors, from, width, ahead)?;
         }
         self.store_scales();
+        Ok(())
     }
 
     /// Signs of the kept weights of a row, zero elsewhere.
@@ -177,13 +188,14 @@ impl Fit<'_> {
     }
 
     /// The scales that minimise the output error for the present codes. `target` is W·H.
-    fn refit_scales(&mut self, target: &[f32]) {
+    fn refit_scales(&mut self, target: &[f32]) -> Result<()> {
         let cols = self.input.cols;
         let mut signs = vec![0.0; self.input.rows * cols];
         signs.par_chunks_exact_mut(cols).enumerate().for_each(|(r, row)| self.signs(r, row));
-        best_scales(self.input, &signs, self.span, target, &mut self.scales);
+        self.fitting.best_scales(&signs, self.span, target, &mut self.scales)?;
         self.scales.iter_mut().for_each(|scale| *scale = scale.max(0.0));
         self.store_scales();
+        Ok(())
     }
 
     /// Rounds the scales to what the file stores.
@@ -201,11 +213,11 @@ impl Fit<'_> {
 
     /// Coordinate descent: each group in turn takes the code that minimises the output error with
     /// all other groups as they are. `target` is W·H.
-    fn sweep(&mut self, target: &[f32]) {
+    fn sweep(&mut self, target: &[f32]) -> Result<()> {
         let (rows, cols) = (self.input.rows, self.input.cols);
         let h = self.input.hessian.matrix();
         // (W − Q)·H, kept up to date.
-        let mut residual = residual(self.input, &self.weights(), target);
+        let mut residual = self.fitting.residual(&self.weights(), target, BLOCK)?;
         let (groups, blocks, span, spec) = (self.groups, self.blocks, self.span, self.spec);
         for from in (0..cols).step_by(BLOCK) {
             let width = BLOCK.min(cols - from);
@@ -215,6 +227,7 @@ impl Fit<'_> {
                 .collect();
             let mut changes = vec![0.0; rows * width];
             residual
+                .values
                 .par_chunks_exact_mut(cols)
                 .zip(self.codes.par_chunks_exact_mut(groups))
                 .zip(self.scales.par_chunks_exact(blocks))
@@ -237,8 +250,9 @@ impl Fit<'_> {
                         }
                     }
                 });
-            pass_on(self.input, &mut residual, &changes, from);
+            residual.pass_on(&changes, from)?;
         }
+        Ok(())
     }
 }
 

@@ -6,9 +6,11 @@ use std::time::Instant;
 use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::Dense;
+use stb_runtime::Result;
 
 use super::search::Salient;
-use super::{Input, Packed, Propagation, Seconds, TASK_ROWS, propagate};
+use super::{Input, Packed, Propagation, Seconds, TASK_ROWS};
+use crate::engine::Compensation;
 
 /// Options of the quantiser.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,20 +27,22 @@ pub struct Options {
 
 /// Quantises one linear layer. No encoding mixes bits within a row, so the values are stored as
 /// binary16 numbers.
-#[must_use]
-pub fn quantise(input: &Input<'_>, options: &Options) -> Packed {
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
+pub fn quantise(input: &Input<'_>, options: &Options) -> Result<Packed> {
     let mut seconds = Seconds::default();
     let clock = Instant::now();
     let salient = salient(input, options);
     seconds.search = clock.elapsed().as_secs_f64();
     let clock = Instant::now();
-    let values = compensate(input, options, &salient);
+    let values = compensate(input, options, &salient)?;
     seconds.quantise = clock.elapsed().as_secs_f64();
     let clock = Instant::now();
     let payload = Dense::F16.encode(&values);
     seconds.pack = clock.elapsed().as_secs_f64();
     let share = salient.iter().filter(|s| **s).count() as f64 / salient.len() as f64;
-    Packed { encoding: Encoding::Dense(Dense::F16), payload, salient: Some(share), seconds }
+    Ok(Packed { encoding: Encoding::Dense(Dense::F16), payload, salient: Some(share), seconds })
 }
 
 /// The weights with the largest scores of the whole matrix.
@@ -58,10 +62,12 @@ fn salient(input: &Input<'_>, options: &Options) -> Vec<bool> {
     salient
 }
 
-fn compensate(input: &Input<'_>, options: &Options, salient: &[bool]) -> Vec<f32> {
+fn compensate(input: &Input<'_>, options: &Options, salient: &[bool]) -> Result<Vec<f32>> {
     let (rows, cols, u) = (input.rows, input.cols, &input.factor.u);
     let mut weights = input.weights.to_vec();
     let mut values = vec![0.0; rows * cols];
+    let mode = Propagation::Solve;
+    let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
     let span = usize::from(options.block);
     for from in (0..cols).step_by(span) {
         let width = span.min(cols - from);
@@ -86,10 +92,9 @@ fn compensate(input: &Input<'_>, options: &Options, salient: &[bool]) -> Vec<f32
                     errors[col - from] -= value;
                 }
             });
-        let mode = Propagation::Solve;
-        propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
+        compensation.pass(&mut weights, &errors, from, width, span)?;
     }
-    values
+    Ok(values)
 }
 
 /// The values that weights of one row and block can take.

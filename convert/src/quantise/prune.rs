@@ -2,9 +2,11 @@
 //! spread over the columns that are still to come (SparseGPT), with any metric for the choice.
 
 use rayon::prelude::*;
+use stb_runtime::Result;
 
 use super::metric::Scorer;
-use super::{Input, Propagation, TASK_ROWS, propagate};
+use super::{Input, Propagation, TASK_ROWS};
+use crate::engine::Compensation;
 
 /// Columns between exchanges with the rest of the matrix.
 const BLOCK: usize = 128;
@@ -19,16 +21,20 @@ pub struct Pruned {
 }
 
 /// Keeps `kept(width)` weights of each group of 8 columns.
-#[must_use]
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
 pub fn prune_with_compensation(
     input: &Input<'_>,
     scorer: &Scorer,
     kept: impl Fn(usize) -> usize + Sync,
-) -> Pruned {
+) -> Result<Pruned> {
     let cols = input.cols;
     let mut weights = input.weights.to_vec();
     let mut mask = vec![false; weights.len()];
     let mut errors = vec![0.0; input.rows * BLOCK.min(cols)];
+    let mode = Propagation::Solve;
+    let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
     for from in (0..cols).step_by(BLOCK) {
         let width = BLOCK.min(cols - from);
         errors.resize(input.rows * width, 0.0);
@@ -51,10 +57,9 @@ pub fn prune_with_compensation(
                     }
                 }
             });
-        let mode = Propagation::Solve;
-        propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
+        compensation.pass(&mut weights, &errors, from, width, BLOCK)?;
     }
-    Pruned { weights, mask }
+    Ok(Pruned { weights, mask })
 }
 
 /// Columns `from..from + width` of one row, one after another.

@@ -12,8 +12,9 @@ use rayon::prelude::*;
 use stb_format::encoding::StbllmParts;
 use stb_format::half::f16;
 use stb_kernels::Panels;
+use stb_runtime::Result;
 
-use super::fit::solve;
+use super::fit::{Fitting, Rest, solve};
 use super::{Input, TASK_ROWS};
 use crate::hessian::product;
 
@@ -27,39 +28,73 @@ pub(crate) fn memory(cols: u64, block: u64) -> u64 {
 }
 
 /// Refits scales, then `sweeps` times re-chooses signs and regions and refits again.
-pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) {
+pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -> Result<()> {
     let (cols, h) = (input.cols, input.hessian.matrix());
+    let fitting = Fitting::new(input)?;
     let block = |start: usize| {
         let end = cols.min(start + parts.spec.block());
         // H is symmetric: its rows are the columns that D is multiplied with.
         let mut columns = Panels::default();
-        columns.pack(&h[start * cols..end * cols], cols);
+        if input.engine.accelerator.is_none() {
+            columns.pack(&h[start * cols..end * cols], cols);
+        }
         let diagonal = h[start * cols..end * cols].chunks_exact(cols).flat_map(|r| &r[start..end]);
         Block { start, columns, diagonal: diagonal.copied().collect(), width: end - start }
     };
     let blocks: Vec<Block> = (0..cols).step_by(parts.spec.block()).map(block).collect();
     let (numbers, salient) = (blocks.len() * SETS, &parts.salient[..]);
-    parts
+    let tasks = parts
         .states
         .par_chunks_mut(TASK_ROWS * cols)
         .zip(parts.negative.par_chunks_mut(TASK_ROWS * cols))
         .zip(parts.scales.par_chunks_mut(TASK_ROWS * numbers))
         .zip(input.weights.par_chunks(TASK_ROWS * cols))
-        .for_each(|(((states, negative), scales), weights)| {
+        .map(|(((states, negative), scales), weights)| {
             let mut task = Task { cols, salient, states, negative, scales, rest: weights.to_vec() };
             task.subtract_values(&blocks);
-            let mut residuals = Vec::new();
-            for sweep in 0..=sweeps {
-                for (index, block) in blocks.iter().enumerate() {
-                    let stride =
-                        product(input.isa, &task.rest, cols, &block.columns, &mut residuals);
-                    input.isa.compiled(
-                        #[inline(always)]
-                        || task.improve(index, block, &mut residuals, stride, sweep > 0),
-                    );
-                }
+            task
+        });
+    let isa = input.engine.isa;
+    let Some(on) = fitting.on_device() else {
+        tasks.for_each_init(Vec::new, |residuals, mut task| {
+            for (sweep, (index, block)) in steps(sweeps, &blocks) {
+                let stride = product(isa, &task.rest, cols, &block.columns, residuals);
+                isa.compiled(
+                    #[inline(always)]
+                    || task.improve(index, block, residuals, stride, sweep > 0),
+                );
             }
         });
+        return Ok(());
+    };
+    let mut tasks: Vec<Task> = tasks.collect();
+    let whole: Vec<f32> = tasks.iter().flat_map(|task| &task.rest).copied().collect();
+    let mut rest = Rest::new(on, &whole, cols)?;
+    drop(whole);
+    // The same with all rows at once, their products on the device.
+    for (sweep, (index, block)) in steps(sweeps, &blocks) {
+        let (start, width) = (block.start, block.width);
+        let mut residuals = rest.times_columns(start, width)?;
+        let parts: Vec<Vec<f32>> = tasks
+            .par_iter_mut()
+            .zip(residuals.par_chunks_mut(TASK_ROWS * width))
+            .map(|(task, residuals)| {
+                isa.compiled(
+                    #[inline(always)]
+                    || task.improve(index, block, residuals, width, sweep > 0),
+                );
+                let rows = task.rest.chunks_exact(cols);
+                rows.flat_map(|row| &row[start..start + width]).copied().collect()
+            })
+            .collect();
+        rest.replace(&parts.concat(), start, width)?;
+    }
+    Ok(())
+}
+
+/// All blocks, first for scales alone, then as many times as there are sweeps.
+fn steps(sweeps: usize, blocks: &[Block]) -> impl Iterator<Item = (usize, (usize, &Block))> {
+    (0..=sweeps).flat_map(|sweep| blocks.iter().enumerate().map(move |block| (sweep, block)))
 }
 
 /// Columns that share scales.

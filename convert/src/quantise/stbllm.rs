@@ -12,12 +12,14 @@ use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, Stbllm, StbllmParts};
 use stb_format::half::f16;
+use stb_runtime::Result;
 
 use super::metric::{Metric, Scorer};
 use super::prune::{Pruned, prune_plain, prune_with_compensation};
 use super::refit::refit;
 use super::search::{Block, Regions, SearchOptions};
-use super::{Input, Packed, Propagation, Seconds, propagate};
+use super::{Input, Packed, Propagation, Seconds};
+use crate::engine::Compensation;
 
 /// Where the N:8 mask is decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,12 +109,14 @@ pub struct Binarised {
 }
 
 /// Quantises one linear layer. `pruned` is its pruned form where that comes from a pass of its own.
-#[must_use]
-pub fn quantise(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -> Packed {
-    let mut layer = binarise(input, options, pruned, options.storable());
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
+pub fn quantise(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -> Result<Packed> {
+    let mut layer = binarise(input, options, pruned, options.storable())?;
     if let Some(sweeps) = options.sweeps.filter(|_| options.storable()) {
         let started = Instant::now();
-        refit(input, &mut layer.parts, sweeps);
+        refit(input, &mut layer.parts, sweeps)?;
         layer.seconds.refit += started.elapsed().as_secs_f64();
     }
     let started = Instant::now();
@@ -124,29 +128,33 @@ pub fn quantise(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -
     let mut seconds = layer.seconds;
     seconds.pack += started.elapsed().as_secs_f64();
     let salient = layer.salient.iter().filter(|s| **s).count() as f64 / input.cols as f64;
-    Packed { encoding, payload, salient: Some(salient), seconds }
+    Ok(Packed { encoding, payload, salient: Some(salient), seconds })
 }
 
 /// The pruning pass: masked weights, compensated if the options say so.
-#[must_use]
-pub fn prune(input: &Input<'_>, options: &Options) -> Pruned {
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
+pub fn prune(input: &Input<'_>, options: &Options) -> Result<Pruned> {
     let importance = input.factor.importance();
     let scorer = Scorer::new(options.metric, input.weights, input.norms, &importance);
     let kept = |width: usize| options.spec.kept(width);
     match options.mask {
         MaskPlacement::Compensated => prune_with_compensation(input, &scorer, kept),
-        MaskPlacement::Before | MaskPlacement::InLoop => prune_plain(input, &scorer, kept),
+        MaskPlacement::Before | MaskPlacement::InLoop => Ok(prune_plain(input, &scorer, kept)),
     }
 }
 
 /// Binarises one linear layer; scales are rounded to binary16 if `rounded`.
-#[must_use]
+///
+/// # Errors
+/// [`stb_runtime::Error::Device`].
 pub fn binarise(
     input: &Input<'_>,
     options: &Options,
     pruned: Option<&Pruned>,
     rounded: bool,
-) -> Binarised {
+) -> Result<Binarised> {
     let (rows, cols, spec) = (input.rows, input.cols, options.spec);
     let mut seconds = Seconds::default();
     let clock = Instant::now();
@@ -155,7 +163,7 @@ pub fn binarise(
         (MaskPlacement::InLoop, _) => (input.weights.to_vec(), vec![true; rows * cols]),
         (_, Some(pruned)) => (pruned.weights.clone(), pruned.mask.clone()),
         (_, None) => {
-            let Pruned { weights, mask } = prune(input, options);
+            let Pruned { weights, mask } = prune(input, options)?;
             (weights, mask)
         }
     };
@@ -181,6 +189,8 @@ pub fn binarise(
     };
     let whole = (options.scope == Scope::Matrix)
         .then(|| Scorer::new(options.metric, input.weights, input.norms, &importance));
+    let mode = options.propagation;
+    let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
     for (index, from) in (0..cols).step_by(spec.block()).enumerate() {
         let clock = Instant::now();
         let width = spec.block().min(cols - from);
@@ -190,7 +200,7 @@ pub fn binarise(
             at.select(&selector, spec, &weights, &mut mask);
         }
         let pruning = clock.elapsed().as_secs_f64();
-        let isa = input.isa;
+        let isa = input.engine.isa;
         let block = Block {
             isa,
             weights: &weights,
@@ -211,15 +221,14 @@ pub fn binarise(
         }
         let errors = at.errors(&weights, &out.values);
         let binarising = clock.elapsed().as_secs_f64();
-        let mode = options.propagation;
-        propagate(input.isa, &mut weights, input.factor, &errors, from, width, mode);
+        compensation.pass(&mut weights, &errors, from, width, spec.block())?;
         out.seconds.prune += pruning;
         out.seconds.search += searching - pruning;
         out.seconds.quantise += binarising - searching;
         out.seconds.propagate += clock.elapsed().as_secs_f64() - binarising;
     }
     out.parts.salient.clone_from(&out.salient);
-    out
+    Ok(out)
 }
 
 /// A block and where its scales are.

@@ -335,7 +335,9 @@ pub fn convert_file(
     progress: &dyn Progress,
 ) -> anyhow::Result<Report> {
     let (plan, meta) = prepare(checkpoint, recipe, source)?;
-    let job = Job { checkpoint, recipe, plan, meta, calibration: source, target, force: true };
+    let calibration = source;
+    let (force, device) = (true, None);
+    let job = Job { checkpoint, recipe, plan, meta, calibration, target, force, device };
     convert(job, progress)
 }
 

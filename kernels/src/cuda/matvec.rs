@@ -317,6 +317,25 @@ pub fn plan_decode(
     Ok(Launch::new(kind.module, "decode_rows", blocks, THREADS as u32, 0, &params))
 }
 
+impl Matrix {
+    /// Rows that [`Matrix::queue_decode`] takes at most.
+    pub const DECODED_ROWS: usize = 65_535;
+
+    /// Queues all weights as numbers into `out`, [rows, cols].
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for more than [`Matrix::DECODED_ROWS`] rows; [`Error::Driver`].
+    ///
+    /// # Panics
+    /// If `out` is too small.
+    pub fn queue_decode(&self, out: &mut Buffer<f32>) -> Result<()> {
+        assert!(out.len() >= self.rows() * self.cols(), "room for the rows");
+        let launch = plan_decode(&self.encoding, self.params, 0, self.rows(), out.address())?;
+        // SAFETY: the matrix' payload was validated for its shape; there is room for its rows.
+        unsafe { self.device().launch(&launch) }
+    }
+}
+
 /// Matrix-vector products on one device, with the memory they need.
 #[derive(Debug)]
 pub struct MatVec {

@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 
 use stb_kernels::cuda::{
-    self, Attend, Attention, Buffer, Dense, Device, Input, KvCache, Operand, Ops, Slots,
+    self, Attend, Attention, Buffer, Dense, Device, Input, KvCache, Matrix, Operand, Ops, Slots,
 };
 use stb_kernels::kv::KvKind;
 
@@ -104,8 +104,16 @@ impl DeviceLayers {
     pub fn load(&self, layer: &Layer, half: Half) -> Result<DeviceHalf> {
         let device = self.dense.device();
         let upload = |weight: &Weight| -> Result<Decoded> {
-            let values = device.upload("a weight matrix", &weight.decode())?;
-            Ok(Decoded { values, rows: weight.rows(), cols: weight.cols() })
+            let (rows, cols) = (weight.rows(), weight.cols());
+            let values = match decode(device, weight) {
+                Ok(values) => values,
+                // Of encodings that only the CPU has a decoder for.
+                Err(cuda::Error::Unsupported { .. }) => {
+                    device.upload("a weight matrix", &weight.decode())?
+                }
+                Err(e) => return Err(e.into()),
+            };
+            Ok(Decoded { values, rows, cols })
         };
         Ok(DeviceHalf(match half {
             Half::Attention => Loaded::Attention(AttentionHalf::load(device, layer, upload)?),
@@ -167,6 +175,15 @@ impl DeviceLayers {
         slots.set(tokens.flat_map(|(cache, length)| (0..*length).map(move |at| (cache, at))))?;
         Ok(slots)
     }
+}
+
+/// Decodes a matrix on the device, from its stored bytes.
+fn decode(device: &Device, weight: &Weight) -> cuda::Result<Buffer<f32>> {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let matrix = Matrix::upload(device, weight.encoding(), rows, cols, weight.bytes())?;
+    let mut values = device.zeros("a weight matrix", rows * cols)?;
+    matrix.queue_decode(&mut values)?;
+    Ok(values)
 }
 
 /// Products with decoded matrices, seen by an observer.

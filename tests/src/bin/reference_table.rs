@@ -140,7 +140,8 @@ fn run(
     target: &Path,
 ) -> anyhow::Result<()> {
     let (plan, meta) = prepare(checkpoint, recipe, calibration)?;
-    convert(Job { checkpoint, recipe, plan, meta, calibration, target, force: true }, &Silent)?;
+    let (force, device) = (true, None);
+    convert(Job { checkpoint, recipe, plan, meta, calibration, target, force, device }, &Silent)?;
     Ok(())
 }
 

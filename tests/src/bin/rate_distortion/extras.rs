@@ -2,7 +2,7 @@
 //! columns in 4-bit integers. Neither is in the format; this is why.
 
 use stb_convert::hessian::{Factor, Hessian};
-use stb_convert::quantise::{Input, int_group, nm};
+use stb_convert::quantise::{Input, Packed, int_group, nm};
 use stb_format::encoding::{IntGroup, Nm};
 use stb_kernels::Isa;
 
@@ -140,16 +140,16 @@ fn quantised(
     weights: &[f32],
     rows: usize,
     moments: &[f64],
-    quantise: impl Fn(&Input<'_>) -> stb_convert::quantise::Packed,
+    quantise: impl Fn(&Input<'_>) -> stb_runtime::Result<Packed>,
 ) -> anyhow::Result<(Vec<f32>, f64)> {
     let cols = weights.len() / rows;
     let hessian = Hessian::from_matrix(moments.iter().map(|h| *h as f32).collect(), cols);
     let factor = Factor::new(&hessian)?;
     let norms = vec![1.0; cols];
-    let isa = Isa::detect()?;
+    let engine = Isa::detect()?.into();
     let input =
-        Input { isa, weights, rows, cols, hessian: &hessian, factor: &factor, norms: &norms };
-    let packed = quantise(&input);
+        Input { engine, weights, rows, cols, hessian: &hessian, factor: &factor, norms: &norms };
+    let packed = quantise(&input)?;
     let stored = packed.encoding.view(rows as u64, cols as u64, &packed.payload)?.decode();
     let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
     let error = energy(&difference, moments, cols);

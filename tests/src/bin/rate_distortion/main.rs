@@ -70,7 +70,7 @@ impl Layer {
     fn error(&self, method: Method) -> anyhow::Result<f64> {
         let norms = vec![1.0; self.cols];
         let input = Input {
-            isa: Isa::detect()?,
+            engine: Isa::detect()?.into(),
             weights: &self.weights,
             rows: self.rows,
             cols: self.cols,
@@ -81,9 +81,9 @@ impl Layer {
         let Packed { encoding, payload, .. } = match method {
             Method::Nm(spec) => nm::quantise(&input, &nm::Options { spec, sweeps: 4, refit: true }),
             Method::Int(spec) => int_group::quantise(&input, &int_group::Options::full(spec, 4)),
-        };
+        }?;
         let stored = encoding.view(self.rows as u64, self.cols as u64, &payload)?.decode();
-        Ok(relative_error(&input, &stored))
+        Ok(relative_error(&input, &stored)?)
     }
 
     /// Of keeping the `n` largest of `m`.

@@ -1,0 +1,257 @@
+//! What computes the large products of a conversion: this processor, or a GPU.
+//!
+//! With a GPU, matrices are brought to it for an operation or for a tensor; decisions (codes, masks, scales) are
+//! made here in either case, by the same code.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rayon::prelude::*;
+use stb_kernels::cuda::{Buffer, Dense, Device, Operand};
+use stb_kernels::{Isa, Panels};
+use stb_runtime::{DeviceLayers, Model, Result};
+
+use crate::hessian::{self, Factor, Hessian, product_of};
+use crate::quantise::Propagation;
+
+/// A GPU that computes for conversions of one model.
+pub struct Accelerator {
+    layers: Mutex<DeviceLayers>,
+    name: String,
+}
+
+impl fmt::Debug for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Accelerator({})", self.name)
+    }
+}
+
+impl Accelerator {
+    /// # Errors
+    /// [`stb_runtime::Error::Device`] if the vendor's libraries are missing or a shape has no kernel.
+    pub fn new(device: &Device, model: &Model) -> Result<Self> {
+        let layers = Mutex::new(DeviceLayers::new(device, model)?);
+        Ok(Self { layers, name: device.info().name.clone() })
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Decoder layers and matrices on it.
+    pub(crate) fn layers(&self) -> MutexGuard<'_, DeviceLayers> {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where products are computed.
+#[derive(Clone, Copy, Debug)]
+pub struct Engine<'a> {
+    /// The instruction set of this processor.
+    pub isa: Isa,
+    /// The GPU, if there is one to use.
+    pub(crate) accelerator: Option<&'a Accelerator>,
+}
+
+impl From<Isa> for Engine<'_> {
+    fn from(isa: Isa) -> Self {
+        Self { isa, accelerator: None }
+    }
+}
+
+/// The right side of a product with an inner dimension k.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Right<'a> {
+    /// [k, n].
+    Plain(&'a [f32]),
+    /// Its transpose, [n, k].
+    Transposed(&'a [f32]),
+}
+
+impl Engine<'_> {
+    /// `a` · `b`, [rows, n]: `a` is [rows, k].
+    pub(crate) fn product(&self, a: &[f32], k: usize, b: Right<'_>, n: usize) -> Result<Vec<f32>> {
+        let Some(accelerator) = self.accelerator else {
+            let mut panels = Panels::default();
+            match b {
+                Right::Plain(b) => panels.pack_transposed(b, n, k, n),
+                Right::Transposed(b) => panels.pack(b, k),
+            }
+            return Ok(product_of(self.isa, a, k, &panels, n));
+        };
+        let mut layers = accelerator.layers();
+        let dense = layers.dense();
+        let rows = a.len() / k;
+        let left = upload(dense, a)?;
+        let (Right::Plain(values) | Right::Transposed(values)) = b;
+        let right = upload(dense, values)?;
+        let right = match b {
+            Right::Plain(_) => Operand::new(&right, 0, n),
+            Right::Transposed(_) => Operand::new(&right, 0, k).transposed(),
+        };
+        let mut out = dense.device().zeros("a product", rows * n)?;
+        let left = Operand::new(&left, 0, k);
+        dense.blas().multiply([rows, n, k], 1.0, left, right, 0.0, &mut out, (0, n))?;
+        download(&out, rows * n)
+    }
+
+    /// The factors of a damped Hessian.
+    ///
+    /// # Errors
+    /// As for [`Factor::new`]; [`stb_runtime::Error::Device`].
+    pub(crate) fn factor(&self, hessian: &Hessian) -> Result<Factor> {
+        let Some(accelerator) = self.accelerator else { return Factor::new(hessian) };
+        let size = hessian.size;
+        let factors = accelerator.layers().dense().factor(hessian.matrix(), size)?;
+        let factors = factors.ok_or_else(hessian::not_positive)?;
+        Ok(Factor { size, u: factors.u, m: factors.m })
+    }
+
+    /// `a` · H⁻¹, [rows, in].
+    pub(crate) fn times_inverse(&self, factor: &Factor, a: &[f32]) -> Result<Vec<f32>> {
+        let (n, u) = (factor.size, &factor.u);
+        let half = self.product(a, n, Right::Transposed(u), n)?;
+        self.product(&half, n, Right::Plain(u), n)
+    }
+
+    /// (W H Wᵀ)_ii of each row of `weights`, [rows, in].
+    pub(crate) fn output_errors(&self, weights: &[f32], hessian: &Hessian) -> Result<Vec<f64>> {
+        let cols = hessian.size;
+        let Some(accelerator) = self.accelerator else {
+            return Ok(crate::quantise::output_errors(self.isa, weights, hessian));
+        };
+        let mut layers = accelerator.layers();
+        let dense = layers.dense();
+        let rows = weights.len() / cols;
+        let (w, h) = (upload(dense, weights)?, upload(dense, hessian.matrix())?);
+        let mut product = dense.device().zeros("a product", rows * cols)?;
+        let (left, right) = (Operand::new(&w, 0, cols), Operand::new(&h, 0, cols));
+        dense.blas().multiply(
+            [rows, cols, cols],
+            1.0,
+            left,
+            right,
+            0.0,
+            &mut product,
+            (0, cols),
+        )?;
+        let mut sums = dense.device().zeros::<f64>("sums", rows)?;
+        dense.block_dots([rows, cols], cols, (&w, cols), (&product, cols), &mut sums)?;
+        let mut out = vec![0.0; rows];
+        sums.read(&mut out)?;
+        Ok(out)
+    }
+}
+
+pub(crate) fn upload(dense: &Dense, values: &[f32]) -> Result<Buffer<f32>> {
+    Ok(dense.device().upload("a matrix", values)?)
+}
+
+pub(crate) fn download(buffer: &Buffer<f32>, count: usize) -> Result<Vec<f32>> {
+    let mut out = vec![0.0; count];
+    buffer.read(&mut out)?;
+    Ok(out)
+}
+
+/// Copies columns `from..from + width` of `matrix`, [rows, cols] on the device, to those of `host`.
+pub(crate) fn fetch_columns(
+    dense: &Dense,
+    matrix: &Buffer<f32>,
+    host: &mut [f32],
+    cols: usize,
+    from: usize,
+    width: usize,
+) -> Result<()> {
+    let rows = host.len() / cols;
+    if width == 0 || rows == 0 {
+        return Ok(());
+    }
+    let mut part = dense.device().zeros("columns of a matrix", rows * width)?;
+    dense.copy_part([rows, width], matrix, None, (from, cols), &mut part, (0, width))?;
+    let part = download(&part, rows * width)?;
+    host.par_chunks_exact_mut(cols)
+        .zip(part.par_chunks_exact(width))
+        .for_each(|(row, part)| row[from..from + width].copy_from_slice(part));
+    Ok(())
+}
+
+/// How the errors of blocks of columns change the weights that are still to come, [rows, cols].
+pub(crate) struct Compensation<'a> {
+    engine: Engine<'a>,
+    factor: &'a Factor,
+    mode: Propagation,
+    device: Option<OnDevice<'a>>,
+}
+
+/// The same on the device.
+struct OnDevice<'a> {
+    accelerator: &'a Accelerator,
+    weights: Buffer<f32>,
+    u: Buffer<f32>,
+    m: Buffer<f32>,
+}
+
+impl<'a> Compensation<'a> {
+    /// For weights as they are now.
+    pub(crate) fn new(
+        engine: Engine<'a>,
+        weights: &[f32],
+        factor: &'a Factor,
+        mode: Propagation,
+    ) -> Result<Self> {
+        let device = match engine.accelerator {
+            Some(accelerator) if mode != Propagation::Off => {
+                let mut layers = accelerator.layers();
+                let dense = layers.dense();
+                let [weights, u, m] = [weights, &factor.u, &factor.m].map(|v| upload(dense, v));
+                Some(OnDevice { accelerator, weights: weights?, u: u?, m: m? })
+            }
+            _ => None,
+        };
+        Ok(Self { engine, factor, mode, device })
+    }
+
+    /// Spreads `errors` of the block of columns `from..from + width`, [rows, width], over `weights`: all later
+    /// columns, of which those up to `ahead` behind the block are there when this returns.
+    pub(crate) fn pass(
+        &mut self,
+        weights: &mut [f32],
+        errors: &[f32],
+        from: usize,
+        width: usize,
+        ahead: usize,
+    ) -> Result<()> {
+        let (cols, later) = (self.factor.size, from + width);
+        let Some(device) = &mut self.device else {
+            let (isa, factor) = (self.engine.isa, self.factor);
+            crate::quantise::propagate(isa, weights, factor, errors, from, width, self.mode);
+            return Ok(());
+        };
+        if later >= cols {
+            return Ok(());
+        }
+        let mut layers = device.accelerator.layers();
+        let dense = layers.dense();
+        let rows = errors.len() / width;
+        let scaled = if self.mode == Propagation::Solve {
+            let errors = upload(dense, errors)?;
+            let mut scaled = dense.device().zeros("errors", rows * width)?;
+            let left = Operand::new(&errors, 0, width);
+            let right = Operand::new(&device.m, from * cols + from, cols);
+            let sizes = [rows, width, width];
+            dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut scaled, (0, width))?;
+            scaled
+        } else {
+            let diagonal = |j: usize| self.factor.m[j * (cols + 1)];
+            let entries = errors.iter().enumerate().map(|(i, e)| e * diagonal(from + i % width));
+            upload(dense, &entries.collect::<Vec<f32>>())?
+        };
+        let left = Operand::new(&scaled, 0, width);
+        let right = Operand::new(&device.u, from * cols + later, cols);
+        let sizes = [rows, cols - later, width];
+        dense.blas().multiply(sizes, -1.0, left, right, 1.0, &mut device.weights, (later, cols))?;
+        fetch_columns(dense, &device.weights, weights, cols, later, ahead.min(cols - later))
+    }
+}
