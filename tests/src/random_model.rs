@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::io::{Seek, Write};
+use std::path::Path;
 
 use anyhow::bail;
 use stb_convert::Recipe;
@@ -10,7 +11,7 @@ use stb_format::encoding::{Dense, IntGroup};
 use stb_format::{Activation, Encoding, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
 
 use crate::random::Rng;
-use crate::tiny::tokenizer;
+use crate::tiny::{self, tokenizer};
 use crate::vectors::content;
 
 /// The names that [`shape`] knows.
@@ -94,6 +95,40 @@ pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyh
         meta.set(key, value)?;
     }
     Ok(writer.finish(&meta)?)
+}
+
+/// Writes a dense checkpoint of this architecture in f16 with a vocabulary of 64 letters, to measure conversion.
+///
+/// # Panics
+/// If the folder cannot be written.
+pub fn checkpoint(folder: &Path, spec: &ModelSpec) {
+    let mut config = tiny::config();
+    for (key, value) in [
+        ("vocab_size", 64),
+        ("hidden_size", spec.hidden_size),
+        ("intermediate_size", spec.intermediate_size),
+        ("num_hidden_layers", spec.layers),
+        ("num_attention_heads", spec.heads),
+        ("num_key_value_heads", spec.kv_heads),
+        ("head_dim", spec.head_dim),
+        ("max_position_embeddings", spec.context_length),
+    ] {
+        config[key] = value.into();
+    }
+    // Outputs of about the size of inputs, as in trained models.
+    let shrink = 2.0 / (spec.hidden_size as f32).sqrt();
+    tiny::write(folder, &config, Dense::F16, |name, values| {
+        if name.ends_with("_proj.weight") {
+            values.iter_mut().for_each(|w| *w *= shrink);
+        }
+    });
+}
+
+/// Letters without a pattern for the vocabulary of [`checkpoint`], a token each.
+#[must_use]
+pub fn letters(tokens: usize) -> String {
+    let letter = |i: u32| char::from(b'a' + (i.wrapping_mul(2_654_435_761) >> 20) as u8 % 26);
+    (0..tokens as u32).flat_map(|i| [letter(i), ' ']).collect()
 }
 
 /// A random tensor of this shape, the same one each time; nothing for unknown encodings.

@@ -18,6 +18,7 @@ use stb_format::File;
 use stb_format::encoding::Dense;
 use stb_kernels::cuda::Device;
 use stb_runtime::Checkpoint;
+use stb_tests::random_model::letters;
 use stb_tests::tiny;
 
 struct Silent;
@@ -67,10 +68,7 @@ fn same_as_on_the_cpu(recipes: &[&str]) {
     config["intermediate_size"] = json!(300);
     config["num_hidden_layers"] = json!(2);
     tiny::write(&folder.path().join("source"), &config, Dense::Bf16, |_, _| {});
-    // Letters without a pattern: more of them than any layer has features.
-    let letter = |i: u32| char::from(b'a' + (i.wrapping_mul(2_654_435_761) >> 20) as u8 % 26);
-    let text: String = (0..2000).flat_map(|i| [letter(i), ' ']).collect();
-    std::fs::write(folder.path().join("calibration.txt"), text).unwrap();
+    std::fs::write(folder.path().join("calibration.txt"), letters(2000)).unwrap();
     for recipe in recipes {
         let (host, expected) =
             converted(folder.path(), &folder.path().join("host.stb"), recipe, None);

@@ -41,6 +41,7 @@ macro_rules! module {
 
 impl Module {
     pub(super) const OPS: Self = module!("ops", "ops.cu");
+    pub(super) const CANDIDATES: Self = module!("candidates", "candidates.cu");
     pub(super) const MOMENTS: Self = module!("moments", "moments.cu");
     pub(super) const NM_1_8: Self = module!("nm 1:8", "matvec_nm.cu", "NM_N=1", "NM_M=8");
     pub(super) const NM_1_4: Self = module!("nm 1:4", "matvec_nm.cu", "NM_N=1", "NM_M=4");
@@ -76,6 +77,7 @@ impl Module {
     /// All modules.
     pub const ALL: &[Self] = &[
         Self::OPS,
+        Self::CANDIDATES,
         Self::MOMENTS,
         Self::NM_1_8,
         Self::NM_1_4,

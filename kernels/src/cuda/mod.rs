@@ -10,6 +10,7 @@
 
 mod attention;
 mod cache;
+mod candidates;
 mod compile;
 mod device;
 mod gemm;
@@ -23,6 +24,7 @@ pub mod simulated;
 mod vendor;
 
 pub use attention::{Attend, Attention, KvCache, KvSlot, Slots};
+pub use candidates::{Candidates, Wanted};
 pub use compile::{Arch, Compiler, Module, compile_all};
 pub use device::{Buffer, Device, DeviceInfo, Graph, devices};
 pub use gemm::{Gemm, GemmPlan, gemm_prepared, gemm_stride, plan_prepare, prompt_units};

@@ -99,6 +99,7 @@ fn build(module: &Module) -> Emulator {
         "gemm_rows.cu" => (&["gemm_rows.cu"], &["gemm_rows"]),
         "gemm_nm.cu" => (&["gemm_nm.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
         "ops.cu" => (&["ops.cu"], &["materialise", "argmax"]),
+        "candidates.cu" => (&["candidates.cu"], &["candidates"]),
         "moments.cu" => {
             (&["moments.cu"], &["widen", "narrow", "finish", "copy_part", "block_dots"])
         }

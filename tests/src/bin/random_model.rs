@@ -7,9 +7,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Parser;
 use stb_convert::Recipe;
-use stb_format::encoding::Dense;
-use stb_tests::random_model::{SHAPES, shape, write};
-use stb_tests::tiny;
+use stb_tests::random_model::{SHAPES, checkpoint, shape, write};
 
 /// Writes a model of a well-known shape with random weights, for measurements.
 #[derive(Parser)]
@@ -34,27 +32,7 @@ fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let spec = shape(&cli.shape, cli.layers)?;
     if cli.checkpoint {
-        let mut config = tiny::config();
-        for (key, value) in [
-            ("vocab_size", 64),
-            ("hidden_size", spec.hidden_size),
-            ("intermediate_size", spec.intermediate_size),
-            ("num_hidden_layers", spec.layers),
-            ("num_attention_heads", spec.heads),
-            ("num_key_value_heads", spec.kv_heads),
-            ("head_dim", spec.head_dim),
-            ("max_position_embeddings", spec.context_length),
-        ] {
-            config[key] = value.into();
-        }
-        // Outputs of about the size of inputs, as in trained models.
-        let shrink = 2.0 / (spec.hidden_size as f32).sqrt();
-        let matrix = |name: &str| name.ends_with("_proj.weight");
-        tiny::write(&cli.out, &config, Dense::F16, |name, values| {
-            if matrix(name) {
-                values.iter_mut().for_each(|w| *w *= shrink);
-            }
-        });
+        checkpoint(&cli.out, &spec);
         return Ok(());
     }
     let recipe = Recipe::load(&cli.recipe)?;

@@ -1,0 +1,109 @@
+// The most likely tokens: what a sampler needs of the logits of a step, so that a few numbers cross the bus and not all.
+//
+// A logit and its token are one key of 64 bits that sorts as they do: higher logits first, of equal ones the lower token. A
+// block sorts its slice, 1024 keys at a time, and keeps the first; the last block to arrive sorts what all have kept.
+// 32 000 logits are 32 blocks that sort once, 55 steps of 512 comparisons; then 2 rounds of the last block.
+#include "common.cuh"
+
+// Fields as `Params` of candidates.rs.
+struct Candidates {
+    // [n].
+    const float *x;
+    // Tokens whose logits the penalty changes, then those that are out.
+    const u32 *changed;
+    // By block: its keys, [count].
+    u64 *partial;
+    u32 *arrived;
+    // Token and logit, [count][2].
+    u32 *out;
+    u32 n, count, penalised, banned;
+    // Logits of a block.
+    u32 slice;
+    float penalty;
+    // Whether only the best is wanted: NaN is then never larger, and zeros are equal.
+    u32 greedy, padding;
+};
+
+constexpr u32 SORTED = 1024;
+constexpr u32 SORTERS = SORTED / 2;
+// Tokens that are changed, at most.
+constexpr u32 CHANGED = 512;
+
+STB_DEVICE u64 key_of(float v, u32 token, u32 greedy) {
+    u32 bits = __float_as_uint(v);
+    if (greedy && v == 0.0f)
+        bits = 0;
+    u32 order = bits & 0x80000000 ? ~bits : bits | 0x80000000;
+    if (greedy && v != v)
+        order = 0;
+    return u64(order) << 32 | (0xffffffff - token);
+}
+
+// Sorts all keys, the highest first.
+STB_DEVICE void sort(u64 *keys) {
+    for (u32 size = 2; size <= SORTED; size *= 2) {
+        for (u32 step = size / 2; step > 0; step /= 2) {
+            __syncthreads();
+            const u32 t = threadIdx.x;
+            const u32 i = t / step * 2 * step + t % step, j = i + step;
+            const bool falling = (i & size) == 0;
+            const u64 a = keys[i], b = keys[j];
+            if ((a < b) == falling)
+                keys[i] = b, keys[j] = a;
+        }
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(SORTERS) candidates(const __grid_constant__ Candidates a) {
+    __shared__ u64 keys[SORTED];
+    __shared__ u32 changed[CHANGED];
+    __shared__ u32 last;
+    const u32 changes = a.penalised + a.banned;
+    for (u32 i = threadIdx.x; i < changes; i += SORTERS)
+        changed[i] = a.changed[i];
+    __syncthreads();
+    auto logit = [&](u32 token) {
+        float v = a.x[token];
+        for (u32 i = 0; i < changes; ++i)
+            if (changed[i] == token)
+                v = i >= a.penalised ? __uint_as_float(0xff800000)
+                    : v > 0.0f       ? v / a.penalty
+                                     : v * a.penalty;
+        return key_of(v, token, a.greedy);
+    };
+    // The first `count` of `n` keys, sorted, at the start of `keys`.
+    auto select = [&](u32 n, auto get) {
+        for (u32 at = 0, kept = 0; at < n; at += SORTED - kept, kept = a.count) {
+            __syncthreads();
+            for (u32 i = threadIdx.x + kept; i < SORTED; i += SORTERS) {
+                const u32 from = at + i - kept;
+                keys[i] = from < n ? get(from) : 0;
+            }
+            sort(keys);
+        }
+    };
+    const u32 first = blockIdx.x * a.slice;
+    select(first < a.n ? least(a.slice, a.n - first) : 0, [&](u32 i) { return logit(first + i); });
+    if (gridDim.x > 1) {
+        for (u32 i = threadIdx.x; i < a.count; i += SORTERS)
+            __stcg(&a.partial[u64(blockIdx.x) * a.count + i], keys[i]);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            last = atomicAdd(a.arrived, 1u) + 1 == gridDim.x;
+            if (last)
+                *a.arrived = 0;
+        }
+        __syncthreads();
+        if (last == 0)
+            return;
+        __threadfence();
+        select(gridDim.x * a.count, [&](u32 i) { return __ldcg(&a.partial[i]); });
+    }
+    for (u32 i = threadIdx.x; i < a.count; i += SORTERS) {
+        const u32 order = u32(keys[i] >> 32);
+        a.out[2 * i] = 0xffffffff - u32(keys[i]);
+        a.out[2 * i + 1] = order & 0x80000000 ? order & 0x7fffffff : ~order;
+    }
+}

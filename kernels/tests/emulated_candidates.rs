@@ -1,0 +1,75 @@
+//! The most likely tokens, found on a device that is the emulator, against a sort of all.
+
+#[path = "common/emulator.rs"]
+#[allow(dead_code)]
+mod emulator;
+#[path = "common/machine.rs"]
+mod machine;
+
+use machine::device;
+use stb_kernels::cuda::{Candidates, Wanted};
+
+/// Few different numbers, so that many are equal; some special ones.
+fn logits(n: usize, seed: u32) -> Vec<f32> {
+    let special = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1e-40];
+    let mut state = seed.wrapping_mul(747_796_405) + 1;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state >> 8
+    };
+    let mut logit = || match next() % 50 {
+        0 => special[next() as usize % special.len()],
+        _ => (next() % 300) as f32 / 10.0 - 15.0,
+    };
+    (0..n).map(|_| logit()).collect()
+}
+
+#[test]
+fn candidates_are_the_first_of_all() {
+    let Some(device) = device() else { return };
+    let mut candidates = Candidates::new(&device).unwrap();
+    for (i, (n, count)) in
+        [(1, 5), (40, 40), (1000, 1), (1024, 128), (1025, 40), (5000, 64), (70_000, 128)]
+            .into_iter()
+            .enumerate()
+    {
+        let all = logits(n, i as u32);
+        let penalised: Vec<u32> = (0..n as u32).step_by(n / 30 + 1).collect();
+        let banned = [n as u32 / 2, n as u32 / 3];
+        let penalty = 1.3;
+        for greedy in [false, true] {
+            let mut expected: Vec<(u32, f32)> = (0..).zip(all.iter().copied()).collect();
+            for (token, logit) in &mut expected {
+                if banned.contains(token) {
+                    *logit = f32::NEG_INFINITY;
+                } else if penalised.contains(token) {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
+            let value = |v: f32| {
+                if !greedy {
+                    v
+                } else if v.is_nan() {
+                    -f32::NAN
+                } else {
+                    v + 0.0
+                }
+            };
+            let order = |a: &(u32, f32), b: &(u32, f32)| {
+                value(b.1).total_cmp(&value(a.1)).then(a.0.cmp(&b.0))
+            };
+            expected.sort_by(order);
+            expected.truncate(count);
+            let on = device.upload("logits", &all).unwrap();
+            let wanted = Wanted { count, greedy, penalty, penalised: &penalised, banned: &banned };
+            let found = candidates.find(&on, n, &wanted).unwrap();
+            assert_eq!(found.len(), expected.len(), "{n} {count}");
+            for (place, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert_eq!(found.0, expected.0, "{n} {count} {greedy}: place {place}");
+                if !greedy {
+                    assert_eq!(found.1.to_bits(), expected.1.to_bits(), "{n} {count}: {place}");
+                }
+            }
+        }
+    }
+}

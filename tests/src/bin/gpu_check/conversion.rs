@@ -1,0 +1,119 @@
+//! Conversion with its large products on the GPU: the same as on the CPU within rounding, and the time of a decoder
+//! layer of a large model.
+
+use std::path::Path;
+
+use anyhow::ensure;
+use serde_json::{Value, json};
+use stb_convert::calibration::Source;
+use stb_convert::pipeline::{Progress, convert};
+use stb_convert::prepare::prepare;
+use stb_convert::report::Report as Conversion;
+use stb_convert::{Job, Recipe};
+use stb_kernels::cuda::Device;
+use stb_runtime::Checkpoint;
+use stb_tests::random_model::{checkpoint, letters, shape};
+
+use crate::Report;
+
+struct Silent;
+
+impl Progress for Silent {
+    fn step(&self, _: u64, _: u64, _: &str) {}
+    fn layer(&self, _: usize, _: usize, _: f64, _: &str, _: f64) {}
+    fn note(&self, _: &str) {}
+}
+
+/// Converts the checkpoint `folder`/source.
+fn converted(
+    folder: &Path,
+    recipe: &str,
+    [samples, length]: [usize; 2],
+    device: Option<Device>,
+) -> anyhow::Result<Conversion> {
+    let source = Checkpoint::open(&folder.join("source"), true)?;
+    let mut recipe = Recipe::load(recipe)?;
+    (recipe.calibration.samples, recipe.calibration.length) = (samples, length);
+    let text = folder.join("calibration.txt");
+    std::fs::write(&text, letters(2 * samples * length))?;
+    let calibration = Source::file(&text)?;
+    let (plan, meta) = prepare(&source, &recipe, &calibration)?;
+    let job = Job {
+        checkpoint: &source,
+        recipe: &recipe,
+        plan,
+        meta,
+        calibration: &calibration,
+        target: &folder.join("out.stb"),
+        force: true,
+        device,
+    };
+    convert(job, &Silent)
+}
+
+/// Errors of a small random model converted here and on the CPU.
+pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    checkpoint(&folder.path().join("source"), &shape("tiny", None)?);
+    let (mut all, mut failed) = (Vec::new(), Vec::new());
+    for recipe in ["nm-2of8", "stbllm-4of8", "stbllm-published-strict", "int3", "pb-llm"] {
+        let host = converted(folder.path(), recipe, [16, 64], None)?;
+        let here = converted(folder.path(), recipe, [16, 64], Some(device.clone()))?;
+        let pairs = host.tensors.iter().zip(&here.tensors);
+        let differences = pairs.map(|(a, b)| {
+            (a.relative_error - b.relative_error).abs() / a.relative_error.max(1e-9)
+        });
+        let most = differences.fold(0.0, f64::max);
+        let [a, b] = [&host, &here].map(|r| r.layers.iter().map(|l| l.relative_error).sum::<f64>());
+        report.line(&format!(
+            "  {recipe:<24} error of the layers {b:.5} (CPU {a:.5}), largest difference of a matrix {:.1} %",
+            100.0 * most
+        ));
+        all.push(json!({"recipe": recipe, "cpu": a, "gpu": b, "largest_difference": most}));
+        // Choices that rounding turns change others; the sum of them all stays.
+        if (a - b).abs() > 0.05 * a {
+            failed.push(recipe);
+        }
+    }
+    report.put("conversion", all.into());
+    ensure!(failed.is_empty(), "other errors than on the CPU: {}", failed.join(", "));
+    Ok(())
+}
+
+/// Seconds of one decoder layer of the shape `name` by stage, with `calibration` sequences of so many tokens.
+pub(crate) fn measure(
+    report: &mut Report,
+    device: &Device,
+    name: &str,
+    recipes: &[String],
+    calibration: [usize; 2],
+) -> anyhow::Result<()> {
+    let layers = shape(name, None)?.layers as f64;
+    let folder = tempfile::tempdir()?;
+    checkpoint(&folder.path().join("source"), &shape(name, Some(1))?);
+    let mut all: Vec<Value> = Vec::new();
+    for recipe in recipes {
+        let done = converted(folder.path(), recipe, calibration, Some(device.clone()))?;
+        let (s, q) = (done.stages, done.stages.quantiser);
+        let quantiser = q.prune + q.search + q.quantise + q.propagate + q.refit + q.pack;
+        let seconds = done.layers.iter().map(|l| l.seconds).sum::<f64>();
+        report.line(&format!(
+            "  {name} {recipe}, {} x {} tokens: a layer {seconds:.1} s (forward {:.1}, moments {:.1}, factors {:.1}, \
+             quantiser {quantiser:.1}, check {:.1}, output {:.1}); {layers} layers {:.1} min",
+            calibration[0],
+            calibration[1],
+            s.forward,
+            s.moments,
+            s.factors,
+            s.check,
+            s.output,
+            seconds * layers / 60.0
+        ));
+        all.push(json!({
+            "shape": name, "recipe": recipe, "sequences": calibration[0], "tokens": calibration[1],
+            "seconds": seconds, "stages": s, "minutes_of_all_layers": seconds * layers / 60.0,
+        }));
+        report.put("conversion of a layer", all.clone().into());
+    }
+    Ok(())
+}
