@@ -12,6 +12,7 @@ use crate::device::{Caches, DeviceModel, Logits};
 use crate::error::{Error, Result};
 use crate::linear::{Linears, apply};
 use crate::model::{Layer, Model};
+use crate::sampler::{Next, Sampler};
 use crate::weights::Weight;
 
 /// Which input of a decoder layer an [`Observer`] sees.
@@ -179,6 +180,38 @@ impl Model {
         Ok(&state.logits)
     }
 
+    /// Appends `tokens` and puts what a sampler needs of the logits after the last one into `next`. `banned` tokens
+    /// are not for it to choose.
+    ///
+    /// # Errors
+    /// As for [`Model::forward`].
+    pub fn next(
+        &self,
+        state: &mut State,
+        tokens: &[u32],
+        sampler: &mut Sampler,
+        banned: &[u32],
+        next: &mut Next,
+    ) -> Result<()> {
+        if let Some(device) = &self.device
+            && let Some(wanted) = sampler.wanted(banned)
+        {
+            return self.append_on_device(state, tokens, |caches, hidden| {
+                *next = Next::Best(device.best(caches, tokens, hidden, &wanted)?);
+                Ok(())
+            });
+        }
+        let logits = self.forward(state, tokens)?;
+        match next {
+            Next::Logits(kept) => {
+                kept.clear();
+                kept.extend_from_slice(logits);
+            }
+            Next::Best(_) => *next = Next::Logits(logits.to_vec()),
+        }
+        Ok(())
+    }
+
     /// Appends one token to each of several sequences, which share one pass over the weights, and
     /// returns the logits, [sequences, vocab], in the memory of the first.
     ///
@@ -292,7 +325,7 @@ impl Model {
         self.device.as_ref().map_or(self.layers.len(), DeviceModel::host_layers)
     }
 
-    /// Appends `tokens` with a device: first the layers that the CPU computes, if any.
+    /// Appends `tokens` with a device and hands their logits to `sink`.
     fn forward_on_device(
         &self,
         state: &mut State,
@@ -303,6 +336,18 @@ impl Model {
         let Some(device) = &self.device else {
             return Err(Error::Internal { what: "no device".into() });
         };
+        self.append_on_device(state, tokens, |caches, hidden| {
+            device.run(caches, tokens, hidden, which, sink)
+        })
+    }
+
+    /// Appends `tokens` with a device, which does `run`, after the layers that the CPU computes, if any.
+    fn append_on_device(
+        &self,
+        state: &mut State,
+        tokens: &[u32],
+        run: impl FnOnce(&mut Caches<'_>, Option<&[f32]>) -> Result<()>,
+    ) -> Result<()> {
         let before = state.tokens;
         let hidden = if self.host_layers() > 0 {
             Some(self.run_layers(state, tokens)?)
@@ -312,7 +357,7 @@ impl Model {
             None
         };
         let mut caches = Caches { sequences: vec![state.device_cache(before)] };
-        let done = device.run(&mut caches, tokens, hidden.as_deref(), which, sink);
+        let done = run(&mut caches, hidden.as_deref());
         state.memory.hidden = hidden.unwrap_or_default();
         if done.is_err() {
             state.truncate(before);

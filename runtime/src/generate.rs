@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::forward::State;
 use crate::model::Model;
-use crate::sampler::Sampler;
+use crate::sampler::{Next, Sampler};
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// Prompt tokens that are processed together: bounds memory and the wait for Ctrl-C.
@@ -85,6 +85,9 @@ pub fn generate(
             state.context()
         )));
     }
+    if prompt.is_empty() {
+        return Err(Error::usage("the prompt is empty; give some text"));
+    }
     // Reuse the common start, but compute the last token again for its logits.
     let common = cached.iter().zip(prompt).take_while(|(a, b)| a == b).count();
     let common = common.min(prompt.len().saturating_sub(1));
@@ -96,9 +99,10 @@ pub fn generate(
     let started = Instant::now();
     let mut text = StopFilter::new(&options.stop);
     let mut tokens = Vec::new();
-    let mut next = None;
+    let mut next = Next::default();
+    let banned = if options.ignore_end { &tokenizer.eos[..] } else { &[] };
     for chunk in prompt[common..].chunks(PREFILL_CHUNK) {
-        next = Some(model.forward(state, chunk)?.to_vec());
+        model.next(state, chunk, sampler, banned, &mut next)?;
         cached.extend_from_slice(chunk);
         // An empty text asks whether to go on.
         if !sink("") {
@@ -107,7 +111,6 @@ pub fn generate(
         }
     }
     timings.prefill = started.elapsed();
-    let mut logits = next.ok_or_else(|| Error::usage("the prompt is empty; give some text"))?;
 
     let mut stream = TextStream::new(tokenizer, prompt);
     let started = Instant::now();
@@ -115,14 +118,7 @@ pub fn generate(
         if options.max_tokens.is_some_and(|n| tokens.len() >= n) {
             break Finish::Length;
         }
-        if options.ignore_end {
-            for end in &tokenizer.eos {
-                if let Some(logit) = logits.get_mut(*end as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
-            }
-        }
-        let token = sampler.sample(&logits);
+        let token = sampler.choose(&mut next, banned);
         if tokenizer.eos.contains(&token)
             || (options.stop_at_special && tokenizer.is_special(token))
         {
@@ -142,8 +138,7 @@ pub fn generate(
         if state.len() >= state.context() {
             break Finish::Context;
         }
-        logits.clear();
-        logits.extend_from_slice(model.forward(state, &[token])?);
+        model.next(state, &[token], sampler, banned, &mut next)?;
         cached.push(token);
     };
     let rest = stream.finish()?;

@@ -41,7 +41,7 @@ pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};
 pub use linear::{Linears, apply};
 pub use map::Bytes;
 pub use model::{Layer, Model, OpenOptions, Verify};
-pub use sampler::{Sampler, SamplerOptions};
+pub use sampler::{Next, Sampler, SamplerOptions};
 pub use stb_kernels::kv::KvKind;
 pub use template::{ChatTemplate, Message};
 pub use threads::default_threads;

@@ -3,6 +3,7 @@
 use rand_core::RngCore;
 use rand_core::SeedableRng;
 use rand_pcg::Pcg64Mcg;
+use stb_kernels::cuda::{Candidates, Wanted};
 
 /// How tokens are chosen. Filters apply in the order of the fields.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +38,22 @@ impl Default for SamplerOptions {
     }
 }
 
+/// What follows a step: logits of all tokens, `[vocab]`, or those of the most likely ones with penalties applied, best
+/// first.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    /// Of all.
+    Logits(Vec<f32>),
+    /// As many as the sampler wanted ([`Sampler::wanted`]).
+    Best(Vec<(u32, f32)>),
+}
+
+impl Default for Next {
+    fn default() -> Self {
+        Self::Best(Vec::new())
+    }
+}
+
 /// Chooses tokens from logits.
 #[derive(Debug)]
 pub struct Sampler {
@@ -64,6 +81,40 @@ impl Sampler {
         self.recent.drain(..surplus);
     }
 
+    /// What it needs of the next logits, if that is not too much to ask of a device: the tokens `banned` count as −∞.
+    pub(crate) fn wanted<'a>(&'a mut self, banned: &'a [u32]) -> Option<Wanted<'a>> {
+        let greedy = self.options.temperature <= 0.0;
+        let count = if greedy { 1 } else { self.options.top_k };
+        let penalty = self.options.repeat_penalty;
+        let penalised = if penalty == 1.0 { &[][..] } else { self.penalised() };
+        let fits = (1..=Candidates::MOST).contains(&count)
+            && penalised.len() + banned.len() <= Candidates::CHANGED;
+        fits.then_some(Wanted { count, greedy, penalty, penalised, banned })
+    }
+
+    /// The next token. `banned` are never chosen, unless there is nothing else.
+    ///
+    /// # Panics
+    /// If there is nothing to choose from.
+    pub fn choose(&mut self, next: &mut Next, banned: &[u32]) -> u32 {
+        match next {
+            Next::Logits(logits) => {
+                for token in banned {
+                    if let Some(logit) = logits.get_mut(*token as usize) {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+                self.sample(logits)
+            }
+            Next::Best(best) => {
+                let greedy = self.options.temperature <= 0.0;
+                let token = if greedy { best[0].0 } else { self.draw(best) };
+                self.accept(token);
+                token
+            }
+        }
+    }
+
     /// The next token after `logits`, `[vocab]`. Ties go to the lower id.
     ///
     /// # Panics
@@ -72,10 +123,22 @@ impl Sampler {
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         self.penalise();
-        let token =
-            if self.options.temperature <= 0.0 { argmax(&self.logits) } else { self.draw() };
+        let token = if self.options.temperature <= 0.0 {
+            argmax(&self.logits)
+        } else {
+            let best = self.best();
+            self.draw(&best)
+        };
         self.accept(token);
         token
+    }
+
+    /// Recent tokens, each once.
+    fn penalised(&mut self) -> &[u32] {
+        self.seen.clone_from(&self.recent);
+        self.seen.sort_unstable();
+        self.seen.dedup();
+        &self.seen
     }
 
     fn penalise(&mut self) {
@@ -83,9 +146,7 @@ impl Sampler {
         if penalty == 1.0 {
             return;
         }
-        self.seen.clone_from(&self.recent);
-        self.seen.sort_unstable();
-        self.seen.dedup();
+        self.penalised();
         for token in &self.seen {
             if let Some(logit) = self.logits.get_mut(*token as usize) {
                 *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
@@ -93,8 +154,9 @@ impl Sampler {
         }
     }
 
-    fn draw(&mut self) -> u32 {
-        let Self { options, random, logits, order, .. } = self;
+    /// The most likely tokens, as many as the options keep, best first.
+    fn best(&mut self) -> Vec<(u32, f32)> {
+        let Self { options, logits, order, .. } = self;
         let by_logit = |a: &u32, b: &u32| {
             let (x, y) = (logits[*a as usize], logits[*b as usize]);
             y.total_cmp(&x).then(a.cmp(b))
@@ -107,13 +169,19 @@ impl Sampler {
             order.truncate(keep);
         }
         order.sort_unstable_by(by_logit);
-        let best = logits[order[0] as usize];
-        let weight = |id: u32| f64::from((logits[id as usize] - best) / options.temperature).exp();
-        let total: f64 = order.iter().map(|id| weight(*id)).sum();
+        order.iter().map(|id| (*id, logits[*id as usize])).collect()
+    }
+
+    /// One of `order`, best first.
+    fn draw(&mut self, order: &[(u32, f32)]) -> u32 {
+        let Self { options, random, .. } = self;
+        let best = order[0].1;
+        let weight = |logit: f32| f64::from((logit - best) / options.temperature).exp();
+        let total: f64 = order.iter().map(|(_, logit)| weight(*logit)).sum();
         let mut kept = 0.0;
         let mut end = 0;
-        for id in order.iter() {
-            let share = weight(*id);
+        for (_, logit) in order {
+            let share = weight(*logit);
             let enough = kept >= f64::from(options.top_p) * total;
             if end > 0 && (enough || share < f64::from(options.min_p)) {
                 break;
@@ -123,13 +191,13 @@ impl Sampler {
         }
         // 53 random bits, uniform in 0..1.
         let mut rest = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * kept;
-        for id in &order[..end] {
-            rest -= weight(*id);
+        for (id, logit) in &order[..end] {
+            rest -= weight(*logit);
             if rest < 0.0 {
                 return *id;
             }
         }
-        order[end - 1]
+        order[end - 1].0
     }
 }
 

@@ -13,7 +13,10 @@ use std::ops::ControlFlow;
 use machine::device;
 use stb_convert::Recipe;
 use stb_kernels::cuda;
-use stb_runtime::{DeviceLayers, Half, KvKind, LinearInput, Model, Observer, OpenOptions, State};
+use stb_runtime::{
+    DeviceLayers, Half, KvKind, LinearInput, Model, Next, Observer, OpenOptions, Sampler,
+    SamplerOptions, State,
+};
 use stb_tests::random_model::{shape, write};
 
 fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
@@ -184,4 +187,38 @@ fn layers_for_calibration() {
     let mut after = vec![0.0; before.len()];
     hidden.read(&mut after).unwrap();
     assert_eq!(after, before);
+}
+
+/// Tokens chosen from what the device found are those chosen from all of its logits.
+#[test]
+fn tokens_are_chosen_alike() {
+    let Some(device) = device() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.stb");
+    let spec = shape("tiny", Some(1)).unwrap();
+    write(&spec, &Recipe::load("nm-2of4").unwrap(), File::create(&path).unwrap()).unwrap();
+    let model = Model::open(&path, &OpenOptions::default()).unwrap();
+    let model = model.use_device(&device, None).unwrap();
+    for (temperature, top_k) in [(0.0, 0), (1.0, 20), (0.7, 64), (1.0, 0)] {
+        let options = SamplerOptions {
+            temperature,
+            top_k,
+            repeat_penalty: 1.3,
+            repeat_last: 6,
+            ..SamplerOptions::default()
+        };
+        let (mut a, mut b) = (Sampler::new(options.clone()), Sampler::new(options));
+        let (mut here, mut there) = (State::new(&model, 60), State::new(&model, 60));
+        let (banned, mut next) = ([5, 9], Next::default());
+        let mut tokens = vec![1, 2, 3, 4];
+        tokens.iter().for_each(|t| (a.accept(*t), b.accept(*t)).0);
+        for step in 0..8 {
+            let logits = model.forward(&mut here, &tokens).unwrap().to_vec();
+            let expected = a.choose(&mut Next::Logits(logits), &banned);
+            model.next(&mut there, &tokens, &mut b, &banned, &mut next).unwrap();
+            assert_eq!(matches!(next, Next::Best(_)), temperature == 0.0 || top_k > 0);
+            assert_eq!(b.choose(&mut next, &banned), expected, "{temperature} {top_k}: {step}");
+            tokens = vec![expected];
+        }
+    }
 }

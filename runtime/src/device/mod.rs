@@ -14,8 +14,8 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 use stb_kernels::cuda::{
-    self, Attend, Attention, Buffer, Device, Gemm, Graph, Input, KvCache, MatVec, Matrix, Numbers,
-    Slots,
+    self, Attend, Attention, Buffer, Candidates, Device, Gemm, Graph, Input, KvCache, MatVec,
+    Matrix, Numbers, Slots, Wanted,
 };
 
 use crate::error::{Error, Result};
@@ -112,6 +112,7 @@ struct Work {
     last: Buffer<f32>,
     /// [FEW, vocabulary].
     logits: Buffer<f32>,
+    candidates: Candidates,
     /// Recorded steps of one token by the tokens that it may see; `None` after the first such step, which
     /// has made room for everything.
     graphs: HashMap<usize, Option<Graph>>,
@@ -186,8 +187,45 @@ impl DeviceModel {
         mut sink: impl FnMut(usize, &[f32]),
     ) -> Result<()> {
         let work = &mut *self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        let (width, vocabulary) = (self.norm.len(), self.head().rows());
+        let vocabulary = self.head().rows();
         let mut logits = Vec::new();
+        self.steps(work, caches, tokens, hidden, which, |work, first, count| {
+            logits.resize(count * vocabulary, 0.0);
+            work.logits.read(&mut logits)?;
+            sink(first, &logits);
+            Ok(())
+        })
+    }
+
+    /// Appends tokens to a sequence as [`DeviceModel::run`] does; the most likely tokens after the last one.
+    pub(crate) fn best(
+        &self,
+        caches: &mut Caches<'_>,
+        tokens: &[u32],
+        hidden: Option<&[f32]>,
+        wanted: &Wanted<'_>,
+    ) -> Result<Vec<(u32, f32)>> {
+        let work = &mut *self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let vocabulary = self.head().rows();
+        let mut best = Vec::new();
+        self.steps(work, caches, tokens, hidden, Logits::Last, |work, _, _| {
+            best = work.candidates.find(&work.logits, vocabulary, wanted)?;
+            Ok(())
+        })?;
+        Ok(best)
+    }
+
+    /// The steps of [`DeviceModel::run`]; `done` is told of which tokens logits are there: the first, and how many.
+    fn steps(
+        &self,
+        work: &mut Work,
+        caches: &mut Caches<'_>,
+        tokens: &[u32],
+        hidden: Option<&[f32]>,
+        which: Logits,
+        mut done: impl FnMut(&mut Work, usize, usize) -> Result<()>,
+    ) -> Result<()> {
+        let width = self.norm.len();
         // Without tensor cores, whose products round to f16, there is nothing to gain from more.
         let most = if self.numbers == Numbers::Exact { FEW } else { BATCH };
         for first in (0..tokens.len()).step_by(most) {
@@ -215,9 +253,7 @@ impl DeviceModel {
                 if count > 1 || from > 0 {
                     self.queue_logits(work, from, some)?;
                 }
-                logits.resize(some * vocabulary, 0.0);
-                work.logits.read(&mut logits)?;
-                sink(first + from, &logits);
+                done(work, first + from, some)?;
             }
         }
         Ok(())
@@ -345,6 +381,7 @@ impl Work {
             up: make(intermediate)?,
             last: device.zeros("hidden states", FEW * hidden)?,
             logits: device.zeros("logits", FEW * model.head().rows())?,
+            candidates: Candidates::new(device)?,
             graphs: HashMap::new(),
         })
     }
