@@ -20,14 +20,15 @@
 // the eight rows of a matrix for `ldmatrix` touch all banks. 8-bit parts are copied as they are, and expanded to f16
 // into one tile between two barriers.
 //
-// Budget for a warp, width 128, 64 keys: 128 mma of 8 cycles (A100; 2048 products at 256 per cycle and
-// scheduler) are 1024 cycles. Beside them, in cycles of a scheduler: 32 exponentials of 8 in the special
-// function unit, 256; about 64 to scale O, 100 for maxima, sums and conversions, each 2, 330; 64 ldmatrix of 512 bytes.
-// A multiprocessor reads 128 bytes of shared memory a cycle: 4 warps · 32 KiB are 1024 cycles, as much as the
-// products. An H100 doubles the products and not this: shared memory then allows at most 1024 products a
-// cycle, half of its dense peak and about 80 % of what mma.sync reaches there. Two m16 per warp would halve the
-// reads, at 64 more registers for O; that is to be decided on a GPU. Device memory and L2 see a
-// tile of keys and values (32 KiB) once per 64 · 64 · 128 · 2 products: 64 operations a byte and block, from L2.
+// Budget for a warp, width 128, 64 keys, on an A100: 128 mma of 8 cycles of a scheduler (2048 products at 256
+// per cycle) are 1024 cycles. Beside them, on other units: 32 exponentials of 8 cycles, 256; about 210 operations for
+// maxima, differences, sums, conversions and to scale O, of 2 cycles, 420; 64 ldmatrix of 512 bytes each.
+// A multiprocessor reads 128 bytes of shared memory a cycle: 32 KiB for each of 4 warps are 1024 cycles, as much as
+// the products. An H100 doubles the products and not this: shared memory then allows at most half of the
+// dense peak, about 80 % of what mma.sync reaches there. L2 sees a tile of keys and values (32 KiB) per block for
+// 2.1 million operations: 64 a byte, 350 TFLOP/s at 5.5 TB/s. Blocks of 128 rows, two m16 to a warp, would halve
+// both for 64 more registers, but a prompt of 512 tokens of 32 heads is then 128 blocks of 4 warps, less than one
+// for each multiprocessor of an H100: to be decided on a GPU.
 #include "attention.cuh"
 
 // Fields as `ManyParams` of attention.rs.

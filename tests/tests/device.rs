@@ -80,7 +80,7 @@ impl Machine {
 }
 
 fn is_attention(module: &Module) -> bool {
-    module.file == "attention.cu"
+    matches!(module.file, "attention.cu" | "attention_many.cu")
 }
 
 fn build(module: &Module) -> Emulator {
@@ -106,6 +106,17 @@ fn build(module: &Module) -> Emulator {
         "gemm_rows.cu" => (&["gemm_rows.cu"], &["gemm_rows"]),
         "gemm_nm.cu" => (&["gemm_nm.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
         "ops.cu" => (&["ops.cu"], &["materialise", "argmax"]),
+        "attention_many.cu" => (
+            &["attention_many.cu", slots],
+            &[
+                "attend_many_64",
+                "attend_many_96",
+                "attend_many_128",
+                "attend_many_256",
+                "set_slot",
+                "clear_slots",
+            ],
+        ),
         _ => (
             &["attention.cu", slots],
             &["rotate", "attend_1", "attend_4", "attend_8", "set_slot", "clear_slots"],
