@@ -8,9 +8,7 @@ use common::plans::{address, launch};
 use common::random::{Rng, encodings, payload};
 use stb_format::Encoding;
 use stb_format::encoding::Dense;
-use stb_kernels::cuda::{
-    self, GemmPlan, Limits, MatrixParams, Module, gemm_prepared, plan_prepare,
-};
+use stb_kernels::cuda::{GemmPlan, Limits, MatrixParams, Module, gemm_prepared, plan_prepare};
 
 struct Case<'a> {
     encoding: &'a Encoding,
