@@ -108,7 +108,9 @@ impl Sequence {
     }
 
     /// The largest error of what is allowed: errors of keys and queries in the scores, of weights and
-    /// values in the sums, to first order.
+    /// values in the sums, to first order. Numbers are random, so that errors add up like steps of a random walk:
+    /// their bounds are summed as squares, and twice the root is allowed. The plain sum of the bounds would not
+    /// tell whether a token sees a key too many.
     fn worst(&self, before: usize, now: usize, out: &[f32]) -> f64 {
         let Attention { heads, kv_heads, width, kind, .. } = self.a;
         let half = if kind == KvKind::F32 { 2e-6 } else { 0.5f64.powi(11) };
@@ -125,17 +127,19 @@ impl Sequence {
                     let (mut score, mut error) = (0.0, 0.0);
                     for (q, k) in q.iter().zip(k) {
                         score += q * k * scale;
-                        error += q.abs() * (k_off + (half + 1e-6) * k.abs()) * scale;
+                        error += (q * (k_off + (half + 1e-6) * k.abs()) * scale).powi(2);
                     }
                     let weight = score.exp();
                     total += weight;
                     // Values are within −1..1, and so is their mean.
-                    off += weight * (2.0 * (error + half + 1e-5) + v_off);
+                    let share = 2.0 * (error.sqrt() + half + 1e-5) + v_off;
+                    off += (weight * share).powi(2);
                     sum.iter_mut().zip(v).for_each(|(sum, v)| *sum += weight * v);
                 }
                 let found = &out[(token * heads + head) * width..][..width];
                 for (found, sum) in found.iter().zip(sum) {
-                    let error = (f64::from(*found) - sum / total).abs() / (off / total);
+                    let allowed = 2.0 * off.sqrt() / total;
+                    let error = (f64::from(*found) - sum / total).abs() / allowed;
                     // A NaN is the worst.
                     worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
                 }
