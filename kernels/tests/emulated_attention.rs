@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::sync::{Arc, Mutex};
+
 use common::emulator::{Emulator, Launch, bytes_of, floats};
 use common::plans::{address, launch};
 use common::random::Rng;
 use stb_format::half::f16;
-use stb_kernels::cuda::{Attention, Module};
+use stb_kernels::cuda::{Attend, Attention, Device, DeviceInfo, KvCache, Module, Slots};
 use stb_kernels::kv::KvKind;
 
 /// The kernels of a module and those that put caches in their places; `None` where there is no C++
@@ -478,4 +480,49 @@ fn few_tokens_wide_heads_and_exact_caches_stay_with_the_other_kernel() {
     assert!(plan(KvKind::F16, 256, 16).is_none());
     assert!(plan(KvKind::Q8, 258, 17).is_none());
     assert!(plan(KvKind::F32, 64, 512).is_none());
+}
+
+/// The kernel for many tokens only where they are one after another in one sequence.
+#[test]
+fn tokens_of_several_sequences_stay_with_the_other_kernel() {
+    let info = DeviceInfo {
+        ordinal: 0,
+        name: "none".into(),
+        capability: (9, 0),
+        memory: 1 << 30,
+        multiprocessors: 2,
+        shared_memory: 99 << 10,
+    };
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let kernels = seen.clone();
+    let device = Device::simulated(
+        info,
+        Box::new(move |launches, _| {
+            kernels.lock().unwrap().extend(launches.iter().map(|l| (l.kernel, l.blocks)));
+            Ok(())
+        }),
+    );
+    let a = prompt_shape(KvKind::F16, [4, 2, 64]);
+    let [one, other] = [0, 1].map(|_| {
+        let mut cache = KvCache::new(&device, a).unwrap();
+        cache.reserve(100, 100).unwrap();
+        cache
+    });
+    let run: Vec<_> = (5..75).map(|at| (&one, at)).collect();
+    let mut gap = run.clone();
+    gap[69].1 += 1;
+    let mut two = run.clone();
+    two[30].0 = &other;
+    let many = vec![("rotate", [8, 70, 1]), ("attend_many_64", [3, 2, 1])];
+    let few = vec![("rotate", [8, 70, 1]), ("attend_4", [1, 2, 64]), ("attend_4", [1, 2, 6])];
+    let mut slots = Slots::new(&device, 70).unwrap();
+    let mut attend = Attend::new(&device, a, &[0.0; 32]).unwrap();
+    let make = |heads: usize| device.zeros("tokens", 70 * heads * 64).unwrap();
+    let (mut q, k, v, mut out) = (make(4), make(2), make(2), make(4));
+    for (places, expected) in [(run, many), (gap, few.clone()), (two, few)] {
+        slots.set(places).unwrap();
+        attend.queue(&slots, 1, 100, &mut q, &k, &v, &mut out).unwrap();
+        device.synchronize().unwrap();
+        assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), expected);
+    }
 }
