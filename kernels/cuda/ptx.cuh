@@ -142,6 +142,18 @@ STB_DEVICE i32 f32_to_s8(float v) {
 #endif
 }
 
+// 2^v to 2 units in the last place; results below 2^-126 are zero.
+STB_DEVICE float exp2_approx(float v) {
+#if defined(STB_EMULATED)
+    const float r = std::exp2(v);
+    return r < 0x1p-126f ? 0.0f : r;
+#else
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+#endif
+}
+
 // ---- Asynchronous copies into shared memory --------------------------------------------------
 
 // 16 bytes past the L1 cache; of these `valid` from `from`, zeros after them.

@@ -3,38 +3,11 @@
 
 mod common;
 
-use common::emulator::{Emulator, Launch, Piece, bytes_of, floats};
+use common::emulator::{Emulator, bytes_of, floats};
+use common::plans::{address, launch};
 use common::random::{Rng, encodings, payload};
 use stb_format::Encoding;
-use stb_kernels::cuda::{
-    self, Attention, Input, Limits, MatVecPlan, MatrixParams, Module, Numbers,
-};
-use stb_kernels::kv::KvKind;
-
-/// Addresses of buffers in plans: a tag that no other field of a parameter has, the number of the
-/// buffer, the offset.
-const TAG: u64 = 0x7a5a << 48;
-
-fn address(buffer: usize) -> u64 {
-    TAG | (buffer as u64) << 40
-}
-
-/// A plan with its addresses as pointers into buffers.
-fn launch(plan: &cuda::Launch) -> Launch {
-    let piece = |word: &u64| match word & 0xffff << 48 {
-        TAG => Piece::Pointer {
-            buffer: (word >> 40 & 255) as usize,
-            offset: (word & ((1 << 40) - 1)) as usize,
-        },
-        _ => Piece::Bytes(word.to_le_bytes().to_vec()),
-    };
-    let [x, y, z] = plan.blocks.map(|n| n as usize);
-    Launch::new(plan.kernel)
-        .grid(x, y, z)
-        .block(plan.threads as usize, 1, 1)
-        .shared(plan.shared as usize)
-        .pieces(plan.params.iter().map(piece).collect())
-}
+use stb_kernels::cuda::{self, Input, Limits, MatVecPlan, MatrixParams, Module, Numbers};
 
 /// The kernels of a module; `None` where there is no C++ compiler.
 fn build(module: &Module) -> Option<Emulator> {
@@ -44,11 +17,6 @@ fn build(module: &Module) -> Option<Emulator> {
         }
         "matvec_nm.cu" => {
             &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"]
-        }
-        "attention.cu" => {
-            let slots = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/emulator/slots.cu");
-            let kernels = ["rotate", "attend_1", "attend_4", "attend_8", "set_slot", "clear_slots"];
-            return Emulator::build(&[module.file, slots], &kernels, module.defines).unwrap();
         }
         _ => &["materialise", "argmax"],
     };
@@ -259,168 +227,6 @@ fn hostile_payloads_stay_inside_their_buffers() {
             }
         }
     }
-}
-
-/// Tokens of several sequences in one step: (tokens before it, tokens in it) of each.
-struct Step<'a> {
-    a: Attention,
-    sequences: &'a [(usize, usize)],
-}
-
-/// Keys, values and queries of all tokens of a sequence, [tokens, heads · width].
-type Tokens = [Vec<f32>; 3];
-
-impl Step<'_> {
-    const LAYER: usize = 1;
-
-    fn check(&self, rng: &mut Rng, emulator: &Emulator, tolerance: f64) {
-        let Self { a, sequences } = *self;
-        let Attention { heads, kv_heads, width, .. } = a;
-        let widths = [heads, kv_heads, kv_heads].map(|n| n * width);
-        let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
-        let all: Vec<Tokens> = sequences
-            .iter()
-            .map(|(before, now)| widths.map(|n| rng.floats((before + now) * n)))
-            .collect();
-        // Buffers: q, k, v, out, frequencies, places, partial, counters; then the caches.
-        let longest = sequences.iter().map(|(before, now)| before + now).max().unwrap();
-        let capacity = longest + 3;
-        let mut buffers = vec![Vec::new(); 8];
-        buffers[4] = bytes_of(&frequencies);
-        buffers.extend(sequences.iter().map(|_| vec![0; a.cache_bytes(capacity)]));
-        let mut launches = Vec::new();
-        let mut first = 0;
-        for is_now in [false, true] {
-            let count = |s: &(usize, usize)| if is_now { s.1 } else { s.0 };
-            let tokens: usize = sequences.iter().map(count).sum();
-            for (s, (of, sequence)) in all.iter().zip(sequences).enumerate() {
-                let from = if is_now { sequence.0 } else { 0 };
-                for position in from..from + count(sequence) {
-                    for i in 0..3 {
-                        let token = &of[i][position * widths[i]..][..widths[i]];
-                        buffers[i].extend(bytes_of(token));
-                    }
-                    let place = buffers[5].len();
-                    buffers[5].extend([0; 16]);
-                    let set = Launch::new("set_slot").pointer(5, place).buffer(8 + s);
-                    launches.push(set.u32(capacity as u32).u32(position as u32));
-                }
-            }
-            if tokens == 0 {
-                continue;
-            }
-            let at = |buffer, bytes: usize| address(buffer) + (first * bytes) as u64;
-            let ends = [at(0, widths[0] * 4), at(1, widths[1] * 4), at(2, widths[2] * 4)];
-            let slots = at(5, 16);
-            let rotate = a.plan_rotate(ends, address(4), slots, Self::LAYER, tokens).unwrap();
-            launches.push(launch(&rotate));
-            if is_now {
-                let work = a.work(tokens, longest);
-                buffers[3] = vec![0xff; tokens * widths[0] * 4];
-                buffers[6] = vec![0xff; work[0] * 4];
-                buffers[7] = vec![0; work[1] * 4];
-                let work = [address(6), address(7)];
-                let ends = [ends[0], address(3)];
-                let plan = a.plan_attend(ends, slots, work, Self::LAYER, tokens, longest);
-                launches.push(launch(&plan.unwrap()));
-            }
-            first += tokens;
-        }
-        let clear = Launch::new("clear_slots").block(1024, 1, 1).buffer(5).u32(first as u32);
-        launches.push(clear);
-        let what = format!("{a:?} {sequences:?}");
-        let found = emulator.run(&buffers, &launches, &[0, 5]).expect(&what);
-        assert!(found[7].iter().all(|b| *b == 0), "{what}: counters are left as they were");
-        let out = floats(&found[3]);
-        let mut token = 0;
-        for (of, (before, now)) in all.iter().zip(sequences) {
-            for position in *before..before + now {
-                for head in 0..heads {
-                    let expected = self.naive(of, &frequencies, position, head);
-                    let found = &out[(token * heads + head) * width..][..width];
-                    for (found, expected) in found.iter().zip(expected) {
-                        let error = (f64::from(*found) - expected).abs();
-                        assert!(error < tolerance, "{what} {position}: {found} {expected}");
-                    }
-                }
-                token += 1;
-            }
-        }
-    }
-
-    /// The definition, in f64.
-    fn naive(&self, of: &Tokens, frequencies: &[f32], position: usize, head: usize) -> Vec<f64> {
-        let Attention { heads, kv_heads, width, interleaved, .. } = self.a;
-        let row = |i: usize, n: usize, at: usize, head: usize| -> Vec<f64> {
-            of[i][(at * n + head) * width..][..width].iter().map(|v| f64::from(*v)).collect()
-        };
-        let rotated = |x: Vec<f64>, at: usize| -> Vec<f64> {
-            let mut out = x.clone();
-            for (pair, frequency) in frequencies.iter().enumerate() {
-                let (low, high) = match interleaved {
-                    true => (2 * pair, 2 * pair + 1),
-                    false => (pair, pair + width / 2),
-                };
-                let (s, c) = f64::from(at as f32 * frequency).sin_cos();
-                out[low] = x[low] * c - x[high] * s;
-                out[high] = x[high] * c + x[low] * s;
-            }
-            out
-        };
-        let kv_head = head / (heads / kv_heads);
-        let q = rotated(row(0, heads, position, head), position);
-        let weights: Vec<f64> = (0..=position)
-            .map(|at| {
-                let k = rotated(row(1, kv_heads, at, kv_head), at);
-                let dot: f64 = q.iter().zip(k).map(|(q, k)| q * k).sum();
-                (dot / (width as f64).sqrt()).exp()
-            })
-            .collect();
-        let total: f64 = weights.iter().sum();
-        let mut out = vec![0.0; width];
-        for (at, weight) in weights.iter().enumerate() {
-            let v = row(2, kv_heads, at, kv_head);
-            out.iter_mut().zip(v).for_each(|(out, v)| *out += weight / total * v);
-        }
-        out
-    }
-}
-
-/// Groups of 1 to 9 heads, both pairings, ragged widths, one split and several, steps of one token, of
-/// several sequences and of parts of a prompt.
-fn attention(kind: KvKind, tolerance: f64) {
-    let mut rng = Rng(3);
-    let shapes = [
-        (4, 1, 24, true),
-        (9, 1, 128, true),
-        (2, 2, 64, false),
-        (6, 2, 6, false),
-        (1, 1, 2, false),
-    ];
-    // Each shape is a program of its own: all for one kind, some for the others.
-    let shapes = if kind == KvKind::F16 { &shapes[..] } else { &shapes[1..3] };
-    for &(heads, kv_heads, width, interleaved) in shapes {
-        let a = Attention { heads, kv_heads, width, layers: 2, kind, interleaved };
-        let Some(emulator) = build(&a.module()) else { return };
-        for sequences in [&[(0, 1)][..], &[(255, 1), (3, 1)], &[(256, 3)], &[(0, 5), (520, 2)]] {
-            Step { a, sequences }.check(&mut rng, &emulator, tolerance);
-        }
-    }
-}
-
-#[test]
-fn attention_over_f32() {
-    attention(KvKind::F32, 2e-6);
-}
-
-#[test]
-fn attention_over_f16() {
-    attention(KvKind::F16, 1e-3);
-}
-
-#[test]
-fn attention_over_8_bits() {
-    attention(KvKind::Q8, 2e-2);
 }
 
 #[test]

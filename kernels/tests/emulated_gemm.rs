@@ -3,38 +3,12 @@
 
 mod common;
 
-use common::emulator::{Emulator, Launch, Piece, bytes_of, floats};
+use common::emulator::{Emulator, bytes_of, floats};
+use common::plans::{address, launch};
 use common::random::{Rng, encodings, payload};
 use stb_format::Encoding;
 use stb_format::encoding::Dense;
-use stb_kernels::cuda::{
-    self, GemmPlan, Limits, MatrixParams, Module, gemm_prepared, plan_prepare,
-};
-
-/// Addresses of buffers in plans: a tag that no other field of a parameter has, the number of the
-/// buffer, the offset.
-const TAG: u64 = 0x7a5a << 48;
-
-fn address(buffer: usize) -> u64 {
-    TAG | (buffer as u64) << 40
-}
-
-/// A plan with its addresses as pointers into buffers.
-fn launch(plan: &cuda::Launch) -> Launch {
-    let piece = |word: &u64| match word & 0xffff << 48 {
-        TAG => Piece::Pointer {
-            buffer: (word >> 40 & 255) as usize,
-            offset: (word & ((1 << 40) - 1)) as usize,
-        },
-        _ => Piece::Bytes(word.to_le_bytes().to_vec()),
-    };
-    let [x, y, z] = plan.blocks.map(|n| n as usize);
-    Launch::new(plan.kernel)
-        .grid(x, y, z)
-        .block(plan.threads as usize, 1, 1)
-        .shared(plan.shared as usize)
-        .pieces(plan.params.iter().map(piece).collect())
-}
+use stb_kernels::cuda::{GemmPlan, Limits, MatrixParams, Module, gemm_prepared, plan_prepare};
 
 struct Case<'a> {
     encoding: &'a Encoding,

@@ -10,14 +10,28 @@ use super::launch::{Launch, to_u32};
 use super::{Error, Result};
 use crate::kv::KvKind;
 
-/// Keys of a split and elements of a chunk: attention.cu.
+/// Keys of a split of attention.cu, elements of a chunk of attention.cuh.
 const KEYS: usize = 256;
 const CHUNK: usize = 8;
 const BLOCK: u32 = 128;
 /// The widest head: a chunk per thread, four times over.
 const WIDEST: usize = 512;
-/// Tokens of a launch of attention.
+/// Tokens of a launch of the kernel for a few.
 const TOKENS: usize = 64;
+/// More tokens of one sequence are many. A decoded token or a few have too few rows for tensor cores, and need
+/// the splits of the other kernel to fill the device.
+const FEW: usize = 16;
+/// Rows and threads of a block of attention_many.cu, and its stages.
+const MANY_ROWS: usize = 64;
+const MANY_BLOCK: u32 = 128;
+const STAGES: usize = 3;
+/// Kernels for many tokens: widest head, name, keys of a tile.
+const MANY: [(usize, &str, usize); 4] = [
+    (64, "attend_many_64", 64),
+    (96, "attend_many_96", 64),
+    (128, "attend_many_128", 64),
+    (256, "attend_many_256", 32),
+];
 /// Tokens that a cache has room for at first.
 const FIRST_CAPACITY: usize = 256;
 
@@ -38,7 +52,7 @@ pub struct Attention {
     pub interleaved: bool,
 }
 
-/// Where the sequence of a token is, and which of its tokens it is: `Slot` of attention.cu.
+/// Where the sequence of a token is, and which of its tokens it is: `Slot` of attention.cuh.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct KvSlot {
@@ -81,11 +95,31 @@ struct AttendParams {
     scale: f32,
 }
 
+/// `Many` of attention_many.cu.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+struct ManyParams {
+    q: u64,
+    out: u64,
+    slots: u64,
+    heads: u32,
+    kv_heads: u32,
+    width: u32,
+    layer: u32,
+    tokens: u32,
+    scale: f32,
+}
+
 impl KvSlot {
     /// Token `position` of the sequence whose cache is at an address, with room for `capacity` tokens.
     #[must_use]
     pub fn new(cache: u64, capacity: u32, position: u32) -> Self {
         Self { cache, capacity, position }
+    }
+
+    /// The next token of the same sequence.
+    fn next(self) -> Self {
+        Self { position: self.position + 1, ..self }
     }
 }
 
@@ -226,6 +260,58 @@ impl Attention {
         let blocks = [splits, self.kv_heads * parts, tokens];
         Ok(Launch::new(self.module(), kernel, blocks, BLOCK, shared, &params))
     }
+
+    /// The same for tokens one after another of one sequence, on tensor cores; `slots` is the place of the first,
+    /// whose cache has all of them. Queries and weights are rounded to f16. `None` for a few tokens and for
+    /// shapes and caches that only [`Attention::plan_attend`] serves: heads wider than 256, and caches of
+    /// f32, which are for exact results.
+    ///
+    /// # Errors
+    /// As for [`Attention::check`]; [`Error::Unsupported`] for more rows than kernels count to.
+    pub fn plan_attend_many(
+        &self,
+        [q, out]: [u64; 2],
+        slots: u64,
+        layer: usize,
+        tokens: usize,
+    ) -> Result<Option<Launch>> {
+        self.check()?;
+        let module = match self.kind {
+            KvKind::F32 => return Ok(None),
+            KvKind::F16 => Module::ATTENTION_MANY_F16,
+            KvKind::Q8 => Module::ATTENTION_MANY_Q8,
+        };
+        let Some((widest, kernel, keys)) = MANY.into_iter().find(|m| self.width <= m.0) else {
+            return Ok(None);
+        };
+        if tokens <= FEW {
+            return Ok(None);
+        }
+        let rows = tokens * (self.heads / self.kv_heads);
+        to_u32("a prompt with rows", rows)?;
+        let params = ManyParams {
+            q,
+            out,
+            slots,
+            heads: self.heads as u32,
+            kv_heads: self.kv_heads as u32,
+            width: self.width as u32,
+            layer: to_u32("a model with layers", layer)?,
+            tokens: tokens as u32,
+            scale: 1.0 / (self.width as f32).sqrt(),
+        };
+        let tile = 2 * keys * widest;
+        let mut shared = match self.kind {
+            KvKind::Q8 => STAGES * keys * (widest + 4) + tile,
+            _ => STAGES * tile,
+        };
+        // The queries of wide heads have no room in registers.
+        if widest > 128 {
+            shared += 2 * MANY_ROWS * widest;
+        }
+        let blocks = [rows.div_ceil(MANY_ROWS), self.kv_heads, 1];
+        Ok(Some(Launch::new(module, kernel, blocks, MANY_BLOCK, shared, &params)))
+    }
 }
 
 /// Keys and values of one sequence. Its memory grows with the sequence.
@@ -319,6 +405,8 @@ pub struct Slots {
     tokens: usize,
     /// Tokens that the last of them sees, at most.
     visible: usize,
+    /// Whether they are of one sequence, one after another.
+    is_run: bool,
     attention: Option<Attention>,
     /// Memory that the slots refer to; a recorded graph keeps it through this.
     held: Arc<Mutex<Vec<Keep>>>,
@@ -331,7 +419,14 @@ impl Slots {
     /// [`Error::Driver`].
     pub fn new(device: &Device, tokens: usize) -> Result<Self> {
         let slots = device.zeros("places of tokens", tokens)?;
-        Ok(Self { slots, tokens: 0, visible: 0, attention: None, held: Arc::default() })
+        Ok(Self {
+            slots,
+            tokens: 0,
+            visible: 0,
+            is_run: false,
+            attention: None,
+            held: Arc::default(),
+        })
     }
 
     /// From now on the tokens of a step are at these positions of these sequences, whose caches have room.
@@ -355,6 +450,7 @@ impl Slots {
         );
         let slots: Vec<KvSlot> = tokens.iter().map(|(cache, at)| cache.slot(*at)).collect();
         self.slots.write(&slots)?;
+        self.is_run = slots.windows(2).all(|two| two[1] == two[0].next());
         self.attention = Some(attention);
         self.tokens = tokens.len();
         self.visible = tokens.iter().map(|(_, at)| at + 1).max().unwrap_or(0);
@@ -432,6 +528,22 @@ impl Attend {
         assert!(visible >= slots.visible, "all tokens are seen");
         assert!(q.len().min(out.len()) >= tokens * a.heads * a.width, "room for the heads");
         assert!(k.len().min(v.len()) >= tokens * a.kv_heads * a.width, "whole keys and values");
+        let held: Keep = slots.held.clone();
+        self.device.keep(&held);
+        let places = slots.slots.address();
+        let ins = [q.address(), k.address(), v.address()];
+        let rotate = a.plan_rotate(ins, self.frequencies.address(), places, layer, tokens)?;
+        // SAFETY: queries, keys and values have room for the tokens; the slots refer to caches of this shape
+        // with room for their positions, which `held` keeps; the layer is one of the caches'.
+        unsafe { self.device.launch(&rotate) }?;
+        let ends = [q.address(), out.address()];
+        if slots.is_run
+            && let Some(attend) = a.plan_attend_many(ends, places, layer, tokens)?
+        {
+            // SAFETY: as above; queries and results have room for the tokens, which are one after another
+            // in the cache of the first slot.
+            return unsafe { self.device.launch(&attend) };
+        }
         // Partial sums of many tokens over a long context would take more memory than the cache.
         let at_once = tokens.min(TOKENS);
         let [partial, arrived] = a.work(at_once, visible);
@@ -441,19 +553,11 @@ impl Attend {
         if arrived > self.arrived.len() {
             self.arrived = self.device.zeros("counters", arrived)?;
         }
-        let held: Keep = slots.held.clone();
-        self.device.keep(&held);
-        let places = slots.slots.address();
-        let ins = [q.address(), k.address(), v.address()];
-        let rotate = a.plan_rotate(ins, self.frequencies.address(), places, layer, tokens)?;
-        // SAFETY: queries, keys and values have room for the tokens; the slots refer to caches of this shape
-        // with room for their positions, which `held` keeps; the layer is one of the caches'.
-        unsafe { self.device.launch(&rotate) }?;
         let work = [self.partial.address(), self.arrived.address()];
         for first in (0..tokens).step_by(at_once) {
             let count = at_once.min(tokens - first);
             let offset = (first * a.heads * a.width * size_of::<f32>()) as u64;
-            let ends = [q.address() + offset, out.address() + offset];
+            let ends = ends.map(|address| address + offset);
             let places = places + (first * size_of::<KvSlot>()) as u64;
             let attend = a.plan_attend(ends, places, work, layer, count, visible)?;
             // SAFETY: as above; the partial sums and counters have room for the splits of `visible` tokens

@@ -9,6 +9,7 @@ use super::{Error, OLDEST, Result};
 
 /// Text that kernels include.
 const HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("../../cuda/attention.cuh")),
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("codec.cuh", include_str!("../../cuda/codec.cuh")),
     ("gemm.cuh", include_str!("../../cuda/gemm.cuh")),
@@ -59,6 +60,10 @@ impl Module {
     pub(super) const ATTENTION_F32: Self = module!("attention f32", "attention.cu", "KV=KvF32");
     pub(super) const ATTENTION_F16: Self = module!("attention f16", "attention.cu", "KV=KvF16");
     pub(super) const ATTENTION_Q8: Self = module!("attention q8", "attention.cu", "KV=KvQ8");
+    pub(super) const ATTENTION_MANY_F16: Self =
+        module!("attention many f16", "attention_many.cu", "KV=KvF16");
+    pub(super) const ATTENTION_MANY_Q8: Self =
+        module!("attention many q8", "attention_many.cu", "KV=KvQ8");
     pub(super) const GEMM_PREPARE: Self = module!("gemm activations", "gemm_prepare.cu");
     pub(super) const GEMM_NM_1_8: Self = module!("gemm 1:8", "gemm_nm.cu", "NM_N=1", "NM_M=8");
     pub(super) const GEMM_NM_1_4: Self = module!("gemm 1:4", "gemm_nm.cu", "NM_N=1", "NM_M=4");
@@ -95,6 +100,8 @@ impl Module {
         Self::ATTENTION_F32,
         Self::ATTENTION_F16,
         Self::ATTENTION_Q8,
+        Self::ATTENTION_MANY_F16,
+        Self::ATTENTION_MANY_Q8,
         Self::GEMM_PREPARE,
         Self::GEMM_NM_1_8,
         Self::GEMM_NM_1_4,

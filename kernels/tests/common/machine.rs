@@ -73,7 +73,7 @@ impl Machine {
 }
 
 fn is_attention(module: &Module) -> bool {
-    module.file == "attention.cu"
+    matches!(module.file, "attention.cu" | "attention_many.cu")
 }
 
 fn build(module: &Module) -> Emulator {
@@ -103,6 +103,17 @@ fn build(module: &Module) -> Emulator {
         "moments.cu" => {
             (&["moments.cu"], &["widen", "narrow", "finish", "copy_part", "block_dots"])
         }
+        "attention_many.cu" => (
+            &["attention_many.cu", slots],
+            &[
+                "attend_many_64",
+                "attend_many_96",
+                "attend_many_128",
+                "attend_many_256",
+                "set_slot",
+                "clear_slots",
+            ],
+        ),
         _ => (
             &["attention.cu", slots],
             &["rotate", "attend_1", "attend_4", "attend_8", "set_slot", "clear_slots"],

@@ -4,6 +4,7 @@
 //!
 //! A copy of the program needs nothing else but the driver, NVRTC, and cuBLAS to compare with.
 
+mod attention;
 mod correctness;
 mod models;
 mod speed;
@@ -124,6 +125,7 @@ fn check(cli: &Cli, device: &Device) -> anyhow::Result<usize> {
     );
     if !cli.only_measure {
         report.part("correctness", |r| correctness::run(r, device));
+        report.part("correctness of attention", |r| attention::check(r, device));
         for file in &cli.model {
             let name = format!("output of {}", file.display());
             report.part(&name, |r| models::compare(r, file, cli.device));
@@ -133,6 +135,7 @@ fn check(cli: &Cli, device: &Device) -> anyhow::Result<usize> {
         report.part("bandwidth", |r| speed::copy(r, device));
         report.part("decode", |r| speed::decode(r, device));
         report.part("prefill", |r| speed::prefill(r, device));
+        report.part("attention of prompts", |r| attention::measure(r, device));
         report.part("models", |r| models::measure(r, device, &cli.shape, &cli.recipe));
         report.part("memory", models::memory);
     }

@@ -35,7 +35,7 @@ pub(crate) fn time(
     Ok([all[n / 2], all[0], all[n - 1]])
 }
 
-fn time_graph(device: &Device, graph: &mut Graph) -> anyhow::Result<[f64; 3]> {
+pub(crate) fn time_graph(device: &Device, graph: &mut Graph) -> anyhow::Result<[f64; 3]> {
     time(9, || {
         graph.run()?;
         Ok(device.synchronize()?)

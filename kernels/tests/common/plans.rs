@@ -1,0 +1,31 @@
+//! Plans of launches, with buffers of the emulator for addresses.
+
+use stb_kernels::cuda;
+
+use super::emulator::{Launch, Piece};
+
+/// Addresses of buffers in plans: a tag that no other field of a parameter has, the number of the
+/// buffer, the offset.
+const TAG: u64 = 0x7a5a << 48;
+
+/// The start of a buffer, by its number.
+pub fn address(buffer: usize) -> u64 {
+    TAG | (buffer as u64) << 40
+}
+
+/// A plan with its addresses as pointers into buffers.
+pub fn launch(plan: &cuda::Launch) -> Launch {
+    let piece = |word: &u64| match word & 0xffff << 48 {
+        TAG => Piece::Pointer {
+            buffer: (word >> 40 & 255) as usize,
+            offset: (word & ((1 << 40) - 1)) as usize,
+        },
+        _ => Piece::Bytes(word.to_le_bytes().to_vec()),
+    };
+    let [x, y, z] = plan.blocks.map(|n| n as usize);
+    Launch::new(plan.kernel)
+        .grid(x, y, z)
+        .block(plan.threads as usize, 1, 1)
+        .shared(plan.shared as usize)
+        .pieces(plan.params.iter().map(piece).collect())
+}

@@ -1,0 +1,223 @@
+//! Attention of prompts and of single tokens: against the definition in f64, and how fast that of prompts is.
+
+use serde_json::{Value, json};
+use stb_kernels::cuda::{Attend, Attention, Buffer, Device, KvCache, Slots};
+use stb_kernels::kv::KvKind;
+use stb_tests::random::Rng;
+
+use crate::Report;
+use crate::speed::time_graph;
+
+/// Tokens of a step.
+const STEP: usize = 512;
+
+/// Heads, key heads, width; tokens in the cache, and those of the step: groups of 1 to 8, every kernel for
+/// prompts, ragged ends; a token and a few.
+const CASES: [([usize; 3], [usize; 2]); 11] = [
+    ([32, 8, 128], [300, 1]),
+    ([32, 8, 128], [300, 9]),
+    ([32, 8, 128], [300, 170]),
+    ([8, 8, 128], [0, 512]),
+    ([8, 1, 128], [63, 65]),
+    ([6, 2, 80], [77, 45]),
+    ([12, 4, 64], [62, 131]),
+    ([3, 1, 96], [513, 40]),
+    ([4, 2, 40], [1, 200]),
+    ([4, 1, 256], [31, 66]),
+    ([2, 2, 258], [10, 70]),
+];
+
+/// A sequence on a device, and what it is made of: queries, keys and values of all tokens, [tokens, heads ·
+/// width].
+struct Sequence {
+    a: Attention,
+    frequencies: Vec<f32>,
+    all: [Vec<f32>; 3],
+    cache: KvCache,
+    slots: Slots,
+    attend: Attend,
+}
+
+impl Sequence {
+    fn new(device: &Device, rng: &mut Rng, a: Attention, tokens: usize) -> anyhow::Result<Self> {
+        let frequencies: Vec<f32> =
+            (0..a.width / 2).map(|i| 0.01f32.powf(2.0 * i as f32 / a.width as f32)).collect();
+        let mut make = |heads: usize| (0..tokens * heads * a.width).map(|_| rng.float()).collect();
+        let all = [make(a.heads), make(a.kv_heads), make(a.kv_heads)];
+        let mut cache = KvCache::new(device, a)?;
+        cache.reserve(tokens, tokens)?;
+        let slots = Slots::new(device, STEP)?;
+        let attend = Attend::new(device, a, &frequencies)?;
+        Ok(Self { a, frequencies, all, cache, slots, attend })
+    }
+
+    /// Puts the next `now` tokens in their places; their queries, keys, values, and room for results.
+    fn place(
+        &mut self,
+        device: &Device,
+        before: usize,
+        now: usize,
+    ) -> anyhow::Result<[Buffer<f32>; 4]> {
+        self.slots.set((before..before + now).map(|at| (&self.cache, at)))?;
+        let upload = |i: usize, heads: usize| {
+            let row = heads * self.a.width;
+            device.upload("tokens", &self.all[i][before * row..(before + now) * row])
+        };
+        // What is not written stays NaN.
+        let out = device.upload("results", &vec![f32::NAN; now * self.a.heads * self.a.width])?;
+        Ok([
+            upload(0, self.a.heads)?,
+            upload(1, self.a.kv_heads)?,
+            upload(2, self.a.kv_heads)?,
+            out,
+        ])
+    }
+
+    /// Queues the attention of tokens that are in their places.
+    fn queue(&mut self, [q, k, v, out]: &mut [Buffer<f32>; 4]) -> stb_kernels::cuda::Result<()> {
+        self.attend.queue(&self.slots, 0, self.slots.visible(), q, k, v, out)
+    }
+
+    /// Row `head` of token `at`: of queries, keys or values; the first two rotated by their position.
+    fn row(&self, which: usize, head: usize, at: usize) -> Vec<f64> {
+        let Attention { width, heads, kv_heads, .. } = self.a;
+        let n = if which == 0 { heads } else { kv_heads };
+        let from = &self.all[which][(at * n + head) * width..][..width];
+        let mut row: Vec<f64> = from.iter().map(|v| f64::from(*v)).collect();
+        if which < 2 {
+            for (i, frequency) in self.frequencies.iter().enumerate() {
+                let (low, high) = (row[i], row[i + width / 2]);
+                let (s, c) = f64::from(at as f32 * frequency).sin_cos();
+                row[i] = low * c - high * s;
+                row[i + width / 2] = high * c + low * s;
+            }
+        }
+        row
+    }
+
+    /// A row of the cache, and by how much each number may be off there.
+    fn kept(&self, which: usize, head: usize, at: usize) -> (Vec<f64>, f64) {
+        let row = self.row(which, head, at);
+        let most = row.iter().fold(0.0f64, |most, v| most.max(v.abs()));
+        let off = match self.a.kind {
+            KvKind::F32 => most * 1e-6,
+            KvKind::F16 => most * 0.5f64.powi(11),
+            KvKind::Q8 => most / 254.0 + most * 0.5f64.powi(11),
+        };
+        (row, off * 1.01)
+    }
+
+    /// The largest error of what is allowed: errors of keys and queries in the scores, of weights and
+    /// values in the sums, to first order. Numbers are random, so that errors add up like steps of a random walk:
+    /// their bounds are summed as squares, and twice the root is allowed. The plain sum of the bounds would not
+    /// tell whether a token sees a key too many.
+    fn worst(&self, before: usize, now: usize, out: &[f32]) -> f64 {
+        let Attention { heads, kv_heads, width, kind, .. } = self.a;
+        let half = if kind == KvKind::F32 { 2e-6 } else { 0.5f64.powi(11) };
+        let scale = 1.0 / (width as f64).sqrt();
+        let mut worst = 0.0f64;
+        for head in 0..heads {
+            let of = head / (heads / kv_heads);
+            let keys: Vec<_> = (0..before + now).map(|at| self.kept(1, of, at)).collect();
+            let values: Vec<_> = (0..before + now).map(|at| self.kept(2, of, at)).collect();
+            for token in 0..now {
+                let q = self.row(0, head, before + token);
+                let (mut sum, mut total, mut off) = (vec![0.0; width], 0.0, 0.0);
+                for ((k, k_off), (v, v_off)) in keys.iter().zip(&values).take(before + token + 1) {
+                    let (mut score, mut error) = (0.0, 0.0);
+                    for (q, k) in q.iter().zip(k) {
+                        score += q * k * scale;
+                        error += (q * (k_off + (half + 1e-6) * k.abs()) * scale).powi(2);
+                    }
+                    let weight = score.exp();
+                    total += weight;
+                    // Values are within −1..1, and so is their mean.
+                    let share = 2.0 * (error.sqrt() + half + 1e-5) + v_off;
+                    off += (weight * share).powi(2);
+                    sum.iter_mut().zip(v).for_each(|(sum, v)| *sum += weight * v);
+                }
+                let found = &out[(token * heads + head) * width..][..width];
+                for (found, sum) in found.iter().zip(sum) {
+                    let allowed = 2.0 * off.sqrt() / total;
+                    let error = (f64::from(*found) - sum / total).abs() / allowed;
+                    // A NaN is the worst.
+                    worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
+                }
+            }
+        }
+        worst
+    }
+}
+
+fn attention([heads, kv_heads, width]: [usize; 3], kind: KvKind) -> Attention {
+    Attention { heads, kv_heads, width, layers: 1, kind, interleaved: false }
+}
+
+/// Checks all shapes with all kinds of caches.
+pub(crate) fn check(report: &mut Report, device: &Device) -> anyhow::Result<()> {
+    let mut rng = Rng(12);
+    let mut all: Vec<Value> = Vec::new();
+    for (shape, [before, now]) in CASES {
+        for kind in [KvKind::F32, KvKind::F16, KvKind::Q8] {
+            let a = attention(shape, kind);
+            let mut sequence = Sequence::new(device, &mut rng, a, before + now)?;
+            for first in (0..before).step_by(STEP) {
+                let count = STEP.min(before - first);
+                let mut buffers = sequence.place(device, first, count)?;
+                sequence.queue(&mut buffers)?;
+            }
+            let mut buffers = sequence.place(device, before, now)?;
+            sequence.queue(&mut buffers)?;
+            let mut out = vec![0.0; now * a.heads * a.width];
+            buffers[3].read(&mut out)?;
+            let worst = sequence.worst(before, now, &out);
+            let case = format!("{shape:?} {kind:?}, {now} tokens after {before}");
+            if worst > 1.0 {
+                report.failures += 1;
+                report.line(&format!("  WRONG: attention {case}: {worst:.3} of what is allowed"));
+            }
+            all.push(json!({"case": case, "error_of_allowed": worst, "right": worst <= 1.0}));
+        }
+    }
+    let right = all.iter().filter(|c| c["right"] == true).count();
+    report.line(&format!("  {right} of {} are within their tolerance", all.len()));
+    report.put("attention correctness", all.into());
+    Ok(())
+}
+
+/// A prompt's part of 512 tokens of 32 heads of 128 with 8 key heads, at the start and after 3584 tokens: operations of
+/// the two products with keys that tokens see, 4 · width for each; rotation is in the time.
+pub(crate) fn measure(report: &mut Report, device: &Device) -> anyhow::Result<()> {
+    let mut all: Vec<Value> = Vec::new();
+    for kind in [KvKind::F16, KvKind::Q8] {
+        for before in [0, 3584] {
+            let a = attention([32, 8, 128], kind);
+            let now = STEP;
+            let mut sequence = Sequence::new(device, &mut Rng(13), a, before + now)?;
+            for first in (0..before).step_by(STEP) {
+                let mut buffers = sequence.place(device, first, STEP)?;
+                sequence.queue(&mut buffers)?;
+            }
+            let mut buffers = sequence.place(device, before, now)?;
+            sequence.queue(&mut buffers)?;
+            let mut graph =
+                device.record(|| (0..10).try_for_each(|_| sequence.queue(&mut buffers)))?;
+            let [median, low, high] = time_graph(device, &mut graph)?.map(|s| s / 10.0);
+            let seen: usize = (before + 1..=before + now).sum();
+            let rate = 4.0 * (a.heads * a.width * seen) as f64 / median / 1e12;
+            report.line(&format!(
+                "  {kind:?}, {now} tokens after {before:>4}: {:8.1} us ({:.1} to {:.1}), {rate:6.1} TFLOP/s",
+                median * 1e6,
+                low * 1e6,
+                high * 1e6,
+            ));
+            all.push(json!({
+                "cache": format!("{kind:?}"), "heads": a.heads, "kv_heads": a.kv_heads,
+                "width": a.width, "before": before, "tokens": now,
+                "seconds": median, "fastest": low, "slowest": high, "tflops": rate,
+            }));
+        }
+    }
+    report.put("attention", all.into());
+    Ok(())
+}
