@@ -31,7 +31,7 @@ constexpr u32 STEP = 128;
 // Steps that are in shared memory or on their way.
 constexpr u32 STAGES = 3;
 
-// Activations of TOKENS tokens, STEP columns: rows of 256 bytes. Pieces of 16 bytes of a row lie at places
+// Activations of TOKENS tokens: rows of 256 bytes, STEP columns if they have 16 bits. Pieces of 16 bytes of a row lie at places
 // that differ from row to row, so that the eight rows of a matrix for `ldmatrix` touch all banks.
 STB_DEVICE u32 place(u32 token, u32 piece) { return token * 256 + ((piece ^ (token & 7)) * 16); }
 

@@ -12,6 +12,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("codec.cuh", include_str!("../../cuda/codec.cuh")),
     ("gemm.cuh", include_str!("../../cuda/gemm.cuh")),
+    ("gemm_nm.cuh", include_str!("../../cuda/gemm_nm.cuh")),
     ("ptx.cuh", include_str!("../../cuda/ptx.cuh")),
 ];
 
