@@ -105,7 +105,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
     STB_DEVICE void load(u8 *to, u32 step) const {
         load_x<TOKENS>(a, to, first_token, step);
         if constexpr (!Numbers::TOKEN_SCALES) {
-            for (u32 i = threadIdx.x; i < TOKENS; i += GEMM_THREADS) {
+            for (u32 i = thread_again(); i < TOKENS; i += GEMM_THREADS) {
                 const bool there = first_token + i < a.tokens;
                 const float *from = a.scale + (there ? u64(step) * a.tokens + first_token + i : 0);
                 copy_async<4>(to + TOKEN_SCALES + i * 4, from, there ? 4 : 0);
@@ -118,11 +118,12 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
 
     // Codes and scale codes of part `at` of the columns, which may be one beyond the last.
     STB_DEVICE void load_codes(u8 *to, u32 part, u32 at) const {
+        const u32 thread = thread_again();
         const bool exists = PARTS == 1 || at * STEP < a.w.cols;
         const u32 tiles = ceil_div(a.w.rows, 16);
         const u8 *codes = a.w.payload + a.w.segments[3];
         u8 *to_codes = to + CODES + part * BLOCK_TILES * VECTORS * 64;
-        for (u32 i = threadIdx.x; i < BLOCK_TILES * VECTORS * 4; i += GEMM_THREADS) {
+        for (u32 i = thread; i < BLOCK_TILES * VECTORS * 4; i += GEMM_THREADS) {
             const u32 piece = i % 4, v = i / 4 % VECTORS, tile = i / 4 / VECTORS;
             u32 vector = 0;
             const bool there = exists && locate(at, v, vector) && first_tile + tile < tiles;
@@ -134,7 +135,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
         const u32 blocks = ceil_div(a.w.cols, a.w.block);
         const u8 *scales = a.w.payload + a.w.segments[2];
         u8 *to_scales = to + SCALES + part * BLOCK_TILES * 4 * SCALE_BYTES;
-        for (u32 i = threadIdx.x; i < BLOCK_TILES * 4; i += GEMM_THREADS) {
+        for (u32 i = thread; i < BLOCK_TILES * 4; i += GEMM_THREADS) {
             const u32 sub = i % 4, tile = i / 4;
             const u32 block = (at * STEP + 32 * sub) / a.w.block;
             const bool there = block < blocks && first_tile + tile < tiles;

@@ -38,6 +38,17 @@ STB_DEVICE u32 shared_address(const void *p) {
 #endif
 }
 
+// threadIdx.x, read again: what is computed from it is not kept in registers over a loop, where there are none to spare.
+STB_DEVICE u32 thread_again() {
+#if defined(STB_EMULATED)
+    return threadIdx.x;
+#else
+    u32 r;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+    return r;
+#endif
+}
+
 // ---- Numbers of 16 bits ----------------------------------------------------------------------
 
 STB_DEVICE float f16_to_f32(u16 v) {
