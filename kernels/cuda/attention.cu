@@ -49,7 +49,7 @@ struct KvQ8 {
         const uint2 a = *reinterpret_cast<const uint2 *>(p);
 #pragma unroll
         for (u32 i = 0; i < CHUNK; ++i)
-            v[i] = __uint_as_float(__byte_perm((i < 4 ? a.x : a.y) ^ 0x80808080, 0x4b000000, 0x7440 + i % 4)) -
+            v[i] = __uint_as_float(permute((i < 4 ? a.x : a.y) ^ 0x80808080, 0x4b000000, 0x7440 + i % 4)) -
                    8388736.0f;
     }
     static STB_DEVICE void put(u8 *p, float v, float inverse) {

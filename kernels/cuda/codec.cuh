@@ -39,7 +39,7 @@ template <int N> STB_DEVICE void load_words(u32 (&to)[N], int at, int n, const u
 
 // Byte e of `bytes` as a float: 2²³ has its last place at 1, so that a byte put below it is added.
 STB_DEVICE float byte_to_f32(u32 bytes, u32 e, float offset) {
-    return __uint_as_float(__byte_perm(bytes, 0x4b000000, 0x7440 + e)) - (8388608.0f + offset);
+    return __uint_as_float(permute(bytes, 0x4b000000, 0x7440 + e)) - (8388608.0f + offset);
 }
 
 // ---- Integer groups: ids 16 and 17 (spec/encodings.md §3) --------------------------------------------

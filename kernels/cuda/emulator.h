@@ -438,6 +438,17 @@ inline void copy_wait(u32 pending, bool all) {
 
 // ---- Numbers ---------------------------------------------------------------------------------
 
+// prmt: selector nibbles choose bytes of {b, a}; bit 3 repeats the sign bit of the byte. CUDA's __byte_perm, which is
+// not here, ignores that bit.
+inline unsigned permute(unsigned a, unsigned b, unsigned s) {
+    const unsigned long long all = (unsigned long long)b << 32 | a;
+    unsigned r = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned n = s >> 4 * i & 15, byte = unsigned(all >> 8 * (n & 7)) & 255;
+        r |= (n & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+    }
+    return r;
+}
 inline u32 bits(float v) {
     u32 b;
     std::memcpy(&b, &v, 4);
@@ -689,16 +700,6 @@ inline unsigned __brev(unsigned v) {
     unsigned r = 0;
     for (int i = 0; i < 32; ++i)
         r |= (v >> i & 1) << (31 - i);
-    return r;
-}
-// prmt: selector nibbles choose bytes of {b, a}; bit 3 repeats the sign bit of the byte.
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
-    const unsigned long long all = (unsigned long long)b << 32 | a;
-    unsigned r = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned n = s >> 4 * i & 15, byte = unsigned(all >> 8 * (n & 7)) & 255;
-        r |= (n & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
-    }
     return r;
 }
 inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned by) {

@@ -81,23 +81,23 @@ struct Expander {
         if (N == 1 && M == 8) {
             const u32 x = rows(codes, p, 2 * s + t / 2), at = x & 0x7777;
             const u32 sign = top_bits(x) & 0x44444444;
-            lo = __byte_perm(low[0], low[1], at) ^ sign;
-            hi = __byte_perm(high[0], high[1], at) ^ sign;
-            found = __byte_perm(indices[0], indices[1], at);
+            lo = permute(low[0], low[1], at) ^ sign;
+            hi = permute(high[0], high[1], at) ^ sign;
+            found = permute(indices[0], indices[1], at);
         } else if (N == 1 && M == 4) {
             const u32 x = rows(codes, p, t) >> 4 * s, minus = rows(codes, 2, t) >> (4 * p + 2 * s);
             const u32 at = (x & 0x0303) | (x << 2 & 0x3030) | (minus << 2 & 0x0404) |
                            (minus << 5 & 0x4040);
-            lo = __byte_perm(low[0], low[1], at);
-            hi = __byte_perm(high[0], high[1], at);
-            found = __byte_perm(indices[0], indices[1], at);
+            lo = permute(low[0], low[1], at);
+            hi = permute(high[0], high[1], at);
+            found = permute(indices[0], indices[1], at);
         } else if (N == 2 && M == 4) {
             const u32 x = rows(codes, 2 * p + s, t), at = x & 0x7777, upper = top_bits(x);
             const u32 minus = rows(codes, 4, t) >> (4 * p + 2 * s);
-            const u32 sign = __byte_perm(0x4400, 0, ((minus & 0x0303) | (minus & 0x0303) << 3) & 0x1111);
+            const u32 sign = permute(0x4400, 0, ((minus & 0x0303) | (minus & 0x0303) << 3) & 0x1111);
             auto find = [&](const u32(&table)[4]) {
-                const u32 a = __byte_perm(table[0], table[1], at);
-                return a ^ ((a ^ __byte_perm(table[2], table[3], at)) & upper);
+                const u32 a = permute(table[0], table[1], at);
+                return a ^ ((a ^ permute(table[2], table[3], at)) & upper);
             };
             lo = find(low) ^ sign;
             hi = find(high) ^ sign;
@@ -110,12 +110,12 @@ struct Expander {
             const u32 e[4] = {table[half + (c.first & 127)], table[half + (c.second & 127)],
                               table[half + (c.first >> 8)], table[half + (c.second >> 8)]};
             to[0] = e[0], to[2] = e[1], to[1] = e[2], to[3] = e[3];
-            return __byte_perm(__byte_perm(e[0], e[1], 0x62), __byte_perm(e[2], e[3], 0x62), 0x5410);
+            return permute(permute(e[0], e[1], 0x62), permute(e[2], e[3], 0x62), 0x5410);
         }
-        to[0] = __byte_perm(lo, hi, 0x40);
-        to[2] = __byte_perm(lo, hi, 0x51);
-        to[1] = __byte_perm(lo, hi, 0x62);
-        to[3] = __byte_perm(lo, hi, 0x73);
+        to[0] = permute(lo, hi, 0x40);
+        to[2] = permute(lo, hi, 0x51);
+        to[1] = permute(lo, hi, 0x62);
+        to[3] = permute(lo, hi, 0x73);
         return found;
     }
 
@@ -123,10 +123,10 @@ struct Expander {
     STB_DEVICE u32 exchange(u32 first, u32 second) const {
         // Lanes with even t collect columns 0..15, odd ones 16..31: four bits of their own and four
         // of their neighbour. Bytes: k32 0 and rows r, r + 1, then k32 1.
-        const u32 own = __byte_perm(first, second, keep);
-        const u32 other = __shfl_xor_sync(ALL, __byte_perm(first, second, send), 1);
+        const u32 own = permute(first, second, keep);
+        const u32 other = __shfl_xor_sync(ALL, permute(first, second, send), 1);
         const u32 both = (own & mask) | (other & ~mask);
-        return __byte_perm(both, __shfl_xor_sync(ALL, both, 2), order);
+        return permute(both, __shfl_xor_sync(ALL, both, 2), order);
     }
 };
 
@@ -200,7 +200,7 @@ template <u32 TILES, u32 NT> struct Kernel : Frame<F16, TILES, NT> {
                 for (u32 k = 0; k < 4; ++k) {
                     // Of 32 columns each: M = 4 has them in one k32, M = 8 half in each.
                     const Magnitudes &of = m[M == 4 ? s : k / 2];
-                    values[i][s][k] = __byte_perm(of.plus[k % 2], of.minus[k % 2], selectors[k]);
+                    values[i][s][k] = permute(of.plus[k % 2], of.minus[k % 2], selectors[k]);
                 }
             }
             metadata[i] = expand.exchange(found[0], found[1]);

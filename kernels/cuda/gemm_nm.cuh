@@ -43,7 +43,7 @@ STB_DEVICE u32 rows(const u8 *codes, u32 vector, u32 lane) {
 }
 
 // All ones in byte k where bit 3 of nibble k is set.
-STB_DEVICE u32 top_bits(u32 nibbles) { return __byte_perm(nibbles, nibbles << 4, 0x9d8c); }
+STB_DEVICE u32 top_bits(u32 nibbles) { return permute(nibbles, nibbles << 4, 0x9d8c); }
 
 // 2:8: codes of seven bits of two rows, each in a byte, of quads 2p and 2p + 1 of half `odd` of a chunk.
 struct Sevens {

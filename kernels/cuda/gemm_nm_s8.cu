@@ -31,7 +31,7 @@ constexpr STB_DEVICE u32 index_entries(u32 first) {
 
 // Signs of a lane's two rows for the k64 p of a part, from bits of quads: nibble 4 · row + quad is 0 or 1.
 STB_DEVICE u32 spread_signs(u32 minus, u32 p) {
-    const u32 bits = __byte_perm(minus, 0, 0x4140) >> 4 * p & 0x000f000f;
+    const u32 bits = permute(minus, 0, 0x4140) >> 4 * p & 0x000f000f;
     const u32 pairs = (bits | bits << 6) & 0x03030303;
     return (pairs | pairs << 3) & 0x11111111;
 }
@@ -53,20 +53,20 @@ STB_DEVICE Expanded expand(const u8 *codes, u32 odd, u32 p, const u32 *table) {
         // Nibble 2r + s.
         const u32 x = rows(codes, p, t), at = x & 0x7777;
         const u32 sign = (top_bits(x) & NEGATIVE * 0x01010101) ^ SECOND * 0x01010000;
-        const u32 low = __byte_perm(LOW[0], LOW[1], at) ^ sign;
-        const u32 high = __byte_perm(HIGH[0], HIGH[1], at) ^ sign;
-        e.selectors[0] = __byte_perm(low, high, 0x40), e.selectors[2] = __byte_perm(low, high, 0x51);
-        e.selectors[1] = __byte_perm(low, high, 0x62), e.selectors[3] = __byte_perm(low, high, 0x73);
-        e.indices = __byte_perm(INDICES[0], INDICES[1], at);
+        const u32 low = permute(LOW[0], LOW[1], at) ^ sign;
+        const u32 high = permute(HIGH[0], HIGH[1], at) ^ sign;
+        e.selectors[0] = permute(low, high, 0x40), e.selectors[2] = permute(low, high, 0x51);
+        e.selectors[1] = permute(low, high, 0x62), e.selectors[3] = permute(low, high, 0x73);
+        e.indices = permute(INDICES[0], INDICES[1], at);
     } else if (N == 1) {
         constexpr u32 FIRST[2] = {selector_entries(0, 0), selector_entries(4, 0)};
         // Nibble 4r + quad: the position.
-        u32 x = __byte_perm(rows(codes, p, t), 0, 0x4140);
+        u32 x = permute(rows(codes, p, t), 0, 0x4140);
         x = (x | x << 4) & 0x0f0f0f0f;
         x = (x | x << 2) & 0x33333333;
         const u32 at = x | spread_signs(rows(codes, 2, t), p) << 2;
-        const u32 first = __byte_perm(FIRST[0], FIRST[1], at);
-        const u32 second = __byte_perm(FIRST[0] ^ SECOND * 0x01010101, FIRST[1] ^ SECOND * 0x01010101, at >> 16);
+        const u32 first = permute(FIRST[0], FIRST[1], at);
+        const u32 second = permute(FIRST[0] ^ SECOND * 0x01010101, FIRST[1] ^ SECOND * 0x01010101, at >> 16);
         e.selectors[0] = first, e.selectors[2] = first >> 16;
         e.selectors[1] = second, e.selectors[3] = second >> 16;
         // 0, 1 of positions 0 and 1, 2, 3 of others.
@@ -82,25 +82,25 @@ STB_DEVICE Expanded expand(const u8 *codes, u32 odd, u32 p, const u32 *table) {
             // Nibble 2r + quad % 2.
             const u32 x = rows(codes, 2 * p + s, t), at = x & 0x7777, upper = top_bits(x);
             const auto find = [&](const u32(&entries)[4]) {
-                const u32 a = __byte_perm(entries[0], entries[1], at);
-                return a ^ ((a ^ __byte_perm(entries[2], entries[3], at)) & upper);
+                const u32 a = permute(entries[0], entries[1], at);
+                return a ^ ((a ^ permute(entries[2], entries[3], at)) & upper);
             };
-            const u32 sign = __byte_perm(NEGATIVE << 8 | SECOND << 16 | (NEGATIVE ^ SECOND) << 24, 0,
-                                         __byte_perm(signs, 0, s ? 0x31 : 0x20));
+            const u32 sign = permute(NEGATIVE << 8 | SECOND << 16 | (NEGATIVE ^ SECOND) << 24, 0,
+                                         permute(signs, 0, s ? 0x31 : 0x20));
             const u32 both = find(SELECTORS) ^ sign;
             e.selectors[2 * s] = both, e.selectors[2 * s + 1] = both >> 16;
             indices[s] = find(INDICES);
         }
-        const u32 even = __byte_perm(indices[0], indices[1], 0x6240);
-        const u32 uneven = __byte_perm(indices[0], indices[1], 0x7351);
+        const u32 even = permute(indices[0], indices[1], 0x6240);
+        const u32 uneven = permute(indices[0], indices[1], 0x7351);
         e.indices = (even & 0x0f0f0f0f) | (uneven & 0xf0f0f0f0);
     } else {
         // Selectors in the low half of an entry, indices in the third byte.
         const Sevens c(codes, odd, p, t);
         e.selectors[0] = table[c.first & 127], e.selectors[1] = table[128 + (c.first >> 8)];
         e.selectors[2] = table[c.second & 127], e.selectors[3] = table[128 + (c.second >> 8)];
-        e.indices = __byte_perm(__byte_perm(e.selectors[0], e.selectors[2], 0x62),
-                                __byte_perm(e.selectors[1], e.selectors[3], 0x62), 0x5410);
+        e.indices = permute(permute(e.selectors[0], e.selectors[2], 0x62),
+                                permute(e.selectors[1], e.selectors[3], 0x62), 0x5410);
     }
     return e;
 }
@@ -109,8 +109,8 @@ STB_DEVICE Expanded expand(const u8 *codes, u32 odd, u32 p, const u32 *table) {
 // order.
 STB_DEVICE u32 exchange(u32 indices) {
     const u32 t = threadIdx.x % 4;
-    const u32 row = __byte_perm(indices, __shfl_xor_sync(ALL, indices, 1), t % 2 ? 0x3726 : 0x5140);
-    return __byte_perm(row, __shfl_xor_sync(ALL, row, 2), t / 2 ? 0x3276 : 0x5410);
+    const u32 row = permute(indices, __shfl_xor_sync(ALL, indices, 1), t % 2 ? 0x3726 : 0x5140);
+    return permute(row, __shfl_xor_sync(ALL, row, 2), t / 2 ? 0x3276 : 0x5410);
 }
 
 struct Int8 {
@@ -189,7 +189,7 @@ template <u32 TILES, u32 NT> struct Kernel : Frame<Int8, TILES, NT> {
             const u32 plus = x + 0x0101, minus = x ^ 0xffff;
 #pragma unroll
             for (u32 r = 0; r < 2; ++r)
-                values[2 * s + r] = __byte_perm(plus, minus, e.selectors[2 * s + r]);
+                values[2 * s + r] = permute(plus, minus, e.selectors[2 * s + r]);
         }
         return exchange(e.indices);
     }

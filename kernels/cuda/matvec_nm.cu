@@ -149,13 +149,13 @@ STB_DEVICE void load_multipliers(float (&to)[TILE], const Matrix &m, u32 tile, u
         const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (u32 r = 0; r < TILE; ++r)
-            to[r] = __uint_as_float(__byte_perm(words[r / 4], 0x4b000000, 0x7440 + r % 4)) - 8388607.0f;
+            to[r] = __uint_as_float(permute(words[r / 4], 0x4b000000, 0x7440 + r % 4)) - 8388607.0f;
     } else {
         const uint2 v = __ldg(reinterpret_cast<const uint2 *>(from));
 #pragma unroll
         for (u32 r = 0; r < TILE; ++r) {
             const u32 word = (r % 8 < 4 ? v.x : v.y) >> (r < 8 ? 0 : 4) & 0x0f0f0f0f;
-            to[r] = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7440 + r % 4)) - 8388607.0f;
+            to[r] = __uint_as_float(permute(word, 0x4b000000, 0x7440 + r % 4)) - 8388607.0f;
         }
     }
 }

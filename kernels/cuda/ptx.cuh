@@ -49,6 +49,18 @@ STB_DEVICE u32 thread_again() {
 #endif
 }
 
+// Bytes of {b, a}, by nibbles of the low 16 bits of `selector`: of bits 0 to 2 the number of the byte; bit 3 repeats its
+// sign bit eight times. (__byte_perm clears bit 3, with an instruction of its own.)
+STB_DEVICE u32 permute(u32 a, u32 b, u32 selector) {
+#if defined(STB_EMULATED)
+    return emulator::permute(a, b, selector);
+#else
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+#endif
+}
+
 // ---- Numbers of 16 bits ----------------------------------------------------------------------
 
 STB_DEVICE float f16_to_f32(u16 v) {
