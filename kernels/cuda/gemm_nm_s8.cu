@@ -1,4 +1,40 @@
-// Joint N:M codes × many tokens rounded to 8 bits, on sparse tensor cores: NM_N, NM_M as defined by the module.
+// Joint N:M codes × many tokens rounded to 8 bits, on sparse tensor cores: NM_N, NM_M as defined by the module. Read
+// gemm_nm.cu first: this is the same with mma.sp.m16n8k64 on bytes, which has twice the rate.
+//
+// Weights are exact: ±1, or ±(x + 1) for a scale code x of 4 bits (with 8 bits they do not fit, and gemm.rs takes
+// gemm_nm.cu). Activations have a scale per token and ROUNDED columns; within those, sums are whole numbers in s32. They
+// start at MAGIC, so that the result is a float already: one FADD and one FFMA per result and block, no conversion. No
+// sum leaves the 2^22 that MAGIC has room for: 16 · 127 · 128 < 2^18.
+//
+// Columns: for M = 8 those of the matrix are those of the instruction, k64 number p of a part of 128 has quads 2p and
+// 2p + 1, and a lane's register is one group: one code makes all four values. For M = 4 a register has two groups; a
+// lane's are its own in quads 4p to 4p + 3, so that the codes of a k64 are one 16-bit load (2:4: two) and the signs
+// another. That order, 32s + 8t + 4h + e for column 16(2s + h) + 4t + e, is what `gemm_round` writes.
+// Values: one permutation of bytes of {m, 0} and {−m, 0} for four of them. Both rows of a lane are in the same tables, and
+// the selectors of the second have a bit more. Metadata: bytes by row and half in each of four lanes, transposed in two
+// shuffles.
+//
+// All of A for ROUNDED columns is expanded first, TILES · 4 k64 of 5 registers; then s32 sums are needed for one column of
+// tiles at a time only. With s32 sums for all results next to the f32 ones 512 × 64 would not fit: blocks of half the
+// size, twice the reads of shared memory or the expansions.
+//
+// Budget of a fragment of 16 × 64 for 64 tokens, 512 × 64, as compiled for sm_80, with block scales. Limit: 8 mma.sp of 8
+// cycles, 64 (A100). Instructions of a scheduler's one per cycle:
+//                                   1:8   1:4   2:8   2:4
+//     mma.sp                          8     8     8     8
+//     FADD, FFMA (4 / 4 k64 each)    16    16    16    16
+//     integers, on the ALU           29    32    31    49
+//     integers, with the FFMA         5     9     8    14
+//     shared memory, shuffles         8     8    13     9
+//     all                            66    73    76    96
+// So it is the issue of instructions that bounds: 97, 87, 84 and 67 % of mma.sp at best, and the ALU, at 2 cycles each,
+// comes next (58 to 98 cycles). Scales for 512 columns would save 8 of them, but there are no registers for so much of A.
+// Shared memory: ldmatrix 32 cycles for four schedulers, codes and shuffles 24. 2:8 has four table reads more, of which 32
+// lanes hit a bank 3 to 4 times, 56 cycles: shared memory bounds it, at about 112, as it does in f16. Against gemm_nm.cu,
+// 128 cycles of mma.sp for the same columns (2:8 208), at best 1.9, 1.7, 1.8 and 1.3 times as fast on an A100. On an
+// H100, where 8 mma.sp take about 52 of these cycles, the others 1.6, 1.4 and 1.1 times.
+// Roofline of 4096 × 4096 × 8192 tokens on H100: 275 GFLOP at 62 % of 3958 TOP/s sparse 0.11 ms, at the bound of 1:8 0.14
+// ms; y 134 MB, x 34 MB: 0.05 ms.
 #include "gemm_nm.cuh"
 
 // Selector nibbles for one value: of {m of the first row, m of the second, 0, 0} and {−m, −m, 0, 0}. These are for the
