@@ -11,10 +11,13 @@ use std::sync::Mutex;
 
 use emulator::{Emulator, Launch, Piece};
 use stb_convert::Recipe;
+use stb_format::Encoding;
+use stb_format::encoding::Nm;
 use stb_kernels::cuda::simulated::{OFFSET_BITS, TAG};
-use stb_kernels::cuda::{self, Device, DeviceInfo, Module};
+use stb_kernels::cuda::{self, Device, DeviceInfo, Gemm, Input, Matrix, Module, PromptNumbers};
 use stb_runtime::{KvKind, Model, OpenOptions, State};
-use stb_tests::random_model::{shape, write};
+use stb_tests::random::Rng;
+use stb_tests::random_model::{random, shape, write};
 
 type Memory = BTreeMap<u64, Vec<u8>>;
 
@@ -102,9 +105,10 @@ fn build(module: &Module) -> Emulator {
             &["matvec_nm.cu"],
             &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"],
         ),
-        "gemm_prepare.cu" => (&["gemm_prepare.cu"], &["gemm_prepare", "gemm_split"]),
+        "gemm_prepare.cu" => (&["gemm_prepare.cu"], &["gemm_prepare", "gemm_round", "gemm_split"]),
         "gemm_rows.cu" => (&["gemm_rows.cu"], &["gemm_rows"]),
         "gemm_nm.cu" => (&["gemm_nm.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
+        "gemm_nm_s8.cu" => (&["gemm_nm_s8.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
         "ops.cu" => (&["ops.cu"], &["materialise", "argmax"]),
         _ => (
             &["attention.cu", slots],
@@ -224,5 +228,47 @@ fn rounded_activations_of_few_and_many_tokens() {
         let found = model.forward(&mut state, prompt).unwrap();
         close(found, &expected, tolerance, "rounded");
         assert!(found != expected);
+    }
+}
+
+/// Matrices of one input that take it in other orders of columns, with their own factors, or not in 8 bits.
+#[test]
+fn prompts_in_8_bits() {
+    if Emulator::build(&["ops.cu"], &["argmax"], &[]).unwrap().is_none() {
+        return;
+    }
+    let device = device();
+    let mut gemm = Gemm::new(&device).unwrap().with_numbers(PromptNumbers::Int8);
+    let (rows, cols, tokens) = (40, 300, 20);
+    let mut rng = Rng(3);
+    let x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
+    let input = device.upload("activations", &x).unwrap();
+    let mut matrices = Vec::new();
+    let mut expected = Vec::new();
+    for (n, m, bits, factors) in [
+        (1, 8, 4, false),
+        (1, 8, 4, false),
+        (1, 4, 4, false),
+        (1, 8, 8, false),
+        (2, 8, 4, true),
+        (2, 8, 4, false),
+    ] {
+        let encoding = Encoding::Nm(Nm::new(n, m, bits, 32, factors).unwrap());
+        let bytes = random(&[rows as u64, cols as u64], &encoding);
+        let weights = encoding.view(rows as u64, cols as u64, &bytes).unwrap().decode();
+        let product = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f32>();
+        let rows_of = |x: &[f32]| weights.chunks(cols).map(|w| product(x, w)).collect::<Vec<_>>();
+        expected.push(x.chunks(cols).flat_map(rows_of).collect::<Vec<f32>>());
+        matrices.push(Matrix::upload(&device, &encoding, rows, cols, &bytes).unwrap());
+    }
+    let zeros = || device.zeros("results", tokens * rows).unwrap();
+    let mut out: Vec<_> = matrices.iter().map(|_| zeros()).collect();
+    let mut to: Vec<_> = out.iter_mut().collect();
+    let matrices: Vec<_> = matrices.iter().collect();
+    gemm.queue(&matrices, Input::Plain(&input), &mut to, false, tokens).unwrap();
+    for (out, expected) in out.iter().zip(&expected) {
+        let mut found = vec![0.0; tokens * rows];
+        out.read(&mut found).unwrap();
+        close(&found, expected, 0.01, "a product in 8 bits");
     }
 }
