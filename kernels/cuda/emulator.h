@@ -438,6 +438,17 @@ inline void copy_wait(u32 pending, bool all) {
 
 // ---- Numbers ---------------------------------------------------------------------------------
 
+// prmt: selector nibbles choose bytes of {b, a}; bit 3 repeats the sign bit of the byte. CUDA's __byte_perm, which is
+// not here, ignores that bit.
+inline unsigned permute(unsigned a, unsigned b, unsigned s) {
+    const unsigned long long all = (unsigned long long)b << 32 | a;
+    unsigned r = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned n = s >> 4 * i & 15, byte = unsigned(all >> 8 * (n & 7)) & 255;
+        r |= (n & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+    }
+    return r;
+}
 inline u32 bits(float v) {
     u32 b;
     std::memcpy(&b, &v, 4);
@@ -667,19 +678,6 @@ inline unsigned atomicInc(unsigned *p, unsigned last) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
-namespace emulator {
-// prmt: nibbles of the selector choose bytes of {b, a}; bit 3 repeats the sign bit of the byte.
-inline unsigned permute(unsigned a, unsigned b, unsigned s) {
-    const unsigned long long all = (unsigned long long)b << 32 | a;
-    unsigned r = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned n = s >> 4 * i & 15, byte = unsigned(all >> 8 * (n & 7)) & 255;
-        r |= (n & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
-    }
-    return r;
-}
-} // namespace emulator
-
 inline void __threadfence_system() {}
 inline void __trap() { emulator::fail("__trap"); }
 
@@ -713,10 +711,6 @@ inline unsigned __brev(unsigned v) {
     for (int i = 0; i < 32; ++i)
         r |= (v >> i & 1) << (31 - i);
     return r;
-}
-// Three bits of each nibble of the selector choose a byte of {b, a}; the fourth is not looked at.
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
-    return emulator::permute(a, b, s & 0x7777);
 }
 inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned by) {
     return unsigned(((unsigned long long)hi << 32 | lo) >> (by & 31));

@@ -6,7 +6,8 @@
 // y[t][r] (+)= Σ_c w[r, c] · x[t][c]. Fields as `GemmParams` of gemm.rs.
 struct Gemm {
     Matrix w;
-    // f16, [tokens][stride], from `gemm_prepare`; and what they are multiples of.
+    // From `gemm_prepare`: f16, [tokens][stride], and what they are multiples of. From `gemm_round`: bytes in the same
+    // room, and by ROUNDED columns and token what they are multiples of.
     const u16 *x;
     const float *scale;
     // [tokens][rows].
@@ -15,7 +16,7 @@ struct Gemm {
     float *partial;
     u32 *arrived;
     u32 tokens;
-    // Columns rounded up to STEP.
+    // Numbers of 16 bits of a row of `x`: whole steps.
     u32 stride;
     // Steps of a split, and how many splits there are.
     u32 steps, splits;
@@ -26,12 +27,14 @@ struct Gemm {
 
 constexpr u32 GEMM_WARPS = 8;
 constexpr u32 GEMM_THREADS = GEMM_WARPS * WARP;
-// Columns that are in shared memory at a time.
+// Columns that are in shared memory at a time, if activations have 16 bits.
 constexpr u32 STEP = 128;
+// Columns of a token that have one scale where activations are rounded to 8 bits: as many bytes as STEP has in 16 bits.
+constexpr u32 ROUNDED = 2 * STEP;
 // Steps that are in shared memory or on their way.
 constexpr u32 STAGES = 3;
 
-// Activations of TOKENS tokens, STEP columns: rows of 256 bytes. Pieces of 16 bytes of a row lie at places
+// Activations of TOKENS tokens: rows of 256 bytes, STEP columns if they have 16 bits. Pieces of 16 bytes of a row lie at places
 // that differ from row to row, so that the eight rows of a matrix for `ldmatrix` touch all banks.
 STB_DEVICE u32 place(u32 token, u32 piece) { return token * 256 + ((piece ^ (token & 7)) * 16); }
 

@@ -31,48 +31,18 @@
 // once per 512 rows. Roofline of 4096 × 4096 × 8192 tokens on H100 (mma.sync at about 62 % of 989 · 2
 // TFLOP/s sparse): 275 GFLOP / 1.2 PFLOP/s = 0.22 ms; bytes 67 MB of x, 134 MB of y, 2 MB of weights:
 // 0.07 ms.
-#include "gemm.cuh"
-
-constexpr u32 N = NM_N, M = NM_M;
-constexpr u32 BETA = N * (M == 8 ? 3 : 2) + 1;
-// Vectors of 64 bytes with codes of a tile for one step: of a chunk of 128 columns (M = 4), or the parts of
-// the planes of a chunk of 256 that have them.
-constexpr u32 VECTORS = M == 4 ? BETA : N == 1 ? 2 : 4;
-// Entries of the table in shared memory.
-constexpr u32 TABLE = N == 2 && M == 8 ? 256 : 0;
+#include "gemm_nm.cuh"
 
 // Selector bytes for one f16: of {m, −m} in two registers, {m, 0} and {−m, 0}.
-constexpr u32 PLUS = 0x10, MINUS = 0x54, ZERO = 0x32;
-
-// How a code looks within four columns: selectors of the value with the lower and the higher index, and both indices,
-// twice.
-struct Pattern {
-    u32 low, high, indices;
+struct Selectors {
+    static constexpr u32 PLUS = 0x10, MINUS = 0x54, ZERO = 0x32;
 };
-
-// Of the columns of half `half` of the group (M = 8).
-constexpr STB_DEVICE Pattern pattern(u32 code, u32 half) {
-    constexpr u32 P = M == 8 ? 3 : 2;
-    const u32 i = code & (M - 1), j = N == 2 ? code >> P & (M - 1) : i, s = code >> (BETA - 1);
-    const bool has_i = i / 4 == half, has_j = j / 4 == half && j != i;
-    const u32 sign_i = s ? MINUS : PLUS, sign_j = s != u32(i > j) ? MINUS : PLUS;
-    if (has_i && has_j) {
-        const u32 a = i & 3, b = j & 3;
-        const u32 indices = a < b ? a | b << 2 : b | a << 2;
-        return {a < b ? sign_i : sign_j, a < b ? sign_j : sign_i, indices * 0x11};
-    }
-    // A single one, or none: with a neighbour that is zero.
-    const u32 at = has_j ? j & 3 : i & 3;
-    const u32 value = has_i ? sign_i : has_j ? sign_j : ZERO;
-    const u32 indices = at < 2 ? 0x44 : 0xee;
-    return {at % 2 == 0 ? value : ZERO, at % 2 == 1 ? value : ZERO, indices};
-}
 
 // Four entries of a table of bytes, from code `first`: field 0 low, 1 high, 2 indices.
 constexpr STB_DEVICE u32 entries(u32 first, u32 half, u32 field) {
     u32 word = 0;
     for (u32 i = 0; i < 4; ++i) {
-        const Pattern p = pattern(first + i, half);
+        const Pattern p = pattern<Selectors>(first + i, half);
         word |= (field == 0 ? p.low : field == 1 ? p.high : p.indices) << 8 * i;
     }
     return word;
@@ -80,7 +50,7 @@ constexpr STB_DEVICE u32 entries(u32 first, u32 half, u32 field) {
 
 // What a lane needs to expand codes.
 struct Expander {
-    u32 group, t;
+    u32 t;
     // Tables for this lane's half of a group (M = 8), codes without the sign.
     u32 low[4], high[4], indices[4];
     const u32 *table;
@@ -88,8 +58,7 @@ struct Expander {
     u32 keep, send, mask, order;
 
     STB_DEVICE explicit Expander(const u32 *table) : table(table) {
-        const u32 lane = threadIdx.x % WARP;
-        group = lane / 4, t = lane % 4;
+        t = threadIdx.x % 4;
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             // 1:8 and 1:4 have eight codes (1:4 with its sign), 2:4 sixteen.
@@ -102,16 +71,6 @@ struct Expander {
         keep = t % 2 ? 0x7531 : 0x6420, send = t % 2 ? 0x6420 : 0x7531;
         mask = t % 2 ? 0xf0f0f0f0 : 0x0f0f0f0f;
         order = t / 2 ? 0x3726 : 0x5140;
-    }
-
-    // Two rows' bytes of a vector.
-    STB_DEVICE u32 rows(const u8 *codes, u32 vector, u32 lane) const {
-        return *reinterpret_cast<const u16 *>(codes + vector * 64 + lane * 16 + 2 * group);
-    }
-
-    // All ones in byte k where bit 3 of nibble k is set.
-    static STB_DEVICE u32 top_bits(u32 nibbles) {
-        return permute(nibbles, nibbles << 4, 0x9d8c);
     }
 
     // Selectors of the four values in the order of the registers, and the indices in the order of the
@@ -145,15 +104,11 @@ struct Expander {
             found = find(indices);
         } else {
             const u32 lane = 2 * s + t / 2;
-            const u32 a = rows(codes, p, lane);
-            const u32 b = rows(codes, 2, lane) >> 4 * p;
-            const u32 c = rows(codes, 3, lane) >> (4 * odd + 2 * p);
-            // Codes of seven bits, each in a byte: first those of columns 0..15, then 16..31.
-            const u32 first = (a & 0x0f0f) | (b << 4 & 0x3030) | (c << 6 & 0x4040);
-            const u32 second = (a >> 4 & 0x0f0f) | (b << 2 & 0x3030) | (c << 5 & 0x4040);
+            // First those of columns 0..15, then 16..31.
+            const Sevens c(codes, odd, p, lane);
             const u32 half = t % 2 * 128;
-            const u32 e[4] = {table[half + (first & 127)], table[half + (second & 127)],
-                              table[half + (first >> 8)], table[half + (second >> 8)]};
+            const u32 e[4] = {table[half + (c.first & 127)], table[half + (c.second & 127)],
+                              table[half + (c.first >> 8)], table[half + (c.second >> 8)]};
             to[0] = e[0], to[2] = e[1], to[1] = e[2], to[3] = e[3];
             return permute(permute(e[0], e[1], 0x62), permute(e[2], e[3], 0x62), 0x5410);
         }
@@ -190,134 +145,52 @@ struct Magnitudes {
     }
 };
 
-template <u32 TILES, u32 NT> struct Kernel {
-    static constexpr u32 BLOCK_TILES = GEMM_WARPS * TILES, TOKENS = 8 * NT;
-    // A stage of shared memory: activations, codes by tile, scale codes by 32 columns and tile.
-    static constexpr u32 CODES = TOKENS * 256, SCALES = CODES + BLOCK_TILES * VECTORS * 64;
-    static constexpr u32 STAGE = SCALES + BLOCK_TILES * 4 * 16;
+struct F16 {
+    static constexpr u32 PARTS = 1, SCALE_BYTES = 16;
+    static constexpr bool TOKEN_SCALES = true;
+};
 
-    const Gemm &a;
-    u32 first_tile, first_token, bits;
+template <u32 TILES, u32 NT> struct Kernel : Frame<F16, TILES, NT> {
+    using Base = Frame<F16, TILES, NT>;
+    using Base::bits, Base::lane, Base::warp;
+    const u32 *table;
 
-    // Where vector v of a step is in the codes of a tile, in vectors; false if it is not there (in the last chunk of a
-    // row).
-    STB_DEVICE bool locate(u32 step, u32 v, u32 &at) const {
-        const u32 quads = ceil_div(ceil_div(a.w.cols, M), 4);
-        const u32 chunk = M == 4 ? step : step / 2;
-        const u32 n = least(8, quads - 8 * chunk);
-        u32 within;
-        bool there = true;
-        if (M == 4) {
-            constexpr u32 WIDTH = N == 1 ? 2 : 4;
-            const u32 wide = ceil_div(n * WIDTH, 8);
-            within = v < WIDTH ? v : wide;
-            there = v < wide || v == WIDTH;
-        } else {
-            const u32 wide = ceil_div(n, 2), narrow = ceil_div(n, 4), odd = step % 2;
-            within = v < 2 ? 2 * odd + v : v == 2 ? wide + odd : wide + narrow;
-            there = v < 2 ? within < wide : v > 2 || odd < narrow;
-        }
-        at = chunk * BETA + within;
-        return there;
-    }
-
-    STB_DEVICE void load(u8 *to, u32 step) const {
-        load_x<TOKENS>(a, to, first_token, step);
-        const u32 tiles = ceil_div(a.w.rows, 16);
-        const u8 *codes = a.w.payload + a.w.segments[3];
-        for (u32 i = threadIdx.x; i < BLOCK_TILES * VECTORS * 4; i += GEMM_THREADS) {
-            const u32 piece = i % 4, v = i / 4 % VECTORS, tile = i / 4 / VECTORS;
-            u32 at = 0;
-            const bool there = locate(step, v, at) && first_tile + tile < tiles;
-            const u64 from = there ? u64(first_tile + tile) * a.w.units + at * 64 + piece * 16 : 0;
-            copy_async16(to + CODES + i * 16, codes + from, there ? 16 : 0);
-        }
-        if (bits == 0)
-            return;
-        const u32 blocks = ceil_div(a.w.cols, a.w.block);
-        const u8 *scales = a.w.payload + a.w.segments[2];
-        for (u32 i = threadIdx.x; i < BLOCK_TILES * 4; i += GEMM_THREADS) {
-            const u32 sub = i % 4, tile = i / 4;
-            const u32 block = (step * STEP + 32 * sub) / a.w.block;
-            const bool there = block < blocks && first_tile + tile < tiles;
-            const u64 from = there ? (u64(first_tile + tile) * blocks + block) * 2 * bits : 0;
-            if (bits == 8)
-                copy_async16(to + SCALES + i * 16, scales + from, there ? 16 : 0);
-            else
-                copy_async<8>(to + SCALES + i * 16, scales + from, there ? 8 : 0);
+    STB_DEVICE Kernel(const Gemm &a, u8 *shared) : Base(a), table(reinterpret_cast<u32 *>(shared)) {
+        if constexpr (TABLE != 0) {
+            const Pattern p = pattern<Selectors>(threadIdx.x % 128, threadIdx.x / 128);
+            reinterpret_cast<u32 *>(shared)[threadIdx.x] = p.low | p.high << 8 | p.indices << 16;
         }
     }
 
-    STB_DEVICE Magnitudes magnitudes(const u8 *stage, u32 tile, u32 sub, u32 group) const {
+    STB_DEVICE void run(u8 *stages) const {
+        const Expander expand(table);
+        Base::run(stages, [&](typename Base::Sums &sums, const u8 *stage, u32 step) {
+#pragma unroll 1
+            for (u32 p = 0; p < 2; ++p)
+                multiply(sums, stage, step % 2, p, expand);
+        });
+    }
+
+    STB_DEVICE Magnitudes magnitudes(const u8 *stage, u32 tile, u32 sub) const {
         if (bits == 0)
             return Magnitudes();
-        const u8 *at = stage + SCALES + (tile * 4 + sub) * 16;
+        const u8 *at = this->scale_codes(stage, 0, tile, sub);
         if (bits == 8) {
-            const u32 x = *reinterpret_cast<const u16 *>(at + 2 * group);
+            const u32 x = *reinterpret_cast<const u16 *>(at + lane / 4 * 2);
             return Magnitudes(x & 255, x >> 8);
         }
-        // Row k in the low half of byte k, row k + 8 in the high half.
-        const u32 x = *reinterpret_cast<const u16 *>(at + 2 * (group % 4)) >> (group / 4 * 4);
+        const u32 x = this->two_nibbles(at);
         return Magnitudes(x & 15, x >> 8 & 15);
     }
 
-    STB_DEVICE void run(u8 *shared) {
-        u32 *table = reinterpret_cast<u32 *>(shared);
-        u8 *stages = shared + TABLE * 4;
-        static_assert(TABLE == 0 || TABLE == GEMM_THREADS, "an entry for each thread");
-        if constexpr (TABLE != 0) {
-            const Pattern p = pattern(threadIdx.x % 128, threadIdx.x / 128);
-            table[threadIdx.x] = p.low | p.high << 8 | p.indices << 16;
-        }
-        bits = a.w.kind & 255;
-        first_tile = blockIdx.x * BLOCK_TILES;
-        first_token = blockIdx.y * TOKENS;
-        const u32 all = ceil_div(a.w.cols, STEP);
-        const u32 first = blockIdx.z * a.steps;
-        const u32 steps = first < all ? least(a.steps, all - first) : 0;
-        const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-        const Expander expand(table);
-
-        float sums[TILES][NT][4];
-#pragma unroll
-        for (u32 i = 0; i < TILES; ++i)
-#pragma unroll
-            for (u32 j = 0; j < NT; ++j)
-#pragma unroll
-                for (u32 k = 0; k < 4; ++k)
-                    sums[i][j][k] = 0.0f;
-
-#pragma unroll
-        for (u32 s = 0; s + 1 < STAGES; ++s) {
-            if (s < steps)
-                load(stages + s * STAGE, first + s);
-            copy_commit();
-        }
-        for (u32 step = 0; step < steps; ++step) {
-            copy_wait<i32(STAGES) - 2>();
-            // All have what was copied, and nobody reads the stage that is loaded next.
-            __syncthreads();
-            if (step + STAGES - 1 < steps)
-                load(stages + (step + STAGES - 1) % STAGES * STAGE, first + step + STAGES - 1);
-            copy_commit();
-            const u8 *stage = stages + step % STAGES * STAGE;
-#pragma unroll 1
-            for (u32 p = 0; p < 2; ++p)
-                multiply(sums, stage, (first + step) % 2, p, warp, lane, expand);
-        }
-        copy_wait<0>();
-        finish(sums, warp, lane, stages);
-    }
-
-    STB_DEVICE void multiply(float (&sums)[TILES][NT][4], const u8 *stage, u32 odd, u32 p, u32 warp,
-                             u32 lane, const Expander &expand) const {
+    STB_DEVICE void multiply(typename Base::Sums &sums, const u8 *stage, u32 odd, u32 p,
+                             const Expander &expand) const {
         u32 values[TILES][2][4], metadata[TILES];
 #pragma unroll
         for (u32 i = 0; i < TILES; ++i) {
             const u32 tile = warp * TILES + i;
-            const u8 *codes = stage + CODES + tile * VECTORS * 64;
-            const Magnitudes m[2] = {magnitudes(stage, tile, 2 * p, expand.group),
-                                     magnitudes(stage, tile, 2 * p + 1, expand.group)};
+            const u8 *codes = this->codes(stage, 0, tile);
+            const Magnitudes m[2] = {magnitudes(stage, tile, 2 * p), magnitudes(stage, tile, 2 * p + 1)};
             u32 found[2];
 #pragma unroll
             for (u32 s = 0; s < 2; ++s) {
@@ -350,60 +223,8 @@ template <u32 TILES, u32 NT> struct Kernel {
                 mma_sp_f16<1>(sums[i][j], values[i][1], b[1], metadata[i]);
         }
     }
-
-    // Writes a lane's sums for tile i of its warp and tokens 8j and on.
-    STB_DEVICE void emit(const float (&s)[4], u32 warp, u32 lane, u32 i, u32 j) const {
-        const u16 *row_scales = reinterpret_cast<const u16 *>(a.w.payload + a.w.segments[1]);
-        const float unit = bits == 8 ? 1.0f / 256 : bits == 4 ? 1.0f / 16 : 1.0f;
-        const u32 row = (first_tile + warp * TILES + i) * 16 + 2 * (lane / 4);
-        const float r0 = row < a.w.rows ? f16_to_f32(row_scales[row]) * unit : 0.0f;
-        const float r1 = row + 1 < a.w.rows ? f16_to_f32(row_scales[row + 1]) * unit : 0.0f;
-        const u32 token = first_token + 8 * j + 2 * (lane % 4);
-        const float t0 = token < a.tokens ? a.scale[token] : 0.0f;
-        const float t1 = token + 1 < a.tokens ? a.scale[token + 1] : 0.0f;
-        const float v[4] = {s[0] * r0 * t0, s[1] * r0 * t1, s[2] * r1 * t0, s[3] * r1 * t1};
-        write(a, v, row, token);
-    }
-
-    STB_DEVICE void finish(const float (&sums)[TILES][NT][4], u32 warp, u32 lane, u8 *shared) const {
-        if (a.splits == 1) {
-#pragma unroll
-            for (u32 i = 0; i < TILES; ++i)
-#pragma unroll
-                for (u32 j = 0; j < NT; ++j)
-                    emit(sums[i][j], warp, lane, i, j);
-            return;
-        }
-        constexpr u32 RESULTS = TILES * NT * 4;
-        const u32 block = blockIdx.y * gridDim.x + blockIdx.x;
-        float *partial = a.partial + u64(block) * a.splits * RESULTS * GEMM_THREADS + threadIdx.x;
-        float *mine = partial + u64(blockIdx.z) * RESULTS * GEMM_THREADS;
-#pragma unroll
-        for (u32 k = 0; k < RESULTS; ++k)
-            __stcg(&mine[k * GEMM_THREADS], sums[k / 4 / NT][k / 4 % NT][k % 4]);
-        // Everybody has read the stages: they become scratch.
-        __syncthreads();
-        if (!is_last(a, reinterpret_cast<u32 *>(shared)))
-            return;
-#pragma unroll 1
-        for (u32 k = 0; k < RESULTS; k += 4) {
-            // In the order of the splits, whoever does it.
-            float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            for (u32 split = 0; split < a.splits; ++split)
-#pragma unroll
-                for (u32 n = 0; n < 4; ++n)
-                    sum[n] += __ldcg(&partial[(u64(split) * RESULTS + k + n) * GEMM_THREADS]);
-            emit(sum, warp, lane, k / 4 / NT, k / 4 % NT);
-        }
-    }
 };
 
-#define STB_GEMM(name, tiles, nt)                                                                  \
-    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) name(const Gemm a) {             \
-        STB_DYNAMIC_SHARED(shared);                                                                \
-        Kernel<tiles, nt> kernel{a, 0, 0, 0};                                                      \
-        kernel.run(shared);                                                                        \
-    }
 // 512 rows × 64 tokens, 256 × 64, 256 × 16.
 STB_GEMM(gemm_512x64, 4, 8)
 STB_GEMM(gemm_256x64, 2, 8)

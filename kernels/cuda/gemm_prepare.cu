@@ -1,5 +1,5 @@
-// Activations for the products with many tokens: column factors applied, in f16 with a power of two per token, padded
-// with zeros.
+// Activations for the products with many tokens: column factors applied, in f16 with a power of two per token or in 8
+// bits with a scale for some columns, padded with zeros.
 #include "gemm.cuh"
 
 // Fields as `PrepareParams` of gemm.rs.
@@ -11,7 +11,10 @@ struct Prepare {
     // [tokens][stride].
     u16 *out;
     float *scale;
+    // `stride` is in numbers of 16 bits.
     u32 tokens, stride;
+    // Columns of a group of codes, for `gemm_round`.
+    u32 group, padding;
 };
 
 // A block per token. The largest number becomes 2^14 to 2^15, so that f16 neither overflows nor loses
@@ -47,6 +50,55 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_prepare(const Pr
     }
     if (threadIdx.x == 0)
         a.scale[blockIdx.x] = usable ? __uint_as_float((exponent - 14) << 23) : 1.0f;
+}
+
+// A block per token, a warp per ROUNDED columns: rounded to the nearest multiples of a 127th of the largest, bytes −127 to
+// 127. Scales as [columns / ROUNDED][tokens]. What is not finite makes the scale NaN, and with it this token's results
+// and no others. Activations so small that the inverse overflows count as zero.
+//
+// Columns are in the order in which gemm_nm_s8.cu multiplies them. With groups of four columns a lane t of the instruction
+// has the groups t and t + 4 of eight as neighbours.
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_round(const Prepare a) {
+    const u32 cols = a.w.cols, lane = threadIdx.x % WARP;
+    const float *x = a.x + u64(blockIdx.x) * cols;
+    const u16 *factors = (a.w.kind & 256)
+                             ? reinterpret_cast<const u16 *>(a.w.payload + a.w.segments[0])
+                             : nullptr;
+    u32 *out = reinterpret_cast<u32 *>(a.out + u64(blockIdx.x) * a.stride);
+    for (u32 block = threadIdx.x / WARP; block < ceil_div(cols, ROUNDED); block += GEMM_WARPS) {
+        float v[2][4];
+        float most = 0.0f;
+        bool finite = true;
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 c = block * ROUNDED + (32 * h + lane) * 4 + i;
+                v[h][i] = c < cols ? x[c] * (factors ? f16_to_f32(factors[c]) : 1.0f) : 0.0f;
+                most = fmaxf(most, fabsf(v[h][i]));
+                finite = finite && fabsf(v[h][i]) <= 3.4028235e38f;
+            }
+#pragma unroll
+        for (i32 by = 16; by > 0; by >>= 1)
+            most = fmaxf(most, __shfl_xor_sync(ALL, most, by));
+        finite = __all_sync(ALL, finite);
+        const float inverse = 127.0f / most;
+        const bool usable = finite && inverse <= 3.0e38f;
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            u32 word = 0;
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i)
+                word |= u32((usable ? f32_to_s8(v[h][i] * inverse) : 0) & 255) << 8 * i;
+            const u32 four = block * (ROUNDED / 4) + 32 * h + lane;
+            const u32 at = a.group == 4 ? (four & ~7u) | (four & 3) << 1 | (four >> 2 & 1) : four;
+            out[at] = word;
+        }
+        if (lane == 0)
+            a.scale[u64(block) * a.tokens + blockIdx.x] = !finite  ? __uint_as_float(0x7fc00000)
+                                                          : usable ? most / 127.0f
+                                                                   : 0.0f;
+    }
 }
 
 // Activations as sums of two bf16 for gemm_rows.cu: all high parts, then all low parts. A block per token.

@@ -38,10 +38,19 @@ STB_DEVICE u32 shared_address(const void *p) {
 #endif
 }
 
-// ---- Bytes ------------------------------------------------------------------------------------
+// threadIdx.x, read again: what is computed from it is not kept in registers over a loop, where there are none to spare.
+STB_DEVICE u32 thread_again() {
+#if defined(STB_EMULATED)
+    return threadIdx.x;
+#else
+    u32 r;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+    return r;
+#endif
+}
 
-// prmt: byte n of the result is the byte of {b, a} that nibble n of the selector names by its low three bits; with its high
-// bit that byte's sign, eight times. CUDA's own __byte_perm clears the high bits first.
+// Bytes of {b, a}, by nibbles of the low 16 bits of `selector`: of bits 0 to 2 the number of the byte; bit 3 repeats its
+// sign bit eight times. (__byte_perm clears bit 3, with an instruction of its own.)
 STB_DEVICE u32 permute(u32 a, u32 b, u32 selector) {
 #if defined(STB_EMULATED)
     return emulator::permute(a, b, selector);

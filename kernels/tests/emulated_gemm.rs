@@ -7,25 +7,79 @@ use common::emulator::{Emulator, bytes_of, floats};
 use common::plans::{address, launch};
 use common::random::{Rng, encodings, payload};
 use stb_format::Encoding;
-use stb_format::encoding::Dense;
-use stb_kernels::cuda::{GemmPlan, Limits, MatrixParams, Module, gemm_prepared, plan_prepare};
+use stb_format::encoding::{Dense, MatrixView, Nm};
+use stb_format::half::f16;
+use stb_kernels::cuda::{
+    GemmPlan, Limits, MatrixParams, Module, Product, PromptNumbers, gemm_prepared, gemm_scales,
+    plan_prepare,
+};
 
 struct Case<'a> {
     encoding: &'a Encoding,
     rows: usize,
     cols: usize,
     tokens: usize,
+    numbers: PromptNumbers,
     /// Multiprocessors to plan for: few take the large kernels, many split the columns.
     multiprocessors: u32,
     seeds: &'a [u64],
 }
 
+/// Columns with one scale in 8 bits.
+const ROUNDED: usize = 256;
+
+/// What a token's activations are in 8 bits, as they are multiplied with, and half a step of each.
+fn round(x: &[f32], factors: &[f32]) -> (Vec<f64>, Vec<f64>) {
+    let (mut rounded, mut steps) = (Vec::new(), Vec::new());
+    for (x, factors) in x.chunks(ROUNDED).zip(factors.chunks(ROUNDED)) {
+        let x: Vec<f32> = x.iter().zip(factors).map(|(x, f)| x * f).collect();
+        let most = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let (inverse, scale) = (127.0 / most, most / 127.0);
+        let code = |v: &f32| if most > 0.0 { (v * inverse).round_ties_even() } else { 0.0 };
+        rounded.extend(x.iter().map(|v| f64::from(code(v)) * f64::from(scale)));
+        steps.extend(x.iter().map(|_| f64::from(scale) / 2.0));
+    }
+    (rounded, steps)
+}
+
+/// Column factors, and the matrix without them.
+fn without_factors(encoding: &Encoding, rows: usize, cols: usize, bytes: &[u8]) -> [Vec<f32>; 2] {
+    let view = encoding.view(rows as u64, cols as u64, bytes).unwrap();
+    let MatrixView::Nm(m) = view else { panic!("joint codes") };
+    if m.col_factors.is_empty() {
+        return [vec![1.0; cols], view.decode()];
+    }
+    let factors = m.col_factors.iter().map(|f| f16::from_le_bytes(*f).to_f32()).collect();
+    let at = m.col_factors.as_ptr().addr() - bytes.as_ptr().addr();
+    let mut bytes = bytes.to_vec();
+    bytes[at..at + 2 * cols].copy_from_slice(&[0x00, 0x3c].repeat(cols));
+    [factors, encoding.view(rows as u64, cols as u64, &bytes).unwrap().decode()]
+}
+
+/// Whether `y` is start + Σ w·x but for `relative` of the magnitudes and the errors `steps` of x.
+fn check(
+    what: &str,
+    y: f32,
+    start: f64,
+    w: &[f32],
+    x: impl Iterator<Item = f64>,
+    relative: f64,
+    steps: &[f64],
+) {
+    let (mut sum, mut magnitude, mut rounding) = (start, start.abs(), 0.0);
+    for ((w, x), step) in w.iter().zip(x).zip(steps) {
+        let term = f64::from(*w) * x;
+        sum += term;
+        magnitude += term.abs();
+        rounding += f64::from(w.abs()) * step;
+    }
+    let tolerance = magnitude * relative + 1.0001 * rounding + 1e-30;
+    assert!((f64::from(y) - sum).abs() <= tolerance, "{what}: {y}, not {sum}");
+}
+
 impl Case<'_> {
-    fn run(&self, rng: &mut Rng, emulator: &Emulator) {
-        let Self { encoding, rows, cols, tokens, multiprocessors, seeds } = *self;
-        let bytes = payload(rng, encoding, rows, cols);
-        let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
-        let weights = view.decode();
+    fn activations(&self, rng: &mut Rng) -> Vec<f32> {
+        let Self { cols, tokens, .. } = *self;
         let mut x = rng.floats(tokens * cols);
         // Outliers, as activations have them; a token of zeros.
         for _ in 0..cols / 50 {
@@ -35,47 +89,91 @@ impl Case<'_> {
         if tokens > 2 {
             x[cols..2 * cols].fill(0.0);
         }
+        if let Some(token) = self.poisoned() {
+            let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][rng.below(3)];
+            x[token * cols + rng.below(cols)] = bad;
+        }
+        x
+    }
+
+    /// The token with a number that is none.
+    fn poisoned(&self) -> Option<usize> {
+        (self.numbers == PromptNumbers::Int8 && self.tokens > 4).then(|| self.tokens - 2)
+    }
+
+    fn run(&self, rng: &mut Rng, emulator: &Emulator) {
+        let Self { encoding, rows, cols, tokens, numbers, multiprocessors, seeds } = *self;
+        let bytes = payload(rng, encoding, rows, cols);
+        let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
+        let x = self.activations(rng);
         let add = rng.below(2) == 1;
         let before = rng.floats(tokens * rows);
 
-        let limits = Limits { multiprocessors, shared: 98 << 10 };
-        let params = MatrixParams::new(&view, &bytes, address(0)).unwrap();
-        let prepare = plan_prepare(encoding, params, address(1), address(2), address(3), tokens);
-        let prepare = prepare.unwrap();
+        let shared = if numbers == PromptNumbers::Int8 { 160 << 10 } else { 98 << 10 };
+        let limits = Limits { multiprocessors, shared };
+        let matrix = MatrixParams::new(&view, &bytes, address(0)).unwrap();
+        let product = Product { encoding, matrix, tokens, numbers };
+        let prepare = plan_prepare(product, address(1), address(2), address(3)).unwrap();
         let addresses = [address(2), address(3), address(4)];
         let work = [address(5), address(6)];
-        let plan = GemmPlan::new(limits, encoding, params, addresses, add, tokens, work).unwrap();
+        let plan = GemmPlan::new(limits, product, addresses, add, work).unwrap();
         let buffers = [
             bytes.clone(),
             bytes_of(&x),
             vec![0xff; gemm_prepared(cols, tokens) * 2],
-            vec![0xff; tokens * 4],
+            vec![0xff; gemm_scales(cols, tokens) * 4],
             bytes_of(&before),
             vec![0xff; plan.partial * 4],
             vec![0; plan.arrived * 4],
         ];
         let kernel = plan.launch.kernel;
         let what = format!(
-            "{encoding} {rows}x{cols}, {tokens} tokens, {kernel} {:?}, add {add}",
+            "{encoding} {rows}x{cols}, {tokens} tokens, {numbers:?}, {kernel} {:?}, add {add}",
             plan.launch.blocks
         );
         let launches = [launch(&prepare), launch(&plan.launch)];
         let found = emulator.run(&buffers, &launches, seeds).expect(&what);
         assert!(found[6].iter().all(|b| *b == 0), "{what}: counters are left as they were");
-        let y = floats(&found[4]);
-        for t in 0..tokens {
-            for r in 0..rows {
-                let start = if add { f64::from(before[t * rows + r]) } else { 0.0 };
-                let (mut sum, mut magnitude) = (start, start.abs());
-                for c in 0..cols {
-                    let term = f64::from(weights[r * cols + c]) * f64::from(x[t * cols + c]);
-                    sum += term;
-                    magnitude += term.abs();
+        let before = if add { before } else { vec![0.0; tokens * rows] };
+        match numbers {
+            PromptNumbers::F16 => {
+                self.exact(&what, &view.decode(), &x, &floats(&found[4]), &before)
+            }
+            PromptNumbers::Int8 => self.rounded(&what, &bytes, &x, &floats(&found[4]), &before),
+        }
+    }
+
+    /// Checks products of activations that count as they are.
+    fn exact(&self, what: &str, weights: &[f32], x: &[f32], y: &[f32], before: &[f32]) {
+        let places = if matches!(self.encoding, Encoding::Nm(_)) { 11 } else { 14 };
+        let relative = 0.5f64.powi(places) + 1e-5;
+        let none = vec![0.0; self.cols];
+        for (t, x) in x.chunks(self.cols).enumerate() {
+            for (r, w) in weights.chunks(self.cols).enumerate() {
+                let (at, x) = (t * self.rows + r, x.iter().map(|v| f64::from(*v)));
+                let what = format!("{what}: token {t}, row {r}");
+                check(&what, y[at], f64::from(before[at]), w, x, relative, &none);
+            }
+        }
+    }
+
+    /// Checks products of activations in 8 bits: against those, to the last bits of f32, and against what they were.
+    fn rounded(&self, what: &str, bytes: &[u8], x: &[f32], y: &[f32], before: &[f32]) {
+        let [factors, weights] = without_factors(self.encoding, self.rows, self.cols, bytes);
+        let none = vec![0.0; self.cols];
+        for (t, x) in x.chunks(self.cols).enumerate() {
+            let (rounded, steps) = round(x, &factors);
+            for (r, w) in weights.chunks(self.cols).enumerate() {
+                let at = t * self.rows + r;
+                let what = format!("{what}: token {t}, row {r}");
+                if self.poisoned() == Some(t) {
+                    assert!(y[at].is_nan(), "{what}: {} of a token with no numbers", y[at]);
+                    continue;
                 }
-                let y = f64::from(y[t * rows + r]);
-                let places = if matches!(encoding, Encoding::Nm(_)) { 11 } else { 14 };
-                let tolerance = magnitude * (0.5f64.powi(places) + 1e-5) + 1e-30;
-                assert!((y - sum).abs() <= tolerance, "{what}: token {t}, row {r}: {y}, not {sum}");
+                let start = f64::from(before[at]);
+                check(&what, y[at], start, w, rounded.iter().copied(), 2e-6, &none);
+                let exact = x.iter().zip(&factors).map(|(x, f)| f64::from(*x) * f64::from(*f));
+                check(&what, y[at], start, w, exact, 2e-6, &steps);
             }
         }
     }
@@ -86,16 +184,23 @@ fn build(module: &str) -> Option<Emulator> {
     let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
     let kernels: &[&str] = match module.file {
         "gemm_nm.cu" => &["gemm_prepare", "gemm_512x64", "gemm_256x64", "gemm_256x16"],
+        "gemm_nm_s8.cu" => &["gemm_round", "gemm_512x64", "gemm_256x64", "gemm_256x16"],
         _ => &["gemm_split", "gemm_rows"],
     };
     Emulator::build(&["gemm_prepare.cu", module.file], kernels, module.defines).unwrap()
 }
 
 /// Joint codes N:M with all kinds of scales.
-fn joint_codes(n: usize, m: usize) {
-    let Some(emulator) = build(&format!("gemm {n}:{m}")) else { return };
+fn joint_codes(n: usize, m: usize, numbers: PromptNumbers) {
+    let int8 = numbers == PromptNumbers::Int8;
+    let module = if int8 { "gemm s8" } else { "gemm" };
+    let Some(emulator) = build(&format!("{module} {n}:{m}")) else { return };
     let mut rng = Rng(100 + (n * 10 + m) as u64);
-    let mine = |e: &&Encoding| matches!(e, Encoding::Nm(s) if (s.n(), s.m()) == (n, m));
+    let mine = |e: &&Encoding| match e {
+        // Larger scale codes than of 4 bits do not fit 8 bits.
+        Encoding::Nm(s) => (s.n(), s.m()) == (n, m) && !(int8 && s.scale_bits() > 4),
+        _ => false,
+    };
     for encoding in encodings().iter().filter(mine) {
         // Ragged rows, columns, groups, quads, chunks, steps and tokens.
         for (rows, cols, tokens) in [
@@ -109,36 +214,78 @@ fn joint_codes(n: usize, m: usize) {
         ] {
             let multiprocessors = [1, 132][rng.below(2)];
             let seeds: &[u64] = if rows < 20 { &[0, 1] } else { &[2] };
-            Case { encoding, rows, cols, tokens, multiprocessors, seeds }.run(&mut rng, &emulator);
+            Case { encoding, rows, cols, tokens, numbers, multiprocessors, seeds }
+                .run(&mut rng, &emulator);
         }
     }
-    // The large kernel, two blocks of it in each direction.
+    // The large kernel, two blocks of it in each direction; many columns, with few and many splits.
     let encoding = encodings().into_iter().rfind(|e| mine(&e)).unwrap();
     let encoding = &encoding;
-    for (rows, cols, tokens, multiprocessors) in [(530, 200, 70, 1), (520, 130, 66, 64)] {
-        Case { encoding, rows, cols, tokens, multiprocessors, seeds: &[3] }
+    for (rows, cols, tokens, multiprocessors) in
+        [(530, 200, 70, 1), (520, 130, 66, 64), (18, 2600, 33, 3), (18, 1500, 7, 132)]
+    {
+        Case { encoding, rows, cols, tokens, numbers, multiprocessors, seeds: &[3] }
             .run(&mut rng, &emulator);
     }
 }
 
 #[test]
 fn joint_codes_1_8() {
-    joint_codes(1, 8);
+    joint_codes(1, 8, PromptNumbers::F16);
 }
 
 #[test]
 fn joint_codes_1_4() {
-    joint_codes(1, 4);
+    joint_codes(1, 4, PromptNumbers::F16);
 }
 
 #[test]
 fn joint_codes_2_8() {
-    joint_codes(2, 8);
+    joint_codes(2, 8, PromptNumbers::F16);
 }
 
 #[test]
 fn joint_codes_2_4() {
-    joint_codes(2, 4);
+    joint_codes(2, 4, PromptNumbers::F16);
+}
+
+#[test]
+fn joint_codes_1_8_in_8_bits() {
+    joint_codes(1, 8, PromptNumbers::Int8);
+}
+
+#[test]
+fn joint_codes_1_4_in_8_bits() {
+    joint_codes(1, 4, PromptNumbers::Int8);
+}
+
+#[test]
+fn joint_codes_2_8_in_8_bits() {
+    joint_codes(2, 8, PromptNumbers::Int8);
+}
+
+#[test]
+fn joint_codes_2_4_in_8_bits() {
+    joint_codes(2, 4, PromptNumbers::Int8);
+}
+
+/// Scale codes of 8 bits make weights that do not fit 8 bits: f16 is what they are multiplied in.
+#[test]
+fn large_weights_are_not_multiplied_in_8_bits() {
+    let mut rng = Rng(7);
+    for (bits, module) in [(0, "gemm s8 1:8"), (4, "gemm s8 1:8"), (8, "gemm 1:8")] {
+        let spec = Nm::new(1, 8, bits, if bits == 0 { 0 } else { 64 }, false).unwrap();
+        let encoding = &Encoding::Nm(spec);
+        let bytes = payload(&mut rng, encoding, 16, 64);
+        let view = encoding.view(16, 64, &bytes).unwrap();
+        let matrix = MatrixParams::new(&view, &bytes, 0).unwrap();
+        let product = Product { encoding, matrix, tokens: 64, numbers: PromptNumbers::Int8 };
+        let limits = Limits { multiprocessors: 1, shared: 98 << 10 };
+        let plan = GemmPlan::new(limits, product, [0; 3], false, [0; 2]).unwrap();
+        assert_eq!(plan.launch.module.name, module);
+        let prepare = plan_prepare(product, 0, 0, 0).unwrap();
+        assert_eq!(prepare.kernel, if bits == 8 { "gemm_prepare" } else { "gemm_round" });
+    }
 }
 
 /// All other encodings, which share a kernel.
@@ -148,7 +295,8 @@ fn rows(name: &str, mine: impl Fn(&Encoding) -> bool) {
     for (i, encoding) in encodings().iter().filter(|e| mine(e)).enumerate() {
         for (rows, cols, tokens) in [(1, 1, 1), (70, 300, 66), (17, 131, 9)] {
             let seeds: &[u64] = if rows == 17 && i == 0 { &[0, 1] } else { &[2] };
-            let case = Case { encoding, rows, cols, tokens, multiprocessors: 132, seeds };
+            let numbers = PromptNumbers::F16;
+            let case = Case { encoding, rows, cols, tokens, numbers, multiprocessors: 132, seeds };
             case.run(&mut rng, &emulator);
         }
     }

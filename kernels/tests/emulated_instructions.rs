@@ -278,7 +278,7 @@ fn words_are_permuted_and_multiplied() {
     let x = [0x8483_8281u32, 0x0807_0605];
     let launch = Launch::new("words").buffer(0).buffer(1);
     let x = x.into_iter().flat_map(u32::to_le_bytes).collect();
-    let out = emulator.run(&[vec![0; 28], x], &[launch], &[0]).unwrap();
+    let out = emulator.run(&[vec![0; 24], x], &[launch], &[0]).unwrap();
     let words: Vec<u32> =
         out[0].as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
     let dot: i32 = 5 + -127 * 5 - 126 * 6 - 125 * 7 - 124 * 8;
@@ -288,6 +288,4 @@ fn words_are_permuted_and_multiplied() {
     assert_eq!(words[3], 0x4400_0000);
     assert_eq!(words[4], 0xc000_3c00);
     assert_eq!(words[5], 0x80);
-    // CUDA's function knows no signs.
-    assert_eq!(words[6], 0x0884_8181);
 }

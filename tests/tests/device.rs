@@ -12,12 +12,15 @@ use std::ops::ControlFlow;
 
 use machine::device;
 use stb_convert::Recipe;
-use stb_kernels::cuda;
+use stb_format::Encoding;
+use stb_format::encoding::Nm;
+use stb_kernels::cuda::{self, Gemm, Input, Matrix, PromptNumbers};
 use stb_runtime::{
     DeviceLayers, Half, KvKind, LinearInput, Model, Next, Observer, OpenOptions, Sampler,
     SamplerOptions, State,
 };
-use stb_tests::random_model::{shape, write};
+use stb_tests::random::Rng;
+use stb_tests::random_model::{random, shape, write};
 
 fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
@@ -220,5 +223,44 @@ fn tokens_are_chosen_alike() {
             assert_eq!(b.choose(&mut next, &banned), expected, "{temperature} {top_k}: {step}");
             tokens = vec![expected];
         }
+    }
+}
+
+/// Matrices of one input that take it in other orders of columns, with their own factors, or not in 8 bits.
+#[test]
+fn prompts_in_8_bits() {
+    let Some(device) = device() else { return };
+    let mut gemm = Gemm::new(&device).unwrap().with_numbers(PromptNumbers::Int8);
+    let (rows, cols, tokens) = (40, 300, 20);
+    let mut rng = Rng(3);
+    let x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
+    let input = device.upload("activations", &x).unwrap();
+    let mut matrices = Vec::new();
+    let mut expected = Vec::new();
+    for (n, m, bits, factors) in [
+        (1, 8, 4, false),
+        (1, 8, 4, false),
+        (1, 4, 4, false),
+        (1, 8, 8, false),
+        (2, 8, 4, true),
+        (2, 8, 4, false),
+    ] {
+        let encoding = Encoding::Nm(Nm::new(n, m, bits, 32, factors).unwrap());
+        let bytes = random(&[rows as u64, cols as u64], &encoding);
+        let weights = encoding.view(rows as u64, cols as u64, &bytes).unwrap().decode();
+        let product = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f32>();
+        let rows_of = |x: &[f32]| weights.chunks(cols).map(|w| product(x, w)).collect::<Vec<_>>();
+        expected.push(x.chunks(cols).flat_map(rows_of).collect::<Vec<f32>>());
+        matrices.push(Matrix::upload(&device, &encoding, rows, cols, &bytes).unwrap());
+    }
+    let zeros = || device.zeros("results", tokens * rows).unwrap();
+    let mut out: Vec<_> = matrices.iter().map(|_| zeros()).collect();
+    let mut to: Vec<_> = out.iter_mut().collect();
+    let matrices: Vec<_> = matrices.iter().collect();
+    gemm.queue(&matrices, Input::Plain(&input), &mut to, false, tokens).unwrap();
+    for (out, expected) in out.iter().zip(&expected) {
+        let mut found = vec![0.0; tokens * rows];
+        out.read(&mut found).unwrap();
+        close(&found, expected, 0.01, "a product in 8 bits");
     }
 }

@@ -13,6 +13,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("codec.cuh", include_str!("../../cuda/codec.cuh")),
     ("gemm.cuh", include_str!("../../cuda/gemm.cuh")),
+    ("gemm_nm.cuh", include_str!("../../cuda/gemm_nm.cuh")),
     ("ptx.cuh", include_str!("../../cuda/ptx.cuh")),
 ];
 
@@ -69,6 +70,14 @@ impl Module {
     pub(super) const GEMM_NM_1_4: Self = module!("gemm 1:4", "gemm_nm.cu", "NM_N=1", "NM_M=4");
     pub(super) const GEMM_NM_2_8: Self = module!("gemm 2:8", "gemm_nm.cu", "NM_N=2", "NM_M=8");
     pub(super) const GEMM_NM_2_4: Self = module!("gemm 2:4", "gemm_nm.cu", "NM_N=2", "NM_M=4");
+    pub(super) const GEMM_NM_S8_1_8: Self =
+        module!("gemm s8 1:8", "gemm_nm_s8.cu", "NM_N=1", "NM_M=8");
+    pub(super) const GEMM_NM_S8_1_4: Self =
+        module!("gemm s8 1:4", "gemm_nm_s8.cu", "NM_N=1", "NM_M=4");
+    pub(super) const GEMM_NM_S8_2_8: Self =
+        module!("gemm s8 2:8", "gemm_nm_s8.cu", "NM_N=2", "NM_M=8");
+    pub(super) const GEMM_NM_S8_2_4: Self =
+        module!("gemm s8 2:4", "gemm_nm_s8.cu", "NM_N=2", "NM_M=4");
     pub(super) const GEMM_F32: Self = module!("gemm f32", "gemm_rows.cu", "CODEC=DenseF32");
     pub(super) const GEMM_F16: Self = module!("gemm f16", "gemm_rows.cu", "CODEC=DenseF16");
     pub(super) const GEMM_BF16: Self = module!("gemm bf16", "gemm_rows.cu", "CODEC=DenseBf16");
@@ -107,6 +116,10 @@ impl Module {
         Self::GEMM_NM_1_4,
         Self::GEMM_NM_2_8,
         Self::GEMM_NM_2_4,
+        Self::GEMM_NM_S8_1_8,
+        Self::GEMM_NM_S8_1_4,
+        Self::GEMM_NM_S8_2_8,
+        Self::GEMM_NM_S8_2_4,
         Self::GEMM_F32,
         Self::GEMM_F16,
         Self::GEMM_BF16,

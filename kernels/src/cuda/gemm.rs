@@ -16,6 +16,8 @@ use super::{Error, Result};
 const THREADS: usize = 256;
 /// Columns of a step: `STEP` of gemm.cuh.
 const STEP: usize = 128;
+/// Columns of a token that share a scale in 8 bits, which are a step too: `ROUNDED` of gemm.cuh.
+const ROUNDED: usize = 2 * STEP;
 /// Steps in shared memory: `STAGES` of gemm.cuh.
 const STAGES: usize = 3;
 
@@ -47,39 +49,104 @@ struct PrepareParams {
     scale: u64,
     tokens: u32,
     stride: u32,
+    group: u32,
+    padding: u32,
 }
 
-/// Elements of a row of prepared activations of `cols` columns.
-#[must_use]
-pub fn gemm_stride(cols: usize) -> usize {
-    cols.next_multiple_of(STEP)
+/// What activations are rounded to where a matrix of joint codes is multiplied with many tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PromptNumbers {
+    /// 16-bit floats.
+    #[default]
+    F16,
+    /// 8-bit integers with a scale for every 256 columns of a token: twice the products per second, and some thirty
+    /// times the rounding error. Encodings whose weights do not fit 8 bits, and all others, go on as with
+    /// [`PromptNumbers::F16`].
+    Int8,
 }
 
-/// Numbers of 16 bits that [`plan_prepare`] writes.
+/// What is multiplied with how many tokens, in which numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a> {
+    /// The encoding of the matrix.
+    pub encoding: &'a Encoding,
+    /// The matrix.
+    pub matrix: MatrixParams,
+    /// Tokens.
+    pub tokens: usize,
+    /// What activations are rounded to.
+    pub numbers: PromptNumbers,
+}
+
+impl Product<'_> {
+    /// The numbers in fact: scale codes of 8 bits make weights of up to ±256 units.
+    fn numbers(&self) -> PromptNumbers {
+        match self.encoding {
+            Encoding::Nm(spec) if spec.scale_bits() <= 4 => self.numbers,
+            _ => PromptNumbers::F16,
+        }
+    }
+
+    /// How activations have to be prepared.
+    fn preparation(&self) -> Preparation {
+        let Encoding::Nm(spec) = self.encoding else {
+            return Preparation { kernel: "gemm_split", group: 0, factors: false };
+        };
+        let factors = spec.has_col_factors();
+        match self.numbers() {
+            PromptNumbers::F16 => Preparation { kernel: "gemm_prepare", group: 0, factors },
+            PromptNumbers::Int8 => {
+                Preparation { kernel: "gemm_round", group: spec.m() as u32, factors }
+            }
+        }
+    }
+
+    /// Numbers of 16 bits of a row of prepared activations.
+    fn stride(&self) -> usize {
+        let cols = self.matrix.cols as usize;
+        match self.numbers() {
+            PromptNumbers::F16 => cols.next_multiple_of(STEP),
+            PromptNumbers::Int8 => cols.next_multiple_of(ROUNDED) / 2,
+        }
+    }
+}
+
+/// How activations are prepared: what is prepared alike can be used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Preparation {
+    kernel: &'static str,
+    /// Columns of a group of codes, if their order depends on it.
+    group: u32,
+    /// Whether column factors are applied, which each matrix has its own of.
+    factors: bool,
+}
+
+/// Numbers of 16 bits that [`plan_prepare`] writes at most.
 #[must_use]
 pub fn gemm_prepared(cols: usize, tokens: usize) -> usize {
-    2 * tokens * gemm_stride(cols)
+    2 * tokens * cols.next_multiple_of(STEP)
 }
 
-/// The launch that prepares activations, `x`, [tokens, cols] f32, for [`GemmPlan`]. For joint codes, with the
-/// column factors of `matrix`: `out`, [tokens, [`gemm_stride`]] f16, times `scale`, `[tokens]` f32, a power of
-/// two for each token. For others: `out` [2, tokens, [`gemm_stride`]] bf16, whose sum it is. All are addresses.
+/// Scales that [`plan_prepare`] writes at most.
+#[must_use]
+pub fn gemm_scales(cols: usize, tokens: usize) -> usize {
+    tokens * cols.div_ceil(ROUNDED).max(1)
+}
+
+/// The launch that prepares activations, `x`, [tokens, cols] f32, for [`GemmPlan`]. `out` has room for
+/// [`gemm_prepared`] numbers of 16 bits, `scale` for [`gemm_scales`] floats; all are addresses. What they hold is
+/// between the two kernels: for joint codes, with the column factors of the matrix, f16 times a power of two for each
+/// token, or 8-bit integers times a scale; for others two bf16 whose sum it is.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for sizes beyond what kernels count to.
-pub fn plan_prepare(
-    encoding: &Encoding,
-    matrix: MatrixParams,
-    x: u64,
-    out: u64,
-    scale: u64,
-    tokens: usize,
-) -> Result<Launch> {
-    let stride = to_u32("a row of activations", gemm_stride(matrix.cols as usize))?;
-    let tokens = to_u32("a number of tokens", tokens)?;
-    let params = PrepareParams { w: matrix, x, out, scale, tokens, stride };
+pub fn plan_prepare(product: Product<'_>, x: u64, out: u64, scale: u64) -> Result<Launch> {
+    let Preparation { kernel, group, .. } = product.preparation();
+    let stride = to_u32("a row of activations", product.stride())?;
+    let tokens = to_u32("a number of tokens", product.tokens)?;
+    let w = product.matrix;
+    let params = PrepareParams { w, x, out, scale, tokens, stride, group, padding: 0 };
     let blocks = [tokens as usize, 1, 1];
-    let kernel = if matches!(encoding, Encoding::Nm(_)) { "gemm_prepare" } else { "gemm_split" };
     Ok(Launch::new(Module::GEMM_PREPARE, kernel, blocks, THREADS as u32, 0, &params))
 }
 
@@ -115,25 +182,26 @@ impl GemmPlan {
     /// Whether there is a kernel for the encoding.
     #[must_use]
     pub fn supports(encoding: &Encoding) -> bool {
-        module(encoding).is_some()
+        module(encoding, PromptNumbers::F16).is_some()
     }
 
-    /// Plans `y` (+)= `x` · `matrix`ᵀ: `x` and `scale` from [`plan_prepare`], `y` [tokens, rows] f32, all addresses,
-    /// `work` those of the partial sums and counters. Differs from the exact product by at most
-    /// 2^-11 · Σ|w·x| (joint codes: activations in f16) or 2^-14 · Σ|w·x| (others), and by the order of the sum.
+    /// Plans `y` (+)= `x` · matrixᵀ: `x` and `scale` from [`plan_prepare`] of the same product, `y` [tokens, rows] f32,
+    /// all addresses, `work` those of the partial sums and counters. Differs from the exact product by the order of the
+    /// sum and by at most 2^-11 · Σ|w·x| (joint codes: activations in f16), Σ|w| · max|x| / 254 over each 256 columns
+    /// (in 8 bits; x times the column factors, w without), or 2^-14 · Σ|w·x| (others).
     ///
     /// # Errors
     /// [`Error::Unsupported`] if there is no kernel for the encoding, or for sizes beyond what kernels count to.
     pub fn new(
         limits: Limits,
-        encoding: &Encoding,
-        matrix: MatrixParams,
+        product: Product<'_>,
         [x, scale, y]: [u64; 3],
         add: bool,
-        tokens: usize,
         work: [u64; 2],
     ) -> Result<Self> {
-        let Some(module) = module(encoding) else {
+        let Product { encoding, matrix, tokens, .. } = product;
+        let numbers = product.numbers();
+        let Some(module) = module(encoding, numbers) else {
             let why =
                 format!("there is no CUDA kernel for many tokens and the encoding {encoding}");
             return Err(Error::Unsupported { why });
@@ -145,9 +213,13 @@ impl GemmPlan {
         let (shape, shared) = match codes(encoding) {
             None => (&ROWS, 4 * ROWS.rows * 2 * STEP),
             Some((vectors, table)) => {
-                let shared = |s: &Shape| {
-                    table + STAGES * (s.tokens * 2 * STEP + s.rows / 16 * (vectors * 64 + 4 * 16))
+                let stage = |s: &Shape| match numbers {
+                    PromptNumbers::F16 => s.tokens * 256 + s.rows / 16 * (vectors * 64 + 4 * 16),
+                    PromptNumbers::Int8 => {
+                        s.tokens * (256 + 4) + 2 * (s.rows / 16 * (vectors * 64 + 4 * 8))
+                    }
                 };
+                let shared = |s: &Shape| table + STAGES * stage(s);
                 let fits = |s: &&Shape| shared(s) <= limits.shared as usize;
                 // The largest that keeps all multiprocessors busy; few tokens take the narrow one.
                 let wanted = |s: &&Shape| match s.tokens {
@@ -160,10 +232,13 @@ impl GemmPlan {
             }
         };
         let blocks = blocks(shape);
-        let all = cols.div_ceil(STEP).max(1);
-        // With too few blocks several share the columns, at least four steps each.
+        // With too few blocks several share the columns, at least 512 each.
+        let (all, least) = match numbers {
+            PromptNumbers::F16 => (cols.div_ceil(STEP).max(1), 512 / STEP),
+            PromptNumbers::Int8 => (cols.div_ceil(ROUNDED).max(1), 512 / ROUNDED),
+        };
         let splits = match codes(encoding) {
-            Some(_) => (target / blocks.max(1)).clamp(1, all.div_ceil(4)).min(32),
+            Some(_) => (target / blocks.max(1)).clamp(1, all.div_ceil(least)).min(32),
             None => 1,
         };
         let steps = all.div_ceil(splits);
@@ -180,7 +255,7 @@ impl GemmPlan {
             partial: work[0],
             arrived: work[1],
             tokens: tokens_u32,
-            stride: to_u32("a row of activations", gemm_stride(cols))?,
+            stride: to_u32("a row of activations", product.stride())?,
             steps: steps as u32,
             splits: splits as u32,
             add: u32::from(add),
@@ -199,15 +274,16 @@ impl GemmPlan {
 /// The units that prompts of matrices of an encoding run on; `None` if there are no kernels for it.
 #[must_use]
 pub fn prompt_units(encoding: &Encoding) -> Option<&'static str> {
-    module(encoding)?;
+    module(encoding, PromptNumbers::F16)?;
     Some(match codes(encoding) {
         Some(_) => "2:4 sparse tensor cores",
         None => "dense tensor cores",
     })
 }
 
-/// The module of an encoding.
-fn module(encoding: &Encoding) -> Option<Module> {
+/// The module of an encoding, of which there is one in these numbers.
+fn module(encoding: &Encoding, numbers: PromptNumbers) -> Option<Module> {
+    let rounded = numbers == PromptNumbers::Int8;
     Some(match encoding {
         Encoding::Dense(Dense::F32) => Module::GEMM_F32,
         Encoding::Dense(Dense::F16) => Module::GEMM_F16,
@@ -222,9 +298,13 @@ fn module(encoding: &Encoding) -> Option<Module> {
         },
         Encoding::Stbllm(_) => Module::GEMM_STBLLM,
         Encoding::Nm(spec) => match (spec.n(), spec.m()) {
+            (1, 8) if rounded => Module::GEMM_NM_S8_1_8,
             (1, 8) => Module::GEMM_NM_1_8,
+            (1, 4) if rounded => Module::GEMM_NM_S8_1_4,
             (1, 4) => Module::GEMM_NM_1_4,
+            (2, 8) if rounded => Module::GEMM_NM_S8_2_8,
             (2, 8) => Module::GEMM_NM_2_8,
+            (2, 4) if rounded => Module::GEMM_NM_S8_2_4,
             (2, 4) => Module::GEMM_NM_2_4,
             _ => return None,
         },
@@ -243,18 +323,11 @@ fn codes(encoding: &Encoding) -> Option<(usize, usize)> {
     })
 }
 
-/// How activations have to be prepared for a matrix: 0 as two bf16, 1 in f16, 2 in f16 with column factors.
-fn preparation(encoding: &Encoding) -> u32 {
-    match encoding {
-        Encoding::Nm(spec) => 1 + u32::from(spec.has_col_factors()),
-        _ => 0,
-    }
-}
-
 /// Products with many tokens on one device, with the memory they need.
 #[derive(Debug)]
 pub struct Gemm {
     device: Device,
+    numbers: PromptNumbers,
     ops: Ops,
     input: Buffer<f32>,
     x: Buffer<u16>,
@@ -264,13 +337,14 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// Without memory yet.
+    /// Without memory yet; activations in f16.
     ///
     /// # Errors
     /// [`Error::Driver`].
     pub fn new(device: &Device) -> Result<Self> {
         Ok(Self {
             device: device.clone(),
+            numbers: PromptNumbers::default(),
             ops: Ops::new(device),
             input: device.zeros("activations", 0)?,
             x: device.zeros("activations for tensor cores", 0)?,
@@ -278,6 +352,12 @@ impl Gemm {
             partial: device.zeros("partial sums", 0)?,
             arrived: device.zeros("counters", 0)?,
         })
+    }
+
+    /// The same with activations in `numbers`, for products with joint codes.
+    #[must_use]
+    pub fn with_numbers(self, numbers: PromptNumbers) -> Self {
+        Self { numbers, ..self }
     }
 
     /// Queues `out[i]` (+)= `input` · `matrices[i]`ᵀ, `out[i]` [tokens, rows]; as exact as [`GemmPlan::new`] says.
@@ -315,39 +395,44 @@ impl Gemm {
         for (matrix, out) in matrices.iter().zip(out) {
             assert_eq!(matrix.cols(), cols, "matrices of one input");
             assert!(out.len() >= tokens * matrix.rows(), "room for the result");
+            let product = Product {
+                encoding: &matrix.encoding,
+                matrix: matrix.params,
+                tokens,
+                numbers: self.numbers,
+            };
             // Column factors are each matrix' own.
-            let kind = preparation(&matrix.encoding);
-            if kind == 2 || prepared != Some(kind) {
-                self.prepare(matrix, x, tokens)?;
+            let kind = product.preparation();
+            if kind.factors || prepared != Some(kind) {
+                self.prepare(product, x)?;
             }
             prepared = Some(kind);
-            self.multiply(matrix, out.address(), add, tokens)?;
+            self.multiply(product, out.address(), add)?;
         }
         Ok(())
     }
 
-    /// Prepares activations at `x`, which are [tokens, columns of `matrix`].
-    fn prepare(&mut self, matrix: &Matrix, x: u64, tokens: usize) -> Result<()> {
-        let elements = gemm_prepared(matrix.cols(), tokens);
+    /// Prepares activations at `x`, which are [tokens, columns of the matrix].
+    fn prepare(&mut self, product: Product<'_>, x: u64) -> Result<()> {
+        let (cols, tokens) = (product.matrix.cols as usize, product.tokens);
+        let elements = gemm_prepared(cols, tokens);
         if elements > self.x.len() {
             self.x = self.device.zeros("activations for tensor cores", elements)?;
         }
-        if tokens > self.scale.len() {
-            self.scale = self.device.zeros("scales of activations", tokens)?;
+        let scales = gemm_scales(cols, tokens);
+        if scales > self.scale.len() {
+            self.scale = self.device.zeros("scales of activations", scales)?;
         }
-        let (to, scale) = (self.x.address(), self.scale.address());
-        let launch = plan_prepare(&matrix.encoding, matrix.params, x, to, scale, tokens)?;
+        let launch = plan_prepare(product, x, self.x.address(), self.scale.address())?;
         // SAFETY: the caller has checked that the activations are there; what is prepared and the scales
         // have room. The payload, whose column factors are read, was validated for its shape.
         unsafe { self.device.launch(&launch) }
     }
 
     /// The product with what was prepared, to the address `out`, which has room for it.
-    fn multiply(&mut self, matrix: &Matrix, out: u64, add: bool, tokens: usize) -> Result<()> {
-        let plan = |addresses, work| {
-            let limits = self.device.limits();
-            GemmPlan::new(limits, &matrix.encoding, matrix.params, addresses, add, tokens, work)
-        };
+    fn multiply(&mut self, product: Product<'_>, out: u64, add: bool) -> Result<()> {
+        let limits = self.device.limits();
+        let plan = |addresses, work| GemmPlan::new(limits, product, addresses, add, work);
         let needed = plan([0; 3], [0; 2])?;
         if needed.partial > self.partial.len() {
             self.partial = self.device.zeros("partial sums", needed.partial)?;

@@ -27,7 +27,9 @@ pub use attention::{Attend, Attention, KvCache, KvSlot, Slots};
 pub use candidates::{Candidates, Wanted};
 pub use compile::{Arch, Compiler, Module, compile_all};
 pub use device::{Buffer, Device, DeviceInfo, Graph, devices};
-pub use gemm::{Gemm, GemmPlan, gemm_prepared, gemm_stride, plan_prepare, prompt_units};
+pub use gemm::{
+    Gemm, GemmPlan, Product, PromptNumbers, gemm_prepared, gemm_scales, plan_prepare, prompt_units,
+};
 pub use launch::{Launch, Limits};
 pub use matrix::{Matrix, MatrixParams};
 pub use matvec::{Input, MatVec, MatVecPlan, Numbers, plan_decode};

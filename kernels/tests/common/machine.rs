@@ -95,9 +95,10 @@ fn build(module: &Module) -> Emulator {
             &["matvec_nm.cu"],
             &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"],
         ),
-        "gemm_prepare.cu" => (&["gemm_prepare.cu"], &["gemm_prepare", "gemm_split"]),
+        "gemm_prepare.cu" => (&["gemm_prepare.cu"], &["gemm_prepare", "gemm_round", "gemm_split"]),
         "gemm_rows.cu" => (&["gemm_rows.cu"], &["gemm_rows"]),
         "gemm_nm.cu" => (&["gemm_nm.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
+        "gemm_nm_s8.cu" => (&["gemm_nm_s8.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
         "ops.cu" => (&["ops.cu"], &["materialise", "argmax"]),
         "candidates.cu" => (&["candidates.cu"], &["candidates"]),
         "moments.cu" => {

@@ -121,11 +121,10 @@ extern "C" __global__ void conversions(u16 *out, const float *x, float *back, u3
 
 // prmt, dp4a, f16x2 arithmetic.
 extern "C" __global__ void words(u32 *y, const u32 *x) {
-    y[0] = __byte_perm(x[0], x[1], 0x7531);
+    y[0] = permute(x[0], x[1], 0x7531);
     y[1] = permute(x[0], x[1], 0xfb08);
     y[2] = u32(__dp4a(i32(x[0]), i32(x[1]), 5));
     y[3] = f16x2_fma(0x3c004000, 0x42003800, 0x3c00bc00); // 2·0.5−1, 1·3+1
     y[4] = f16x2(1.0f, -2.0f);
     y[5] = u32(f32_to_s8(-200.0f)) & 255;
-    y[6] = __byte_perm(x[0], x[1], 0xfb08); // As 0x7300.
 }

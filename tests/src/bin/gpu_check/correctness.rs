@@ -3,8 +3,9 @@
 use anyhow::{Context, bail};
 use serde_json::json;
 use stb_format::Encoding;
-use stb_format::encoding::{Dense, IntGroup, Nm, Stbllm};
-use stb_kernels::cuda::{Device, Gemm, GemmPlan, Input, MatVec, Matrix, Numbers};
+use stb_format::encoding::{Dense, IntGroup, MatrixView, Nm, Stbllm};
+use stb_format::half::f16;
+use stb_kernels::cuda::{Device, Gemm, GemmPlan, Input, MatVec, Matrix, Numbers, PromptNumbers};
 use stb_tests::random::Rng;
 use stb_tests::random_model::random;
 
@@ -42,43 +43,87 @@ const SHAPES: [(usize, usize); 9] = [
     (257, 11_008),
 ];
 
-/// What a product has to be: for each token and row the sum, Σ|w·x|, and half a step of activations rounded
-/// to 8 bits by 32 columns times Σ|w|.
+/// What activations are rounded to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rounding {
+    /// What the relative error says.
+    None,
+    /// 8 bits by 32 columns.
+    Few,
+    /// 8 bits by 256 columns, times column factors.
+    Many,
+}
+
+/// What a product has to be: for each token and row the sum, Σ|w·x|, and for 8 bits by few and many columns half a step of
+/// activations times Σ|w|.
 struct Case {
     what: String,
-    exact: Vec<[f64; 3]>,
+    exact: Vec<[f64; 4]>,
+}
+
+/// Half a step of `x` times `factors`, rounded to 8 bits by `columns`, times Σ|w|.
+fn step(w: &[f32], x: &[f32], factors: Option<&[f32]>, columns: usize) -> f64 {
+    let mut step = 0.0;
+    for (i, (w, x)) in w.chunks(columns).zip(x.chunks(columns)).enumerate() {
+        let factors = factors.map(|f| &f[i * columns..]);
+        let x = x.iter().enumerate().map(|(c, x)| (x * factors.map_or(1.0, |f| f[c])).abs());
+        let largest = x.fold(0.0f32, f32::max);
+        step += f64::from(largest) / 254.0 * w.iter().map(|w| f64::from(w.abs())).sum::<f64>();
+    }
+    step
+}
+
+/// Of joint codes: column factors, and the weights without them.
+fn without_factors(
+    view: &MatrixView<'_>,
+    encoding: &Encoding,
+    bytes: &[u8],
+) -> anyhow::Result<Option<(Vec<f32>, Vec<f32>)>> {
+    let MatrixView::Nm(m) = view else { return Ok(None) };
+    let (rows, cols) = (view.rows(), view.cols());
+    if m.col_factors.is_empty() {
+        return Ok(Some((vec![1.0; cols], view.decode())));
+    }
+    let factors = m.col_factors.iter().map(|f| f16::from_le_bytes(*f).to_f32()).collect();
+    let at = m.col_factors.as_ptr().addr() - bytes.as_ptr().addr();
+    let mut plain = bytes.to_vec();
+    plain[at..at + 2 * cols].copy_from_slice(&f16::ONE.to_le_bytes().repeat(cols));
+    Ok(Some((factors, encoding.view(rows as u64, cols as u64, &plain)?.decode())))
 }
 
 impl Case {
-    fn new(what: String, weights: &[f32], cols: usize, x: &[f32]) -> Self {
+    /// `plain` are column factors and weights without them, if there is a kernel that applies them to activations.
+    fn new(
+        what: String,
+        weights: &[f32],
+        plain: Option<&(Vec<f32>, Vec<f32>)>,
+        cols: usize,
+        x: &[f32],
+    ) -> Self {
         let mut exact = Vec::new();
         for x in x.chunks_exact(cols) {
-            for w in weights.chunks_exact(cols) {
-                let (mut sum, mut magnitude, mut step) = (0.0, 0.0, 0.0);
-                for (w, x) in w.chunks(32).zip(x.chunks(32)) {
-                    let (mut largest, mut size) = (0.0f64, 0.0);
-                    for (w, x) in w.iter().zip(x) {
-                        let (w, x) = (f64::from(*w), f64::from(*x));
-                        sum += w * x;
-                        magnitude += (w * x).abs();
-                        size += w.abs();
-                        largest = largest.max(x.abs());
-                    }
-                    step += largest / 254.0 * size;
-                }
-                exact.push([sum, magnitude, step]);
+            for (r, w) in weights.chunks_exact(cols).enumerate() {
+                let terms = || w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                let many = plain.map_or(0.0, |(factors, weights)| {
+                    step(&weights[r * cols..][..cols], x, Some(factors), 256)
+                });
+                let magnitude = terms().map(f64::abs).sum();
+                exact.push([terms().sum(), magnitude, step(w, x, None, 32), many]);
             }
         }
         Self { what, exact }
     }
 
-    /// The largest error of `y` over what is allowed: `relative` · Σ|w·x|, and the steps of `rounded`
-    /// activations.
-    fn worst(&self, y: &[f32], relative: f64, rounded: bool) -> f64 {
+    /// The largest error of `y` over what is allowed: `relative` · Σ|w·x|, and the steps of rounded activations.
+    fn worst(&self, y: &[f32], relative: f64, rounding: Rounding) -> f64 {
         let mut worst = 0.0f64;
-        for (y, [sum, magnitude, step]) in y.iter().zip(&self.exact) {
-            let rounding = if rounded { 1.0001 * step } else { 0.0 };
-            let error = (f64::from(*y) - sum).abs() / (relative * magnitude + rounding + 1e-30);
+        for (y, [sum, magnitude, few, many]) in y.iter().zip(&self.exact) {
+            let step = match rounding {
+                Rounding::None => 0.0,
+                Rounding::Few => 1.0001 * few,
+                Rounding::Many => 1.0001 * many,
+            };
+            let error = (f64::from(*y) - sum).abs() / (relative * magnitude + step + 1e-30);
             // A NaN is the worst.
             worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
         }
@@ -109,6 +154,7 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     let mut all = Vec::new();
     let mut matvec = MatVec::new(device)?;
     let mut gemm = Gemm::new(device)?;
+    let mut gemm_int8 = Gemm::new(device)?.with_numbers(PromptNumbers::Int8);
     for encoding in encodings()? {
         for (rows, cols) in SHAPES {
             let bytes = random(&[rows as u64, cols as u64], &encoding);
@@ -116,6 +162,7 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
             let most = if rows * cols > 1_000_000 { 33 } else { 130 };
             let counts = [1, 2, 3, 7, 16, 1 + rng.below(most), most];
             let weights = view.decode();
+            let plain = without_factors(&view, &encoding, &bytes)?;
             let matrix = Matrix::upload(device, &encoding, rows, cols, &bytes)?;
             for tokens in counts {
                 let mut x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
@@ -124,7 +171,7 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
                     x[at] *= 300.0;
                 }
                 let what = format!("{encoding} {rows}x{cols}, {tokens} tokens");
-                let case = Case::new(what, &weights, cols, &x);
+                let case = Case::new(what, &weights, plain.as_ref(), cols, &x);
                 let input = device.upload("activations", &x)?;
                 // What is not written stays NaN.
                 let mut out = device.upload("results", &vec![f32::NAN; tokens * rows])?;
@@ -135,8 +182,11 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
                         let input = Input::Plain(&input);
                         matvec.queue(&[&matrix], input, numbers, &mut [&mut out], false, tokens)?;
                         out.read(&mut y)?;
-                        let rounded = numbers == Numbers::Rounded;
-                        let worst = case.worst(&y, 1e-5, rounded);
+                        let rounding = match numbers {
+                            Numbers::Rounded => Rounding::Few,
+                            Numbers::Exact => Rounding::None,
+                        };
+                        let worst = case.worst(&y, 1e-5, rounding);
                         judge(report, &mut all, &case, &format!("matvec {numbers:?}"), worst);
                     }
                 }
@@ -146,8 +196,16 @@ pub(crate) fn run(report: &mut Report, device: &Device) -> anyhow::Result<()> {
                     out.read(&mut y)?;
                     // Activations in f16, or both in two bf16.
                     let places = if matches!(encoding, Encoding::Nm(_)) { 11 } else { 14 };
-                    let worst = case.worst(&y, 0.5f64.powi(places) + 1e-5, false);
+                    let worst = case.worst(&y, 0.5f64.powi(places) + 1e-5, Rounding::None);
                     judge(report, &mut all, &case, "gemm", worst);
+                }
+                if matches!(&encoding, Encoding::Nm(spec) if spec.scale_bits() <= 4) {
+                    out.write(&vec![f32::NAN; tokens * rows])?;
+                    let input = Input::Plain(&input);
+                    gemm_int8.queue(&[&matrix], input, &mut [&mut out], false, tokens)?;
+                    out.read(&mut y)?;
+                    let worst = case.worst(&y, 1e-5, Rounding::Many);
+                    judge(report, &mut all, &case, "gemm int8", worst);
                 }
             }
         }

@@ -7,7 +7,9 @@ use anyhow::Context;
 use serde_json::{Value, json};
 use stb_format::Encoding;
 use stb_format::encoding::Nm;
-use stb_kernels::cuda::{Blas, Buffer, Device, Gemm, Graph, Input, MatVec, Matrix, Numbers};
+use stb_kernels::cuda::{
+    Blas, Buffer, Device, Gemm, Graph, Input, MatVec, Matrix, Numbers, PromptNumbers,
+};
 use stb_tests::random::Rng;
 use stb_tests::random_model::random;
 
@@ -119,7 +121,8 @@ pub(crate) fn decode(report: &mut Report, device: &Device) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Products with many tokens: the rate counted as if all weights were there, and that of cuBLAS in bf16.
+/// Products with many tokens, with activations in f16 and in 8 bits: the rate counted as if all weights were there, and
+/// that of cuBLAS in bf16.
 pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     let cublas = Blas::new(device);
     if let Err(e) = &cublas {
@@ -156,14 +159,18 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
             for (name, encoding) in encodings()? {
                 let bytes = random(&[rows as u64, cols as u64], &encoding);
                 let matrix = Matrix::upload(device, &encoding, rows, cols, &bytes)?;
-                let mut gemm = Gemm::new(device)?;
-                let mut queue =
-                    || gemm.queue(&[&matrix], Input::Plain(&x), &mut [&mut y], false, tokens);
-                queue()?;
-                let mut graph = device.record(|| (0..10).try_for_each(|_| queue()))?;
-                let times = time_graph(device, &mut graph)?.map(|s| s / 10.0);
-                report.line(&line(name, rows, cols, tokens, times, operations, dense));
-                all.push(entry(name, rows, cols, tokens, times, operations, dense));
+                for (suffix, numbers) in [("", PromptNumbers::F16), (" int8", PromptNumbers::Int8)]
+                {
+                    let name = &format!("{name}{suffix}");
+                    let mut gemm = Gemm::new(device)?.with_numbers(numbers);
+                    let mut queue =
+                        || gemm.queue(&[&matrix], Input::Plain(&x), &mut [&mut y], false, tokens);
+                    queue()?;
+                    let mut graph = device.record(|| (0..10).try_for_each(|_| queue()))?;
+                    let times = time_graph(device, &mut graph)?.map(|s| s / 10.0);
+                    report.line(&line(name, rows, cols, tokens, times, operations, dense));
+                    all.push(entry(name, rows, cols, tokens, times, operations, dense));
+                }
             }
         }
     }
