@@ -59,9 +59,9 @@ pub enum PromptNumbers {
     /// 16-bit floats.
     #[default]
     F16,
-    /// 8-bit integers with a scale for every 256 columns of a token: twice the products per second, and some thirty
-    /// times the rounding error. Encodings whose weights do not fit 8 bits, and all others, go on as with
-    /// [`PromptNumbers::F16`].
+    /// 8-bit integers with a scale for every 256 columns of a token: an instruction multiplies twice as many, and each
+    /// is off by up to 1/254 of the largest of the 256. Encodings whose weights do not fit 8 bits, and all others, go on
+    /// as with [`PromptNumbers::F16`].
     Int8,
 }
 
