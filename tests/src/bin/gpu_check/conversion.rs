@@ -14,7 +14,7 @@ use stb_kernels::cuda::Device;
 use stb_runtime::Checkpoint;
 use stb_tests::random_model::{checkpoint, letters, shape};
 
-use crate::Report;
+use crate::report::Report;
 
 struct Silent;
 
@@ -60,9 +60,8 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
         let host = converted(folder.path(), recipe, [16, 64], None)?;
         let here = converted(folder.path(), recipe, [16, 64], Some(device.clone()))?;
         let pairs = host.tensors.iter().zip(&here.tensors);
-        let differences = pairs.map(|(a, b)| {
-            (a.relative_error - b.relative_error).abs() / a.relative_error.max(1e-9)
-        });
+        let differences = pairs
+            .map(|(a, b)| (a.relative_error - b.relative_error).abs() / a.relative_error.max(1e-9));
         let most = differences.fold(0.0, f64::max);
         let [a, b] = [&host, &here].map(|r| r.layers.iter().map(|l| l.relative_error).sum::<f64>());
         report.line(&format!(
@@ -75,7 +74,7 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
             failed.push(recipe);
         }
     }
-    report.put("conversion", all.into());
+    report.put("conversion", all.into())?;
     ensure!(failed.is_empty(), "other errors than on the CPU: {}", failed.join(", "));
     Ok(())
 }
@@ -113,7 +112,7 @@ pub(crate) fn measure(
             "shape": name, "recipe": recipe, "sequences": calibration[0], "tokens": calibration[1],
             "seconds": seconds, "stages": s, "minutes_of_all_layers": seconds * layers / 60.0,
         }));
-        report.put("conversion of a layer", all.clone().into());
+        report.put("conversion of a layer", all.clone().into())?;
     }
     Ok(())
 }

@@ -1,22 +1,30 @@
 //! Checks and measures the CUDA kernels on this machine's GPU, in one run: correctness of every kernel
 //! against the exact decoder, the output of a model on the GPU and the CPU, bandwidth, products, whole
-//! models, memory. Prints a table and writes JSON.
+//! models, conversion, memory. Prints a table and writes JSON.
 //!
-//! A copy of the program needs nothing else but the driver, NVRTC, and cuBLAS to compare with.
+//! Each part is a process of its own: one that fails, crashes or hangs leaves the others as they are. The JSON
+//! is complete after each.
+//!
+//! A copy of the program needs nothing else but the driver, NVRTC, and cuBLAS and cuSOLVER to compare and to convert with.
 
 mod attention;
+mod conversion;
 mod correctness;
 mod models;
+mod report;
 mod speed;
 
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::Parser;
-use serde_json::{Map, Value, json};
+use clap::{Parser, ValueEnum};
+use serde_json::json;
 use stb_kernels::cuda::{Device, Error, devices};
+
+use report::Report;
 
 /// Checks and measures the CUDA kernels on this machine's GPU.
 ///
@@ -33,62 +41,110 @@ struct Cli {
     /// Where to write the figures
     #[arg(long, value_name = "FILE", default_value = "gpu-check.json")]
     json: PathBuf,
+    /// Only these parts
+    #[arg(long, value_name = "PART", value_delimiter = ',')]
+    part: Vec<Part>,
     /// Only check, do not measure
-    #[arg(long, conflicts_with = "only_measure")]
+    #[arg(long, conflicts_with_all = ["only_measure", "part"])]
     only_check: bool,
     /// Only measure, do not check
-    #[arg(long)]
+    #[arg(long, conflicts_with = "part")]
     only_measure: bool,
+    /// Small shapes only, for a run under compute-sanitizer
+    #[arg(long)]
+    small: bool,
+    /// Seconds that a part may take
+    #[arg(long, value_name = "N", default_value_t = 280)]
+    limit: u64,
     /// Recipes of the whole models that are measured
     #[arg(long, value_name = "NAME", default_values = ["nm-1of8", "nm-2of8", "nm-2of4"])]
     recipe: Vec<String>,
     /// Shape of the whole models that are measured
     #[arg(long, value_name = "SHAPE", default_value = "llama-7b")]
     shape: String,
+    /// Recipes of the conversion that is measured
+    #[arg(long, value_name = "NAME", default_values = ["nm-2of8", "stbllm-4of8"])]
+    conversion: Vec<String>,
+    /// Calibration sequences of that conversion
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    samples: usize,
+    /// Their tokens
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    length: usize,
+    /// Run this part here
+    #[arg(long, hide = true)]
+    here: Option<Part>,
 }
 
-/// What is printed and written.
-#[derive(Default)]
-struct Report {
-    json: Map<String, Value>,
-    failures: usize,
+/// What there is to check and to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Products against the exact decoder
+    Products,
+    /// Attention against its definition
+    Attention,
+    /// Greedy output of the models given
+    Output,
+    /// A small conversion against that of the CPU
+    Conversion,
+    /// Bandwidth of a copy
+    Bandwidth,
+    /// Products with one to 16 tokens
+    Decode,
+    /// Products with many tokens, beside cuBLAS
+    Prefill,
+    /// Attention of prompts
+    Prompts,
+    /// Whole models
+    Models,
+    /// Conversion of a layer of a large model
+    Layer,
+    /// Memory of whole models, computed
+    Memory,
 }
 
-impl Report {
-    fn line(&self, text: &str) {
-        // A reader that has left is no reason to stop: the file is written anyway.
-        let _ = writeln!(std::io::stdout(), "{text}");
+impl Part {
+    fn is_check(self) -> bool {
+        matches!(self, Self::Products | Self::Attention | Self::Output | Self::Conversion)
     }
 
-    fn put(&mut self, key: &str, value: Value) {
-        self.json.insert(key.to_owned(), value);
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// A part that failed altogether: said, counted, and the others go on.
-    fn part(&mut self, name: &str, run: impl FnOnce(&mut Self) -> anyhow::Result<()>) {
-        self.line(&format!("\n{name}"));
-        if let Err(e) = run(self) {
-            self.line(&format!("  FAILED: {e:#}"));
-            self.failures += 1;
-            self.put(&format!("{name}: error"), format!("{e:#}").into());
+    fn run(self, cli: &Cli, report: &mut Report) -> anyhow::Result<()> {
+        if self == Self::Memory {
+            return models::memory(report);
+        }
+        let device = &Device::open(cli.device)?;
+        match self {
+            Self::Products => correctness::run(report, device, cli.small),
+            Self::Attention => attention::check(report, device, cli.small),
+            Self::Output => {
+                cli.model.iter().try_for_each(|file| models::compare(report, file, cli.device))
+            }
+            Self::Conversion => conversion::compare(report, device),
+            Self::Bandwidth => speed::copy(report, device),
+            Self::Decode => speed::decode(report, device),
+            Self::Prefill => speed::prefill(report, device),
+            Self::Prompts => attention::measure(report, device),
+            Self::Models => models::measure(report, device, &cli.shape, &cli.recipe),
+            Self::Layer => {
+                let calibration = [cli.samples, cli.length];
+                conversion::measure(report, device, &cli.shape, &cli.conversion, calibration)
+            }
+            Self::Memory => Ok(()),
         }
     }
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let device = match devices().and_then(|_| Device::open(cli.device)) {
-        Ok(device) => device,
-        Err(e @ (Error::Unavailable { .. } | Error::Unsupported { .. })) => {
-            let _ = writeln!(std::io::stderr(), "gpu-check: {e}");
-            return ExitCode::from(5);
-        }
-        Err(e) => {
-            let _ = writeln!(std::io::stderr(), "gpu-check: {e}");
-            return ExitCode::from(1);
-        }
-    };
-    match check(&cli, &device) {
+    if let Some(part) = cli.here {
+        return here(&cli, part);
+    }
+    let checked = devices().map_err(anyhow::Error::from).and_then(|all| check(&cli, &all));
+    match checked {
         Ok(0) => ExitCode::SUCCESS,
         Ok(failures) => {
             let _ = writeln!(std::io::stderr(), "gpu-check: {failures} checks failed");
@@ -96,23 +152,47 @@ fn main() -> ExitCode {
         }
         Err(e) => {
             let _ = writeln!(std::io::stderr(), "gpu-check: {e:#}");
+            let is_missing = matches!(
+                e.downcast_ref::<Error>(),
+                Some(Error::Unavailable { .. } | Error::Unsupported { .. })
+            );
+            ExitCode::from(if is_missing { 5 } else { 1 })
+        }
+    }
+}
+
+/// One part, in this process; what is in the JSON stays.
+fn here(cli: &Cli, part: Part) -> ExitCode {
+    let done = Report::open(&cli.json).and_then(|mut report| {
+        if let Err(e) = part.run(cli, &mut report) {
+            report.line(&format!("  FAILED: {e:#}"));
+            report.failures += 1;
+            report.put(&format!("{}: error", part.name()), format!("{e:#}").into())?;
+        }
+        report.save()?;
+        Ok(report.failures)
+    });
+    match done {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::from(1),
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "gpu-check: {e:#}");
             ExitCode::from(1)
         }
     }
 }
 
-/// All parts; how many failed.
-fn check(cli: &Cli, device: &Device) -> anyhow::Result<usize> {
-    let mut report = Report::default();
-    let info = device.info();
-    report.line(&format!(
-        "{}, compute capability {}.{}, {} multiprocessors, {} MB",
-        info.name,
-        info.capability.0,
-        info.capability.1,
-        info.multiprocessors,
-        info.memory / 1_000_000
-    ));
+/// All parts; how many checks failed.
+fn check(cli: &Cli, all: &[stb_kernels::cuda::DeviceInfo]) -> anyhow::Result<usize> {
+    let count = all.len();
+    let unusable = |why: String| anyhow::Error::from(Error::Unsupported { why });
+    let none = || unusable(format!("there is no device {}, only {count}", cli.device));
+    let info = all.get(cli.device).ok_or_else(none)?;
+    if !info.is_supported() {
+        return Err(unusable(format!("{info} is too old")));
+    }
+    let mut report = Report::new(&cli.json);
+    report.line(&format!("{info}, {} MB", info.memory / 1_000_000));
     report.put(
         "device",
         json!({
@@ -122,26 +202,62 @@ fn check(cli: &Cli, device: &Device) -> anyhow::Result<usize> {
             "memory": info.memory,
             "version": env!("CARGO_PKG_VERSION"),
         }),
-    );
-    if !cli.only_measure {
-        report.part("correctness", |r| correctness::run(r, device));
-        report.part("correctness of attention", |r| attention::check(r, device));
-        for file in &cli.model {
-            let name = format!("output of {}", file.display());
-            report.part(&name, |r| models::compare(r, file, cli.device));
+    )?;
+    let parts = Part::value_variants().iter().copied().filter(|part| match &cli.part[..] {
+        [] if cli.only_check => part.is_check(),
+        [] if cli.only_measure => !part.is_check(),
+        [] => true,
+        some => some.contains(part),
+    });
+    let mut failures = 0;
+    for part in parts {
+        report.line(&format!("\n{}", part.name()));
+        let started = Instant::now();
+        let ended = run_part(part, Duration::from_secs(cli.limit))?;
+        report = Report::open(&cli.json)?;
+        failures += report.failures;
+        let wrong = match ended {
+            Ended::Done(status) if status.code().is_some_and(|code| code < 2) => None,
+            Ended::Done(status) => Some(format!("ended with {status}")),
+            Ended::Killed => Some(format!("took more than {} s (--limit)", cli.limit)),
+        };
+        if let Some(wrong) = wrong {
+            failures += 1;
+            report.line(&format!("  FAILED: {wrong}"));
+            report.put(&format!("{}: error", part.name()), wrong.into())?;
         }
+        let seconds = started.elapsed().as_secs_f64();
+        report.put(&format!("{}: seconds", part.name()), seconds.into())?;
     }
-    if !cli.only_check {
-        report.part("bandwidth", |r| speed::copy(r, device));
-        report.part("decode", |r| speed::decode(r, device));
-        report.part("prefill", |r| speed::prefill(r, device));
-        report.part("attention of prompts", |r| attention::measure(r, device));
-        report.part("models", |r| models::measure(r, device, &cli.shape, &cli.recipe));
-        report.part("memory", models::memory);
-    }
-    report.put("failures", report.failures.into());
-    let text = serde_json::to_string_pretty(&Value::Object(report.json.clone()))?;
-    std::fs::write(&cli.json, text + "\n").with_context(|| cli.json.display().to_string())?;
+    report.put("failures", failures.into())?;
     report.line(&format!("\nwritten: {}", cli.json.display()));
-    Ok(report.failures)
+    Ok(failures)
+}
+
+/// How a part ended.
+enum Ended {
+    Done(ExitStatus),
+    Killed,
+}
+
+/// Runs a part in a process of its own, with the arguments of this one.
+fn run_part(part: Part, limit: Duration) -> anyhow::Result<Ended> {
+    let program = std::env::current_exe().context("the program's own path")?;
+    let mut child: Child = Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .args(["--here", &part.name()])
+        .spawn()
+        .context("a process for a part")?;
+    let started = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Ended::Done(status));
+        }
+        if started.elapsed() > limit {
+            child.kill()?;
+            child.wait()?;
+            return Ok(Ended::Killed);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }

@@ -1,0 +1,74 @@
+//! What is printed and written.
+
+use std::collections::HashMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde_json::{Map, Value};
+
+/// Wrong results of one kernel that are printed; all are in the JSON.
+const PRINTED: usize = 3;
+
+/// Figures by name, kept in a file.
+pub(crate) struct Report {
+    pub json: Map<String, Value>,
+    /// Of this process.
+    pub failures: usize,
+    file: PathBuf,
+    wrong: HashMap<String, usize>,
+}
+
+impl Report {
+    /// Empty.
+    pub(crate) fn new(file: &Path) -> Self {
+        let (json, wrong) = (Map::new(), HashMap::new());
+        Self { json, failures: 0, file: file.to_owned(), wrong }
+    }
+
+    /// With what the file has; failures are those of the process that wrote it.
+    pub(crate) fn open(file: &Path) -> anyhow::Result<Self> {
+        let name = || file.display().to_string();
+        let text = std::fs::read_to_string(file).with_context(name)?;
+        let mut report = Self::new(file);
+        report.json = serde_json::from_str(&text).with_context(name)?;
+        report.failures = match report.json.remove("failures of the last part") {
+            Some(count) => count.as_u64().unwrap_or(0) as usize,
+            None => 0,
+        };
+        Ok(report)
+    }
+
+    pub(crate) fn line(&self, text: &str) {
+        // A reader that has left is no reason to stop: the file is written anyway.
+        let _ = writeln!(std::io::stdout(), "{text}");
+    }
+
+    /// A result that is not within its tolerance.
+    pub(crate) fn wrong(&mut self, kernel: &str, text: &str) {
+        self.failures += 1;
+        let count = self.wrong.entry(kernel.to_owned()).or_default();
+        *count += 1;
+        match *count {
+            0..=PRINTED => self.line(&format!("  WRONG: {kernel}, {text}")),
+            n if n == PRINTED + 1 => self.line(&format!("  WRONG: {kernel}, more (in the JSON)")),
+            _ => {}
+        }
+    }
+
+    /// Adds a figure, to the file too.
+    pub(crate) fn put(&mut self, key: &str, value: Value) -> anyhow::Result<()> {
+        self.json.insert(key.to_owned(), value);
+        self.save()
+    }
+
+    /// Writes the file.
+    pub(crate) fn save(&mut self) -> anyhow::Result<()> {
+        let mut json = self.json.clone();
+        if self.failures > 0 {
+            json.insert("failures of the last part".into(), self.failures.into());
+        }
+        let text = serde_json::to_string_pretty(&Value::Object(json))?;
+        std::fs::write(&self.file, text + "\n").with_context(|| self.file.display().to_string())
+    }
+}
