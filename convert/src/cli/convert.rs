@@ -46,7 +46,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         calibration: &source,
         target: out,
         force: args.force,
-        device: device(args.device.unwrap_or_default())?,
+        device: device(args.device.unwrap_or_default(), args.quiet)?,
     };
     let result = convert(job, &bar);
     bar.finish();
@@ -62,7 +62,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
 }
 
 /// The device that was asked for, if it and what is needed on it are there.
-fn device(choice: DeviceChoice) -> Result<Option<Device>, Error> {
+fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
     let ordinal = match choice {
         DeviceChoice::Cpu => return Ok(None),
         DeviceChoice::Auto => 0,
@@ -73,7 +73,9 @@ fn device(choice: DeviceChoice) -> Result<Option<Device>, Error> {
         Ok(device) => Ok(Some(device)),
         // A defect is told, whatever was asked for.
         Err(e) if choice == DeviceChoice::Auto && e.exit_code() == 5 => {
-            note(format_args!("{e}; the CPU computes"));
+            if !quiet {
+                note(format_args!("{e}; the CPU computes"));
+            }
             Ok(None)
         }
         Err(e) => Err(e),
