@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -24,13 +25,20 @@ const MAGIC: &[u8; 8] = b"stbwork\x01";
 /// Bytes of a SHA-256.
 const HASH: usize = 32;
 
+/// What writing the inputs of a layer may take after every layer.
+const LONG: Duration = Duration::from_secs(2);
+/// If it takes longer, so many times as long passes between.
+const RARELY: u32 = 20;
+
 /// The folder of a conversion on its way.
 pub struct Workspace {
     folder: PathBuf,
     /// Held while a conversion works here; the system releases it with the process.
     _lock: File,
-    /// Decoder layers that are finished.
+    /// Decoder layers that are finished and whose successor's inputs are kept.
     finished: usize,
+    /// When the inputs of a layer were last kept, and how long that took.
+    kept: Option<(Instant, Duration)>,
     /// What was there before belonged to another conversion.
     pub discarded: bool,
 }
@@ -76,7 +84,7 @@ impl Workspace {
         if let Ok(mut unfinished) = UNFINISHED.lock() {
             *unfinished = Some(folder.clone());
         }
-        let mut workspace = Self { folder, _lock: lock, finished: 0, discarded: false };
+        let mut workspace = Self { folder, _lock: lock, finished: 0, kept: None, discarded: false };
         match workspace.read("key") {
             Some(found) if found == key.as_bytes() => {
                 workspace.finished = workspace.count_finished()
@@ -124,7 +132,8 @@ impl Workspace {
     }
 
     /// Keeps a finished layer, then the inputs of the next: without those the layer counts as
-    /// unfinished.
+    /// unfinished. Inputs that take long to write are not written after every layer: conversion on a GPU would mostly
+    /// do that.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -137,11 +146,20 @@ impl Workspace {
             .chain(layer.payloads.iter().map(Vec::as_slice))
             .collect();
         self.write(&layer_name(index), &parts)?;
+        let started = Instant::now();
+        if let Some((last, took)) = self.kept
+            && took > LONG
+            && started - last < RARELY * took
+        {
+            return Ok(());
+        }
         let count = (index as u64 + 1).to_le_bytes();
         let values = states.iter().flat_map(|s| s.iter()).map(|s| bytemuck::cast_slice(s));
         let parts: Vec<&[u8]> = std::iter::once(&count[..]).chain(values).collect();
         self.write("states", &parts)?;
         self.finished = index + 1;
+        let ended = Instant::now();
+        self.kept = Some((ended, ended - started));
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use stb_format::{RopePairing, RopeScaling};
+use stb_format::RopePairing;
 use stb_kernels::cuda::{self, Attention};
 use stb_kernels::kv::KvKind;
 use stb_kernels::{Isa, Pool, has_rounded_matmul, ops, tokens_together};
@@ -12,6 +12,7 @@ use crate::device::{Caches, DeviceModel, Logits};
 use crate::error::{Error, Result};
 use crate::linear::{Linears, apply};
 use crate::model::{Layer, Model};
+use crate::rotary::Rotary;
 use crate::sampler::{Next, Sampler};
 use crate::weights::Weight;
 
@@ -582,68 +583,12 @@ impl Model {
     }
 }
 
-/// 1 / θ^(2i/head_dim) for each pair, scaled.
-pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScaling) -> Vec<f32> {
-    let pairs = head_dim / 2;
-    let frequency = |i: usize| 1.0 / theta.powf(2.0 * i as f64 / head_dim as f64);
-    let scale = |frequency: f64| match scaling {
-        RopeScaling::None => frequency,
-        RopeScaling::Linear { factor } => frequency / factor,
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-            let turns = original_context as f64 * frequency / (2.0 * std::f64::consts::PI);
-            let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-            let kept = smooth.clamp(0.0, 1.0);
-            frequency * (kept + (1.0 - kept) / factor)
-        }
-    };
-    (0..pairs).map(|i| scale(frequency(i)) as f32).collect()
-}
-
-/// Cosine and sine for each position and pair.
-#[derive(Default, Debug)]
-struct Rotary {
-    /// [positions, pairs].
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    /// head_dim / 2.
-    pairs: usize,
-    /// Whether pairs are neighbours; else they are half a head apart.
-    interleaved: bool,
-}
-
-impl Rotary {
-    /// Rotates the heads of `x`, [tokens, width], in place.
-    fn rotate(&self, pool: &Pool, x: &mut [f32], width: usize) {
-        pool.or_serial(x.len() > SERIAL).run_chunks(x, width, |first, x| {
-            let at = first / width * self.pairs;
-            let (cos, sin) = (&self.cos[at..at + self.pairs], &self.sin[at..at + self.pairs]);
-            for head in x.chunks_exact_mut(2 * self.pairs) {
-                if self.interleaved {
-                    for ((pair, cos), sin) in
-                        head.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin)
-                    {
-                        let [u, v] = *pair;
-                        *pair = [u * cos - v * sin, v * cos + u * sin];
-                    }
-                } else {
-                    let (low, high) = head.split_at_mut(self.pairs);
-                    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                        let (u, v) = (*a, *b);
-                        *a = u * cos - v * sin;
-                        *b = v * cos + u * sin;
-                    }
-                }
-            }
-        });
-    }
-}
-
 /// Tokens that share the weights once these are unpacked.
 const EXACT_TOKENS: usize = 512;
 /// Of so many tokens kernels make use together.
 const GROUP: usize = 32;
 /// Up to so many numbers, operations between the linear layers stay on one thread.
-const SERIAL: usize = 1 << 15;
+pub(crate) const SERIAL: usize = 1 << 15;
 /// Numbers per task above that.
 const CHUNK: usize = 1 << 14;
 
@@ -660,36 +605,4 @@ fn add(pool: &Pool, x: &mut [f32], y: &[f32]) {
             *x += y;
         }
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn llama3_scaling_keeps_fast_and_stretches_slow_turns() {
-        let scaling = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_context: 8192,
-        };
-        let plain = inverse_frequencies(128, 500_000.0, RopeScaling::None);
-        let scaled = inverse_frequencies(128, 500_000.0, scaling);
-        // transformers' _compute_llama3_parameters for the same configuration.
-        assert_eq!(plain[0], scaled[0]);
-        assert!((scaled[63] / plain[63] - 0.125).abs() < 1e-6);
-        for (i, (s, p)) in scaled.iter().zip(&plain).enumerate() {
-            let wavelength = 2.0 * std::f64::consts::PI / f64::from(*p);
-            let expected = if wavelength < 8192.0 / 4.0 {
-                1.0
-            } else if wavelength > 8192.0 {
-                0.125
-            } else {
-                let smooth = (8192.0 / wavelength - 1.0) / 3.0;
-                (1.0 - smooth) / 8.0 + smooth
-            };
-            assert!((f64::from(s / p) - expected).abs() < 1e-5, "{i}");
-        }
-    }
 }

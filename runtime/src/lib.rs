@@ -21,6 +21,7 @@ mod generate;
 mod linear;
 mod map;
 mod model;
+mod rotary;
 mod sampler;
 mod template;
 mod threads;

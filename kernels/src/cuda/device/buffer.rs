@@ -1,0 +1,208 @@
+//! Memory of a device.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::{CudaSlice, DevicePtr, result, sys};
+
+use super::{Backend, Device, Keep, lock};
+use crate::cuda::{Error, Result};
+
+/// Bytes up to which the driver takes a copy of what is to be copied to the device before it returns ("API
+/// synchronization behavior" of its manual).
+const COPIED_AT_ONCE: usize = 64 << 10;
+
+impl Device {
+    /// Memory for `len` elements, zero. `what` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is too little, [`Error::Driver`].
+    pub fn zeros<T: Pod>(&self, what: &str, len: usize) -> Result<Buffer<T>> {
+        // The driver knows no empty memory.
+        let bytes = (len * size_of::<T>()).max(16);
+        let (place, address) = match &self.shared.backend {
+            Backend::Simulated(s) => {
+                let address = s.allocate(bytes);
+                (Place::Simulated(address), address)
+            }
+            Backend::Driver(d) => match d.stream.alloc_zeros::<u8>(bytes) {
+                Ok(slice) => {
+                    let address = slice.device_ptr(&d.stream).0;
+                    (Place::Driver(Some(slice)), address)
+                }
+                Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let free = self.free_memory()?;
+                    return Err(Error::Memory { what: what.into(), needed: bytes as u64, free });
+                }
+                Err(e) => return Err(Error::driver("allocate memory")(e)),
+            },
+        };
+        let memory = Memory { place, address, device: self.clone() };
+        Ok(Buffer { memory: Arc::new(memory), len, elements: PhantomData })
+    }
+
+    /// A copy of `data` on the device.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is too little, [`Error::Driver`].
+    pub fn upload<T: Pod>(&self, what: &str, data: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.zeros(what, data.len())?;
+        buffer.write(data)?;
+        Ok(buffer)
+    }
+}
+
+/// Memory of a device, released in the order of its stream.
+struct Memory {
+    place: Place,
+    address: u64,
+    device: Device,
+}
+
+enum Place {
+    /// Held for its release.
+    Driver(Option<CudaSlice<u8>>),
+    Simulated(u64),
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        match (&mut self.place, &self.device.shared.backend) {
+            (Place::Driver(slice), Backend::Driver(d)) => {
+                // A release on a stream that is being recorded would become part of the graph: the graph
+                // releases it.
+                if let (Some(kept), Some(slice)) = (&mut *lock(&d.recorded), slice.take()) {
+                    kept.push(Arc::new(slice));
+                }
+            }
+            (Place::Simulated(at), Backend::Simulated(s)) => s.release(*at),
+            _ => {}
+        }
+    }
+}
+
+/// Elements in the memory of a device.
+pub struct Buffer<T> {
+    memory: Arc<Memory>,
+    len: usize,
+    elements: PhantomData<T>,
+}
+
+impl<T> fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} on {:?})", self.len, self.memory.device)
+    }
+}
+
+impl<T> Buffer<T> {
+    /// Elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Its device.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.memory.device
+    }
+
+    /// The address, for work that is queued on the device's stream: it comes before the release of the
+    /// memory. A graph that is being recorded keeps the memory.
+    pub(in crate::cuda) fn address(&self) -> u64 {
+        self.memory.device.keep(&self.keep());
+        self.memory.address
+    }
+
+    /// What keeps the memory.
+    pub(in crate::cuda) fn keep(&self) -> Keep {
+        self.memory.clone()
+    }
+
+    fn backend(&self) -> &Backend {
+        &self.memory.device.shared.backend
+    }
+}
+
+impl<T: Pod> Buffer<T> {
+    /// Overwrites the first elements.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Panics
+    /// If `data` is longer.
+    pub fn write(&mut self, data: &[T]) -> Result<()> {
+        assert!(data.len() <= self.len, "room for the data");
+        match self.backend() {
+            Backend::Simulated(s) => s.write(self.memory.address, bytemuck::cast_slice(data)),
+            Backend::Driver(d) => {
+                let stream = d.stream()?;
+                // SAFETY: the memory is live and has room for the data. Of little data that is not pinned the driver
+                // makes a copy of its own before it returns; more is waited for while it is borrowed.
+                let copied = unsafe { result::memcpy_htod_async(self.address(), data, stream) };
+                if size_of_val(data) > COPIED_AT_ONCE {
+                    self.device().synchronize()?;
+                }
+                copied.map_err(Error::driver("copy to the device"))
+            }
+        }
+    }
+
+    /// Waits, and copies the first elements to `to`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] with what went wrong in queued work.
+    ///
+    /// # Panics
+    /// If `to` is longer.
+    pub fn read(&self, to: &mut [T]) -> Result<()> {
+        assert!(to.len() <= self.len, "as many elements");
+        match self.backend() {
+            Backend::Simulated(s) => s.read(self.memory.address, bytemuck::cast_slice_mut(to)),
+            Backend::Driver(d) => {
+                let stream = d.stream()?;
+                // SAFETY: the memory is live and has as many elements; any bits are a `T`; and the copy is
+                // waited for while `to` is borrowed.
+                let copied = unsafe { result::memcpy_dtoh_async(to, self.address(), stream) };
+                self.device().synchronize()?;
+                copied.map_err(Error::driver("copy from the device"))
+            }
+        }
+    }
+
+    /// Copies `count` elements of `from`, from element `first` on, to element `at` and those after it.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Panics
+    /// If either has fewer.
+    pub fn copy_part(&mut self, at: usize, from: &Self, first: usize, count: usize) -> Result<()> {
+        assert!(at + count <= self.len && first + count <= from.len, "as many elements");
+        let size = size_of::<T>();
+        let to = self.address() + (at * size) as u64;
+        let from = from.address() + (first * size) as u64;
+        match self.backend() {
+            Backend::Simulated(s) => {
+                let mut bytes = vec![0; count * size];
+                s.read(from, &mut bytes)?;
+                s.write(to, &bytes)
+            }
+            Backend::Driver(d) => {
+                let stream = d.stream()?;
+                // SAFETY: both ranges are inside live memory, as checked.
+                let copied = unsafe { result::memcpy_dtod_async(to, from, count * size, stream) };
+                copied.map_err(Error::driver("copy on the device"))
+            }
+        }
+    }
+}
