@@ -123,21 +123,29 @@ pub(crate) fn measure(
     Ok(())
 }
 
-/// The paper's Figure 11: bytes of weights and of keys and values of 2048 tokens (f16), computed.
+/// The paper's Figure 11: bytes of weights, of keys and values of 2048 tokens (f16) and of the activations of a prompt's part of
+/// 512 tokens, computed.
 pub(crate) fn memory(report: &mut Report) -> anyhow::Result<()> {
     let mut all: Vec<Value> = Vec::new();
     for name in ["llama-7b", "llama-13b"] {
         let spec = shape(name, None)?;
         let parameters: u64 = spec.tensors().map(|(_, s)| s.iter().product::<u64>()).sum();
         let cache = 2 * spec.layers * spec.kv_heads * spec.head_dim * 2048 * 2;
+        // The buffers of a step in f32, and the widest input for tensor cores in twice 16 bits.
+        let (q, k) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let wide = spec.intermediate_size;
+        let step = 512 * 4 * (spec.hidden_size + 2 * q + 2 * k + 2 * wide + wide);
+        let work = step + 16 * 4 * (spec.vocab_size + spec.hidden_size);
         let mut put = |report: &Report, kind: &str, bytes: u64| {
             report.line(&format!(
-                "  {name:<9} {kind:<12} {:6} MB of weights, {:5} MB of keys and values, {:5.2} bits per parameter",
+                "  {name:<9} {kind:<12} {:6} MB of weights, {:5} MB of keys and values, {:3} MB of \
+                 activations, {:5.2} bits per parameter",
                 bytes / 1_000_000,
                 cache / 1_000_000,
+                work / 1_000_000,
                 8.0 * bytes as f64 / parameters as f64
             ));
-            all.push(json!({"shape": name, "kind": kind, "weights": bytes, "cache": cache}));
+            all.push(json!({"shape": name, "kind": kind, "weights": bytes, "cache": cache, "activations": work}));
         };
         put(report, "fp16", 2 * parameters);
         put(report, "W8A8", parameters);
