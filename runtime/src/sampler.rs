@@ -44,7 +44,7 @@ impl Default for SamplerOptions {
 pub enum Next {
     /// Of all.
     Logits(Vec<f32>),
-    /// As many as the sampler wanted ([`Sampler::wanted`]).
+    /// As many as the sampler wanted.
     Best(Vec<(u32, f32)>),
 }
 
@@ -62,6 +62,7 @@ pub struct Sampler {
     recent: Vec<u32>,
     logits: Vec<f32>,
     order: Vec<u32>,
+    best: Vec<(u32, f32)>,
     seen: Vec<u32>,
 }
 
@@ -70,8 +71,15 @@ impl Sampler {
     #[must_use]
     pub fn new(options: SamplerOptions) -> Self {
         let random = Pcg64Mcg::seed_from_u64(options.seed);
-        let (recent, logits, order, seen) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { options, random, recent, logits, order, seen }
+        Self {
+            options,
+            random,
+            recent: Vec::new(),
+            logits: Vec::new(),
+            order: Vec::new(),
+            best: Vec::new(),
+            seen: Vec::new(),
+        }
     }
 
     /// Notes a token of the prompt for the repeat penalty.
@@ -126,8 +134,11 @@ impl Sampler {
         let token = if self.options.temperature <= 0.0 {
             argmax(&self.logits)
         } else {
-            let best = self.best();
-            self.draw(&best)
+            let mut best = std::mem::take(&mut self.best);
+            self.find_best(&mut best);
+            let token = self.draw(&best);
+            self.best = best;
+            token
         };
         self.accept(token);
         token
@@ -154,8 +165,8 @@ impl Sampler {
         }
     }
 
-    /// The most likely tokens, as many as the options keep, best first.
-    fn best(&mut self) -> Vec<(u32, f32)> {
+    /// Puts the most likely tokens into `best`, as many as the options keep, best first.
+    fn find_best(&mut self, best: &mut Vec<(u32, f32)>) {
         let Self { options, logits, order, .. } = self;
         let by_logit = |a: &u32, b: &u32| {
             let (x, y) = (logits[*a as usize], logits[*b as usize]);
@@ -169,7 +180,8 @@ impl Sampler {
             order.truncate(keep);
         }
         order.sort_unstable_by(by_logit);
-        order.iter().map(|id| (*id, logits[*id as usize])).collect()
+        best.clear();
+        best.extend(order.iter().map(|id| (*id, logits[*id as usize])));
     }
 
     /// One of `order`, best first.

@@ -95,7 +95,13 @@ fn same_as_on_the_cpu(recipes: &[&str]) {
 
 #[test]
 fn joint_codes() {
-    same_as_on_the_cpu(&["nm-2of8"]);
+    let folder = tempfile::tempdir().unwrap();
+    // Blocks of scales that are no part of the blocks of columns that are worked on.
+    let odd = folder.path().join("odd.toml");
+    let text = "name = 'odd'\ndescription = ''\n[calibration]\ninputs = 'refreshed'\ntarget = 'dense'\n\
+                [body]\nmethod = 'nm'\nn = 2\nm = 8\nblock = 96\nscale-bits = 4\nsweeps = 2\n";
+    std::fs::write(&odd, text).unwrap();
+    same_as_on_the_cpu(&["nm-2of8", odd.to_str().unwrap()]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use stb_runtime::{Half, Layer, LinearInput, Result};
 
 use super::refresh::Summed;
 use super::{Run, check_interrupt};
-use crate::engine::{Accelerator, download, upload};
+use crate::engine::{Accelerator, download};
 use crate::hessian::Hessian;
 use crate::resume::States;
 
@@ -36,14 +36,23 @@ fn half_of(input: LinearInput) -> Half {
     }
 }
 
+/// Streams one after another on the device.
+fn send(dense: &Dense, streams: &[Vec<f32>]) -> Result<Buffer<f32>> {
+    let mut to = zeros(dense, streams.iter().map(Vec::len).sum())?;
+    let mut at = 0;
+    for stream in streams {
+        to.write_at(at, stream)?;
+        at += stream.len();
+    }
+    Ok(to)
+}
+
 /// From the device back to the streams.
-fn fetch<'s>(from: &Buffer<f32>, to: impl Iterator<Item = &'s mut Vec<f32>>) -> Result<()> {
-    let all = download(from, from.len())?;
-    let mut rest = &all[..];
-    for stream in to {
-        let (own, others) = rest.split_at(stream.len());
-        stream.copy_from_slice(own);
-        rest = others;
+fn fetch(from: &Buffer<f32>, streams: &mut [Vec<f32>]) -> Result<()> {
+    let mut at = 0;
+    for stream in streams {
+        from.read_at(at, stream)?;
+        at += stream.len();
     }
     Ok(())
 }
@@ -63,11 +72,11 @@ impl Run<'_> {
         let count = batch(streams, features);
         for streams in streams.chunks_mut(count) {
             check_interrupt()?;
-            let mut hidden = upload(layers.dense(), &streams.concat())?;
+            let mut hidden = send(layers.dense(), streams)?;
             let mut nothing = |_, _: &Dense, _: &Buffer<f32>| Ok(ControlFlow::Continue(()));
             let lengths = lengths(streams, features);
             let _ = layers.run(&loaded, &lengths, &mut hidden, &mut nothing)?;
-            fetch(&hidden, streams.iter_mut())?;
+            fetch(&hidden, streams)?;
         }
         Ok(())
     }
@@ -94,7 +103,7 @@ impl Run<'_> {
             check_interrupt()?;
             let lengths = lengths(streams, features);
             let tokens = lengths.iter().sum();
-            let mut hidden = upload(layers.dense(), &streams.concat())?;
+            let mut hidden = send(layers.dense(), streams)?;
             let mut add = |which: LinearInput, dense: &Dense, x: &Buffer<f32>| {
                 let place = which.index();
                 summing += timed(dense, || {
@@ -158,18 +167,18 @@ impl Run<'_> {
             check_interrupt()?;
             let lengths = lengths(streams, features);
             let tokens = lengths.iter().sum();
-            let mut hidden = upload(layers.dense(), &streams.concat())?;
+            let mut hidden = send(layers.dense(), streams)?;
             let mut seen =
                 |which, dense: &Dense, x: &Buffer<f32>| sums.add(which, dense, x, tokens);
             let _ = layers.run(&half, &lengths, &mut hidden, &mut seen)?;
             let (Some(original), Some(streams)) = (&original, wanted.next()) else { continue };
-            let mut wanted = upload(layers.dense(), &streams.concat())?;
+            let mut wanted = send(layers.dense(), streams)?;
             sums.add_streams(layers.dense(), &wanted, &hidden, tokens)?;
             let mut seen =
                 |which, dense: &Dense, x: &Buffer<f32>| sums.add_shift(which, dense, x, tokens);
             let _ = layers.run(original, &lengths, &mut wanted, &mut seen)?;
             if to_stream {
-                fetch(&wanted, streams.iter_mut())?;
+                fetch(&wanted, streams)?;
             }
         }
         let summed = sums.finish(layers.dense(), streams.len())?;

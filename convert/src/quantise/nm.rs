@@ -104,8 +104,8 @@ impl Fit<'_> {
         let mut weights = input.weights.to_vec();
         let mode = Propagation::Solve;
         let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
-        // Scales are estimated from whole blocks of theirs.
-        let ahead = if span < cols { BLOCK.max(span) } else { BLOCK };
+        // Scales are estimated from whole blocks of theirs, which may begin with the last column.
+        let ahead = if span < cols { BLOCK + span } else { BLOCK };
         for from in (0..cols).step_by(BLOCK) {
             let width = BLOCK.min(cols - from);
             let mut errors = vec![0.0; input.rows * width];

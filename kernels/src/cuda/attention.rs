@@ -217,6 +217,10 @@ impl Attention {
             interleaved: u32::from(self.interleaved),
             padding: 0,
         };
+        if tokens > 65_535 {
+            let why = format!("{tokens} tokens at once are more than a launch takes");
+            return Err(Error::Unsupported { why });
+        }
         let blocks = [self.heads + 2 * self.kv_heads, tokens, 1];
         Ok(Launch::new(self.module(), "rotate", blocks, 32, 0, &params))
     }

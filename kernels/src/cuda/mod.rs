@@ -66,6 +66,12 @@ pub enum Error {
         /// What to install.
         why: String,
     },
+    /// A library of the vendor is missing or does not work.
+    #[error("{why}")]
+    Library {
+        /// Which, and what to install.
+        why: String,
+    },
     /// A kernel does not compile: a defect of this program.
     #[error("kernel {module} does not compile for {arch}:\n{log}")]
     Compile {

@@ -74,10 +74,14 @@ pub struct Dense {
 }
 
 impl Dense {
+    /// With all that it needs: factors a number, so that a missing library or compiler is known at the start.
+    ///
     /// # Errors
-    /// As for [`Blas::new`].
+    /// As for [`Blas::new`] and [`Blas::cholesky`]; [`super::Error::Compiler`].
     pub fn new(device: &Device) -> Result<Self> {
-        Ok(Self { blas: Blas::new(device)?, device: device.clone() })
+        let mut dense = Self { blas: Blas::new(device)?, device: device.clone() };
+        dense.factor(&[1.0], 1)?;
+        Ok(dense)
     }
 
     /// The products.
@@ -141,6 +145,10 @@ impl Dense {
             Ok(out)
         };
         let (u, m) = (host(&unit)?, host(&twice)?);
+        // What the library makes of NaN is its own affair.
+        if !m.iter().step_by(n + 1).all(|d| d.is_finite() && *d > 0.0) {
+            return Ok(None);
+        }
         Ok(Some(Factors { u, m }))
     }
 

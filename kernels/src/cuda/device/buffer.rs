@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, DevicePtr, result, sys};
+use cudarc::driver::{CudaSlice, DevicePtr, DriverError, result, sys};
 
 use super::{Backend, Device, Keep, lock};
 use crate::cuda::{Error, Result};
@@ -27,17 +27,30 @@ impl Device {
                 let address = s.allocate(bytes);
                 (Place::Simulated(address), address)
             }
-            Backend::Driver(d) => match d.stream.alloc_zeros::<u8>(bytes) {
-                Ok(slice) => {
-                    let address = slice.device_ptr(&d.stream).0;
-                    (Place::Driver(Some(slice)), address)
+            Backend::Driver(d) => {
+                let is_full = |e: &DriverError| e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+                let mut found = d.stream.alloc_zeros::<u8>(bytes);
+                if found.as_ref().is_err_and(is_full) {
+                    // Once more without what is kept for later.
+                    self.free_memory()?;
+                    found = d.stream.alloc_zeros(bytes);
                 }
-                Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                    let free = self.free_memory()?;
-                    return Err(Error::Memory { what: what.into(), needed: bytes as u64, free });
+                match found {
+                    Ok(slice) => {
+                        let address = slice.device_ptr(&d.stream).0;
+                        (Place::Driver(Some(slice)), address)
+                    }
+                    Err(e) if is_full(&e) => {
+                        let free = self.free_memory()?;
+                        return Err(Error::Memory {
+                            what: what.into(),
+                            needed: bytes as u64,
+                            free,
+                        });
+                    }
+                    Err(e) => return Err(Error::driver("allocate memory")(e)),
                 }
-                Err(e) => return Err(Error::driver("allocate memory")(e)),
-            },
+            }
         };
         let memory = Memory { place, address, device: self.clone() };
         Ok(Buffer { memory: Arc::new(memory), len, elements: PhantomData })
@@ -141,14 +154,26 @@ impl<T: Pod> Buffer<T> {
     /// # Panics
     /// If `data` is longer.
     pub fn write(&mut self, data: &[T]) -> Result<()> {
-        assert!(data.len() <= self.len, "room for the data");
+        self.write_at(0, data)
+    }
+
+    /// Overwrites the elements from `at` on.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Panics
+    /// If `data` goes beyond the last.
+    pub fn write_at(&mut self, at: usize, data: &[T]) -> Result<()> {
+        assert!(at <= self.len && data.len() <= self.len - at, "room for the data");
+        let to = self.address() + (at * size_of::<T>()) as u64;
         match self.backend() {
-            Backend::Simulated(s) => s.write(self.memory.address, bytemuck::cast_slice(data)),
+            Backend::Simulated(s) => s.write(to, bytemuck::cast_slice(data)),
             Backend::Driver(d) => {
                 let stream = d.stream()?;
                 // SAFETY: the memory is live and has room for the data. Of little data that is not pinned the driver
                 // makes a copy of its own before it returns; more is waited for while it is borrowed.
-                let copied = unsafe { result::memcpy_htod_async(self.address(), data, stream) };
+                let copied = unsafe { result::memcpy_htod_async(to, data, stream) };
                 if size_of_val(data) > COPIED_AT_ONCE {
                     self.device().synchronize()?;
                 }
@@ -165,14 +190,26 @@ impl<T: Pod> Buffer<T> {
     /// # Panics
     /// If `to` is longer.
     pub fn read(&self, to: &mut [T]) -> Result<()> {
-        assert!(to.len() <= self.len, "as many elements");
+        self.read_at(0, to)
+    }
+
+    /// Waits, and copies the elements from `at` on to `to`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] with what went wrong in queued work.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub fn read_at(&self, at: usize, to: &mut [T]) -> Result<()> {
+        assert!(at <= self.len && to.len() <= self.len - at, "as many elements");
+        let from = self.address() + (at * size_of::<T>()) as u64;
         match self.backend() {
-            Backend::Simulated(s) => s.read(self.memory.address, bytemuck::cast_slice_mut(to)),
+            Backend::Simulated(s) => s.read(from, bytemuck::cast_slice_mut(to)),
             Backend::Driver(d) => {
                 let stream = d.stream()?;
                 // SAFETY: the memory is live and has as many elements; any bits are a `T`; and the copy is
                 // waited for while `to` is borrowed.
-                let copied = unsafe { result::memcpy_dtoh_async(to, self.address(), stream) };
+                let copied = unsafe { result::memcpy_dtoh_async(to, from, stream) };
                 self.device().synchronize()?;
                 copied.map_err(Error::driver("copy from the device"))
             }

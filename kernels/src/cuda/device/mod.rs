@@ -90,6 +90,25 @@ impl fmt::Display for DeviceInfo {
     }
 }
 
+/// The pool that memory on a stream comes from; `None` where there are no pools.
+fn memory_pool(ordinal: usize) -> Option<sys::CUmemoryPool> {
+    let device = result::device::get(i32::try_from(ordinal).ok()?).ok()?;
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: the device is one of the driver's, and the pointer is valid.
+    let code = unsafe { sys::cuDeviceGetDefaultMemPool(&raw mut pool, device) };
+    (code == sys::CUresult::CUDA_SUCCESS).then_some(pool)
+}
+
+/// Lets the pool keep what is released for what comes next. By default it is unmapped whenever the host waits.
+fn keep_memory(ordinal: usize) {
+    let Some(pool) = memory_pool(ordinal) else { return };
+    let mut threshold = u64::MAX;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the pool is the device's, and the attribute is a number of 64 bits. Where it is not known,
+    // memory is slower to come by, no more.
+    let _ = unsafe { sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast()) };
+}
+
 /// Loads the driver; its version of CUDA as 1000 · major + 10 · minor.
 fn driver() -> Result<i32> {
     let missing = |why: &str| Error::Unavailable { why: why.into() };
@@ -151,6 +170,7 @@ enum Backend {
 
 /// A device of the driver.
 struct Driver {
+    ordinal: usize,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     compiler: Compiler,
@@ -201,7 +221,9 @@ impl Device {
         // SAFETY: memory of this context is used on one stream only, which orders allocation, use and
         // release; copies to and from the host are on that stream too.
         unsafe { context.disable_event_tracking() };
+        keep_memory(ordinal);
         let driver = Driver {
+            ordinal,
             stream: context.new_stream().map_err(&fail)?,
             context,
             compiler: Compiler::new(version.unsigned_abs() / 1000),
@@ -233,8 +255,8 @@ impl Device {
     pub fn free_memory(&self) -> Result<u64> {
         match &self.shared.backend {
             Backend::Driver(d) => {
-                // Released memory goes back at the next synchronisation.
                 self.synchronize()?;
+                d.trim();
                 let (free, _) = d.context.mem_get_info().map_err(Error::driver("count memory"))?;
                 Ok(free as u64)
             }
@@ -334,6 +356,14 @@ fn is_refused(error: &cudarc::driver::DriverError) -> bool {
 }
 
 impl Driver {
+    /// Gives back what the pool keeps unused.
+    fn trim(&self) {
+        if let Some(pool) = memory_pool(self.ordinal) {
+            // SAFETY: the pool is the device's; what is in use stays.
+            let _ = unsafe { sys::cuMemPoolTrimTo(pool, 0) };
+        }
+    }
+
     /// Loads `module`, compiled if need be.
     fn load(&self, info: &DeviceInfo, module: &Module) -> Result<Arc<CudaModule>> {
         let mut modules = lock(&self.modules);

@@ -86,6 +86,7 @@ struct Opened {
     handle: Handle,
     destroy: &'static CStr,
     name: &'static str,
+    device: Device,
 }
 
 /// How a library is called and found.
@@ -130,16 +131,37 @@ const CUSOLVER: Names = Names {
 impl Opened {
     fn new(names: &Names, device: &Device) -> Result<Self> {
         let Names { name, package, .. } = *names;
-        let missing = |what: &str| Error::Unavailable { why: format!("{name}: {what}") };
-        let library = candidates(names.files)
-            .into_iter()
+        let missing = |what: &str| Error::Library { why: format!("{name}: {what}") };
+        let stream = device.raw_stream()?;
+        let mut trouble = None;
+        for path in candidates(names.files) {
             // SAFETY: the library's initialisers have no preconditions; the path is a name the system's
             // loader resolves or lies in a folder of installed libraries.
-            .find_map(|path| unsafe { Loaded::new(path) }.ok())
-            .ok_or_else(|| missing(&format!("not installed (`pip install {package}`)")))?;
-        let stream = device.raw_stream()?;
+            let opened = match unsafe { Loaded::new(&path) } {
+                Ok(library) => {
+                    Self::start(library, names, device, stream).map_err(|e| e.to_string())
+                }
+                // A name that the loader does not know is no news.
+                Err(_) if !path.is_absolute() => continue,
+                Err(e) => Err(e.to_string()),
+            };
+            match opened {
+                Ok(opened) => return Ok(opened),
+                Err(e) => trouble = Some(format!("{}: {e}", path.display())),
+            }
+        }
+        Err(match trouble {
+            Some(why) => missing(&why),
+            None => missing(&format!("not installed (`pip install {package}`)")),
+        })
+    }
+
+    fn start(library: Loaded, names: &Names, device: &Device, stream: *mut c_void) -> Result<Self> {
+        let name = names.name;
+        let missing = |what: &str| Error::Library { why: format!("{name}: {what}") };
         let library = Box::leak(Box::new(library));
-        let mut opened = Self { library, handle: null_mut(), destroy: names.destroy, name };
+        let device = device.clone();
+        let mut opened = Self { library, handle: null_mut(), destroy: names.destroy, name, device };
         let mut handle = null_mut();
         // SAFETY: the signature is that of the library's header; the context of the device is bound.
         let code = unsafe { opened.symbol::<Create>(names.create)?(&raw mut handle) };
@@ -158,7 +180,7 @@ impl Opened {
     fn symbol<T>(&self, name: &'static CStr) -> Result<Symbol<'_, T>> {
         // SAFETY: all callers give the signature of the library's header.
         unsafe { self.library.get(name.to_bytes_with_nul()) }
-            .map_err(|e| Error::Unavailable { why: format!("{}: {e}", self.name) })
+            .map_err(|e| Error::Library { why: format!("{}: {e}", self.name) })
     }
 
     fn check(&self, what: &'static str, code: c_int) -> Result<()> {
@@ -172,6 +194,7 @@ impl Opened {
 impl Drop for Opened {
     fn drop(&mut self) {
         if !self.handle.is_null()
+            && self.device.raw_stream().is_ok()
             && let Ok(destroy) = self.symbol::<Destroy>(self.destroy)
         {
             // SAFETY: the handle is of this library and is not used again.

@@ -96,7 +96,7 @@ impl Blas {
     /// Loads the libraries and opens them for `device`.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if cuBLAS is not installed or does not work. cuSOLVER is asked for when it is
+    /// [`Error::Library`] if cuBLAS is not installed or does not work. cuSOLVER is asked for when it is
     /// needed first.
     pub fn new(device: &Device) -> Result<Self> {
         let vendor = match device.simulated_memory() {
@@ -193,7 +193,7 @@ impl Blas {
     /// L Lᵀ = `matrix`. The upper triangle stays. Waits; false if it is not positive definite.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if cuSOLVER is not installed; [`Error::Memory`], [`Error::Driver`].
+    /// [`Error::Library`] if cuSOLVER is not installed; [`Error::Memory`], [`Error::Driver`].
     ///
     /// # Panics
     /// If the buffer is too small.

@@ -1,6 +1,7 @@
 //! Every kernel on random and adversarial shapes, against the exact decoder of the format and sums in f64.
 
 use anyhow::{Context, bail};
+use rayon::prelude::*;
 use serde_json::json;
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup, MatrixView, Nm, Stbllm};
@@ -100,17 +101,20 @@ impl Case {
         cols: usize,
         x: &[f32],
     ) -> Self {
-        let mut exact = Vec::new();
-        for x in x.chunks_exact(cols) {
-            for (r, w) in weights.chunks_exact(cols).enumerate() {
+        let rows = weights.len() / cols;
+        let exact = (0..x.len() / cols * rows)
+            .into_par_iter()
+            .map(|i| {
+                let (r, x) = (i % rows, &x[i / rows * cols..][..cols]);
+                let w = &weights[r * cols..][..cols];
                 let terms = || w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
                 let many = plain.map_or(0.0, |(factors, weights)| {
                     step(&weights[r * cols..][..cols], x, Some(factors), 256)
                 });
                 let magnitude = terms().map(f64::abs).sum();
-                exact.push([terms().sum(), magnitude, step(w, x, None, 32), many]);
-            }
-        }
+                [terms().sum(), magnitude, step(w, x, None, 32), many]
+            })
+            .collect();
         Self { what, exact }
     }
 

@@ -35,7 +35,8 @@ struct Cli {
     /// The device
     #[arg(long, default_value_t = 0)]
     device: usize,
-    /// A .stb model: its greedy output on the GPU is compared with that on the CPU; may be repeated
+    /// A .stb model: its output on the GPU is compared with that on the CPU; may be repeated. Default: a
+    /// small random one
     #[arg(long, value_name = "FILE")]
     model: Vec<PathBuf>,
     /// Where to write the figures
@@ -83,7 +84,7 @@ enum Part {
     Products,
     /// Attention against its definition
     Attention,
-    /// Greedy output of the models given
+    /// Output of the models given
     Output,
     /// A small conversion against that of the CPU
     Conversion,
@@ -99,7 +100,7 @@ enum Part {
     Models,
     /// Conversion of a layer of a large model
     Layer,
-    /// Memory of whole models, computed
+    /// Memory of whole models, computed; only if asked for
     Memory,
 }
 
@@ -120,6 +121,10 @@ impl Part {
         match self {
             Self::Products => correctness::run(report, device, cli.small),
             Self::Attention => attention::check(report, device, cli.small),
+            Self::Output if cli.model.is_empty() => {
+                let folder = tempfile::tempdir()?;
+                models::compare(report, &models::small(folder.path())?, cli.device)
+            }
             Self::Output => {
                 cli.model.iter().try_for_each(|file| models::compare(report, file, cli.device))
             }
@@ -204,6 +209,8 @@ fn check(cli: &Cli, all: &[stb_kernels::cuda::DeviceInfo]) -> anyhow::Result<usi
         }),
     )?;
     let parts = Part::value_variants().iter().copied().filter(|part| match &cli.part[..] {
+        // Computed, and the same everywhere.
+        [] if *part == Part::Memory => false,
         [] if cli.only_check => part.is_check(),
         [] if cli.only_measure => !part.is_check(),
         [] => true,
@@ -215,7 +222,7 @@ fn check(cli: &Cli, all: &[stb_kernels::cuda::DeviceInfo]) -> anyhow::Result<usi
         let started = Instant::now();
         let ended = run_part(part, Duration::from_secs(cli.limit))?;
         report = Report::open(&cli.json)?;
-        failures += report.failures;
+        failures += std::mem::take(&mut report.failures);
         let wrong = match ended {
             Ended::Done(status) if status.code().is_some_and(|code| code < 2) => None,
             Ended::Done(status) => Some(format!("ended with {status}")),

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io::BufWriter;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use stb_convert::Recipe;
 use stb_kernels::cuda::Device;
-use stb_runtime::{DeviceChoice, Model, OpenOptions, State};
+use stb_runtime::{DeviceChoice, Model, Next, OpenOptions, Sampler, SamplerOptions, State};
 use stb_tests::random_model::{shape, write};
 
 use crate::report::Report;
@@ -27,6 +27,43 @@ fn best(logits: &[f32]) -> u32 {
     most.map_or(0, |(i, _)| i as u32)
 }
 
+/// A small random model, for a comparison without a file.
+pub(crate) fn small(folder: &Path) -> anyhow::Result<PathBuf> {
+    let file = folder.join("small.stb");
+    let out = BufWriter::new(File::create(&file)?);
+    write(&shape("llama-1b", Some(2))?, &Recipe::load("nm-2of8")?, out)?;
+    Ok(file)
+}
+
+/// Tokens that are chosen from what the device finds, and from all of its logits: the same.
+fn compare_choices(report: &mut Report, gpu: &Model) -> anyhow::Result<()> {
+    let mut wrong = 0;
+    let cases = [(0.0, 0), (1.0, 40), (0.7, 128)];
+    for (temperature, top_k) in cases {
+        let options = SamplerOptions {
+            temperature,
+            top_k,
+            repeat_penalty: 1.2,
+            repeat_last: 16,
+            ..SamplerOptions::default()
+        };
+        let (mut a, mut b) = (Sampler::new(options.clone()), Sampler::new(options));
+        let (mut here, mut there) = (State::new(gpu, 100), State::new(gpu, 100));
+        let (banned, mut next, mut tokens) = ([2, 3], Next::default(), vec![1]);
+        for _ in 0..40 {
+            let logits = gpu.forward(&mut here, &tokens)?.to_vec();
+            let expected = a.choose(&mut Next::Logits(logits), &banned);
+            gpu.next(&mut there, &tokens, &mut b, &banned, &mut next)?;
+            wrong += usize::from(b.choose(&mut next, &banned) != expected);
+            tokens = vec![expected];
+        }
+    }
+    if wrong > 0 {
+        report.wrong("candidates", &format!("{wrong} tokens are not those of all logits"));
+    }
+    report.put("candidates", json!({"tokens": 40 * cases.len(), "wrong": wrong}))
+}
+
 /// The greedy text of `file` on the CPU, exactly computed, and what the GPU would say at each of its places: exactly
 /// computed too, then with rounded activations. Rounding may turn a choice between two tokens that are nearly as likely;
 /// nothing else may.
@@ -34,6 +71,7 @@ pub(crate) fn compare(report: &mut Report, file: &Path, device: usize) -> anyhow
     let cpu = open(file, DeviceChoice::Cpu, true)?;
     for (name, exact, allowed) in [("exact", true, 1e-3), ("rounded", false, 0.05)] {
         let gpu = open(file, DeviceChoice::Cuda(device), exact)?;
+        compare_choices(report, &gpu)?;
         let mut tokens = vec![1];
         let context = cpu.spec.context_length.min(1024) as usize;
         let steps = COMPARED.min(context - tokens.len());
@@ -94,10 +132,14 @@ pub(crate) fn measure(
             Ok(())
         })?;
         let generated = 64;
+        // As generation does: a sampler asks for the most likely tokens.
+        let mut sampler = Sampler::new(SamplerOptions::default());
+        let mut next = Next::default();
         let [decode, low, high] = time(5, || {
             state.truncate(prompt.len());
             for i in 0..generated {
-                model.forward(&mut state, &[i])?;
+                model.next(&mut state, &[i], &mut sampler, &[], &mut next)?;
+                sampler.choose(&mut next, &[]);
             }
             Ok(())
         })?;

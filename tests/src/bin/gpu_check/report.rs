@@ -26,11 +26,14 @@ impl Report {
         Self { json, failures: 0, file: file.to_owned(), wrong }
     }
 
-    /// With what the file has; failures are those of the process that wrote it.
+    /// With what the file has, if it is there; failures are those of the process that wrote it.
     pub(crate) fn open(file: &Path) -> anyhow::Result<Self> {
         let name = || file.display().to_string();
-        let text = std::fs::read_to_string(file).with_context(name)?;
         let mut report = Self::new(file);
+        let text = match std::fs::read_to_string(file) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(report),
+            text => text.with_context(name)?,
+        };
         report.json = serde_json::from_str(&text).with_context(name)?;
         report.failures = match report.json.remove("failures of the last part") {
             Some(count) => count.as_u64().unwrap_or(0) as usize,
@@ -62,13 +65,18 @@ impl Report {
         self.save()
     }
 
-    /// Writes the file.
+    /// Writes the file anew.
     pub(crate) fn save(&mut self) -> anyhow::Result<()> {
         let mut json = self.json.clone();
         if self.failures > 0 {
             json.insert("failures of the last part".into(), self.failures.into());
         }
         let text = serde_json::to_string_pretty(&Value::Object(json))?;
-        std::fs::write(&self.file, text + "\n").with_context(|| self.file.display().to_string())
+        // Whole or not at all: this process may be killed.
+        let mut new = self.file.clone().into_os_string();
+        new.push(".new");
+        std::fs::write(&new, text + "\n")
+            .and_then(|()| std::fs::rename(&new, &self.file))
+            .with_context(|| self.file.display().to_string())
     }
 }
