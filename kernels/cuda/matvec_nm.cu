@@ -28,14 +28,9 @@ constexpr u32 STEP = QV * QUAD;
 constexpr u32 WARP_STEP = 8 * STEP;
 constexpr u32 TILE = 16;
 
-template <u32 T> struct Lanes;
-template <> struct Lanes<1> { using Type = float; };
-template <> struct Lanes<2> { using Type = float2; };
-template <> struct Lanes<4> { using Type = float4; };
-
-STB_DEVICE void get(float (&to)[1], float v) { to[0] = v; }
-STB_DEVICE void get(float (&to)[2], float2 v) { to[0] = v.x, to[1] = v.y; }
-STB_DEVICE void get(float (&to)[4], float4 v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
+// Bytes of a group's table for one token: tables of one token begin at multiples of it, so that a code and a place
+// make an address without a sum.
+constexpr u32 TABLE = ENTRIES * WARP * 4;
 
 // The kept weights of a code without scale: Σ of the selected activations.
 template <u32 T> STB_DEVICE void entry(const float (&x)[M][T], u32 code, float (&sum)[T]) {
@@ -64,7 +59,7 @@ template <u32 T> STB_DEVICE void entry(const float (&x)[M][T], u32 code, float (
     }
 }
 
-// Where the codes of a lane lie: planes of a chunk follow one another, each of whole vectors.
+// Where the codes of a lane lie in a tile: planes of a chunk follow one another, each of whole vectors.
 struct Place {
     bool exists;
     u32 at[3];
@@ -72,25 +67,23 @@ struct Place {
     u32 shift_1, shift_2;
 };
 
-STB_DEVICE Place place(u32 quads, u32 position, u32 lane) {
+// In a chunk of `n` of 8 quads.
+STB_DEVICE Place place_in(u32 n, u32 position, u32 lane) {
     Place p;
-    const u32 chunk = position / VECTORS, v = position % VECTORS;
-    const u32 first = 8 * chunk, base = chunk * 64 * BETA + lane % 4 * 16;
-    // A warp goes on by whole chunks: of these, only the start is new to a lane at each step.
-    u32 vectors_0 = WIDTH_0, vectors_1 = WIDTH_1;
-    p.exists = true;
-    if (first + 8 > quads) {
-        const u32 n = first < quads ? quads - first : 0;
-        vectors_0 = ceil_div(n * WIDTH_0, 8), vectors_1 = ceil_div(n * WIDTH_1, 8);
-        p.exists = v < vectors_0;
-    }
-    const u32 quad = v * QV;
+    const u32 chunk = position / VECTORS, v = position % VECTORS, quad = v * QV;
+    const u32 vectors_0 = ceil_div(n * WIDTH_0, 8), vectors_1 = ceil_div(n * WIDTH_1, 8);
+    const u32 base = chunk * 64 * BETA + lane % 4 * 16;
+    p.exists = v < vectors_0;
     p.at[0] = base + v * 64;
     p.at[1] = base + (vectors_0 + quad * WIDTH_1 / 8) * 64;
     p.at[2] = base + (vectors_0 + vectors_1 + quad * WIDTH_2 / 8) * 64;
     p.shift_1 = quad * WIDTH_1 % 8;
     p.shift_2 = quad * WIDTH_2 % 8;
     return p;
+}
+STB_DEVICE Place place(u32 quads, u32 position, u32 lane) {
+    const u32 first = position / VECTORS * 8;
+    return place_in(first < quads ? least(8, quads - first) : 0, position, lane);
 }
 
 struct Codes {
@@ -120,45 +113,55 @@ STB_DEVICE u32 field(u32 word, u32 from, u32 width, u32 to) {
 }
 
 // The entry of the table for row r of the tile and quad q of the lane, in units of 1 / 2^UNIT entries: the
-// shift that extracts it scales it as well. And the sign, in bit 31.
-template <u32 UNIT> STB_DEVICE u32 index_of(const Codes &c, u32 r, u32 q, u32 &sign) {
+// shift that extracts it scales it as well. `base` has none of those bits.
+template <u32 UNIT> STB_DEVICE u32 index_of(const Codes &c, u32 r, u32 q, u32 base) {
     const u32 at = 8 * (r % 4);
-    u32 index = field(c.planes[0][r / 4], at + q * WIDTH_0, WIDTH_0, UNIT);
+    u32 index = field(c.planes[0][r / 4], at + q * WIDTH_0, WIDTH_0, UNIT) | base;
     if constexpr (WIDTH_1 != 0)
         index |= field(c.planes[1][r / 4], at + q * WIDTH_1, WIDTH_1, UNIT + WIDTH_0);
-    sign = 0;
-    if constexpr (SIGN_APART)
-        sign = c.planes[2][r / 4] << (31 - at - q * WIDTH_2) & 0x80000000;
     return index;
 }
+// What is looked up, with the code's sign if the table has none.
+STB_DEVICE float with_sign(const Codes &c, u32 r, u32 q, float v) {
+    if constexpr (!SIGN_APART)
+        return v;
+    const u32 sign = c.planes[2][r / 4] << (31 - 8 * (r % 4) - q * WIDTH_2);
+    return __uint_as_float(__float_as_uint(v) ^ (sign & 0x80000000));
+}
 
-// The multipliers of the 16 rows of a tile for a block of columns, times 2^bits: bytes of 16 rows, or
-// rows r and r + 8 in one byte.
-STB_DEVICE void load_multipliers(float (&to)[TILE], const Matrix &m, u32 tile, u32 col) {
-    const u32 bits = m.kind & 255;
-    if (bits == 0 || col >= m.cols) {
-#pragma unroll
-        for (u32 r = 0; r < TILE; ++r)
-            to[r] = 1.0f;
-        return;
+// Scales of the blocks of a tile: multipliers of 16 rows for a block of columns, times 2^bits.
+struct Multipliers {
+    const u8 *from;
+    // Bytes of a block's, the last block, and 2^32 / columns of a block, rounded up: columns · inverse / 2^32 is the block.
+    u32 bytes, last, inverse;
+
+    STB_DEVICE explicit Multipliers(const Matrix &m)
+        : from(m.payload + m.segments[2]), bytes((m.kind & 255) * 2), last(0), inverse(0) {
+        if (bytes != 0) {
+            last = ceil_div(m.cols, m.block) - 1;
+            inverse = ALL / m.block + 1;
+        }
     }
-    const u32 blocks = ceil_div(m.cols, m.block);
-    const u8 *from = m.payload + m.segments[2] + (u64(tile) * blocks + col / m.block) * 2 * bits;
-    if (bits == 8) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4 *>(from));
+
+    STB_DEVICE const u8 *of_tile(u32 tile) const { return from + u64(tile) * (last + 1) * bytes; }
+
+    // Bytes of 16 rows, or rows r and r + 8 in one byte. Columns beyond the last have no weights: any block will do.
+    STB_DEVICE void load(float (&to)[TILE], const u8 *of_tile, u32 col) const {
+        const u8 *at = of_tile + least(__umulhi(col, inverse), last) * bytes;
+        uint4 v;
+        if (bytes == 16) {
+            v = __ldg(reinterpret_cast<const uint4 *>(at));
+        } else {
+            const uint2 w = __ldg(reinterpret_cast<const uint2 *>(at));
+            v.x = w.x & 0x0f0f0f0f, v.y = w.y & 0x0f0f0f0f;
+            v.z = w.x >> 4 & 0x0f0f0f0f, v.w = w.y >> 4 & 0x0f0f0f0f;
+        }
         const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (u32 r = 0; r < TILE; ++r)
             to[r] = __uint_as_float(permute(words[r / 4], 0x4b000000, 0x7440 + r % 4)) - 8388607.0f;
-    } else {
-        const uint2 v = __ldg(reinterpret_cast<const uint2 *>(from));
-#pragma unroll
-        for (u32 r = 0; r < TILE; ++r) {
-            const u32 word = (r % 8 < 4 ? v.x : v.y) >> (r < 8 ? 0 : 4) & 0x0f0f0f0f;
-            to[r] = __uint_as_float(permute(word, 0x4b000000, 0x7440 + r % 4)) - 8388607.0f;
-        }
     }
-}
+};
 
 // Sums each of 16 values over the warp: half of the values go to the other half of the lanes at each step.
 // Lane l returns that of row 8·bit4 + 4·bit3 + 2·bit2 + bit1 of l.
@@ -179,7 +182,6 @@ STB_DEVICE float sum_rows(float (&v)[TILE], u32 lane) {
 }
 
 template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
-    using V = typename Lanes<T>::Type;
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
     __shared__ float scratch[WARPS];
@@ -187,7 +189,8 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
     const Matrix &m = a.matrices[p.matrix];
     const u32 steps = a.slab / WARP_STEP;
     // [steps][QV][ENTRIES][32 lanes] of T floats, then [block_rows][T].
-    float *table = reinterpret_cast<float *>(shared);
+    const u32 start = T == 1 ? (TABLE - shared_address(shared) % TABLE) % TABLE : 0;
+    float *table = reinterpret_cast<float *>(shared + start);
     float *sums = table + steps * QV * ENTRIES * WARP * T;
     {
         const Activations<T> activations(a, p, scratch);
@@ -222,46 +225,59 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
 
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const u32 quads = ceil_div(ceil_div(m.cols, M), 4);
-    const u32 bits = m.kind & 255;
-    const u32 divisor = bits == 0 ? ALL : m.block;
+    const u32 bits = m.kind & 255, units = m.units, cols = p.cols;
     const u16 *row_scales = reinterpret_cast<const u16 *>(m.payload + m.segments[1]);
+    const u8 *all_codes = m.payload + m.segments[3];
+    // A step goes on by whole chunks, so that in those only the start is new.
+    const u32 position_0 = p.first_col / STEP + lane / 4;
+    const Place whole = place_in(8, position_0, lane);
+    constexpr u32 STEP_BYTES = 8 / VECTORS * 64 * BETA;
+    const Multipliers multipliers(m);
+    // Blocks are multiples of 32 columns: in a lane's part of a step a new one can begin there, if at all.
+    const bool is_one_block = SCALED && bits != 0 && m.block % STEP == 0;
     for (u32 first = warp * TILE; first < p.rows; first += WARPS * TILE) {
         const u32 tile = (p.first_row + first) / TILE;
-        const u8 *codes_of_tile = m.payload + m.segments[3] + u64(tile) * m.units;
+        const u8 *codes_of_tile = all_codes + u64(tile) * units;
+        const u8 *scales_of_tile = multipliers.of_tile(tile);
         float acc[T][TILE] = {};
-        for (u32 step = 0; step * WARP_STEP < p.cols; ++step) {
-            const u32 position = (p.first_col + step * WARP_STEP) / STEP + lane / 4;
-            const Codes codes = load_codes(codes_of_tile, place(quads, position, lane));
-            float multiplier[TILE];
-            u32 block = ALL;
+        float multiplier[TILE];
+        if (SCALED && bits == 0)
+#pragma unroll
+            for (u32 r = 0; r < TILE; ++r)
+                multiplier[r] = 1.0f;
+        u32 base = shared_address(table) + lane * 4 * T;
+        u32 position = position_0, at = 0;
+        for (u32 col = 0; col < cols; col += WARP_STEP) {
+            Place here = whole;
+#pragma unroll
+            for (u32 k = 0; k < 3; ++k)
+                here.at[k] += at;
+            // The last chunk of a row has fewer vectors.
+            if (position / VECTORS * 8 + 8 > quads)
+                here = place(quads, position, lane);
+            const Codes codes = load_codes(codes_of_tile, here);
 #pragma unroll
             for (u32 q = 0; q < QV; ++q) {
-                if constexpr (SCALED) {
-                    // Blocks are multiples of 32 columns: a new one can begin only there.
-                    const u32 col = position * STEP + q * QUAD;
-                    if (q * QUAD % 32 == 0 && (q == 0 || col / divisor != block)) {
-                        block = col / divisor;
-                        load_multipliers(multiplier, m, tile, col);
-                    }
-                }
-                // In bytes: an entry is V of each lane.
+                if (SCALED && bits != 0 && q * QUAD % 32 == 0 && (q == 0 || !is_one_block))
+                    multipliers.load(multiplier, scales_of_tile, position * STEP + q * QUAD);
+                // In bytes: an entry is T floats of each lane.
                 constexpr u32 LOG = T == 1 ? 7 : T == 2 ? 8 : 9;
-                const u8 *entries = reinterpret_cast<const u8 *>(table) +
-                                    ((step * QV + q) * ENTRIES * WARP + lane) * sizeof(V);
 #pragma unroll
                 for (u32 r = 0; r < TILE; ++r) {
-                    u32 sign;
                     float found[T];
-                    get(found, *reinterpret_cast<const V *>(entries + index_of<LOG>(codes, r, q, sign)));
+                    if constexpr (T == 1)
+                        load_shared(found, index_of<LOG>(codes, r, q, base));
+                    else
+                        load_shared(found, index_of<LOG>(codes, r, q, 0) + base);
 #pragma unroll
                     for (u32 t = 0; t < T; ++t) {
-                        float v = found[t];
-                        if constexpr (SIGN_APART)
-                            v = __uint_as_float(__float_as_uint(v) ^ sign);
+                        const float v = with_sign(codes, r, q, found[t]);
                         acc[t][r] = SCALED ? fmaf(multiplier[r], v, acc[t][r]) : acc[t][r] + v;
                     }
                 }
+                base += TABLE * T;
             }
+            position += WARP_STEP / STEP, at += STEP_BYTES;
         }
         const u32 row = (lane >> 4 & 1) * 8 + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2 + (lane >> 1 & 1);
 #pragma unroll
@@ -299,7 +315,8 @@ STB_DEVICE void decode(const Decode &a) {
     const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
     if (bits != 0) {
         float multipliers[TILE];
-        load_multipliers(multipliers, m, tile, group * M);
+        const Multipliers all(m);
+        all.load(multipliers, all.of_tile(tile), group * M);
         float mine = 0.0f;
 #pragma unroll
         for (u32 k = 0; k < TILE; ++k)

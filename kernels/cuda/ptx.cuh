@@ -61,6 +61,28 @@ STB_DEVICE u32 permute(u32 a, u32 b, u32 selector) {
 #endif
 }
 
+// ---- Shared memory ----------------------------------------------------------------------------
+
+// N floats (1, 2, 4) at an address as `shared_address` gives it, a multiple of their size: a look-up with no instruction
+// but its own.
+template <u32 N> STB_DEVICE void load_shared(float (&to)[N], u32 address) {
+    static_assert(N == 1 || N == 2 || N == 4, "a vector");
+#if defined(STB_EMULATED)
+    const float *from = reinterpret_cast<const float *>(emulator::dynamic_shared + address);
+    for (u32 i = 0; i < N; ++i)
+        to[i] = from[i];
+#else
+    if constexpr (N == 1)
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to[0]) : "r"(address));
+    else if constexpr (N == 2)
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address));
+    else
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                     : "r"(address));
+#endif
+}
+
 // ---- Numbers of 16 bits ----------------------------------------------------------------------
 
 STB_DEVICE float f16_to_f32(u16 v) {

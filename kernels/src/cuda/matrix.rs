@@ -30,6 +30,8 @@ pub(super) struct Kind {
     pub piece: usize,
     /// Bytes of tables per such step of a warp and token; 0 for kernels that work on rows.
     pub table: usize,
+    /// Tables of a group in such a step: `QV` of matvec_nm.cu.
+    pub tables: usize,
     /// Whether there is a kernel for activations rounded to 8 bits.
     pub rounded: bool,
 }
@@ -93,10 +95,12 @@ impl MatrixParams {
 
 impl Kind {
     pub(super) fn of(encoding: &Encoding) -> Result<Self> {
-        let rows = |module, piece, rounded| Self { module, piece, table: 0, rounded };
+        let rows = |module, piece, rounded| Self { module, piece, table: 0, tables: 1, rounded };
         // KiB for 512 columns, or 256 of 2:4: matvec_nm.cu.
-        let codes =
-            |module, piece, kib: usize| Self { module, piece, table: kib << 10, rounded: false };
+        let codes = |module, piece, kib: usize, tables| {
+            let table = kib << 10;
+            Self { module, piece, table, tables, rounded: false }
+        };
         let unknown = || Error::Unsupported {
             why: format!("there is no CUDA kernel for the encoding {encoding}; use --device cpu"),
         };
@@ -114,10 +118,10 @@ impl Kind {
             },
             Encoding::Stbllm(_) => rows(Module::STBLLM, 64, true),
             Encoding::Nm(spec) => match (spec.n(), spec.m()) {
-                (1, 8) => codes(Module::NM_1_8, 16, 4),
-                (1, 4) => codes(Module::NM_1_4, 16, 4),
-                (2, 8) => codes(Module::NM_2_8, 16, 16),
-                (2, 4) => codes(Module::NM_2_4, 8, 8),
+                (1, 8) => codes(Module::NM_1_8, 16, 4, 2),
+                (1, 4) => codes(Module::NM_1_4, 16, 4, 4),
+                (2, 8) => codes(Module::NM_2_8, 16, 16, 2),
+                (2, 4) => codes(Module::NM_2_4, 8, 8, 2),
                 _ => return Err(unknown()),
             },
             _ => return Err(unknown()),

@@ -241,7 +241,9 @@ impl Split {
         // Bytes of shared memory for `slab` columns: tables, or activations with their padding.
         let bytes = |slab: usize| {
             if is_codes {
-                return slab / step * kind.table * at_once;
+                // Tables of one token begin at a multiple of their size.
+                let aligned = if at_once == 1 { kind.table / kind.tables } else { 0 };
+                return slab / step * kind.table * at_once + aligned;
             }
             let pad = if kind.piece == 4 && !rounded { 0 } else { 4 };
             let words = if rounded { kind.piece / 4 } else { kind.piece };
