@@ -3,10 +3,11 @@
 // A code of a group selects one of few sums of the group's M activations. A block makes the table of all
 // of them for a slab of columns in shared memory, once for all its rows, with every lane's own entries in its
 // own bank: a look-up for a group of 8 weights takes one cycle of the banks whatever the codes are. A lane loads 16
-// bytes of a plane: 16 rows of one group out of four, in QV quads. Activations are not rounded.
+// bytes of a plane: 16 rows of one group out of four, in QV quads. Activations are not rounded. Two codes of 1:4 are
+// one look-up: both have six bits together.
 //
-// Per code a shift, a mask, a look-up and a sum (2:8: two more of each plane and of the sign); banks: 32 look-ups
-// per cycle and multiprocessor. DECODE.md has what the compiler makes of it and the roofline.
+// Per look-up a shift and a mask for each plane, the look-up and a sum (2:8: a shift and a mask for the sign too); banks: 32
+// look-ups per cycle and multiprocessor. DECODE.md has what the compiler makes of it and the roofline.
 #include "common.cuh"
 
 constexpr u32 N = NM_N, M = NM_M;
@@ -21,31 +22,42 @@ constexpr u32 VECTORS = WIDTH_0;
 constexpr u32 QV = 8 / WIDTH_0;
 // The sign of 2:8 is applied to what is looked up; other tables have it.
 constexpr bool SIGN_APART = BETA == 7;
-constexpr u32 ENTRIES = 1u << (SIGN_APART ? BETA - 1 : BETA);
+// Codes that are looked up together: of 1:4 those of two quads, 16 columns apart. Their bits in the planes, and how many there are
+// in a lane's part of a step.
+constexpr u32 PAIR = N == 1 && M == 4 ? 2 : 1;
+constexpr u32 BITS_0 = PAIR * WIDTH_0, BITS_1 = PAIR * WIDTH_1, LOOKS = QV / PAIR;
+constexpr u32 ENTRIES = 1u << (SIGN_APART ? BETA - 1 : PAIR * BETA);
 // Columns of a quad, of a lane's four neighbours together, of a warp.
 constexpr u32 QUAD = 4 * M;
 constexpr u32 STEP = QV * QUAD;
 constexpr u32 WARP_STEP = 8 * STEP;
 constexpr u32 TILE = 16;
 
-// Bytes of a group's table for one token: tables of one token begin at multiples of it, so that a code and a place
+// Columns of a table.
+constexpr u32 TABLE_COLS = PAIR * M;
+// Bytes of a table for one token: tables of one token begin at multiples of it, so that a code and a place
 // make an address without a sum.
 constexpr u32 TABLE = ENTRIES * WARP * 4;
 
-// The kept weights of a code without scale: Σ of the selected activations.
-template <u32 T> STB_DEVICE void entry(const float (&x)[M][T], u32 code, float (&sum)[T]) {
-    const u32 i = code & (M - 1);
+// The kept weights of a code, or of two, without scale: Σ of the selected activations.
+template <u32 T> STB_DEVICE void entry(const float (&x)[TABLE_COLS][T], u32 code, float (&sum)[T]) {
 #pragma unroll
     for (u32 t = 0; t < T; ++t)
         sum[t] = 0.0f;
     if constexpr (N == 1) {
-        const float sign = code >> P ? -1.0f : 1.0f;
 #pragma unroll
-        for (u32 k = 0; k < M; ++k)
+        for (u32 s = 0; s < PAIR; ++s) {
+            // First the positions of all, then their signs.
+            const u32 i = code >> s * P & (M - 1);
+            const float sign = code >> (PAIR * P + s) & 1 ? -1.0f : 1.0f;
 #pragma unroll
-            for (u32 t = 0; t < T; ++t)
-                sum[t] = k == i ? sign * x[k][t] : sum[t];
+            for (u32 k = 0; k < M; ++k)
+#pragma unroll
+                for (u32 t = 0; t < T; ++t)
+                    sum[t] += k == i ? sign * x[s * M + k][t] : 0.0f;
+        }
     } else {
+        const u32 i = code & (M - 1);
         const u32 j = code >> P & (M - 1);
         const float sign = code >> 2 * P ? -1.0f : 1.0f;
         const float other = i == j ? 0.0f : i > j ? -sign : sign;
@@ -112,13 +124,13 @@ STB_DEVICE u32 field(u32 word, u32 from, u32 width, u32 to) {
     return (from >= to ? word >> (from - to) : word << (to - from)) & ((1u << width) - 1) << to;
 }
 
-// The entry of the table for row r of the tile and quad q of the lane, in units of 1 / 2^UNIT entries: the
+// The entry of table q of the lane for row r of the tile, in units of 1 / 2^UNIT entries: the
 // shift that extracts it scales it as well. `base` has none of those bits.
 template <u32 UNIT> STB_DEVICE u32 index_of(const Codes &c, u32 r, u32 q, u32 base) {
     const u32 at = 8 * (r % 4);
-    u32 index = field(c.planes[0][r / 4], at + q * WIDTH_0, WIDTH_0, UNIT) | base;
+    u32 index = field(c.planes[0][r / 4], at + q * BITS_0, BITS_0, UNIT) | base;
     if constexpr (WIDTH_1 != 0)
-        index |= field(c.planes[1][r / 4], at + q * WIDTH_1, WIDTH_1, UNIT + WIDTH_0);
+        index |= field(c.planes[1][r / 4], at + q * BITS_1, BITS_1, UNIT + BITS_0);
     return index;
 }
 // What is looked up, with the code's sign if the table has none.
@@ -188,29 +200,30 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
     const Part p = part_of<T>(a);
     const Matrix &m = a.matrices[p.matrix];
     const u32 steps = a.slab / WARP_STEP;
-    // [steps][QV][ENTRIES][32 lanes] of T floats, then [block_rows][T].
+    // [steps][LOOKS][ENTRIES][32 lanes] of T floats, then [block_rows][T].
     const u32 start = T == 1 ? (TABLE - shared_address(shared) % TABLE) % TABLE : 0;
     float *table = reinterpret_cast<float *>(shared + start);
-    float *sums = table + steps * QV * ENTRIES * WARP * T;
+    float *sums = table + steps * LOOKS * ENTRIES * WARP * T;
     {
         const Activations<T> activations(a, p, scratch);
         // Work for as many threads as there are: parts of 8 entries (16 where there are more).
         constexpr u32 SHARE = ENTRIES > 16 ? 16 : 8;
         constexpr u32 SHARES = ENTRIES / SHARE;
         const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
-        for (u32 i = threadIdx.x; i < steps * QV * SHARES * WARP; i += THREADS) {
+        for (u32 i = threadIdx.x; i < steps * LOOKS * SHARES * WARP; i += THREADS) {
             const u32 lane = i % WARP, share = i / WARP % SHARES, place = i / WARP / SHARES;
-            const u32 q = place % QV, step = place / QV;
-            const u32 col = p.first_col + step * WARP_STEP + lane / 4 * STEP + q * QUAD + lane % 4 * M;
-            float x[M][T];
+            const u32 q = place % LOOKS * PAIR, step = place / LOOKS;
+            const u32 first = p.first_col + step * WARP_STEP + lane / 4 * STEP + q * QUAD + lane % 4 * M;
+            float x[TABLE_COLS][T];
 #pragma unroll
-            for (u32 k = 0; k < M; ++k) {
+            for (u32 k = 0; k < TABLE_COLS; ++k) {
+                const u32 col = first + k / M * QUAD + k % M;
                 float factor = 1.0f;
-                if (m.kind & 256 && col + k < m.cols)
-                    factor = f16_to_f32(__ldg(factors + col + k));
+                if (m.kind & 256 && col < m.cols)
+                    factor = f16_to_f32(__ldg(factors + col));
 #pragma unroll
                 for (u32 t = 0; t < T; ++t)
-                    x[k][t] = activations(t, col + k) * factor;
+                    x[k][t] = activations(t, col) * factor;
             }
             for (u32 e = share * SHARE; e < (share + 1) * SHARE; ++e) {
                 float sum[T];
@@ -257,9 +270,10 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
                 here = place(quads, position, lane);
             const Codes codes = load_codes(codes_of_tile, here);
 #pragma unroll
-            for (u32 q = 0; q < QV; ++q) {
-                if (SCALED && bits != 0 && q * QUAD % 32 == 0 && (q == 0 || !is_one_block))
-                    multipliers.load(multiplier, scales_of_tile, position * STEP + q * QUAD);
+            for (u32 q = 0; q < LOOKS; ++q) {
+                constexpr u32 COLS = PAIR * QUAD;
+                if (SCALED && bits != 0 && q * COLS % 32 == 0 && (q == 0 || !is_one_block))
+                    multipliers.load(multiplier, scales_of_tile, position * STEP + q * COLS);
                 // In bytes: an entry is T floats of each lane.
                 constexpr u32 LOG = T == 1 ? 7 : T == 2 ? 8 : 9;
 #pragma unroll

@@ -119,7 +119,7 @@ impl Kind {
             Encoding::Stbllm(_) => rows(Module::STBLLM, 64, true),
             Encoding::Nm(spec) => match (spec.n(), spec.m()) {
                 (1, 8) => codes(Module::NM_1_8, 16, 4, 2),
-                (1, 4) => codes(Module::NM_1_4, 16, 4, 4),
+                (1, 4) => codes(Module::NM_1_4, 16, 16, 2),
                 (2, 8) => codes(Module::NM_2_8, 16, 16, 2),
                 (2, 4) => codes(Module::NM_2_4, 8, 8, 2),
                 _ => return Err(unknown()),
