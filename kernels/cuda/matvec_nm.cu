@@ -119,19 +119,26 @@ STB_DEVICE Codes load_codes(const u8 *tile, const Place &p) {
     return codes;
 }
 
-// Bits `from` to `from` + `width` of a word, moved to bit `to`.
-STB_DEVICE u32 field(u32 word, u32 from, u32 width, u32 to) {
-    return (from >= to ? word >> (from - to) : word << (to - from)) & ((1u << width) - 1) << to;
+// The entries of table q of the lane for the 16 rows of the tile, a byte each: the planes are joined for four rows at once. A
+// single plane stays as it is.
+STB_DEVICE void join(u32 (&to)[4], const Codes &c, u32 q) {
+    constexpr u32 EACH = 0x01010101, MASK_0 = EACH * ((1u << BITS_0) - 1), MASK_1 = EACH * ((1u << BITS_1) - 1) << BITS_0;
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+        to[i] = c.planes[0][i];
+        if constexpr (WIDTH_1 != 0) {
+            const u32 word = c.planes[1][i], from = q * BITS_1;
+            const u32 upper = from > BITS_0 ? word >> (from - BITS_0) : word << (BITS_0 - from);
+            to[i] = (to[i] >> q * BITS_0 & MASK_0) | (upper & MASK_1);
+        }
+    }
 }
-
-// The entry of table q of the lane for row r of the tile, in units of 1 / 2^UNIT entries: the
-// shift that extracts it scales it as well. `base` has none of those bits.
-template <u32 UNIT> STB_DEVICE u32 index_of(const Codes &c, u32 r, u32 q, u32 base) {
-    const u32 at = 8 * (r % 4);
-    u32 index = field(c.planes[0][r / 4], at + q * BITS_0, BITS_0, UNIT) | base;
-    if constexpr (WIDTH_1 != 0)
-        index |= field(c.planes[1][r / 4], at + q * BITS_1, BITS_1, UNIT + BITS_0);
-    return index;
+// That of row r in units of 1 / 2^UNIT entries: the shift that extracts it scales it as well. `base` has none of those
+// bits.
+template <u32 UNIT> STB_DEVICE u32 index_of(const u32 (&joined)[4], u32 r, u32 q, u32 base) {
+    const u32 word = joined[r / 4], from = 8 * (r % 4) + (WIDTH_1 == 0 ? q * BITS_0 : 0);
+    const u32 moved = from >= UNIT ? word >> (from - UNIT) : word << (UNIT - from);
+    return (moved & (ENTRIES - 1) << UNIT) | base;
 }
 // What is looked up, with the code's sign if the table has none.
 STB_DEVICE float with_sign(const Codes &c, u32 r, u32 q, float v) {
@@ -274,15 +281,17 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
                 constexpr u32 COLS = PAIR * QUAD;
                 if (SCALED && bits != 0 && q * COLS % 32 == 0 && (q == 0 || !is_one_block))
                     multipliers.load(multiplier, scales_of_tile, position * STEP + q * COLS);
+                u32 joined[4];
+                join(joined, codes, q);
                 // In bytes: an entry is T floats of each lane.
                 constexpr u32 LOG = T == 1 ? 7 : T == 2 ? 8 : 9;
 #pragma unroll
                 for (u32 r = 0; r < TILE; ++r) {
                     float found[T];
                     if constexpr (T == 1)
-                        load_shared(found, index_of<LOG>(codes, r, q, base));
+                        load_shared(found, index_of<LOG>(joined, r, q, base));
                     else
-                        load_shared(found, index_of<LOG>(codes, r, q, 0) + base);
+                        load_shared(found, index_of<LOG>(joined, r, q, 0) + base);
 #pragma unroll
                     for (u32 t = 0; t < T; ++t) {
                         const float v = with_sign(codes, r, q, found[t]);
