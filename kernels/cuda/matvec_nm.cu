@@ -27,10 +27,11 @@ constexpr bool SIGN_APART = BETA == 7;
 constexpr u32 PAIR = N == 1 && M == 4 ? 2 : 1;
 constexpr u32 BITS_0 = PAIR * WIDTH_0, BITS_1 = PAIR * WIDTH_1, LOOKS = QV / PAIR;
 constexpr u32 ENTRIES = 1u << (SIGN_APART ? BETA - 1 : PAIR * BETA);
-// Columns of a quad, of a lane's four neighbours together, of a warp.
+// Columns of a quad, and of a lane's four neighbours together.
 constexpr u32 QUAD = 4 * M;
 constexpr u32 STEP = QV * QUAD;
-constexpr u32 WARP_STEP = 8 * STEP;
+// Vectors that a lane works on in a step for T tokens: two neighbours mostly share the scales of a block.
+constexpr STB_DEVICE u32 vectors_of(u32 t) { return t == 1 ? 2 : 1; }
 constexpr u32 TILE = 16;
 
 // Columns of a table.
@@ -206,21 +207,24 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
     __shared__ float scratch[WARPS];
     const Part p = part_of<T>(a);
     const Matrix &m = a.matrices[p.matrix];
+    // Vectors, tables and columns of a lane in a step; columns of a warp.
+    constexpr u32 U = vectors_of(T), TABLES = U * LOOKS, LANE_STEP = U * STEP, WARP_STEP = 8 * LANE_STEP;
     const u32 steps = a.slab / WARP_STEP;
-    // [steps][LOOKS][ENTRIES][32 lanes] of T floats, then [block_rows][T].
+    // [steps][TABLES][ENTRIES][32 lanes] of T floats, then [block_rows][T].
     const u32 start = T == 1 ? (TABLE - shared_address(shared) % TABLE) % TABLE : 0;
     float *table = reinterpret_cast<float *>(shared + start);
-    float *sums = table + steps * LOOKS * ENTRIES * WARP * T;
+    float *sums = table + steps * TABLES * ENTRIES * WARP * T;
     {
         const Activations<T> activations(a, p, scratch);
         // Work for as many threads as there are: parts of 8 entries (16 where there are more).
         constexpr u32 SHARE = ENTRIES > 16 ? 16 : 8;
         constexpr u32 SHARES = ENTRIES / SHARE;
         const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
-        for (u32 i = threadIdx.x; i < steps * LOOKS * SHARES * WARP; i += THREADS) {
+        for (u32 i = threadIdx.x; i < steps * TABLES * SHARES * WARP; i += THREADS) {
             const u32 lane = i % WARP, share = i / WARP % SHARES, place = i / WARP / SHARES;
-            const u32 q = place % LOOKS * PAIR, step = place / LOOKS;
-            const u32 first = p.first_col + step * WARP_STEP + lane / 4 * STEP + q * QUAD + lane % 4 * M;
+            const u32 q = place % TABLES * PAIR, step = place / TABLES;
+            const u32 first =
+                p.first_col + step * WARP_STEP + lane / 4 * LANE_STEP + q * QUAD + lane % 4 * M;
             float x[TABLE_COLS][T];
 #pragma unroll
             for (u32 k = 0; k < TABLE_COLS; ++k) {
@@ -249,12 +253,12 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
     const u16 *row_scales = reinterpret_cast<const u16 *>(m.payload + m.segments[1]);
     const u8 *all_codes = m.payload + m.segments[3];
     // A step goes on by whole chunks, so that in those only the start is new.
-    const u32 position_0 = p.first_col / STEP + lane / 4;
+    const u32 position_0 = p.first_col / STEP + lane / 4 * U;
     const Place whole = place_in(8, position_0, lane);
-    constexpr u32 STEP_BYTES = 8 / VECTORS * 64 * BETA;
+    constexpr u32 STEP_BYTES = 8 * U / VECTORS * 64 * BETA;
     const Multipliers multipliers(m);
     // Blocks are multiples of 32 columns: in a lane's part of a step a new one can begin there, if at all.
-    const bool is_one_block = SCALED && bits != 0 && m.block % STEP == 0;
+    const bool is_one_block = SCALED && bits != 0 && m.block % LANE_STEP == 0;
     for (u32 first = warp * TILE; first < p.rows; first += WARPS * TILE) {
         const u32 tile = (p.first_row + first) / TILE;
         const u8 *codes_of_tile = all_codes + u64(tile) * units;
@@ -268,19 +272,25 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
         u32 base = shared_address(table) + lane * 4 * T;
         u32 position = position_0, at = 0;
         for (u32 col = 0; col < cols; col += WARP_STEP) {
-            Place here = whole;
+            Codes all[U];
 #pragma unroll
-            for (u32 k = 0; k < 3; ++k)
-                here.at[k] += at;
-            // The last chunk of a row has fewer vectors.
-            if (position / VECTORS * 8 + 8 > quads)
-                here = place(quads, position, lane);
-            const Codes codes = load_codes(codes_of_tile, here);
+            for (u32 u = 0; u < U; ++u) {
+                Place here = whole;
+                // Neighbours are in one chunk and in the same vectors of its narrower planes.
+                here.at[0] += at + u * 64, here.at[1] += at, here.at[2] += at;
+                here.shift_1 += u * QV * WIDTH_1, here.shift_2 += u * QV * WIDTH_2;
+                // The last chunk of a row has fewer vectors.
+                if (position / VECTORS * 8 + 8 > quads)
+                    here = place(quads, position + u, lane);
+                all[u] = load_codes(codes_of_tile, here);
+            }
 #pragma unroll
-            for (u32 q = 0; q < LOOKS; ++q) {
+            for (u32 k = 0; k < TABLES; ++k) {
                 constexpr u32 COLS = PAIR * QUAD;
-                if (SCALED && bits != 0 && q * COLS % 32 == 0 && (q == 0 || !is_one_block))
-                    multipliers.load(multiplier, scales_of_tile, position * STEP + q * COLS);
+                const u32 q = k % LOOKS;
+                const Codes &codes = all[k / LOOKS];
+                if (SCALED && bits != 0 && k * COLS % 32 == 0 && (k == 0 || !is_one_block))
+                    multipliers.load(multiplier, scales_of_tile, position * STEP + k * COLS);
                 u32 joined[4];
                 join(joined, codes, q);
                 // In bytes: an entry is T floats of each lane.
@@ -300,7 +310,7 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
                 }
                 base += TABLE * T;
             }
-            position += WARP_STEP / STEP, at += STEP_BYTES;
+            position += 8 * U, at += STEP_BYTES;
         }
         const u32 row = (lane >> 4 & 1) * 8 + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2 + (lane >> 1 & 1);
 #pragma unroll

@@ -236,14 +236,16 @@ impl Split {
         rows: &[usize],
         cols: usize,
     ) -> Self {
-        let step = 32 * kind.piece;
         let is_codes = kind.table > 0;
+        // A lane of joint codes takes two pieces for one token: `vectors_of` of matvec_nm.cu.
+        let pieces = if is_codes && at_once == 1 { 2 } else { 1 };
+        let step = 32 * kind.piece * pieces;
         // Bytes of shared memory for `slab` columns: tables, or activations with their padding.
         let bytes = |slab: usize| {
             if is_codes {
                 // Tables of one token begin at a multiple of their size.
                 let aligned = if at_once == 1 { kind.table / kind.tables } else { 0 };
-                return slab / step * kind.table * at_once + aligned;
+                return slab / step * pieces * kind.table * at_once + aligned;
             }
             let pad = if kind.piece == 4 && !rounded { 0 } else { 4 };
             let words = if rounded { kind.piece / 4 } else { kind.piece };
