@@ -9,49 +9,23 @@ mod machine;
 use std::path::Path;
 
 use serde_json::json;
-use stb_convert::calibration::Source;
-use stb_convert::pipeline::{Progress, convert};
-use stb_convert::prepare::prepare;
 use stb_convert::report::Report;
-use stb_convert::{Job, Recipe};
 use stb_format::File;
 use stb_format::encoding::Dense;
 use stb_kernels::cuda::Device;
-use stb_runtime::Checkpoint;
+use stb_tests::conversion::converted;
 use stb_tests::random_model::letters;
 use stb_tests::tiny;
 
-struct Silent;
-
-impl Progress for Silent {
-    fn step(&self, _: u64, _: u64, _: &str) {}
-    fn layer(&self, _: usize, _: usize, _: f64, _: &str, _: f64) {}
-    fn note(&self, _: &str) {}
-}
-
 /// Converts to `target`; the report and the decoded weights by name.
-fn converted(
+fn convert(
     folder: &Path,
     target: &Path,
     recipe: &str,
     device: Option<Device>,
 ) -> (Report, Vec<(String, Vec<f32>)>) {
-    let checkpoint = Checkpoint::open(&folder.join("source"), true).unwrap();
-    let mut recipe = Recipe::load(recipe).unwrap();
-    (recipe.calibration.samples, recipe.calibration.length) = (5, 24);
-    let source = Source::file(&folder.join("calibration.txt")).unwrap();
-    let (plan, meta) = prepare(&checkpoint, &recipe, &source).unwrap();
-    let job = Job {
-        checkpoint: &checkpoint,
-        recipe: &recipe,
-        plan,
-        meta,
-        calibration: &source,
-        target,
-        force: true,
-        device,
-    };
-    let report = convert(job, &Silent).unwrap();
+    let (source, text) = (folder.join("source"), folder.join("calibration.txt"));
+    let report = converted(&source, target, recipe, &text, [5, 24], device).unwrap();
     let bytes = std::fs::read(target).unwrap();
     let file = File::open(&bytes).unwrap();
     let tensors = file.tensors().iter();
@@ -71,9 +45,9 @@ fn same_as_on_the_cpu(recipes: &[&str]) {
     std::fs::write(folder.path().join("calibration.txt"), letters(2000)).unwrap();
     for recipe in recipes {
         let (host, expected) =
-            converted(folder.path(), &folder.path().join("host.stb"), recipe, None);
+            convert(folder.path(), &folder.path().join("host.stb"), recipe, None);
         let target = folder.path().join("device.stb");
-        let (on_device, found) = converted(folder.path(), &target, recipe, Some(device.clone()));
+        let (on_device, found) = convert(folder.path(), &target, recipe, Some(device.clone()));
         assert_eq!(host.file_bytes, on_device.file_bytes, "{recipe}");
         // Sums are rounded otherwise: the products were another machine's.
         let mut same = host.tensors.iter().zip(&on_device.tensors);

@@ -8,8 +8,9 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use stb_convert::calibration::Source;
 use stb_convert::prepare::prepare;
-use stb_convert::{Job, Progress, Recipe, convert};
+use stb_convert::{Job, Recipe, convert};
 use stb_runtime::Checkpoint;
+use stb_tests::conversion::Notes;
 use stb_tests::paths::{root, shared};
 use stb_tests::programs::{note, print, run as start};
 
@@ -48,16 +49,6 @@ struct Setting {
     /// Differences from the base; an empty text removes an option.
     #[serde(flatten)]
     body: toml::Table,
-}
-
-struct Silent;
-
-impl Progress for Silent {
-    fn step(&self, _: u64, _: u64, _: &str) {}
-    fn layer(&self, _: usize, _: usize, _: f64, _: &str, _: f64) {}
-    fn note(&self, text: &str) {
-        note(text);
-    }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -141,7 +132,7 @@ fn run(
 ) -> anyhow::Result<()> {
     let (plan, meta) = prepare(checkpoint, recipe, calibration)?;
     let (force, device) = (true, None);
-    convert(Job { checkpoint, recipe, plan, meta, calibration, target, force, device }, &Silent)?;
+    convert(Job { checkpoint, recipe, plan, meta, calibration, target, force, device }, &Notes)?;
     Ok(())
 }
 

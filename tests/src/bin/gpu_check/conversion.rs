@@ -5,50 +5,24 @@ use std::path::Path;
 
 use anyhow::ensure;
 use serde_json::{Value, json};
-use stb_convert::calibration::Source;
-use stb_convert::pipeline::{Progress, convert};
-use stb_convert::prepare::prepare;
 use stb_convert::report::Report as Conversion;
-use stb_convert::{Job, Recipe};
 use stb_kernels::cuda::Device;
-use stb_runtime::Checkpoint;
+use stb_tests::conversion::converted;
 use stb_tests::random_model::{checkpoint, letters, shape};
 
 use crate::report::Report;
 
-struct Silent;
-
-impl Progress for Silent {
-    fn step(&self, _: u64, _: u64, _: &str) {}
-    fn layer(&self, _: usize, _: usize, _: f64, _: &str, _: f64) {}
-    fn note(&self, _: &str) {}
-}
-
 /// Converts the checkpoint `folder`/source.
-fn converted(
+fn convert(
     folder: &Path,
     recipe: &str,
-    [samples, length]: [usize; 2],
+    calibration: [usize; 2],
     device: Option<Device>,
 ) -> anyhow::Result<Conversion> {
-    let source = Checkpoint::open(&folder.join("source"), true)?;
-    let mut recipe = Recipe::load(recipe)?;
-    (recipe.calibration.samples, recipe.calibration.length) = (samples, length);
     let text = folder.join("calibration.txt");
-    std::fs::write(&text, letters(2 * samples * length))?;
-    let calibration = Source::file(&text)?;
-    let (plan, meta) = prepare(&source, &recipe, &calibration)?;
-    let job = Job {
-        checkpoint: &source,
-        recipe: &recipe,
-        plan,
-        meta,
-        calibration: &calibration,
-        target: &folder.join("out.stb"),
-        force: true,
-        device,
-    };
-    convert(job, &Silent)
+    std::fs::write(&text, letters(2 * calibration[0] * calibration[1]))?;
+    let (source, target) = (folder.join("source"), folder.join("out.stb"));
+    converted(&source, &target, recipe, &text, calibration, device)
 }
 
 /// Errors of a small random model converted here and on the CPU.
@@ -57,8 +31,8 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
     checkpoint(&folder.path().join("source"), &shape("tiny", None)?);
     let (mut all, mut failed) = (Vec::new(), Vec::new());
     for recipe in ["nm-2of8", "stbllm-4of8", "stbllm-published-strict", "int3", "pb-llm"] {
-        let host = converted(folder.path(), recipe, [16, 64], None)?;
-        let here = converted(folder.path(), recipe, [16, 64], Some(device.clone()))?;
+        let host = convert(folder.path(), recipe, [16, 64], None)?;
+        let here = convert(folder.path(), recipe, [16, 64], Some(device.clone()))?;
         let pairs = host.tensors.iter().zip(&here.tensors);
         let differences = pairs
             .map(|(a, b)| (a.relative_error - b.relative_error).abs() / a.relative_error.max(1e-9));
@@ -94,7 +68,7 @@ pub(crate) fn measure(
     checkpoint(&folder.path().join("source"), &shape(name, Some(1))?);
     let mut all: Vec<Value> = Vec::new();
     for recipe in recipes {
-        let done = converted(folder.path(), recipe, calibration, Some(device.clone()))?;
+        let done = convert(folder.path(), recipe, calibration, Some(device.clone()))?;
         let (s, q) = (done.stages, done.stages.quantiser);
         let quantiser = q.prune + q.search + q.quantise + q.propagate + q.refit + q.pack;
         let seconds = done.layers.iter().map(|l| l.seconds).sum::<f64>();

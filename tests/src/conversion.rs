@@ -1,0 +1,56 @@
+//! Conversions without a program: for tests and measurements of their steps.
+
+use std::path::Path;
+
+use stb_convert::calibration::Source;
+use stb_convert::pipeline::{Progress, convert};
+use stb_convert::prepare::prepare;
+use stb_convert::report::Report;
+use stb_convert::{Job, Recipe};
+use stb_kernels::cuda::Device;
+use stb_runtime::Checkpoint;
+
+use crate::programs::note;
+
+/// Says only what the user should know.
+#[derive(Clone, Copy, Debug)]
+pub struct Notes;
+
+impl Progress for Notes {
+    fn step(&self, _: u64, _: u64, _: &str) {}
+    fn layer(&self, _: usize, _: usize, _: f64, _: &str, _: f64) {}
+    fn note(&self, text: &str) {
+        note(text);
+    }
+}
+
+/// Converts the checkpoint `source` to `target` with a recipe (its name or its file), so many calibration sequences of so
+/// many tokens from the file `text`, and the large products on `device`, if there is one.
+///
+/// # Errors
+/// As for [`prepare`] and [`convert`].
+pub fn converted(
+    source: &Path,
+    target: &Path,
+    recipe: &str,
+    text: &Path,
+    [samples, length]: [usize; 2],
+    device: Option<Device>,
+) -> anyhow::Result<Report> {
+    let checkpoint = Checkpoint::open(source, true)?;
+    let mut recipe = Recipe::load(recipe)?;
+    (recipe.calibration.samples, recipe.calibration.length) = (samples, length);
+    let calibration = Source::file(text)?;
+    let (plan, meta) = prepare(&checkpoint, &recipe, &calibration)?;
+    let job = Job {
+        checkpoint: &checkpoint,
+        recipe: &recipe,
+        plan,
+        meta,
+        calibration: &calibration,
+        target,
+        force: true,
+        device,
+    };
+    convert(job, &Notes)
+}
