@@ -6,10 +6,11 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use common::emulator::{Emulator, Launch, bytes_of, floats};
+use common::machine::simulated;
 use common::plans::{address, launch};
 use common::random::Rng;
 use stb_format::half::f16;
-use stb_kernels::cuda::{Attend, Attention, Device, DeviceInfo, KvCache, Module, Slots};
+use stb_kernels::cuda::{Attend, Attention, KvCache, Module, Slots};
 use stb_kernels::kv::KvKind;
 
 /// The kernels of a module and those that put caches in their places; `None` where there is no C++
@@ -485,23 +486,11 @@ fn few_tokens_wide_heads_and_exact_caches_stay_with_the_other_kernel() {
 /// The kernel for many tokens only where they are one after another in one sequence.
 #[test]
 fn tokens_of_several_sequences_stay_with_the_other_kernel() {
-    let info = DeviceInfo {
-        ordinal: 0,
-        name: "none".into(),
-        capability: (9, 0),
-        memory: 1 << 30,
-        multiprocessors: 2,
-        shared_memory: 99 << 10,
-    };
     let seen = Arc::new(Mutex::new(Vec::new()));
     let kernels = seen.clone();
-    let device = Device::simulated(
-        info,
-        Box::new(move |launches, _| {
-            kernels.lock().unwrap().extend(launches.iter().map(|l| (l.kernel, l.blocks)));
-            Ok(())
-        }),
-    );
+    let device = simulated(move |launches, _| {
+        kernels.lock().unwrap().extend(launches.iter().map(|l| (l.kernel, l.blocks)));
+    });
     let a = prompt_shape(KvKind::F16, [4, 2, 64]);
     let [one, other] = [0, 1].map(|_| {
         let mut cache = KvCache::new(&device, a).unwrap();

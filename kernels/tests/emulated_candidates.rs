@@ -1,12 +1,8 @@
 //! The most likely tokens, found on a device that is the emulator, against a sort of all.
 
-#[path = "common/emulator.rs"]
-#[allow(dead_code)]
-mod emulator;
-#[path = "common/machine.rs"]
-mod machine;
+mod common;
 
-use machine::device;
+use common::machine::device_in_orders;
 use stb_kernels::cuda::{Candidates, Wanted};
 
 /// Few different numbers, so that many are equal; some special ones.
@@ -26,7 +22,7 @@ fn logits(n: usize, seed: u32) -> Vec<f32> {
 
 #[test]
 fn candidates_are_the_first_of_all() {
-    let Some(device) = device() else { return };
+    let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
     let mut candidates = Candidates::new(&device).unwrap();
     for (i, (n, count)) in
         [(1, 5), (40, 40), (1000, 1), (1024, 128), (1025, 40), (5000, 64), (70_000, 128)]
@@ -71,5 +67,29 @@ fn candidates_are_the_first_of_all() {
                 }
             }
         }
+    }
+}
+
+/// What a greedy sampler wants: of equal numbers the first, and never one that is none.
+#[test]
+fn the_best_is_the_first_of_equals() {
+    let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
+    let mut candidates = Candidates::new(&device).unwrap();
+    for cols in [1, 700, 256] {
+        let mut x = logits(cols, 9);
+        x.iter_mut().for_each(|v| *v = if v.abs() <= 4.0 { *v } else { 0.5 });
+        x[cols / 2] = 5.0;
+        x[cols - 1] = 5.0;
+        if cols > 2 {
+            x[1] = f32::NAN;
+        }
+        let mut best = 0;
+        for (i, v) in x.iter().enumerate() {
+            best = if *v > x[best] { i } else { best };
+        }
+        let wanted = Wanted { count: 1, greedy: true, penalty: 1.0, penalised: &[], banned: &[] };
+        let on = device.upload("logits", &x).unwrap();
+        let found = candidates.find(&on, cols, &wanted).unwrap();
+        assert_eq!(found[0].0 as usize, best);
     }
 }

@@ -1,6 +1,7 @@
 //! What the tests share: where things are, how to run the programs, conversions, test vectors, small
 //! random checkpoints.
 
+pub mod choices;
 pub mod conversion;
 pub mod paths;
 pub mod programs;

@@ -1,24 +1,21 @@
 //! A whole model on a CUDA device that is the emulator: the same results as on the CPU, from the
 //! model's file down to the kernels and their order.
 
-#[path = "../../kernels/tests/common/emulator.rs"]
-#[allow(dead_code)]
-mod emulator;
-#[path = "../../kernels/tests/common/machine.rs"]
-mod machine;
+#[path = "../../kernels/tests/common/mod.rs"]
+mod common;
 
 use std::fs::File;
 use std::ops::ControlFlow;
 
-use machine::device;
+use common::machine::device;
 use stb_convert::Recipe;
 use stb_format::Encoding;
 use stb_format::encoding::Nm;
 use stb_kernels::cuda::{self, Gemm, Input, Matrix, PromptNumbers};
 use stb_runtime::{
-    DeviceLayers, Half, KvKind, LinearInput, Model, Next, Observer, OpenOptions, Sampler,
-    SamplerOptions, State,
+    DeviceLayers, Half, KvKind, LinearInput, Model, Observer, OpenOptions, SamplerOptions, State,
 };
+use stb_tests::choices::compared;
 use stb_tests::random::Rng;
 use stb_tests::random_model::{random, shape, write};
 
@@ -210,19 +207,10 @@ fn tokens_are_chosen_alike() {
             repeat_last: 6,
             ..SamplerOptions::default()
         };
-        let (mut a, mut b) = (Sampler::new(options.clone()), Sampler::new(options));
-        let (mut here, mut there) = (State::new(&model, 60), State::new(&model, 60));
-        let (banned, mut next) = ([5, 9], Next::default());
-        let mut tokens = vec![1, 2, 3, 4];
-        tokens.iter().for_each(|t| (a.accept(*t), b.accept(*t)).0);
-        for step in 0..8 {
-            let logits = model.forward(&mut here, &tokens).unwrap().to_vec();
-            let expected = a.choose(&mut Next::Logits(logits), &banned);
-            model.next(&mut there, &tokens, &mut b, &banned, &mut next).unwrap();
-            assert_eq!(matches!(next, Next::Best(_)), temperature == 0.0 || top_k > 0);
-            assert_eq!(b.choose(&mut next, &banned), expected, "{temperature} {top_k}: {step}");
-            tokens = vec![expected];
-        }
+        let (differ, from_device) = compared(&model, &options, &[1, 2, 3, 4], &[5, 9], 8).unwrap();
+        assert_eq!(differ, 0, "{temperature} {top_k}");
+        let is_device = temperature == 0.0 || top_k > 0;
+        assert_eq!(from_device, if is_device { 8 } else { 0 }, "{temperature} {top_k}");
     }
 }
 

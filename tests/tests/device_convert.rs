@@ -1,13 +1,11 @@
 //! Conversion with its large products on a CUDA device that is the emulator, beside that of the CPU.
 
-#[path = "../../kernels/tests/common/emulator.rs"]
-#[allow(dead_code)]
-mod emulator;
-#[path = "../../kernels/tests/common/machine.rs"]
-mod machine;
+#[path = "../../kernels/tests/common/mod.rs"]
+mod common;
 
 use std::path::Path;
 
+use common::machine::device;
 use serde_json::json;
 use stb_convert::report::Report;
 use stb_format::File;
@@ -34,7 +32,7 @@ fn convert(
 
 /// The same pipeline: what is decided here differs only where rounding turns a choice.
 fn same_as_on_the_cpu(recipes: &[&str]) {
-    let Some(device) = machine::device() else { return };
+    let Some(device) = device() else { return };
     let folder = tempfile::tempdir().unwrap();
     let mut config = tiny::config();
     // Several blocks of columns in a row, ragged; more inputs than outputs and the other way round.

@@ -262,12 +262,7 @@ impl Sums {
         };
         let ShiftSums { x, difference, stream: sum, .. } = shift;
         self.summing += timed(dense, || {
-            grow(dense, difference, tokens * features)?;
-            let (sizes, rows) = ([tokens, features], (0, features));
-            dense.copy_part(sizes, wanted, Some(stream), rows, difference, rows)?;
-            let left = Operand::new(difference, 0, features).transposed();
-            let (sizes, right) = ([features, width, tokens], Operand::new(x, 0, width));
-            dense.blas().multiply(sizes, 1.0, left, right, 1.0, sum, (0, width))
+            add_cross(dense, [features, width, tokens], [wanted, stream], x, difference, sum)
         })?;
         Ok(())
     }
@@ -286,12 +281,7 @@ impl Sums {
         };
         let ShiftSums { x, difference, inputs, to_stream, .. } = shift;
         self.summing += timed(dense, || {
-            grow(dense, difference, tokens * width)?;
-            let (sizes, rows) = ([tokens, width], (0, width));
-            dense.copy_part(sizes, wanted, Some(x), rows, difference, rows)?;
-            let left = Operand::new(difference, 0, width).transposed();
-            let (sizes, right) = ([width, width, tokens], Operand::new(x, 0, width));
-            dense.blas().multiply(sizes, 1.0, left, right, 1.0, inputs, (0, width))
+            add_cross(dense, [width, width, tokens], [wanted, x], x, difference, inputs)
         })?;
         Ok(if *to_stream { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     }
@@ -319,6 +309,24 @@ impl Sums {
         };
         Ok((Summed { hessian, shift }, summing))
     }
+}
+
+/// Adds (A − B)ᵀ X to `sum`, [rows, width]: A and B are [tokens, rows], X [tokens, width]; `difference` is
+/// scratch.
+fn add_cross(
+    dense: &Dense,
+    [rows, width, tokens]: [usize; 3],
+    [a, b]: [&Buffer<f32>; 2],
+    x: &Buffer<f32>,
+    difference: &mut Buffer<f32>,
+    sum: &mut Buffer<f32>,
+) -> stb_kernels::cuda::Result<()> {
+    grow(dense, difference, tokens * rows)?;
+    let whole = (0, rows);
+    dense.copy_part([tokens, rows], a, Some(b), whole, difference, whole)?;
+    let left = Operand::new(difference, 0, rows).transposed();
+    let (sizes, right) = ([rows, width, tokens], Operand::new(x, 0, width));
+    dense.blas().multiply(sizes, 1.0, left, right, 1.0, sum, (0, width))
 }
 
 fn grow(dense: &Dense, buffer: &mut Buffer<f32>, count: usize) -> stb_kernels::cuda::Result<()> {

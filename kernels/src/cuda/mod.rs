@@ -35,7 +35,7 @@ pub use matrix::{Matrix, MatrixParams};
 pub use matvec::{Input, MatVec, MatVecPlan, Numbers, plan_decode};
 pub use moments::{Dense, Factors};
 pub use nvrtc::Nvrtc;
-pub use ops::{Ops, plan_argmax, plan_materialise};
+pub use ops::{Ops, plan_materialise};
 pub use vendor::{Blas, Operand};
 
 /// The oldest compute capability the kernels are written for: asynchronous copies, bf16, `mma.sp`.

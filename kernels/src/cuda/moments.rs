@@ -70,7 +70,6 @@ pub struct Factors {
 #[derive(Debug)]
 pub struct Dense {
     blas: Blas,
-    device: Device,
 }
 
 impl Dense {
@@ -79,7 +78,7 @@ impl Dense {
     /// # Errors
     /// As for [`Blas::new`] and [`Blas::cholesky`]; [`super::Error::Compiler`].
     pub fn new(device: &Device) -> Result<Self> {
-        let mut dense = Self { blas: Blas::new(device)?, device: device.clone() };
+        let mut dense = Self { blas: Blas::new(device)? };
         dense.factor(&[1.0], 1)?;
         Ok(dense)
     }
@@ -93,7 +92,7 @@ impl Dense {
     /// Its device.
     #[must_use]
     pub fn device(&self) -> &Device {
-        &self.device
+        self.blas.device()
     }
 
     /// Queues scaling the lower triangle of `h`, [n, n], and copying it to the upper one.
@@ -108,7 +107,7 @@ impl Dense {
         let n = to_u32("a matrix with columns", n)?;
         let square = Square { single: h.address(), twice: 0, unit: 0, n, scale };
         // SAFETY: the matrix has room, as checked; the kernel uses nothing else.
-        unsafe { self.device.launch(&square.plan("finish")) }
+        unsafe { self.device().launch(&square.plan("finish")) }
     }
 
     /// Factors `h`, [n, n] symmetric, in f64, and brings the factors to the host. `None` if it is not
@@ -121,9 +120,9 @@ impl Dense {
     /// If `h` has another size.
     pub fn factor(&mut self, h: &[f32], n: usize) -> Result<Option<Factors>> {
         assert_eq!(h.len(), n * n, "a square matrix");
-        let single = self.device.upload("second moments", h)?;
-        let mut twice = self.device.zeros::<f64>("a factor", n * n)?;
-        let mut unit = self.device.zeros::<f64>("a factor", n * n)?;
+        let single = self.device().upload("second moments", h)?;
+        let mut twice = self.device().zeros::<f64>("a factor", n * n)?;
+        let mut unit = self.device().zeros::<f64>("a factor", n * n)?;
         let size = to_u32("a matrix with columns", n)?;
         let square = |single: &Buffer<f32>, twice: u64, unit: u64| {
             let single = single.address();
@@ -131,7 +130,7 @@ impl Dense {
         };
         let widen = square(&single, twice.address(), unit.address()).plan("widen");
         // SAFETY: all three matrices are [n, n].
-        unsafe { self.device.launch(&widen) }?;
+        unsafe { self.device().launch(&widen) }?;
         if !self.blas.cholesky(&mut twice, n)? {
             return Ok(None);
         }
@@ -139,7 +138,7 @@ impl Dense {
         let host = |from: &Buffer<f64>| -> Result<Vec<f32>> {
             let narrow = square(&single, from.address(), 0).plan("narrow");
             // SAFETY: both matrices are [n, n]; the kernel does not use the third.
-            unsafe { self.device.launch(&narrow) }?;
+            unsafe { self.device().launch(&narrow) }?;
             let mut out = vec![0.0; n * n];
             single.read(&mut out)?;
             Ok(out)
@@ -189,7 +188,7 @@ impl Dense {
         let blocks = [(rows * cols).div_ceil(THREADS), 1, 1];
         let launch = Launch::new(Module::MOMENTS, "copy_part", blocks, THREADS as u32, 0, &part);
         // SAFETY: the parts lie in live buffers, as checked.
-        unsafe { self.device.launch(&launch) }
+        unsafe { self.device().launch(&launch) }
     }
 
     /// Queues `out[row, block]` = Σ `a` · `b` over every `span` columns of a row, in f64: both [rows, cols], a row every so
@@ -231,6 +230,6 @@ impl Dense {
         let grid = [(rows * blocks).div_ceil(THREADS / 32), 1, 1];
         let launch = Launch::new(Module::MOMENTS, "block_dots", grid, THREADS as u32, 0, &dots);
         // SAFETY: the matrices and sums lie in live buffers, as checked.
-        unsafe { self.device.launch(&launch) }
+        unsafe { self.device().launch(&launch) }
     }
 }

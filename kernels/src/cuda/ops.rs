@@ -1,4 +1,4 @@
-//! Operations between products that the products do not have built in, and the choice of tokens.
+//! Operations between products that the products do not have built in.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -23,16 +23,6 @@ struct Params {
     padding: u32,
 }
 
-/// `Argmax` of ops.cu.
-#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
-#[repr(C)]
-struct ArgmaxParams {
-    x: u64,
-    out: u64,
-    n: u32,
-    padding: u32,
-}
-
 /// Writes the activations that `input` (of addresses) stands for to `out`, [tokens, cols]: for products
 /// that do not compute them themselves.
 ///
@@ -47,15 +37,6 @@ pub fn plan_materialise(input: Input<u64>, out: u64, cols: usize, tokens: usize)
     let cols = to_u32("a matrix with columns", cols)?;
     let params = Params { x, with, out, cols, source, eps, padding: 0 };
     Ok(Launch::new(Module::OPS, "materialise", [tokens, 1, 1], THREADS, 0, &params))
-}
-
-/// The index of the first largest of `n` numbers of each token, `x` [tokens, n] to `out` `[tokens]`.
-///
-/// # Errors
-/// [`super::Error::Unsupported`] for sizes beyond what kernels count to.
-pub fn plan_argmax(x: u64, out: u64, n: usize, tokens: usize) -> Result<Launch> {
-    let params = ArgmaxParams { x, out, n: to_u32("a vocabulary", n)?, padding: 0 };
-    Ok(Launch::new(Module::OPS, "argmax", [tokens, 1, 1], THREADS, 0, &params))
 }
 
 /// These operations on one device.
@@ -88,26 +69,6 @@ impl Ops {
         input.check(cols, tokens);
         assert!(out.len() >= tokens * cols, "room for the activations");
         let launch = plan_materialise(input.addresses(), out.address(), cols, tokens)?;
-        // SAFETY: all buffers have room for the tokens, as checked.
-        unsafe { self.device.launch(&launch) }
-    }
-
-    /// Queues finding the most likely token after each of `tokens` tokens: `x` is [tokens, n].
-    ///
-    /// # Errors
-    /// [`super::Error::Driver`].
-    ///
-    /// # Panics
-    /// If a buffer is too small.
-    pub fn argmax(
-        &self,
-        x: &Buffer<f32>,
-        out: &mut Buffer<u32>,
-        n: usize,
-        tokens: usize,
-    ) -> Result<()> {
-        assert!(x.len() >= tokens * n && out.len() >= tokens, "room for the tokens");
-        let launch = plan_argmax(x.address(), out.address(), n, tokens)?;
         // SAFETY: all buffers have room for the tokens, as checked.
         unsafe { self.device.launch(&launch) }
     }

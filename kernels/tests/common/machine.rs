@@ -1,5 +1,5 @@
 //! A CUDA device that is the emulator: runs what programs queue on it, from a model's file down to the kernels and
-//! their order. The file that includes this has [`super::emulator`] too.
+//! their order.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
@@ -7,14 +7,18 @@ use std::sync::Mutex;
 use stb_kernels::cuda::simulated::{OFFSET_BITS, TAG};
 use stb_kernels::cuda::{self, Device, DeviceInfo, Module};
 
-use super::emulator::{Emulator, Launch, Piece};
+use super::emulator::{Emulator, Launch};
+use super::plans::launch_at;
 
-type Memory = BTreeMap<u64, Vec<u8>>;
+/// Memory of a device by address.
+pub type Memory = BTreeMap<u64, Vec<u8>>;
 
 /// Kernels of all modules that were needed so far.
 #[derive(Default)]
 struct Machine {
     modules: Mutex<HashMap<Module, Emulator>>,
+    /// Orders of threads and blocks that have to give the same.
+    seeds: &'static [u64],
 }
 
 impl Machine {
@@ -50,20 +54,9 @@ impl Machine {
                     }
                 }
             }
-            run.extend(same.iter().map(|launch| {
-                let piece = |word: &u64| match pointer(*word) {
-                    Some((buffer, offset)) => Piece::Pointer { buffer, offset },
-                    None => Piece::Bytes(word.to_le_bytes().to_vec()),
-                };
-                let [x, y, z] = launch.blocks.map(|n| n as usize);
-                Launch::new(launch.kernel)
-                    .grid(x, y, z)
-                    .block(launch.threads as usize, 1, 1)
-                    .shared(launch.shared as usize)
-                    .pieces(launch.params.iter().map(piece).collect())
-            }));
+            run.extend(same.iter().map(|launch| launch_at(launch, pointer)));
             let buffers: Vec<Vec<u8>> = memory.values().cloned().collect();
-            let mut after = emulator.run(&buffers, &run, &[0]).unwrap();
+            let mut after = emulator.run(&buffers, &run, self.seeds).unwrap();
             for (buffer, at, place) in places {
                 after[buffer][at..at + 16].copy_from_slice(&place);
             }
@@ -99,7 +92,7 @@ fn build(module: &Module) -> Emulator {
         "gemm_rows.cu" => (&["gemm_rows.cu"], &["gemm_rows"]),
         "gemm_nm.cu" => (&["gemm_nm.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
         "gemm_nm_s8.cu" => (&["gemm_nm_s8.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
-        "ops.cu" => (&["ops.cu"], &["materialise", "argmax"]),
+        "ops.cu" => (&["ops.cu"], &["materialise"]),
         "candidates.cu" => (&["candidates.cu"], &["candidates"]),
         "moments.cu" => {
             (&["moments.cu"], &["widen", "narrow", "finish", "copy_part", "block_dots"])
@@ -125,8 +118,18 @@ fn build(module: &Module) -> Emulator {
 
 /// The device, or `None`, with a word why, where there is no compiler for it.
 pub fn device() -> Option<Device> {
-    Emulator::build(&["ops.cu"], &["argmax"], &[]).unwrap()?;
-    let machine = Machine::default();
+    device_in_orders(&[0])
+}
+
+/// The same; every launch runs once for each seed, in orders of threads and blocks of its own.
+pub fn device_in_orders(seeds: &'static [u64]) -> Option<Device> {
+    Emulator::build(&["ops.cu"], &["materialise"], &[]).unwrap()?;
+    let machine = Machine { seeds, ..Machine::default() };
+    Some(simulated(move |launches, memory| machine.run(launches, memory)))
+}
+
+/// A device that does `run` for what is queued.
+pub fn simulated(run: impl Fn(&[cuda::Launch], &mut Memory) + Send + Sync + 'static) -> Device {
     let info = DeviceInfo {
         ordinal: 0,
         name: "emulator".into(),
@@ -136,8 +139,8 @@ pub fn device() -> Option<Device> {
         shared_memory: 99 << 10,
     };
     let run = move |launches: &[cuda::Launch], memory: &mut Memory| {
-        machine.run(launches, memory);
+        run(launches, memory);
         Ok(())
     };
-    Some(Device::simulated(info, Box::new(run)))
+    Device::simulated(info, Box::new(run))
 }

@@ -15,12 +15,17 @@ pub fn address(buffer: usize) -> u64 {
 
 /// A plan with its addresses as pointers into buffers.
 pub fn launch(plan: &cuda::Launch) -> Launch {
-    let piece = |word: &u64| match word & 0xffff << 48 {
-        TAG => Piece::Pointer {
-            buffer: (word >> 40 & 255) as usize,
-            offset: (word & ((1 << 40) - 1)) as usize,
-        },
-        _ => Piece::Bytes(word.to_le_bytes().to_vec()),
+    launch_at(plan, |word| {
+        let is_address = word & 0xffff << 48 == TAG;
+        is_address.then_some(((word >> 40 & 255) as usize, (word & ((1 << 40) - 1)) as usize))
+    })
+}
+
+/// The same with other addresses: `pointer` gives the buffer and the offset of a word that is one.
+pub fn launch_at(plan: &cuda::Launch, pointer: impl Fn(u64) -> Option<(usize, usize)>) -> Launch {
+    let piece = |word: &u64| match pointer(*word) {
+        Some((buffer, offset)) => Piece::Pointer { buffer, offset },
+        None => Piece::Bytes(word.to_le_bytes().to_vec()),
     };
     let [x, y, z] = plan.blocks.map(|n| n as usize);
     Launch::new(plan.kernel)

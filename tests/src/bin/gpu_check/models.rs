@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use stb_convert::Recipe;
 use stb_kernels::cuda::Device;
 use stb_runtime::{DeviceChoice, Model, Next, OpenOptions, Sampler, SamplerOptions, State};
+use stb_tests::choices::compared;
 use stb_tests::random_model::{shape, write};
 
 use crate::report::Report;
@@ -47,16 +48,8 @@ fn compare_choices(report: &mut Report, gpu: &Model) -> anyhow::Result<()> {
             repeat_last: 16,
             ..SamplerOptions::default()
         };
-        let (mut a, mut b) = (Sampler::new(options.clone()), Sampler::new(options));
-        let (mut here, mut there) = (State::new(gpu, 100), State::new(gpu, 100));
-        let (banned, mut next, mut tokens) = ([2, 3], Next::default(), vec![1]);
-        for _ in 0..40 {
-            let logits = gpu.forward(&mut here, &tokens)?.to_vec();
-            let expected = a.choose(&mut Next::Logits(logits), &banned);
-            gpu.next(&mut there, &tokens, &mut b, &banned, &mut next)?;
-            wrong += usize::from(b.choose(&mut next, &banned) != expected);
-            tokens = vec![expected];
-        }
+        let (differ, _) = compared(gpu, &options, &[1], &[2, 3], 40)?;
+        wrong += differ;
     }
     if wrong > 0 {
         report.wrong("candidates", &format!("{wrong} tokens are not those of all logits"));
