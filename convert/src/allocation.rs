@@ -5,8 +5,8 @@ use stb_format::encoding::Stbllm;
 use stb_runtime::{Checkpoint, Error, Result};
 
 use crate::calibration::Source;
-use crate::plan::{Method, Plan, Treatment, input_of};
-use crate::quantise::metric::Scorer;
+use crate::plan::{Method, Plan, TensorMethod, input_of};
+use crate::quantize::metric::Scorer;
 use crate::recipe::Recipe;
 use crate::sensitivity::diagonals;
 
@@ -66,11 +66,12 @@ pub fn allocate(
     };
     for tensor in &mut plan.tensors {
         let layer = tensor.layer().map(|(i, _)| i);
-        if let (Some(i), Treatment::Linear(Method::Stbllm(mut options))) = (layer, tensor.treatment)
+        if let (Some(i), TensorMethod::Linear(Method::Stbllm(mut options))) =
+            (layer, tensor.treatment)
         {
             options.spec = Stbllm::new(counts[i], options.spec.block() as u16)
                 .ok_or_else(|| Error::Internal { what: format!("N is {}", counts[i]) })?;
-            tensor.set(Treatment::Linear(Method::Stbllm(options)))?;
+            tensor.set(TensorMethod::Linear(Method::Stbllm(options)))?;
         }
     }
     Ok(())

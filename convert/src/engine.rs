@@ -12,7 +12,7 @@ use stb_kernels::{Isa, Panels};
 use stb_runtime::{DeviceLayers, Model, Result};
 
 use crate::hessian::{self, Factor, Hessian, product_of};
-use crate::quantise::Propagation;
+use crate::quantize::Propagation;
 
 /// A GPU that computes for conversions of one model.
 pub struct Accelerator {
@@ -120,7 +120,7 @@ impl Engine<'_> {
     pub(crate) fn output_errors(&self, weights: &[f32], hessian: &Hessian) -> Result<Vec<f64>> {
         let cols = hessian.size;
         let Some(accelerator) = self.accelerator else {
-            return Ok(crate::quantise::output_errors(self.isa, weights, hessian));
+            return Ok(crate::quantize::output_errors(self.isa, weights, hessian));
         };
         let mut layers = accelerator.layers();
         let dense = layers.dense();
@@ -226,7 +226,7 @@ impl<'a> Compensation<'a> {
         let (cols, later) = (self.factor.size, from + width);
         let Some(device) = &mut self.device else {
             let (isa, factor) = (self.engine.isa, self.factor);
-            crate::quantise::propagate(isa, weights, factor, errors, from, width, self.mode);
+            crate::quantize::propagate(isa, weights, factor, errors, from, width, self.mode);
             return Ok(());
         };
         if later >= cols {

@@ -1,4 +1,4 @@
-//! Back to safetensors: dequantised weights with their configuration and tokenizer, so that any
+//! Back to safetensors: dequantized weights with their configuration and tokenizer, so that any
 //! other framework can load what a file holds.
 
 use std::borrow::Cow;

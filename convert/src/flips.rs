@@ -1,5 +1,5 @@
 //! The flip experiment of the paper (§1, appendix B, algorithm 3, table 13): how much perplexity
-//! suffers when a share of the signs of a binarised model is turned around, chosen at random or from
+//! suffers when a share of the signs of a binarized model is turned around, chosen at random or from
 //! the least important on.
 //!
 //! In each linear layer of the decoder a share of the weights that are neither pruned nor in a salient
@@ -73,11 +73,11 @@ pub struct Flipped {
     pub standard_error: f64,
 }
 
-/// A binarisation in which every weight keeps its sign: the paper's structure without its mask.
+/// A binarization in which every weight keeps its sign: the paper's structure without its mask.
 ///
 /// # Errors
 /// None in practice: it is made of a shipped recipe.
-pub fn binarised() -> Result<Recipe> {
+pub fn binarized() -> Result<Recipe> {
     let mut recipe = Recipe::load("stbllm-4of8")?;
     recipe.name = "stbllm-8of8".into();
     recipe.description = "The STBLLM structure with no weight pruned".into();

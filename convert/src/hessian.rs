@@ -7,7 +7,7 @@ use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::prelude::*;
 use rayon::prelude::*;
 use stb_format::encoding::{Dense, DenseView, MatrixView};
-use stb_kernels::{Isa, Panels, matmul};
+use stb_kernels::{Isa, Panels, gemm};
 use stb_runtime::{Error, Result};
 
 /// Rows of a task; also the granularity of the triangle.
@@ -61,7 +61,7 @@ impl Hessian {
                 let used = panels.first((first + rows.len() / size).min(size), tokens);
                 let stride = used.row_stride();
                 product.resize(rows.len() / size * stride, 0.0);
-                matmul(isa, &left, used, first, product);
+                gemm(isa, &left, used, first, product);
                 for (row, product) in rows.chunks_exact_mut(size).zip(product.chunks(stride)) {
                     for (h, p) in row.iter_mut().zip(&product[..used.tokens()]) {
                         *h += p;
@@ -164,7 +164,7 @@ impl CrossMoments {
 }
 
 /// H = M Mᵀ with M upper triangular, and U = M⁻¹, so that H⁻¹ = Uᵀ U: the factor whose rows spread
-/// the error of a column over the later ones (GPTQ). One factorisation gives both; the diagonal
+/// the error of a column over the later ones (GPTQ). One factorization gives both; the diagonal
 /// blocks of M are the inverses of those of U, which makes exact block updates a product.
 #[derive(Clone, Debug)]
 pub struct Factor {
@@ -254,7 +254,7 @@ pub(crate) fn product(isa: Isa, a: &[f32], k: usize, b: &Panels, out: &mut Vec<f
     let panels = b.all();
     let stride = panels.row_stride();
     out.resize(a.len() / k * stride, 0.0);
-    matmul(isa, &dense(a, a.len() / k, k), panels, 0, out);
+    gemm(isa, &dense(a, a.len() / k, k), panels, 0, out);
     stride
 }
 
@@ -278,7 +278,7 @@ pub(crate) fn add_cross_products(
         |product, (task, out)| {
             let stride = panels.all().row_stride();
             product.resize(out.len() / cols * stride, 0.0);
-            matmul(isa, &left, panels.all(), task * TASK_ROWS, product);
+            gemm(isa, &left, panels.all(), task * TASK_ROWS, product);
             for (row, product) in out.chunks_exact_mut(cols).zip(product.chunks(stride)) {
                 row.iter_mut().zip(product).for_each(|(m, p)| *m += p);
             }

@@ -1,7 +1,7 @@
 //! Converts dense LLaMA checkpoints to `.stb` files.
 //!
 //! [`convert`] reads a checkpoint, runs the calibration text through it one decoder layer at a
-//! time, quantises every linear layer against the second moments of its inputs, and streams packed
+//! time, quantizes every linear layer against the second moments of its inputs, and streams packed
 //! tensors into a file. What is done to which tensor is a [`Recipe`]; [`plan()`] prices it before
 //! anything is computed.
 
@@ -20,7 +20,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod plot;
 pub mod prepare;
-pub mod quantise;
+pub mod quantize;
 pub mod recipe;
 pub mod report;
 pub mod resume;

@@ -4,19 +4,19 @@ use stb_format::encoding::{Dense, IntGroup};
 use stb_format::{Encoding, Meta, ModelSpec, file_size};
 use stb_runtime::{Checkpoint, Error, LinearInput, Result};
 
-use crate::quantise::{int_group, nm, pb_llm, stbllm};
+use crate::quantize::{int_group, nm, pb_llm, stbllm};
 use crate::recipe::Recipe;
 
-/// A quantiser for linear layers with its options.
+/// A quantizer for linear layers with its options.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Method {
-    /// Structured binarisation: STBLLM, BiLLM and variants.
+    /// Structured binarization: STBLLM, BiLLM and variants.
     Stbllm(stbllm::Options),
     /// Joint N:M codes.
     Nm(nm::Options),
     /// Integers: GPTQ and rounding.
     Int(int_group::Options),
-    /// Partial binarisation.
+    /// Partial binarization.
     PbLlm(pb_llm::Options),
 }
 
@@ -43,7 +43,7 @@ impl Method {
                     .into(),
             ),
             Self::Stbllm(o) if o.means => Some(
-                "no encoding holds binarised weights with means: they are stored as 16-bit \
+                "no encoding holds binarized weights with means: they are stored as 16-bit \
                  numbers; the file is for comparison, its size means nothing"
                     .into(),
             ),
@@ -64,16 +64,16 @@ impl Method {
 
 /// What is done to a tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Treatment {
+pub enum TensorMethod {
     /// The bytes of the source.
     Keep(Dense),
     /// Each weight rounded by itself.
     Round(IntGroup),
-    /// A linear layer quantised against its calibrated inputs.
+    /// A linear layer quantized against its calibrated inputs.
     Linear(Method),
 }
 
-impl Treatment {
+impl TensorMethod {
     /// What is stored.
     #[must_use]
     pub fn encoding(&self) -> Encoding {
@@ -93,13 +93,13 @@ pub struct TensorPlan {
     /// PyTorch order.
     pub shape: Vec<u64>,
     /// What is done.
-    pub treatment: Treatment,
+    pub treatment: TensorMethod,
     /// Stored bytes.
     pub bytes: u64,
 }
 
 impl TensorPlan {
-    fn new(name: String, shape: Vec<u64>, treatment: Treatment) -> Result<Self> {
+    fn new(name: String, shape: Vec<u64>, treatment: TensorMethod) -> Result<Self> {
         let bytes = treatment
             .encoding()
             .payload_len(&shape)
@@ -124,7 +124,7 @@ impl TensorPlan {
     ///
     /// # Errors
     /// None for a treatment that allows the shape.
-    pub fn set(&mut self, treatment: Treatment) -> Result<()> {
+    pub fn set(&mut self, treatment: TensorMethod) -> Result<()> {
         *self =
             Self::new(std::mem::take(&mut self.name), std::mem::take(&mut self.shape), treatment)?;
         Ok(())
@@ -162,12 +162,12 @@ pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
         let Encoding::Dense(kind) = *checkpoint.weight(&name)?.encoding() else {
             return Err(Error::Internal { what: format!("{name} of a checkpoint is not dense") });
         };
-        let keep = Treatment::Keep(kind);
+        let keep = TensorMethod::Keep(kind);
         let treatment = match name.as_str() {
             _ if shape.len() != 2 => keep,
-            "model.embed_tokens.weight" => embeddings.map_or(keep, Treatment::Round),
-            "lm_head.weight" => head.map_or(keep, Treatment::Round),
-            _ => method.map_or(keep, Treatment::Linear),
+            "model.embed_tokens.weight" => embeddings.map_or(keep, TensorMethod::Round),
+            "lm_head.weight" => head.map_or(keep, TensorMethod::Round),
+            _ => method.map_or(keep, TensorMethod::Linear),
         };
         tensors.push(TensorPlan::new(name, shape, treatment)?);
     }
@@ -192,7 +192,7 @@ impl Plan {
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         for tensor in &self.tensors {
-            if let Treatment::Linear(method) = tensor.treatment
+            if let TensorMethod::Linear(method) = tensor.treatment
                 && let Some(note) = method.note()
                 && !notes.contains(&note)
             {
@@ -206,7 +206,7 @@ impl Plan {
     #[must_use]
     pub fn prunes_first(&self) -> bool {
         let separate = |t: &TensorPlan| match t.treatment {
-            Treatment::Linear(Method::Stbllm(o)) => o.separate,
+            TensorMethod::Linear(Method::Stbllm(o)) => o.separate,
             _ => false,
         };
         self.tensors.iter().any(separate)
@@ -215,7 +215,7 @@ impl Plan {
     /// Whether any tensor needs calibration.
     #[must_use]
     pub fn needs_calibration(&self) -> bool {
-        self.tensors.iter().any(|t| matches!(t.treatment, Treatment::Linear(_)))
+        self.tensors.iter().any(|t| matches!(t.treatment, TensorMethod::Linear(_)))
     }
 
     /// Bits that the paper would state for the decoder's linear layers: N/8 per weight, times one
@@ -225,7 +225,9 @@ impl Plan {
     pub fn nominal_bits(&self, salient: f64) -> Option<f64> {
         let (mut bits, mut weights) = (0.0, 0u64);
         for tensor in self.tensors.iter().filter(|t| t.layer().is_some() && t.shape.len() == 2) {
-            let Treatment::Linear(Method::Stbllm(options)) = tensor.treatment else { return None };
+            let TensorMethod::Linear(Method::Stbllm(options)) = tensor.treatment else {
+                return None;
+            };
             if !options.storable() {
                 return None;
             }
@@ -279,12 +281,12 @@ impl Plan {
             .sum();
         let linear = spec.intermediate_size * spec.hidden_size;
         let fitting = self.tensors.iter().map(|t| match t.treatment {
-            Treatment::Linear(Method::Stbllm(o)) if o.sweeps.is_some() => {
-                crate::quantise::refit::memory(t.shape[1], o.spec.block() as u64)
+            TensorMethod::Linear(Method::Stbllm(o)) if o.sweeps.is_some() => {
+                crate::quantize::refit::memory(t.shape[1], o.spec.block() as u64)
             }
             _ => 0,
         });
-        let quantising = linear * 36 + fitting.max().unwrap_or(0);
+        let quantizing = linear * 36 + fitting.max().unwrap_or(0);
         // What inputs and residual stream have to do with those of the dense model.
         let shift = if dense {
             (spec.intermediate_size + spec.hidden_size) * spec.intermediate_size * 4
@@ -294,7 +296,7 @@ impl Plan {
         // A layer's weights and gradients, and all that a batch computes, forward and backward.
         let weights = 4 * spec.hidden_size * q_width + 3 * linear;
         let tuning = if tunes { weights * 8 + 2 * captured } else { 0 };
-        let step = captured.max(factoring).max(quantising).max(tuning);
+        let step = captured.max(factoring).max(quantizing).max(tuning);
         let fine = match calibration.fine_tuning() {
             Ok(Some(_)) => self.fine_tuning_memory(spec, tokens, batch) + weights * 8 + captured,
             _ => 0,
@@ -307,15 +309,15 @@ impl Plan {
     fn fine_tuning_memory(&self, spec: &ModelSpec, tokens: u64, batch: u64) -> u64 {
         let moving = self.tensors.iter().map(|t| match t.treatment {
             // Codes of 16 and 8 bits; scales four times.
-            Treatment::Linear(Method::Nm(o)) => {
+            TensorMethod::Linear(Method::Nm(o)) => {
                 let block = if o.spec.block() == 0 { t.shape[1] } else { o.spec.block() as u64 };
                 t.elements() * 2 / o.spec.m() as u64 + t.elements() * 16 / block.max(1)
             }
-            Treatment::Linear(Method::Int(o)) => {
+            TensorMethod::Linear(Method::Int(o)) => {
                 t.elements() + t.elements() * 18 / o.spec.group() as u64
             }
             // Embeddings and head, with a gradient for each weight.
-            Treatment::Round(spec) => t.elements() * 6 + t.elements() * 18 / spec.group() as u64,
+            TensorMethod::Round(spec) => t.elements() * 6 + t.elements() * 18 / spec.group() as u64,
             _ => 0,
         });
         let streams = batch * spec.hidden_size * (spec.layers + 2) * 4;

@@ -15,7 +15,7 @@ pub struct Point {
     pub label: String,
 }
 
-/// Points of one colour.
+/// Points of one color.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Series {
     /// For the legend.
@@ -47,7 +47,7 @@ const WIDTH: f64 = 760.0;
 const HEIGHT: f64 = 460.0;
 /// Left, right, top and bottom of the area with the points.
 const AREA: [f64; 4] = [80.0, 730.0, 46.0, 400.0];
-/// Told apart by people with any colour vision (Okabe and Ito).
+/// Told apart by people with any color vision (Okabe and Ito).
 const COLOURS: [&str; 7] =
     ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 
@@ -161,8 +161,8 @@ impl Chart {
         let turned = format!("transform=\"rotate(-90 20 {0})\"", (top + bottom) / 2.0);
         text(out, 20.0, (top + bottom) / 2.0, "middle", &turned, &self.y_label);
         let mut labels = Labels::default();
-        for (series, colour) in self.series.iter().zip(COLOURS.into_iter().cycle()) {
-            self.draw_series(out, series, colour, &x, &y, &mut labels);
+        for (series, color) in self.series.iter().zip(COLOURS.into_iter().cycle()) {
+            self.draw_series(out, series, color, &x, &y, &mut labels);
         }
         if self.series.len() > 1 {
             self.draw_legend(out, &x, &y);
@@ -173,7 +173,7 @@ impl Chart {
         &self,
         out: &mut String,
         series: &Series,
-        colour: &str,
+        color: &str,
         x: &Axis,
         y: &Axis,
         labels: &mut Labels,
@@ -186,7 +186,7 @@ impl Chart {
             let path: Vec<String> = places.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
             let _ = writeln!(
                 out,
-                "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"/>",
+                "<polyline points=\"{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.5\"/>",
                 path.join(" ")
             );
         }
@@ -194,12 +194,10 @@ impl Chart {
         for (point, (px, py)) in series.points.iter().filter(visible).zip(places) {
             if point.error > 0.0 {
                 let (low, high) = (y.place(point.y - point.error), y.place(point.y + point.error));
-                line(out, [px, low, px, high], colour, 1.2);
+                line(out, [px, low, px, high], color, 1.2);
             }
-            let _ = writeln!(
-                out,
-                "<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"3.2\" fill=\"{colour}\"/>"
-            );
+            let _ =
+                writeln!(out, "<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"3.2\" fill=\"{color}\"/>");
             if !point.label.is_empty() {
                 labels.write(out, px, py, &point.label);
             }
@@ -232,12 +230,12 @@ impl Chart {
             "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{height}\" \
              fill=\"white\" fill-opacity=\"0.85\" stroke=\"#ccc\"/>"
         );
-        for (i, (series, colour)) in self.series.iter().zip(COLOURS.into_iter().cycle()).enumerate()
+        for (i, (series, color)) in self.series.iter().zip(COLOURS.into_iter().cycle()).enumerate()
         {
             let y = top + 14.0 + 18.0 * i as f64;
             let x = left + 12.0;
             let _ =
-                writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.2\" fill=\"{colour}\"/>");
+                writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.2\" fill=\"{color}\"/>");
             text(out, x + 9.0, y + 4.0, "start", "", &series.name);
         }
     }
@@ -281,10 +279,10 @@ impl Labels {
     }
 }
 
-fn line(out: &mut String, [x1, y1, x2, y2]: [f64; 4], colour: &str, width: f64) {
+fn line(out: &mut String, [x1, y1, x2, y2]: [f64; 4], color: &str, width: f64) {
     let _ = writeln!(
         out,
-        "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" stroke=\"{colour}\" \
+        "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" stroke=\"{color}\" \
          stroke-width=\"{width}\"/>"
     );
 }

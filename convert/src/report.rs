@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::quantise::Seconds;
+use crate::quantize::Seconds;
 
 /// One tensor of a report.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -23,7 +23,7 @@ pub struct TensorReport {
     /// Share of salient columns (PB-LLM: weights).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub salient: Option<f64>,
-    /// Time spent on quantising it.
+    /// Time spent on quantizing it.
     pub seconds: f64,
 }
 
@@ -34,11 +34,11 @@ pub struct Stages {
     pub forward: f64,
     /// Second moments (the Hessian).
     pub moments: f64,
-    /// Their factorisation.
+    /// Their factorization.
     pub factors: f64,
-    /// The steps of the quantisers.
+    /// The steps of the quantizers.
     #[serde(flatten)]
-    pub quantiser: Seconds,
+    pub quantizer: Seconds,
     /// Tuning the layer as a whole.
     #[serde(default)]
     pub tuning: f64,
@@ -57,7 +57,7 @@ impl Stages {
         self.forward += other.forward;
         self.moments += other.moments;
         self.factors += other.factors;
-        self.quantiser.add(&other.quantiser);
+        self.quantizer.add(&other.quantizer);
         self.tuning += other.tuning;
         self.fine_tuning += other.fine_tuning;
         self.check += other.check;

@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use stb_format::Encoding;
 use stb_format::encoding::MatrixView;
-use stb_kernels::{Isa, Panels, Workspace, matmul, matvec};
+use stb_kernels::{Isa, Panels, Workspace, gemm, gemv};
 
 fuzz_target!(|data: &[u8]| {
     let Some((head, rest)) = data.split_at_checked(11) else { return };
@@ -43,10 +43,10 @@ fn kernels(view: &MatrixView<'_>, weights: &[f32], valid: bool) {
         let mut work = Workspace::default();
         let (mut y, mut z) = (vec![0.0; rows], vec![0.0; rows * panels.all().row_stride()]);
         let prepared = work.prepare(view, &x);
-        matvec(isa, view, prepared, 0, &mut y);
-        matmul(isa, view, panels.all(), 0, &mut z);
+        gemv(isa, view, prepared, 0, &mut y);
+        gemm(isa, view, panels.all(), 0, &mut z);
         let mut rounded = vec![0.0; rows];
-        matvec(isa, view, Workspace::default().prepare_rounded(isa, view, &x), 0, &mut rounded);
+        gemv(isa, view, Workspace::default().prepare_q8(isa, view, &x), 0, &mut rounded);
         if !valid {
             continue;
         }

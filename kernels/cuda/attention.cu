@@ -15,7 +15,7 @@ struct Rotate {
     const float *frequencies;
     const Slot *slots;
     u32 heads, kv_heads, width, layer;
-    // Whether pairs are neighbours; else they are half a head apart.
+    // Whether pairs are neighbors; else they are half a head apart.
     u32 interleaved, padding;
 };
 

@@ -16,7 +16,7 @@ struct Candidates {
     u32 *arrived;
     // Token and logit, [count][2].
     u32 *out;
-    u32 n, count, penalised, banned;
+    u32 n, count, penalized, banned;
     // Logits of a block.
     u32 slice;
     float penalty;
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(SORTERS) candidates(const __grid_co
     __shared__ u64 keys[SORTED];
     __shared__ u32 changed[CHANGED];
     __shared__ u32 last;
-    const u32 changes = a.penalised + a.banned;
+    const u32 changes = a.penalized + a.banned;
     for (u32 i = threadIdx.x; i < changes; i += SORTERS)
         changed[i] = a.changed[i];
     __syncthreads();
@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(SORTERS) candidates(const __grid_co
         float v = a.x[token];
         for (u32 i = 0; i < changes; ++i)
             if (changed[i] == token)
-                v = i >= a.penalised ? __uint_as_float(0xff800000)
+                v = i >= a.penalized ? __uint_as_float(0xff800000)
                     : v > 0.0f       ? v / a.penalty
                                      : v * a.penalty;
         return key_of(v, token, a.greedy);

@@ -1,5 +1,5 @@
 // Encodings whose rows are computed one by one (all but the joint N:M codes): how a lane loads a
-// *piece*, some neighbouring columns of a row, and what it multiplies.
+// *piece*, some neighboring columns of a row, and what it multiplies.
 //
 // A codec has PIECE (columns), UNIT (columns that share a scale, at most 32), Raw (a piece in
 // registers), Scale, and:

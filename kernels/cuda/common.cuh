@@ -36,8 +36,8 @@ enum Source : u32 {
 };
 
 // y[t][r] (+)= Σ_c w[r, c] · x[t][c] for up to three matrices of the same encoding and input.
-// Fields as `Params` of matvec.rs.
-struct MatVec {
+// Fields as `Params` of gemv.rs.
+struct Gemv {
     Matrix matrices[3];
     // [tokens][rows of the matrix].
     float *out[3];
@@ -87,7 +87,7 @@ struct Part {
     u32 first_token, tokens;
 };
 
-template <u32 T> STB_DEVICE Part part_of(const MatVec &a) {
+template <u32 T> STB_DEVICE Part part_of(const Gemv &a) {
     Part p;
     u32 block = blockIdx.x;
     p.matrix = 0;
@@ -110,12 +110,12 @@ template <u32 T> STB_DEVICE Part part_of(const MatVec &a) {
 
 // The activations of T tokens. Those of tokens and columns that do not exist are zero.
 template <u32 T> struct Activations {
-    const MatVec &a;
+    const Gemv &a;
     const Part &p;
     float scale[T];
 
     // All threads of the block; every block computes the norm itself, from L2: cheaper than a kernel.
-    STB_DEVICE Activations(const MatVec &a, const Part &p, float *scratch) : a(a), p(p) {
+    STB_DEVICE Activations(const Gemv &a, const Part &p, float *scratch) : a(a), p(p) {
         const u32 cols = a.matrices[0].cols;
 #pragma unroll
         for (u32 t = 0; t < T; ++t) {
@@ -148,7 +148,7 @@ template <u32 T> struct Activations {
 // Writes the sums of this block, `sums[row][T]` in shared memory, complete for all threads. With several
 // slabs the last block to arrive adds those of all, in the order of the slabs: the result does not
 // depend on which one it is. The counter is zero before and after.
-template <u32 T> STB_DEVICE void finish(const MatVec &a, const Part &p, const float *sums, u32 *flag) {
+template <u32 T> STB_DEVICE void finish(const Gemv &a, const Part &p, const float *sums, u32 *flag) {
     const u32 n = p.rows * T;
     float *out = a.out[p.matrix];
     const u32 rows = a.matrices[p.matrix].rows;
@@ -185,7 +185,7 @@ template <u32 T> STB_DEVICE void finish(const MatVec &a, const Part &p, const fl
     }
 }
 
-// Rows of a matrix as numbers. Fields as `DecodeParams` of matvec.rs.
+// Rows of a matrix as numbers. Fields as `DecodeParams` of gemv.rs.
 struct Decode {
     Matrix matrix;
     // Which rows; nullptr for all in order.

@@ -56,7 +56,7 @@ inline double value(Type type, u32 bits) {
 }
 
 // D[16][8] = A[16][k] B[k][8] + C. Dense: k = 16 (f16, bf16) or 32 (s8); sparse: twice that, A keeps
-// two of each four neighbours of a row.
+// two of each four neighbors of a row.
 inline void multiply(Mma **all, u32) {
     const Type type = all[0]->type;
     const int selector = all[0]->selector;

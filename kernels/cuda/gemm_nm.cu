@@ -1,9 +1,9 @@
 // Joint N:M codes × many tokens on sparse tensor cores: NM_N, NM_M as defined by the module.
 //
 // The weights are operand A of mma.sp.m16n8k32, straight from the file's bytes: 1:8, 1:4, 2:8 and
-// 2:4 never keep more than two of four neighbours. Activations are operand B. A tile of 16 rows of the
+// 2:4 never keep more than two of four neighbors. Activations are operand B. A tile of 16 rows of the
 // file is one m16 of the instruction, with row 2·(lane / 4) + h of the tile as row lane / 4 + 8·h of
-// the fragment: a lane's two rows are neighbours in every vector of codes, one 16-bit load.
+// the fragment: a lane's two rows are neighbors in every vector of codes, one 16-bit load.
 //
 // Which column of the matrix is which of the instruction is free, as long as both operands agree. For
 // M = 4 they are the same. For M = 8 the 64 columns of two k32 are pieces of eight, and k32 number s has
@@ -122,7 +122,7 @@ struct Expander {
     // Metadata of both k32 of a pair: lanes t = 0, 1 get that of the first, 2, 3 of the second.
     STB_DEVICE u32 exchange(u32 first, u32 second) const {
         // Lanes with even t collect columns 0..15, odd ones 16..31: four bits of their own and four
-        // of their neighbour. Bytes: k32 0 and rows r, r + 1, then k32 1.
+        // of their neighbor. Bytes: k32 0 and rows r, r + 1, then k32 1.
         const u32 own = permute(first, second, keep);
         const u32 other = __shfl_xor_sync(ALL, permute(first, second, send), 1);
         const u32 both = (own & mask) | (other & ~mask);

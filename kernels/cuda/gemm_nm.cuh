@@ -30,7 +30,7 @@ template <class S> constexpr STB_DEVICE Pattern pattern(u32 code, u32 half) {
         const u32 indices = a < b ? a | b << 2 : b | a << 2;
         return {a < b ? sign_i : sign_j, a < b ? sign_j : sign_i, indices * 0x11};
     }
-    // A single one, or none: with a neighbour that is zero.
+    // A single one, or none: with a neighbor that is zero.
     const u32 at = has_j ? j & 3 : i & 3;
     const u32 value = has_i ? sign_i : has_j ? sign_j : S::ZERO;
     const u32 indices = at < 2 ? 0x44 : 0xee;

@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_prepare(const Pr
 // and no others. Activations so small that the inverse overflows count as zero.
 //
 // Columns are in the order in which gemm_nm_s8.cu multiplies them. With groups of four columns a lane t of the instruction
-// has the groups t and t + 4 of eight as neighbours.
+// has the groups t and t + 4 of eight as neighbors.
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_round(const Prepare a) {
     const u32 cols = a.w.cols, lane = threadIdx.x % WARP;
     const float *x = a.x + u64(blockIdx.x) * cols;

@@ -2,8 +2,8 @@
 #include "common.cuh"
 
 // Fields as `Params` of ops.rs.
-struct Materialise {
-    // [tokens][cols]; `with` as in MatVec.
+struct Materialize {
+    // [tokens][cols]; `with` as in Gemv.
     const float *x, *with;
     float *out;
     u32 cols, source;
@@ -13,7 +13,7 @@ struct Materialise {
 
 extern "C" {
 // A block per token.
-__global__ void __launch_bounds__(THREADS) materialise(const __grid_constant__ Materialise a) {
+__global__ void __launch_bounds__(THREADS) materialize(const __grid_constant__ Materialize a) {
     __shared__ float scratch[WARPS];
     const float *x = a.x + u64(blockIdx.x) * a.cols;
     float *out = a.out + u64(blockIdx.x) * a.cols;

@@ -312,7 +312,7 @@ STB_DEVICE void mma_s8(i32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2] STB_SIT
 #endif
 }
 
-// d += A[16, 32] · B[32, 8], A with two of every four neighbours of a row: a[0] the two kept of row g,
+// d += A[16, 32] · B[32, 8], A with two of every four neighbors of a row: a[0] the two kept of row g,
 // columns 4t to 4t + 3; a[1] row g + 8; a[2] row g, columns 16 + 4t to 16 + 4t + 3; a[3] row
 // g + 8; b[i] column g, rows 8i + 2t and the next. Indices: lane t = 2 · Selector of each group has those of
 // columns 0 to 15, the next lane 16 to 31; row g in the low 16 bits, row g + 8 in the high ones,

@@ -6,14 +6,14 @@
 //!
 //! ```
 //! use stb_format::encoding::{Dense, Encoding};
-//! use stb_kernels::{Isa, Workspace, matvec};
+//! use stb_kernels::{Isa, Workspace, gemv};
 //!
 //! let weights = Dense::F32.encode(&[1.0, 2.0, 3.0, 4.0]); // [2, 2]
 //! let view = Encoding::Dense(Dense::F32).view(2, 2, &weights)?;
 //! let (isa, mut work) = (Isa::detect()?, Workspace::default());
 //! let x = work.prepare(&view, &[1.0, -1.0]);
 //! let mut y = [0.0; 2];
-//! matvec(isa, &view, x, 0, &mut y);
+//! gemv(isa, &view, x, 0, &mut y);
 //! assert_eq!(y, [-1.0, -1.0]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -23,12 +23,10 @@ pub mod cuda;
 mod isa;
 mod pool;
 
-pub use cpu::{Panels, PanelsRef, Prepared, Workspace, matmul, matvec};
-pub use cpu::{
-    RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded, tokens_together,
-};
+pub use cpu::{ActivationsQ8, RoundingPart, gemm_min_batch, gemm_q8, has_gemm_q8, prefill_batch};
+pub use cpu::{Panels, PanelsRef, Prepared, Workspace, gemm, gemv};
+pub use cpu::{gemv_batch, shares_activations};
 pub use cpu::{kv, ops, probe};
-pub use cpu::{matvec_tokens, share_preparation};
 pub use isa::{Isa, IsaError};
 pub use pool::Pool;
 

@@ -30,7 +30,7 @@ fn candidates_are_the_first_of_all() {
             .enumerate()
     {
         let all = logits(n, i as u32);
-        let penalised: Vec<u32> = (0..n as u32).step_by(n / 30 + 1).collect();
+        let penalized: Vec<u32> = (0..n as u32).step_by(n / 30 + 1).collect();
         let banned = [n as u32 / 2, n as u32 / 3];
         let penalty = 1.3;
         for greedy in [false, true] {
@@ -38,7 +38,7 @@ fn candidates_are_the_first_of_all() {
             for (token, logit) in &mut expected {
                 if banned.contains(token) {
                     *logit = f32::NEG_INFINITY;
-                } else if penalised.contains(token) {
+                } else if penalized.contains(token) {
                     *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
                 }
             }
@@ -57,7 +57,7 @@ fn candidates_are_the_first_of_all() {
             expected.sort_by(order);
             expected.truncate(count);
             let on = device.upload("logits", &all).unwrap();
-            let wanted = Wanted { count, greedy, penalty, penalised: &penalised, banned: &banned };
+            let wanted = Wanted { count, greedy, penalty, penalized: &penalized, banned: &banned };
             let found = candidates.find(&on, n, &wanted).unwrap();
             assert_eq!(found.len(), expected.len(), "{n} {count}");
             for (place, (found, expected)) in found.iter().zip(&expected).enumerate() {
@@ -87,7 +87,7 @@ fn the_best_is_the_first_of_equals() {
         for (i, v) in x.iter().enumerate() {
             best = if *v > x[best] { i } else { best };
         }
-        let wanted = Wanted { count: 1, greedy: true, penalty: 1.0, penalised: &[], banned: &[] };
+        let wanted = Wanted { count: 1, greedy: true, penalty: 1.0, penalized: &[], banned: &[] };
         let on = device.upload("logits", &x).unwrap();
         let found = candidates.find(&on, cols, &wanted).unwrap();
         assert_eq!(found[0].0 as usize, best);

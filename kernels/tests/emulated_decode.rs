@@ -12,13 +12,13 @@ use stb_kernels::cuda::{self, Input, Limits, MatVecPlan, MatrixParams, Module, N
 /// The kernels of a module; `None` where there is no C++ compiler.
 fn build(module: &Module) -> Option<Emulator> {
     let kernels: &[&str] = match module.file {
-        "matvec.cu" => {
+        "gemv.cu" => {
             &["exact_1", "exact_2", "exact_4", "rounded_1", "rounded_2", "rounded_4", "decode_rows"]
         }
-        "matvec_nm.cu" => {
+        "gemv_nm.cu" => {
             &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"]
         }
-        _ => &["materialise"],
+        _ => &["materialize"],
     };
     Emulator::build(&[module.file], kernels, module.defines).unwrap()
 }
@@ -240,7 +240,7 @@ fn operations() {
             Input::Silu { gate: address(0), up: address(1) },
         ];
         for input in inputs {
-            let plan = cuda::plan_materialise(input, address(2), cols, tokens).unwrap();
+            let plan = cuda::plan_materialize(input, address(2), cols, tokens).unwrap();
             let buffers = [bytes_of(&x), bytes_of(&with), vec![0; tokens * cols * 4]];
             let found = floats(&emulator.run(&buffers, &[launch(&plan)], &[0, 1]).unwrap()[2]);
             for (i, found) in found.iter().enumerate() {

@@ -50,7 +50,7 @@ fn conversion_to_half_matches_the_reference() {
         .map(|bits| f16::from_bits(bits as u16).to_f32())
         .flat_map(|v| {
             let next = |by: i32| f32::from_bits(v.to_bits().wrapping_add_signed(by));
-            // Between two neighbours, and just beside the middle.
+            // Between two neighbors, and just beside the middle.
             [v, next(1), next(-1), next(1 << 12), next((1 << 12) + 1), next((1 << 12) - 1)]
         })
         .collect();

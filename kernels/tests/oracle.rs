@@ -8,8 +8,8 @@ use stb_format::Encoding;
 use stb_format::encoding::{Dense, MatrixView};
 use stb_format::half::f16;
 use stb_kernels::{
-    Isa, Panels, ROW_TILE, RoundedTokens, Workspace, enough_tokens, has_rounded_matmul, matmul,
-    matmul_rounded, matvec, matvec_tokens, ops, tokens_together,
+    ActivationsQ8, Isa, Panels, ROW_TILE, Workspace, gemm, gemm_min_batch, gemm_q8, gemv,
+    gemv_batch, has_gemm_q8, ops, prefill_batch,
 };
 
 /// Shapes with ragged rows, columns, groups, units, blocks and chunks.
@@ -44,7 +44,7 @@ fn products_match_the_oracle_on_every_isa() {
                 let mut work = Workspace::default();
                 let prepared = work.prepare(&view, &x[..cols]);
                 let mut y = vec![f32::NAN; rows];
-                matvec(isa, &view, prepared, 0, &mut y);
+                gemv(isa, &view, prepared, 0, &mut y);
                 for r in 0..rows {
                     let (sum, abs) = exact(r, 0);
                     close(y[r], sum, abs, &what);
@@ -53,7 +53,7 @@ fn products_match_the_oracle_on_every_isa() {
                 panels.pack(&x, cols);
                 let stride = panels.all().row_stride();
                 let mut z = vec![f32::NAN; rows * stride];
-                matmul(isa, &view, panels.all(), 0, &mut z);
+                gemm(isa, &view, panels.all(), 0, &mut z);
                 for (r, t) in (0..rows).flat_map(|r| (0..tokens).map(move |t| (r, t))) {
                     let (sum, abs) = exact(r, t);
                     close(z[r * stride + t], sum, abs, &what);
@@ -106,10 +106,10 @@ fn rounded_products_keep_their_bound_on_every_isa() {
                 for isa in Isa::available() {
                     let what = format!("{encoding} {rows}x{cols} {} {kind}", isa.name());
                     let mut work = Workspace::default();
-                    let prepared = work.prepare_rounded(isa, &view, &x);
+                    let prepared = work.prepare_q8(isa, &view, &x);
                     let mut y = vec![f32::NAN; rows];
                     for (i, y) in y.chunks_mut(3 * ROW_TILE).enumerate() {
-                        matvec(isa, &view, prepared, i * 3 * ROW_TILE, y);
+                        gemv(isa, &view, prepared, i * 3 * ROW_TILE, y);
                     }
                     for r in 0..rows {
                         let (mut sum, mut size, mut bound) = (0.0, 0.0, 0.0);
@@ -144,10 +144,10 @@ fn rounded_products_keep_their_bound_on_every_isa() {
             x[130] = bad;
             for isa in Isa::available() {
                 let mut work = Workspace::default();
-                let prepared = work.prepare_rounded(isa, &view, &x);
+                let prepared = work.prepare_q8(isa, &view, &x);
                 if format!("{prepared:?}").contains("Some") {
                     let mut y = vec![0.0; 16];
-                    matvec(isa, &view, prepared, 0, &mut y);
+                    gemv(isa, &view, prepared, 0, &mut y);
                     assert!(y.iter().all(|v| v.is_nan()), "{encoding} {} {y:?}", isa.name());
                 }
             }
@@ -173,11 +173,11 @@ fn few_tokens_do_not_depend_on_each_other() {
                     for ((work, x), y) in
                         works.iter_mut().zip(x.chunks(cols)).zip(alone.chunks_mut(rows))
                     {
-                        matvec(isa, &view, work.prepare_rounded(isa, &view, x), 0, y);
+                        gemv(isa, &view, work.prepare_q8(isa, &view, x), 0, y);
                     }
                     let prepared: Vec<_> = works.iter().map(Workspace::prepared).collect();
                     let mut together = vec![f32::NAN; tokens * rows];
-                    matvec_tokens(isa, &view, &prepared, 0, &mut together);
+                    gemv_batch(isa, &view, &prepared, 0, &mut together);
                     assert!(together == alone, "{encoding} {rows}x{cols} {tokens} {}", isa.name());
                 }
             }
@@ -192,15 +192,15 @@ fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     let mut all = vec![0.0; x.len() / view.cols() * rows];
     for (x, y) in x.chunks(view.cols()).zip(all.chunks_mut(rows)) {
         let mut work = Workspace::default();
-        matvec(scalar, view, work.prepare_rounded(scalar, view, x), 0, y);
+        gemv(scalar, view, work.prepare_q8(scalar, view, x), 0, y);
         if matches!(view, MatrixView::IntGroup(_)) {
             let mut many = vec![0.0; rows];
-            let mut tokens = RoundedTokens::default();
+            let mut tokens = ActivationsQ8::default();
             tokens.parts(scalar, view, x).iter_mut().for_each(|part| part.round(scalar, view));
             let mut rest: Vec<&mut [f32]> = Vec::new();
             rest.resize_with(tokens.group(), Default::default);
             rest[0] = &mut many;
-            matmul_rounded(scalar, view, &tokens, 0, 0, &mut rest);
+            gemm_q8(scalar, view, &tokens, 0, 0, &mut rest);
             let largest = y.iter().fold(0.0f32, |max, y| max.max(y.abs()));
             for (one, many) in y.iter().zip(&many) {
                 assert!((one - many).abs() <= 2e-6 * largest, "{one} {many}, up to {largest}");
@@ -219,8 +219,8 @@ fn few_integers_are_as_many_on_every_set() {
     for encoding in encodings() {
         let bytes = payload(&mut rng, &encoding, 16, 64);
         let view = encoding.view(16, 64, &bytes).unwrap();
-        if matches!(view, MatrixView::IntGroup(_)) && has_rounded_matmul(&view) {
-            let of = |isa| (enough_tokens(isa, &view), tokens_together(isa, &view));
+        if matches!(view, MatrixView::IntGroup(_)) && has_gemm_q8(&view) {
+            let of = |isa| (gemm_min_batch(isa, &view), prefill_batch(isa, &view));
             assert!(Isa::available().all(|isa| of(isa) == of(Isa::scalar())), "{encoding}");
         }
     }
@@ -235,7 +235,7 @@ fn rounded_tokens_do_not_depend_on_each_other() {
         for (rows, cols) in SHAPES {
             let bytes = payload(&mut rng, &encoding, rows, cols);
             let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
-            if !has_rounded_matmul(&view) {
+            if !has_gemm_q8(&view) {
                 continue;
             }
             for tokens in [1, 2, 7, 16, 17, 33, 50] {
@@ -243,7 +243,7 @@ fn rounded_tokens_do_not_depend_on_each_other() {
                 x[rng.below(tokens * cols)] = 1e3;
                 let alone = alone(&view, &x);
                 for isa in Isa::available() {
-                    let mut together = RoundedTokens::default();
+                    let mut together = ActivationsQ8::default();
                     let parts = together.parts(isa, &view, &x);
                     parts.into_iter().for_each(|mut part| part.round(isa, &view));
                     let size = together.group();
@@ -253,7 +253,7 @@ fn rounded_tokens_do_not_depend_on_each_other() {
                             let part = first..rows.min(first + 48);
                             let mut y: Vec<_> =
                                 y.chunks_mut(rows).map(|y| &mut y[part.clone()]).collect();
-                            matmul_rounded(isa, &view, &together, group, first, &mut y);
+                            gemm_q8(isa, &view, &together, group, first, &mut y);
                         }
                     }
                     for (i, (found, alone)) in y.iter().zip(&alone).enumerate() {
@@ -290,15 +290,15 @@ fn results_do_not_depend_on_the_split() {
         panels.pack(&x, cols);
         let stride = panels.all().row_stride();
         let mut whole = (vec![0.0; rows], vec![0.0; rows * stride]);
-        matvec(isa, &view, prepared, 0, &mut whole.0);
-        matmul(isa, &view, panels.all(), 0, &mut whole.1);
+        gemv(isa, &view, prepared, 0, &mut whole.0);
+        gemm(isa, &view, panels.all(), 0, &mut whole.1);
         for count in [ROW_TILE, 3 * ROW_TILE] {
             let mut parts = (vec![0.0; rows], vec![0.0; rows * stride]);
             for (i, y) in parts.0.chunks_mut(count).enumerate() {
-                matvec(isa, &view, prepared, i * count, y);
+                gemv(isa, &view, prepared, i * count, y);
             }
             for (i, y) in parts.1.chunks_mut(count * stride).enumerate() {
-                matmul(isa, &view, panels.all(), i * count, y);
+                gemm(isa, &view, panels.all(), i * count, y);
             }
             assert!(whole == parts, "{encoding} in parts of {count}");
         }
@@ -329,7 +329,7 @@ fn panels_of_every_kind() {
             }
             let used = panels.first(used_tokens, used_cols);
             let mut y = vec![0.0; rows * used.row_stride()];
-            matmul(isa, &view, used, 0, &mut y);
+            gemm(isa, &view, used, 0, &mut y);
             for (r, t) in (0..rows).flat_map(|r| (0..used_tokens).map(move |t| (r, t))) {
                 let terms = (0..used_cols)
                     .map(|c| f64::from(weights[r * cols + c]) * f64::from(x[at(t, c)]));

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use stb_format::encoding::{Dense, DenseView, MatrixView};
 use stb_kernels::kv::{KvKind, KvRows, mix, scores};
-use stb_kernels::{Isa, Panels, Pool, matmul, ops};
+use stb_kernels::{Isa, Panels, Pool, gemm, ops};
 
 /// Queries that share a pass over the keys when there are many.
 const BLOCK: usize = 64;
@@ -228,7 +228,7 @@ impl Head {
             let visible_keys = key_panels.first(visible, width);
             let stride = visible_keys.row_stride();
             scores.resize(count * stride, 0.0);
-            matmul(isa, &dense(queries, count, width), visible_keys, 0, scores);
+            gemm(isa, &dense(queries, count, width), visible_keys, 0, scores);
             // Softmax over what each query may see; the future gets weight zero.
             for (i, row) in scores.chunks_exact_mut(stride).enumerate() {
                 let (past, future) = row.split_at_mut(visible - count + i + 1);
@@ -242,7 +242,7 @@ impl Head {
             let weights = dense(&scores[..count * visible], count, visible);
             let visible_values = value_panels.first(width, visible);
             mixed.resize(count * visible_values.row_stride(), 0.0);
-            matmul(isa, &weights, visible_values, 0, mixed);
+            gemm(isa, &weights, visible_values, 0, mixed);
             for (i, row) in mixed.chunks_exact(visible_values.row_stride()).enumerate() {
                 out[((from + i) * group + h) * width..][..width].copy_from_slice(&row[..width]);
             }

@@ -103,7 +103,7 @@ impl Config {
         }
         if self.quantization_config.is_some() {
             return unsupported(
-                "a checkpoint that is already quantised is not supported, convert the original"
+                "a checkpoint that is already quantized is not supported, convert the original"
                     .into(),
             );
         }
@@ -204,7 +204,7 @@ mod tests {
             (r#", "attention_bias": true"#, "bias"),
             (r#", "rope_scaling": {"rope_type": "yarn", "factor": 2}"#, "yarn"),
             (r#", "sliding_window": 4096"#, "window"),
-            (r#", "quantization_config": {}"#, "quantised"),
+            (r#", "quantization_config": {}"#, "quantized"),
         ] {
             let error = parse(extra).unwrap_err();
             assert_eq!(error.exit_code(), 5, "{error}");

@@ -5,12 +5,12 @@ use std::ops::ControlFlow;
 use stb_format::RopePairing;
 use stb_kernels::cuda::{self, Attention};
 use stb_kernels::kv::KvKind;
-use stb_kernels::{Isa, Pool, has_rounded_matmul, ops, tokens_together};
+use stb_kernels::{Isa, Pool, has_gemm_q8, ops, prefill_batch};
 
 use crate::attention::{Heads, KvCache, Scratch};
 use crate::device::{Caches, DeviceModel, Logits};
 use crate::error::{Error, Result};
-use crate::linear::{Linears, apply};
+use crate::linear::{LinearScratch, apply};
 use crate::model::{Layer, Model};
 use crate::rotary::Rotary;
 use crate::sampler::{Next, Sampler};
@@ -72,7 +72,7 @@ pub struct State {
 /// Reusable memory of a forward pass; all [tokens, width].
 #[derive(Default, Debug)]
 struct Memory {
-    linears: Linears,
+    linears: LinearScratch,
     rotary: Rotary,
     hidden: Vec<f32>,
     normed: Vec<f32>,
@@ -94,7 +94,7 @@ impl State {
             device: None,
             tokens: 0,
             context,
-            memory: Memory { linears: Linears::new(!model.exact), ..Memory::default() },
+            memory: Memory { linears: LinearScratch::new(!model.exact), ..Memory::default() },
             scratch: Scratch::default(),
             logits: Vec::new(),
         }
@@ -308,8 +308,8 @@ impl Model {
     /// many as share work, but no more, so that activations stay in cache.
     fn passes<'t>(&self, tokens: &'t [u32]) -> (impl Iterator<Item = &'t [u32]>, &'t [u32]) {
         let shared = |w: &Weight| {
-            let rounded = !self.exact && has_rounded_matmul(&w.view());
-            rounded.then(|| tokens_together(self.isa, &w.view()))
+            let rounded = !self.exact && has_gemm_q8(&w.view());
+            rounded.then(|| prefill_batch(self.isa, &w.view()))
         };
         let mut matrices = self.layers.iter().flat_map(Layer::matrices).map(shared);
         let fewest = matrices.try_fold(EXACT_TOKENS, |most, shared| Some(most.min(shared?)));
@@ -459,7 +459,7 @@ impl Model {
     /// the residual stream: what [`Model::run_layer`] does behind its observer, on this thread alone.
     pub fn add_linear(&self, weight: &Weight, x: &[f32], hidden: &mut [f32]) {
         let (pool, mut out) = (self.pool.or_serial(false), Vec::new());
-        apply(self.isa, pool, &mut Linears::default(), [weight], x, [&mut out]);
+        apply(self.isa, pool, &mut LinearScratch::default(), [weight], x, [&mut out]);
         add(pool, hidden, &out);
     }
 

@@ -2,8 +2,8 @@
 
 use stb_format::encoding::MatrixView;
 use stb_kernels::{
-    Isa, Panels, Pool, Prepared, ROW_TILE, RoundedTokens, Workspace, enough_tokens,
-    has_rounded_matmul, matmul, matmul_rounded, matvec, matvec_tokens, share_preparation,
+    ActivationsQ8, Isa, Panels, Pool, Prepared, ROW_TILE, Workspace, gemm, gemm_min_batch, gemm_q8,
+    gemv, gemv_batch, has_gemm_q8, shares_activations,
 };
 
 use crate::weights::Weight;
@@ -21,13 +21,13 @@ const SERIAL_WORK: usize = 1 << 15;
 
 /// Reusable memory of linear layers.
 #[derive(Default, Debug)]
-pub struct Linears {
+pub struct LinearScratch {
     /// Whether activations are rounded to 8 bits where there is a kernel for it.
     rounded: bool,
     /// Prepared activations: for each matrix, for each token.
     works: Vec<Workspace>,
     panels: Panels,
-    tokens: RoundedTokens,
+    tokens: ActivationsQ8,
     /// Outputs by rows, [rows, tokens padded], before they are transposed.
     by_rows: Vec<f32>,
 }
@@ -42,7 +42,7 @@ fn few(view: &MatrixView<'_>) -> usize {
     }
 }
 
-impl Linears {
+impl LinearScratch {
     /// Memory for products whose activations may be rounded, or not.
     #[must_use]
     pub fn new(rounded: bool) -> Self {
@@ -58,7 +58,7 @@ impl Linears {
 pub fn apply<const N: usize>(
     isa: Isa,
     pool: &Pool,
-    memory: &mut Linears,
+    memory: &mut LinearScratch,
     weights: [&Weight; N],
     x: &[f32],
     outputs: [&mut Vec<f32>; N],
@@ -70,16 +70,15 @@ pub fn apply<const N: usize>(
     let views = weights.map(Weight::view);
     if tokens == 1 {
         let bytes = weights.iter().map(|w| w.byte_len()).sum();
-        return few_tokens(isa, pool, memory, &views, bytes, x, outputs);
+        return small_batch(isa, pool, memory, &views, bytes, x, outputs);
     }
     let mut outputs = outputs;
     for (view, out) in views.iter().zip(&mut outputs) {
         out.resize(tokens * view.rows(), 0.0);
     }
     let may_round = memory.rounded;
-    let rounded =
-        |view| may_round && has_rounded_matmul(view) && tokens >= enough_tokens(isa, view);
-    let alike = |view| rounded(view) && share_preparation(&views[0], view, true);
+    let rounded = |view| may_round && has_gemm_q8(view) && tokens >= gemm_min_batch(isa, view);
+    let alike = |view| rounded(view) && shares_activations(&views[0], view, true);
     if views.iter().all(alike) {
         round(isa, pool, &mut memory.tokens, &views[0], x);
         return many_rounded(isa, pool, &memory.tokens, &views, outputs);
@@ -88,13 +87,13 @@ pub fn apply<const N: usize>(
     let mut last: Option<&MatrixView<'_>> = None;
     for ((view, weight), out) in views.iter().zip(weights).zip(outputs) {
         if rounded(view) {
-            if !last.is_some_and(|last| share_preparation(last, view, true)) {
+            if !last.is_some_and(|last| shares_activations(last, view, true)) {
                 round(isa, pool, &mut memory.tokens, view, x);
                 last = Some(view);
             }
             many_rounded(isa, pool, &memory.tokens, &[*view], [out]);
         } else if may_round && tokens <= few(view) {
-            few_tokens(isa, pool, memory, &[*view], weight.byte_len(), x, [out]);
+            small_batch(isa, pool, memory, &[*view], weight.byte_len(), x, [out]);
         } else {
             many_exact(isa, pool, memory, view, x, out);
         }
@@ -103,20 +102,20 @@ pub fn apply<const N: usize>(
 
 /// A matrix-vector product for each token, all on one piece of the weights while it is in cache.
 /// `bytes` is what the matrices take.
-fn few_tokens<const N: usize>(
+fn small_batch<const N: usize>(
     isa: Isa,
     pool: &Pool,
-    memory: &mut Linears,
+    memory: &mut LinearScratch,
     views: &[MatrixView<'_>; N],
     bytes: usize,
     x: &[f32],
     outputs: [&mut Vec<f32>; N],
 ) {
-    let Linears { rounded, works, by_rows, .. } = memory;
+    let LinearScratch { rounded, works, by_rows, .. } = memory;
     let rounded = *rounded;
     // Column factors differ from matrix to matrix; without them matrices share their activations.
     let source: [usize; N] = std::array::from_fn(|i| {
-        let shared = (0..i).find(|j| share_preparation(&views[*j], &views[i], rounded));
+        let shared = (0..i).find(|j| shares_activations(&views[*j], &views[i], rounded));
         shared.unwrap_or(i)
     });
     let cols = views[0].cols();
@@ -129,7 +128,7 @@ fn few_tokens<const N: usize>(
         if source[i] == i {
             let (view, x) = (&views[i], &x[t * cols..(t + 1) * cols]);
             match rounded {
-                true => works[0].prepare_rounded(isa, view, x),
+                true => works[0].prepare_q8(isa, view, x),
                 false => works[0].prepare(view, x),
             };
         }
@@ -155,7 +154,7 @@ fn few_tokens<const N: usize>(
             &mut out[..]
         });
         pool.run_parts(parts, chunk, |i, first, y| {
-            matvec(isa, &views[i], works[source[i]].prepared(), first, y);
+            gemv(isa, &views[i], works[source[i]].prepared(), first, y);
         });
         return;
     }
@@ -171,7 +170,7 @@ fn few_tokens<const N: usize>(
         let works = &works[source[i] * tokens..][..tokens];
         let prepared: [Prepared<'_>; FEW_TOKENS] =
             std::array::from_fn(|t| works[t.min(tokens - 1)].prepared());
-        matvec_tokens(isa, &views[i], &prepared[..tokens], first / tokens, y);
+        gemv_batch(isa, &views[i], &prepared[..tokens], first / tokens, y);
     });
     let mut done = &by_rows[..];
     for (view, out) in views.iter().zip(outputs) {
@@ -188,7 +187,7 @@ fn few_tokens<const N: usize>(
     }
 }
 
-fn round(isa: Isa, pool: &Pool, tokens: &mut RoundedTokens, view: &MatrixView<'_>, x: &[f32]) {
+fn round(isa: Isa, pool: &Pool, tokens: &mut ActivationsQ8, view: &MatrixView<'_>, x: &[f32]) {
     let mut parts = tokens.parts(isa, view, x);
     pool.run_chunks(&mut parts, 1, |_, parts| parts.iter_mut().for_each(|p| p.round(isa, view)));
 }
@@ -197,7 +196,7 @@ fn round(isa: Isa, pool: &Pool, tokens: &mut RoundedTokens, view: &MatrixView<'_
 fn many_rounded<const N: usize>(
     isa: Isa,
     pool: &Pool,
-    tokens: &RoundedTokens,
+    tokens: &ActivationsQ8,
     views: &[MatrixView<'_>; N],
     outputs: [&mut Vec<f32>; N],
 ) {
@@ -227,26 +226,26 @@ fn many_rounded<const N: usize>(
     pool.run_parts(pieces.each_mut().map(|p| &mut p[..]), group, |i, first, y| {
         let (task, tasks) = (first / group, views[i].rows().div_ceil(task_rows[i]));
         let first = task % tasks * task_rows[i];
-        matmul_rounded(isa, &views[i], tokens, task / tasks, first, y);
+        gemm_q8(isa, &views[i], tokens, task / tasks, first, y);
     });
 }
 
 fn many_exact(
     isa: Isa,
     pool: &Pool,
-    memory: &mut Linears,
+    memory: &mut LinearScratch,
     view: &MatrixView<'_>,
     x: &[f32],
     out: &mut [f32],
 ) {
-    let Linears { panels, by_rows, .. } = memory;
+    let LinearScratch { panels, by_rows, .. } = memory;
     panels.pack(x, view.cols());
     let panels = panels.all();
     let (stride, rows) = (panels.row_stride(), view.rows());
     by_rows.resize(rows * stride, 0.0);
     let pool = pool.or_serial(rows * x.len() >= SERIAL_WORK);
     pool.run_chunks(by_rows, TASK_ROWS * stride, |first, y| {
-        matmul(isa, view, panels, first / stride, y);
+        gemm(isa, view, panels, first / stride, y);
     });
     pool.run_chunks(out, rows, |first, out| {
         let t = first / rows;

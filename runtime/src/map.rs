@@ -14,7 +14,7 @@ pub enum Bytes {
     Mapped(memmap2::Mmap),
     /// A copy in memory. Cache-line-sized elements give the alignment of a mapping's tensors.
     Read(Vec<Line>, usize),
-    /// Numbers made in memory, such as dequantised weights.
+    /// Numbers made in memory, such as dequantized weights.
     Floats(Vec<f32>),
 }
 

@@ -30,7 +30,7 @@ pub(crate) struct Rotary {
     pub sin: Vec<f32>,
     /// head_dim / 2.
     pub pairs: usize,
-    /// Whether pairs are neighbours; else they are half a head apart.
+    /// Whether pairs are neighbors; else they are half a head apart.
     pub interleaved: bool,
 }
 

@@ -94,10 +94,10 @@ impl Sampler {
         let greedy = self.options.temperature <= 0.0;
         let count = if greedy { 1 } else { self.options.top_k };
         let penalty = self.options.repeat_penalty;
-        let penalised = if penalty == 1.0 { &[][..] } else { self.penalised() };
+        let penalized = if penalty == 1.0 { &[][..] } else { self.penalized() };
         let fits = (1..=Candidates::MOST).contains(&count)
-            && penalised.len() + banned.len() <= Candidates::CHANGED;
-        fits.then_some(Wanted { count, greedy, penalty, penalised, banned })
+            && penalized.len() + banned.len() <= Candidates::CHANGED;
+        fits.then_some(Wanted { count, greedy, penalty, penalized, banned })
     }
 
     /// The next token. `banned` are never chosen, unless there is nothing else.
@@ -130,7 +130,7 @@ impl Sampler {
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
         self.logits.clear();
         self.logits.extend_from_slice(logits);
-        self.penalise();
+        self.penalize();
         let token = if self.options.temperature <= 0.0 {
             argmax(&self.logits)
         } else {
@@ -145,19 +145,19 @@ impl Sampler {
     }
 
     /// Recent tokens, each once.
-    fn penalised(&mut self) -> &[u32] {
+    fn penalized(&mut self) -> &[u32] {
         self.seen.clone_from(&self.recent);
         self.seen.sort_unstable();
         self.seen.dedup();
         &self.seen
     }
 
-    fn penalise(&mut self) {
+    fn penalize(&mut self) {
         let penalty = self.options.repeat_penalty;
         if penalty == 1.0 {
             return;
         }
-        self.penalised();
+        self.penalized();
         for token in &self.seen {
             if let Some(logit) = self.logits.get_mut(*token as usize) {
                 *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };

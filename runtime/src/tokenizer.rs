@@ -35,7 +35,7 @@ impl Tokenizer {
         Ok(Self { inner, bos, eos, special, vocab_size })
     }
 
-    /// The ids of `text` without a begin token. Special tokens written out in it are recognised.
+    /// The ids of `text` without a begin token. Special tokens written out in it are recognized.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the tokenizer fails.

@@ -2,7 +2,7 @@
 
     file = StbFile.open("model.stb")        # level *inspect*: structure and metadata are checked
     file.metadata["model.layers"]
-    file.weights("model.norm.weight")       # level *dequantise*: a float32 array
+    file.weights("model.norm.weight")       # level *dequantize*: a float32 array
     file.verify()                           # everything, and the profile of a model file
 """
 

@@ -5,14 +5,14 @@
     target/quality/bin/python tests/bench/compare_quality.py --llama-cpp BUILD --out OUT --data ../shared/data \\
         --stb-run target/release/stb-run [--stb-convert target/release/stb-convert] [--models quill-4m]
 
-Models, texts, windows and our recipes are those of `studies/frontier.toml`. Each model becomes a GGUF in f32, is quantised
-by llama-quantize with an importance matrix of the study's calibration text, dequantised by llama-quantize, and measured as a
+Models, texts, windows and our recipes are those of `studies/frontier.toml`. Each model becomes a GGUF in f32, is quantized
+by llama-quantize with an importance matrix of the study's calibration text, dequantized by llama-quantize, and measured as a
 dense folder by `stb-run perplexity` with the checkpoint as reference. Our recipes (with --stb-convert) are measured by
 `stb-convert study`, which is the same evaluation.
 
 Token ids reach llama.cpp exactly: the GGUF has a vocabulary of one character per token, and texts are written in it. So
 llama-perplexity sees the same windows; the column *by llama.cpp* is its own perplexity of some files, by its own kernels
-(which round activations if weights are quantised). It usually scores the second half of a window only; the build here scores
+(which round activations if weights are quantized). It usually scores the second half of a window only; the build here scores
 all of it, as we do.
 
 BUILD is where llama.cpp is built from the source distribution of llama-cpp-python, unless it is there already. OUT gets
@@ -133,12 +133,12 @@ class Model:
         writer.write_tensors_to_file()
         writer.close()
 
-    def write_folder(self, dequantised: pathlib.Path, folder: pathlib.Path) -> None:
+    def write_folder(self, dequantized: pathlib.Path, folder: pathlib.Path) -> None:
         """A GGUF in f32 as a folder that `stb-run` reads."""
         folder.mkdir(exist_ok=True)
         for file in self.path.glob("*.j*"):
             shutil.copyfile(file, folder / file.name)
-        found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(dequantised).tensors}
+        found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(dequantized).tensors}
         tensors = {name: found[self.names[name]].reshape(shape.shape) for name, shape in self.tensors.items()}
         assert all(tensor.dtype == numpy.float32 for tensor in tensors.values())
         save_file({name: self.rotate(name, tensor, back=True) for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -188,7 +188,7 @@ class Peers:
         return {kind: [kind] for kind in ["F32", *self.options.types]} | with_embeddings
 
     def row(self, label: str, arguments: list[object], seen: dict[str, str]) -> dict:
-        """Quantises and measures; `seen` has what was stored by earlier labels."""
+        """Quantizes and measures; `seen` has what was stored by earlier labels."""
         model, file = self.model, label.replace(", ", "-").replace(" ", "-") + ".gguf"
         row = {"model": model.name, "program": "llama.cpp", "type": label}
         try:
@@ -213,9 +213,9 @@ class Peers:
         return row | self.quality(label, file)
 
     def quality(self, label: str, file: str) -> dict:
-        self.llama("quantize", "--allow-requantize", file, "dequantised.gguf", "F32", 2)
-        folder = self.work / "dequantised"
-        self.model.write_folder(self.work / "dequantised.gguf", folder)
+        self.llama("quantize", "--allow-requantize", file, "dequantized.gguf", "F32", 2)
+        folder = self.work / "dequantized"
+        self.model.write_folder(self.work / "dequantized.gguf", folder)
         text = ["--text", self.text, *self.protocol, "--reference", self.model.path]
         printed = run(self.options.stb_run, "perplexity", folder, *text, "--json", "-t", 2)
         found = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))

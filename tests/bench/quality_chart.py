@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT, LEFT, TOP, GAP, FOOT = 470, 340, 64, 46, 76, 84
 RANGE = {"true_bits": (0.5, 4.5), "body_bits": (0.5, 4.5)}
 AXES = {"true_bits": "bits per parameter, whole file", "body_bits": "bits per weight of the decoder's matrices"}
-# Name, colour, which rows, whether they are joined.
+# Name, color, which rows, whether they are joined.
 FAMILIES: list[tuple[str, str, Callable[[dict], bool], bool]] = [
     ("llama.cpp", "#c0392b", lambda row: row["program"] == "llama.cpp", False),
     ("--bits, fine-tuned", "#6c3483", lambda row: re.match("bits-.*fine-tuned", row["type"]) is not None, True),
@@ -62,18 +62,18 @@ class Panel:
             out.append(f'<text x="{x:.1f}" y="{self.y + HEIGHT + 16}" class="middle">{half / 2:g}</text>')
         axis = f'<text x="{self.x + WIDTH / 2}" y="{self.y + HEIGHT + 34}" class="middle">{AXES[self.size]}</text>'
         out.append(axis)
-        for name, colour, belongs, joined in FAMILIES:
+        for name, color, belongs, joined in FAMILIES:
             rows = sorted((row for row in self.rows if belongs(row)), key=lambda row: float(row[self.size]))
             points = [(self.across(float(row[self.size])), self.up(float(row["kl"]))) for row in rows]
             if joined and len(points) > 1:
                 path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-                out.append(f'<polyline points="{path}" stroke="{colour}"/>')
+                out.append(f'<polyline points="{path}" stroke="{color}"/>')
             for (x, y), row in zip(points, rows):
                 label = escape(row["type"])
-                out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour}"><title>{label}</title></circle>')
+                out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{color}"><title>{label}</title></circle>')
                 if name == "llama.cpp" and "," not in label:
                     at, side = (x + 5, "") if x < self.x + WIDTH - 60 else (x - 5, " end")
-                    out.append(f'<text x="{at:.1f}" y="{y - 4:.1f}" class="small{side}" fill="{colour}">{label}</text>')
+                    out.append(f'<text x="{at:.1f}" y="{y - 4:.1f}" class="small{side}" fill="{color}">{label}</text>')
         return out
 
 
@@ -93,7 +93,7 @@ def write(path: pathlib.Path, rows: list[dict]) -> None:
         for j, size in enumerate(RANGE):
             panel = Panel(LEFT + j * (WIDTH + LEFT), TOP + i * (HEIGHT + GAP), size, mine)
             out += panel.draw(f"{model}: KL from the dense model, nats per token")
-    for i, (name, colour, _, _) in enumerate(FAMILIES):
+    for i, (name, color, _, _) in enumerate(FAMILIES):
         x, y = LEFT + i % 4 * 250, height - FOOT + 24 + i // 4 * 20
-        out.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/><text x="{x + 10}" y="{y}">{escape(name)}</text>')
+        out.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{color}"/><text x="{x + 10}" y="{y}">{escape(name)}</text>')
     path.write_text("\n".join([*out, "</svg>\n"]))

@@ -89,7 +89,7 @@ impl Run {
     }
 }
 
-/// A program with arguments, without the environment variables that change its behaviour.
+/// A program with arguments, without the environment variables that change its behavior.
 #[must_use]
 pub fn command<S: AsRef<OsStr>>(name: &str, args: &[S]) -> Command {
     let mut command = Command::new(program(name));

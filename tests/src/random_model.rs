@@ -142,9 +142,9 @@ pub fn random(shape: &[u64], encoding: &Encoding) -> Vec<u8> {
         Encoding::Nm(spec) => content::nm(&mut rng, spec, rows, cols).pack(),
         Encoding::Dense(kind) => {
             let spread = if shape.len() == 1 { 0.1 } else { 0.5 };
-            let centre = if shape.len() == 1 { 1.0 } else { 0.0 };
+            let center = if shape.len() == 1 { 1.0 } else { 0.0 };
             let values: Vec<f32> =
-                (0..rows * cols).map(|_| centre + spread * rng.float()).collect();
+                (0..rows * cols).map(|_| center + spread * rng.float()).collect();
             kind.encode(&values)
         }
         Encoding::Unknown { .. } => Vec::new(),

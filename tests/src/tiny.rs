@@ -60,8 +60,8 @@ pub fn write_shards(
     for (name, shape) in spec.tensors() {
         let count = shape.iter().product::<u64>() as usize;
         let spread = if shape.len() == 1 { 0.1 } else { 0.5 };
-        let centre = if shape.len() == 1 { 1.0 } else { 0.0 };
-        let mut values: Vec<f32> = (0..count).map(|_| centre + spread * rng.float()).collect();
+        let center = if shape.len() == 1 { 1.0 } else { 0.0 };
+        let mut values: Vec<f32> = (0..count).map(|_| center + spread * rng.float()).collect();
         change(&name, &mut values);
         let shape: Vec<usize> = shape.iter().map(|d| *d as usize).collect();
         tensors.push((name, shape, kind.encode(&values)));

@@ -82,6 +82,6 @@ fn the_papers_structure() {
 }
 
 #[test]
-fn integers_and_partial_binarisation() {
+fn integers_and_partial_binarization() {
     same_as_on_the_cpu(&["int3", "gptq-4bit", "pb-llm"]);
 }

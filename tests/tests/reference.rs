@@ -1,4 +1,4 @@
-//! Our quantiser beside an independent implementation: one linear layer of a small model, its
+//! Our quantizer beside an independent implementation: one linear layer of a small model, its
 //! inputs and what the published code, its strict form, the paper's algorithm 1, BiLLM and a better
 //! variant make of it. The material lies beside the repository; see `stb_tests::paths::shared`.
 
@@ -6,8 +6,8 @@ use std::collections::HashMap;
 
 use stb_convert::hessian::{Factor, Hessian};
 use stb_convert::plan::Method;
-use stb_convert::quantise::prune::Pruned;
-use stb_convert::quantise::{Input, stbllm};
+use stb_convert::quantize::prune::Pruned;
+use stb_convert::quantize::{Input, stbllm};
 use stb_convert::recipe::Body;
 use stb_format::encoding::Stbllm;
 use stb_kernels::Isa;
@@ -106,7 +106,7 @@ fn agree(name: &str, body: &str, in_loop: bool) {
     let pruned = (!in_loop).then(|| Pruned { weights: weights.clone(), mask: dump.mask() });
     let options = options(body);
     let input = moments.input(weights);
-    let layer = stbllm::binarise(&input, &options, pruned.as_ref(), false).unwrap();
+    let layer = stbllm::binarize(&input, &options, pruned.as_ref(), false).unwrap();
     let zero = |regions: &[u8]| -> Vec<bool> { regions.iter().map(|r| *r == 0).collect() };
     // BiLLM has two regions: the reference numbers the salient set after them.
     let regions: Vec<u8> = dump.bytes["regions"]
@@ -127,7 +127,7 @@ fn agree(name: &str, body: &str, in_loop: bool) {
     assert!(equal.iter().all(|e| *e >= 0.999), "{name}: {equal:?}");
     assert!(error <= 1e-4, "{name}: {error}");
     // As written.
-    let packed = stbllm::quantise(&input, &options, pruned.as_ref()).unwrap();
+    let packed = stbllm::quantize(&input, &options, pruned.as_ref()).unwrap();
     let view = packed.encoding.view(ROWS as u64, COLS as u64, &packed.payload).unwrap();
     let error = relative(&view.decode(), &dump.floats["W_q"]);
     note(&format!("{name}: as {}, relative error {error:.1e}", packed.encoding));

@@ -10,20 +10,20 @@ use stb_format::{Meta, SECTION_ALIGN};
 use stb_runtime::{Checkpoint, Error, Result};
 
 use crate::calibration::Source;
-use crate::plan::{Plan, TensorPlan, Treatment};
+use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::recipe::Recipe;
 
 /// A way to store a tensor.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
-    treatment: Treatment,
+    treatment: TensorMethod,
     bytes: u64,
     /// What it adds to the sum that is made small, see [`price`].
     error: f64,
 }
 
 impl Candidate {
-    fn new(tensor: &TensorPlan, treatment: Treatment, error: f64) -> Result<Self> {
+    fn new(tensor: &TensorPlan, treatment: TensorMethod, error: f64) -> Result<Self> {
         let mut copy = tensor.clone();
         copy.set(treatment)?;
         Ok(Self { treatment, bytes: copy.bytes, error })
@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn hulls_fall_ever_more_slowly() {
         let points = [(10, 1.0), (20, 0.9), (30, 0.2), (30, 0.3), (40, 0.25), (50, 0.1), (90, 0.0)];
-        let treatment = Treatment::Keep(Dense::F32);
+        let treatment = TensorMethod::Keep(Dense::F32);
         let candidates =
             points.map(|(bytes, error)| Candidate { treatment, bytes, error }).to_vec();
         let hull: Vec<u64> = lower_hull(candidates).iter().map(|c| c.bytes).collect();

@@ -3,7 +3,7 @@
 //!
 //! An error ΔW of a linear layer with inputs x changes its output by ΔW x, and what the model says by
 //! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token, g the gradients of [`crate::backward`]. ΔW is that of
-//! the quantiser itself, on some rows, against second moments of some tokens. Losses of tensors add up.
+//! the quantizer itself, on some rows, against second moments of some tokens. Losses of tensors add up.
 
 use stb_format::encoding::{IntGroup, Nm};
 use stb_format::{Encoding, ModelSpec};
@@ -15,18 +15,18 @@ use crate::backward::{Ends, LayerSlopes, through};
 use crate::calibration::Source;
 use crate::hessian::{Factor, Hessian};
 use crate::pipeline::{check_interrupt, finite};
-use crate::plan::{Method, Plan, TensorPlan, Treatment, input_of};
-use crate::quantise::{Input, decode, int_group, linear, nm, output_errors};
+use crate::plan::{Method, Plan, TensorMethod, TensorPlan, input_of};
+use crate::quantize::{Input, decode, int_group, linear, nm, output_errors};
 use crate::recipe::{Calibration, Recipe};
 use crate::sensitivity::SEQUENCES;
 
 /// Tokens that are looked at, at most: the inputs of every decoder layer are kept.
 const TOKENS: usize = 2048;
-/// Rows of a matrix that are quantised, spread evenly.
+/// Rows of a matrix that are quantized, spread evenly.
 const ROWS: usize = 128;
 /// Rows of embeddings and head that are rounded, spread evenly.
 const TABLE_ROWS: usize = 2048;
-/// Columns that are quantised together; what errors do to those of other chunks is left out.
+/// Columns that are quantized together; what errors do to those of other chunks is left out.
 const CHUNK: usize = 1024;
 /// The expected loss of a linear layer counts to this power. The expectation holds for small changes of the
 /// dense model; large ones saturate, and what an early layer does is taken back in part by those fitted
@@ -139,7 +139,7 @@ impl Moments {
         rows.chunks_exact(cols).flat_map(|row| &row[range.clone()]).copied().collect()
     }
 
-    /// E[(ΔW x)²] of each row of `weights` when they are quantised by `method`.
+    /// E[(ΔW x)²] of each row of `weights` when they are quantized by `method`.
     fn errors(&self, weights: &[f32], method: Method) -> Result<Vec<f64>> {
         let cols = self.norms.len();
         let input = Input {
@@ -179,7 +179,7 @@ fn methods() -> impl Iterator<Item = Method> {
 /// Staying as it is.
 fn kept(tensor: &TensorPlan, weight: &Weight) -> Result<Option<Candidate>> {
     let Encoding::Dense(kind) = *weight.encoding() else { return Ok(None) };
-    Candidate::new(tensor, Treatment::Keep(kind), 0.0).map(Some)
+    Candidate::new(tensor, TensorMethod::Keep(kind), 0.0).map(Some)
 }
 
 /// Rows of a matrix, spread evenly: their numbers, and [rows, cols].
@@ -219,7 +219,7 @@ fn of_linear(
             loss += weighted.sum::<f64>();
         }
         let loss = (factor * loss).powf(LINEAR_POWER);
-        priced.push(Candidate::new(tensor, Treatment::Linear(method), loss)?);
+        priced.push(Candidate::new(tensor, TensorMethod::Linear(method), loss)?);
     }
     priced.extend(kept(tensor, weight)?);
     Ok(priced)
@@ -248,7 +248,7 @@ fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result
                 loss += multiplied * f64::from(ends.logits[*r]) * squares(&ends.head_inputs);
             }
         }
-        priced.push(Candidate::new(tensor, Treatment::Round(spec), 0.5 * loss)?);
+        priced.push(Candidate::new(tensor, TensorMethod::Round(spec), 0.5 * loss)?);
     }
     priced.extend(kept(tensor, weight)?);
     Ok(priced)

@@ -46,7 +46,7 @@ enum Command {
         /// An .stb file
         file: PathBuf,
     },
-    /// Write dequantised weights, configuration and tokenizer in the Hugging Face layout
+    /// Write dequantized weights, configuration and tokenizer in the Hugging Face layout
     Export {
         /// An .stb file
         file: PathBuf,
@@ -63,7 +63,7 @@ enum Command {
     },
     /// Compare recipes on models and texts: one table, measured cell by cell, resumable
     Study(study::StudyArgs),
-    /// Flip signs of a binarised model and measure what it costs
+    /// Flip signs of a binarized model and measure what it costs
     Flips(study::FlipArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]

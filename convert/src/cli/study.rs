@@ -43,7 +43,7 @@ pub(super) struct FlipArgs {
     src: PathBuf,
     /// A folder for flips.csv, flips.md and flips.svg
     out: PathBuf,
-    /// How the model is binarised: a recipe's name or a .toml file; default: the structure of the
+    /// How the model is binarized: a recipe's name or a .toml file; default: the structure of the
     /// paper with no weight pruned
     #[arg(short, long, value_name = "NAME|FILE")]
     recipe: Option<String>,
@@ -176,7 +176,7 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.src, true)?;
     let recipe = match &args.recipe {
         Some(name) => Recipe::load(name)?,
-        None => flips::binarised()?,
+        None => flips::binarized()?,
     };
     let source = match &args.calib {
         Some(path) => Source::file(path)?,
@@ -236,7 +236,7 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     }
     print(table.trim_end())?;
     print(format_args!(
-        "\nThe binarised file has {:.3} true bits per parameter.",
+        "\nThe binarized file has {:.3} true bits per parameter.",
         report.true_bits_per_parameter
     ))?;
     Ok(())

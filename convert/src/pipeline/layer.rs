@@ -10,9 +10,9 @@ use super::refresh::{Place, Walk};
 use super::tensor::{clear_dead, finite, in_range, squared_error, without_inputs};
 use super::{BATCH, Capture, Done, Hidden, Moments, Progress, Run, check_interrupt};
 use crate::hessian::Hessian;
-use crate::plan::{Method, TensorPlan, Treatment, input_of};
-use crate::quantise::prune::Pruned;
-use crate::quantise::{Input, decode, linear, relative_error, stbllm};
+use crate::plan::{Method, TensorMethod, TensorPlan, input_of};
+use crate::quantize::prune::Pruned;
+use crate::quantize::{Input, decode, linear, relative_error, stbllm};
 use crate::report::{LayerReport, Stages};
 use crate::resume::{SavedLayer, States};
 use crate::tune;
@@ -37,7 +37,7 @@ impl<'r> Run<'r> {
             progress.step(index as u64 * units + done, layers as u64 * units, &text);
         };
         step(0, "calibration");
-        let linear = tensors.iter().any(|t| matches!(t.treatment, Treatment::Linear(_)));
+        let linear = tensors.iter().any(|t| matches!(t.treatment, TensorMethod::Linear(_)));
         for tensor in tensors {
             finite(&self.job.checkpoint.weight(&tensor.name)?, &tensor.name)?;
         }
@@ -47,14 +47,14 @@ impl<'r> Run<'r> {
         let refreshed = linear && self.job.recipe.calibration.refreshed()?;
         let mut walk = Walk::default();
         let tuned = linear && self.job.recipe.calibration.tuning()?.is_some();
-        // Streams advance while the layer is quantised; tuning starts from its inputs.
-        let inputs = if tuned { hidden.quantised.clone() } else { States::new() };
+        // Streams advance while the layer is quantized; tuning starts from its inputs.
+        let inputs = if tuned { hidden.quantized.clone() } else { States::new() };
         let mut moments: [Option<Moments>; 4] = Default::default();
         if linear && !refreshed {
-            moments = self.moments(&layer, &hidden.quantised)?.map(Some);
+            moments = self.moments(&layer, &hidden.quantized)?.map(Some);
         }
         let mut finished: Vec<Option<Done>> = tensors.iter().map(|_| None).collect();
-        // In the order of computation, so that each input is behind what has been quantised.
+        // In the order of computation, so that each input is behind what has been quantized.
         let place = |i: &usize| {
             let part = tensors[*i].layer().map_or("", |(_, part)| part);
             (input_of(part).map_or(0, |input| input + 1), *i)
@@ -84,12 +84,12 @@ impl<'r> Run<'r> {
         if tuned {
             step(units - 2, "tuning");
             self.tune(tensors, &mut layer, &mut finished, &inputs, &hidden.dense)?;
-            (hidden.quantised, walk.quantised) = (inputs, Place::default());
+            (hidden.quantized, walk.quantized) = (inputs, Place::default());
         }
         let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
         for (tensor, done) in tensors.iter().zip(finished.into_iter().flatten()) {
             self.write(tensor, &done)?;
-            if let Treatment::Linear(_) = tensor.treatment {
+            if let TensorMethod::Linear(_) = tensor.treatment {
                 error += done.error;
                 count += 1;
             }
@@ -97,7 +97,7 @@ impl<'r> Run<'r> {
         }
         step(units - 1, "next inputs");
         if index + 1 < layers {
-            self.advance(2, &layer, &mut hidden.quantised, &mut walk.quantised)?;
+            self.advance(2, &layer, &mut hidden.quantized, &mut walk.quantized)?;
         } else {
             *hidden = Hidden::default();
         }
@@ -140,7 +140,7 @@ impl<'r> Run<'r> {
                     continue;
                 }
             };
-            if let Treatment::Keep(kind) = tensor.treatment {
+            if let TensorMethod::Keep(kind) = tensor.treatment {
                 packed.payload = kind.encode(norm);
                 // As it is stored.
                 *norm = Weight::from_payload(
@@ -199,7 +199,7 @@ impl<'r> Run<'r> {
         for tensor in tensors {
             check_interrupt()?;
             let part = tensor.layer().map_or("", |(_, part)| part);
-            let Treatment::Linear(Method::Stbllm(options)) = tensor.treatment else { continue };
+            let TensorMethod::Linear(Method::Stbllm(options)) = tensor.treatment else { continue };
             let Some(input) = input_of(part) else { continue };
             let clock = Instant::now();
             let weight = self.job.checkpoint.weight(&tensor.name)?;
@@ -210,7 +210,7 @@ impl<'r> Run<'r> {
             let stored = Weight::from_floats(result.weights.clone(), rows, cols)?;
             put(layer, part, stored);
             pruned.insert(part, result);
-            self.stages.quantiser.prune += clock.elapsed().as_secs_f64();
+            self.stages.quantizer.prune += clock.elapsed().as_secs_f64();
         }
         self.advance(2, layer, states, &mut Place::default())?;
         Ok(pruned)
@@ -231,7 +231,7 @@ impl<'r> Run<'r> {
         }
     }
 
-    /// Quantises one tensor of a layer and puts it into `layer`.
+    /// Quantizes one tensor of a layer and puts it into `layer`.
     fn layer_tensor(
         &mut self,
         tensor: &TensorPlan,
@@ -244,7 +244,7 @@ impl<'r> Run<'r> {
         let weight = self.job.checkpoint.weight(&tensor.name)?;
         let mut values = weight.decode();
         let (packed, error) = match (tensor.treatment, moments) {
-            (Treatment::Linear(method), Some(moments)) => {
+            (TensorMethod::Linear(method), Some(moments)) => {
                 if let Some(shift) = &moments.shift {
                     let clock = Instant::now();
                     shift.apply(self.engine(), &mut values)?;

@@ -1,4 +1,4 @@
-//! The conversion: one decoder layer at a time through calibration, quantisation and output.
+//! The conversion: one decoder layer at a time through calibration, quantization and output.
 
 mod device;
 mod fine;
@@ -20,7 +20,7 @@ use crate::hessian::{Factor, Hessian, interrupted};
 use crate::metadata;
 use crate::output::{Output, refuse_existing};
 use crate::plan::{Plan, TensorPlan};
-use crate::quantise::Packed;
+use crate::quantize::Packed;
 use crate::recipe::Recipe;
 use crate::report::{LayerReport, Report, Stages, TensorReport};
 use crate::resume::{States, Workspace};
@@ -229,8 +229,8 @@ struct Run<'a> {
 /// The inputs of a decoder layer, [tokens, hidden] for each sequence.
 #[derive(Default)]
 struct Hidden {
-    /// Behind the quantised layers so far.
-    quantised: States,
+    /// Behind the quantized layers so far.
+    quantized: States,
     /// Behind the layers so far that were only pruned, for masks of a pass of their own.
     pruned: States,
     /// Behind the layers so far of the dense model, for targets from it.
@@ -240,7 +240,7 @@ struct Hidden {
 impl Hidden {
     /// All of them, for what is kept of an unfinished conversion.
     fn all(&mut self) -> [&mut States; 3] {
-        [&mut self.quantised, &mut self.pruned, &mut self.dense]
+        [&mut self.quantized, &mut self.pruned, &mut self.dense]
     }
 }
 
@@ -253,7 +253,7 @@ struct Moments {
     shift: Option<Shift>,
 }
 
-/// A tensor that has been quantised.
+/// A tensor that has been quantized.
 struct Done {
     packed: Packed,
     error: f64,
@@ -282,7 +282,7 @@ impl<'a> Run<'a> {
         let job = self.job;
         let layers = self.model.layers.len();
         let mut hidden = self.embedded()?;
-        let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / self.model.norm.len();
+        let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.model.norm.len();
         let mut tensors = job.plan.tensors.iter().peekable();
         let before: Vec<_> =
             std::iter::from_fn(|| tensors.next_if(|t| t.layer().is_none())).collect();
@@ -327,11 +327,11 @@ impl<'a> Run<'a> {
                         table.view().decode_row(*token as usize, state);
                     }
                 }
-                hidden.quantised.push(states);
+                hidden.quantized.push(states);
             }
         }
         if job.plan.prunes_first() {
-            hidden.pruned.clone_from(&hidden.quantised);
+            hidden.pruned.clone_from(&hidden.quantized);
         }
         Ok(hidden)
     }
@@ -408,7 +408,7 @@ impl<'a> Run<'a> {
     fn write(&mut self, tensor: &TensorPlan, done: &Done) -> anyhow::Result<()> {
         let target = self.job.target;
         let Done { packed, error, seconds } = done;
-        self.stages.quantiser.add(&packed.seconds);
+        self.stages.quantizer.add(&packed.seconds);
         let writing = Instant::now();
         self.writer
             .tensor(&tensor.name, &tensor.shape, &packed.encoding, &packed.payload)

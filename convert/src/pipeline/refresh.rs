@@ -30,7 +30,7 @@ pub(super) struct Shift {
 
 impl Shift {
     /// The weights that, from the inputs as they are, come closest to what the dense model has
-    /// there: the ridge regression W + (W E + D) (H + Λ)⁻¹ with E, D the fields above, which minimises
+    /// there: the ridge regression W + (W E + D) (H + Λ)⁻¹ with E, D the fields above, which minimizes
     /// ‖W X̃ + R̃ − R − W* X‖² + ‖(W* − W) Λ^½‖². `weights` is [rows, in].
     pub(super) fn apply(&self, engine: Engine<'_>, weights: &mut [f32]) -> Result<()> {
         let n = self.factor.size;
@@ -83,7 +83,7 @@ fn joined(seen: &[Seen], of: fn(&Seen) -> &[f32]) -> Vec<f32> {
 }
 
 /// Inputs of linear layers up to this size (bytes of all calibration sequences) are kept until those
-/// layers are quantised; larger ones are computed anew.
+/// layers are quantized; larger ones are computed anew.
 pub(crate) const KEPT_BYTES: usize = 1 << 30;
 
 /// How far residual streams are in the layer at work: what nothing later can change is not computed
@@ -99,7 +99,7 @@ pub(super) struct Place {
 /// The places of the streams in [`Hidden`] that refreshed statistics come from.
 #[derive(Default)]
 pub(super) struct Walk {
-    pub(super) quantised: Place,
+    pub(super) quantized: Place,
     pub(super) dense: Place,
 }
 
@@ -161,7 +161,7 @@ impl Run<'_> {
         walk: &mut Walk,
     ) -> anyhow::Result<Moments> {
         if matches!(input, LinearInput::Mlp | LinearInput::MlpDown) {
-            self.advance(1, layer, &mut hidden.quantised, &mut walk.quantised)?;
+            self.advance(1, layer, &mut hidden.quantized, &mut walk.quantized)?;
         }
         let ridge = self.job.recipe.calibration.ridge()?;
         let (_, to_stream) = shape(layer, input);
@@ -169,7 +169,7 @@ impl Run<'_> {
             Some(accelerator) => {
                 // None of the dense model, if nobody wants them.
                 let wanted = if ridge.is_some() { &mut hidden.dense[..] } else { &mut [] };
-                let (streams, dense) = ((layer, &hidden.quantised[..]), (dense, wanted));
+                let (streams, dense) = ((layer, &hidden.quantized[..]), (dense, wanted));
                 self.summed_on_device(accelerator, input, streams, dense)?
             }
             None => self.summed(input, layer, dense, hidden, walk, ridge.is_some())?,
@@ -178,7 +178,7 @@ impl Run<'_> {
             walk.dense.halves += 1;
         }
         let features = self.model.norm.len();
-        let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / features;
+        let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / features;
         let started = Instant::now();
         let Summed { mut hessian, shift } = summed;
         let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
@@ -213,10 +213,10 @@ impl Run<'_> {
             inputs: CrossMoments::new(width, width),
             stream: to_stream.then(|| CrossMoments::new(features, width)),
         });
-        let tokens = hidden.quantised.iter().map(Vec::len).sum::<usize>() / features;
+        let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / features;
         let keep = to_stream && tokens * width * size_of::<f32>() <= KEPT_BYTES;
         let mut dense_streams = hidden.dense.iter_mut();
-        for states in hidden.quantised.chunks_mut(BATCH) {
+        for states in hidden.quantized.chunks_mut(BATCH) {
             check_interrupt()?;
             let started = Instant::now();
             let dense_states: Vec<&mut Vec<f32>> = match &sums {
@@ -233,7 +233,7 @@ impl Run<'_> {
                 sums.add(isa, &seen, &x);
             }
             if keep {
-                walk.quantised.kept.extend(seen.into_iter().map(|s| s.x));
+                walk.quantized.kept.extend(seen.into_iter().map(|s| s.x));
             }
             self.stages.moments += started.elapsed().as_secs_f64();
         }

@@ -1,11 +1,11 @@
-//! One tensor: checks, quantisation by method, errors.
+//! One tensor: checks, quantization by method, errors.
 
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup};
 use stb_runtime::{Error, Result, Weight};
 
-use crate::plan::{TensorPlan, Treatment};
-use crate::quantise::{Packed, decode, int_group};
+use crate::plan::{TensorMethod, TensorPlan};
+use crate::quantize::{Packed, decode, int_group};
 
 /// Weights of inputs that never occurred do nothing; zero costs least.
 pub(super) fn clear_dead(values: &mut [f32], norms: &[f32]) {
@@ -30,10 +30,10 @@ pub(super) fn without_inputs(tensor: &TensorPlan, weight: &Weight, values: &[f32
         seconds: Default::default(),
     };
     match tensor.treatment {
-        Treatment::Keep(kind) => keep(kind),
-        Treatment::Round(spec) => round(spec),
+        TensorMethod::Keep(kind) => keep(kind),
+        TensorMethod::Round(spec) => round(spec),
         // Only reached for parts that are not linear layers, which plans keep.
-        Treatment::Linear(_) => keep(Dense::F32),
+        TensorMethod::Linear(_) => keep(Dense::F32),
     }
 }
 
@@ -52,7 +52,7 @@ pub(super) fn in_range(decoded: &[f32], name: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::unsupported(format!(
-        "tensor {name} has quantised weights beyond 65504, the range of 16-bit numbers; nothing was \
+        "tensor {name} has quantized weights beyond 65504, the range of 16-bit numbers; nothing was \
          written"
     )))
 }

@@ -6,10 +6,10 @@ use stb_runtime::{Error, Result};
 
 use crate::allocation::Allocation;
 use crate::plan::Method;
-use crate::quantise::metric::Metric;
-use crate::quantise::search::{Partition, Quantiles, Salient, SearchError, SearchOptions};
-use crate::quantise::stbllm::{MaskPlacement, Order, Scope};
-use crate::quantise::{Propagation, int_group, nm, pb_llm, stbllm};
+use crate::quantize::metric::Metric;
+use crate::quantize::search::{Partition, Quantiles, Salient, SearchError, SearchOptions};
+use crate::quantize::stbllm::{MaskPlacement, Order, Scope};
+use crate::quantize::{Propagation, int_group, nm, pb_llm, stbllm};
 
 macro_rules! body {
     ($($(#[$text:meta])* $field:ident $name:literal: $kind:ty,)*) => {
@@ -56,13 +56,13 @@ body! {
     /// stbllm: where the mask is chosen: compensated, in-loop or before.
     mask "mask": String,
     /// stbllm: whether a mask that is not chosen in the loop comes from the step of its own layer
-    /// (`layer`) or from a pass over the whole model before any layer is binarised (`model`).
+    /// (`layer`) or from a pass over the whole model before any layer is binarized (`model`).
     pass "pass": String,
     /// stbllm: over what an in-loop metric takes its sums: matrix or block.
     scope "scope": String,
     /// stbllm: what pruned weights are: zero, or forgotten as in the published code.
     pruned "pruned": String,
-    /// stbllm: prune-first or quantise-first.
+    /// stbllm: prune-first or quantize-first.
     order "order": String,
     /// stbllm: how N is spread over decoder layers: uniform, outlier, paper, published-code or sine.
     allocation "allocation": String,
@@ -79,7 +79,7 @@ body! {
     search "search": String,
     /// stbllm: thresholds are quantiles of the members of the regions, or of the whole block.
     quantiles "quantiles": String,
-    /// stbllm: whether binarising subtracts means.
+    /// stbllm: whether binarizing subtracts means.
     means "means": bool,
     /// stbllm: whether it does while searches compare candidates; else as for the result.
     search_means "search-means": bool,
@@ -101,7 +101,7 @@ body! {
 }
 
 impl Body {
-    /// The quantiser with its options; `None` keeps the source.
+    /// The quantizer with its options; `None` keeps the source.
     ///
     /// # Errors
     /// [`Error::Invalid`] for unknown words, values out of range and options of other methods.
@@ -174,8 +174,8 @@ impl Body {
             "sweeps needs pruned = \"zero\" and no means"
         } else if in_loop && options.separate {
             "pass = \"model\" needs mask = \"compensated\" or \"before\""
-        } else if !in_loop && options.order == Order::QuantiseFirst {
-            "order = \"quantise-first\" needs mask = \"in-loop\""
+        } else if !in_loop && options.order == Order::QuantizeFirst {
+            "order = \"quantize-first\" needs mask = \"in-loop\""
         } else if !in_loop && options.scope == Scope::Block {
             "scope = \"block\" needs mask = \"in-loop\""
         } else if in_loop && !options.strict {
@@ -270,7 +270,7 @@ impl Body {
         })
     }
 
-    /// Whether targets from the dense model reach the quantiser.
+    /// Whether targets from the dense model reach the quantizer.
     ///
     /// # Errors
     /// [`Error::Invalid`] if masks come from a pass that has targets of its own.
@@ -338,8 +338,11 @@ const PLACEMENTS: &[(&str, MaskPlacement)] = &[
 
 const SCOPES: &[(&str, Scope)] = &[("matrix", Scope::Matrix), ("block", Scope::Block)];
 
-const ORDERS: &[(&str, Order)] =
-    &[("prune-first", Order::PruneFirst), ("quantise-first", Order::QuantiseFirst)];
+const ORDERS: &[(&str, Order)] = &[
+    ("prune-first", Order::PruneFirst),
+    ("quantise-first", Order::QuantizeFirst),
+    ("quantize-first", Order::QuantizeFirst),
+];
 
 const SEARCHES: &[(&str, SearchError)] = &[
     ("weighted", SearchError::Weighted),

@@ -56,7 +56,7 @@ pub struct Calibration {
     /// Share of the mean diagonal that is added to the diagonal of the second moments.
     pub damping: f64,
     /// What o, gate, up and down are calibrated with: inputs behind the linear layers before them as
-    /// they were (`layer`, published code) or as they have been quantised (`refreshed`).
+    /// they were (`layer`, published code) or as they have been quantized (`refreshed`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inputs: Option<String>,
     /// What a linear layer is to compute from its inputs: what its own weights would (`weights`), or
@@ -194,14 +194,14 @@ impl Recipe {
     /// Whether tuning, if asked for, has something to tune.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if nothing is quantised, and as for [`Calibration::tuning`].
+    /// [`Error::Invalid`] if nothing is quantized, and as for [`Calibration::tuning`].
     pub fn check_tuning(&self) -> Result<()> {
-        let quantises = self.body.method()?.is_some() || self.body.target()?.is_some();
+        let quantizes = self.body.method()?.is_some() || self.body.target()?.is_some();
         let calibration = &self.calibration;
         let tunes = calibration.tuning()?.or(calibration.fine_tuning()?).is_some();
-        if tunes && !quantises {
+        if tunes && !quantizes {
             return Err(Error::invalid(format!(
-                "recipe {}: tuning needs layers that are quantised, and method = {:?} has none",
+                "recipe {}: tuning needs layers that are quantized, and method = {:?} has none",
                 self.name, self.body.method
             )));
         }
@@ -242,7 +242,7 @@ impl Calibration {
         body::word("draw", &self.draw, &[("pcg", Draw::Pcg), ("python", Draw::Python)])
     }
 
-    /// Whether statistics are taken anew behind every quantised linear layer.
+    /// Whether statistics are taken anew behind every quantized linear layer.
     ///
     /// # Errors
     /// [`Error::Invalid`] for an unknown word.
@@ -358,7 +358,7 @@ mod tests {
         refuse("method = 'int'\nbits = 9", "bits 1 to 8");
         refuse("method = 'int'\nbits = 8\nsymmetric = false", "1 to 7");
         refuse("method = 'int'\nbits = 2\nsymmetric = false\nsweeps = 1", "sweeps");
-        refuse("method = 'stbllm'\nmask = 'before'\norder = 'quantise-first'", "in-loop");
+        refuse("method = 'stbllm'\nmask = 'before'\norder = 'quantize-first'", "in-loop");
         refuse("method = 'stbllm'\nmask = 'in-loop'\npass = 'model'", "compensated");
         refuse("method = 'stbllm'\npartition = 'bell'\nregion-ratio = 3.0", "region-ratio");
         refuse("method = 'pb-llm'\nshare = 1.5", "share");

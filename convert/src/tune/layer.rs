@@ -1,4 +1,4 @@
-//! Tuning of a decoder layer as a whole, once its weights have been quantised: until the layer's
+//! Tuning of a decoder layer as a whole, once its weights have been quantized: until the layer's
 //! output comes closer to what the dense model has there.
 
 use stb_runtime::{Layer, Model, Result, Weight};
@@ -9,7 +9,7 @@ use crate::backward::{LayerWeights, Pass};
 use crate::hessian::interrupted;
 use crate::resume::States;
 
-/// Tunes `layer`, quantised, so that from `inputs` it comes close to `targets`, sequences of one length
+/// Tunes `layer`, quantized, so that from `inputs` it comes close to `targets`, sequences of one length
 /// each. What can be stored of it is put into `layer`, if it is better on these sequences; norms are
 /// not rounded yet. The outcome is the mean squared error of the output relative to its mean square.
 ///

@@ -1,4 +1,4 @@
-//! Tuning of what is continuous in quantised weights, the scales of joint codes and integers and the
+//! Tuning of what is continuous in quantized weights, the scales of joint codes and integers and the
 //! weights of norms, by gradients; codes stay. Layer by layer (`layer`), or the whole model at once
 //! (`model`).
 
@@ -29,7 +29,7 @@ impl Options {
 /// An error before and after.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Outcome {
-    /// With the weights as they were quantised.
+    /// With the weights as they were quantized.
     pub before: f64,
     /// With what is kept: never more than before.
     pub after: f64,

@@ -1,6 +1,6 @@
-//! Fine-tuning of the whole quantised model: until what it says comes closer to what the dense model says.
+//! Fine-tuning of the whole quantized model: until what it says comes closer to what the dense model says.
 //!
-//! The loss is KL(dense ‖ quantised) of the next token, its mean over all tokens. Gradients go through all
+//! The loss is KL(dense ‖ quantized) of the next token, its mean over all tokens. Gradients go through all
 //! layers; a layer's input is kept for each batch and the rest computed anew, so that memory for gradients
 //! is that of a single layer.
 
@@ -95,7 +95,7 @@ impl Table {
     }
 }
 
-/// A quantised model that has been fine-tuned.
+/// A quantized model that has been fine-tuned.
 pub(crate) struct Tuned<'a> {
     embeddings: Table,
     layers: Vec<Moving<'a>>,
@@ -134,7 +134,7 @@ impl Tuned<'_> {
     }
 }
 
-/// Fine-tunes `model`, quantised, to what `dense` says about `sequences`, all of one length. The rate is that
+/// Fine-tunes `model`, quantized, to what `dense` says about `sequences`, all of one length. The rate is that
 /// of a model at least one nat per token away and falls with the root of the distance. `progress` hears
 /// steps done, all steps, and the loss of the last.
 ///

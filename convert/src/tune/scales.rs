@@ -6,7 +6,7 @@ use stb_format::half::f16;
 use stb_runtime::Weight;
 
 use crate::backward::Matrix;
-use crate::quantise::nm::round_scales;
+use crate::quantize::nm::round_scales;
 
 /// Adam's decay of first and second moments: few steps, so short memories.
 const DECAY: [f64; 2] = [0.9, 0.95];
@@ -58,7 +58,7 @@ enum Codes {
     Int(IntGroupParts),
 }
 
-/// A quantised linear layer whose scales move.
+/// A quantized linear layer whose scales move.
 pub(super) struct Tunable {
     /// Its place in `Layer::PARTS`.
     pub(super) part: usize,

@@ -330,7 +330,7 @@ impl Bytes for Avx2 {
     /// 16-bit sums of rows 0 to 7 and 8 to 15, those of lane 0 and 2 in the low halves, of lane 1
     /// and 3 in the high ones.
     type Acc = I;
-    /// 16-bit sums of neighbours.
+    /// 16-bit sums of neighbors.
     type Small = I;
     type H = __m256i;
 

@@ -271,7 +271,7 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     type B = __m512i;
     /// From level `VBMI`: 16 sums, and nothing. Without: 16-bit sums of rows 0 to 7 and 8 to 15, by lane.
     type Acc = [__m512i; 2];
-    /// Sums of four, or 16-bit ones of neighbours below VBMI.
+    /// Sums of four, or 16-bit ones of neighbors below VBMI.
     type Small = __m512i;
     type H = __m256i;
     const WIDE: bool = LEVEL >= VBMI;

@@ -120,11 +120,11 @@ pub(crate) trait Bytes: Simd {
     fn finish(self, acc: Self::Acc) -> Self::I;
 
     /// `acc[i] += Σ_k u[4i + k] · v[4i + k]` for i = 0..16, with u unsigned and below 128, v signed:
-    /// products of neighbours then fit 16 bits.
+    /// products of neighbors then fit 16 bits.
     fn dot4(self, acc: Self::I, u: Self::B, v: Self::B) -> Self::I;
     fn zero_small(self) -> Self::Small;
     /// What [`Bytes::dot4`] does, for v above −128 and small u: the largest ones of all calls on one
-    /// accumulator add up to [`MAX_SMALL`] at most. Two neighbours then add up to 2 · 128 · 127 = 32512
+    /// accumulator add up to [`MAX_SMALL`] at most. Two neighbors then add up to 2 · 128 · 127 = 32512
     /// at most, which fits 16 bits, so that sets without 32-bit dot products save widening each time.
     fn dot4_small(self, acc: Self::Small, u: Self::B, v: Self::B) -> Self::Small;
     /// The sums.

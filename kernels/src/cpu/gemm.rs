@@ -128,7 +128,7 @@ impl PanelsRef<'_> {
 /// # Panics
 /// If `first` is not a multiple of [`crate::ROW_TILE`], the rows are not inside the matrix, the
 /// widths differ, or `y` is not whole rows.
-pub fn matmul(isa: Isa, matrix: &MatrixView<'_>, x: PanelsRef<'_>, first: usize, y: &mut [f32]) {
+pub fn gemm(isa: Isa, matrix: &MatrixView<'_>, x: PanelsRef<'_>, first: usize, y: &mut [f32]) {
     assert!(first.is_multiple_of(crate::ROW_TILE), "work is split at row tiles");
     assert_eq!(x.cols, matrix.cols(), "one activation per column");
     let stride = x.row_stride();
@@ -136,7 +136,7 @@ pub fn matmul(isa: Isa, matrix: &MatrixView<'_>, x: PanelsRef<'_>, first: usize,
     assert!(first + y.len() / stride <= matrix.rows(), "rows outside the matrix");
     WEIGHTS.with_borrow_mut(|weights| {
         weights.resize(ROWS * DEPTH, 0.0);
-        isa.run(MatMul { matrix, x, first, y, weights });
+        isa.run(GemmTask { matrix, x, first, y, weights });
     });
 }
 
@@ -145,7 +145,7 @@ thread_local! {
     static WEIGHTS: RefCell<Vec<f32>> = RefCell::default();
 }
 
-struct MatMul<'a> {
+struct GemmTask<'a> {
     matrix: &'a MatrixView<'a>,
     x: PanelsRef<'a>,
     first: usize,
@@ -153,7 +153,7 @@ struct MatMul<'a> {
     weights: &'a mut [f32],
 }
 
-impl Task for MatMul<'_> {
+impl Task for GemmTask<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -182,7 +182,7 @@ impl Task for MatMul<'_> {
     }
 }
 
-/// The columns at work of neighbouring panels, [panel][column][token].
+/// The columns at work of neighboring panels, [panel][column][token].
 type PanelGroup<'a> = [&'a [[f32; PANEL]]; TOKENS / PANEL];
 
 /// Rows `row..row + count` and columns `from..from + width` into `to`, row-major.

@@ -128,11 +128,11 @@ fn offsets(line: &[i8; STRIDE], spec: IntGroup, sums: &mut Vec<Aligned<[i32; 16]
     }
 }
 
-/// See [`super::matvec`]; for `T` tokens, of which `y` may have room for less: `count` rows for
+/// See [`super::gemv`]; for `T` tokens, of which `y` may have room for less: `count` rows for
 /// each. One row at a time: several at once, each half a page long, share the loads of activations but
 /// were 10 to 25 % slower from memory.
 #[inline(always)]
-pub(super) fn matvec<S: Bytes, const T: usize>(
+pub(super) fn gemv<S: Bytes, const T: usize>(
     s: S,
     m: &IntGroupView<'_>,
     x: [&Rounded; T],

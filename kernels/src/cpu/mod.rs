@@ -32,10 +32,8 @@ use stb_format::encoding::MatrixView;
 use crate::isa::{Isa, Task};
 
 pub(crate) use bytes::Bytes;
-pub use gemm::{Panels, PanelsRef, matmul};
-pub use gemm8::{
-    RoundedTokens, RoundingPart, enough_tokens, has_rounded_matmul, matmul_rounded, tokens_together,
-};
+pub use gemm::{Panels, PanelsRef, gemm};
+pub use gemm8::{ActivationsQ8, RoundingPart, gemm_min_batch, gemm_q8, has_gemm_q8, prefill_batch};
 use int8::Rounded;
 
 /// Operations on 16 lanes of f32 (`F`) or u32 (`I`). A value of the implementing type proves that
@@ -76,7 +74,7 @@ pub(crate) trait Simd: Copy {
     fn cast_f(self, a: Self::I) -> Self::F;
     /// From signed integers, rounded.
     fn to_f32(self, a: Self::I) -> Self::F;
-    /// To signed integers, towards zero; the lanes must be in range.
+    /// To signed integers, toward zero; the lanes must be in range.
     fn to_i32(self, a: Self::F) -> Self::I;
 
     fn splat_i(self, v: u32) -> Self::I;
@@ -139,7 +137,7 @@ pub struct Workspace {
     is_rounded: bool,
 }
 
-/// Activations ready for [`matvec`] with one matrix: padded, column factors applied; rounded to 8
+/// Activations ready for [`gemv`] with one matrix: padded, column factors applied; rounded to 8
 /// bits if that was asked for and there is a kernel for it.
 #[derive(Clone, Copy, Debug)]
 pub struct Prepared<'a> {
@@ -175,12 +173,7 @@ impl Workspace {
     ///
     /// # Panics
     /// If `x` has another length.
-    pub fn prepare_rounded(
-        &mut self,
-        isa: Isa,
-        matrix: &MatrixView<'_>,
-        x: &[f32],
-    ) -> Prepared<'_> {
+    pub fn prepare_q8(&mut self, isa: Isa, matrix: &MatrixView<'_>, x: &[f32]) -> Prepared<'_> {
         self.set(matrix, x);
         if !int8::supports(matrix) {
             return self.prepare(matrix, x);
@@ -201,7 +194,7 @@ impl Workspace {
 
 /// Whether activations that are prepared for `a` (rounded, if `rounded`) serve `b` as well.
 #[must_use]
-pub fn share_preparation(a: &MatrixView<'_>, b: &MatrixView<'_>, rounded: bool) -> bool {
+pub fn shares_activations(a: &MatrixView<'_>, b: &MatrixView<'_>, rounded: bool) -> bool {
     let factors = |m: &MatrixView<'_>| matches!(m, MatrixView::Nm(m) if !m.col_factors.is_empty());
     let arrangement = |m: &MatrixView<'_>| match m {
         MatrixView::Nm(nm) if int8::supports(m) => (nm.spec.n(), nm.spec.m()),
@@ -238,18 +231,18 @@ impl Task for Round<'_> {
 /// # Panics
 /// If `first` is not a multiple of [`crate::ROW_TILE`], if the rows are not inside the matrix, or
 /// if `x` was prepared for a matrix of another width.
-pub fn matvec(isa: Isa, matrix: &MatrixView<'_>, x: Prepared<'_>, first: usize, y: &mut [f32]) {
+pub fn gemv(isa: Isa, matrix: &MatrixView<'_>, x: Prepared<'_>, first: usize, y: &mut [f32]) {
     assert!(first.is_multiple_of(crate::ROW_TILE), "work is split at row tiles");
     assert!(first + y.len() <= matrix.rows(), "rows outside the matrix");
     assert_eq!(x.x.len(), matrix.cols().next_multiple_of(PAD), "activations of another width");
-    isa.run(MatVec { matrix, x, first, y });
+    isa.run(Gemv { matrix, x, first, y });
 }
 
-/// [`matvec`] for several tokens: `y` holds the rows for the first token, then for the next.
+/// [`gemv`] for several tokens: `y` holds the rows for the first token, then for the next.
 ///
 /// # Panics
-/// As [`matvec`], or if `y` is not as many rows for each token.
-pub fn matvec_tokens(
+/// As [`gemv`], or if `y` is not as many rows for each token.
+pub fn gemv_batch(
     isa: Isa,
     matrix: &MatrixView<'_>,
     x: &[Prepared<'_>],
@@ -269,7 +262,7 @@ pub fn matvec_tokens(
             Some(x) if shares && x.len() > 1 => isa.run(Tokens { matrix, x: &x, rows, first, y }),
             _ => {
                 for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
-                    matvec(isa, matrix, *x, first, y);
+                    gemv(isa, matrix, *x, first, y);
                 }
             }
         }
@@ -298,40 +291,40 @@ impl Task for Tokens<'_> {
         let mut all = [x[0]; TOGETHER];
         all[..x.len()].copy_from_slice(x);
         match matrix {
-            MatrixView::Nm(m) => nm8::matvec(s, m, all, rows, first, y),
-            MatrixView::IntGroup(m) => int_group::matvec(s, m, all, rows, first, y),
+            MatrixView::Nm(m) => nm8::gemv(s, m, all, rows, first, y),
+            MatrixView::IntGroup(m) => int_group::gemv(s, m, all, rows, first, y),
             _ => unreachable!("an encoding whose tokens share work"),
         }
     }
 }
 
-struct MatVec<'a> {
+struct Gemv<'a> {
     matrix: &'a MatrixView<'a>,
     x: Prepared<'a>,
     first: usize,
     y: &'a mut [f32],
 }
 
-impl Task for MatVec<'_> {
+impl Task for Gemv<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         let Self { matrix, x, first, y } = self;
         match (matrix, x.rounded) {
-            (MatrixView::Nm(m), Some(x)) => return nm8::matvec(s, m, [x], y.len(), first, y),
-            (MatrixView::Stbllm(m), Some(x)) => return stbllm8::matvec(s, m, x, first, y),
+            (MatrixView::Nm(m), Some(x)) => return nm8::gemv(s, m, [x], y.len(), first, y),
+            (MatrixView::Stbllm(m), Some(x)) => return stbllm8::gemv(s, m, x, first, y),
             (MatrixView::IntGroup(m), Some(x)) => {
-                return int_group::matvec(s, m, [x], y.len(), first, y);
+                return int_group::gemv(s, m, [x], y.len(), first, y);
             }
             _ => {}
         }
         let x = x.x;
         match matrix {
-            MatrixView::Nm(m) => nm::matvec(s, m, x, first, y),
-            MatrixView::Dense(m) => rows::matvec(s, m, x, first, y),
-            MatrixView::IntGroup(m) => rows::matvec(s, m, x, first, y),
-            MatrixView::Stbllm(m) => rows::matvec(s, m, x, first, y),
+            MatrixView::Nm(m) => nm::gemv(s, m, x, first, y),
+            MatrixView::Dense(m) => rows::gemv(s, m, x, first, y),
+            MatrixView::IntGroup(m) => rows::gemv(s, m, x, first, y),
+            MatrixView::Stbllm(m) => rows::gemv(s, m, x, first, y),
         }
     }
 }

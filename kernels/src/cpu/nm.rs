@@ -24,9 +24,9 @@ pub(crate) fn multiply_factors<S: Simd>(s: S, m: &NmView<'_>, x: &mut [f32]) {
     }
 }
 
-/// See [`super::matvec`]. `x` is padded with zeros to a multiple of [`super::PAD`].
+/// See [`super::gemv`]. `x` is padded with zeros to a multiple of [`super::PAD`].
 #[inline(always)]
-pub(crate) fn matvec<S: Simd>(s: S, m: &NmView<'_>, x: &[f32], first: usize, y: &mut [f32]) {
+pub(crate) fn gemv<S: Simd>(s: S, m: &NmView<'_>, x: &[f32], first: usize, y: &mut [f32]) {
     match (m.spec.n(), m.spec.m()) {
         (1, 4) => all_tiles::<S, 1, 4>(s, m, x, first, y),
         (1, 8) => all_tiles::<S, 1, 8>(s, m, x, first, y),

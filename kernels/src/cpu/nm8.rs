@@ -55,9 +55,9 @@ fn negatives(bytes: u64) -> u64 {
     ((complement & LOW) + 0x0101_0101_0101_0101) ^ (complement & !LOW)
 }
 
-/// See [`super::matvec`]; for `K` tokens, of which `y` may have room for less: `rows` for each.
+/// See [`super::gemv`]; for `K` tokens, of which `y` may have room for less: `rows` for each.
 #[inline(always)]
-pub(super) fn matvec<S: Bytes, const K: usize>(
+pub(super) fn gemv<S: Bytes, const K: usize>(
     s: S,
     m: &NmView<'_>,
     x: [&Rounded; K],

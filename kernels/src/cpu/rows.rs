@@ -27,9 +27,9 @@ pub(crate) trait Rows {
     );
 }
 
-/// See [`super::matvec`]. `x` is padded with zeros to a multiple of [`super::PAD`].
+/// See [`super::gemv`]. `x` is padded with zeros to a multiple of [`super::PAD`].
 #[inline(always)]
-pub(crate) fn matvec<S: Simd>(s: S, m: &impl Rows, x: &[f32], first: usize, y: &mut [f32]) {
+pub(crate) fn gemv<S: Simd>(s: S, m: &impl Rows, x: &[f32], first: usize, y: &mut [f32]) {
     for (r, y) in y.iter_mut().enumerate() {
         let mut acc = [s.splat(0.0); 4];
         m.each(

@@ -46,9 +46,9 @@ pub(super) fn arrange(x: &[i8], tables: &mut Vec<Line>) {
     }
 }
 
-/// See [`super::matvec`].
+/// See [`super::gemv`].
 #[inline(always)]
-pub(super) fn matvec<S: Bytes>(s: S, m: &StbllmView<'_>, x: &Rounded, first: usize, y: &mut [f32]) {
+pub(super) fn gemv<S: Bytes>(s: S, m: &StbllmView<'_>, x: &Rounded, first: usize, y: &mut [f32]) {
     let mut read = Read::<S> {
         words: [[0; TILE]; 3],
         planes: [[[s.splat_b(0); 2]; VECTORS]; SCALES],

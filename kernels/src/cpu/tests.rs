@@ -212,7 +212,7 @@ impl Task for Eights {
             assert_eq!(Self::out(s, s.or_b(va, vb)), Scalar.or_b(a, b), "{name} or_b");
             assert_eq!(Self::out(s, s.xor_b(va, vb)), Scalar.xor_b(a, b), "{name} xor_b");
             assert_eq!(Self::out(s, s.sub_b(va, vb)), Scalar.sub_b(a, b), "{name} sub_b");
-            // The bits that come from the neighbour are unspecified.
+            // The bits that come from the neighbor are unspecified.
             macro_rules! shifts {
                 ($($k:literal)+) => {$(
                     let found = Self::out(s, s.shr_b::<$k>(va)).map(|v| v & (255 >> $k));

@@ -48,7 +48,7 @@ pub struct Attention {
     pub layers: usize,
     /// How keys and values are kept.
     pub kind: KvKind,
-    /// Whether the pairs of RoPE are neighbours; else they are half a head apart.
+    /// Whether the pairs of RoPE are neighbors; else they are half a head apart.
     pub interleaved: bool,
 }
 

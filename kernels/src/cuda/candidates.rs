@@ -24,7 +24,7 @@ struct Params {
     out: u64,
     n: u32,
     count: u32,
-    penalised: u32,
+    penalized: u32,
     banned: u32,
     slice: u32,
     penalty: f32,
@@ -40,10 +40,10 @@ pub struct Wanted<'a> {
     /// Whether it is about the single best one: NaN is then never larger, and zeros are equal. Else logits are in
     /// the order of [`f32::total_cmp`].
     pub greedy: bool,
-    /// Divides positive logits of `penalised` tokens, multiplies others.
+    /// Divides positive logits of `penalized` tokens, multiplies others.
     pub penalty: f32,
     /// Each once; together with `banned` at most [`Candidates::CHANGED`].
-    pub penalised: &'a [u32],
+    pub penalized: &'a [u32],
     /// Tokens that count as −∞.
     pub banned: &'a [u32],
 }
@@ -90,10 +90,10 @@ impl Candidates {
         n: usize,
         wanted: &Wanted<'_>,
     ) -> Result<Vec<(u32, f32)>> {
-        let Wanted { count, greedy, penalty, penalised, banned } = *wanted;
+        let Wanted { count, greedy, penalty, penalized, banned } = *wanted;
         assert!(logits.len() >= n && n > 0, "logits of all tokens");
         assert!((1..=Self::MOST).contains(&count), "up to {} tokens", Self::MOST);
-        let changed = [penalised, banned].concat();
+        let changed = [penalized, banned].concat();
         assert!(changed.len() <= Self::CHANGED, "up to {} changed tokens", Self::CHANGED);
         if !changed.is_empty() {
             self.changed.write(&changed)?;
@@ -108,7 +108,7 @@ impl Candidates {
             out: self.out.address(),
             n: to_u32("a vocabulary", n)?,
             count: count as u32,
-            penalised: penalised.len() as u32,
+            penalized: penalized.len() as u32,
             banned: banned.len() as u32,
             slice: n.div_ceil(blocks) as u32,
             penalty,

@@ -6,9 +6,9 @@ use stb_format::encoding::Dense;
 
 use super::compile::Module;
 use super::device::{Buffer, Device};
+use super::gemv::Input;
 use super::launch::{Launch, Limits, to_u32};
 use super::matrix::{Matrix, MatrixParams};
-use super::matvec::Input;
 use super::ops::Ops;
 use super::{Error, Result};
 
@@ -387,7 +387,7 @@ impl Gemm {
                 if tokens * cols > self.input.len() {
                     self.input = self.device.zeros("activations", tokens * cols)?;
                 }
-                self.ops.materialise(input, &mut self.input, cols, tokens)?;
+                self.ops.materialize(input, &mut self.input, cols, tokens)?;
                 self.input.address()
             }
         };

@@ -30,7 +30,7 @@ pub(super) struct Kind {
     pub piece: usize,
     /// Bytes of tables per such step of a warp and token; 0 for kernels that work on rows.
     pub table: usize,
-    /// Tables of a group in such a step: `QV` of matvec_nm.cu.
+    /// Tables of a group in such a step: `QV` of gemv_nm.cu.
     pub tables: usize,
     /// Whether there is a kernel for activations rounded to 8 bits.
     pub rounded: bool,
@@ -96,7 +96,7 @@ impl MatrixParams {
 impl Kind {
     pub(super) fn of(encoding: &Encoding) -> Result<Self> {
         let rows = |module, piece, rounded| Self { module, piece, table: 0, tables: 1, rounded };
-        // KiB for 512 columns, or 256 of 2:4: matvec_nm.cu.
+        // KiB for 512 columns, or 256 of 2:4: gemv_nm.cu.
         let codes = |module, piece, kib: usize, tables| {
             let table = kib << 10;
             Self { module, piece, table, tables, rounded: false }

@@ -14,9 +14,9 @@ mod candidates;
 mod compile;
 mod device;
 mod gemm;
+mod gemv;
 mod launch;
 mod matrix;
-mod matvec;
 mod moments;
 mod nvrtc;
 mod ops;
@@ -30,12 +30,12 @@ pub use device::{Buffer, Device, DeviceInfo, Graph, devices};
 pub use gemm::{
     Gemm, GemmPlan, Product, PromptNumbers, gemm_prepared, gemm_scales, plan_prepare, prompt_units,
 };
+pub use gemv::{Gemv, Input, MatVecPlan, Numbers, plan_decode};
 pub use launch::{Launch, Limits};
 pub use matrix::{Matrix, MatrixParams};
-pub use matvec::{Input, MatVec, MatVecPlan, Numbers, plan_decode};
 pub use moments::{Dense, Factors};
 pub use nvrtc::Nvrtc;
-pub use ops::{Ops, plan_materialise};
+pub use ops::{Ops, plan_materialize};
 pub use vendor::{Blas, Operand};
 
 /// The oldest compute capability the kernels are written for: asynchronous copies, bf16, `mma.sp`.

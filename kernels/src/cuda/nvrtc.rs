@@ -92,7 +92,7 @@ impl Nvrtc {
     }
 
     fn open(path: PathBuf) -> std::result::Result<Self, String> {
-        // SAFETY: NVRTC's initialisers may run in any thread and have no preconditions. The path is
+        // SAFETY: NVRTC's initializers may run in any thread and have no preconditions. The path is
         // the user's, a name the system's loader resolves, or in a folder of installed libraries.
         let library = unsafe { Library::new(&path) }.map_err(|e| e.to_string())?;
         let mut nvrtc = Self { library, path, version: (0, 0), _builtins: None };

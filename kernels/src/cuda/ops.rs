@@ -5,12 +5,12 @@ use bytemuck::{Pod, Zeroable};
 use super::Result;
 use super::compile::Module;
 use super::device::{Buffer, Device};
+use super::gemv::Input;
 use super::launch::{Launch, to_u32};
-use super::matvec::Input;
 
 const THREADS: u32 = 256;
 
-/// `Materialise` of ops.cu.
+/// `Materialize` of ops.cu.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 struct Params {
@@ -31,12 +31,12 @@ struct Params {
 ///
 /// # Panics
 /// For [`Input::Plain`], which needs no operation.
-pub fn plan_materialise(input: Input<u64>, out: u64, cols: usize, tokens: usize) -> Result<Launch> {
+pub fn plan_materialize(input: Input<u64>, out: u64, cols: usize, tokens: usize) -> Result<Launch> {
     let (x, with, source, eps) = input.fields();
     assert_ne!(source, 0, "plain activations are there already");
     let cols = to_u32("a matrix with columns", cols)?;
     let params = Params { x, with, out, cols, source, eps, padding: 0 };
-    Ok(Launch::new(Module::OPS, "materialise", [tokens, 1, 1], THREADS, 0, &params))
+    Ok(Launch::new(Module::OPS, "materialize", [tokens, 1, 1], THREADS, 0, &params))
 }
 
 /// These operations on one device.
@@ -59,7 +59,7 @@ impl Ops {
     ///
     /// # Panics
     /// If a buffer is too small, or for [`Input::Plain`].
-    pub fn materialise(
+    pub fn materialize(
         &self,
         input: Input<&Buffer<f32>>,
         out: &mut Buffer<f32>,
@@ -68,7 +68,7 @@ impl Ops {
     ) -> Result<()> {
         input.check(cols, tokens);
         assert!(out.len() >= tokens * cols, "room for the activations");
-        let launch = plan_materialise(input.addresses(), out.address(), cols, tokens)?;
+        let launch = plan_materialize(input.addresses(), out.address(), cols, tokens)?;
         // SAFETY: all buffers have room for the tokens, as checked.
         unsafe { self.device.launch(&launch) }
     }

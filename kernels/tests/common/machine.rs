@@ -22,7 +22,7 @@ struct Machine {
 }
 
 impl Machine {
-    /// Runs launches in order, neighbours of one module in one process.
+    /// Runs launches in order, neighbors of one module in one process.
     fn run(&self, launches: &[cuda::Launch], memory: &mut Memory) {
         for same in launches.chunk_by(|a, b| a.module == b.module) {
             let mut modules = self.modules.lock().unwrap();
@@ -72,8 +72,8 @@ fn is_attention(module: &Module) -> bool {
 fn build(module: &Module) -> Emulator {
     let slots = concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels/tests/emulator/slots.cu");
     let (sources, kernels): (&[&str], &[&str]) = match module.file {
-        "matvec.cu" => (
-            &["matvec.cu"],
+        "gemv.cu" => (
+            &["gemv.cu"],
             &[
                 "exact_1",
                 "exact_2",
@@ -84,15 +84,15 @@ fn build(module: &Module) -> Emulator {
                 "decode_rows",
             ],
         ),
-        "matvec_nm.cu" => (
-            &["matvec_nm.cu"],
+        "gemv_nm.cu" => (
+            &["gemv_nm.cu"],
             &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"],
         ),
         "gemm_prepare.cu" => (&["gemm_prepare.cu"], &["gemm_prepare", "gemm_round", "gemm_split"]),
         "gemm_rows.cu" => (&["gemm_rows.cu"], &["gemm_rows"]),
         "gemm_nm.cu" => (&["gemm_nm.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
         "gemm_nm_s8.cu" => (&["gemm_nm_s8.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
-        "ops.cu" => (&["ops.cu"], &["materialise"]),
+        "ops.cu" => (&["ops.cu"], &["materialize"]),
         "candidates.cu" => (&["candidates.cu"], &["candidates"]),
         "moments.cu" => {
             (&["moments.cu"], &["widen", "narrow", "finish", "copy_part", "block_dots"])
@@ -123,7 +123,7 @@ pub fn device() -> Option<Device> {
 
 /// The same; every launch runs once for each seed, in orders of threads and blocks of its own.
 pub fn device_in_orders(seeds: &'static [u64]) -> Option<Device> {
-    Emulator::build(&["ops.cu"], &["materialise"], &[]).unwrap()?;
+    Emulator::build(&["ops.cu"], &["materialize"], &[]).unwrap()?;
     let machine = Machine { seeds, ..Machine::default() };
     Some(simulated(move |launches, memory| machine.run(launches, memory)))
 }

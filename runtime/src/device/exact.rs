@@ -213,7 +213,7 @@ impl Products for Decoding<'_, '_> {
                 if self.input.len() < tokens * cols {
                     *self.input = self.dense.device().zeros("activations", tokens * cols)?;
                 }
-                self.ops.materialise(input, self.input, cols, tokens)?;
+                self.ops.materialize(input, self.input, cols, tokens)?;
                 &*self.input
             }
         };

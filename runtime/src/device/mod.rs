@@ -14,8 +14,8 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 use stb_kernels::cuda::{
-    self, Attend, Attention, Buffer, Candidates, Device, Gemm, Graph, Input, KvCache, MatVec,
-    Matrix, Numbers, Slots, Wanted,
+    self, Attend, Attention, Buffer, Candidates, Device, Gemm, Gemv, Graph, Input, KvCache, Matrix,
+    Numbers, Slots, Wanted,
 };
 
 use crate::error::{Error, Result};
@@ -96,7 +96,7 @@ pub(crate) struct DeviceModel {
 /// Reusable memory of steps, all [tokens, width].
 #[derive(Debug)]
 struct Work {
-    matvec: MatVec,
+    gemv: Gemv,
     gemm: Gemm,
     attend: Attend,
     slots: Slots,
@@ -294,15 +294,15 @@ impl DeviceModel {
 
     /// Queues the layers for `n` tokens that see up to `visible`.
     fn queue_layers(&self, work: &mut Work, n: usize, visible: usize) -> Result<()> {
-        let Work { matvec, gemm, attend, slots, ids, .. } = work;
+        let Work { gemv, gemm, attend, slots, ids, .. } = work;
         let Work { hidden, q, k, v, mixed, gate, up, .. } = work;
         let eps = self.eps;
         if self.first == 0
             && let Some(embeddings) = &self.embeddings
         {
-            matvec.queue_rows(embeddings, ids, n, hidden)?;
+            gemv.queue_rows(embeddings, ids, n, hidden)?;
         }
-        let mut products = Packed { matvec, gemm, numbers: self.numbers, tokens: n };
+        let mut products = Packed { gemv, gemm, numbers: self.numbers, tokens: n };
         for (layer, (attention, mlp)) in self.layers.iter().enumerate() {
             let work = AttentionWork { attend, slots, layer, visible, q, k, v, mixed };
             let _ = attention.queue(&mut products, work, eps, hidden)?;
@@ -313,7 +313,7 @@ impl DeviceModel {
 
     /// Queues the logits of `n` tokens of the step from token `first` on, at most [`FEW`].
     fn queue_logits(&self, work: &mut Work, first: usize, n: usize) -> Result<()> {
-        let Work { matvec, hidden, last, logits, .. } = work;
+        let Work { gemv, hidden, last, logits, .. } = work;
         let width = self.norm.len();
         let x = if first == 0 {
             &*hidden
@@ -322,7 +322,7 @@ impl DeviceModel {
             &*last
         };
         let normed = Input::Norm { x, weight: &self.norm, eps: self.eps };
-        Ok(matvec.queue(&[self.head()], normed, self.numbers, &mut [logits], false, n)?)
+        Ok(gemv.queue(&[self.head()], normed, self.numbers, &mut [logits], false, n)?)
     }
 
     fn head(&self) -> &Matrix {
@@ -332,7 +332,7 @@ impl DeviceModel {
 
 /// Products of a step with packed matrices.
 struct Packed<'a> {
-    matvec: &'a mut MatVec,
+    gemv: &'a mut Gemv,
     gemm: &'a mut Gemm,
     numbers: Numbers,
     tokens: usize,
@@ -351,7 +351,7 @@ impl Products for Packed<'_> {
         add: bool,
     ) -> Result<ControlFlow<()>> {
         if self.tokens <= FEW {
-            self.matvec.queue(matrices, input, self.numbers, out, add, self.tokens)?;
+            self.gemv.queue(matrices, input, self.numbers, out, add, self.tokens)?;
         } else {
             self.gemm.queue(matrices, input, out, add, self.tokens)?;
         }
@@ -367,7 +367,7 @@ impl Work {
         let (hidden, heads) = (model.norm.len(), attention.heads * attention.width);
         let kv = attention.kv_heads * attention.width;
         Ok(Self {
-            matvec: MatVec::new(device)?,
+            gemv: Gemv::new(device)?,
             gemm: Gemm::new(device)?,
             attend: Attend::new(device, attention, &model.frequencies)?,
             slots: Slots::new(device, BATCH)?,

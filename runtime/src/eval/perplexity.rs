@@ -1,6 +1,6 @@
 //! Perplexity, and the distance to a reference model on the same tokens.
 //!
-//! Protocol: the text is tokenised once ([`TextLayout`]), cut into windows of equal length that do not
+//! Protocol: the text is tokenized once ([`TextLayout`]), cut into windows of equal length that do not
 //! overlap, an incomplete last one dropped; no begin token is put before a window. The loss of a
 //! window is the mean over its tokens after the first; perplexity is exp of the mean over windows.
 //! Standard errors are over windows, since the tokens of a window depend on each other.

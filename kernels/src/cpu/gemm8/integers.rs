@@ -12,7 +12,7 @@ use stb_format::encoding::nm::TILE;
 
 use super::super::bytes::{Bytes, Line, MAX_SMALL};
 use super::super::int8::BLOCK;
-use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, copy_tile};
+use super::{ActivationsQ8, Aligned, GemmTask, Lanes, TOKENS, copy_tile};
 use crate::isa::Task;
 
 /// Rows of a task: more of them share nothing.
@@ -28,7 +28,7 @@ pub(super) const UNITS: usize = BLOCK / UNIT;
 /// Words of four columns of a unit.
 const WORDS: usize = UNIT / 4;
 
-impl Task for MatMul<'_, '_, IntGroupView<'_>> {
+impl Task for GemmTask<'_, '_, IntGroupView<'_>> {
     type Output = ();
 
     #[inline(always)]
@@ -49,9 +49,9 @@ impl Task for MatMul<'_, '_, IntGroupView<'_>> {
 #[inline(always)]
 fn all_tiles<S: Bytes, const K: usize, const G: usize>(
     s: S,
-    job: MatMul<'_, '_, IntGroupView<'_>>,
+    job: GemmTask<'_, '_, IntGroupView<'_>>,
 ) {
-    let MatMul { matrix: m, x, group, first, tiles, y, work } = job;
+    let GemmTask { matrix: m, x, group, first, tiles, y, work } = job;
     let lanes = &mut work.lanes;
     let parts = y.len().div_ceil(K);
     let mut expanded = vec![Expanded::NONE; TILES];
@@ -232,14 +232,14 @@ struct Part<'a, const K: usize> {
 struct Activations<'a, const K: usize> {
     /// [token][column].
     codes: &'a [[i8; BLOCK]; K],
-    /// By unit, see [`RoundedTokens`].
+    /// By unit, see [`ActivationsQ8`].
     offsets: [&'a [i32; K]; UNITS],
     scales: &'a [f32; K],
 }
 
 impl<'a, const K: usize> Part<'a, K> {
     #[inline(always)]
-    fn new(x: &'a RoundedTokens, token: usize, from: usize) -> Self {
+    fn new(x: &'a ActivationsQ8, token: usize, from: usize) -> Self {
         let (at, part) = (token / TOKENS * x.blocks(), token % TOKENS / K);
         let mut blocks = [None; DEPTH];
         for (to, block) in blocks.iter_mut().zip(from..x.blocks()) {

@@ -16,7 +16,7 @@ use super::super::bytes::{Bytes, Line};
 use super::super::int8::BLOCK;
 use super::super::nm::{self, Steps};
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, copy_tile};
+use super::{ActivationsQ8, Aligned, GemmTask, Lanes, TOKENS, copy_tile};
 
 /// Rows of a task: tables are read from the third cache once for all of them.
 pub(super) const ROWS: usize = 1024;
@@ -54,7 +54,7 @@ fn blocks_of_chunk(m: usize) -> usize {
 }
 
 #[inline(always)]
-pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_, NmView<'_>>) {
+pub(super) fn run<S: Bytes>(s: S, job: GemmTask<'_, '_, NmView<'_>>) {
     let m = job.matrix;
     match (m.spec.n(), m.spec.m()) {
         (1, 4) => all_tiles::<S, 1, 4, 3, 8>(s, job),
@@ -69,9 +69,9 @@ pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_, NmView<'_>>) {
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const INDICES: usize>(
     s: S,
-    job: MatMul<'_, '_, NmView<'_>>,
+    job: GemmTask<'_, '_, NmView<'_>>,
 ) {
-    let MatMul { matrix: m, x, group, first, tiles: count, y, work } = job;
+    let GemmTask { matrix: m, x, group, first, tiles: count, y, work } = job;
     let parts = y.len().div_ceil(TOGETHER);
     let mut tiles = Vec::with_capacity(count);
     for tile in first / TILE..first / TILE + count {
@@ -251,7 +251,7 @@ struct Part<'a> {
 
 impl<'a> Part<'a> {
     #[inline(always)]
-    fn new(m: &NmView<'_>, x: &'a RoundedTokens, token: usize, blocks: Range<usize>) -> Self {
+    fn new(m: &NmView<'_>, x: &'a ActivationsQ8, token: usize, blocks: Range<usize>) -> Self {
         let at = token / TOGETHER * x.blocks();
         let quads = quads(m.spec.m());
         let tables = &x.tables[(at + blocks.start) * quads..(at + blocks.end) * quads];

@@ -37,9 +37,9 @@ type ByColumn = Aligned<[[[i16; 16]; BLOCK]; TOKENS / 16]>;
 struct Lanes([f32; TILE]);
 
 /// Activations of several tokens, rounded to 8 bits with one scale per token and 128 columns, ready
-/// for [`matmul_rounded`].
+/// for [`gemm_q8`].
 #[derive(Default, Debug)]
-pub struct RoundedTokens {
+pub struct ActivationsQ8 {
     /// What the instruction set reads, for each block; but one of these are empty. Whole rows of
     /// activations would lie at multiples of a page and so in the same few places of a cache. By
     /// [`TOKENS`] tokens:
@@ -58,9 +58,9 @@ pub struct RoundedTokens {
     task_rows: usize,
 }
 
-/// Whether [`matmul_rounded`] has a kernel for the matrix.
+/// Whether [`gemm_q8`] has a kernel for the matrix.
 #[must_use]
-pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
+pub fn has_gemm_q8(matrix: &MatrixView<'_>) -> bool {
     match matrix {
         MatrixView::Nm(_) => int8::supports(matrix),
         MatrixView::IntGroup(m) => m.spec.bits() <= 4,
@@ -68,11 +68,11 @@ pub fn has_rounded_matmul(matrix: &MatrixView<'_>) -> bool {
     }
 }
 
-/// From how many tokens on [`matmul_rounded`] takes less time than products for a few of them, as
+/// From how many tokens on [`gemm_q8`] takes less time than products for a few of them, as
 /// measured: the work is done for 16 tokens at a time, or 8, whether they exist or not, and codes are
 /// expanded first.
 #[must_use]
-pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
+pub fn gemm_min_batch(isa: Isa, matrix: &MatrixView<'_>) -> usize {
     match (way(isa, matrix, 1), matrix) {
         (Way::Integers, MatrixView::IntGroup(m)) if m.spec.bits() == 4 => 28,
         (Way::Integers, _) => 13,
@@ -82,17 +82,17 @@ pub fn enough_tokens(isa: Isa, matrix: &MatrixView<'_>) -> usize {
     }
 }
 
-/// Of how many tokens [`matmul_rounded`] makes use together: more share nothing that counts. For
+/// Of how many tokens [`gemm_q8`] makes use together: more share nothing that counts. For
 /// integers it is the same on every set, because they are added in another order when there are few.
 #[must_use]
-pub fn tokens_together(isa: Isa, matrix: &MatrixView<'_>) -> usize {
+pub fn prefill_batch(isa: Isa, matrix: &MatrixView<'_>) -> usize {
     match way(isa, matrix, usize::MAX) {
         Way::Tiles => 512,
         Way::Lookups | Way::Tables | Way::Integers => 128,
     }
 }
 
-/// Activations of up to 32 tokens on their way into [`RoundedTokens`].
+/// Activations of up to 32 tokens on their way into [`ActivationsQ8`].
 #[derive(Debug)]
 pub struct RoundingPart<'a> {
     x: &'a [f32],
@@ -105,7 +105,7 @@ pub struct RoundingPart<'a> {
     offsets: &'a mut [[[i32; TOKENS]; integers::UNITS]],
 }
 
-impl RoundedTokens {
+impl ActivationsQ8 {
     /// Makes room for `x`, [tokens, columns] row-major, and splits the work of rounding it for
     /// `matrix` into independent parts; all of them must be given to [`RoundingPart::round`].
     /// The instruction set is the one that multiplies them.
@@ -176,19 +176,19 @@ impl RoundedTokens {
         parts.map(part).collect()
     }
 
-    /// How many tokens, padding included, [`matmul_rounded`] computes at a time.
+    /// How many tokens, padding included, [`gemm_q8`] computes at a time.
     #[must_use]
     pub fn group(&self) -> usize {
         self.group
     }
 
-    /// Up to how many rows a call of [`matmul_rounded`] does better with more of them.
+    /// Up to how many rows a call of [`gemm_q8`] does better with more of them.
     #[must_use]
     pub fn task_rows(&self) -> usize {
         self.task_rows
     }
 
-    /// How many times [`RoundedTokens::group`] tokens there are.
+    /// How many times [`ActivationsQ8::group`] tokens there are.
     #[must_use]
     pub fn groups(&self) -> usize {
         self.tokens.div_ceil(self.group.max(1))
@@ -293,22 +293,22 @@ impl Task for Round<'_, '_, '_> {
 }
 
 /// `y[t][r] = Σ_c w[first + r, c] · x[t, c]` with rounded activations, for the tokens t of the group
-/// `group`; `y` has a piece for each of [`RoundedTokens::group`] tokens, and those past the last token
+/// `group`; `y` has a piece for each of [`ActivationsQ8::group`] tokens, and those past the last token
 /// may be anything.
 ///
 /// # Panics
 /// If `first` is not a multiple of [`crate::ROW_TILE`], the rows are not inside the matrix, the
 /// widths differ, pieces are missing or empty or differ in length, there is no such group, there is no
-/// kernel ([`has_rounded_matmul`]), or activations were prepared for another instruction set.
-pub fn matmul_rounded(
+/// kernel ([`has_gemm_q8`]), or activations were prepared for another instruction set.
+pub fn gemm_q8(
     isa: Isa,
     matrix: &MatrixView<'_>,
-    x: &RoundedTokens,
+    x: &ActivationsQ8,
     group: usize,
     first: usize,
     y: &mut [&mut [f32]],
 ) {
-    assert!(has_rounded_matmul(matrix), "an encoding with a kernel");
+    assert!(has_gemm_q8(matrix), "an encoding with a kernel");
     assert!(first.is_multiple_of(TILE), "work is split at row tiles");
     assert_eq!(x.cols, matrix.cols(), "one activation per column");
     assert!(group < x.groups(), "a group of tokens");
@@ -323,10 +323,10 @@ pub fn matmul_rounded(
         }
         match matrix {
             MatrixView::Nm(matrix) => {
-                isa.run(MatMul { matrix, x, group, first, tiles, y, work });
+                isa.run(GemmTask { matrix, x, group, first, tiles, y, work });
             }
             MatrixView::IntGroup(matrix) => {
-                isa.run(MatMul { matrix, x, group, first, tiles, y, work });
+                isa.run(GemmTask { matrix, x, group, first, tiles, y, work });
             }
             MatrixView::Stbllm(_) | MatrixView::Dense(_) => unreachable!("a kernel, see above"),
         }
@@ -346,9 +346,9 @@ struct Work {
     lookups: lookups::Work,
 }
 
-struct MatMul<'a, 'y, M> {
+struct GemmTask<'a, 'y, M> {
     matrix: &'a M,
-    x: &'a RoundedTokens,
+    x: &'a ActivationsQ8,
     group: usize,
     /// First row, and how many tiles of rows.
     first: usize,
@@ -358,7 +358,7 @@ struct MatMul<'a, 'y, M> {
     work: &'a mut Work,
 }
 
-impl Task for MatMul<'_, '_, NmView<'_>> {
+impl Task for GemmTask<'_, '_, NmView<'_>> {
     type Output = ();
 
     #[inline(always)]

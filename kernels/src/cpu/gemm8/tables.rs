@@ -19,7 +19,7 @@ use super::super::bytes::Bytes;
 use super::super::int8::BLOCK;
 use super::super::nm;
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, TOKENS, copy_tile, steps, transpose};
+use super::{Aligned, GemmTask, Lanes, TOKENS, copy_tile, steps, transpose};
 
 /// Rows of a task that share tables: results for 32 tokens take 128 KiB, about what is left in the
 /// second cache of a core.
@@ -36,7 +36,7 @@ type Tables = Aligned<[Sums; 16 * 128 + 128]>;
 type Indices<const UNITS: usize> = [[u8; TILE]; UNITS];
 
 #[inline(always)]
-pub(super) fn run<S: Bytes>(s: S, job: MatMul<'_, '_, NmView<'_>>) {
+pub(super) fn run<S: Bytes>(s: S, job: GemmTask<'_, '_, NmView<'_>>) {
     let m = job.matrix;
     match (m.spec.n(), m.spec.m()) {
         (1, 4) => all_tiles::<S, 1, 4, 3, 16, 64>(s, job),
@@ -58,9 +58,9 @@ fn all_tiles<
     const ENTRIES: usize,
 >(
     s: S,
-    job: MatMul<'_, '_, NmView<'_>>,
+    job: GemmTask<'_, '_, NmView<'_>>,
 ) {
-    let MatMul { matrix: m, x, group, first, tiles, y, work } = job;
+    let GemmTask { matrix: m, x, group, first, tiles, y, work } = job;
     let first = first / TILE;
     let sums = &mut work.lanes.as_chunks_mut::<TOKENS>().0[..tiles];
     let mut tables: Vec<Tables> = vec![Aligned([[0; 16]; 16 * 128 + 128])];

@@ -9,7 +9,7 @@ use super::super::Simd;
 use super::super::bytes::{Bytes, TileSums};
 use super::super::int8::BLOCK;
 use super::super::nm8::{self, PART, Planes};
-use super::{Aligned, Lanes, MatMul, RoundedTokens, TOKENS, copy_tile, scale_rows, steps};
+use super::{ActivationsQ8, Aligned, GemmTask, Lanes, TOKENS, copy_tile, scale_rows, steps};
 use crate::isa::Task;
 
 /// Columns expanded at a time; a multiple of [`BLOCK`].
@@ -25,7 +25,7 @@ type Expanded = Aligned<[[u8; 64]; BLOCK / 4]>;
 /// Products of tiles before they are scaled.
 type Sums = Aligned<TileSums>;
 
-pub(super) struct InTiles<'a, 'y>(pub MatMul<'a, 'y, NmView<'a>>);
+pub(super) struct InTiles<'a, 'y>(pub GemmTask<'a, 'y, NmView<'a>>);
 
 impl Task for InTiles<'_, '_> {
     type Output = ();
@@ -47,9 +47,9 @@ impl Task for InTiles<'_, '_> {
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
     s: S,
-    job: MatMul<'_, '_, NmView<'_>>,
+    job: GemmTask<'_, '_, NmView<'_>>,
 ) {
-    let MatMul { matrix: m, x, first, tiles, y: to, work, .. } = job;
+    let GemmTask { matrix: m, x, first, tiles, y: to, work, .. } = job;
     let stride = x.group;
     let y = &mut work.lanes[..tiles * stride];
     let patterns = Patterns::<S>::new::<N, M>(s);
@@ -196,7 +196,7 @@ impl<S: Bytes> Patterns<S> {
 /// The product of expanded rows and columns with all tokens.
 struct Part<'a> {
     m: &'a NmView<'a>,
-    x: &'a RoundedTokens,
+    x: &'a ActivationsQ8,
     /// First tile of rows.
     tile: usize,
     /// Blocks of columns.

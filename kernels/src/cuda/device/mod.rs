@@ -113,7 +113,7 @@ fn keep_memory(ordinal: usize) {
 fn driver() -> Result<i32> {
     let missing = |why: &str| Error::Unavailable { why: why.into() };
     // cudarc panics at the first call if there is no library.
-    // SAFETY: loading the driver's library runs its initialisers, which have no preconditions.
+    // SAFETY: loading the driver's library runs its initializers, which have no preconditions.
     if !unsafe { sys::is_culib_present() } {
         return Err(missing("the NVIDIA driver (libcuda) is not installed"));
     }

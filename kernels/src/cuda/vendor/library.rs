@@ -135,7 +135,7 @@ impl Opened {
         let stream = device.raw_stream()?;
         let mut trouble = None;
         for path in candidates(names.files) {
-            // SAFETY: the library's initialisers have no preconditions; the path is a name the system's
+            // SAFETY: the library's initializers have no preconditions; the path is a name the system's
             // loader resolves or lies in a folder of installed libraries.
             let opened = match unsafe { Loaded::new(&path) } {
                 Ok(library) => {
@@ -350,8 +350,8 @@ impl Library {
             Some(solver) => solver,
             None => Solver {
                 opened: Opened::new(&CUSOLVER, device)?,
-                work: device.zeros("a factorisation", 0)?,
-                info: device.zeros("a factorisation", 1)?,
+                work: device.zeros("a factorization", 0)?,
+                info: device.zeros("a factorization", 1)?,
             },
         };
         let solver = self.cusolver.insert(solver);
@@ -361,17 +361,17 @@ impl Library {
         let size: Symbol<'_, DpotrfSize> = solver.opened.symbol(c"cusolverDnDpotrf_bufferSize")?;
         // SAFETY: the signature is that of cusolverDn.h; nothing of the matrix is read.
         let code = unsafe { size(handle, UPPER, n, a.address, a.stride, &raw mut work) };
-        solver.opened.check("plan a factorisation", code)?;
+        solver.opened.check("plan a factorization", code)?;
         let needed = usize::try_from(work).unwrap_or(0);
         if needed > solver.work.len() {
-            solver.work = device.zeros("a factorisation", needed)?;
+            solver.work = device.zeros("a factorization", needed)?;
         }
         let potrf: Symbol<'_, Dpotrf> = solver.opened.symbol(c"cusolverDnDpotrf")?;
         let (space, info) = (solver.work.address(), solver.info.address());
         // SAFETY: the signature is that of cusolverDn.h; the matrix is the caller's promise; the work space is as
         // large as was asked for, and there is room for one integer.
         let code = unsafe { potrf(handle, UPPER, n, a.address, a.stride, space, work, info) };
-        solver.opened.check("factorise", code)?;
+        solver.opened.check("factorize", code)?;
         let mut found = [0];
         solver.info.read(&mut found)?;
         Ok(found[0])

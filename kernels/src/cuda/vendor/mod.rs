@@ -1,4 +1,4 @@
-//! Dense products and factorisations by the vendor's libraries, cuBLAS and cuSOLVER: what conversion
+//! Dense products and factorizations by the vendor's libraries, cuBLAS and cuSOLVER: what conversion
 //! computes with, and what our kernels are measured against.
 //!
 //! Matrices here are row-major. The libraries' are column-major: to them each is its transpose, so a
@@ -208,7 +208,7 @@ impl Blas {
             0 => Ok(true),
             1.. => Ok(false),
             _ => Err(Error::Driver {
-                what: "factorise with cuSOLVER",
+                what: "factorize with cuSOLVER",
                 error: format!("argument {} is wrong", -info),
             }),
         }

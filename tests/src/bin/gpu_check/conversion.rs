@@ -69,12 +69,12 @@ pub(crate) fn measure(
     let mut all: Vec<Value> = Vec::new();
     for recipe in recipes {
         let done = convert(folder.path(), recipe, calibration, Some(device.clone()))?;
-        let (s, q) = (done.stages, done.stages.quantiser);
-        let quantiser = q.prune + q.search + q.quantise + q.propagate + q.refit + q.pack;
+        let (s, q) = (done.stages, done.stages.quantizer);
+        let quantizer = q.prune + q.search + q.quantize + q.propagate + q.refit + q.pack;
         let seconds = done.layers.iter().map(|l| l.seconds).sum::<f64>();
         report.line(&format!(
             "  {name} {recipe}, {} x {} tokens: a layer {seconds:.1} s (forward {:.1}, moments {:.1}, factors {:.1}, \
-             quantiser {quantiser:.1}, check {:.1}, output {:.1}); {layers} layers {:.1} min",
+             quantizer {quantizer:.1}, check {:.1}, output {:.1}); {layers} layers {:.1} min",
             calibration[0],
             calibration[1],
             s.forward,

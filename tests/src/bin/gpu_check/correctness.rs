@@ -6,7 +6,7 @@ use serde_json::json;
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup, MatrixView, Nm, Stbllm};
 use stb_format::half::f16;
-use stb_kernels::cuda::{Device, Gemm, GemmPlan, Input, MatVec, Matrix, Numbers, PromptNumbers};
+use stb_kernels::cuda::{Device, Gemm, GemmPlan, Gemv, Input, Matrix, Numbers, PromptNumbers};
 use stb_tests::random::Rng;
 use stb_tests::random_model::random;
 
@@ -155,7 +155,7 @@ fn judge(
 pub(crate) fn run(report: &mut Report, device: &Device, small: bool) -> anyhow::Result<()> {
     let mut rng = Rng(11);
     let mut all = Vec::new();
-    let mut matvec = MatVec::new(device)?;
+    let mut gemv = Gemv::new(device)?;
     let mut gemm = Gemm::new(device)?;
     let mut gemm_int8 = Gemm::new(device)?.with_numbers(PromptNumbers::Int8);
     for encoding in encodings()? {
@@ -184,16 +184,15 @@ pub(crate) fn run(report: &mut Report, device: &Device, small: bool) -> anyhow::
                     for numbers in [Numbers::Exact, Numbers::Rounded] {
                         out.write(&vec![f32::NAN; tokens * rows])?;
                         let input = Input::Plain(&input);
-                        matvec
-                            .queue(&[&matrix], input, numbers, &mut [&mut out], false, tokens)
+                        gemv.queue(&[&matrix], input, numbers, &mut [&mut out], false, tokens)
                             .and_then(|()| out.read(&mut y))
-                            .with_context(|| format!("matvec {numbers:?}, {}", case.what))?;
+                            .with_context(|| format!("gemv {numbers:?}, {}", case.what))?;
                         let rounding = match numbers {
                             Numbers::Rounded => Rounding::Few,
                             Numbers::Exact => Rounding::None,
                         };
                         let worst = case.worst(&y, 1e-5, rounding);
-                        judge(report, &mut all, &case, &format!("matvec {numbers:?}"), worst);
+                        judge(report, &mut all, &case, &format!("gemv {numbers:?}"), worst);
                     }
                 }
                 if GemmPlan::supports(&encoding) {

@@ -1,5 +1,5 @@
 //! Bandwidth, products with one and with many tokens. Times are of recorded graphs, as many in a row as take 20 ms,
-//! from start to the end of synchronisation: median and spread of nine. Products with many tokens include
+//! from start to the end of synchronization: median and spread of nine. Products with many tokens include
 //! the preparation of activations in f32 and results in f32; those of cuBLAS are of bf16 throughout.
 
 use std::time::Instant;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use stb_format::Encoding;
 use stb_format::encoding::Nm;
 use stb_kernels::cuda::{
-    Blas, Buffer, Device, Gemm, Graph, Input, MatVec, Matrix, Numbers, PromptNumbers,
+    Blas, Buffer, Device, Gemm, Gemv, Graph, Input, Matrix, Numbers, PromptNumbers,
 };
 use stb_tests::random::Rng;
 use stb_tests::random_model::random;
@@ -111,10 +111,10 @@ pub(crate) fn decode(report: &mut Report, device: &Device) -> anyhow::Result<()>
                 let x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
                 let x = device.upload("activations", &x)?;
                 let mut out = device.zeros("results", tokens * rows)?;
-                let mut matvec = MatVec::new(device)?;
+                let mut gemv = Gemv::new(device)?;
                 let mut queue = |matrix: &Matrix| {
                     let input = Input::Plain(&x);
-                    matvec.queue(&[matrix], input, Numbers::Rounded, &mut [&mut out], false, tokens)
+                    gemv.queue(&[matrix], input, Numbers::Rounded, &mut [&mut out], false, tokens)
                 };
                 queue(&matrices[0])?;
                 let mut graph = device.record(|| matrices.iter().try_for_each(&mut queue))?;

@@ -2,7 +2,7 @@
 //! columns in 4-bit integers. Neither is in the format; this is why.
 
 use stb_convert::hessian::{Factor, Hessian};
-use stb_convert::quantise::{Input, Packed, int_group, nm};
+use stb_convert::quantize::{Input, Packed, int_group, nm};
 use stb_format::encoding::{IntGroup, Nm};
 use stb_kernels::Isa;
 
@@ -48,7 +48,7 @@ fn explained(kept: &[f64], ratio: f64) -> f64 {
 }
 
 /// The error of the outputs, relative to them, and bits per weight, if the most salient `share` of the
-/// columns are 4-bit integers and the others joint codes. Salient columns are quantised last, so that they
+/// columns are 4-bit integers and the others joint codes. Salient columns are quantized last, so that they
 /// take back what the others have done.
 pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::Result<(f64, f64)> {
     let (rows, cols) = (layer.rows, layer.cols);
@@ -85,10 +85,10 @@ pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::R
         layer.weights.chunks_exact(cols).flat_map(row).collect()
     };
     let options = nm::Options { spec, sweeps: 4, refit: true };
-    let (weights, codes) = (columns(&rest), |i: &Input<'_>| nm::quantise(i, &options));
-    let (stored, mut error) = quantised(&weights, rows, &outer, codes)?;
+    let (weights, codes) = (columns(&rest), |i: &Input<'_>| nm::quantize(i, &options));
+    let (stored, mut error) = quantized(&weights, rows, &outer, codes)?;
 
-    // What minimises the error of the outputs with the codes as they are.
+    // What minimizes the error of the outputs with the codes as they are.
     let mut targets = columns(&chosen);
     for (r, target) in targets.chunks_exact_mut(count.max(1)).enumerate() {
         for (k, target) in target.iter_mut().enumerate() {
@@ -103,7 +103,7 @@ pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::R
     }
     if let Some(integers) = IntGroup::new(4, 128).filter(|_| count > 0) {
         let options = int_group::Options::full(integers, 4);
-        error += quantised(&targets, rows, &inner, |i| int_group::quantise(i, &options))?.1;
+        error += quantized(&targets, rows, &inner, |i| int_group::quantize(i, &options))?.1;
     }
     let whole = part(&(0..cols).collect::<Vec<_>>(), &(0..cols).collect::<Vec<_>>());
     let output = energy(&layer.weights, &whole, cols);
@@ -112,8 +112,8 @@ pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::R
     Ok((error / output, bits + 1.0 / rows as f64))
 }
 
-/// The layer with columns divided by factors and their inputs multiplied by them: quantising it is
-/// quantising with a factor per column.
+/// The layer with columns divided by factors and their inputs multiplied by them: quantizing it is
+/// quantizing with a factor per column.
 pub fn scaled(layer: &Layer, factors: &[f32]) -> anyhow::Result<Layer> {
     let cols = layer.cols;
     let divided = |(i, w): (usize, &f32)| w / factors[i % cols];
@@ -135,12 +135,12 @@ pub fn column_sizes(layer: &Layer) -> [Vec<f32>; 2] {
     [weights.into_iter().map(root).collect(), inputs]
 }
 
-/// What a quantiser makes of `weights`, [rows, n], with second moments [n, n], and tr(ΔW H ΔWᵀ).
-fn quantised(
+/// What a quantizer makes of `weights`, [rows, n], with second moments [n, n], and tr(ΔW H ΔWᵀ).
+fn quantized(
     weights: &[f32],
     rows: usize,
     moments: &[f64],
-    quantise: impl Fn(&Input<'_>) -> stb_runtime::Result<Packed>,
+    quantize: impl Fn(&Input<'_>) -> stb_runtime::Result<Packed>,
 ) -> anyhow::Result<(Vec<f32>, f64)> {
     let cols = weights.len() / rows;
     let hessian = Hessian::from_matrix(moments.iter().map(|h| *h as f32).collect(), cols);
@@ -149,7 +149,7 @@ fn quantised(
     let engine = Isa::detect()?.into();
     let input =
         Input { engine, weights, rows, cols, hessian: &hessian, factor: &factor, norms: &norms };
-    let packed = quantise(&input)?;
+    let packed = quantize(&input)?;
     let stored = packed.encoding.view(rows as u64, cols as u64, &packed.payload)?.decode();
     let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
     let error = energy(&difference, moments, cols);

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use stb_convert::calibration::Source;
 use stb_convert::hessian::{Factor, Hessian};
-use stb_convert::quantise::{Input, Packed, int_group, nm, relative_error};
+use stb_convert::quantize::{Input, Packed, int_group, nm, relative_error};
 use stb_convert::recipe::Calibration;
 use stb_format::encoding::{IntGroup, Nm};
 use stb_kernels::Isa;
@@ -21,7 +21,7 @@ use stb_tests::random::Rng;
 /// Prints a Markdown table of squared errors relative to the squares of the weights.
 ///
 /// Codes N of M are listed whether the format has them or not: *kept* is a code of its own, the N largest of
-/// M weights at one scale per 128 columns (not rounded); *encoder* is our quantiser. Its last column is the
+/// M weights at one scale per 128 columns (not rounded); *encoder* is our quantizer. Its last column is the
 /// error of the output of linear layers, by the second moments of calibrated inputs.
 #[derive(Parser)]
 struct Cli {
@@ -66,7 +66,7 @@ impl Layer {
         Self::new(weights, cols, identity, 0.0)
     }
 
-    /// Of the quantiser: of the outputs, relative to them.
+    /// Of the quantizer: of the outputs, relative to them.
     fn error(&self, method: Method) -> anyhow::Result<f64> {
         let norms = vec![1.0; self.cols];
         let input = Input {
@@ -79,8 +79,8 @@ impl Layer {
             norms: &norms,
         };
         let Packed { encoding, payload, .. } = match method {
-            Method::Nm(spec) => nm::quantise(&input, &nm::Options { spec, sweeps: 4, refit: true }),
-            Method::Int(spec) => int_group::quantise(&input, &int_group::Options::full(spec, 4)),
+            Method::Nm(spec) => nm::quantize(&input, &nm::Options { spec, sweeps: 4, refit: true }),
+            Method::Int(spec) => int_group::quantize(&input, &int_group::Options::full(spec, 4)),
         }?;
         let stored = encoding.view(self.rows as u64, self.cols as u64, &payload)?.decode();
         Ok(relative_error(&input, &stored)?)
@@ -298,7 +298,7 @@ fn column_factors(calibrated: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What our quantiser reaches: on normal numbers, weights, outputs.
+/// What our quantizer reaches: on normal numbers, weights, outputs.
 fn encoder(
     method: Method,
     normal: &Layer,

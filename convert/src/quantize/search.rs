@@ -9,7 +9,7 @@ use super::magnitudes::{Grid, Row, Values, add_salient_errors, add_threshold_err
 use super::quantiles::quantiles;
 use super::sorted::{Sorted, binary_error, residual_error};
 
-/// What is binarised, and with which error, while a search compares its candidates.
+/// What is binarized, and with which error, while a search compares its candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SearchError {
     /// The weights, each error weighted by 1/d², what it costs after compensation.
@@ -68,7 +68,7 @@ pub struct SearchOptions {
     pub region_ratio: f32,
     /// Where thresholds are looked for.
     pub quantiles: Quantiles,
-    /// Whether binarising subtracts means while candidates are compared.
+    /// Whether binarizing subtracts means while candidates are compared.
     pub means: bool,
 }
 
@@ -117,7 +117,7 @@ pub struct Block<'a> {
 }
 
 impl SearchError {
-    /// What is binarised for weight `w` in a column of this importance, and its cost weight.
+    /// What is binarized for weight `w` in a column of this importance, and its cost weight.
     #[must_use]
     #[inline(always)]
     pub fn value(self, w: f32, importance: f32) -> (f32, f32) {
@@ -189,7 +189,7 @@ impl Block<'_> {
         Regions { salient, thresholds }
     }
 
-    /// As many of the first ranked columns as make the error of binarising both sets twice
+    /// As many of the first ranked columns as make the error of binarizing both sets twice
     /// smallest. Equal orders keep the number small; the true orders would always take the limit.
     fn salient_columns(&self, options: &SearchOptions) -> Vec<bool> {
         let mut salient = vec![false; self.width];
@@ -231,7 +231,7 @@ impl Block<'_> {
         salient
     }
 
-    /// The error of binarising both sets twice, with means, for each number of salient columns.
+    /// The error of binarizing both sets twice, with means, for each number of salient columns.
     fn salient_errors(&self, options: &SearchOptions, ranked: &[usize], counts: usize) -> Vec<f64> {
         let importance = self.importance();
         self.sum_rows(counts, |weights, mask, sums| {
@@ -330,7 +330,7 @@ impl Block<'_> {
         candidates.get(best).cloned()
     }
 
-    /// The error of binarising the regions between thresholds, with means, for each candidate.
+    /// The error of binarizing the regions between thresholds, with means, for each candidate.
     fn threshold_errors(
         &self,
         options: &SearchOptions,

@@ -31,7 +31,7 @@ pub struct Grid {
     pub symmetric: bool,
 }
 
-/// How a linear layer is quantised to integers.
+/// How a linear layer is quantized to integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// What is stored.
@@ -68,17 +68,17 @@ impl Options {
     }
 }
 
-/// Rounds each weight to the nearest code; scales minimise the squared error of their group.
+/// Rounds each weight to the nearest code; scales minimize the squared error of their group.
 #[must_use]
 pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packed {
     round_to(weights, rows, cols, &Options { compensate: false, ..Options::full(spec, 0) })
 }
 
-/// Quantises one linear layer.
+/// Quantizes one linear layer.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
-pub fn quantise(input: &Input<'_>, options: &Options) -> Result<Packed> {
+pub fn quantize(input: &Input<'_>, options: &Options) -> Result<Packed> {
     if options.compensate {
         compensate(input, options)
     } else {
@@ -160,7 +160,7 @@ fn compensate(input: &Input<'_>, options: &Options) -> Result<Packed> {
     Ok(pack(parts, clock))
 }
 
-/// The scales that minimise the output error for the present codes, rounded to what is stored. `target` is
+/// The scales that minimize the output error for the present codes, rounded to what is stored. `target` is
 /// W·H.
 fn refit(fitting: &Fitting<'_>, parts: &mut IntGroupParts, target: &[f32]) -> Result<()> {
     let units: Vec<f32> = parts.codes.iter().map(|c| f32::from(*c)).collect();
@@ -175,7 +175,7 @@ fn refit(fitting: &Fitting<'_>, parts: &mut IntGroupParts, target: &[f32]) -> Re
     Ok(())
 }
 
-/// Coordinate descent: each code in turn becomes the one that minimises the output error with all others
+/// Coordinate descent: each code in turn becomes the one that minimizes the output error with all others
 /// as they are. `target` is W·H.
 fn sweep(
     input: &Input<'_>,
@@ -229,10 +229,10 @@ fn sweep(
 }
 
 fn pack(parts: IntGroupParts, clock: Instant) -> Packed {
-    let quantise = clock.elapsed().as_secs_f64();
+    let quantize = clock.elapsed().as_secs_f64();
     let payload = parts.pack();
-    let pack = clock.elapsed().as_secs_f64() - quantise;
-    let seconds = Seconds { quantise, pack, ..Seconds::default() };
+    let pack = clock.elapsed().as_secs_f64() - quantize;
+    let seconds = Seconds { quantize, pack, ..Seconds::default() };
     Packed { encoding: Encoding::IntGroup(parts.spec), payload, salient: None, seconds }
 }
 
@@ -413,7 +413,7 @@ mod tests {
         }
     }
 
-    /// Weights of a normal distribution: the error of the best quantiser with as many evenly spaced
+    /// Weights of a normal distribution: the error of the best quantizer with as many evenly spaced
     /// levels (Max, "Quantizing for minimum distortion", 1960, table II), a little less because scales
     /// are fitted to 128 weights each.
     #[test]
@@ -461,9 +461,9 @@ mod tests {
         for bits in 1..=4 {
             let spec = IntGroup::new(bits, 32).unwrap();
             let error = |sweeps: usize| {
-                let packed = quantise(&input, &Options::full(spec, sweeps)).unwrap();
-                let decoded = crate::quantise::decode(&packed, rows, cols);
-                crate::quantise::relative_error(&input, &decoded).unwrap()
+                let packed = quantize(&input, &Options::full(spec, sweeps)).unwrap();
+                let decoded = crate::quantize::decode(&packed, rows, cols);
+                crate::quantize::relative_error(&input, &decoded).unwrap()
             };
             let errors = [0, 1, 4].map(error);
             assert!(errors[1] < errors[0], "{bits} bits: {errors:?}");

@@ -6,7 +6,7 @@ pub enum Metric {
     /// "Standardized Importance" as in the paper's published code: relative importance
     /// (|w|/Σ column + |w|/Σ row) · ‖x‖^½.
     Si,
-    /// Equation 3 of the paper: the relative importance standardised over the matrix, times ‖x‖.
+    /// Equation 3 of the paper: the relative importance standardized over the matrix, times ‖x‖.
     SiEq3,
     /// |w|.
     Magnitude,
@@ -66,14 +66,14 @@ impl Scorer {
                 let power = |n: &f32| if metric == Metric::Si { n.sqrt() } else { *n };
                 scorer.norms = norms.iter().map(power).collect();
                 if metric == Metric::SiEq3 {
-                    scorer.standardise(weights);
+                    scorer.standardize(weights);
                 }
             }
         }
         scorer
     }
 
-    fn standardise(&mut self, weights: &[f32]) {
+    fn standardize(&mut self, weights: &[f32]) {
         let (mut sum, mut squares) = (0f64, 0f64);
         for (r, row) in weights.chunks_exact(self.norms.len()).enumerate() {
             for (c, w) in row.iter().enumerate() {

@@ -2,14 +2,14 @@
 //! Throughput is in multiplications (weights × tokens), below it in weights and as shares of what this
 //! machine can do; `STB_ISA` limits it to one set.
 //!
-//! `cargo bench -p stb-kernels --bench matmul -- nm`
+//! `cargo bench -p stb-kernels --bench gemm -- nm`
 
 #![allow(missing_docs, reason = "made by the macros of criterion")]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use stb_format::Encoding;
 use stb_format::encoding::{IntGroup, Nm};
-use stb_kernels::{Panels, RoundedTokens, matmul, matmul_rounded};
+use stb_kernels::{ActivationsQ8, Panels, gemm, gemm_q8};
 
 mod report;
 use report::{Limits, Work};
@@ -45,7 +45,7 @@ fn benches(c: &mut Criterion) {
             let work = Work { weights: (ROWS * COLS) as u64, bytes, tokens: tokens as u64 };
             for set in &sets {
                 let isa = set.isa();
-                let mut rounded = RoundedTokens::default();
+                let mut rounded = ActivationsQ8::default();
                 let parts = rounded.parts(isa, &view, &x);
                 parts.into_iter().for_each(|mut part| part.round(isa, &view));
                 let (size, task) = (rounded.group(), rounded.task_rows());
@@ -57,7 +57,7 @@ fn benches(c: &mut Criterion) {
                             let rows = first..ROWS.min(first + task);
                             let mut y: Vec<_> =
                                 y.iter_mut().map(|y| &mut y[rows.clone()]).collect();
-                            matmul_rounded(isa, &view, &rounded, group, first, &mut y);
+                            gemm_q8(isa, &view, &rounded, group, first, &mut y);
                         }
                     }
                 });
@@ -66,7 +66,7 @@ fn benches(c: &mut Criterion) {
                     panels.pack(&x, COLS);
                     let mut y = vec![0.0; ROWS * panels.all().row_stride()];
                     group.bench_function(format!("{} exact", isa.name()), |b| {
-                        b.iter(|| matmul(isa, &view, panels.all(), 0, &mut y));
+                        b.iter(|| gemm(isa, &view, panels.all(), 0, &mut y));
                     });
                 }
             }

@@ -1,4 +1,4 @@
-//! Fitting what has been quantised to the layer's output: scales in closed form, and what a change of some
+//! Fitting what has been quantized to the layer's output: scales in closed form, and what a change of some
 //! weights does to the others.
 
 use rayon::prelude::*;
@@ -99,7 +99,7 @@ impl<'a> Fitting<'a> {
         self.device.as_ref()
     }
 
-    /// The scales that minimise the output error of weights that are `units`, [rows, cols], times a scale for
+    /// The scales that minimize the output error of weights that are `units`, [rows, cols], times a scale for
     /// every `span` columns of a row: per row the small system (Tᵀ H T) α = Tᵀ H w, T the units by block.
     /// `target` is W·H. A row whose system is singular keeps its `scales`, [rows, blocks].
     pub(super) fn best_scales(

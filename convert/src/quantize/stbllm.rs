@@ -1,4 +1,4 @@
-//! Structured binarisation (paper §3, algorithms 1 and 2) with every choice that the paper, its
+//! Structured binarization (paper §3, algorithms 1 and 2) with every choice that the paper, its
 //! published code, BiLLM or their ablations make: an N:8 mask, salient columns with a residual sign,
 //! magnitude regions for the rest, and block-wise error compensation.
 //!
@@ -24,7 +24,7 @@ use crate::engine::Compensation;
 /// Where the N:8 mask is decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MaskPlacement {
-    /// In a pass of its own that compensates for each removed weight; binarisation follows.
+    /// In a pass of its own that compensates for each removed weight; binarization follows.
     Compensated,
     /// In the block loop, on the weights as compensated so far (paper algorithm 1).
     InLoop,
@@ -44,13 +44,13 @@ pub enum Scope {
 /// What comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Pruning, then binarisation of what is kept.
+    /// Pruning, then binarization of what is kept.
     PruneFirst,
-    /// Binarisation of all weights of a block, then the mask on the result.
-    QuantiseFirst,
+    /// Binarization of all weights of a block, then the mask on the result.
+    QuantizeFirst,
 }
 
-/// Options of the quantiser.
+/// Options of the quantizer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Options {
     /// N of N:8 and columns per block.
@@ -60,18 +60,18 @@ pub struct Options {
     /// Where the mask is chosen.
     pub mask: MaskPlacement,
     /// Whether a mask that is not chosen in the loop comes from a pass over the whole model before
-    /// the first layer is binarised (published code), not from the step of its own layer.
+    /// the first layer is binarized (published code), not from the step of its own layer.
     pub separate: bool,
     /// What the metric sums over.
     pub scope: Scope,
-    /// Whether pruned weights stay zero. The published code forgets them: binarisation makes them
+    /// Whether pruned weights stay zero. The published code forgets them: binarization makes them
     /// weights again.
     pub strict: bool,
     /// What comes first.
     pub order: Order,
     /// Salient columns and regions.
     pub search: SearchOptions,
-    /// Whether binarising subtracts means, one more number for each scale.
+    /// Whether binarizing subtracts means, one more number for each scale.
     pub means: bool,
     /// How errors are passed on.
     pub propagation: Propagation,
@@ -94,9 +94,9 @@ impl Options {
     }
 }
 
-/// A binarised layer; matrices are [rows, cols].
+/// A binarized layer; matrices are [rows, cols].
 #[derive(Clone, Debug)]
-pub struct Binarised {
+pub struct Binarized {
     /// What weights have become.
     pub values: Vec<f32>,
     /// 0 pruned; 1, 2, 3 dense, intermediate and sparse region; 4 salient.
@@ -108,12 +108,12 @@ pub struct Binarised {
     seconds: Seconds,
 }
 
-/// Quantises one linear layer. `pruned` is its pruned form where that comes from a pass of its own.
+/// Quantizes one linear layer. `pruned` is its pruned form where that comes from a pass of its own.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
-pub fn quantise(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -> Result<Packed> {
-    let mut layer = binarise(input, options, pruned, options.storable())?;
+pub fn quantize(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -> Result<Packed> {
+    let mut layer = binarize(input, options, pruned, options.storable())?;
     if let Some(sweeps) = options.sweeps.filter(|_| options.storable()) {
         let started = Instant::now();
         refit(input, &mut layer.parts, sweeps)?;
@@ -145,16 +145,16 @@ pub fn prune(input: &Input<'_>, options: &Options) -> Result<Pruned> {
     }
 }
 
-/// Binarises one linear layer; scales are rounded to binary16 if `rounded`.
+/// Binarizes one linear layer; scales are rounded to binary16 if `rounded`.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
-pub fn binarise(
+pub fn binarize(
     input: &Input<'_>,
     options: &Options,
     pruned: Option<&Pruned>,
     rounded: bool,
-) -> Result<Binarised> {
+) -> Result<Binarized> {
     let (rows, cols, spec) = (input.rows, input.cols, options.spec);
     let mut seconds = Seconds::default();
     let clock = Instant::now();
@@ -172,7 +172,7 @@ pub fn binarise(
     }
     seconds.prune += clock.elapsed().as_secs_f64();
     let blocks = cols.div_ceil(spec.block());
-    let mut out = Binarised {
+    let mut out = Binarized {
         values: vec![0.0; rows * cols],
         regions: vec![0; rows * cols],
         salient: vec![false; cols],
@@ -213,19 +213,19 @@ pub fn binarise(
         let regions = block.search(&options.search);
         out.salient[from..from + width].copy_from_slice(&regions.salient);
         let searching = clock.elapsed().as_secs_f64();
-        at.binarise(&block, &regions, options, rounded, &mut out);
-        if options.order == Order::QuantiseFirst {
+        at.binarize(&block, &regions, options, rounded, &mut out);
+        if options.order == Order::QuantizeFirst {
             let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
             at.select(&selector, spec, &out.values, &mut mask);
             at.remove(&mask, &mut out);
         }
         let errors = at.errors(&weights, &out.values);
-        let binarising = clock.elapsed().as_secs_f64();
+        let binarizing = clock.elapsed().as_secs_f64();
         compensation.pass(&mut weights, &errors, from, width, spec.block())?;
         out.seconds.prune += pruning;
         out.seconds.search += searching - pruning;
-        out.seconds.quantise += binarising - searching;
-        out.seconds.propagate += clock.elapsed().as_secs_f64() - binarising;
+        out.seconds.quantize += binarizing - searching;
+        out.seconds.propagate += clock.elapsed().as_secs_f64() - binarizing;
     }
     out.parts.salient.clone_from(&out.salient);
     Ok(out)
@@ -283,13 +283,13 @@ impl Place {
     }
 
     /// Writes values, states, signs and scales of the block.
-    fn binarise(
+    fn binarize(
         &self,
         block: &Block<'_>,
         regions: &Regions,
         options: &Options,
         rounded: bool,
-        out: &mut Binarised,
+        out: &mut Binarized,
     ) {
         let Self { index, blocks, cols, from, width } = *self;
         out.parts
@@ -321,12 +321,12 @@ impl Place {
                     values: &mut values[part],
                     scales: &mut scales[index * 5..index * 5 + 5],
                 };
-                row.binarise(options.means, rounded);
+                row.binarize(options.means, rounded);
             });
     }
 
     /// Zeroes what the mask does not keep.
-    fn remove(&self, mask: &[bool], out: &mut Binarised) {
+    fn remove(&self, mask: &[bool], out: &mut Binarized) {
         let part = self.from..self.from + self.width;
         for (r, mask) in mask.chunks_exact(self.cols).enumerate() {
             for c in part.clone().filter(|c| !mask[*c]) {
@@ -357,7 +357,7 @@ impl Place {
 /// One row of a block.
 struct Row<'a> {
     weights: &'a [f32],
-    /// See [`Binarised::regions`].
+    /// See [`Binarized::regions`].
     regions: &'a [u8],
     states: &'a mut [u8],
     negative: &'a mut [bool],
@@ -367,22 +367,22 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    fn binarise(&mut self, means: bool, rounded: bool) {
+    fn binarize(&mut self, means: bool, rounded: bool) {
         self.values.fill(0.0);
         for set in 1..=3 {
-            self.binarise_set(set, usize::from(set) - 1, means, rounded, |row, c, negative| {
+            self.binarize_set(set, usize::from(set) - 1, means, rounded, |row, c, negative| {
                 row.states[c] = set;
                 row.negative[c] = negative;
             });
         }
-        self.binarise_set(4, 3, means, rounded, |row, c, negative| row.negative[c] = negative);
-        self.binarise_set(4, 4, means, rounded, |row, c, negative| {
+        self.binarize_set(4, 3, means, rounded, |row, c, negative| row.negative[c] = negative);
+        self.binarize_set(4, 4, means, rounded, |row, c, negative| {
             row.states[c] = 1 + u8::from(negative);
         });
     }
 
     /// Adds μ ± α to the values of a set, both of what the values so far leave (paper equation 1).
-    fn binarise_set(
+    fn binarize_set(
         &mut self,
         set: u8,
         scale: usize,

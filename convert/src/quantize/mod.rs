@@ -58,7 +58,7 @@ pub struct Packed {
     pub seconds: Seconds,
 }
 
-/// Wall-clock seconds per step of a quantiser.
+/// Wall-clock seconds per step of a quantizer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Seconds {
     /// Choosing masks, compensation of pruned weights included.
@@ -66,7 +66,7 @@ pub struct Seconds {
     /// Searching salient columns and thresholds.
     pub search: f64,
     /// Scales, codes and values.
-    pub quantise: f64,
+    pub quantize: f64,
     /// Passing errors on to later blocks.
     pub propagate: f64,
     /// Refitting scales and codes after the block loop.
@@ -80,7 +80,7 @@ impl Seconds {
     pub fn add(&mut self, other: &Self) {
         self.prune += other.prune;
         self.search += other.search;
-        self.quantise += other.quantise;
+        self.quantize += other.quantize;
         self.propagate += other.propagate;
         self.refit += other.refit;
         self.pack += other.pack;
@@ -98,14 +98,14 @@ pub enum Propagation {
     Off,
 }
 
-/// The error of a layer's output that `quantised` causes, relative to the output itself:
+/// The error of a layer's output that `quantized` causes, relative to the output itself:
 /// tr(ΔW H ΔWᵀ) / tr(W H Wᵀ).
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
-pub fn relative_error(input: &Input<'_>, quantised: &[f32]) -> Result<f64> {
+pub fn relative_error(input: &Input<'_>, quantized: &[f32]) -> Result<f64> {
     let difference: Vec<f32> =
-        input.weights.par_iter().zip(quantised).map(|(w, q)| w - q).collect();
+        input.weights.par_iter().zip(quantized).map(|(w, q)| w - q).collect();
     let energy = |weights: &[f32]| -> Result<f64> {
         Ok(input.engine.output_errors(weights, input.hessian)?.iter().sum())
     };
@@ -130,16 +130,16 @@ pub(crate) fn output_errors(isa: Isa, weights: &[f32], hessian: &Hessian) -> Vec
     parts.concat()
 }
 
-/// Quantises a linear layer. `pruned` is its pruned form where that comes from a pass of its own.
+/// Quantizes a linear layer. `pruned` is its pruned form where that comes from a pass of its own.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
 pub(crate) fn linear(input: &Input<'_>, method: Method, pruned: Option<&Pruned>) -> Result<Packed> {
     match method {
-        Method::Stbllm(options) => stbllm::quantise(input, &options, pruned),
-        Method::Nm(options) => nm::quantise(input, &options),
-        Method::Int(options) => int_group::quantise(input, &options),
-        Method::PbLlm(options) => pb_llm::quantise(input, &options),
+        Method::Stbllm(options) => stbllm::quantize(input, &options, pruned),
+        Method::Nm(options) => nm::quantize(input, &options),
+        Method::Int(options) => int_group::quantize(input, &options),
+        Method::PbLlm(options) => pb_llm::quantize(input, &options),
     }
 }
 
@@ -153,7 +153,7 @@ pub(crate) fn decode(packed: &Packed, rows: usize, cols: usize) -> Vec<f32> {
 }
 
 /// Spreads the errors of columns `from..from + width` over all later columns:
-/// `w[:, later] -= (errors · M_bb) · U[block, later]`, the exact minimiser of the layer's output
+/// `w[:, later] -= (errors · M_bb) · U[block, later]`, the exact minimizer of the layer's output
 /// error for fixed earlier columns, or with diag(M_bb). `errors` is [rows, width], W − Q of the
 /// block.
 pub(crate) fn propagate(

@@ -20,7 +20,7 @@ const SHARED: usize = 48 << 10;
 /// Blocks for each multiprocessor that a launch is split into, if there is enough work.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 
-/// `MatVec` of kernels/cuda/common.cuh.
+/// `Gemv` of kernels/cuda/common.cuh.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 struct Params {
@@ -237,7 +237,7 @@ impl Split {
         cols: usize,
     ) -> Self {
         let is_codes = kind.table > 0;
-        // A lane of joint codes takes two pieces for one token: `vectors_of` of matvec_nm.cu.
+        // A lane of joint codes takes two pieces for one token: `vectors_of` of gemv_nm.cu.
         let pieces = if is_codes && at_once == 1 { 2 } else { 1 };
         let step = 32 * kind.piece * pieces;
         // Bytes of shared memory for `slab` columns: tables, or activations with their padding.
@@ -342,13 +342,13 @@ impl Matrix {
 
 /// Matrix-vector products on one device, with the memory they need.
 #[derive(Debug)]
-pub struct MatVec {
+pub struct Gemv {
     device: Device,
     partial: Buffer<f32>,
     arrived: Buffer<u32>,
 }
 
-impl MatVec {
+impl Gemv {
     /// Without memory yet.
     ///
     /// # Errors
@@ -423,7 +423,7 @@ impl MatVec {
     /// left as they are.
     ///
     /// # Errors
-    /// As for [`MatVec::queue`].
+    /// As for [`Gemv::queue`].
     ///
     /// # Panics
     /// If `out` or `ids` is too small.

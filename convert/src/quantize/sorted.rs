@@ -1,4 +1,4 @@
-//! Errors of binarising with means, for the searches: sums over the values of a row in sorted order
+//! Errors of binarizing with means, for the searches: sums over the values of a row in sorted order
 //! give the error of any range of them in the time of a few binary searches.
 
 /// Sums over some values x with cost weights h.
@@ -165,7 +165,7 @@ impl Members for [(f32, f32)] {
     }
 }
 
-/// Σ h (x − q)² of binarising a set once: q = μ ± α with μ the mean of x and α the mean magnitude
+/// Σ h (x − q)² of binarizing a set once: q = μ ± α with μ the mean of x and α the mean magnitude
 /// of x − μ (paper equation 1).
 #[must_use]
 pub fn binary_error(set: &(impl Members + ?Sized)) -> f64 {
@@ -175,7 +175,7 @@ pub fn binary_error(set: &(impl Members + ?Sized)) -> f64 {
     }
 }
 
-/// The same for binarising twice, the second time the residual of the first.
+/// The same for binarizing twice, the second time the residual of the first.
 #[must_use]
 pub fn residual_error(set: &(impl Members + ?Sized)) -> f64 {
     let Some(First { middle, low, high, levels: [under, over] }) = first_order(set) else {
@@ -196,7 +196,7 @@ pub fn residual_error(set: &(impl Members + ?Sized)) -> f64 {
     quarters.iter().map(|(s, c, sign)| s.error(c + sign * scale)).sum()
 }
 
-/// A set binarised once.
+/// A set binarized once.
 struct First {
     /// Where signs change.
     middle: f64,
@@ -228,8 +228,8 @@ pub(super) mod tests {
         (0..n).map(|i| (value(i), 0.5 + ((i * 11) % 7) as f32)).collect()
     }
 
-    /// Binarises `order` times as defined, without shortcuts.
-    pub fn binarised_error(values: &[(f32, f32)], order: usize, means: bool) -> f64 {
+    /// Binarizes `order` times as defined, without shortcuts.
+    pub fn binarized_error(values: &[(f32, f32)], order: usize, means: bool) -> f64 {
         let n = values.len().max(1) as f64;
         let mut rest: Vec<f64> = values.iter().map(|v| f64::from(v.0)).collect();
         for _ in 0..order {
@@ -255,8 +255,8 @@ pub(super) mod tests {
             let inside = |v: &&(f32, f32)| (p1..p2).contains(&f64::from(v.0.abs()));
             let part: Vec<_> = values.iter().filter(inside).copied().collect();
             let band = sorted.band(p1, p2);
-            close(binary_error(&band), binarised_error(&part, 1, true));
-            close(residual_error(&band), binarised_error(&part, 2, true));
+            close(binary_error(&band), binarized_error(&part, 1, true));
+            close(residual_error(&band), binarized_error(&part, 2, true));
         }
     }
 
@@ -273,8 +273,8 @@ pub(super) mod tests {
         sorted.fill(values.iter().copied());
         for k in [0, 1, 7, 29, 30] {
             let (chosen, rest) = values.split_at(k);
-            close(residual_error(&sorted.without(chosen)), binarised_error(rest, 2, true));
-            close(residual_error(chosen), binarised_error(chosen, 2, true));
+            close(residual_error(&sorted.without(chosen)), binarized_error(rest, 2, true));
+            close(residual_error(chosen), binarized_error(chosen, 2, true));
         }
     }
 }

@@ -12,7 +12,7 @@ template <u32 T> constexpr u32 rows_at_once() { return T == 1 ? 4 : 2; }
 
 // Instructions per weight: n for the codec (integers of 4 bits: 1/2 + 2), T to multiply, (1 + T)/4R to load
 // activations.
-template <class C, u32 T> STB_DEVICE void exact(const MatVec &a) {
+template <class C, u32 T> STB_DEVICE void exact(const Gemv &a) {
     constexpr u32 R = rows_at_once<T>();
     constexpr u32 UNITS = C::PIECE / C::UNIT;
     constexpr u32 STRIDE = C::PIECE == 4 ? 4 : C::PIECE + 4;
@@ -94,7 +94,7 @@ template <class C, u32 T> STB_DEVICE void exact(const MatVec &a) {
 // ---- Activations rounded to 8 bits, one scale per 32 columns -----------------------------------------
 
 // Instructions per weight: integers of 4 bits 3/8 to extract and T/4 to multiply; of 1 bit 1/2 and T/4.
-template <class C, u32 T> STB_DEVICE void rounded(const MatVec &a) {
+template <class C, u32 T> STB_DEVICE void rounded(const Gemv &a) {
     constexpr u32 R = rows_at_once<T>();
     constexpr u32 UNITS = C::PIECE / C::UNIT;
     constexpr u32 STRIDE = C::PIECE / 4 + 4;
@@ -213,18 +213,18 @@ template <class C> STB_DEVICE void decode(const Decode &a) {
 }
 
 extern "C" {
-__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ MatVec a) { exact<CODEC, 1>(a); }
-__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ MatVec a) { exact<CODEC, 2>(a); }
-__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ MatVec a) { exact<CODEC, 4>(a); }
-__global__ void __launch_bounds__(THREADS) rounded_1(const __grid_constant__ MatVec a) {
+__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ Gemv a) { exact<CODEC, 1>(a); }
+__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ Gemv a) { exact<CODEC, 2>(a); }
+__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ Gemv a) { exact<CODEC, 4>(a); }
+__global__ void __launch_bounds__(THREADS) rounded_1(const __grid_constant__ Gemv a) {
     if constexpr (CODEC::ROUNDED)
         rounded<CODEC, 1>(a);
 }
-__global__ void __launch_bounds__(THREADS) rounded_2(const __grid_constant__ MatVec a) {
+__global__ void __launch_bounds__(THREADS) rounded_2(const __grid_constant__ Gemv a) {
     if constexpr (CODEC::ROUNDED)
         rounded<CODEC, 2>(a);
 }
-__global__ void __launch_bounds__(THREADS) rounded_4(const __grid_constant__ MatVec a) {
+__global__ void __launch_bounds__(THREADS) rounded_4(const __grid_constant__ Gemv a) {
     if constexpr (CODEC::ROUNDED)
         rounded<CODEC, 4>(a);
 }

@@ -1,4 +1,4 @@
-//! Errors of binarising without means, for the searches. Signs do not matter then, so sums go over
+//! Errors of binarizing without means, for the searches. Signs do not matter then, so sums go over
 //! magnitudes, and four rows are summed at a time, a row in each lane. Everything here is inlined into
 //! a function that is compiled for vectors; additions keep their order whatever these are.
 
@@ -129,13 +129,13 @@ impl Sums {
         c * (self.hm + self.hm - c * self.h)
     }
 
-    /// The same for binarising once.
+    /// The same for binarizing once.
     #[inline(always)]
     fn gain_of_one(self) -> Lanes {
         self.gain(self.scale())
     }
 
-    /// By how much binarising twice takes the error below Σ h m². `low` are the sums over
+    /// By how much binarizing twice takes the error below Σ h m². `low` are the sums over
     /// magnitudes below [`Sums::scale`]: the residual of the others has their sign, that of those the
     /// other one.
     #[inline(always)]
@@ -147,7 +147,7 @@ impl Sums {
     }
 }
 
-/// What is binarised.
+/// What is binarized.
 #[derive(Clone, Copy, Debug)]
 pub struct Values<'a> {
     /// Its kind.
@@ -235,7 +235,7 @@ impl Ascending {
     }
 }
 
-/// Adds to `errors[k]` what binarising the first k + 1 of `ranked` twice, and all other columns twice,
+/// Adds to `errors[k]` what binarizing the first k + 1 of `ranked` twice, and all other columns twice,
 /// loses in these rows. Work per row: a sort of its columns, and the square of `errors.len()` over
 /// lanes.
 #[inline(always)]
@@ -305,7 +305,7 @@ impl Grid {
     }
 }
 
-/// Adds to the error of each candidate what binarising the regions of these rows loses. Work per row:
+/// Adds to the error of each candidate what binarizing the regions of these rows loses. Work per row:
 /// a binary search for each column, and once through edges and candidates over lanes.
 #[inline(always)]
 pub fn add_threshold_errors<'a>(
@@ -375,7 +375,7 @@ fn each_group<'a>(mut rows: impl Iterator<Item = Row<'a>>, mut f: impl FnMut(&[R
 
 #[cfg(test)]
 mod tests {
-    use super::super::sorted::tests::binarised_error;
+    use super::super::sorted::tests::binarized_error;
     use super::*;
 
     const COLS: usize = 24;
@@ -389,7 +389,7 @@ mod tests {
         (weights, mask, importance)
     }
 
-    /// Σ over rows of the errors of binarising the columns of each set `order` times.
+    /// Σ over rows of the errors of binarizing the columns of each set `order` times.
     fn expected(order: usize, sets: &[&dyn Fn(usize, f32) -> bool]) -> f64 {
         let (weights, mask, importance) = sample();
         let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
@@ -397,7 +397,7 @@ mod tests {
             let of_set = |set: &&dyn Fn(usize, f32) -> bool| {
                 let members = (0..COLS).filter(|c| mask[*c] && set(*c, weights[*c]));
                 let pairs: Vec<_> = members.map(|c| (weights[c], importance[c])).collect();
-                binarised_error(&pairs, order, false)
+                binarized_error(&pairs, order, false)
             };
             sets.iter().map(of_set).sum()
         };

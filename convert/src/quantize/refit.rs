@@ -308,7 +308,7 @@ impl Row<'_> {
     }
 
     /// Coordinate descent: each kept weight in turn takes the sign and region, or the two signs,
-    /// that minimise the output error with all others as they are.
+    /// that minimize the output error with all others as they are.
     #[inline(always)]
     fn choose_codes(&mut self, memory: &mut Memory) {
         let width = self.rest.len();

@@ -2,14 +2,14 @@
 //! of the machine. Throughput is in stored bytes, below it in weights and as shares
 //! of what this machine can do; `STB_ISA` limits it to one set.
 //!
-//! `cargo bench -p stb-kernels --bench matvec -- nm`
+//! `cargo bench -p stb-kernels --bench gemv -- nm`
 
 #![allow(missing_docs, reason = "made by the macros of criterion")]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use stb_format::Encoding;
 use stb_format::encoding::{IntGroup, Nm, Stbllm};
-use stb_kernels::{Workspace, matvec};
+use stb_kernels::{Workspace, gemv};
 
 mod report;
 use report::{Limits, Work};
@@ -42,8 +42,8 @@ fn benches(c: &mut Criterion) {
             for set in &sets {
                 let mut y = vec![0.0; rows];
                 let mut memory = Workspace::default();
-                let prepared = memory.prepare_rounded(set.isa(), &view, &x);
-                set.bench(&mut group, &work, || matvec(set.isa(), &view, prepared, 0, &mut y));
+                let prepared = memory.prepare_q8(set.isa(), &view, &x);
+                set.bench(&mut group, &work, || gemv(set.isa(), &view, prepared, 0, &mut y));
             }
         }
     }

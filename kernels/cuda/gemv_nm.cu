@@ -27,10 +27,10 @@ constexpr bool SIGN_APART = BETA == 7;
 constexpr u32 PAIR = N == 1 && M == 4 ? 2 : 1;
 constexpr u32 BITS_0 = PAIR * WIDTH_0, BITS_1 = PAIR * WIDTH_1, LOOKS = QV / PAIR;
 constexpr u32 ENTRIES = 1u << (SIGN_APART ? BETA - 1 : PAIR * BETA);
-// Columns of a quad, and of a lane's four neighbours together.
+// Columns of a quad, and of a lane's four neighbors together.
 constexpr u32 QUAD = 4 * M;
 constexpr u32 STEP = QV * QUAD;
-// Vectors that a lane works on in a step for T tokens: two neighbours mostly share the scales of a block.
+// Vectors that a lane works on in a step for T tokens: two neighbors mostly share the scales of a block.
 constexpr STB_DEVICE u32 vectors_of(u32 t) { return t == 1 ? 2 : 1; }
 constexpr u32 TILE = 16;
 
@@ -201,7 +201,7 @@ STB_DEVICE float sum_rows(float (&v)[TILE], u32 lane) {
     return v[0] + __shfl_xor_sync(ALL, v[0], 1);
 }
 
-template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
+template <u32 T, bool SCALED> STB_DEVICE void product(const Gemv &a) {
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
     __shared__ float scratch[WARPS];
@@ -276,7 +276,7 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const MatVec &a) {
 #pragma unroll
             for (u32 u = 0; u < U; ++u) {
                 Place here = whole;
-                // Neighbours are in one chunk and in the same vectors of its narrower planes.
+                // Neighbors are in one chunk and in the same vectors of its narrower planes.
                 here.at[0] += at + u * 64, here.at[1] += at, here.at[2] += at;
                 here.shift_1 += u * QV * WIDTH_1, here.shift_2 += u * QV * WIDTH_2;
                 // The last chunk of a row has fewer vectors.
@@ -373,11 +373,11 @@ STB_DEVICE void decode(const Decode &a) {
 
 // `scaled` where a matrix of the launch has scales of blocks.
 extern "C" {
-__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ MatVec a) { product<1, false>(a); }
-__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ MatVec a) { product<2, false>(a); }
-__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ MatVec a) { product<4, false>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_1(const __grid_constant__ MatVec a) { product<1, true>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_2(const __grid_constant__ MatVec a) { product<2, true>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_4(const __grid_constant__ MatVec a) { product<4, true>(a); }
+__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ Gemv a) { product<1, false>(a); }
+__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ Gemv a) { product<2, false>(a); }
+__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ Gemv a) { product<4, false>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_1(const __grid_constant__ Gemv a) { product<1, true>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_2(const __grid_constant__ Gemv a) { product<2, true>(a); }
+__global__ void __launch_bounds__(THREADS) scaled_4(const __grid_constant__ Gemv a) { product<4, true>(a); }
 __global__ void __launch_bounds__(THREADS) decode_rows(const __grid_constant__ Decode a) { decode(a); }
 }

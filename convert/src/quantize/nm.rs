@@ -13,7 +13,7 @@ use super::fit::Fitting;
 use super::{Input, Packed, Propagation, Seconds, TASK_ROWS};
 use crate::engine::Compensation;
 
-/// Options of the quantiser.
+/// Options of the quantizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Code, scale block and scale bits.
@@ -27,7 +27,7 @@ pub struct Options {
 /// Columns between exchanges with the rest of the matrix; a multiple of every group.
 const BLOCK: usize = 128;
 
-/// Codes and scales of a layer while they are optimised.
+/// Codes and scales of a layer while they are optimized.
 struct Fit<'a> {
     input: &'a Input<'a>,
     fitting: Fitting<'a>,
@@ -44,11 +44,11 @@ struct Fit<'a> {
     block_codes: Vec<u8>,
 }
 
-/// Quantises one linear layer.
+/// Quantizes one linear layer.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
-pub fn quantise(input: &Input<'_>, options: &Options) -> Result<Packed> {
+pub fn quantize(input: &Input<'_>, options: &Options) -> Result<Packed> {
     let mut seconds = Seconds::default();
     let clock = Instant::now();
     let spec = options.spec;
@@ -87,9 +87,9 @@ pub fn quantise(input: &Input<'_>, options: &Options) -> Result<Packed> {
         block_codes: if spec.block() == 0 { Vec::new() } else { fit.block_codes },
         codes: fit.codes,
     };
-    seconds.quantise = clock.elapsed().as_secs_f64();
+    seconds.quantize = clock.elapsed().as_secs_f64();
     let payload = parts.pack();
-    seconds.pack = clock.elapsed().as_secs_f64() - seconds.quantise;
+    seconds.pack = clock.elapsed().as_secs_f64() - seconds.quantize;
     Ok(Packed { encoding: Encoding::Nm(spec), payload, salient: None, seconds })
 }
 
@@ -187,7 +187,7 @@ impl Fit<'_> {
         out
     }
 
-    /// The scales that minimise the output error for the present codes. `target` is W·H.
+    /// The scales that minimize the output error for the present codes. `target` is W·H.
     fn refit_scales(&mut self, target: &[f32]) -> Result<()> {
         let cols = self.input.cols;
         let mut signs = vec![0.0; self.input.rows * cols];
@@ -211,7 +211,7 @@ impl Fit<'_> {
             });
     }
 
-    /// Coordinate descent: each group in turn takes the code that minimises the output error with
+    /// Coordinate descent: each group in turn takes the code that minimizes the output error with
     /// all other groups as they are. `target` is W·H.
     fn sweep(&mut self, target: &[f32]) -> Result<()> {
         let (rows, cols) = (self.input.rows, self.input.cols);

@@ -1,5 +1,5 @@
-//! Partial binarisation (PB-LLM): a share of single weights keeps several bits, the others become a
-//! sign and a scale; columns are quantised one after another with error compensation.
+//! Partial binarization (PB-LLM): a share of single weights keeps several bits, the others become a
+//! sign and a scale; columns are quantized one after another with error compensation.
 
 use std::time::Instant;
 
@@ -12,7 +12,7 @@ use super::search::Salient;
 use super::{Input, Packed, Propagation, Seconds, TASK_ROWS};
 use crate::engine::Compensation;
 
-/// Options of the quantiser.
+/// Options of the quantizer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Options {
     /// Share of the weights of a matrix that are salient.
@@ -25,19 +25,19 @@ pub struct Options {
     pub block: u16,
 }
 
-/// Quantises one linear layer. No encoding mixes bits within a row, so the values are stored as
+/// Quantizes one linear layer. No encoding mixes bits within a row, so the values are stored as
 /// binary16 numbers.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
-pub fn quantise(input: &Input<'_>, options: &Options) -> Result<Packed> {
+pub fn quantize(input: &Input<'_>, options: &Options) -> Result<Packed> {
     let mut seconds = Seconds::default();
     let clock = Instant::now();
     let salient = salient(input, options);
     seconds.search = clock.elapsed().as_secs_f64();
     let clock = Instant::now();
     let values = compensate(input, options, &salient)?;
-    seconds.quantise = clock.elapsed().as_secs_f64();
+    seconds.quantize = clock.elapsed().as_secs_f64();
     let clock = Instant::now();
     let payload = Dense::F16.encode(&values);
     seconds.pack = clock.elapsed().as_secs_f64();
