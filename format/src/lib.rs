@@ -39,6 +39,7 @@
     )
 )]
 
+pub mod arch;
 pub mod encoding;
 mod error;
 mod limits;
@@ -50,12 +51,13 @@ mod reader;
 mod tensors;
 mod writer;
 
+pub use arch::Activation;
 pub use encoding::Encoding;
 pub use error::{Class, Error, Result, Rule};
 pub use half;
 pub use limits::*;
 pub use meta::{Meta, MetaView, Value, ValueRef};
-pub use profile::{Activation, ModelSpec, RopePairing, RopeScaling};
+pub use profile::{ModelSpec, RopePairing, RopeScaling};
 pub use reader::{File, Section};
 pub use tensors::Tensor;
 pub use writer::{Writer, file_size};

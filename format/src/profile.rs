@@ -1,17 +1,11 @@
 //! The model profile (spec §5.2): what the metadata keys say about the network, and which tensors
 //! belong to it.
 
+use crate::arch::{Activation, Architecture, TensorSpec};
 use crate::error::{Error, Result, Rule};
 use crate::meta::{Meta, MetaView, Value, ValueRef};
 use crate::num::len_u64;
 use crate::reader::File;
-
-/// The activation of the gated feed-forward network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `silu`: x · sigmoid(x).
-    Silu,
-}
 
 /// Which elements of a head rotate together (required, because guessing it wrong is silent).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +39,11 @@ pub enum RopeScaling {
     },
 }
 
-/// A LLaMA-type decoder as described by the `model.*` keys.
+/// A decoder as described by the `model.*` keys.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
+    /// The family that it belongs to.
+    pub architecture: Architecture,
     /// Token embeddings.
     pub vocab_size: u64,
     /// Width of the residual stream.
@@ -117,7 +113,9 @@ impl ModelSpec {
             let found = keys.text(key)?;
             if found == allowed { Ok(()) } else { Err(unknown(key, found)) }
         };
-        known("model.architecture", "llama")?;
+        let name = keys.text("model.architecture")?;
+        let architecture = Architecture::by_name(name);
+        let architecture = architecture.ok_or_else(|| unknown("model.architecture", name))?;
         known("model.norm", "rmsnorm")?;
         known("model.activation", "silu")?;
         let rope_pairing = match keys.text("model.rope.pairing")? {
@@ -138,6 +136,7 @@ impl ModelSpec {
             other => return Err(unknown("model.rope.scaling", other)),
         };
         let spec = Self {
+            architecture,
             vocab_size: keys.u64("model.vocab_size")?,
             hidden_size: keys.u64("model.hidden_size")?,
             intermediate_size: keys.u64("model.intermediate_size")?,
@@ -207,7 +206,7 @@ impl ModelSpec {
     /// None for a spec that passes [`ModelSpec::check`].
     pub fn write_meta(&self, meta: &mut Meta) -> Result<()> {
         let text = |v: &str| Value::Text(v.to_owned());
-        meta.set("model.architecture", text("llama"))?;
+        meta.set("model.architecture", text(self.architecture.name()))?;
         meta.set("model.norm", text("rmsnorm"))?;
         meta.set("model.activation", text("silu"))?;
         for (key, value) in [
@@ -246,40 +245,12 @@ impl ModelSpec {
         }
     }
 
-    /// Names and shapes of all tensors of the model, in the order in which they are used.
-    pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<u64>)> + '_ {
-        let q_width = self.heads.saturating_mul(self.head_dim);
-        let kv_width = self.kv_heads.saturating_mul(self.head_dim);
-        let (hidden, inter) = (self.hidden_size, self.intermediate_size);
-        let layer = move |i: u64| {
-            [
-                ("input_layernorm", vec![hidden]),
-                ("self_attn.q_proj", vec![q_width, hidden]),
-                ("self_attn.k_proj", vec![kv_width, hidden]),
-                ("self_attn.v_proj", vec![kv_width, hidden]),
-                ("self_attn.o_proj", vec![hidden, q_width]),
-                ("post_attention_layernorm", vec![hidden]),
-                ("mlp.gate_proj", vec![inter, hidden]),
-                ("mlp.up_proj", vec![inter, hidden]),
-                ("mlp.down_proj", vec![hidden, inter]),
-            ]
-            .map(|(name, shape)| (format!("model.layers.{i}.{name}.weight"), shape))
-        };
-        let embedding = ("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden]);
-        let head = (!self.tied_embeddings)
-            .then(|| ("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
-        std::iter::once(embedding)
-            .chain((0..self.layers).flat_map(layer))
-            .chain(std::iter::once(("model.norm.weight".to_owned(), vec![hidden])))
-            .chain(head)
-    }
-
     /// STB-R-063: exactly the tensors of the model, in any order.
     fn check_tensors(&self, file: &File<'_>) -> Result<()> {
         let stored: std::collections::HashMap<&str, &[u64]> =
             file.tensors().iter().map(|t| (t.name(), t.shape())).collect();
         let mut expected = 0u64;
-        for (name, shape) in self.tensors() {
+        for TensorSpec { name, shape, .. } in self.tensors() {
             expected = expected.saturating_add(1);
             let found = stored.get(name.as_str());
             if found != Some(&shape.as_slice()) {
@@ -291,7 +262,7 @@ impl ModelSpec {
             }
         }
         if expected != len_u64(stored.len()) {
-            let names: std::collections::HashSet<String> = self.tensors().map(|t| t.0).collect();
+            let names: std::collections::HashSet<String> = self.tensors().map(|t| t.name).collect();
             let extra = stored.keys().find(|name| !names.contains(**name)).copied().unwrap_or("");
             return Err(Error::new(Rule::ModelTensor, "not part of the model").in_tensor(extra));
         }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use stb_format::ModelSpec;
+use stb_format::arch::TensorSpec;
 use stb_format::encoding::{Dense, Encoding};
 
 use crate::config::{TokenConfig, parse_config, token_ids};
@@ -215,7 +216,7 @@ fn read_weights(
         }
     }
     let mut weights = BTreeMap::new();
-    for (name, shape) in spec.tensors() {
+    for TensorSpec { name, shape, .. } in spec.tensors() {
         let Some((bytes, range, kind, found)) = stored.remove(&name) else {
             return Err(Error::invalid(format!(
                 "{} has no tensor {name}, which config.json asks for",
@@ -236,15 +237,11 @@ fn read_weights(
         let rows = shape.iter().product::<u64>() / cols;
         weights.insert(name, Weight::new(bytes, range, Encoding::Dense(kind), rows, cols)?);
     }
-    if let Some(name) = stored.keys().find(|name| !is_redundant(name, spec)) {
+    if let Some(name) = stored.keys().find(|name| !spec.is_redundant(name)) {
         return Err(Error::unsupported(format!(
-            "tensor {name} is not part of a LLaMA model; dropping it would change the model"
+            "tensor {name} is not part of a {:?} model; dropping it would change the model",
+            spec.architecture
         )));
     }
     Ok(weights)
-}
-
-/// Tensors that repeat what the model has anyway: a copy of tied embeddings, rotary tables.
-fn is_redundant(name: &str, spec: &ModelSpec) -> bool {
-    (name == "lm_head.weight" && spec.tied_embeddings) || name.ends_with("rotary_emb.inv_freq")
 }

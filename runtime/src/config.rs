@@ -1,38 +1,10 @@
 //! `config.json` and its companions of a Hugging Face checkpoint, as a [`ModelSpec`].
 
-use serde::Deserialize;
 use serde_json::Value;
-use stb_format::{Activation, ModelSpec, RopePairing, RopeScaling};
+use stb_format::ModelSpec;
+use stb_format::arch::{ConfigError, ConfigFields};
 
 use crate::error::{Error, Result};
-
-/// The fields of `config.json` that decide the computation. Tagged and flattened enums are avoided
-/// on purpose: they break on floats when any crate turns on `serde_json/arbitrary_precision`.
-#[derive(Deserialize)]
-struct Config {
-    model_type: Option<String>,
-    architectures: Option<Vec<String>>,
-    vocab_size: Option<u64>,
-    hidden_size: Option<u64>,
-    intermediate_size: Option<u64>,
-    num_hidden_layers: Option<u64>,
-    num_attention_heads: Option<u64>,
-    num_key_value_heads: Option<u64>,
-    head_dim: Option<u64>,
-    max_position_embeddings: Option<u64>,
-    rms_norm_eps: Option<f64>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<Value>,
-    rope_parameters: Option<Value>,
-    hidden_act: Option<String>,
-    tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    sliding_window: Option<u64>,
-    quantization_config: Option<Value>,
-    bos_token_id: Option<Value>,
-    eos_token_id: Option<Value>,
-}
 
 /// Token ids that `config.json` and `generation_config.json` give.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,38 +19,50 @@ pub struct TokenConfig {
 ///
 /// # Errors
 /// [`Error::Invalid`] for missing or contradictory fields, [`Error::Unsupported`] for an
-/// architecture or option that the graph does not have.
+/// architecture or option that the forward pass does not have.
 pub fn parse_config(json: &str) -> Result<(ModelSpec, TokenConfig)> {
-    let config: Config =
+    let config: Value =
         serde_json::from_str(json).map_err(|e| Error::invalid(format!("config.json: {e}")))?;
-    config.check_supported()?;
-    let field = |name: &str, value: Option<u64>| {
-        value.ok_or_else(|| Error::invalid(format!("config.json has no {name}")))
-    };
-    let hidden_size = field("hidden_size", config.hidden_size)?;
-    let heads = field("num_attention_heads", config.num_attention_heads)?;
-    let (rope_theta, rope_scaling) = config.rope()?;
-    let spec = ModelSpec {
-        vocab_size: field("vocab_size", config.vocab_size)?,
-        hidden_size,
-        intermediate_size: field("intermediate_size", config.intermediate_size)?,
-        layers: field("num_hidden_layers", config.num_hidden_layers)?,
-        heads,
-        kv_heads: config.num_key_value_heads.unwrap_or(heads),
-        head_dim: config.head_dim.unwrap_or(hidden_size / heads.max(1)),
-        context_length: field("max_position_embeddings", config.max_position_embeddings)?,
-        norm_eps: config
-            .rms_norm_eps
-            .ok_or_else(|| Error::invalid("config.json has no rms_norm_eps"))?,
-        rope_theta,
-        rope_pairing: RopePairing::Half,
-        rope_scaling,
-        tied_embeddings: config.tie_word_embeddings.unwrap_or(false),
-        activation: Activation::Silu,
-    };
-    spec.check().map_err(|e| Error::invalid(format!("config.json: {e}")))?;
-    let bos = config.bos_token_id.as_ref().and_then(Value::as_u64);
-    Ok((spec, TokenConfig { bos, eos: token_ids(config.eos_token_id.as_ref()) }))
+    let spec = ModelSpec::from_config(&Fields(&config)).map_err(|e| match e {
+        ConfigError::Invalid(what) if what.starts_with("config.json") => Error::invalid(what),
+        ConfigError::Invalid(what) => Error::invalid(format!("config.json: {what}")),
+        ConfigError::Unsupported(what) => Error::unsupported(what),
+    })?;
+    let bos = config.get("bos_token_id").and_then(Value::as_u64);
+    Ok((spec, TokenConfig { bos, eos: token_ids(config.get("eos_token_id")) }))
+}
+
+/// The fields of a JSON object.
+struct Fields<'a>(&'a Value);
+
+impl ConfigFields for Fields<'_> {
+    fn u64(&self, name: &str) -> Option<u64> {
+        let value = self.0.get(name)?;
+        // Some files write whole numbers as 8192.0.
+        let whole = |v: &f64| (0.0..9e15).contains(v) && v.fract() == 0.0;
+        value.as_u64().or_else(|| value.as_f64().filter(whole).map(|v| v as u64))
+    }
+
+    fn f64(&self, name: &str) -> Option<f64> {
+        self.0.get(name)?.as_f64()
+    }
+
+    fn bool(&self, name: &str) -> Option<bool> {
+        self.0.get(name)?.as_bool()
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        Some(self.0.get(name)?.as_str()?.to_owned())
+    }
+
+    fn object(&self, name: &str) -> Option<Box<dyn ConfigFields + '_>> {
+        let value = self.0.get(name).filter(|v| v.is_object())?;
+        Some(Box::new(Fields(value)))
+    }
+
+    fn class(&self) -> Option<String> {
+        Some(self.0.get("architectures")?.get(0)?.as_str()?.to_owned())
+    }
 }
 
 /// One id, a list of ids, or nothing.
@@ -90,72 +74,10 @@ pub(crate) fn token_ids(value: Option<&Value>) -> Vec<u64> {
     }
 }
 
-impl Config {
-    fn check_supported(&self) -> Result<()> {
-        let unsupported = |what: String| {
-            Err(Error::unsupported(format!("{what}; LLaMA-type models (model_type llama) are")))
-        };
-        let kind = self.model_type.as_deref().unwrap_or("(none)");
-        if kind != "llama" {
-            let class = self.architectures.as_ref().and_then(|a| a.first());
-            let class = class.map(|c| format!(" ({c})")).unwrap_or_default();
-            return unsupported(format!("model_type {kind}{class} is not supported"));
-        }
-        if self.quantization_config.is_some() {
-            return unsupported(
-                "a checkpoint that is already quantized is not supported, convert the original"
-                    .into(),
-            );
-        }
-        match self.hidden_act.as_deref() {
-            None | Some("silu" | "swish") => {}
-            Some(other) => return unsupported(format!("hidden_act {other} is not supported")),
-        }
-        if self.attention_bias == Some(true) || self.mlp_bias == Some(true) {
-            return unsupported("biases in linear layers are not supported".into());
-        }
-        if let (Some(window), Some(context)) = (self.sliding_window, self.max_position_embeddings)
-            && window < context
-        {
-            return unsupported(format!("a sliding window of {window} is not supported"));
-        }
-        Ok(())
-    }
-
-    /// θ and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
-    fn rope(&self) -> Result<(f64, RopeScaling)> {
-        let scaling = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
-        let scaling = scaling.filter(|v| !v.is_null());
-        let number = |name: &str| scaling.and_then(|s| s.get(name)).and_then(Value::as_f64);
-        let theta = number("rope_theta").or(self.rope_theta).unwrap_or(10_000.0);
-        let kind = scaling
-            .and_then(|s| s.get("rope_type").or_else(|| s.get("type")))
-            .and_then(Value::as_str)
-            .unwrap_or("default");
-        let required = |name: &str| {
-            number(name).ok_or_else(|| Error::invalid(format!("rope scaling {kind} has no {name}")))
-        };
-        let scaling = match kind {
-            "default" => RopeScaling::None,
-            "linear" => RopeScaling::Linear { factor: required("factor")? },
-            "llama3" => RopeScaling::Llama3 {
-                factor: required("factor")?,
-                low_freq_factor: required("low_freq_factor")?,
-                high_freq_factor: required("high_freq_factor")?,
-                original_context: required("original_max_position_embeddings")? as u64,
-            },
-            other => {
-                return Err(Error::unsupported(format!(
-                    "rope scaling {other} is not supported; default, linear and llama3 are"
-                )));
-            }
-        };
-        Ok((theta, scaling))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use stb_format::RopeScaling;
+
     use super::*;
 
     const BASE: &str = r#""model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,

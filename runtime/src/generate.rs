@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::forward::State;
-use crate::model::Model;
 use crate::sampler::{Next, Sampler};
+use crate::state::State;
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// Prompt tokens that are processed together: bounds memory and the wait for Ctrl-C.
@@ -69,7 +69,7 @@ pub struct Generated {
 /// # Errors
 /// [`Error::Usage`] if the prompt is empty or does not fit into the context.
 pub fn generate(
-    model: &Model,
+    model: &Engine,
     tokenizer: &Tokenizer,
     state: &mut State,
     cached: &mut Vec<u32>,

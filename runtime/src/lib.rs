@@ -2,27 +2,36 @@
 //! template, sampling and evaluation. The program `stb-run` is a thin layer over this crate.
 //!
 //! ```no_run
-//! use stb_runtime::{Model, OpenOptions, State};
+//! use stb_runtime::{Engine, OpenOptions, State};
 //!
-//! let model = Model::open("model.stb".as_ref(), &OpenOptions::default())?;
-//! let mut state = State::new(&model, 512);
-//! let logits = model.forward(&mut state, &model.tokenizer()?.encode_prompt("Once upon a time")?)?;
+//! let engine = Engine::open("model.stb".as_ref(), &OpenOptions::default())?;
+//! let prompt = engine.model.tokenizer()?.encode_prompt("Once upon a time")?;
+//! let mut state = State::new(&engine, 512);
+//! let logits = engine.forward(&mut state, &prompt)?;
 //! # Ok::<(), stb_runtime::Error>(())
 //! ```
 
-mod attention;
+pub mod block;
 mod checkpoint;
 mod config;
+mod cpu;
 mod device;
+mod engine;
 mod error;
 mod eval;
 mod forward;
 mod generate;
+mod kv_cache;
+mod layer;
 mod linear;
 mod map;
 mod model;
-mod rotary;
+mod pass;
+mod rope;
 mod sampler;
+mod sequence;
+mod state;
+mod sublayer;
 mod template;
 mod threads;
 mod tokenizer;
@@ -30,20 +39,24 @@ mod weights;
 
 pub use checkpoint::{Checkpoint, SourceFile};
 pub use config::{TokenConfig, parse_config};
-pub use device::{DeviceChoice, DeviceHalf, DeviceLayers, DeviceObserver, Half};
+pub use cpu::Observer;
+pub use device::{DeviceChoice, DeviceLayers, DeviceObserver, DeviceSublayer};
+pub use engine::{Engine, OpenOptions, Verify};
 pub use error::{Error, Result, exit_code};
 pub use eval::{
     Divergence, Estimate, Item, KeptLogits, Perplexity, PerplexityOptions, Prompt, Reference,
     Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_item,
     zero_shot,
 };
-pub use forward::{LinearInput, Observer, State};
 pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};
+pub use layer::Layer;
 pub use linear::{LinearScratch, apply};
 pub use map::Bytes;
-pub use model::{Layer, Model, OpenOptions, Verify};
+pub use model::Model;
 pub use sampler::{Next, Sampler, SamplerOptions};
+pub use state::State;
 pub use stb_kernels::kv::KvKind;
+pub use sublayer::Sublayer;
 pub use template::{ChatTemplate, Message};
 pub use threads::default_threads;
 pub use tokenizer::{TextStream, Tokenizer};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use stb_kernels::probe;
-use stb_runtime::{Error, Model, State};
+use stb_runtime::{Engine, Error, State};
 
 use super::{BenchArgs, open, terminal};
 
@@ -44,11 +44,11 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 /// Token ids spread over the vocabulary; what they mean does not matter for speed.
-fn token(model: &Model, i: usize) -> u32 {
+fn token(model: &Engine, i: usize) -> u32 {
     ((i * 7919 + 1) % model.embeddings.rows()) as u32
 }
 
-fn time_prefill(model: &Model, count: usize) -> Result<f64, Error> {
+fn time_prefill(model: &Engine, count: usize) -> Result<f64, Error> {
     let tokens: Vec<u32> = (0..count).map(|i| token(model, i)).collect();
     let mut state = State::new(model, count);
     let started = Instant::now();
@@ -59,7 +59,7 @@ fn time_prefill(model: &Model, count: usize) -> Result<f64, Error> {
 /// Seconds for `count` tokens in each of `batch` sequences with `depth` tokens before them, and the
 /// bytes of keys and values of one sequence at the end.
 fn time_decode(
-    model: &Model,
+    model: &Engine,
     depth: usize,
     count: usize,
     batch: usize,
@@ -86,7 +86,7 @@ fn time_decode(
 }
 
 /// Bytes per second at which the threads can read the weights, and do nothing with them.
-fn time_read(model: &Model) -> f64 {
+fn time_read(model: &Engine) -> f64 {
     const PIECE: usize = 1 << 18;
     let pieces: Vec<&[u8]> = model.matrices().flat_map(|w| w.bytes().chunks(PIECE)).collect();
     let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
@@ -102,7 +102,7 @@ fn time_read(model: &Model) -> f64 {
 }
 
 /// 8-bit multiplications per second of all threads, from cache.
-fn time_multiply(model: &Model) -> f64 {
+fn time_multiply(model: &Engine) -> f64 {
     const COUNT: u64 = 1 << 30;
     let started = Instant::now();
     let threads = model.pool.threads();
@@ -122,7 +122,7 @@ struct Runs {
 }
 
 struct Report<'a> {
-    model: &'a Model,
+    model: &'a Engine,
     load: f64,
     first_token: f64,
     prefill: Spread,
@@ -138,7 +138,7 @@ struct Report<'a> {
 }
 
 impl<'a> Report<'a> {
-    fn new(model: &'a Model, args: &BenchArgs, runs: Runs, load: f64, first_token: f64) -> Self {
+    fn new(model: &'a Engine, args: &BenchArgs, runs: Runs, load: f64, first_token: f64) -> Self {
         let size = |w: &stb_runtime::Weight| (w.rows() * w.cols()) as f64;
         let weights: f64 = model.matrices().map(size).sum();
         let decode = Spread::of(runs.decode);
@@ -154,7 +154,7 @@ impl<'a> Report<'a> {
             read: Spread::of(runs.read),
             multiply: Spread::of(runs.multiply),
             cache_bytes: runs.cache_bytes,
-            body: weights - size(model.head()),
+            body: weights - size(model.lm_head()),
             weights,
         }
     }

@@ -1,7 +1,7 @@
 //! The devices of a machine, and what is said about the one that was chosen.
 
 use stb_kernels::cuda;
-use stb_runtime::{Model, default_threads};
+use stb_runtime::{Engine, default_threads};
 
 use super::terminal;
 
@@ -24,7 +24,7 @@ pub(super) fn list() -> anyhow::Result<()> {
 }
 
 /// Says why the CPU computes though a device was wanted if there is one.
-pub(super) fn explain(model: &Model) {
+pub(super) fn explain(model: &Engine) {
     if let Some(why) = &model.device_note {
         terminal::note(format_args!("{why}; the CPU computes"));
     }

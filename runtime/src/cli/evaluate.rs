@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value as Json, json};
 use stb_runtime::{
-    Divergence, Error, Estimate, Model, Perplexity, PerplexityOptions, Reference, Task, TaskResult,
-    TextLayout, ZeroShotOptions, perplexity as measure, zero_shot as answer,
+    Divergence, Engine, Error, Estimate, Perplexity, PerplexityOptions, Reference, Task,
+    TaskResult, TextLayout, ZeroShotOptions, perplexity as measure, zero_shot as answer,
 };
 
 use super::{PerplexityArgs, ZeroShotArgs, open_exact, terminal};
@@ -79,7 +79,7 @@ fn print_divergence(found: &Divergence) -> std::io::Result<()> {
     ))
 }
 
-fn perplexity_json(args: &PerplexityArgs, model: &Model, text: &str, result: &Perplexity) -> Json {
+fn perplexity_json(args: &PerplexityArgs, model: &Engine, text: &str, result: &Perplexity) -> Json {
     let mut json = json!({
         "perplexity": result.perplexity.value,
         "perplexity_standard_error": result.perplexity.standard_error,
@@ -198,7 +198,7 @@ fn print_tasks(results: &[(&PathBuf, TaskResult)]) -> std::io::Result<()> {
 
 fn zero_shot_json(
     args: &ZeroShotArgs,
-    model: &Model,
+    model: &Engine,
     options: &ZeroShotOptions,
     results: &[(&PathBuf, TaskResult)],
 ) -> Json {
@@ -229,7 +229,7 @@ fn zero_shot_json(
     })
 }
 
-fn true_bits(model: &Model) -> f64 {
+fn true_bits(model: &Engine) -> f64 {
     model.file_bytes as f64 * 8.0 / model.parameters() as f64
 }
 

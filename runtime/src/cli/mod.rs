@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use stb_runtime::{
-    DeviceChoice, Error, KvKind, Model, OpenOptions, Task, Verify, default_threads, open_to_measure,
+    DeviceChoice, Engine, Error, KvKind, OpenOptions, Task, Verify, default_threads,
+    open_to_measure,
 };
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
@@ -334,7 +335,7 @@ fn in_pool(
 }
 
 /// Opens the model to measure what the file holds.
-fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
+fn open_exact(file: &Path, args: &LoadArgs) -> Result<Engine, Error> {
     if matches!(args.kv, Some(KvArg::F16 | KvArg::Q8)) {
         let text =
             "evaluation is exact: keys and values are kept in f32, so leave out --kv (STB_KV)";
@@ -348,9 +349,9 @@ fn open_exact(file: &Path, args: &LoadArgs) -> Result<Model, Error> {
 }
 
 /// Opens the model and says how long it took.
-fn open(file: &Path, args: &LoadArgs) -> Result<(Model, Duration), Error> {
+fn open(file: &Path, args: &LoadArgs) -> Result<(Engine, Duration), Error> {
     let started = Instant::now();
-    let model = Model::open(file, &open_options(args))?;
+    let model = Engine::open(file, &open_options(args))?;
     devices::explain(&model);
     Ok((model, started.elapsed()))
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use stb_runtime::{
-    ChatTemplate, Error, Finish, GenerateOptions, Generated, Message, Model, Sampler,
+    ChatTemplate, Engine, Error, Finish, GenerateOptions, Generated, Message, Sampler,
     SamplerOptions, State, Tokenizer, generate,
 };
 
@@ -13,7 +13,7 @@ use super::{RunArgs, SamplingArgs, chat, open, terminal};
 
 /// Everything a conversation needs.
 pub(super) struct Session {
-    pub model: Model,
+    pub model: Engine,
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
     pub state: State,
@@ -106,7 +106,7 @@ pub(super) fn run(file: &Path, args: &RunArgs) -> anyhow::Result<()> {
 }
 
 /// Flags, else what the model file suggests, else our defaults.
-fn sampler_options(args: &SamplingArgs, model: &Model) -> SamplerOptions {
+fn sampler_options(args: &SamplingArgs, model: &Engine) -> SamplerOptions {
     let default = SamplerOptions::default();
     let file = |key: &str| model.sampling_default(key);
     let number = |flag: Option<f32>, key: &str, default: f32| {

@@ -4,25 +4,20 @@
 use std::fmt;
 use std::ops::ControlFlow;
 
+use stb_format::arch::LinearInput;
 use stb_kernels::cuda::{
     self, Attend, Attention, Buffer, Dense, Device, Input, KvCache, Matrix, Operand, Ops, Slots,
 };
 use stb_kernels::kv::KvKind;
 
-use super::layer::{AttentionHalf, AttentionWork, MlpHalf, Products};
-use crate::error::Result;
-use crate::forward::LinearInput;
-use crate::model::{Layer, Model};
+use super::common::{attention_shape, kernel_input, upload_norm};
+use crate::block::{AttentionBuffers, BlockInput, BlockOps, BlockScratch, Flow, run_sublayer};
+use crate::error::{Error, Result};
+use crate::layer::Layer;
+use crate::model::Model;
+use crate::rope::Rope;
+use crate::sublayer::Sublayer;
 use crate::weights::Weight;
-
-/// A half of a decoder layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Half {
-    /// Up to the residual stream behind attention.
-    Attention,
-    /// The rest.
-    Mlp,
-}
 
 /// Sees what linear layers read, [tokens, in features], as it is on the device. To break ends the half there, before that
 /// linear layer.
@@ -37,14 +32,12 @@ struct Decoded {
     cols: usize,
 }
 
-/// A half of a decoder layer on a device, decoded.
+/// A sublayer of a decoder layer on a device, decoded.
 #[derive(Debug)]
-pub struct DeviceHalf(Loaded);
-
-#[derive(Debug)]
-enum Loaded {
-    Attention(AttentionHalf<Decoded>),
-    Mlp(MlpHalf<Decoded>),
+pub struct DeviceSublayer {
+    which: Sublayer,
+    /// Only the matrices of the sublayer hold anything.
+    layer: Layer<Decoded, Buffer<f32>>,
 }
 
 /// Runs decoder layers of one model over whole sequences.
@@ -58,9 +51,8 @@ pub struct DeviceLayers {
     eps: f32,
     /// Products of the norm or of gate and up.
     input: Buffer<f32>,
-    /// Queries, keys, values, attention, gate, up: [tokens, width].
-    work: [Buffer<f32>; 6],
-    widths: [usize; 6],
+    scratch: BlockScratch<Buffer<f32>>,
+    intermediate: usize,
 }
 
 impl fmt::Debug for DeviceLayers {
@@ -73,22 +65,27 @@ impl DeviceLayers {
     /// For layers of the shapes of `model`.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if the vendor's libraries are missing or a shape has no kernel.
+    /// [`Error::Device`] if the vendor's libraries are missing or a shape has no kernel.
     pub fn new(device: &Device, model: &Model) -> Result<Self> {
-        let attention = Attention { kind: KvKind::F32, ..model.device_attention(1) };
+        let attention = attention_shape(model, 1, KvKind::F32);
         let make = || device.zeros("activations", 0);
-        let intermediate = model.layers.first().map_or(0, |layer| layer.gate.rows());
-        let (q, k) = (attention.heads * attention.width, attention.kv_heads * attention.width);
         Ok(Self {
             dense: Dense::new(device)?,
             ops: Ops::new(device),
             attention,
-            attend: Attend::new(device, attention, &model.frequencies)?,
+            attend: Attend::new(device, attention, &Rope::new(&model.spec).frequencies)?,
             caches: Vec::new(),
             eps: model.spec.norm_eps as f32,
             input: make()?,
-            work: [make()?, make()?, make()?, make()?, make()?, make()?],
-            widths: [q, k, k, q, intermediate, intermediate],
+            scratch: BlockScratch {
+                q: make()?,
+                k: make()?,
+                v: make()?,
+                attn_out: make()?,
+                gate: make()?,
+                up: make()?,
+            },
+            intermediate: model.spec.block(0).mlp.intermediate_size as usize,
         })
     }
 
@@ -97,11 +94,11 @@ impl DeviceLayers {
         &mut self.dense
     }
 
-    /// Copies half a layer to the device.
+    /// Copies a sublayer to the device.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if there is too little memory.
-    pub fn load(&self, layer: &Layer, half: Half) -> Result<DeviceHalf> {
+    /// [`Error::Device`] if there is too little memory.
+    pub fn load(&self, layer: &Layer, which: Sublayer) -> Result<DeviceSublayer> {
         let device = self.dense.device();
         let upload = |weight: &Weight| -> Result<Decoded> {
             let (rows, cols) = (weight.rows(), weight.cols());
@@ -115,50 +112,55 @@ impl DeviceLayers {
             };
             Ok(Decoded { values, rows, cols })
         };
-        Ok(DeviceHalf(match half {
-            Half::Attention => Loaded::Attention(AttentionHalf::load(device, layer, upload)?),
-            Half::Mlp => Loaded::Mlp(MlpHalf::load(device, layer, upload)?),
-        }))
+        let layer = layer.part(which).try_map(upload, |norm| upload_norm(device, norm))?;
+        Ok(DeviceSublayer { which, layer })
     }
 
-    /// Queues half a layer for sequences of these lengths, from their starts, one after another in
-    /// `hidden`, [tokens, hidden], which is changed in place. `observer` sees the inputs of the linear layers.
+    /// Queues a sublayer for sequences of these lengths, from their starts, one after another in
+    /// `hidden`, [tokens, hidden], which is changed in place. `observer` sees the inputs of the
+    /// linear layers.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if there is too little memory, or what `observer` returns.
+    /// [`Error::Device`] if there is too little memory, or what `observer` returns.
     ///
     /// # Panics
     /// If `hidden` is too small.
     pub fn run(
         &mut self,
-        half: &DeviceHalf,
+        sublayer: &DeviceSublayer,
         lengths: &[usize],
         hidden: &mut Buffer<f32>,
         observer: &mut DeviceObserver<'_>,
     ) -> Result<ControlFlow<()>> {
         let tokens = lengths.iter().sum();
-        let used = if matches!(half.0, Loaded::Mlp(_)) { 4..6 } else { 0..4 };
-        for (buffer, width) in self.work[used.clone()].iter_mut().zip(&self.widths[used]) {
+        self.reserve(sublayer.which, tokens)?;
+        let slots = match sublayer.which {
+            Sublayer::Attention => Some(self.places(lengths)?),
+            Sublayer::Mlp => None,
+        };
+        let Self { dense, ops, attend, input, scratch, eps, .. } = self;
+        let slots = slots.as_ref();
+        let mut ops = DecodedOps { dense, ops, attend, slots, input, eps: *eps, tokens, observer };
+        run_sublayer(&mut ops, sublayer.which, &sublayer.layer, scratch, hidden)
+    }
+
+    /// Makes room for the activations of `tokens` tokens.
+    fn reserve(&mut self, which: Sublayer, tokens: usize) -> Result<()> {
+        let BlockScratch { q, k, v, attn_out, gate, up } = &mut self.scratch;
+        let q_width = self.attention.heads * self.attention.width;
+        let kv_width = self.attention.kv_heads * self.attention.width;
+        let needed = match which {
+            Sublayer::Attention => {
+                vec![(q, q_width), (k, kv_width), (v, kv_width), (attn_out, q_width)]
+            }
+            Sublayer::Mlp => vec![(gate, self.intermediate), (up, self.intermediate)],
+        };
+        for (buffer, width) in needed {
             if buffer.len() < tokens * width {
                 *buffer = self.dense.device().zeros("activations", tokens * width)?;
             }
         }
-        let eps = self.eps;
-        match &half.0 {
-            Loaded::Attention(half) => {
-                let slots = &self.places(lengths)?;
-                let visible = slots.visible();
-                let Self { dense, ops, attend, input, work: [q, k, v, mixed, ..], .. } = self;
-                let work = AttentionWork { attend, slots, layer: 0, visible, q, k, v, mixed };
-                let mut products = Decoding { dense, ops, input, tokens, observer };
-                half.queue(&mut products, work, eps, hidden)
-            }
-            Loaded::Mlp(half) => {
-                let Self { dense, ops, input, work: [.., gate, up], .. } = self;
-                let mut products = Decoding { dense, ops, input, tokens, observer };
-                half.queue(&mut products, [gate, up], eps, hidden)
-            }
-        }
+        Ok(())
     }
 
     /// The places of sequences in their caches.
@@ -186,30 +188,33 @@ fn decode(device: &Device, weight: &Weight) -> cuda::Result<Buffer<f32>> {
     Ok(values)
 }
 
-/// Products with decoded matrices, seen by an observer.
-struct Decoding<'a, 'o> {
+/// The decoder layer with decoded matrices; an observer sees the inputs of the linear layers.
+struct DecodedOps<'a, 'o> {
     dense: &'a Dense,
     ops: &'a Ops,
+    attend: &'a mut Attend,
+    /// For attention.
+    slots: Option<&'a Slots>,
     input: &'a mut Buffer<f32>,
+    eps: f32,
     tokens: usize,
     observer: &'a mut DeviceObserver<'o>,
 }
 
-impl Products for Decoding<'_, '_> {
-    type Matrix = Decoded;
-
+impl DecodedOps<'_, '_> {
+    /// Queues `out[i]` = `before` · `out[i]` + `x` · `matrices[i]`ᵀ, once the observer has seen x.
     fn queue(
         &mut self,
         which: LinearInput,
+        x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
         matrices: &[&Decoded],
-        input: Input<&Buffer<f32>>,
         out: &mut [&mut Buffer<f32>],
-        add: bool,
-    ) -> Result<ControlFlow<()>> {
+        before: f32,
+    ) -> Flow<Error> {
         let (tokens, cols) = (self.tokens, matrices.first().map_or(0, |m| m.cols));
-        let x = match input {
+        let x = match kernel_input(x, self.eps) {
             Input::Plain(x) => x,
-            _ => {
+            input => {
                 if self.input.len() < tokens * cols {
                     *self.input = self.dense.device().zeros("activations", tokens * cols)?;
                 }
@@ -224,10 +229,43 @@ impl Products for Decoding<'_, '_> {
             let Decoded { values, rows, .. } = matrix;
             let left = Operand::new(x, 0, cols);
             let right = Operand::new(values, 0, cols).transposed();
-            let before = if add { 1.0 } else { 0.0 };
             let sizes = [tokens, *rows, cols];
             self.dense.blas().multiply(sizes, 1.0, left, right, before, out, (0, *rows))?;
         }
         Ok(ControlFlow::Continue(()))
+    }
+}
+
+impl BlockOps for DecodedOps<'_, '_> {
+    type Matrix = Decoded;
+    type Vector = Buffer<f32>;
+    type Buffer = Buffer<f32>;
+    type Residual = Buffer<f32>;
+    type Error = Error;
+
+    fn linear<const N: usize>(
+        &mut self,
+        input: LinearInput,
+        x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
+        matrices: [&Decoded; N],
+        mut out: [&mut Buffer<f32>; N],
+    ) -> Flow<Error> {
+        self.queue(input, x, &matrices, &mut out, 0.0)
+    }
+
+    fn linear_residual(
+        &mut self,
+        input: LinearInput,
+        x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
+        matrix: &Decoded,
+        residual: &mut Buffer<f32>,
+    ) -> Flow<Error> {
+        self.queue(input, x, &[matrix], &mut [residual], 1.0)
+    }
+
+    fn attention(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
+        let AttentionBuffers { q, k, v, attn_out } = x;
+        let Some(slots) = self.slots else { return Ok(()) };
+        Ok(self.attend.queue(slots, 0, slots.visible(), q, k, v, attn_out)?)
     }
 }

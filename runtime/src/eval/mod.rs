@@ -17,8 +17,8 @@ use std::path::Path;
 
 use stb_kernels::kv::KvKind;
 
+use crate::engine::{Engine, OpenOptions, Verify};
 use crate::error::Result;
-use crate::model::{Model, OpenOptions, Verify};
 
 /// Models below this number of parameters are so fast that whole windows or questions are the better
 /// unit for threads.
@@ -28,18 +28,18 @@ const SMALL_MODEL: u64 = 50_000_000;
 /// with one thread per window or question if the model is small, with all of them together if not.
 ///
 /// # Errors
-/// As for [`Model::open`].
-pub fn open_to_measure(path: &Path, options: &OpenOptions) -> Result<Model> {
+/// As for [`Engine::open`].
+pub fn open_to_measure(path: &Path, options: &OpenOptions) -> Result<Engine> {
     let one = OpenOptions { exact: true, kv: KvKind::F32, threads: Some(1), ..*options };
-    let model = Model::open(path, &one)?;
+    let model = Engine::open(path, &one)?;
     // On a device one sequence is computed at a time, whatever the model's size.
     if is_small(&model) || model.device_name().is_some() {
         return Ok(model);
     }
-    Model::open(path, &OpenOptions { threads: options.threads, verify: Verify::Off, ..one })
+    Engine::open(path, &OpenOptions { threads: options.threads, verify: Verify::Off, ..one })
 }
 
-fn is_small(model: &Model) -> bool {
+fn is_small(model: &Engine) -> bool {
     model.parameters() < SMALL_MODEL
 }
 

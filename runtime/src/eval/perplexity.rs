@@ -11,9 +11,9 @@ use super::distribution::Distribution;
 use super::reference::Reference;
 use super::text::TextLayout;
 use super::{Estimate, is_small};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::forward::State;
-use crate::model::Model;
+use crate::state::State;
 use crate::tokenizer::Tokenizer;
 
 /// How a text is cut and read.
@@ -95,7 +95,7 @@ impl Window {
 /// [`Error::Usage`] if the text is shorter than one window; [`Error::Invalid`] if the models do not
 /// have the same tokens, or compute logits that are not finite.
 pub fn perplexity(
-    model: &Model,
+    model: &Engine,
     reference: Option<Reference<'_>>,
     tokenizer: &Tokenizer,
     text: &str,
@@ -160,8 +160,8 @@ fn exponential(loss: Estimate) -> Estimate {
 
 /// Models are compared token by token: the same text has to be the same tokens for both.
 fn same_tokens(
-    model: &Model,
-    reference: &Model,
+    model: &Engine,
+    reference: &Engine,
     text: &str,
     options: &PerplexityOptions,
     tokens: &[u32],
@@ -185,7 +185,7 @@ fn same_tokens(
 }
 
 /// The mean loss of the tokens after the first.
-fn window_loss(model: &Model, window: &[u32], serial: bool) -> Result<Window> {
+fn window_loss(model: &Engine, window: &[u32], serial: bool) -> Result<Window> {
     let mut state = State::new(model, window.len());
     let vocab = model.embeddings.rows();
     let mut sum = Ok(Window::default());
@@ -205,7 +205,7 @@ fn window_loss(model: &Model, window: &[u32], serial: bool) -> Result<Window> {
 /// The losses of both models and their distance, piece by piece, so that the logits of the
 /// reference for a whole window need not be in memory.
 fn window_divergence(
-    model: &Model,
+    model: &Engine,
     reference: Reference<'_>,
     window: &[u32],
     serial: bool,

@@ -3,15 +3,15 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::engine::Engine;
 use crate::error::Result;
-use crate::forward::State;
-use crate::model::Model;
+use crate::state::State;
 
 /// A model that others are compared with.
 #[derive(Clone, Copy, Debug)]
 pub struct Reference<'a> {
     /// The model, usually the dense checkpoint.
-    pub model: &'a Model,
+    pub model: &'a Engine,
     /// Its logits on windows that were measured before, if there will be more comparisons on them.
     pub kept: Option<&'a KeptLogits>,
 }
@@ -19,7 +19,7 @@ pub struct Reference<'a> {
 impl<'a> Reference<'a> {
     /// A reference that nothing is kept of.
     #[must_use]
-    pub fn new(model: &'a Model) -> Self {
+    pub fn new(model: &'a Engine) -> Self {
         Self { model, kept: None }
     }
 
@@ -87,7 +87,7 @@ impl ReferenceWindow<'_> {
     /// The logits of the next tokens of `window`, [tokens, vocab].
     ///
     /// # Errors
-    /// As for [`Model::forward_all`].
+    /// As for [`Engine::forward_all`].
     pub(super) fn next(&mut self, window: &[u32], tokens: usize) -> Result<&[f32]> {
         let Self { reference, kept, state, logits, done } = self;
         let vocab = reference.model.embeddings.rows();

@@ -8,9 +8,9 @@ use rayon::prelude::*;
 use super::distribution::Distribution;
 use super::tasks::{Item, Prompt, Task};
 use super::{Estimate, is_small};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::forward::State;
-use crate::model::Model;
+use crate::state::State;
 use crate::tokenizer::Tokenizer;
 
 /// How questions are read.
@@ -54,7 +54,7 @@ pub struct TaskResult {
 /// [`Error::Usage`] if a choice does not fit into the context; [`Error::Invalid`] if the model computes
 /// logits that are not finite.
 pub fn zero_shot(
-    model: &Model,
+    model: &Engine,
     tokenizer: &Tokenizer,
     task: Task,
     items: &[Item],
@@ -107,7 +107,7 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
 /// # Errors
 /// As for [`zero_shot`].
 pub fn score_item(
-    model: &Model,
+    model: &Engine,
     state: &mut State,
     tokenizer: &Tokenizer,
     item: &Item,
@@ -137,7 +137,7 @@ pub fn score_item(
 /// ln p of `continuation`, whose tokens but the last are the end of `input`. `seen` are the tokens
 /// in `state`.
 fn score(
-    model: &Model,
+    model: &Engine,
     state: &mut State,
     seen: &mut Vec<u32>,
     input: &[u32],

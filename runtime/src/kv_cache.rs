@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use stb_format::ModelSpec;
 use stb_format::encoding::{Dense, DenseView, MatrixView};
 use stb_kernels::kv::{KvKind, KvRows, mix, scores};
 use stb_kernels::{Isa, Panels, Pool, gemm, ops};
@@ -9,7 +10,7 @@ use stb_kernels::{Isa, Panels, Pool, gemm, ops};
 /// Queries that share a pass over the keys when there are many.
 const BLOCK: usize = 64;
 /// Fewer tokens than this are computed one by one.
-const FEW_TOKENS: usize = 4;
+const SMALL_BATCH: usize = 4;
 /// Keys or values of a head that stay in cache while all its queries use them.
 const CACHED: usize = 256;
 /// Below this many numbers, they are copied by one thread.
@@ -29,10 +30,34 @@ pub(crate) struct Heads {
 }
 
 impl Heads {
+    /// Those of `spec`.
+    pub(crate) fn of(spec: &ModelSpec) -> Self {
+        let attention = spec.block(0).attention;
+        let width = attention.head_dim as usize;
+        Self {
+            q_width: attention.heads as usize * width,
+            kv_width: attention.kv_heads as usize * width,
+            width,
+        }
+    }
+
     /// Query heads that share a key head.
     fn group(self) -> usize {
         self.q_width / self.kv_width
     }
+}
+
+/// The queries, keys and values of some tokens, q and k rotated, and the attention output.
+#[derive(Debug)]
+pub(crate) struct QkvRows<'a> {
+    /// [tokens, q_width].
+    pub q: &'a [f32],
+    /// [tokens, kv_width].
+    pub k: &'a [f32],
+    /// [tokens, kv_width].
+    pub v: &'a [f32],
+    /// [tokens, q_width].
+    pub out: &'a mut [f32],
 }
 
 /// Keys and values of the tokens so far in one decoder layer.
@@ -40,28 +65,28 @@ impl Heads {
 pub(crate) struct KvCache {
     heads: Heads,
     /// By key head: keys (rotated), values, and what is computed with them.
-    by_head: Vec<Head>,
+    by_head: Vec<KvHead>,
 }
 
 #[derive(Clone, Debug)]
-struct Head {
+struct KvHead {
     keys: KvRows,
     values: KvRows,
-    /// Lent by [`Scratch`] while it is needed.
-    memory: Memory,
+    /// Lent by [`AttentionScratch`] while it is needed.
+    scratch: HeadScratch,
 }
 
-/// Reusable memory for the attention of one layer at a time, by key head.
+/// Reusable buffers for the attention of one layer at a time, by key head.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Scratch(Vec<Memory>);
+pub(crate) struct AttentionScratch(Vec<HeadScratch>);
 
 #[derive(Clone, Debug, Default)]
-struct Memory {
+struct HeadScratch {
     /// Queries of the group, padded, [group, padded width].
     queries: Vec<f32>,
     /// [group, keys], or by block of queries.
     scores: Vec<f32>,
-    mixed: Vec<f32>,
+    attn_out: Vec<f32>,
     /// [tokens, group · width].
     out: Vec<f32>,
 }
@@ -82,7 +107,7 @@ thread_local! {
 impl KvCache {
     pub(crate) fn new(kind: KvKind, heads: Heads) -> Self {
         let rows = || KvRows::new(kind, heads.width);
-        let head = || Head { keys: rows(), values: rows(), memory: Memory::default() };
+        let head = || KvHead { keys: rows(), values: rows(), scratch: HeadScratch::default() };
         Self { heads, by_head: (0..heads.kv_width / heads.width).map(|_| head()).collect() }
     }
 
@@ -98,18 +123,16 @@ impl KvCache {
         self.by_head.iter().map(|head| head.keys.bytes() + head.values.bytes()).sum()
     }
 
-    /// Appends `k` and `v` ([tokens, kv_width]) and computes the attention of the queries `q` of the
-    /// same tokens over all tokens so far: `q` and `out` are [tokens, q_width].
+    /// Appends the keys and values of some tokens and computes the attention of their queries over
+    /// all tokens so far.
     pub(crate) fn attend(
         &mut self,
         isa: Isa,
         pool: &Pool,
-        scratch: &mut Scratch,
-        q: &[f32],
-        k: &[f32],
-        v: &[f32],
-        out: &mut [f32],
+        scratch: &mut AttentionScratch,
+        x: QkvRows<'_>,
     ) {
+        let QkvRows { q, k, v, out } = x;
         self.swap(scratch);
         let heads = self.heads;
         let tokens = q.len() / heads.q_width;
@@ -126,21 +149,21 @@ impl KvCache {
         pool.or_serial(q.len() >= SERIAL_COPY).run_chunks(out, heads.q_width, |first, out| {
             let t = first / heads.q_width;
             for (out, head) in out.chunks_exact_mut(wide).zip(by_head) {
-                out.copy_from_slice(&head.memory.out[t * wide..][..wide]);
+                out.copy_from_slice(&head.scratch.out[t * wide..][..wide]);
             }
         });
         self.swap(scratch);
     }
 
-    fn swap(&mut self, scratch: &mut Scratch) {
-        scratch.0.resize_with(self.by_head.len().max(scratch.0.len()), Memory::default);
-        for (head, memory) in self.by_head.iter_mut().zip(&mut scratch.0) {
-            std::mem::swap(&mut head.memory, memory);
+    fn swap(&mut self, scratch: &mut AttentionScratch) {
+        scratch.0.resize_with(self.by_head.len().max(scratch.0.len()), HeadScratch::default);
+        for (head, lent) in self.by_head.iter_mut().zip(&mut scratch.0) {
+            std::mem::swap(&mut head.scratch, lent);
         }
     }
 }
 
-impl Head {
+impl KvHead {
     fn append(&mut self, isa: Isa, heads: Heads, index: usize, k: &[f32], v: &[f32]) {
         let part = index * heads.width..(index + 1) * heads.width;
         for (k, v) in k.chunks_exact(heads.kv_width).zip(v.chunks_exact(heads.kv_width)) {
@@ -151,9 +174,9 @@ impl Head {
 
     fn attend(&mut self, isa: Isa, heads: Heads, index: usize, q: &[f32]) {
         let tokens = q.len() / heads.q_width;
-        self.memory.out.clear();
-        self.memory.out.resize(tokens * heads.group() * heads.width, 0.0);
-        if tokens < FEW_TOKENS {
+        self.scratch.out.clear();
+        self.scratch.out.resize(tokens * heads.group() * heads.width, 0.0);
+        if tokens < SMALL_BATCH {
             for token in 0..tokens {
                 self.one_token(isa, heads, index, token, q);
             }
@@ -164,8 +187,8 @@ impl Head {
 
     /// Scores, softmax and mixture for the queries of one token, some keys at a time.
     fn one_token(&mut self, isa: Isa, heads: Heads, index: usize, token: usize, q: &[f32]) {
-        let Self { keys, values, memory } = self;
-        let Memory { queries, scores: all, mixed, out } = memory;
+        let Self { keys, values, scratch } = self;
+        let HeadScratch { queries, scores: all, attn_out, out } = scratch;
         let (group, width, padded) = (heads.group(), heads.width, keys.padded_width());
         let visible = keys.len() - (q.len() / heads.q_width - 1 - token);
         let scale = 1.0 / (width as f32).sqrt();
@@ -183,17 +206,18 @@ impl Head {
             }
         }
         all.chunks_exact_mut(visible).for_each(|row| ops::softmax(isa, row));
-        mixed.clear();
-        mixed.resize(group * padded, 0.0);
+        attn_out.clear();
+        attn_out.resize(group * padded, 0.0);
         for from in (0..visible).step_by(CACHED) {
-            for (row, mixed) in all.chunks_exact(visible).zip(mixed.chunks_exact_mut(padded)) {
+            for (row, attn_out) in all.chunks_exact(visible).zip(attn_out.chunks_exact_mut(padded))
+            {
                 let to = from + CACHED.min(visible - from);
-                mix(isa, &row[from..to], values, from, mixed);
+                mix(isa, &row[from..to], values, from, attn_out);
             }
         }
         let out = &mut out[token * group * width..][..group * width];
-        for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(padded)) {
-            out.copy_from_slice(&mixed[..width]);
+        for (out, attn_out) in out.chunks_exact_mut(width).zip(attn_out.chunks_exact(padded)) {
+            out.copy_from_slice(&attn_out[..width]);
         }
     }
 
@@ -206,7 +230,7 @@ impl Head {
         q: &[f32],
         packed: &mut Packed,
     ) {
-        let Self { keys, values, memory } = self;
+        let Self { keys, values, scratch } = self;
         let (group, width, seen) = (heads.group(), heads.width, keys.len());
         let tokens = q.len() / heads.q_width;
         let Packed { numbers, keys: key_panels, values: value_panels } = packed;
@@ -215,7 +239,7 @@ impl Head {
         values.read(isa, numbers);
         value_panels.pack_transposed(numbers, width, seen, width);
         let scale = 1.0 / (width as f32).sqrt();
-        let Memory { queries, scores, mixed, out } = memory;
+        let HeadScratch { queries, scores, attn_out, out } = scratch;
         for (h, from) in (0..group).flat_map(|h| (0..tokens).step_by(BLOCK).map(move |t| (h, t))) {
             let count = BLOCK.min(tokens - from);
             // The last query of the block sees this many keys.
@@ -241,9 +265,9 @@ impl Head {
             }
             let weights = dense(&scores[..count * visible], count, visible);
             let visible_values = value_panels.first(width, visible);
-            mixed.resize(count * visible_values.row_stride(), 0.0);
-            gemm(isa, &weights, visible_values, 0, mixed);
-            for (i, row) in mixed.chunks_exact(visible_values.row_stride()).enumerate() {
+            attn_out.resize(count * visible_values.row_stride(), 0.0);
+            gemm(isa, &weights, visible_values, 0, attn_out);
+            for (i, row) in attn_out.chunks_exact(visible_values.row_stride()).enumerate() {
                 out[((from + i) * group + h) * width..][..width].copy_from_slice(&row[..width]);
             }
         }
@@ -310,8 +334,9 @@ mod tests {
                 for (q_range, kv_range) in ranges {
                     let (k, v) = (&keys[kv_range.clone()], &values[kv_range]);
                     let out = &mut out[q_range.clone()];
-                    let mut scratch = Scratch::default();
-                    cache.attend(isa, &pool, &mut scratch, &q[q_range], k, v, out);
+                    let mut scratch = AttentionScratch::default();
+                    let q = &q[q_range];
+                    cache.attend(isa, &pool, &mut scratch, QkvRows { q, k, v, out });
                 }
                 let exact = naive(heads, &q[q_split..], &keys, &values);
                 for (a, b) in out[q_split..].iter().zip(&exact) {

@@ -1,9 +1,10 @@
-//! RoPE: what turns the pairs of a head by their position.
+//! RoPE: pairs of elements of each head are rotated by angles that grow with the position.
 
-use stb_format::RopeScaling;
+use stb_format::{ModelSpec, RopePairing, RopeScaling};
 use stb_kernels::Pool;
 
-use crate::forward::SERIAL;
+/// Up to so many numbers, one thread rotates all.
+const SERIAL: usize = 1 << 15;
 
 /// 1 / θ^(2i/head_dim) for each pair, scaled.
 pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScaling) -> Vec<f32> {
@@ -22,19 +23,64 @@ pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScal
     (0..pairs).map(|i| scale(frequency(i)) as f32).collect()
 }
 
-/// Cosine and sine for each position and pair.
-#[derive(Default, Debug)]
-pub(crate) struct Rotary {
-    /// [positions, pairs].
-    pub cos: Vec<f32>,
-    pub sin: Vec<f32>,
-    /// head_dim / 2.
-    pub pairs: usize,
+/// The rotation of a model: frequencies and pairing.
+#[derive(Clone, Debug)]
+pub(crate) struct Rope {
+    /// Radians per position of each pair, `[head_dim / 2]`.
+    pub frequencies: Vec<f32>,
     /// Whether pairs are neighbors; else they are half a head apart.
     pub interleaved: bool,
 }
 
-impl Rotary {
+impl Rope {
+    /// That of `spec`.
+    pub(crate) fn new(spec: &ModelSpec) -> Self {
+        let head_dim = spec.head_dim as usize;
+        Self {
+            frequencies: inverse_frequencies(head_dim, spec.rope_theta, spec.rope_scaling),
+            interleaved: spec.rope_pairing == RopePairing::Interleaved,
+        }
+    }
+
+    /// Computes the angles of `positions`.
+    pub(crate) fn angles(&self, positions: impl Iterator<Item = usize>, to: &mut RopeAngles) {
+        to.cos.clear();
+        to.sin.clear();
+        for position in positions {
+            for frequency in &self.frequencies {
+                // The angle is rounded to f32, as the reference implementations do.
+                let angle = f64::from(position as f32 * frequency);
+                to.cos.push(angle.cos() as f32);
+                to.sin.push(angle.sin() as f32);
+            }
+        }
+        to.pairs = self.frequencies.len();
+        to.interleaved = self.interleaved;
+    }
+}
+
+/// Cosine and sine for each position and pair.
+#[derive(Default, Debug)]
+pub(crate) struct RopeAngles {
+    /// [positions, pairs].
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// head_dim / 2.
+    pairs: usize,
+    interleaved: bool,
+}
+
+impl RopeAngles {
+    /// The number of positions.
+    pub(crate) fn tokens(&self) -> usize {
+        self.cos.len() / self.pairs.max(1)
+    }
+
+    /// The angles of the inverse rotation, which is its transpose.
+    pub(crate) fn invert(&mut self) {
+        self.sin.iter_mut().for_each(|sin| *sin = -*sin);
+    }
+
     /// Rotates the heads of `x`, [tokens, width], in place.
     pub(crate) fn rotate(&self, pool: &Pool, x: &mut [f32], width: usize) {
         pool.or_serial(x.len() > SERIAL).run_chunks(x, width, |first, x| {

@@ -1,0 +1,156 @@
+//! The decoder block as data.
+
+use crate::profile::ModelSpec;
+
+/// A decoder layer: attention and an MLP, each with a residual connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Block {
+    /// The norms of the layer.
+    pub norm: Norm,
+    /// Attention.
+    pub attention: Attention,
+    /// The feed-forward network.
+    pub mlp: Mlp,
+}
+
+/// How a layer normalizes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// The formula.
+    pub kind: NormKind,
+    /// Where the norms stand.
+    pub placement: NormPlacement,
+    /// The ε under the root.
+    pub eps: f64,
+}
+
+/// The formula of a norm; w is its weight, b its bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// x · w / sqrt(mean x² + ε): LLaMA and most models after it.
+    Rms,
+    /// x · (1 + w) / sqrt(mean x² + ε): Gemma.
+    RmsPlusOne,
+    /// (x − mean x) · w / sqrt(var x + ε) + b: OPT, GPT-2.
+    Layer,
+}
+
+/// Where norms stand in a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// Before attention and before the MLP: most models.
+    Pre,
+    /// Behind each residual sum: OPT-350M.
+    Post,
+    /// Before each sublayer and again before its output is added: Gemma 2 and 3.
+    Sandwich,
+}
+
+/// Attention of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attention {
+    /// Query heads.
+    pub heads: u64,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: u64,
+    /// Width of a head.
+    pub head_dim: u64,
+    /// How tokens know their positions.
+    pub position: Position,
+    /// Whether q, k and v have biases: Qwen2, OPT.
+    pub qkv_bias: bool,
+    /// Whether the attention output has a bias: OPT.
+    pub output_bias: bool,
+    /// Whether each head of q and k is normalized before RoPE: Qwen3, Gemma 3.
+    pub qk_norm: bool,
+    /// How many tokens a token sees, itself included, if not all: Mistral, Gemma.
+    pub window: Option<u64>,
+    /// Scores s become c · tanh(s / c): Gemma 2.
+    pub soft_cap: Option<f64>,
+}
+
+/// How tokens know their positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Position {
+    /// Queries and keys are rotated (RoPE); the model has pairing, base and scaling.
+    Rope,
+    /// Embeddings of positions are added to those of tokens: OPT, GPT-2.
+    Learned,
+    /// Not at all: every fourth layer of SmolLM3.
+    None,
+}
+
+/// The feed-forward network of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mlp {
+    /// With or without a gate.
+    pub kind: MlpKind,
+    /// The activation function.
+    pub activation: Activation,
+    /// Width between the linear layers; with experts, of each.
+    pub intermediate_size: u64,
+    /// Whether its linear layers have biases: OPT, GPT-2.
+    pub bias: bool,
+    /// A mixture of experts, if it is one: Mixtral, Qwen3-MoE, OLMoE.
+    pub experts: Option<Experts>,
+}
+
+/// The linear layers of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MlpKind {
+    /// down(act(gate(x)) ∘ up(x)).
+    Gated,
+    /// down(act(up(x))).
+    Plain,
+}
+
+/// An activation function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `silu`: x · sigmoid(x).
+    Silu,
+    /// `relu`: max(x, 0).
+    Relu,
+    /// `gelu`: x · Φ(x).
+    Gelu,
+    /// `gelu_tanh`: the approximation of `gelu` by tanh.
+    GeluTanh,
+}
+
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// Experts of a layer.
+    pub count: u64,
+    /// Experts that a token uses.
+    pub active: u64,
+}
+
+impl ModelSpec {
+    /// Layer `layer` as data, from the keys of the model. The families that this version reads use
+    /// the same block in all layers.
+    #[must_use]
+    pub fn block(&self, _layer: u64) -> Block {
+        Block {
+            norm: Norm { kind: NormKind::Rms, placement: NormPlacement::Pre, eps: self.norm_eps },
+            attention: Attention {
+                heads: self.heads,
+                kv_heads: self.kv_heads,
+                head_dim: self.head_dim,
+                position: Position::Rope,
+                qkv_bias: false,
+                output_bias: false,
+                qk_norm: false,
+                window: None,
+                soft_cap: None,
+            },
+            mlp: Mlp {
+                kind: MlpKind::Gated,
+                activation: self.activation,
+                intermediate_size: self.intermediate_size,
+                bias: false,
+                experts: None,
+            },
+        }
+    }
+}

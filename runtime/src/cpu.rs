@@ -1,0 +1,163 @@
+//! The decoder layer on the CPU.
+
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+
+use stb_format::arch::LinearInput;
+use stb_kernels::{Isa, Pool, ops};
+
+use crate::block::{AttentionBuffers, BlockInput, BlockOps, Flow};
+use crate::kv_cache::QkvRows;
+use crate::linear::{LinearScratch, apply};
+use crate::rope::RopeAngles;
+use crate::weights::Weight;
+
+/// Up to so many numbers, operations between the linear layers stay on one thread.
+pub(crate) const SERIAL: usize = 1 << 15;
+/// Numbers per task above that.
+const CHUNK: usize = 1 << 14;
+
+/// Sees the inputs of the linear layers as they are computed: calibration collects statistics so.
+pub trait Observer {
+    /// `x` is [tokens, in features]. `Break` ends the layer before the linear layers that read x
+    /// run; the residual stream stays as it is then.
+    fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()>;
+}
+
+/// Sees nothing.
+impl Observer for () {
+    fn observe(&mut self, _: LinearInput, _: &[f32]) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// What the CPU needs beside the weights of a layer. `A` appends keys and values to the KV cache and
+/// computes attention.
+pub(crate) struct CpuOps<'a, A> {
+    pub isa: Isa,
+    pub pool: &'a Pool,
+    /// The ε of the norms.
+    pub eps: f32,
+    pub angles: &'a RopeAngles,
+    pub attend: A,
+    pub scratch: &'a mut CpuScratch,
+    pub observer: &'a mut dyn Observer,
+}
+
+/// Reusable memory for the inputs and outputs of linear layers.
+#[derive(Debug, Default)]
+pub(crate) struct CpuScratch {
+    pub linear: LinearScratch,
+    /// The input of a linear layer behind a norm, [tokens, hidden].
+    normed: Vec<f32>,
+    /// What is added to the residual stream, [tokens, hidden].
+    out: Vec<f32>,
+}
+
+impl CpuScratch {
+    /// For linear layers whose activations may be quantized to 8 bits, or not.
+    pub(crate) fn new(quantized: bool) -> Self {
+        Self { linear: LinearScratch::new(quantized), ..Self::default() }
+    }
+}
+
+impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
+    type Matrix = Weight;
+    type Vector = Vec<f32>;
+    type Buffer = Vec<f32>;
+    type Residual = [f32];
+    type Error = Infallible;
+
+    fn linear<const N: usize>(
+        &mut self,
+        input: LinearInput,
+        x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
+        matrices: [&Weight; N],
+        out: [&mut Vec<f32>; N],
+    ) -> Flow<Infallible> {
+        let CpuScratch { linear, normed, .. } = &mut *self.scratch;
+        let x = computed(self.isa, self.pool, self.eps, x, normed);
+        if self.observer.observe(input, x).is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        apply(self.isa, self.pool, linear, matrices, x, out);
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn linear_residual(
+        &mut self,
+        input: LinearInput,
+        x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
+        matrix: &Weight,
+        residual: &mut [f32],
+    ) -> Flow<Infallible> {
+        let CpuScratch { linear, normed, out } = &mut *self.scratch;
+        let x = computed(self.isa, self.pool, self.eps, x, normed);
+        if self.observer.observe(input, x).is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        apply(self.isa, self.pool, linear, [matrix], x, [out]);
+        add(self.pool, residual, out);
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn attention(&mut self, x: AttentionBuffers<'_, Vec<f32>>) -> Result<(), Infallible> {
+        let AttentionBuffers { q, k, v, attn_out } = x;
+        let tokens = self.angles.tokens().max(1);
+        for heads in [&mut *q, &mut *k] {
+            let width = heads.len() / tokens;
+            self.angles.rotate(self.pool, heads, width);
+        }
+        attn_out.resize(q.len(), 0.0);
+        (self.attend)(QkvRows { q, k, v, out: attn_out });
+        Ok(())
+    }
+}
+
+/// What a linear layer reads, computed where it has to be: norms into `normed`, the product of gate
+/// and up in place.
+fn computed<'x>(
+    isa: Isa,
+    pool: &Pool,
+    eps: f32,
+    x: BlockInput<'x, Vec<f32>, Vec<f32>, [f32]>,
+    normed: &'x mut Vec<f32>,
+) -> &'x [f32] {
+    match x {
+        BlockInput::Plain(x) => x,
+        BlockInput::Norm { x, weight } => {
+            norm_rows(isa, pool, x, weight, eps, normed);
+            normed
+        }
+        BlockInput::Gated { gate, up } => {
+            pool.or_serial(gate.len() > SERIAL).run_chunks(gate, CHUNK, |first, gate| {
+                ops::silu_mul(isa, gate, &up[first..first + gate.len()]);
+            });
+            gate
+        }
+    }
+}
+
+/// RMSNorm of each row of `x`, [tokens, hidden], into `out`.
+pub(crate) fn norm_rows(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    out: &mut Vec<f32>,
+) {
+    out.resize(x.len(), 0.0);
+    pool.or_serial(x.len() > SERIAL).run_chunks(out, weight.len(), |first, out| {
+        ops::rms_norm(isa, &x[first..first + out.len()], weight, eps, out);
+    });
+}
+
+/// `x += y`.
+pub(crate) fn add(pool: &Pool, x: &mut [f32], y: &[f32]) {
+    pool.or_serial(x.len() > SERIAL).run_chunks(x, CHUNK, |first, x| {
+        for (x, y) in x.iter_mut().zip(&y[first..]) {
+            *x += y;
+        }
+    });
+}

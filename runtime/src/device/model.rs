@@ -1,0 +1,158 @@
+//! The part of a model that is on a device.
+
+use std::sync::{Mutex, PoisonError};
+
+use stb_kernels::cuda::{self, Attention, Buffer, Device, Matrix, Numbers};
+use stb_kernels::kv::KvKind;
+
+use super::caches::DeviceCaches;
+use super::common::{attention_shape, upload_norm};
+use super::scratch::StepScratch;
+use crate::error::{Error, Result};
+use crate::layer::Layer;
+use crate::model::Model;
+use crate::pass::{Output, Pass, Want};
+use crate::weights::Weight;
+
+/// Memory beside the weights that a model needs at least: activations, the first keys and values.
+const SPARE_BYTES: u64 = 256 << 20;
+
+/// What is loaded, and how it computes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceOptions {
+    /// How many decoder layers, the last ones; `None` for all.
+    pub layers: Option<usize>,
+    /// The type of the KV cache.
+    pub kv: KvKind,
+    /// Whether activations are used as they are.
+    pub exact: bool,
+}
+
+/// The part of a model that is on a device.
+#[derive(Debug)]
+pub(crate) struct DeviceModel {
+    pub(super) device: Device,
+    /// The first layer that is there.
+    pub(super) first: usize,
+    pub(super) layers: Vec<Layer<Matrix, Buffer<f32>>>,
+    pub(super) norm: Buffer<f32>,
+    /// The table of embeddings, if all layers are there.
+    pub(super) embeddings: Option<Matrix>,
+    /// The lm_head, if it is not the embeddings.
+    own_lm_head: Option<Matrix>,
+    pub(super) attention: Attention,
+    pub(super) numbers: Numbers,
+    pub(super) eps: f32,
+    /// Steps run one after another.
+    scratch: Mutex<StepScratch>,
+}
+
+impl DeviceModel {
+    /// Copies the last layers and the lm_head of `model` to the device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is too little memory, with how much is needed, or an encoding or a
+    /// shape has no kernel.
+    pub(crate) fn load(device: &Device, model: &Model, options: DeviceOptions) -> Result<Self> {
+        let all = model.layers.len();
+        let first = all - options.layers.unwrap_or(all).min(all);
+        check_memory(device, model, first)?;
+        let upload = |w: &Weight| {
+            Matrix::upload(device, w.encoding(), w.rows(), w.cols(), w.bytes()).map_err(Error::from)
+        };
+        let norm = |values: &Vec<f32>| upload_norm(device, values);
+        let layers = model.layers[first..].iter().map(|layer| layer.try_map(upload, norm));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let is_tied = model.own_lm_head.is_none();
+        let attention = attention_shape(model, all - first, options.kv);
+        Ok(Self {
+            layers,
+            norm: norm(&model.norm)?,
+            embeddings: (first == 0 || is_tied).then(|| upload(&model.embeddings)).transpose()?,
+            own_lm_head: model.own_lm_head.as_ref().map(upload).transpose()?,
+            attention,
+            numbers: if options.exact { Numbers::Exact } else { Numbers::Rounded },
+            eps: model.spec.norm_eps as f32,
+            scratch: Mutex::new(StepScratch::new(device, model, attention, options.exact)?),
+            device: device.clone(),
+            first,
+        })
+    }
+
+    /// Layers that are not on the device: the first ones.
+    pub(crate) fn host_layers(&self) -> usize {
+        self.first
+    }
+
+    /// Its name, with the layers if not all are there.
+    pub(crate) fn describe(&self) -> String {
+        let name = &self.device.info().name;
+        match self.first {
+            0 => name.clone(),
+            first => format!("{name}, layers from {} on", first + 1),
+        }
+    }
+
+    /// Appends the tokens of `pass` to the sequences and hands to `sink` what is wanted of them.
+    /// `hidden` is what enters the first layer on the device, [tokens, hidden], if that is not the
+    /// first of all.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device has too little memory, or failed.
+    pub(crate) fn run(
+        &self,
+        caches: &mut DeviceCaches<'_>,
+        pass: Pass<'_>,
+        hidden: Option<&[f32]>,
+        sink: &mut dyn FnMut(Output<'_>),
+    ) -> Result<()> {
+        let scratch = &mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let vocabulary = self.lm_head().rows();
+        let mut logits = Vec::new();
+        self.steps(scratch, caches, pass, hidden, &mut |scratch, first, count| {
+            if let Want::TopK(wanted) = pass.want {
+                let best = scratch.candidates.find(&scratch.logits, vocabulary, wanted)?;
+                sink(Output::TopK(best));
+                return Ok(());
+            }
+            logits.resize(count * vocabulary, 0.0);
+            scratch.logits.read(&mut logits)?;
+            sink(Output::Logits { first: pass.first + first, logits: &mut logits });
+            Ok(())
+        })
+    }
+
+    pub(super) fn lm_head(&self) -> &Matrix {
+        self.own_lm_head.as_ref().or(self.embeddings.as_ref()).expect("a tied lm_head is loaded")
+    }
+}
+
+/// Says how much memory is needed if there is too little, and what fits.
+fn check_memory(device: &Device, model: &Model, first: usize) -> Result<()> {
+    let bytes = |w: &Weight| w.byte_len() as u64;
+    let layer = |layer: &Layer| layer.linears().iter().map(|(_, w)| bytes(w)).sum::<u64>();
+    let tied = model.own_lm_head.is_none();
+    let mut ends = bytes(model.lm_head());
+    if first == 0 && !tied {
+        ends += bytes(&model.embeddings);
+    }
+    let needed = SPARE_BYTES + ends + model.layers[first..].iter().map(layer).sum::<u64>();
+    let free = device.free_memory()?;
+    if needed <= free {
+        return Ok(());
+    }
+    let mut left = free.saturating_sub(SPARE_BYTES + bytes(model.lm_head()));
+    let fits = model.layers.iter().rev().take_while(|l| {
+        let size = layer(l);
+        let is_room = size <= left;
+        left = left.saturating_sub(size);
+        is_room
+    });
+    let advice = match fits.count().min(model.layers.len() - 1) {
+        0 => "use --device cpu".to_owned(),
+        n => format!("-ngl {n} would fit"),
+    };
+    let what =
+        format!("{} of {} layers ({advice})", model.layers.len() - first, model.layers.len());
+    Err(cuda::Error::Memory { what, needed, free }.into())
+}
