@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::linear::{LinearScratch, apply};
 use crate::model::{Layer, Model};
 use crate::rotary::Rotary;
-use crate::sampler::{Next, Sampler};
+use crate::sampler::{Sampler, SamplerInput};
 use crate::weights::Weight;
 
 /// Which input of a decoder layer an [`Observer`] sees.
@@ -192,23 +192,23 @@ impl Model {
         tokens: &[u32],
         sampler: &mut Sampler,
         banned: &[u32],
-        next: &mut Next,
+        next: &mut SamplerInput,
     ) -> Result<()> {
         if let Some(device) = &self.device
             && let Some(wanted) = sampler.wanted(banned)
         {
             return self.append_on_device(state, tokens, |caches, hidden| {
-                *next = Next::Best(device.best(caches, tokens, hidden, &wanted)?);
+                *next = SamplerInput::TopK(device.best(caches, tokens, hidden, &wanted)?);
                 Ok(())
             });
         }
         let logits = self.forward(state, tokens)?;
         match next {
-            Next::Logits(kept) => {
+            SamplerInput::Logits(kept) => {
                 kept.clear();
                 kept.extend_from_slice(logits);
             }
-            Next::Best(_) => *next = Next::Logits(logits.to_vec()),
+            SamplerInput::TopK(_) => *next = SamplerInput::Logits(logits.to_vec()),
         }
         Ok(())
     }

@@ -23,6 +23,8 @@ mod map;
 mod model;
 mod rotary;
 mod sampler;
+mod session;
+mod stop;
 mod template;
 mod threads;
 mod tokenizer;
@@ -31,18 +33,19 @@ mod weights;
 pub use checkpoint::{Checkpoint, SourceFile};
 pub use config::{TokenConfig, parse_config};
 pub use device::{DeviceChoice, DeviceHalf, DeviceLayers, DeviceObserver, Half};
-pub use error::{Error, Result, exit_code};
+pub use error::{Error, ErrorKind, Result, exit_code};
 pub use eval::{
     Divergence, Estimate, Item, KeptLogits, Perplexity, PerplexityOptions, Prompt, Reference,
     Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_item,
     zero_shot,
 };
 pub use forward::{LinearInput, Observer, State};
-pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};
+pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use linear::{LinearScratch, apply};
 pub use map::Bytes;
 pub use model::{Layer, Model, OpenOptions, Verify};
-pub use sampler::{Next, Sampler, SamplerOptions};
+pub use sampler::{Sampler, SamplerInput, SamplerOptions};
+pub use session::{Session, SessionOptions};
 pub use stb_kernels::kv::KvKind;
 pub use template::{ChatTemplate, Message};
 pub use threads::default_threads;
