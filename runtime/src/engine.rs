@@ -209,7 +209,7 @@ impl Engine {
         match Device::open(ordinal).map_err(Error::from).and_then(load) {
             Ok(loaded) => self.tail = Tail::Cuda(loaded),
             // A defect is told, whatever was asked for.
-            Err(e) if options.device == DeviceChoice::Auto && e.exit_code() == 5 => {
+            Err(e) if options.device == DeviceChoice::Auto && e.kind().is_unsupported() => {
                 self.device_note = Some(e.to_string());
             }
             Err(e) => return Err(e),

@@ -1,4 +1,4 @@
-//! Errors by who can act on them, with the exit codes of the programs.
+//! Errors, their kinds, and the exit codes of the programs.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         error: std::io::Error,
     },
     /// A file is not a valid `.stb` file, or not one that this version can use.
@@ -49,7 +49,7 @@ pub enum Error {
         /// What is wrong, and what to do.
         error: stb_kernels::cuda::Error,
     },
-    /// Something that should not happen.
+    /// A defect of this crate.
     #[error("internal error: {what}; please report it")]
     Internal {
         /// What happened.
@@ -83,25 +83,71 @@ impl Error {
         Self::Usage { what: what.into() }
     }
 
-    /// The exit code of the programs for this error (documented in the README).
+    /// The kind of the error.
     #[must_use]
-    pub fn exit_code(&self) -> u8 {
+    pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Usage { .. } => 2,
-            Self::Io { .. } => 3,
+            Self::Usage { .. } => ErrorKind::Usage,
+            Self::Io { .. } => ErrorKind::Io,
             Self::Format { error, .. } => match error.rule().class() {
-                stb_format::Class::Invalid => 4,
-                stb_format::Class::Unsupported => 5,
+                stb_format::Class::Invalid => ErrorKind::Invalid,
+                stb_format::Class::Unsupported => ErrorKind::Unsupported,
             },
-            Self::Invalid { .. } => 4,
-            Self::Unsupported { .. } => 5,
+            Self::Invalid { .. } => ErrorKind::Invalid,
+            Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Device { error } => match error {
                 stb_kernels::cuda::Error::Compile { .. }
-                | stb_kernels::cuda::Error::Driver { .. } => 1,
-                _ => 5,
+                | stb_kernels::cuda::Error::Driver { .. } => ErrorKind::DeviceFailed,
+                _ => ErrorKind::DeviceUnavailable,
             },
-            Self::Internal { .. } => 1,
+            Self::Internal { .. } => ErrorKind::Internal,
         }
+    }
+
+    /// The exit code of the programs for this error.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        self.kind().exit_code()
+    }
+}
+
+/// Kinds of errors, by who can act on them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The request makes no sense.
+    Usage,
+    /// A file cannot be read or written.
+    Io,
+    /// A file has the wrong content.
+    Invalid,
+    /// This version does not support what is asked for.
+    Unsupported,
+    /// There is no such device, or it lacks something that is needed.
+    DeviceUnavailable,
+    /// A device failed.
+    DeviceFailed,
+    /// A defect of this crate.
+    Internal,
+}
+
+impl ErrorKind {
+    /// The exit code of the programs (documented in the README).
+    #[must_use]
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Internal | Self::DeviceFailed => 1,
+            Self::Usage => 2,
+            Self::Io => 3,
+            Self::Invalid => 4,
+            Self::Unsupported | Self::DeviceUnavailable => 5,
+        }
+    }
+
+    /// Whether the CPU can do what was asked of a device: the device is not there, or lacks support.
+    #[must_use]
+    pub fn is_unsupported(self) -> bool {
+        matches!(self, Self::Unsupported | Self::DeviceUnavailable)
     }
 }
 
@@ -111,14 +157,18 @@ impl From<stb_kernels::cuda::Error> for Error {
     }
 }
 
-/// The exit code for any error that reaches `main`.
+/// The exit code for an error of any type: that of the first error in its chain of sources that has one, else 1.
 #[must_use]
-pub fn exit_code(error: &anyhow::Error) -> u8 {
-    if let Some(error) = error.downcast_ref::<Error>() {
-        return error.exit_code();
+pub fn exit_code(error: &(dyn std::error::Error + 'static)) -> u8 {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<Error>() {
+            return error.exit_code();
+        }
+        if error.is::<std::io::Error>() {
+            return ErrorKind::Io.exit_code();
+        }
+        next = error.source();
     }
-    match error.downcast_ref::<std::io::Error>() {
-        Some(_) => 3,
-        None => 1,
-    }
+    ErrorKind::Internal.exit_code()
 }

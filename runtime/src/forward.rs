@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{AttentionScratch, Heads, QkvRows};
 use crate::linear::apply;
 use crate::pass::{Output, Pass, Want};
-use crate::sampler::{Next, Sampler};
+use crate::sampler::{Sampler, SamplerInput};
 use crate::state::{ForwardScratch, State};
 use crate::weights::Weight;
 
@@ -50,15 +50,15 @@ impl Engine {
         tokens: &[u32],
         sampler: &mut Sampler,
         banned: &[u32],
-        next: &mut Next,
+        next: &mut SamplerInput,
     ) -> Result<()> {
         let wanted = sampler.wanted(banned);
         let want = wanted.as_ref().map_or(Want::LastLogits, Want::TopK);
         self.run(std::slice::from_mut(state), tokens, want, &mut |output| match output {
-            Output::TopK(best) => *next = Next::Best(best),
+            Output::TopK(best) => *next = SamplerInput::TopK(best),
             Output::Logits { logits, .. } => match next {
-                Next::Logits(kept) => std::mem::swap(kept, logits),
-                Next::Best(_) => *next = Next::Logits(std::mem::take(logits)),
+                SamplerInput::Logits(kept) => std::mem::swap(kept, logits),
+                SamplerInput::TopK(_) => *next = SamplerInput::Logits(std::mem::take(logits)),
             },
         })
     }

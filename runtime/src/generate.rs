@@ -1,27 +1,85 @@
-//! Generating text token by token.
+//! What a [`Session`](crate::Session) is asked for, and what it answers.
 
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use crate::engine::Engine;
-use crate::error::{Error, Result};
-use crate::sampler::{Next, Sampler};
-use crate::state::State;
-use crate::tokenizer::{TextStream, Tokenizer};
+use crate::template::Message;
 
-/// Prompt tokens that are processed together: bounds memory and the wait for Ctrl-C.
-const PREFILL_CHUNK: usize = 512;
+/// The text before an answer.
+#[derive(Clone, Copy, Debug)]
+pub enum PromptInput<'a> {
+    /// A conversation. The model's chat template turns it into text; without a template the contents are joined by
+    /// line breaks and continued.
+    Messages(&'a [Message]),
+    /// A text to continue. A begin token is added if the model wants one.
+    Text(&'a str),
+    /// Token ids, used unchanged.
+    Tokens(&'a [u32]),
+}
 
-/// When to stop, and how to report.
-#[derive(Clone, Debug, Default)]
-pub struct GenerateOptions {
-    /// The most tokens to generate; `None` for as many as fit.
+/// A prompt, and when to stop.
+#[derive(Clone, Copy, Debug)]
+pub struct GenerateRequest<'a> {
+    /// The text before the answer.
+    pub prompt: PromptInput<'a>,
+    /// The most tokens to generate; `None` for as many as fit into the context.
     pub max_tokens: Option<usize>,
-    /// Texts that end the answer; they are not part of it.
-    pub stop: Vec<String>,
-    /// Also stop at any special token, as the turn of a chat does.
-    pub stop_at_special: bool,
-    /// Never choose an end token: the answer goes on to the other limits.
+    /// Texts that end the answer. They are not part of it.
+    pub stop: &'a [String],
+    /// Never choose an end token: only the other limits end the answer.
     pub ignore_end: bool,
+    /// Another thread can stop the answer with this token.
+    pub cancel: Option<&'a CancelToken>,
+}
+
+impl<'a> GenerateRequest<'a> {
+    /// A request without limits of its own.
+    #[must_use]
+    pub fn new(prompt: PromptInput<'a>) -> Self {
+        Self { prompt, max_tokens: None, stop: &[], ignore_end: false, cancel: None }
+    }
+
+    /// Whether another thread has stopped the answer.
+    pub(crate) fn is_canceled(&self) -> bool {
+        self.cancel.is_some_and(CancelToken::is_canceled)
+    }
+
+    /// Whether an answer of `tokens` tokens is as long as the request allows.
+    pub(crate) fn is_full(&self, tokens: usize) -> bool {
+        self.max_tokens.is_some_and(|most| tokens >= most)
+    }
+}
+
+/// Stops an answer from another thread. Clones share one flag.
+#[derive(Clone, Debug, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// Asks to stop, and returns whether that had been asked before.
+    pub fn cancel(&self) -> bool {
+        self.0.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether [`CancelToken::cancel`] was called since the last reset.
+    #[must_use]
+    pub fn is_canceled(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    /// Makes the token ready for the next answer.
+    pub fn reset(&self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
+/// A step of an answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// The token of this step; `None` for text that remains after the last token.
+    pub token: Option<u32>,
+    /// The text that can be shown now. It is empty inside a character, and inside what may become a stop text.
+    pub text: &'a str,
 }
 
 /// Why an answer ended.
@@ -33,20 +91,20 @@ pub enum Finish {
     Length,
     /// The context is full.
     Context,
-    /// The caller's sink asked to stop.
+    /// The sink or the cancel token asked to stop.
     Interrupted,
 }
 
-/// How long things took.
+/// Token counts and times of an answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Timings {
-    /// Prompt tokens computed (tokens still in the cache are not).
+    /// Prompt tokens computed. Tokens that were in the KV cache do not count.
     pub prefill_tokens: usize,
-    /// Time for them.
+    /// Time for the prompt.
     pub prefill: Duration,
     /// Tokens generated.
     pub decode_tokens: usize,
-    /// Time for those after the first.
+    /// Time for them. The logits of the first one come from the prompt.
     pub decode: Duration,
 }
 
@@ -59,171 +117,6 @@ pub struct Generated {
     pub text: String,
     /// Why it ended.
     pub finish: Finish,
-    /// How long it took.
+    /// Token counts and times.
     pub timings: Timings,
-}
-
-/// Continues `prompt`, handing text to `sink` as it appears; `sink` returns whether to go on.
-/// What `state` already holds of the prompt is not computed again: `cached` are its tokens.
-///
-/// # Errors
-/// [`Error::Usage`] if the prompt is empty or does not fit into the context.
-pub fn generate(
-    model: &Engine,
-    tokenizer: &Tokenizer,
-    state: &mut State,
-    cached: &mut Vec<u32>,
-    prompt: &[u32],
-    sampler: &mut Sampler,
-    options: &GenerateOptions,
-    mut sink: impl FnMut(&str) -> bool,
-) -> Result<Generated> {
-    if prompt.len() >= state.context() {
-        return Err(Error::usage(format!(
-            "the prompt has {} tokens, the context {}: shorten it or raise -c",
-            prompt.len(),
-            state.context()
-        )));
-    }
-    if prompt.is_empty() {
-        return Err(Error::usage("the prompt is empty; give some text"));
-    }
-    // Reuse the common start, but compute the last token again for its logits.
-    let common = cached.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-    let common = common.min(prompt.len().saturating_sub(1));
-    state.truncate(common);
-    cached.truncate(common);
-    prompt.iter().for_each(|t| sampler.accept(*t));
-
-    let mut timings = Timings { prefill_tokens: prompt.len() - common, ..Timings::default() };
-    let started = Instant::now();
-    let mut text = StopFilter::new(&options.stop);
-    let mut tokens = Vec::new();
-    let mut next = Next::default();
-    let banned = if options.ignore_end { &tokenizer.eos[..] } else { &[] };
-    for chunk in prompt[common..].chunks(PREFILL_CHUNK) {
-        model.next(state, chunk, sampler, banned, &mut next)?;
-        cached.extend_from_slice(chunk);
-        // An empty text asks whether to go on.
-        if !sink("") {
-            timings.prefill = started.elapsed();
-            return Ok(finish(tokens, text, Finish::Interrupted, timings));
-        }
-    }
-    timings.prefill = started.elapsed();
-
-    let mut stream = TextStream::new(tokenizer, prompt);
-    let started = Instant::now();
-    let reason = loop {
-        if options.max_tokens.is_some_and(|n| tokens.len() >= n) {
-            break Finish::Length;
-        }
-        let token = sampler.choose(&mut next, banned);
-        if tokenizer.eos.contains(&token)
-            || (options.stop_at_special && tokenizer.is_special(token))
-        {
-            break Finish::Stop;
-        }
-        tokens.push(token);
-        let ready = text.push(&stream.push(token)?);
-        if !sink(&ready) {
-            break Finish::Interrupted;
-        }
-        if text.stopped {
-            break Finish::Stop;
-        }
-        if options.max_tokens.is_some_and(|n| tokens.len() >= n) {
-            break Finish::Length;
-        }
-        if state.len() >= state.context() {
-            break Finish::Context;
-        }
-        model.next(state, &[token], sampler, banned, &mut next)?;
-        cached.push(token);
-    };
-    let rest = stream.finish()?;
-    let mut rest = text.push(&rest);
-    rest.push_str(&text.flush());
-    sink(&rest);
-    timings.decode_tokens = tokens.len();
-    timings.decode = started.elapsed();
-    Ok(finish(tokens, text, reason, timings))
-}
-
-fn finish(tokens: Vec<u32>, text: StopFilter<'_>, finish: Finish, timings: Timings) -> Generated {
-    Generated { tokens, text: text.released, finish, timings }
-}
-
-/// Holds back text that may turn out to be the beginning of a stop text.
-struct StopFilter<'a> {
-    stops: &'a [String],
-    held: String,
-    released: String,
-    stopped: bool,
-}
-
-impl<'a> StopFilter<'a> {
-    fn new(stops: &'a [String]) -> Self {
-        Self { stops, held: String::new(), released: String::new(), stopped: false }
-    }
-
-    /// The text that can be shown after `new` has come in.
-    fn push(&mut self, new: &str) -> String {
-        if self.stopped {
-            return String::new();
-        }
-        self.held.push_str(new);
-        let found = self.stops.iter().filter(|s| !s.is_empty());
-        if let Some(at) = found.filter_map(|s| self.held.find(s.as_str())).min() {
-            self.stopped = true;
-            self.held.truncate(at);
-            return self.release(at);
-        }
-        let risky = |at: &usize| {
-            let tail = &self.held[*at..];
-            self.stops.iter().any(|s| s.starts_with(tail))
-        };
-        let starts = self.held.char_indices().map(|(at, _)| at);
-        let safe = starts.into_iter().find(risky).unwrap_or(self.held.len());
-        self.release(safe)
-    }
-
-    /// What was held back for nothing.
-    fn flush(&mut self) -> String {
-        self.release(self.held.len())
-    }
-
-    fn release(&mut self, bytes: usize) -> String {
-        let text: String = self.held.drain(..bytes).collect();
-        self.released.push_str(&text);
-        text
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
-        let stops: Vec<String> = stops.iter().map(|s| (*s).to_owned()).collect();
-        let mut filter = StopFilter::new(&stops);
-        let mut shown = String::new();
-        for piece in pieces {
-            shown.push_str(&filter.push(piece));
-        }
-        shown.push_str(&filter.flush());
-        assert_eq!(shown, filter.released);
-        (shown, filter.stopped)
-    }
-
-    #[test]
-    fn stop_texts_are_found_across_pieces_and_never_shown() {
-        assert_eq!(run(&["END"], &["abE", "N", "D more"]), ("ab".into(), true));
-        assert_eq!(run(&["END"], &["abE", "Nx"]), ("abENx".into(), false));
-        assert_eq!(run(&["aab"], &["aa", "ab"]), ("a".into(), true));
-        assert_eq!(run(&["é!"], &["caf", "é", "?"]), ("café?".into(), false));
-        assert_eq!(run(&["long stop", "x"], &["lo", "x"]), ("lo".into(), true));
-        assert_eq!(run(&[], &["a", "b"]), ("ab".into(), false));
-        assert_eq!(run(&["END"], &["abEN"]), ("abEN".into(), false));
-    }
 }

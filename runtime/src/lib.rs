@@ -30,7 +30,9 @@ mod pass;
 mod rope;
 mod sampler;
 mod sequence;
+mod session;
 mod state;
+mod stop;
 mod sublayer;
 mod template;
 mod threads;
@@ -42,18 +44,19 @@ pub use config::{TokenConfig, parse_config};
 pub use cpu::Observer;
 pub use device::{DeviceChoice, DeviceLayers, DeviceObserver, DeviceSublayer};
 pub use engine::{Engine, OpenOptions, Verify};
-pub use error::{Error, Result, exit_code};
+pub use error::{Error, ErrorKind, Result, exit_code};
 pub use eval::{
     Divergence, Estimate, Item, KeptLogits, Perplexity, PerplexityOptions, Prompt, Reference,
     Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_item,
     zero_shot,
 };
-pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};
+pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use layer::Layer;
 pub use linear::{LinearScratch, apply};
 pub use map::Bytes;
 pub use model::Model;
-pub use sampler::{Next, Sampler, SamplerOptions};
+pub use sampler::{Sampler, SamplerInput, SamplerOptions};
+pub use session::{Session, SessionOptions};
 pub use state::State;
 pub use stb_kernels::kv::KvKind;
 pub use sublayer::Sublayer;

@@ -41,16 +41,16 @@ impl Default for SamplerOptions {
 /// What follows a step: logits of all tokens, `[vocab]`, or those of the most likely ones with penalties applied, best
 /// first.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Next {
+pub enum SamplerInput {
     /// Of all.
     Logits(Vec<f32>),
     /// As many as the sampler wanted.
-    Best(Vec<(u32, f32)>),
+    TopK(Vec<(u32, f32)>),
 }
 
-impl Default for Next {
+impl Default for SamplerInput {
     fn default() -> Self {
-        Self::Best(Vec::new())
+        Self::TopK(Vec::new())
     }
 }
 
@@ -104,9 +104,9 @@ impl Sampler {
     ///
     /// # Panics
     /// If there is nothing to choose from.
-    pub fn choose(&mut self, next: &mut Next, banned: &[u32]) -> u32 {
+    pub fn choose(&mut self, next: &mut SamplerInput, banned: &[u32]) -> u32 {
         match next {
-            Next::Logits(logits) => {
+            SamplerInput::Logits(logits) => {
                 for token in banned {
                     if let Some(logit) = logits.get_mut(*token as usize) {
                         *logit = f32::NEG_INFINITY;
@@ -114,7 +114,7 @@ impl Sampler {
                 }
                 self.sample(logits)
             }
-            Next::Best(best) => {
+            SamplerInput::TopK(best) => {
                 let greedy = self.options.temperature <= 0.0;
                 let token = if greedy { best[0].0 } else { self.draw(best) };
                 self.accept(token);

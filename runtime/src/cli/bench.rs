@@ -6,7 +6,9 @@ use std::time::Instant;
 use stb_kernels::probe;
 use stb_runtime::{Engine, Error, State};
 
-use super::{BenchArgs, open, terminal};
+use super::args::BenchArgs;
+use super::load::open;
+use super::terminal;
 
 pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let started = Instant::now();

@@ -2,10 +2,10 @@
 
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
-use stb_runtime::{Finish, GenerateOptions, Message, Sampler};
+use stb_runtime::{Finish, Message};
 
-use super::run::{Session, report};
-use super::{RunArgs, terminal};
+use super::answer::Answerer;
+use super::terminal;
 
 const HELP: &str = "\
 /help            this text
@@ -16,82 +16,95 @@ const HELP: &str = "\
 \"\"\"              begins and ends a message of several lines
 Ctrl-C           stops an answer; twice at the prompt, leaves";
 
-pub(super) fn chat(
-    mut session: Session,
-    args: &RunArgs,
-    mut sampler: Sampler,
-    options: GenerateOptions,
-) -> anyhow::Result<()> {
+/// The messages so far, and the instructions that each new conversation starts with.
+struct Conversation {
+    instructions: Option<String>,
+    messages: Vec<Message>,
+}
+
+impl Conversation {
+    fn new(instructions: Option<String>) -> Self {
+        let mut new = Self { instructions, messages: Vec::new() };
+        new.clear();
+        new
+    }
+
+    fn clear(&mut self) {
+        self.messages = self.instructions.iter().map(|t| Message::new("system", t)).collect();
+    }
+}
+
+/// What follows a line of the user.
+enum Reply {
+    /// Answer the messages.
+    Answer,
+    /// Show this, and ask for the next line.
+    Note(String),
+    Leave,
+}
+
+pub(super) fn chat(mut answerer: Answerer<'_>, instructions: Option<String>) -> anyhow::Result<()> {
     let mut editor = DefaultEditor::new()?;
-    let mode = if session.template.is_some() {
+    let template = answerer.session.has_template();
+    let mode = if template {
         "chatting with the model's template"
     } else {
         "no chat template: your text is continued as it is"
     };
-    let name = session.model.source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let source = &answerer.session.engine().source;
+    let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
     terminal::note(format_args!("{name}: {mode}. /help shows the commands."));
-    let system =
-        |text: &Option<String>| text.iter().map(|t| Message::new("system", t)).collect::<Vec<_>>();
-    let mut instructions = args.system.clone();
-    let mut messages = system(&instructions);
+    let mut conversation = Conversation::new(instructions);
     while let Some(line) = read_message(&mut editor)? {
-        let (command, rest) = line.split_once(' ').unwrap_or((line.as_str(), ""));
-        match command {
-            "/help" | "/?" => {
-                terminal::note(HELP);
-                continue;
-            }
-            "/clear" => {
-                messages = system(&instructions);
-                terminal::note("(new conversation)");
-                continue;
-            }
-            "/system" => {
-                instructions = Some(rest.to_owned()).filter(|t| !t.is_empty());
-                messages = system(&instructions);
-                terminal::note("(new conversation)");
-                continue;
-            }
-            "/exit" | "/bye" | "/quit" => break,
-            "/regen" => {
-                if messages.last().is_some_and(|m| m.role == "assistant") {
-                    messages.pop();
-                }
-                if messages.last().is_none_or(|m| m.role != "user") {
-                    terminal::note("(there is no message to answer)");
-                    continue;
-                }
-            }
-            _ if command.starts_with('/') => {
-                terminal::note(format_args!("(unknown command {command}; /help lists them)"));
-                continue;
-            }
-            _ => {
-                if session.template.is_none() {
-                    messages = system(&instructions);
-                }
-                messages.push(Message::new("user", &line));
-            }
+        match reply(&line, &mut conversation, template) {
+            Reply::Answer => turn(&mut answerer, &mut conversation.messages)?,
+            Reply::Note(text) => terminal::note(text),
+            Reply::Leave => break,
         }
-        turn(&mut session, args, &mut sampler, &options, &mut messages)?;
     }
     Ok(())
 }
 
-/// One answer; an error of this turn does not end the conversation.
-fn turn(
-    session: &mut Session,
-    args: &RunArgs,
-    sampler: &mut Sampler,
-    options: &GenerateOptions,
-    messages: &mut Vec<Message>,
-) -> anyhow::Result<()> {
-    terminal::clear_interrupt();
-    let result = session
-        .chat_prompt(messages)
-        .map_err(anyhow::Error::from)
-        .and_then(|prompt| session.answer(&prompt, sampler, options));
-    match result {
+/// Carries out a command, or adds a message to the conversation.
+fn reply(line: &str, conversation: &mut Conversation, template: bool) -> Reply {
+    let new = || Reply::Note("(new conversation)".into());
+    let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
+    match command {
+        "/help" | "/?" => Reply::Note(HELP.into()),
+        "/clear" => {
+            conversation.clear();
+            new()
+        }
+        "/system" => {
+            *conversation = Conversation::new(Some(rest.to_owned()).filter(|t| !t.is_empty()));
+            new()
+        }
+        "/exit" | "/bye" | "/quit" => Reply::Leave,
+        "/regen" => {
+            let messages = &mut conversation.messages;
+            messages.pop_if(|m| m.role == "assistant");
+            match messages.last() {
+                Some(last) if last.role == "user" => Reply::Answer,
+                _ => Reply::Note("(there is no message to answer)".into()),
+            }
+        }
+        _ if command.starts_with('/') => {
+            Reply::Note(format!("(unknown command {command}; /help lists them)"))
+        }
+        _ => {
+            if !template {
+                conversation.clear();
+            }
+            conversation.messages.push(Message::new("user", line));
+            Reply::Answer
+        }
+    }
+}
+
+/// Answers the messages. An error does not end the conversation.
+fn turn(answerer: &mut Answerer<'_>, messages: &mut Vec<Message>) -> anyhow::Result<()> {
+    terminal::cancel_token().reset();
+    match answerer.answer(messages) {
         Ok(answer) => {
             terminal::print("\n")?;
             match answer.finish {
@@ -99,7 +112,7 @@ fn turn(
                 Finish::Interrupted => terminal::note("(stopped)"),
                 Finish::Stop | Finish::Length => {}
             }
-            report(args, session, &answer);
+            answerer.report(&answer);
             messages.push(Message::new("assistant", answer.text.trim_end()));
         }
         Err(e) if terminal::is_broken_pipe(&e) => return Err(e),
@@ -108,7 +121,7 @@ fn turn(
             messages.pop();
         }
     }
-    terminal::clear_interrupt();
+    terminal::cancel_token().reset();
     Ok(())
 }
 

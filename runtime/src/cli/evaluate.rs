@@ -11,7 +11,9 @@ use stb_runtime::{
     TaskResult, TextLayout, ZeroShotOptions, perplexity as measure, zero_shot as answer,
 };
 
-use super::{PerplexityArgs, ZeroShotArgs, open_exact, terminal};
+use super::args::{PerplexityArgs, ZeroShotArgs, task_names};
+use super::load::open_exact;
+use super::terminal;
 
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let text = std::fs::read(&args.text).map_err(|e| Error::io(&args.text, e))?;
@@ -109,18 +111,6 @@ fn perplexity_json(args: &PerplexityArgs, model: &Engine, text: &str, result: &P
         });
     }
     json
-}
-
-/// `NAME=FILE`.
-pub(super) fn named_task(text: &str) -> Result<(Task, PathBuf), String> {
-    let (name, file) = text.split_once('=').ok_or("NAME=FILE is needed")?;
-    let task = Task::from_name(name)
-        .ok_or_else(|| format!("there is no task {name:?}; {}", task_names()))?;
-    Ok((task, file.into()))
-}
-
-fn task_names() -> String {
-    format!("use one of {}", Task::ALL.map(Task::name).join(", "))
 }
 
 pub(super) fn zero_shot(args: &ZeroShotArgs) -> anyhow::Result<()> {

@@ -1,14 +1,21 @@
 //! Ctrl-C, broken pipes, control characters and memory figures.
 
 use std::io::{IsTerminal, Write};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::LazyLock;
 
-static INTERRUPTS: AtomicU32 = AtomicU32::new(0);
+use stb_runtime::CancelToken;
 
-/// Notes Ctrl-C instead of dying; a second one before the first is noticed ends the program.
+static CANCEL: LazyLock<CancelToken> = LazyLock::new(CancelToken::default);
+
+/// What Ctrl-C cancels.
+pub(crate) fn cancel_token() -> &'static CancelToken {
+    &CANCEL
+}
+
+/// Turns Ctrl-C into a cancellation. A second one before the first is noticed ends the program.
 pub(crate) fn catch_interrupts() {
     let handler = || {
-        if INTERRUPTS.fetch_add(1, Ordering::SeqCst) > 0 {
+        if CANCEL.cancel() {
             std::process::exit(130);
         }
     };
@@ -18,15 +25,10 @@ pub(crate) fn catch_interrupts() {
 
 /// Whether Ctrl-C was pressed.
 pub(crate) fn interrupted() -> bool {
-    INTERRUPTS.load(Ordering::SeqCst) > 0
+    CANCEL.is_canceled()
 }
 
-/// Forgets a Ctrl-C that has been acted on.
-pub(crate) fn clear_interrupt() {
-    INTERRUPTS.store(0, Ordering::SeqCst);
-}
-
-/// Whether the error is that nobody reads our output any more.
+/// Whether the error says that nobody reads our output any more.
 pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<std::io::Error>()

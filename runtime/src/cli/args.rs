@@ -1,0 +1,290 @@
+//! The arguments of `stb-run`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use stb_runtime::{DeviceChoice, Task};
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
+    read, 4 file invalid, 5 not supported, 130 interrupted.\n\
+    STB_ISA=scalar|avx2|avx512|avx512vbmi|avx512amx|neon|neon-dotprod forces an instruction set.";
+
+/// Runs .stb models: language models below one bit per weight, straight from one mapped file.
+#[derive(Parser)]
+#[command(name = "stb-run", version = version(), after_help = EXIT_CODES)]
+#[command(args_conflicts_with_subcommands = true, allow_negative_numbers = true)]
+#[command(override_usage = "stb-run [OPTIONS] <FILE>\n       stb-run <COMMAND>")]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Print the devices of this machine
+    #[arg(long)]
+    pub list_devices: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Measure the perplexity of a model on a text, and its distance to another model
+    Perplexity(PerplexityArgs),
+    /// Measure the accuracy of a model on multiple-choice tasks
+    ZeroShot(ZeroShotArgs),
+    /// Measure prefill and decode speed
+    Bench(BenchArgs),
+    /// Print a completion script for a shell
+    #[command(hide = true)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How a model is loaded.
+#[derive(Args, Clone)]
+pub(super) struct LoadArgs {
+    /// Threads; default: one per physical core that this process may use
+    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Read the file into memory instead of mapping it
+    #[arg(long, env = "STB_NO_MMAP")]
+    pub no_mmap: bool,
+    /// Lock the mapped file in memory, so that it is never paged out
+    #[arg(long, env = "STB_MLOCK", conflicts_with = "no_mmap")]
+    pub mlock: bool,
+    /// What to check before use: tensor checksums of files up to 1 GiB, everything, or structure
+    /// and metadata only
+    #[arg(long, value_name = "WHAT", env = "STB_VERIFY", default_value = "auto")]
+    pub verify: VerifyArg,
+    /// Do not round activations to 8 bits; slower
+    #[arg(long, env = "STB_EXACT")]
+    pub exact: bool,
+    /// How keys and values of earlier tokens are kept [default: f16; f32 with --exact]
+    #[arg(long, value_name = "TYPE", env = "STB_KV")]
+    pub kv: Option<KvArg>,
+    /// Where to compute: cpu, cuda, cuda:N, or auto for a CUDA device if there is one [default: cpu,
+    /// until the kernels have been proven on devices]
+    #[arg(long, value_name = "DEVICE", env = "STB_DEVICE")]
+    pub device: Option<DeviceChoice>,
+    /// Decoder layers that the device computes, the last ones; the CPU computes the rest. Also -ngl N.
+    /// Without --device it means --device auto [default: all]
+    #[arg(long, value_name = "N", env = "STB_NGL")]
+    pub gpu_layers: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum KvArg {
+    F32,
+    F16,
+    Q8,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum VerifyArg {
+    Auto,
+    Full,
+    Off,
+}
+
+#[derive(Args)]
+pub(super) struct RunArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    pub file: Option<PathBuf>,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// Text to send; without it, from a pipe or an interactive chat
+    #[arg(short, long, value_name = "TEXT", help_heading = "Prompt")]
+    pub prompt: Option<String>,
+    /// Instructions before the conversation
+    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
+    pub system: Option<String>,
+    /// Continue the prompt as it is, without the model's chat template
+    #[arg(long, help_heading = "Prompt")]
+    pub no_template: bool,
+    /// Tokens of context; 0 for all the model has
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        env = "STB_CTX",
+        default_value_t = 0,
+        help_heading = "Prompt"
+    )]
+    pub ctx: usize,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print timings as one line of JSON on standard error
+    #[arg(long, help_heading = "Output")]
+    pub json_stats: bool,
+    /// Print no timings
+    #[arg(short, long, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+/// How tokens are chosen. Flags win over what the model file suggests.
+#[derive(Args)]
+#[command(next_help_heading = "Sampling")]
+pub(super) struct SamplingArgs {
+    /// The most tokens to generate; default: until the model ends or the context is full
+    #[arg(short = 'n', long = "tokens", value_name = "N")]
+    pub tokens: Option<usize>,
+    /// Temperature; 0 always takes the most likely token [default: 0.8]
+    #[arg(long, value_name = "T", value_parser = non_negative)]
+    pub temp: Option<f32>,
+    /// Keep the K most likely tokens; 0 keeps all [default: 40]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Keep the most likely tokens that together have this probability [default: 0.95]
+    #[arg(long, value_name = "P", value_parser = share)]
+    pub top_p: Option<f32>,
+    /// Keep tokens with this share of the best one's probability [default: 0.05]
+    #[arg(long, value_name = "P", value_parser = share)]
+    pub min_p: Option<f32>,
+    /// Make the last 64 tokens less likely; 1 is off [default: 1]
+    #[arg(long, value_name = "X", value_parser = positive)]
+    pub repeat_penalty: Option<f32>,
+    /// Seed of the random choices; default: a new one each time
+    #[arg(long, value_name = "N", env = "STB_SEED")]
+    pub seed: Option<u64>,
+    /// Stop before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Never choose the end token: go on to -n or the end of the context
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+#[derive(Args)]
+pub(super) struct PerplexityArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// The text, a UTF-8 file
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// A model to compare with, usually the dense checkpoint: KL divergence from it, share of
+    /// tokens with the same best prediction
+    #[arg(long, value_name = "PATH")]
+    pub reference: Option<PathBuf>,
+    /// Tokens per window; default: the context of the model
+    #[arg(long, value_name = "N")]
+    pub ctx: Option<usize>,
+    /// The most windows to use; default: all
+    #[arg(long, value_name = "N")]
+    pub windows: Option<usize>,
+    /// Split the text at this string into documents; each is stripped and gets a begin token
+    #[arg(long, value_name = "TEXT")]
+    pub separator: Option<String>,
+    /// The lines are rows of a data set, to be joined by two newlines: for wiki.test.raw
+    #[arg(long, conflicts_with = "separator")]
+    pub rows: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(super) struct ZeroShotArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    pub file: PathBuf,
+    /// Files of questions, one JSON object per line, whose names start with the task's:
+    /// winogrande, openbookqa, hellaswag, boolq, arc_easy, arc_challenge, rte or piqa
+    pub tasks: Vec<PathBuf>,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// A file of questions for this task, whatever its name; may be given several times
+    #[arg(long = "task", value_name = "NAME=FILE", value_parser = named_task)]
+    pub named: Vec<(Task, PathBuf)>,
+    /// Only the first N questions of each file
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub limit: Option<u64>,
+    /// The most tokens that the model sees; default: its context
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub ctx: Option<u32>,
+    /// Do not put the begin token before questions even if the tokenizer does so, as old versions of
+    /// the harness
+    #[arg(long)]
+    pub no_begin_token: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The most tokens that a benchmark takes: a million are more than any context.
+const MOST_TOKENS: i64 = 1 << 20;
+
+#[derive(Args)]
+pub(super) struct BenchArgs {
+    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// Prompt tokens
+    #[arg(short, long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=MOST_TOKENS))]
+    pub prompt: u32,
+    /// Tokens to generate after a context of --depth tokens
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=MOST_TOKENS))]
+    pub tokens: u32,
+    /// Tokens in the cache before generation is measured
+    #[arg(short, long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=MOST_TOKENS))]
+    pub depth: u32,
+    /// Sequences that generate side by side
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub batch: u32,
+    /// Runs; one more before them is not counted
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub runs: u16,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn version() -> &'static str {
+    static TEXT: LazyLock<String> = LazyLock::new(|| {
+        let isas: Vec<_> = stb_kernels::Isa::available().map(stb_kernels::Isa::name).collect();
+        format!(
+            "{} (format {}, instruction sets here: {})",
+            env!("CARGO_PKG_VERSION"),
+            stb_format::VERSION,
+            isas.join(", ")
+        )
+    });
+    &TEXT
+}
+
+fn number(text: &str, valid: impl Fn(f32) -> bool, what: &str) -> Result<f32, String> {
+    let value: f32 = text.parse().map_err(|_| format!("{text} is not a number"))?;
+    if valid(value) { Ok(value) } else { Err(format!("{text} is not {what}")) }
+}
+
+fn non_negative(text: &str) -> Result<f32, String> {
+    number(text, |v| v >= 0.0 && v.is_finite(), "a finite number from 0")
+}
+
+fn positive(text: &str) -> Result<f32, String> {
+    number(text, |v| v > 0.0 && v.is_finite(), "a finite number above 0")
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    number(text, |v| (0.0..=1.0).contains(&v), "between 0 and 1")
+}
+
+/// `NAME=FILE`.
+fn named_task(text: &str) -> Result<(Task, PathBuf), String> {
+    let (name, file) = text.split_once('=').ok_or("NAME=FILE is needed")?;
+    let task = Task::from_name(name)
+        .ok_or_else(|| format!("there is no task {name:?}; {}", task_names()))?;
+    Ok((task, file.into()))
+}
+
+pub(super) fn task_names() -> String {
+    format!("use one of {}", Task::ALL.map(Task::name).join(", "))
+}
+
+/// `-ngl`, as llama.cpp calls it, is no short name that clap knows.
+pub(super) fn long_names(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    args.map(|arg| if arg == "-ngl" { "--gpu-layers".into() } else { arg })
+}

@@ -1,0 +1,72 @@
+//! Opening models as the arguments say.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use stb_runtime::{
+    DeviceChoice, Engine, Error, KvKind, OpenOptions, Verify, default_threads, open_to_measure,
+};
+
+use super::args::{KvArg, LoadArgs, VerifyArg};
+use super::devices;
+
+/// Runs `work` on a pool of that many threads: evaluation computes whole windows side by side.
+pub(super) fn in_pool(
+    threads: Option<u16>,
+    work: impl FnOnce() -> anyhow::Result<()> + Send,
+) -> anyhow::Result<()> {
+    let threads = threads.map_or_else(default_threads, usize::from);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+    pool.install(work)
+}
+
+/// Opens the model to measure what the file holds.
+pub(super) fn open_exact(file: &Path, args: &LoadArgs) -> Result<Engine, Error> {
+    if matches!(args.kv, Some(KvArg::F16 | KvArg::Q8)) {
+        let text =
+            "evaluation is exact: keys and values are kept in f32, so leave out --kv (STB_KV)";
+        return Err(Error::usage(text));
+    }
+    let threads = args.threads.map_or_else(default_threads, usize::from);
+    let options = OpenOptions { threads: Some(threads), ..open_options(args) };
+    let model = open_to_measure(file, &options)?;
+    devices::explain(&model);
+    Ok(model)
+}
+
+/// Opens the model and says how long it took.
+pub(super) fn open(file: &Path, args: &LoadArgs) -> Result<(Engine, Duration), Error> {
+    let started = Instant::now();
+    let model = Engine::open(file, &open_options(args))?;
+    devices::explain(&model);
+    Ok((model, started.elapsed()))
+}
+
+fn open_options(args: &LoadArgs) -> OpenOptions {
+    let verify = match args.verify {
+        VerifyArg::Auto => Verify::Auto,
+        VerifyArg::Full => Verify::Full,
+        VerifyArg::Off => Verify::Off,
+    };
+    let kv = match args.kv {
+        Some(KvArg::F32) => KvKind::F32,
+        Some(KvArg::F16) => KvKind::F16,
+        Some(KvArg::Q8) => KvKind::Q8,
+        None if args.exact => KvKind::F32,
+        None => KvKind::F16,
+    };
+    OpenOptions {
+        map: !args.no_mmap,
+        verify,
+        exact: args.exact,
+        kv,
+        threads: args.threads.map(usize::from),
+        lock: args.mlock,
+        // Whoever gives layers to a device wants one.
+        device: args.device.unwrap_or(match args.gpu_layers {
+            Some(_) => DeviceChoice::Auto,
+            None => DeviceChoice::Cpu,
+        }),
+        device_layers: args.gpu_layers,
+    }
+}

@@ -1,0 +1,77 @@
+//! Stop texts: found across the pieces of a stream, and never shown.
+
+/// Holds back text that may turn out to be the beginning of a stop text.
+pub(crate) struct StopFilter<'a> {
+    stops: &'a [String],
+    held: String,
+    /// All text that was shown.
+    pub released: String,
+    /// A stop text has been found.
+    pub stopped: bool,
+}
+
+impl<'a> StopFilter<'a> {
+    pub fn new(stops: &'a [String]) -> Self {
+        Self { stops, held: String::new(), released: String::new(), stopped: false }
+    }
+
+    /// The text that can be shown after `new` has come in.
+    pub fn push(&mut self, new: &str) -> String {
+        if self.stopped {
+            return String::new();
+        }
+        self.held.push_str(new);
+        let found = self.stops.iter().filter(|s| !s.is_empty());
+        if let Some(at) = found.filter_map(|s| self.held.find(s.as_str())).min() {
+            self.stopped = true;
+            self.held.truncate(at);
+            return self.release(at);
+        }
+        let risky = |at: &usize| {
+            let tail = &self.held[*at..];
+            self.stops.iter().any(|s| s.starts_with(tail))
+        };
+        let starts = self.held.char_indices().map(|(at, _)| at);
+        let safe = starts.into_iter().find(risky).unwrap_or(self.held.len());
+        self.release(safe)
+    }
+
+    /// The text that was held back and is no stop text.
+    pub fn flush(&mut self) -> String {
+        self.release(self.held.len())
+    }
+
+    fn release(&mut self, bytes: usize) -> String {
+        let text: String = self.held.drain(..bytes).collect();
+        self.released.push_str(&text);
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
+        let stops: Vec<String> = stops.iter().map(|s| (*s).to_owned()).collect();
+        let mut filter = StopFilter::new(&stops);
+        let mut shown = String::new();
+        for piece in pieces {
+            shown.push_str(&filter.push(piece));
+        }
+        shown.push_str(&filter.flush());
+        assert_eq!(shown, filter.released);
+        (shown, filter.stopped)
+    }
+
+    #[test]
+    fn stop_texts_are_found_across_pieces_and_never_shown() {
+        assert_eq!(run(&["END"], &["abE", "N", "D more"]), ("ab".into(), true));
+        assert_eq!(run(&["END"], &["abE", "Nx"]), ("abENx".into(), false));
+        assert_eq!(run(&["aab"], &["aa", "ab"]), ("a".into(), true));
+        assert_eq!(run(&["é!"], &["caf", "é", "?"]), ("café?".into(), false));
+        assert_eq!(run(&["long stop", "x"], &["lo", "x"]), ("lo".into(), true));
+        assert_eq!(run(&[], &["a", "b"]), ("ab".into(), false));
+        assert_eq!(run(&["END"], &["abEN"]), ("abEN".into(), false));
+    }
+}
