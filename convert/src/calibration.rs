@@ -57,7 +57,7 @@ impl Source {
             Some(separator) => format!(", documents separated by {separator:?}"),
             None => String::new(),
         };
-        let draw = if options.draw.as_deref() == Some("python") { " of Python" } else { "" };
+        let draw = if options.draw == Draw::Python { " of Python" } else { "" };
         format!(
             "{} sha256:{}{documents}, {} windows of {length} tokens, seed {}{draw}",
             self.name,
@@ -87,7 +87,7 @@ impl Source {
         };
         let starts = tokens.len().checked_sub(length).ok_or_else(too_short)? as u64;
         let window = |start: u64| tokens[start as usize..start as usize + length].to_vec();
-        match options.draw()? {
+        match options.draw {
             Draw::Pcg => {
                 let mut random = Pcg64Mcg::seed_from_u64(options.seed);
                 let start = |_| random.next_u64() % (starts + 1);

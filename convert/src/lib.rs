@@ -1,7 +1,7 @@
 //! Converts dense LLaMA checkpoints to `.stb` files.
 //!
 //! [`convert`] reads a checkpoint, runs the calibration text through it one decoder layer at a
-//! time, quantizes every linear layer against the second moments of its inputs, and streams packed
+//! time, quantizes every linear layer against the Hessian of its inputs, and streams packed
 //! tensors into a file. What is done to which tensor is a [`Recipe`]; [`plan()`] prices it before
 //! anything is computed.
 
@@ -14,12 +14,15 @@ pub mod export;
 pub mod flips;
 pub mod hessian;
 pub mod inspect;
+pub mod interrupt;
+mod memory;
 pub mod metadata;
 pub mod output;
 pub mod pipeline;
 pub mod plan;
 pub mod plot;
 pub mod prepare;
+pub(crate) mod products;
 pub mod quantize;
 pub mod recipe;
 pub mod report;

@@ -22,7 +22,7 @@ pub fn prepare(
 ) -> anyhow::Result<(Plan, Meta)> {
     let mut plan = plan(checkpoint, recipe)?;
     allocate(&mut plan, checkpoint, recipe, source)?;
-    let bits = recipe.body.target()?;
+    let bits = recipe.linear.target_bits();
     let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize);
     let calibration = if plan.needs_calibration() || bits.is_some() {
         source.describe(&recipe.calibration, length)

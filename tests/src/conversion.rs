@@ -38,8 +38,9 @@ pub fn converted(
     device: Option<Device>,
 ) -> anyhow::Result<Report> {
     let checkpoint = Checkpoint::open(source, true)?;
-    let mut recipe = Recipe::load(recipe)?;
-    (recipe.calibration.samples, recipe.calibration.length) = (samples, length);
+    let recipe = Recipe::load(recipe)?.changed(|file| {
+        (file.calibration.samples, file.calibration.length) = (samples, length);
+    })?;
     let calibration = Source::file(text)?;
     let (plan, meta) = prepare(&checkpoint, &recipe, &calibration)?;
     let job = Job {

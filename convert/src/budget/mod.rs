@@ -3,39 +3,24 @@
 //! Each tensor has a few candidate encodings, with exact bytes and an estimate of what they do to what the
 //! model says (`price`).
 
+mod candidate;
 mod price;
 
+use candidate::Candidate;
 pub use price::memory;
 use stb_format::{Meta, SECTION_ALIGN};
 use stb_runtime::{Checkpoint, Error, Result};
 
 use crate::calibration::Source;
-use crate::plan::{Plan, TensorMethod, TensorPlan};
+use crate::plan::Plan;
 use crate::recipe::Recipe;
-
-/// A way to store a tensor.
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    treatment: TensorMethod,
-    bytes: u64,
-    /// What it adds to the sum that is made small, see [`price`].
-    error: f64,
-}
-
-impl Candidate {
-    fn new(tensor: &TensorPlan, treatment: TensorMethod, error: f64) -> Result<Self> {
-        let mut copy = tensor.clone();
-        copy.set(treatment)?;
-        Ok(Self { treatment, bytes: copy.bytes, error })
-    }
-}
 
 /// Replaces the treatments in `plan` so that the file with `meta` has at most `bits` true bits per
 /// parameter.
 ///
 /// # Errors
 /// [`Error::Usage`] if no combination is small enough, or the calibration text is too short; [`Error::Invalid`]
-/// for weights that are not finite; [`crate::pipeline::Interrupted`].
+/// for weights that are not finite; [`crate::interrupt::Interrupted`].
 pub fn fit(
     plan: &mut Plan,
     checkpoint: &Checkpoint,
@@ -148,6 +133,7 @@ fn lower_hull(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::TensorMethod;
     use stb_format::encoding::Dense;
 
     #[test]

@@ -5,18 +5,18 @@
 //! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token, g the gradients of [`crate::backward`]. ΔW is that of
 //! the quantizer itself, on some rows, against second moments of some tokens. Losses of tensors add up.
 
-use stb_format::encoding::{IntGroup, Nm};
 use stb_format::{Encoding, ModelSpec};
 use stb_kernels::Isa;
 use stb_runtime::{Checkpoint, Layer, Model, Result, Weight};
 
-use super::Candidate;
+use super::candidate::Candidate;
 use crate::backward::{Ends, LayerSlopes, through};
 use crate::calibration::Source;
-use crate::hessian::{Factor, Hessian};
-use crate::pipeline::{check_interrupt, finite};
-use crate::plan::{Method, Plan, TensorMethod, TensorPlan, input_of};
-use crate::quantize::{Input, decode, int_group, linear, nm, output_errors};
+use crate::hessian::{Factor, Hessian, output_errors};
+use crate::interrupt::check_interrupt;
+use crate::pipeline::finite;
+use crate::plan::{Plan, TensorMethod, TensorPlan, input_of};
+use crate::quantize::{Input, Method, decode, int_group};
 use crate::recipe::{Calibration, Recipe};
 use crate::sensitivity::SEQUENCES;
 
@@ -32,16 +32,11 @@ const CHUNK: usize = 1024;
 /// dense model; large ones saturate, and what an early layer does is taken back in part by those fitted
 /// behind it. `tests/bench/record/2026-11-26-budgets.md` has what 1, 0.7 and 0.5 gave.
 const LINEAR_POWER: f64 = 0.7;
-/// Rounds of re-choosing codes and refitting scales.
-const SWEEPS: usize = 4;
-/// Columns per scale of the joint codes.
-const BLOCK: u16 = 128;
-
 /// The ways to store each tensor of `plan`; none for vectors, which stay as they are.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Usage`] if the calibration text is too short, [`stb_runtime::Error::Invalid`] for
-/// weights that are not finite, [`crate::pipeline::Interrupted`] if the user has asked to stop.
+/// weights that are not finite, [`crate::interrupt::Interrupted`] if the user has asked to stop.
 pub(super) fn candidates(
     plan: &Plan,
     checkpoint: &Checkpoint,
@@ -151,29 +146,12 @@ impl Moments {
             factor: &self.factor,
             norms: &self.norms,
         };
-        let stored = decode(&linear(&input, method, None)?, input.rows, cols);
+        let stored = decode(&method.quantizer().quantize(&input, None)?, input.rows, cols);
         let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
         let scale = 0.5 / self.tokens as f64;
         let errors = output_errors(self.isa, &difference, &self.plain);
         Ok(errors.into_iter().map(|e| e * scale).collect())
     }
-}
-
-/// Integers that tensors may become.
-fn integers() -> impl Iterator<Item = IntGroup> {
-    let all =
-        [(1, 128), (2, 128), (2, 64), (3, 128), (3, 64), (4, 128), (4, 32), (8, 128), (8, 32)];
-    all.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group))
-}
-
-/// What linear layers may become.
-fn methods() -> impl Iterator<Item = Method> {
-    let codes = [(1, 8), (1, 4), (2, 8), (2, 4)];
-    let codes = codes.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, BLOCK, false));
-    let codes = codes.map(|spec| Method::Nm(nm::Options { spec, sweeps: SWEEPS, refit: true }));
-    let sweeps = |spec: IntGroup| if spec.bits() < 8 { SWEEPS } else { 0 };
-    let integer = move |spec| Method::Int(int_group::Options::full(spec, sweeps(spec)));
-    integers().map(integer).chain(codes)
 }
 
 /// Staying as it is.
@@ -211,7 +189,7 @@ fn of_linear(
     let factor = 0.5 * share(slopes, &rows);
     let chunks: Vec<Vec<f32>> = moments.iter().map(|m| m.columns(&values, weight.cols())).collect();
     let mut priced = Vec::new();
-    for method in methods() {
+    for method in Method::candidates() {
         let mut loss = 0.0;
         for (values, moments) in chunks.iter().zip(moments) {
             let errors = moments.errors(values, method)?;
@@ -234,7 +212,7 @@ fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result
     let looked_up = share(&tables.frequencies, &rows);
     let multiplied = share(&ends.logits, &rows);
     let mut priced = Vec::new();
-    for spec in integers() {
+    for spec in int_group::candidate_encodings() {
         let stored = decode(&int_group::round(&values, rows.len(), cols, spec), rows.len(), cols);
         let mut loss = 0.0;
         for ((w, q), r) in values.chunks_exact(cols).zip(stored.chunks_exact(cols)).zip(&rows) {

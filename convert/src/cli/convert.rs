@@ -5,7 +5,6 @@ use std::path::Path;
 use stb_convert::budget;
 use stb_convert::calibration::Source;
 use stb_convert::prepare::prepare;
-use stb_convert::recipe::Body;
 use stb_convert::report::Report;
 use stb_convert::{Job, Plan, Recipe, convert};
 use stb_format::Meta;
@@ -23,7 +22,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         Some(path) => Source::file(path)?,
         None => Source::of(&recipe.calibration)?,
     };
-    if recipe.body.target()?.is_some() {
+    if recipe.linear.target_bits().is_some() {
         check_memory(budget::memory(&checkpoint.spec), "pricing encodings", || {
             "use a machine with more, or a recipe of one encoding instead of --bits".into()
         })?;
@@ -101,31 +100,27 @@ fn check_memory(needed: u64, what: &str, advice: impl Fn() -> String) -> Result<
 
 /// The recipe with what the command line changes.
 fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
-    let mut recipe = Recipe::load(&args.recipe)?;
-    if let Some(bits) = args.bits {
-        recipe.name = format!("bits-{bits}");
-        recipe.description = "Encodings chosen for a size".into();
-        recipe.body = Body::budget(bits);
-        recipe.body.target()?;
-    }
-    let calibration = &mut recipe.calibration;
-    if let Some(samples) = args.calib_samples {
-        calibration.samples = samples as usize;
-    }
-    if let Some(length) = args.calib_len {
-        calibration.length = length as usize;
-    }
-    if let Some(seed) = args.seed {
-        calibration.seed = seed;
-    }
-    if let Some(epochs) = args.tuning {
-        calibration.tuning = Some(epochs as usize);
-    }
-    if let Some(epochs) = args.fine_tuning {
-        calibration.fine_tuning = Some(epochs as usize);
-    }
-    recipe.check_tuning()?;
-    Ok(recipe)
+    Recipe::load(&args.recipe)?.changed(|file| {
+        if let Some(bits) = args.bits {
+            file.set_budget(bits);
+        }
+        let calibration = &mut file.calibration;
+        if let Some(samples) = args.calib_samples {
+            calibration.samples = samples as usize;
+        }
+        if let Some(length) = args.calib_len {
+            calibration.length = length as usize;
+        }
+        if let Some(seed) = args.seed {
+            calibration.seed = seed;
+        }
+        if let Some(epochs) = args.tuning {
+            calibration.distill_layers = Some(epochs as usize);
+        }
+        if let Some(epochs) = args.fine_tuning {
+            calibration.distill = Some(epochs as usize);
+        }
+    })
 }
 
 fn dry_run(

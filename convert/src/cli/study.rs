@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use stb_convert::calibration::Source;
 use stb_convert::flips::{self, FlipOptions};
-use stb_convert::hessian::interrupted;
+use stb_convert::interrupt::interrupted;
 use stb_convert::study::{self, Definition, Events, StudyModel, convert_file, write_whole};
 use stb_convert::{Progress, Recipe};
 use stb_runtime::{Checkpoint, Error, OpenOptions, PerplexityOptions, TextLayout, open_to_measure};

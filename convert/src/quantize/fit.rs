@@ -6,18 +6,18 @@ use stb_kernels::Panels;
 use stb_kernels::cuda::{Buffer, Operand};
 use stb_runtime::Result;
 
-use super::{Input, TASK_ROWS};
+use super::quantizer::Input;
 use crate::engine::{Accelerator, download, fetch_columns, upload};
-use crate::hessian::{product, product_of};
+use crate::products::{TASK_ROWS, product, product_of};
 
 /// A linear layer with its H at hand for products.
 pub(super) struct Fitting<'a> {
     input: &'a Input<'a>,
-    device: Option<OnDevice<'a>>,
+    device: Option<DeviceHessian<'a>>,
 }
 
 /// H on the device.
-pub(super) struct OnDevice<'a> {
+pub(super) struct DeviceHessian<'a> {
     accelerator: &'a Accelerator,
     h: Buffer<f32>,
 }
@@ -31,8 +31,8 @@ pub(super) struct Residual<'a> {
 }
 
 /// W − Q, [rows, cols], on the device.
-pub(super) struct Rest<'a> {
-    on: &'a OnDevice<'a>,
+pub(super) struct DeviceError<'a> {
+    on: &'a DeviceHessian<'a>,
     values: Buffer<f32>,
     rows: usize,
     cols: usize,
@@ -45,7 +45,7 @@ impl<'a> Fitting<'a> {
         let device = match input.engine.accelerator {
             Some(accelerator) => {
                 let h = upload(accelerator.layers().dense(), input.hessian.matrix())?;
-                Some(OnDevice { accelerator, h })
+                Some(DeviceHessian { accelerator, h })
             }
             None => None,
         };
@@ -95,7 +95,7 @@ impl<'a> Fitting<'a> {
     }
 
     /// The device, if there is one.
-    pub(super) fn on_device(&self) -> Option<&OnDevice<'a>> {
+    pub(super) fn on_device(&self) -> Option<&DeviceHessian<'a>> {
         self.device.as_ref()
     }
 
@@ -167,7 +167,12 @@ impl<'a> Fitting<'a> {
         systems
     }
 
-    fn systems_on_device(&self, on: &OnDevice<'_>, units: &[f32], span: usize) -> Result<Vec<f64>> {
+    fn systems_on_device(
+        &self,
+        on: &DeviceHessian<'_>,
+        units: &[f32],
+        span: usize,
+    ) -> Result<Vec<f64>> {
         let (rows, cols) = (self.input.rows, self.input.cols);
         let blocks = cols.div_ceil(span);
         let mut layers = on.accelerator.layers();
@@ -238,9 +243,9 @@ impl Residual<'_> {
     }
 }
 
-impl<'a> Rest<'a> {
+impl<'a> DeviceError<'a> {
     /// `values`, [rows, cols], beside H.
-    pub(super) fn new(on: &'a OnDevice<'a>, values: &[f32], cols: usize) -> Result<Self> {
+    pub(super) fn new(on: &'a DeviceHessian<'a>, values: &[f32], cols: usize) -> Result<Self> {
         let rows = values.len() / cols;
         let values = upload(on.accelerator.layers().dense(), values)?;
         Ok(Self { on, values, rows, cols })

@@ -4,21 +4,13 @@
 use rayon::prelude::*;
 use stb_runtime::Result;
 
+use super::compensation::{Compensation, Propagation};
 use super::metric::Scorer;
-use super::{Input, Propagation, TASK_ROWS};
-use crate::engine::Compensation;
+use super::quantizer::{Input, Pruned};
+use crate::products::TASK_ROWS;
 
 /// Columns between exchanges with the rest of the matrix.
 const BLOCK: usize = 128;
-
-/// Pruned and compensated weights with their mask, both [rows, cols].
-#[derive(Clone, Debug)]
-pub struct Pruned {
-    /// Exactly zero where not kept.
-    pub weights: Vec<f32>,
-    /// Kept weights.
-    pub mask: Vec<bool>,
-}
 
 /// Keeps `kept(width)` weights of each group of 8 columns.
 ///

@@ -10,10 +10,11 @@ use stb_runtime::{
     open_to_measure, perplexity,
 };
 
-use super::cell::{Cell, Inputs, fingerprint};
+use super::cell::{Cell, CellInputs, fingerprint};
 use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
 use crate::calibration::{Source, hex};
-use crate::pipeline::{Interrupted, Job, Progress, convert};
+use crate::interrupt::Interrupted;
+use crate::pipeline::{Job, Progress, convert};
 use crate::plan::plan;
 use crate::prepare::prepare;
 use crate::recipe::Recipe;
@@ -29,7 +30,7 @@ pub trait Events: Progress + Sync {
 
 /// A cell of a table.
 #[derive(Clone, Debug)]
-pub struct Entry {
+pub struct StudyCell {
     /// The model's name.
     pub model: String,
     /// The recipe's label.
@@ -37,12 +38,12 @@ pub struct Entry {
     /// The text's name.
     pub text: String,
     /// What was measured.
-    pub outcome: Outcome,
+    pub outcome: CellOutcome,
 }
 
 /// What became of a cell.
 #[derive(Clone, Debug)]
-pub enum Outcome {
+pub enum CellOutcome {
     /// Measured, now or before.
     Done(Box<Cell>),
     /// Not possible, and why.
@@ -51,9 +52,9 @@ pub enum Outcome {
 
 /// All cells of a study, in the order models, recipes, texts.
 #[derive(Debug)]
-pub struct Table {
+pub struct StudyTable {
     /// The cells.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<StudyCell>,
     /// How many of them were measured now.
     pub measured: usize,
     /// The first error of a cell.
@@ -67,7 +68,7 @@ pub struct Table {
 ///
 /// # Errors
 /// [`Interrupted`]; [`Error`] for models, texts and cells that cannot be read or written.
-pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<Table> {
+pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<StudyTable> {
     study.check()?;
     let cells = folder.join("cells");
     std::fs::create_dir_all(&cells).map_err(|e| Error::io(&cells, e))?;
@@ -75,7 +76,7 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
     let mut texts = Vec::new();
     for text in &study.texts {
         let source = Source::file(&text.path)?;
-        texts.push(Text { entry: text, hash: hash(&source.text), text: source.text });
+        texts.push(LoadedText { entry: text, hash: hash(&source.text), text: source.text });
     }
     // All texts before any work: a mistake in the last one must not cost hours.
     let mut sources = Vec::new();
@@ -89,11 +90,11 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
         events.note(&format!("left out: {line}"));
     }
     let all = study.models.len() * study.recipes.len() * texts.len();
-    let mut table = Table { entries: Vec::new(), measured: 0, failure: None };
+    let mut table = StudyTable { entries: Vec::new(), measured: 0, failure: None };
     for entry in &study.models {
         let model = StudiedModel::open(entry)?;
         for (recipe, source) in study.recipes.iter().zip(&sources) {
-            let row = Row { model: &model, recipe, source, cells: &cells, all };
+            let row = StudyRow { model: &model, recipe, source, cells: &cells, all };
             row.measure(&texts, &mut table, events)?;
         }
     }
@@ -137,7 +138,7 @@ fn clean(cells: &Path) -> Result<()> {
 const WORK: &str = ".work-";
 
 /// A text in memory.
-struct Text<'a> {
+struct LoadedText<'a> {
     entry: &'a StudyText,
     text: String,
     hash: String,
@@ -180,7 +181,7 @@ impl<'a> StudiedModel<'a> {
 }
 
 /// One model and one recipe: converted at most once for all texts.
-struct Row<'a> {
+struct StudyRow<'a> {
     model: &'a StudiedModel<'a>,
     recipe: &'a StudyRecipe,
     source: &'a Source,
@@ -188,11 +189,11 @@ struct Row<'a> {
     all: usize,
 }
 
-impl Row<'_> {
+impl StudyRow<'_> {
     fn measure(
         &self,
-        texts: &[Text<'_>],
-        table: &mut Table,
+        texts: &[LoadedText<'_>],
+        table: &mut StudyTable,
         events: &dyn Events,
     ) -> anyhow::Result<()> {
         let mut converted = None;
@@ -201,7 +202,7 @@ impl Row<'_> {
             let path = inputs.file(self.cells);
             let names = (&self.model.entry.name, &self.recipe.label, &text.entry.name);
             let outcome = match Cell::load(&path, &inputs)? {
-                Some(cell) => Outcome::Done(Box::new(cell)),
+                Some(cell) => CellOutcome::Done(Box::new(cell)),
                 None => {
                     events.begin(table.entries.len(), self.all, names.0, names.1, names.2);
                     let found = self.cell(text, inputs, &mut converted, events);
@@ -209,19 +210,19 @@ impl Row<'_> {
                         Ok(cell) => {
                             cell.store(&path)?;
                             table.measured += 1;
-                            Outcome::Done(Box::new(cell))
+                            CellOutcome::Done(Box::new(cell))
                         }
                         Err(e) if e.is::<Interrupted>() => return Err(e),
                         Err(e) => {
                             let what = format!("{e:#}");
                             events.note(&format!("{}, {}: {what}", names.0, names.1));
                             table.failure.get_or_insert(e);
-                            Outcome::Failed(what)
+                            CellOutcome::Failed(what)
                         }
                     }
                 }
             };
-            table.entries.push(Entry {
+            table.entries.push(StudyCell {
                 model: names.0.clone(),
                 recipe: names.1.clone(),
                 text: names.2.clone(),
@@ -231,15 +232,15 @@ impl Row<'_> {
         Ok(())
     }
 
-    fn inputs(&self, text: &Text<'_>) -> Result<Inputs> {
+    fn inputs(&self, text: &LoadedText<'_>) -> Result<CellInputs> {
         let needs = plan(&self.model.checkpoint, &self.recipe.recipe)
             .is_ok_and(|plan| plan.needs_calibration())
-            || self.recipe.recipe.body.target()?.is_some();
+            || self.recipe.recipe.linear.target_bits().is_some();
         let calibration = match needs {
             true => format!("{} sha256:{}", self.source.name, hash(&self.source.text)),
             false => String::new(),
         };
-        Ok(Inputs {
+        Ok(CellInputs {
             model_hash: self.model.hash.clone(),
             recipe: self.recipe.recipe.to_toml()?,
             calibration,
@@ -252,8 +253,8 @@ impl Row<'_> {
 
     fn cell(
         &self,
-        text: &Text<'_>,
-        inputs: Inputs,
+        text: &LoadedText<'_>,
+        inputs: CellInputs,
         converted: &mut Option<Converted>,
         events: &dyn Events,
     ) -> anyhow::Result<Cell> {
@@ -297,7 +298,7 @@ impl Row<'_> {
     }
 
     /// Converts, or goes on with the conversion that a killed study has left.
-    fn convert(&self, inputs: &Inputs, events: &dyn Events) -> anyhow::Result<Converted> {
+    fn convert(&self, inputs: &CellInputs, events: &dyn Events) -> anyhow::Result<Converted> {
         let conversion = [&inputs.model_hash, &inputs.recipe, &inputs.calibration];
         let name = hash(&conversion.map(|part| format!("{} {part}", part.len())).concat());
         let work = self.cells.join(format!("{WORK}{}", &name[..24]));
