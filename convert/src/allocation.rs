@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use stb_runtime::{Checkpoint, Error, Result};
 
-use crate::calibration::Source;
+use crate::calibration::CalibrationText;
 use crate::plan::{Plan, TensorMethod, input_of};
 use crate::quantize::metric::{Metric, Scorer};
 use crate::quantize::{Allocation, KeptByLayer};
@@ -24,7 +24,7 @@ pub fn allocate(
     plan: &mut Plan,
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    source: &Source,
+    source: &CalibrationText,
 ) -> Result<()> {
     let kept = recipe.linear.method().and_then(|method| method.quantizer().kept_by_layer());
     let Some(KeptByLayer { n, allocation, metric }) = kept else { return Ok(()) };

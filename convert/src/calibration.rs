@@ -3,24 +3,24 @@
 use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 use stb_runtime::{Error, Result, Tokenizer};
 
+use crate::digest::digest;
 use crate::recipe::{Calibration, Draw};
 
 /// Public-domain English of several kinds, part of the program. See `data/README.md`.
 pub const BUILT_IN: &str = include_str!("../data/calibration.txt");
 
-/// A text and where it is from.
+/// A text for calibration, and where it is from.
 #[derive(Clone, Debug)]
-pub struct Source {
+pub struct CalibrationText {
     /// `built-in` or the name of a file.
     pub name: String,
     /// The text.
     pub text: String,
 }
 
-impl Source {
+impl CalibrationText {
     /// The text that ships with the program.
     #[must_use]
     pub fn built_in() -> Self {
@@ -39,10 +39,10 @@ impl Source {
         Ok(Self { name, text })
     }
 
-    /// What a recipe asks for: the file of its own, if it names one, or the built-in text.
+    /// The text of a recipe: the file that it names, or the built-in text.
     ///
     /// # Errors
-    /// As for [`Source::file`].
+    /// As for [`CalibrationText::file`].
     pub fn of(options: &Calibration) -> Result<Self> {
         match &options.text {
             Some(path) => Self::file(std::path::Path::new(path)),
@@ -50,7 +50,7 @@ impl Source {
         }
     }
 
-    /// Name, SHA-256 and use of the text: what makes a conversion repeatable.
+    /// Name, SHA-256 and use of the text, so that a conversion can be repeated.
     #[must_use]
     pub fn describe(&self, options: &Calibration, length: usize) -> String {
         let documents = match &options.separator {
@@ -137,18 +137,6 @@ impl PythonRandom {
             }
         }
     }
-}
-
-/// The SHA-256 of some bytes, in hexadecimal digits.
-#[must_use]
-pub fn digest(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-/// Lower-case hexadecimal digits.
-#[must_use]
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

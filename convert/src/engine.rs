@@ -1,7 +1,7 @@
-//! What computes the large products of a conversion: this processor, or a GPU.
+//! Where the large products of a conversion are computed: on this processor or on a GPU.
 //!
-//! With a GPU, matrices are brought to it for an operation or for a tensor; decisions (codes, masks, scales) are
-//! made here in either case, by the same code.
+//! Matrices are copied to the GPU for one operation or one tensor. Decisions (codes, masks, scales) are made on this
+//! processor in either case, by the same code.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -40,7 +40,7 @@ impl Accelerator {
         &self.name
     }
 
-    /// Decoder layers and matrices on it.
+    /// The decoder layers and matrices on the device.
     pub(crate) fn layers(&self) -> MutexGuard<'_, DeviceLayers> {
         self.layers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -51,7 +51,7 @@ impl Accelerator {
 pub struct Engine<'a> {
     /// The instruction set of this processor.
     pub isa: Isa,
-    /// The GPU, if there is one to use.
+    /// The GPU; `None` if this processor computes all products.
     pub(crate) accelerator: Option<&'a Accelerator>,
 }
 
@@ -64,7 +64,7 @@ impl From<Isa> for Engine<'_> {
 /// The right side of a product with an inner dimension k.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Right<'a> {
-    /// [k, n].
+    /// As it is, [k, n].
     Plain(&'a [f32]),
     /// Its transpose, [n, k].
     Transposed(&'a [f32]),

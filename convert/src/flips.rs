@@ -1,6 +1,5 @@
-//! The flip experiment of the paper (§1, appendix B, algorithm 3, table 13): how much perplexity
-//! suffers when a share of the signs of a binarized model is turned around, chosen at random or from
-//! the least important on.
+//! The flip experiment of the paper (§1, appendix B, algorithm 3, table 13): the perplexity of a binarized model when
+//! a share of its signs is flipped, chosen at random or by importance, least important first.
 //!
 //! In each linear layer of the decoder a share of the weights that are neither pruned nor in a salient
 //! column changes sign. Sets of a growing share contain each other.
@@ -16,7 +15,7 @@ use stb_runtime::{
     Checkpoint, Error, Layer, Model, PerplexityOptions, Result, Tokenizer, Weight, perplexity,
 };
 
-use crate::calibration::Source;
+use crate::calibration::CalibrationText;
 use crate::plan::input_of;
 use crate::plot::{Chart, Point, Series, svg};
 use crate::recipe::{Calibration, Recipe};
@@ -97,7 +96,7 @@ pub fn flip(
     model: &mut Model,
     checkpoint: &Checkpoint,
     calibration: &Calibration,
-    source: &Source,
+    source: &CalibrationText,
     text: &str,
     options: &FlipOptions,
     progress: &dyn Fn(usize, usize, &Flipped),
@@ -184,7 +183,7 @@ fn matrices(
     model: &mut Model,
     checkpoint: &Checkpoint,
     calibration: &Calibration,
-    source: &Source,
+    source: &CalibrationText,
     salient: bool,
 ) -> Result<Vec<FlipMatrix>> {
     let moments = diagonals(checkpoint, calibration, source, SEQUENCES)?;
@@ -232,7 +231,7 @@ fn matrices(
 impl FlipMatrix {
     /// Puts the places into the order in which they are flipped.
     fn arrange(&mut self, order: FlipOrder, stream: u64) {
-        // Whatever order came before: results must not depend on it.
+        // The result must not depend on the order before.
         self.places.sort_unstable();
         match order {
             FlipOrder::LeastImportant => {

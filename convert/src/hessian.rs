@@ -1,4 +1,4 @@
-//! Second moments of layer inputs and their factors: what error compensation needs.
+//! The Hessian of a layer's inputs and its factors, which error compensation needs.
 
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
@@ -96,7 +96,7 @@ impl Hessian {
         self.matrix.iter().step_by(self.size + 1).copied().collect()
     }
 
-    /// Input features that never occurred.
+    /// Input features that are zero in all tokens.
     #[must_use]
     pub fn dead(&self) -> Vec<usize> {
         let zero = self.diagonal().into_iter().enumerate().filter(|(_, d)| *d == 0.0);
@@ -114,8 +114,8 @@ impl Hessian {
         self.matrix.iter_mut().step_by(self.size + 1).for_each(|d| *d += add);
     }
 
-    /// Multiplies the diagonal by 1 + `ridge`: the same for features of any size. Dead features get 1, and
-    /// a trace of damping keeps the matrix positive definite.
+    /// Multiplies the diagonal by 1 + `ridge`, which does not depend on the scale of a feature. Dead features get 1,
+    /// and a damping of 1e-4 keeps the matrix positive definite.
     pub fn add_ridge(&mut self, ridge: f64) {
         let factor = (1.0 + ridge) as f32;
         self.matrix.iter_mut().step_by(self.size + 1).for_each(|d| *d *= factor);
@@ -135,8 +135,8 @@ pub fn factoring_memory(size: u64) -> u64 {
     size * size * 16
 }
 
-/// (2/n) Σ Aᵀ X over n calibration sequences, A [tokens, rows] and X [tokens, cols]: how the inputs X of
-/// a layer go with something else.
+/// (2/n) Σ Aᵀ X over n calibration sequences, A [tokens, rows] and X [tokens, cols]: the cross
+/// term of the inputs X of a layer and another quantity A.
 #[derive(Clone, Debug)]
 pub struct CrossMoments {
     /// [rows, cols].
@@ -162,7 +162,7 @@ impl CrossMoments {
         self.sequences += sequences;
     }
 
-    /// The elements, [rows, cols], scaled as the second moments are.
+    /// The elements, [rows, cols], scaled as the Hessian is.
     #[must_use]
     pub fn finish(mut self) -> Vec<f32> {
         let scale = 2.0 / self.sequences.max(1) as f32;
@@ -222,11 +222,11 @@ impl Factor {
     }
 }
 
-/// Second moments that no factor exists of.
+/// The error for a Hessian without factors.
 pub(crate) fn not_positive() -> Error {
     Error::invalid(
-        "the second moments of the calibration inputs are not positive definite; use more \
-         calibration text or a larger damping",
+        "the Hessian of the calibration inputs is not positive definite; use more calibration text \
+         or a larger damping",
     )
 }
 

@@ -2,13 +2,14 @@
 //!
 //! [`convert`] reads a checkpoint, runs the calibration text through it one decoder layer at a
 //! time, quantizes every linear layer against the Hessian of its inputs, and streams packed
-//! tensors into a file. What is done to which tensor is a [`Recipe`]; [`plan()`] prices it before
-//! anything is computed.
+//! tensors into a file. A [`Recipe`] says what is done to which tensor; [`plan()`] gives the
+//! size of every tensor before any weight is quantized.
 
 pub mod allocation;
 pub(crate) mod backward;
 pub mod budget;
 pub mod calibration;
+pub mod digest;
 pub mod engine;
 pub mod export;
 pub mod flips;

@@ -14,7 +14,7 @@ pub enum TensorMethod {
     Keep(Dense),
     /// Each weight rounded by itself.
     Round(IntGroup),
-    /// A linear layer quantized against its calibrated inputs.
+    /// A linear layer, quantized against the Hessian of its inputs.
     Linear(Method),
 }
 
@@ -65,7 +65,7 @@ impl TensorPlan {
         self.bytes as f64 * 8.0 / self.elements() as f64
     }
 
-    /// Changes the treatment and the price.
+    /// Changes the treatment, and the stored bytes with it.
     ///
     /// # Errors
     /// None for a treatment that allows the shape.

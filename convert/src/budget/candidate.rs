@@ -9,7 +9,7 @@ use crate::plan::{TensorMethod, TensorPlan};
 pub(super) struct Candidate {
     pub(super) treatment: TensorMethod,
     pub(super) bytes: u64,
-    /// What it adds to the sum that is made small, see [`super::price`].
+    /// Its cost, see [`super::cost`].
     pub(super) error: f64,
 }
 

@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use stb_convert::budget;
-use stb_convert::calibration::Source;
+use stb_convert::calibration::CalibrationText;
 use stb_convert::prepare::prepare;
 use stb_convert::report::Report;
 use stb_convert::{Job, Plan, Recipe, convert};
 use stb_format::Meta;
-use stb_kernels::cuda::{Dense, Device};
+use stb_kernels::cuda::{self, Dense, Device};
 use stb_runtime::{Checkpoint, DeviceChoice, Error};
 
 use super::progress::Bar;
@@ -19,8 +19,8 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(src, true)?;
     let recipe = recipe(args)?;
     let source = match &args.calib {
-        Some(path) => Source::file(path)?,
-        None => Source::of(&recipe.calibration)?,
+        Some(path) => CalibrationText::file(path)?,
+        None => CalibrationText::of(&recipe.calibration)?,
     };
     if recipe.linear.target_bits().is_some() {
         check_memory(budget::memory(&checkpoint.spec), "pricing encodings", || {
@@ -68,16 +68,17 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
         DeviceChoice::Cuda(ordinal) => ordinal,
     };
     let usable = |device: Device| Dense::new(&device).map(|_| device);
-    match Device::open(ordinal).and_then(usable).map_err(Error::from) {
+    match Device::open(ordinal).and_then(usable) {
         Ok(device) => Ok(Some(device)),
-        // A defect is told, whatever was asked for.
-        Err(e) if choice == DeviceChoice::Auto && e.exit_code() == 5 => {
+        // A kernel that does not compile and a failing driver are defects: told whatever was asked for.
+        Err(e @ (cuda::Error::Compile { .. } | cuda::Error::Driver { .. })) => Err(e.into()),
+        Err(e) if choice == DeviceChoice::Auto => {
             if !quiet {
                 note(format_args!("{e}; the CPU computes"));
             }
             Ok(None)
         }
-        Err(e) => Err(e),
+        Err(e) => Err(e.into()),
     }
 }
 

@@ -17,8 +17,8 @@ use crate::plan::TensorPlan;
 use crate::report::{Report, Stages, TensorReport};
 use crate::resume::Workspace;
 
-/// Runs the conversion and writes the file. If one of the same source, recipe and text was stopped
-/// before, goes on after its last finished decoder layer; the bytes are the same.
+/// Runs the conversion and writes the file. A conversion of the same source, recipe and text that was interrupted is
+/// resumed after its last finished decoder layer; the bytes are the same.
 ///
 /// # Errors
 /// [`Interrupted`] if the user has asked to stop ([`crate::interrupt`]); [`Error::Invalid`] for weights that
@@ -104,7 +104,7 @@ fn convert_in(
     Ok(report)
 }
 
-/// The text of everything that the bytes of the file depend on.
+/// A text of everything that the bytes of the file depend on.
 fn key(job: &Job<'_>, meta: &Meta, model: &Model, accelerator: Option<&Accelerator>) -> String {
     let device = accelerator.map_or("", Accelerator::name);
     let mut text = format!("{meta:?}\n{} {device}\n", model.isa.name());
@@ -208,7 +208,7 @@ impl Run<'_> {
         Ok(hidden)
     }
 
-    /// The embeddings as they will be stored, if layers are to see those.
+    /// The embeddings as they will be stored, if layers are calibrated with those.
     fn stored_embeddings(&self) -> anyhow::Result<Option<Weight>> {
         let name = "model.embed_tokens.weight";
         let plan = self.job.plan.tensors.iter().find(|t| t.name == name);
@@ -221,7 +221,7 @@ impl Run<'_> {
         Ok(Some(Weight::from_payload(&packed.payload, packed.encoding, rows, cols)?))
     }
 
-    /// Writes the layers that a run before has finished; returns their number.
+    /// Writes the layers that an interrupted run has finished; returns their number.
     fn take_over(
         &mut self,
         parts: &[Vec<&TensorPlan>],

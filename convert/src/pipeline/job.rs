@@ -6,7 +6,7 @@ use stb_format::Meta;
 use stb_kernels::cuda::Device;
 use stb_runtime::Checkpoint;
 
-use crate::calibration::Source;
+use crate::calibration::CalibrationText;
 use crate::plan::Plan;
 use crate::recipe::Recipe;
 
@@ -21,7 +21,7 @@ pub struct Job<'a> {
     /// The metadata, hashes of the sources still missing.
     pub meta: Meta,
     /// The calibration text.
-    pub calibration: &'a Source,
+    pub calibration: &'a CalibrationText,
     /// The file to write.
     pub target: &'a Path,
     /// Whether it may replace another.

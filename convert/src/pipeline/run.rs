@@ -1,4 +1,4 @@
-//! The state of a conversion on its way.
+//! The state of a conversion in progress.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use crate::quantize::Packed;
 use crate::report::{LayerReport, Stages, TensorReport};
 use crate::resume::{States, Workspace};
 
-/// A conversion on its way.
+/// A conversion in progress.
 pub(super) struct Run<'a> {
     pub(super) job: &'a Job<'a>,
     pub(super) model: Model,
@@ -23,25 +23,25 @@ pub(super) struct Run<'a> {
     pub(super) workspace: &'a mut Workspace,
     pub(super) reports: Vec<TensorReport>,
     pub(super) layers: Vec<LayerReport>,
-    /// Of the layer at work; outside the layers, of what is outside.
+    /// Times of the layer in progress; outside the layers, of the tensors outside.
     pub(super) stages: Stages,
-    /// Layers taken over from a run that was stopped.
+    /// Layers that an interrupted run had finished.
     pub(super) resumed: usize,
 }
 
 /// The inputs of a decoder layer, [tokens, hidden] for each sequence.
 #[derive(Default)]
 pub(super) struct Hidden {
-    /// Behind the quantized layers so far.
+    /// After the layers that have been quantized.
     pub(super) quantized: States,
-    /// Behind the layers so far that were only pruned, for masks of a pass of their own.
+    /// After the same layers, only pruned: for masks from a pruning pass over the whole model.
     pub(super) pruned: States,
-    /// Behind the layers so far of the dense model, for targets from it.
+    /// After the same layers of the dense model, for targets from it.
     pub(super) dense: States,
 }
 
 impl Hidden {
-    /// All of them, for what is kept of an unfinished conversion.
+    /// All of them, to be kept for a later run.
     pub(super) fn all(&mut self) -> [&mut States; 3] {
         [&mut self.quantized, &mut self.pruned, &mut self.dense]
     }
@@ -54,7 +54,7 @@ pub(super) struct Done {
     pub(super) seconds: f64,
 }
 
-/// Keeps what it sees, in the order of [`LinearInput::ALL`].
+/// Keeps the inputs of the linear layers, in the order of [`LinearInput::ALL`].
 #[derive(Default)]
 pub(super) struct Capture(pub(super) [Vec<f32>; 4]);
 

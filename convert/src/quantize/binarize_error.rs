@@ -1,6 +1,6 @@
-//! Errors of binarizing without means, for the searches. Signs do not matter then, so sums go over
-//! magnitudes, and four rows are summed at a time, a row in each lane. Everything here is inlined into
-//! a function that is compiled for vectors; additions keep their order whatever these are.
+//! The error of binarizing without means, for the searches. Signs do not matter then, so sums go over magnitudes.
+//! Four rows are summed at a time, one in each lane. Everything here is inlined into a function that is compiled for
+//! an instruction set; the order of additions is the same for all of them.
 
 use std::array::from_fn;
 use std::ops::{Add, AddAssign, Mul, Sub};
@@ -10,7 +10,7 @@ use super::search_error::SearchError;
 /// Rows at a time.
 const LANES: usize = 4;
 
-/// A number of each row.
+/// One number for each row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Lanes([f64; LANES]);
 
@@ -200,7 +200,7 @@ struct Ascending {
     values: Vec<(f64, f64)>,
     /// n, Σ m, Σ h, Σ h·m; one entry more than values.
     sums: Vec<[f64; 4]>,
-    /// What the last call found: limits move little from one to the next.
+    /// The result of the last call: limits move little from one call to the next.
     at: usize,
 }
 

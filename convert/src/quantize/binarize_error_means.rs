@@ -1,5 +1,5 @@
-//! Errors of binarizing with means, for the searches: sums over the values of a row in sorted order
-//! give the error of any range of them in the time of a few binary searches.
+//! The error of binarizing with means, for the searches. Running sums over the sorted values of a row give the error
+//! of any range of them with a few binary searches.
 
 /// ValueSums over some values x with cost weights h.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -59,7 +59,7 @@ impl ValueSums {
     }
 }
 
-/// Values of which sums over any range can be had.
+/// Values with sums over any range.
 pub trait Members {
     /// ValueSums over the values in `low..high`.
     fn between(&self, low: f64, high: f64) -> ValueSums;

@@ -20,7 +20,7 @@ pub enum Propagation {
     Off,
 }
 
-/// How the errors of blocks of columns change the weights that are still to come, [rows, cols].
+/// Spreads the errors of quantized blocks of columns over the columns that are still to be quantized.
 pub(crate) struct Compensation<'a> {
     engine: Engine<'a>,
     factor: &'a Factor,
@@ -28,7 +28,7 @@ pub(crate) struct Compensation<'a> {
     device: Option<DeviceCompensation<'a>>,
 }
 
-/// The same on the device.
+/// The operands of compensation on the device.
 struct DeviceCompensation<'a> {
     accelerator: &'a Accelerator,
     weights: Buffer<f32>,
@@ -37,7 +37,7 @@ struct DeviceCompensation<'a> {
 }
 
 impl<'a> Compensation<'a> {
-    /// For weights as they are now.
+    /// Starts with `weights`, [rows, cols], none of which are quantized yet.
     pub(crate) fn new(
         engine: Engine<'a>,
         weights: &[f32],

@@ -1,5 +1,4 @@
-//! Fitting what has been quantized to the layer's output: scales in closed form, and what a change of some
-//! weights does to the others.
+//! Fitting quantized weights to the layer's output: scales in closed form, and the residual while codes change.
 
 use rayon::prelude::*;
 use stb_kernels::Panels;
@@ -10,13 +9,13 @@ use super::quantizer::Input;
 use crate::engine::{Accelerator, download, fetch_columns, upload};
 use crate::products::{TASK_ROWS, product, product_of};
 
-/// A linear layer with its H at hand for products.
+/// A linear layer with its Hessian, on the device if there is one.
 pub(super) struct Fitting<'a> {
     input: &'a Input<'a>,
     device: Option<DeviceHessian<'a>>,
 }
 
-/// H on the device.
+/// The Hessian on the device.
 pub(super) struct DeviceHessian<'a> {
     accelerator: &'a Accelerator,
     h: Buffer<f32>,
@@ -25,7 +24,7 @@ pub(super) struct DeviceHessian<'a> {
 /// (W − Q) · H, [rows, cols], while Q changes block by block of columns.
 pub(super) struct Residual<'a> {
     fitting: &'a Fitting<'a>,
-    /// Right for the columns from the block at work on; with a device, for that block only.
+    /// Valid from the current block of columns on; with a device, in that block only.
     pub values: Vec<f32>,
     device: Option<Buffer<f32>>,
 }

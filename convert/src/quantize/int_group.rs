@@ -1,5 +1,5 @@
-//! Integers with a scale per group of columns: rounding for embeddings, rounding (RTN) or rounding
-//! with error compensation (GPTQ) for layers whose inputs are known.
+//! Integers with a scale per group of columns: rounding (RTN) for embeddings, and rounding or error compensation
+//! (GPTQ) for linear layers.
 //!
 //! IntCodes of any width from 1 to 8 bits are stored exactly, in the narrowest encoding that has them.
 
@@ -16,7 +16,7 @@ use super::fit::Fitting;
 use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
 use crate::products::TASK_ROWS;
 
-/// Columns between exchanges with the rest of the matrix.
+/// Columns whose errors are spread over the rest of the matrix at once.
 const BLOCK: usize = 128;
 /// Rounds of refitting scales and re-choosing codes in what a budget chooses from.
 const CANDIDATE_SWEEPS: usize = 4;

@@ -1,4 +1,4 @@
-//! Joint N:M codes: a first choice with error compensation group by group, then alternating
+//! The N:M sparse-sign encoding: first codes with error compensation group by group, then alternating
 //! closed-form refits of the scales and exact re-choices of each group's code under the Hessian.
 
 use std::time::Instant;
@@ -25,7 +25,7 @@ pub struct NmOptions {
     pub refit: bool,
 }
 
-/// Columns between exchanges with the rest of the matrix; a multiple of every group.
+/// Columns whose errors are spread over the rest of the matrix at once; a multiple of every group.
 const BLOCK: usize = 128;
 
 /// Codes and scales of a layer while they are optimized.
@@ -305,7 +305,7 @@ pub(crate) fn round_scales(scales: &mut [f32], codes: &mut [u8], bits: u8) -> f1
 /// Kept positions and whether they are negative.
 type NmPattern = [Option<(usize, bool)>; 2];
 
-/// What all rows share about the codes of one group.
+/// Finds the best code of one group of columns. All rows share it.
 struct GroupSearch {
     spec: Nm,
     /// Columns of the group.
@@ -350,7 +350,7 @@ impl GroupSearch {
         for (position, negative) in self.spec.pattern(*code).into_iter().flatten() {
             present[position] = if negative { -scale } else { scale };
         }
-        // What the group should produce: the residual without its own contribution.
+        // The target of the group: the residual without the group's own contribution.
         let mut wanted = [0.0f32; 8];
         for i in 0..self.width {
             wanted[i] = residual[i];

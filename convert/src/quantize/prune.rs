@@ -9,7 +9,7 @@ use super::metric::Scorer;
 use super::quantizer::{Input, Pruned};
 use crate::products::TASK_ROWS;
 
-/// Columns between exchanges with the rest of the matrix.
+/// Columns whose errors are spread over the rest of the matrix at once.
 const BLOCK: usize = 128;
 
 /// Keeps `kept(width)` weights of each group of 8 columns.

@@ -1,12 +1,12 @@
-//! After the block loop: scales in closed form for what the layer's output loses, then codes again,
-//! in turn.
+//! After the block loop: scales that minimize the error of the layer's output in closed form, then codes again, in
+//! turn.
 //!
 //! Both go block by block, with everything outside the block as it is. With D = W − Q, a block needs
 //! its columns of D·H (one product), and from there on only the diagonal block of H: for one row,
 //! the scales change by δ with (Bᵀ H_bb B) δ = Bᵀ (D·H)_b, where B has a column for each set (three
 //! regions, the salient set, its residual); then each weight in turn takes the best code. One round
-//! over all blocks costs one product W·H; solving for the scales of all blocks of a row at once
-//! costs five times that and is no better (`tests/bench/record/2026-11-21-layer-time.md`).
+//! over all blocks costs one product W·H. Solving for the scales of all blocks of a row at once costs five times
+//! that and is no better.
 
 use rayon::prelude::*;
 use stb_format::encoding::StbllmParts;
@@ -111,7 +111,7 @@ struct RefitBlock {
     diagonal: Vec<f32>,
 }
 
-/// Some rows.
+/// Some rows, for one thread.
 struct RefitTask<'a> {
     cols: usize,
     /// Which columns are salient, cols.

@@ -2,9 +2,9 @@
 //! published code, BiLLM or their ablations make: an N:8 mask, salient columns with a residual sign,
 //! magnitude regions for the rest, and block-wise error compensation.
 //!
-//! What is strict and has no means is stored as it is (spec §6.4), its scales rounded to binary16
-//! before errors are passed on. No encoding holds the values of the other variants, so they are
-//! stored as binary16 numbers, to be compared and not to be small.
+//! Strict variants without means are stored exactly (spec §6.4): their scales are rounded to binary16 before errors
+//! are passed on. No encoding holds the values of the other variants. They are stored as binary16 numbers, for
+//! comparison of quality only.
 
 use std::time::Instant;
 
@@ -144,7 +144,7 @@ impl LinearQuantizer for StbllmOptions {
 /// A binarized layer; matrices are [rows, cols].
 #[derive(Clone, Debug)]
 pub struct Binarized {
-    /// What weights have become.
+    /// The binarized weights.
     pub values: Vec<f32>,
     /// 0 pruned; 1, 2, 3 dense, intermediate and sparse region; 4 salient.
     pub regions: Vec<u8>,
@@ -153,6 +153,28 @@ pub struct Binarized {
     /// The same in the form that is stored, scales and signs included.
     parts: StbllmParts,
     seconds: Seconds,
+}
+
+impl Binarized {
+    /// Zeros.
+    fn new(spec: Stbllm, rows: usize, cols: usize) -> Self {
+        let blocks = cols.div_ceil(spec.block());
+        Self {
+            values: vec![0.0; rows * cols],
+            regions: vec![0; rows * cols],
+            salient: vec![false; cols],
+            parts: StbllmParts {
+                spec,
+                rows,
+                cols,
+                salient: Vec::new(),
+                states: vec![0; rows * cols],
+                negative: vec![false; rows * cols],
+                scales: vec![f16::ZERO; rows * blocks * 5],
+            },
+            seconds: Seconds::default(),
+        }
+    }
 }
 
 /// Quantizes one linear layer. `pruned` is its pruned form where that comes from a pass of its own.
@@ -216,21 +238,8 @@ pub fn binarize(
     }
     seconds.prune += clock.elapsed().as_secs_f64();
     let blocks = cols.div_ceil(spec.block());
-    let mut out = Binarized {
-        values: vec![0.0; rows * cols],
-        regions: vec![0; rows * cols],
-        salient: vec![false; cols],
-        parts: StbllmParts {
-            spec,
-            rows,
-            cols,
-            salient: Vec::new(),
-            states: vec![0; rows * cols],
-            negative: vec![false; rows * cols],
-            scales: vec![f16::ZERO; rows * blocks * 5],
-        },
-        seconds,
-    };
+    let mut out = Binarized::new(spec, rows, cols);
+    out.seconds = seconds;
     let whole = (options.scope == Scope::Matrix)
         .then(|| Scorer::new(options.metric, input.weights, input.norms, &importance));
     let mode = options.propagation;
@@ -275,7 +284,7 @@ pub fn binarize(
     Ok(out)
 }
 
-/// A block and where its scales are.
+/// A block of columns, and the place of its scales.
 #[derive(Clone, Copy)]
 struct BlockPlace {
     index: usize,
@@ -425,7 +434,7 @@ impl BinarizeRow<'_> {
         });
     }
 
-    /// Adds μ ± α to the values of a set, both of what the values so far leave (paper equation 1).
+    /// Adds μ ± α to the values of a set. μ and α are those of the residual so far (paper equation 1).
     fn binarize_set(
         &mut self,
         set: u8,

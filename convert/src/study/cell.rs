@@ -1,4 +1,4 @@
-//! One finished measurement, in a file of its own: what makes a study resumable.
+//! A finished measurement, in a file of its own, so that a study can be resumed.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use stb_runtime::{Checkpoint, Error, Estimate, Result};
 
-use crate::calibration::hex;
+use crate::digest::hex;
 
 /// What a measurement depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,7 +4,6 @@ use std::cell::OnceCell;
 use std::path::Path;
 use std::time::Instant;
 
-use sha2::{Digest, Sha256};
 use stb_runtime::{
     Checkpoint, Error, KeptLogits, Model, OpenOptions, PerplexityOptions, Reference, Result,
     open_to_measure, perplexity,
@@ -12,7 +11,8 @@ use stb_runtime::{
 
 use super::cell::{Cell, CellInputs, fingerprint};
 use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
-use crate::calibration::{Source, hex};
+use crate::calibration::CalibrationText;
+use crate::digest::digest;
 use crate::interrupt::Interrupted;
 use crate::pipeline::{Job, Progress, convert};
 use crate::plan::plan;
@@ -75,15 +75,15 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
     let _lock = lock(&cells)?;
     let mut texts = Vec::new();
     for text in &study.texts {
-        let source = Source::file(&text.path)?;
-        texts.push(LoadedText { entry: text, hash: hash(&source.text), text: source.text });
+        let source = CalibrationText::file(&text.path)?;
+        texts.push(LoadedText { entry: text, hash: digest(&source.text), text: source.text });
     }
-    // All texts before any work: a mistake in the last one must not cost hours.
+    // All texts are read before any work, so that a mistake in the last one does not cost hours.
     let mut sources = Vec::new();
     for recipe in &study.recipes {
         sources.push(match &recipe.calibration {
-            Some(path) => Source::file(path)?,
-            None => Source::of(&recipe.recipe.calibration)?,
+            Some(path) => CalibrationText::file(path)?,
+            None => CalibrationText::of(&recipe.recipe.calibration)?,
         });
     }
     for line in &study.left_out {
@@ -102,7 +102,7 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
     Ok(table)
 }
 
-/// Keeps other studies out of the folder.
+/// Locks the folder against other studies.
 fn lock(cells: &Path) -> Result<std::fs::File> {
     let path = cells.join(".lock");
     let fail = |e: std::io::Error| Error::io(&path, e);
@@ -120,7 +120,7 @@ fn lock(cells: &Path) -> Result<std::fs::File> {
     Ok(file)
 }
 
-/// Removes what killed studies have left: nothing of this one is unfinished any more.
+/// Removes what killed studies have left. Nothing of this study is unfinished at this point.
 fn clean(cells: &Path) -> Result<()> {
     for entry in std::fs::read_dir(cells).map_err(|e| Error::io(cells, e))?.flatten() {
         let name = entry.file_name();
@@ -134,7 +134,7 @@ fn clean(cells: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What folders of conversions on their way begin with.
+/// The prefix of folders of unfinished conversions.
 const WORK: &str = ".work-";
 
 /// A text in memory.
@@ -184,7 +184,7 @@ impl<'a> StudiedModel<'a> {
 struct StudyRow<'a> {
     model: &'a StudiedModel<'a>,
     recipe: &'a StudyRecipe,
-    source: &'a Source,
+    source: &'a CalibrationText,
     cells: &'a Path,
     all: usize,
 }
@@ -237,7 +237,7 @@ impl StudyRow<'_> {
             .is_ok_and(|plan| plan.needs_calibration())
             || self.recipe.recipe.linear.target_bits().is_some();
         let calibration = match needs {
-            true => format!("{} sha256:{}", self.source.name, hash(&self.source.text)),
+            true => format!("{} sha256:{}", self.source.name, digest(&self.source.text)),
             false => String::new(),
         };
         Ok(CellInputs {
@@ -297,10 +297,10 @@ impl StudyRow<'_> {
         })
     }
 
-    /// Converts, or goes on with the conversion that a killed study has left.
+    /// Converts, or resumes the conversion that a killed study has left.
     fn convert(&self, inputs: &CellInputs, events: &dyn Events) -> anyhow::Result<Converted> {
         let conversion = [&inputs.model_hash, &inputs.recipe, &inputs.calibration];
-        let name = hash(&conversion.map(|part| format!("{} {part}", part.len())).concat());
+        let name = digest(&conversion.map(|part| format!("{} {part}", part.len())).concat());
         let work = self.cells.join(format!("{WORK}{}", &name[..24]));
         std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
         let file = work.join("model.stb");
@@ -331,7 +331,7 @@ struct Converted {
 pub fn convert_file(
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    source: &Source,
+    source: &CalibrationText,
     target: &Path,
     progress: &dyn Progress,
 ) -> anyhow::Result<Report> {
@@ -340,10 +340,6 @@ pub fn convert_file(
     let (force, device) = (true, None);
     let job = Job { checkpoint, recipe, plan, meta, calibration, target, force, device };
     convert(job, progress)
-}
-
-fn hash(text: &str) -> String {
-    hex(&Sha256::digest(text.as_bytes()))
 }
 
 /// Names this build: its version and a hash of the program's file. Cells of another build are used,

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use clap::Parser;
-use stb_convert::calibration::Source;
+use stb_convert::calibration::CalibrationText;
 use stb_convert::hessian::{Factor, Hessian};
 use stb_convert::quantize::int_group::IntOptions;
 use stb_convert::quantize::nm::NmOptions;
@@ -140,7 +140,7 @@ fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     let length = 256.min(checkpoint.spec.context_length as usize);
     let options = Calibration { samples: cli.tokens.div_ceil(length), ..Calibration::default() };
     let mut hidden = Vec::new();
-    for window in Source::built_in().windows(&model.tokenizer()?, &options, length)? {
+    for window in CalibrationText::built_in().windows(&model.tokenizer()?, &options, length)? {
         let mut states = Vec::new();
         model.embed(&window, &mut states)?;
         hidden.push(states);

@@ -1,9 +1,9 @@
-//! What each way to store a tensor costs: exact bytes, and the distance from the dense model that it is
-//! expected to cause.
+//! What each way to store a tensor costs: exact bytes, and the expected KL divergence from the dense model.
 //!
-//! An error ΔW of a linear layer with inputs x changes its output by ΔW x, and what the model says by
-//! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token, g the gradients of [`crate::backward`]. ΔW is that of
-//! the quantizer itself, on some rows, against second moments of some tokens. Losses of tensors add up.
+//! An error ΔW of a linear layer with inputs x changes its output by ΔW x, and the output distribution by
+//! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token. The E[g_i²] are the diagonal of the Fisher information, g
+//! being the gradients of [`crate::backward`]. ΔW is that of the quantizer itself, on some rows, against the Hessian
+//! of some tokens. The costs of tensors add up.
 
 use stb_format::{Encoding, ModelSpec};
 use stb_kernels::Isa;
@@ -11,7 +11,7 @@ use stb_runtime::{Checkpoint, Layer, Model, Result, Weight};
 
 use super::candidate::Candidate;
 use crate::backward::{Ends, LayerSlopes, through};
-use crate::calibration::Source;
+use crate::calibration::CalibrationText;
 use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
 use crate::pipeline::finite;
@@ -20,17 +20,17 @@ use crate::quantize::{Input, Method, decode, int_group};
 use crate::recipe::{Calibration, Recipe};
 use crate::sensitivity::SEQUENCES;
 
-/// Tokens that are looked at, at most: the inputs of every decoder layer are kept.
+/// The most tokens: the inputs of every decoder layer are kept for each of them.
 const TOKENS: usize = 2048;
 /// Rows of a matrix that are quantized, spread evenly.
 const ROWS: usize = 128;
 /// Rows of embeddings and head that are rounded, spread evenly.
 const TABLE_ROWS: usize = 2048;
-/// Columns that are quantized together; what errors do to those of other chunks is left out.
+/// Columns that are quantized together. The effect of their errors on other chunks is left out.
 const CHUNK: usize = 1024;
-/// The expected loss of a linear layer counts to this power. The expectation holds for small changes of the
-/// dense model; large ones saturate, and what an early layer does is taken back in part by those fitted
-/// behind it. `tests/bench/record/2026-11-26-budgets.md` has what 1, 0.7 and 0.5 gave.
+/// The power to which the expected KL divergence of a linear layer is raised. The expectation holds for small
+/// changes of the dense model; large changes saturate, and later layers, which are fitted behind an early one, take
+/// back a part of its error. `tests/bench/record/2026-11-26-budgets.md` has what 1, 0.7 and 0.5 gave.
 const LINEAR_POWER: f64 = 0.7;
 /// The ways to store each tensor of `plan`; none for vectors, which stay as they are.
 ///
@@ -41,7 +41,7 @@ pub(super) fn candidates(
     plan: &Plan,
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    source: &Source,
+    source: &CalibrationText,
 ) -> anyhow::Result<Vec<Vec<Candidate>>> {
     for tensor in &plan.tensors {
         finite(&checkpoint.weight(&tensor.name)?, &tensor.name)?;
@@ -53,7 +53,7 @@ pub(super) fn candidates(
     let sequences = source.windows(&model.tokenizer()?, &options, length)?;
     let mut priced: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
     let ends = through(&model, &sequences, |index, slopes| {
-        let moments = Moments::all(&model, slopes, recipe.calibration.damping)?;
+        let hessians = HessianChunk::all(&model, slopes, recipe.calibration.damping)?;
         for (tensor, priced) in plan.tensors.iter().zip(&mut priced) {
             let Some((i, part)) = tensor.layer() else { continue };
             let place = Layer::PARTS.iter().position(|name| *name == part);
@@ -61,7 +61,7 @@ pub(super) fn candidates(
                 && i == index
             {
                 let weight = checkpoint.weight(&tensor.name)?;
-                *priced = of_linear(tensor, &weight, &slopes.slopes[place], &moments[input])?;
+                *priced = of_linear(tensor, &weight, &slopes.slopes[place], &hessians[input])?;
             }
             check_interrupt()?;
         }
@@ -77,7 +77,7 @@ pub(super) fn candidates(
     Ok(priced)
 }
 
-/// An upper estimate of the memory that prices take beside the mapped source, in bytes.
+/// An upper estimate of the memory that costs take beside the mapped source, in bytes.
 #[must_use]
 pub fn memory(spec: &ModelSpec) -> u64 {
     let tokens = TOKENS as u64;
@@ -88,8 +88,8 @@ pub fn memory(spec: &ModelSpec) -> u64 {
     streams + (tokens * width * 4 + layer * 8).max(tokens * spec.vocab_size * 8)
 }
 
-/// Second moments of some columns of an input, of [`Hessian`]'s scale for a single sequence.
-struct Moments {
+/// The Hessian of some columns of an input, and its factors. All tokens count as one sequence.
+struct HessianChunk {
     isa: Isa,
     from: usize,
     tokens: usize,
@@ -99,15 +99,15 @@ struct Moments {
     norms: Vec<f32>,
 }
 
-impl Moments {
+impl HessianChunk {
     /// Of the four inputs of a decoder layer, in chunks of columns.
     fn all(model: &Model, slopes: &LayerSlopes, damping: f64) -> Result<[Vec<Self>; 4]> {
         let tokens = slopes.inputs[0].len() / model.norm.len();
         let mut all: [Vec<Self>; 4] = Default::default();
-        for (x, moments) in slopes.inputs.iter().zip(&mut all) {
+        for (x, chunks) in slopes.inputs.iter().zip(&mut all) {
             let cols = x.len() / tokens.max(1);
             for from in (0..cols).step_by(CHUNK) {
-                moments.push(Self::new(model.isa, x, cols, from, damping)?);
+                chunks.push(Self::new(model.isa, x, cols, from, damping)?);
             }
         }
         Ok(all)
@@ -154,7 +154,7 @@ impl Moments {
     }
 }
 
-/// Staying as it is.
+/// The candidate that keeps the numbers of the checkpoint.
 fn kept(tensor: &TensorPlan, weight: &Weight) -> Result<Option<Candidate>> {
     let Encoding::Dense(kind) = *weight.encoding() else { return Ok(None) };
     Candidate::new(tensor, TensorMethod::Keep(kind), 0.0).map(Some)
@@ -171,29 +171,30 @@ fn sample(weight: &Weight, most: usize) -> (Vec<usize>, Vec<f32>) {
     (numbers, values)
 }
 
-/// What the values of some rows stand for: the sum over all rows by that over these.
+/// The weight of sampled rows: the sum of `values` over all rows divided by the sum over `rows`.
 fn share(values: &[f32], rows: &[usize]) -> f64 {
     let all: f64 = values.iter().map(|v| f64::from(*v)).sum();
     let some: f64 = rows.iter().map(|r| f64::from(values[*r])).sum();
     if some > 0.0 { all / some } else { 0.0 }
 }
 
-/// A linear layer of a decoder layer. `slopes` are the mean squares of the gradients of its outputs.
+/// The candidates of a linear layer. `fisher` is the mean square of the gradient of each output, `[out]`.
 fn of_linear(
     tensor: &TensorPlan,
     weight: &Weight,
-    slopes: &[f32],
-    moments: &[Moments],
+    fisher: &[f32],
+    hessians: &[HessianChunk],
 ) -> Result<Vec<Candidate>> {
     let (rows, values) = sample(weight, ROWS);
-    let factor = 0.5 * share(slopes, &rows);
-    let chunks: Vec<Vec<f32>> = moments.iter().map(|m| m.columns(&values, weight.cols())).collect();
+    let factor = 0.5 * share(fisher, &rows);
+    let chunks: Vec<Vec<f32>> =
+        hessians.iter().map(|h| h.columns(&values, weight.cols())).collect();
     let mut priced = Vec::new();
     for method in Method::candidates() {
         let mut loss = 0.0;
-        for (values, moments) in chunks.iter().zip(moments) {
-            let errors = moments.errors(values, method)?;
-            let weighted = errors.iter().zip(&rows).map(|(e, r)| e * f64::from(slopes[*r]));
+        for (values, hessian) in chunks.iter().zip(hessians) {
+            let errors = hessian.errors(values, method)?;
+            let weighted = errors.iter().zip(&rows).map(|(e, r)| e * f64::from(fisher[*r]));
             loss += weighted.sum::<f64>();
         }
         let loss = (factor * loss).powf(LINEAR_POWER);
@@ -203,12 +204,12 @@ fn of_linear(
     Ok(priced)
 }
 
-/// Embeddings or head. They are rounded, so that the errors of columns are independent.
+/// The candidates of embeddings or head. Both are rounded, so the errors of columns are independent.
 fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result<Vec<Candidate>> {
     let cols = weight.cols();
     let (rows, values) = sample(weight, TABLE_ROWS);
     let ends = tables.ends;
-    // What the rows stand for, looked up and as rows of the head.
+    // The weights of the sampled rows as embeddings and as rows of the head.
     let looked_up = share(&tables.frequencies, &rows);
     let multiplied = share(&ends.logits, &rows);
     let mut priced = Vec::new();
@@ -235,7 +236,7 @@ fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result
 /// How embeddings and head are used.
 struct Tables<'a> {
     ends: &'a Ends,
-    /// The share of each token, none never.
+    /// The share of each token in the calibration text, with one occurrence more for each token.
     frequencies: Vec<f32>,
     tied: bool,
 }
