@@ -51,30 +51,30 @@ pub(super) fn candidates(
     let samples = recipe.calibration.samples.min(SEQUENCES).min(TOKENS / length.max(1)).max(1);
     let options = Calibration { samples, ..recipe.calibration.clone() };
     let sequences = source.windows(&model.tokenizer()?, &options, length)?;
-    let mut priced: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
+    let mut found: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
     let ends = through(&model, &sequences, |index, slopes| {
         let hessians = HessianChunk::all(&model, slopes, recipe.calibration.damping)?;
-        for (tensor, priced) in plan.tensors.iter().zip(&mut priced) {
+        for (tensor, found) in plan.tensors.iter().zip(&mut found) {
             let Some((i, part)) = tensor.layer() else { continue };
             let place = Layer::PARTS.iter().position(|name| *name == part);
             if let Some((place, input)) = place.zip(input_of(part))
                 && i == index
             {
                 let weight = checkpoint.weight(&tensor.name)?;
-                *priced = of_linear(tensor, &weight, &slopes.slopes[place], &hessians[input])?;
+                *found = of_linear(tensor, &weight, &slopes.slopes[place], &hessians[input])?;
             }
             check_interrupt()?;
         }
         Ok(())
     })?;
     let tables = Tables::new(&ends, &model, &sequences);
-    for (tensor, priced) in plan.tensors.iter().zip(&mut priced) {
+    for (tensor, found) in plan.tensors.iter().zip(&mut found) {
         if tensor.layer().is_none() && tensor.shape.len() == 2 {
             let weight = checkpoint.weight(&tensor.name)?;
-            *priced = of_table(tensor, &weight, &tables)?;
+            *found = of_table(tensor, &weight, &tables)?;
         }
     }
-    Ok(priced)
+    Ok(found)
 }
 
 /// An upper estimate of the memory that costs take beside the mapped source, in bytes.
@@ -189,7 +189,7 @@ fn of_linear(
     let factor = 0.5 * share(fisher, &rows);
     let chunks: Vec<Vec<f32>> =
         hessians.iter().map(|h| h.columns(&values, weight.cols())).collect();
-    let mut priced = Vec::new();
+    let mut found = Vec::new();
     for method in Method::candidates() {
         let mut loss = 0.0;
         for (values, hessian) in chunks.iter().zip(hessians) {
@@ -198,10 +198,10 @@ fn of_linear(
             loss += weighted.sum::<f64>();
         }
         let loss = (factor * loss).powf(LINEAR_POWER);
-        priced.push(Candidate::new(tensor, TensorMethod::Linear(method), loss)?);
+        found.push(Candidate::new(tensor, TensorMethod::Linear(method), loss)?);
     }
-    priced.extend(kept(tensor, weight)?);
-    Ok(priced)
+    found.extend(kept(tensor, weight)?);
+    Ok(found)
 }
 
 /// The candidates of embeddings or head. Both are rounded, so the errors of columns are independent.
@@ -212,7 +212,7 @@ fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result
     // The weights of the sampled rows as embeddings and as rows of the head.
     let looked_up = share(&tables.frequencies, &rows);
     let multiplied = share(&ends.logits, &rows);
-    let mut priced = Vec::new();
+    let mut found = Vec::new();
     for spec in int_group::candidate_encodings() {
         let stored = decode(&int_group::round(&values, rows.len(), cols, spec), rows.len(), cols);
         let mut loss = 0.0;
@@ -227,10 +227,10 @@ fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result
                 loss += multiplied * f64::from(ends.logits[*r]) * squares(&ends.head_inputs);
             }
         }
-        priced.push(Candidate::new(tensor, TensorMethod::Round(spec), 0.5 * loss)?);
+        found.push(Candidate::new(tensor, TensorMethod::Round(spec), 0.5 * loss)?);
     }
-    priced.extend(kept(tensor, weight)?);
-    Ok(priced)
+    found.extend(kept(tensor, weight)?);
+    Ok(found)
 }
 
 /// How embeddings and head are used.

@@ -174,4 +174,50 @@ mod tests {
         assert!(Recipe::load("nonsense").unwrap_err().to_string().contains("stbllm-4of8"));
         assert_eq!(Recipe::load("nowhere.toml").unwrap_err().exit_code(), 3);
     }
+
+    #[test]
+    fn mistakes_have_a_line() {
+        let refuse = |text: &str, start: &str| {
+            let error = Recipe::parse(text).unwrap_err().to_string();
+            assert!(error.starts_with(start), "{error}");
+        };
+        let body = "[body]\nmethod = 'stbllm'\n";
+        refuse(
+            &format!("name = 'x'\n{body}n = 4\nmetric = 'best'"),
+            "recipe, line 5: metric is \"best\"; known: si, si-eq3",
+        );
+        refuse(
+            &format!("name = 'x'\n{body}bits = 4"),
+            "recipe, line 4: method stbllm has no option",
+        );
+        let tuning = "name = 'x'\n[calibration]\nseed = 1\nfine-tuning = 1001\n";
+        refuse(&format!("{tuning}{body}"), "recipe, line 4: distill is at most 1000");
+        // Options that are not given are in the line of their section.
+        refuse("name = 'x'\n\n[body]\nmethod = 'budget'", "recipe, line 3: budget takes");
+        refuse("name = 'x'\n[body]\nmethod = 'nm'\n[head]\nbits = 5", "recipe, line 5: embeddings");
+        let order = format!("name = 'x'\n{body}mask = 'in-loop'\norder = 'last'");
+        let error = Recipe::parse(&order).unwrap_err().to_string();
+        assert!(error.ends_with("known: prune-first, quantize-first"), "{error}");
+        let error = Recipe::load("int4").unwrap().changed(|file| file.body.bits = Some(9));
+        assert!(error.unwrap_err().to_string().starts_with("recipe: int takes bits"));
+    }
+
+    #[test]
+    fn earlier_names_are_read() {
+        let with = |lines: &str, order: &str| {
+            let body = format!("[body]\nmethod = 'stbllm'\nmask = 'in-loop'\norder = '{order}'");
+            Recipe::parse(&format!("name = 'x'\n[calibration]\n{lines}\n{body}")).unwrap()
+        };
+        let old = with(
+            "tuning = 2\ntuning-rate = 0.02\nfine-tuning = 3\nfine-tuning-rate = 0.01",
+            "quantise-first",
+        );
+        let new = with(
+            "distill-layers = 2\ndistill-layers-rate = 0.02\ndistill = 3\ndistill-rate = 0.01",
+            "quantize-first",
+        );
+        assert_eq!((&old.calibration, old.linear), (&new.calibration, new.linear));
+        assert_eq!(old.calibration.distill.unwrap().epochs, 3);
+        assert_eq!(old.calibration.distill_layers.unwrap().rate, 0.02);
+    }
 }

@@ -462,4 +462,14 @@ mod tests {
         let text = "calibration = { path = '{data}/c' }\n[[recipe]]\nbase = 'int4'";
         refuse(&with(text), "--define data");
     }
+
+    #[test]
+    fn earlier_names_of_options_change_the_same_option() {
+        let text = "name = 's'\ntitle = 't'\nset = { calibration.fine-tuning = 2 }\n\
+                    [[recipe]]\nbase = 'int4'\nset = { calibration.distill = 3 }\n\
+                    [[recipe]]\nbase = 'int4'\nlabel = 'none'\nunset = ['calibration.fine-tuning']";
+        let study = Definition::parse(text).unwrap().resolve(Path::new("."), &[]).unwrap();
+        let distill = |i: usize| study.recipes[i].recipe.calibration.distill.map(|d| d.epochs);
+        assert_eq!([distill(0), distill(1)], [Some(3), None]);
+    }
 }
