@@ -1,32 +1,14 @@
 //! Spreading N of N:8 over the decoder layers.
 
 use rayon::prelude::*;
-use stb_format::encoding::Stbllm;
 use stb_runtime::{Checkpoint, Error, Result};
 
-use crate::calibration::Source;
-use crate::plan::{Method, Plan, TensorMethod, input_of};
-use crate::quantize::metric::Scorer;
+use crate::calibration::CalibrationText;
+use crate::plan::{Plan, TensorMethod, input_of};
+use crate::quantize::metric::{Metric, Scorer};
+use crate::quantize::{Allocation, KeptByLayer};
 use crate::recipe::Recipe;
-use crate::sensitivity::diagonals;
-
-/// How N is spread over the decoder layers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Allocation {
-    /// The same N everywhere.
-    Uniform,
-    /// More for layers with more outlying weights, the mean exactly N.
-    Outlier,
-    /// The paper's §3.3: N_i/M = α_i + (1 − α_i)·N/M with α_i the share of the layer in the sum of
-    /// the norms of all layers, rounded. The mean is above N.
-    Paper,
-    /// The rule of the published code: like `Outlier`, but rounded as OWL's code does and with
-    /// offsets of 1 raised to 2. The mean is not N.
-    PublishedCode,
-    /// More in the first half of the model, fewer in the second: one period of a sine with
-    /// amplitude 1, the mean exactly N.
-    Sine,
-}
+use crate::sensitivity::{Diagonals, diagonals};
 
 /// A weight is outlying if its score is above this many times the mean of its decoder layer
 /// (`Hyper_m` of the published code).
@@ -42,20 +24,21 @@ pub fn allocate(
     plan: &mut Plan,
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    source: &Source,
+    source: &CalibrationText,
 ) -> Result<()> {
-    let Some(Method::Stbllm(options)) = recipe.body.method()? else { return Ok(()) };
-    let n = options.spec.n() as u8;
-    let counts = match recipe.body.allocation()? {
+    let kept = recipe.linear.method().and_then(|method| method.quantizer().kept_by_layer());
+    let Some(KeptByLayer { n, allocation, metric }) = kept else { return Ok(()) };
+    let squares = |samples| diagonals(checkpoint, &recipe.calibration, source, samples);
+    let counts = match allocation {
         Allocation::Uniform => return Ok(()),
         Allocation::Outlier => {
             let samples = recipe.calibration.samples.min(crate::sensitivity::SEQUENCES);
-            let ratios = outlier_ratios(plan, checkpoint, recipe, source, samples)?;
+            let ratios = outlier_ratios(plan, checkpoint, metric, &squares(samples)?)?;
             exact_counts(&spread(&ratios), n)
         }
         Allocation::PublishedCode => {
             let samples = recipe.calibration.samples;
-            published_counts(&outlier_ratios(plan, checkpoint, recipe, source, samples)?, n)
+            published_counts(&outlier_ratios(plan, checkpoint, metric, &squares(samples)?)?, n)
         }
         Allocation::Paper => paper_counts(&layer_norms(plan, checkpoint)?, n),
         Allocation::Sine => {
@@ -66,38 +49,34 @@ pub fn allocate(
     };
     for tensor in &mut plan.tensors {
         let layer = tensor.layer().map(|(i, _)| i);
-        if let (Some(i), TensorMethod::Linear(Method::Stbllm(mut options))) =
-            (layer, tensor.treatment)
-        {
-            options.spec = Stbllm::new(counts[i], options.spec.block() as u16)
-                .ok_or_else(|| Error::Internal { what: format!("N is {}", counts[i]) })?;
-            tensor.set(TensorMethod::Linear(Method::Stbllm(options)))?;
+        if let (Some(i), TensorMethod::Linear(mut method)) = (layer, tensor.treatment) {
+            if !method.quantizer_mut().keep_of_8(counts[i]) {
+                return Err(Error::Internal { what: format!("N is {}", counts[i]) });
+            }
+            tensor.set(TensorMethod::Linear(method))?;
         }
     }
     Ok(())
 }
 
-/// The share of outlying weights of each decoder layer, by the metric of the recipe on the inputs
-/// of the dense model.
+/// The share of outlying weights of each decoder layer, by `metric` on the inputs of
+/// the dense model. `squares` are the sums of squares of those inputs.
 fn outlier_ratios(
     plan: &Plan,
     checkpoint: &Checkpoint,
-    recipe: &Recipe,
-    source: &Source,
-    samples: usize,
+    metric: Metric,
+    squares: &Diagonals,
 ) -> Result<Vec<f64>> {
-    let Some(Method::Stbllm(options)) = recipe.body.method()? else { return Ok(Vec::new()) };
-    let moments = diagonals(checkpoint, &recipe.calibration, source, samples)?;
     let mut ratios = Vec::new();
-    for (index, moments) in moments.iter().enumerate() {
+    for (index, squares) in squares.iter().enumerate() {
         let mut parts = Vec::new();
         for tensor in &plan.tensors {
             let Some((i, part)) = tensor.layer() else { continue };
             let Some(input) = input_of(part).filter(|_| i == index) else { continue };
             let weights = checkpoint.weight(&tensor.name)?.decode();
-            let norms: Vec<f32> = moments[input].iter().map(|s| s.sqrt()).collect();
+            let norms: Vec<f32> = squares[input].iter().map(|s| s.sqrt()).collect();
             // Before anything is factored, the squared norm is what is known of importance.
-            let scorer = Scorer::new(options.metric, &weights, &norms, &moments[input]);
+            let scorer = Scorer::new(metric, &weights, &norms, &squares[input]);
             parts.push((scorer, weights, norms.len()));
         }
         ratios.push(outlier_ratio(&parts));

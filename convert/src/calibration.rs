@@ -3,24 +3,24 @@
 use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 use stb_runtime::{Error, Result, Tokenizer};
 
+use crate::digest::digest;
 use crate::recipe::{Calibration, Draw};
 
 /// Public-domain English of several kinds, part of the program. See `data/README.md`.
 pub const BUILT_IN: &str = include_str!("../data/calibration.txt");
 
-/// A text and where it is from.
+/// A text for calibration, and where it is from.
 #[derive(Clone, Debug)]
-pub struct Source {
+pub struct CalibrationText {
     /// `built-in` or the name of a file.
     pub name: String,
     /// The text.
     pub text: String,
 }
 
-impl Source {
+impl CalibrationText {
     /// The text that ships with the program.
     #[must_use]
     pub fn built_in() -> Self {
@@ -39,10 +39,10 @@ impl Source {
         Ok(Self { name, text })
     }
 
-    /// What a recipe asks for: the file of its own, if it names one, or the built-in text.
+    /// The text of a recipe: the file that it names, or the built-in text.
     ///
     /// # Errors
-    /// As for [`Source::file`].
+    /// As for [`CalibrationText::file`].
     pub fn of(options: &Calibration) -> Result<Self> {
         match &options.text {
             Some(path) => Self::file(std::path::Path::new(path)),
@@ -50,14 +50,14 @@ impl Source {
         }
     }
 
-    /// Name, SHA-256 and use of the text: what makes a conversion repeatable.
+    /// Name, SHA-256 and use of the text, so that a conversion can be repeated.
     #[must_use]
     pub fn describe(&self, options: &Calibration, length: usize) -> String {
         let documents = match &options.separator {
             Some(separator) => format!(", documents separated by {separator:?}"),
             None => String::new(),
         };
-        let draw = if options.draw.as_deref() == Some("python") { " of Python" } else { "" };
+        let draw = if options.draw == Draw::Python { " of Python" } else { "" };
         format!(
             "{} sha256:{}{documents}, {} windows of {length} tokens, seed {}{draw}",
             self.name,
@@ -87,7 +87,7 @@ impl Source {
         };
         let starts = tokens.len().checked_sub(length).ok_or_else(too_short)? as u64;
         let window = |start: u64| tokens[start as usize..start as usize + length].to_vec();
-        match options.draw()? {
+        match options.draw {
             Draw::Pcg => {
                 let mut random = Pcg64Mcg::seed_from_u64(options.seed);
                 let start = |_| random.next_u64() % (starts + 1);
@@ -137,18 +137,6 @@ impl PythonRandom {
             }
         }
     }
-}
-
-/// The SHA-256 of some bytes, in hexadecimal digits.
-#[must_use]
-pub fn digest(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-/// Lower-case hexadecimal digits.
-#[must_use]
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-//! What computes the large products of a conversion: this processor, or a GPU.
+//! Where the large products of a conversion are computed: on this processor or on a GPU.
 //!
-//! With a GPU, matrices are brought to it for an operation or for a tensor; decisions (codes, masks, scales) are
-//! made here in either case, by the same code.
+//! Matrices are copied to the GPU for one operation or one tensor. Decisions (codes, masks, scales) are made on this
+//! processor in either case, by the same code.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,8 +11,8 @@ use stb_kernels::cuda::{Buffer, Dense, Device, Operand};
 use stb_kernels::{Isa, Panels};
 use stb_runtime::{DeviceLayers, Model, Result};
 
-use crate::hessian::{self, Factor, Hessian, product_of};
-use crate::quantize::Propagation;
+use crate::hessian::{self, Factor, Hessian};
+use crate::products::product_of;
 
 /// A GPU that computes for conversions of one model.
 pub struct Accelerator {
@@ -40,7 +40,7 @@ impl Accelerator {
         &self.name
     }
 
-    /// Decoder layers and matrices on it.
+    /// The decoder layers and matrices on the device.
     pub(crate) fn layers(&self) -> MutexGuard<'_, DeviceLayers> {
         self.layers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -51,7 +51,7 @@ impl Accelerator {
 pub struct Engine<'a> {
     /// The instruction set of this processor.
     pub isa: Isa,
-    /// The GPU, if there is one to use.
+    /// The GPU; `None` if this processor computes all products.
     pub(crate) accelerator: Option<&'a Accelerator>,
 }
 
@@ -64,7 +64,7 @@ impl From<Isa> for Engine<'_> {
 /// The right side of a product with an inner dimension k.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Right<'a> {
-    /// [k, n].
+    /// As it is, [k, n].
     Plain(&'a [f32]),
     /// Its transpose, [n, k].
     Transposed(&'a [f32]),
@@ -120,7 +120,7 @@ impl Engine<'_> {
     pub(crate) fn output_errors(&self, weights: &[f32], hessian: &Hessian) -> Result<Vec<f64>> {
         let cols = hessian.size;
         let Some(accelerator) = self.accelerator else {
-            return Ok(crate::quantize::output_errors(self.isa, weights, hessian));
+            return Ok(hessian::output_errors(self.isa, weights, hessian));
         };
         let mut layers = accelerator.layers();
         let dense = layers.dense();
@@ -175,83 +175,4 @@ pub(crate) fn fetch_columns(
         .zip(part.par_chunks_exact(width))
         .for_each(|(row, part)| row[from..from + width].copy_from_slice(part));
     Ok(())
-}
-
-/// How the errors of blocks of columns change the weights that are still to come, [rows, cols].
-pub(crate) struct Compensation<'a> {
-    engine: Engine<'a>,
-    factor: &'a Factor,
-    mode: Propagation,
-    device: Option<OnDevice<'a>>,
-}
-
-/// The same on the device.
-struct OnDevice<'a> {
-    accelerator: &'a Accelerator,
-    weights: Buffer<f32>,
-    u: Buffer<f32>,
-    m: Buffer<f32>,
-}
-
-impl<'a> Compensation<'a> {
-    /// For weights as they are now.
-    pub(crate) fn new(
-        engine: Engine<'a>,
-        weights: &[f32],
-        factor: &'a Factor,
-        mode: Propagation,
-    ) -> Result<Self> {
-        let device = match engine.accelerator {
-            Some(accelerator) if mode != Propagation::Off => {
-                let mut layers = accelerator.layers();
-                let dense = layers.dense();
-                let [weights, u, m] = [weights, &factor.u, &factor.m].map(|v| upload(dense, v));
-                Some(OnDevice { accelerator, weights: weights?, u: u?, m: m? })
-            }
-            _ => None,
-        };
-        Ok(Self { engine, factor, mode, device })
-    }
-
-    /// Spreads `errors` of the block of columns `from..from + width`, [rows, width], over `weights`: all later
-    /// columns, of which those up to `ahead` behind the block are there when this returns.
-    pub(crate) fn pass(
-        &mut self,
-        weights: &mut [f32],
-        errors: &[f32],
-        from: usize,
-        width: usize,
-        ahead: usize,
-    ) -> Result<()> {
-        let (cols, later) = (self.factor.size, from + width);
-        let Some(device) = &mut self.device else {
-            let (isa, factor) = (self.engine.isa, self.factor);
-            crate::quantize::propagate(isa, weights, factor, errors, from, width, self.mode);
-            return Ok(());
-        };
-        if later >= cols {
-            return Ok(());
-        }
-        let mut layers = device.accelerator.layers();
-        let dense = layers.dense();
-        let rows = errors.len() / width;
-        let scaled = if self.mode == Propagation::Solve {
-            let errors = upload(dense, errors)?;
-            let mut scaled = dense.device().zeros("errors", rows * width)?;
-            let left = Operand::new(&errors, 0, width);
-            let right = Operand::new(&device.m, from * cols + from, cols);
-            let sizes = [rows, width, width];
-            dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut scaled, (0, width))?;
-            scaled
-        } else {
-            let diagonal = |j: usize| self.factor.m[j * (cols + 1)];
-            let entries = errors.iter().enumerate().map(|(i, e)| e * diagonal(from + i % width));
-            upload(dense, &entries.collect::<Vec<f32>>())?
-        };
-        let left = Operand::new(&scaled, 0, width);
-        let right = Operand::new(&device.u, from * cols + later, cols);
-        let sizes = [rows, cols - later, width];
-        dense.blas().multiply(sizes, -1.0, left, right, 1.0, &mut device.weights, (later, cols))?;
-        fetch_columns(dense, &device.weights, weights, cols, later, ahead.min(cols - later))
-    }
 }

@@ -1,5 +1,4 @@
-//! Back to safetensors: dequantized weights with their configuration and tokenizer, so that any
-//! other framework can load what a file holds.
+//! Export to safetensors: dequantized weights with their configuration and tokenizer, for other frameworks.
 
 use std::borrow::Cow;
 use std::path::Path;

@@ -1,6 +1,5 @@
-//! The flip experiment of the paper (§1, appendix B, algorithm 3, table 13): how much perplexity
-//! suffers when a share of the signs of a binarized model is turned around, chosen at random or from
-//! the least important on.
+//! The flip experiment of the paper (§1, appendix B, algorithm 3, table 13): the perplexity of a binarized model when
+//! a share of its signs is flipped, chosen at random or by importance, least important first.
 //!
 //! In each linear layer of the decoder a share of the weights that are neither pruned nor in a salient
 //! column changes sign. Sets of a growing share contain each other.
@@ -16,7 +15,7 @@ use stb_runtime::{
     Checkpoint, Error, Layer, Model, PerplexityOptions, Result, Tokenizer, Weight, perplexity,
 };
 
-use crate::calibration::Source;
+use crate::calibration::CalibrationText;
 use crate::plan::input_of;
 use crate::plot::{Chart, Point, Series, svg};
 use crate::recipe::{Calibration, Recipe};
@@ -38,7 +37,7 @@ pub struct FlipOptions {
 /// In which order weights are flipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Order {
+pub enum FlipOrder {
     /// At random.
     Random {
         /// The seed.
@@ -49,7 +48,7 @@ pub enum Order {
     LeastImportant,
 }
 
-impl std::fmt::Display for Order {
+impl std::fmt::Display for FlipOrder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Random { seed } => write!(f, "random, seed {seed}"),
@@ -62,7 +61,7 @@ impl std::fmt::Display for Order {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Flipped {
     /// How weights were chosen; `None` before any was flipped.
-    pub order: Option<Order>,
+    pub order: Option<FlipOrder>,
     /// Share of the weights that may be flipped.
     pub share: f64,
     /// Weights whose sign changed.
@@ -78,12 +77,12 @@ pub struct Flipped {
 /// # Errors
 /// None in practice: it is made of a shipped recipe.
 pub fn binarized() -> Result<Recipe> {
-    let mut recipe = Recipe::load("stbllm-4of8")?;
-    recipe.name = "stbllm-8of8".into();
-    recipe.description = "The STBLLM structure with no weight pruned".into();
-    recipe.body.n = Some(8);
-    recipe.body.allocation = None;
-    Ok(recipe)
+    Recipe::load("stbllm-4of8")?.changed(|file| {
+        file.name = "stbllm-8of8".into();
+        file.description = "The STBLLM structure with no weight pruned".into();
+        file.body.n = Some(8);
+        file.body.allocation = None;
+    })
 }
 
 /// Flips signs in `model`, a conversion of `checkpoint`, and measures. The model is left as it was.
@@ -97,7 +96,7 @@ pub fn flip(
     model: &mut Model,
     checkpoint: &Checkpoint,
     calibration: &Calibration,
-    source: &Source,
+    source: &CalibrationText,
     text: &str,
     options: &FlipOptions,
     progress: &dyn Fn(usize, usize, &Flipped),
@@ -110,8 +109,8 @@ pub fn flip(
     shares.dedup();
     let tokenizer = model.tokenizer()?;
     let mut matrices = matrices(model, checkpoint, calibration, source, options.salient)?;
-    let mut orders = vec![Order::LeastImportant];
-    orders.extend(options.seeds.iter().map(|seed| Order::Random { seed: *seed }));
+    let mut orders = vec![FlipOrder::LeastImportant];
+    orders.extend(options.seeds.iter().map(|seed| FlipOrder::Random { seed: *seed }));
     let all = 1 + orders.len() * shares.len();
     let original = model.layers.clone();
     let first = measure(model, &tokenizer, text, options, None, 0.0, 0)?;
@@ -145,7 +144,7 @@ fn measure(
     tokenizer: &Tokenizer,
     text: &str,
     options: &FlipOptions,
-    order: Option<Order>,
+    order: Option<FlipOrder>,
     share: f64,
     flipped: u64,
 ) -> Result<Flipped> {
@@ -167,7 +166,7 @@ fn part<'a>(layer: &'a mut Layer, name: &str) -> &'a mut Weight {
 }
 
 /// A matrix with the places that may be flipped.
-struct Matrix {
+struct FlipMatrix {
     layer: usize,
     part: &'static str,
     rows: u64,
@@ -184,9 +183,9 @@ fn matrices(
     model: &mut Model,
     checkpoint: &Checkpoint,
     calibration: &Calibration,
-    source: &Source,
+    source: &CalibrationText,
     salient: bool,
-) -> Result<Vec<Matrix>> {
+) -> Result<Vec<FlipMatrix>> {
     let moments = diagonals(checkpoint, calibration, source, SEQUENCES)?;
     let mut matrices = Vec::new();
     for (index, layer) in model.layers.iter_mut().enumerate() {
@@ -215,7 +214,7 @@ fn matrices(
             let open = |i: &u32| values[*i as usize] != 0.0 && !skipped[*i as usize % cols];
             let places = (0..values.len() as u32).filter(open).collect();
             let (rows, cols) = (weight.rows() as u64, cols as u64);
-            matrices.push(Matrix {
+            matrices.push(FlipMatrix {
                 layer: index,
                 part: name,
                 rows,
@@ -229,17 +228,17 @@ fn matrices(
     Ok(matrices)
 }
 
-impl Matrix {
+impl FlipMatrix {
     /// Puts the places into the order in which they are flipped.
-    fn arrange(&mut self, order: Order, stream: u64) {
-        // Whatever order came before: results must not depend on it.
+    fn arrange(&mut self, order: FlipOrder, stream: u64) {
+        // The result must not depend on the order before.
         self.places.sort_unstable();
         match order {
-            Order::LeastImportant => {
+            FlipOrder::LeastImportant => {
                 let key = |i: &u32| self.importance[*i as usize];
                 self.places.sort_by(|a, b| key(a).total_cmp(&key(b)));
             }
-            Order::Random { seed } => {
+            FlipOrder::Random { seed } => {
                 // Fisher-Yates; each matrix has numbers of its own.
                 let mut random = Pcg64Mcg::seed_from_u64(seed ^ (stream + 1).wrapping_mul(GOLDEN));
                 for i in (1..self.places.len()).rev() {
@@ -268,7 +267,7 @@ const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Mean over seeds of the random orders at each share: share, mean, half the range.
 fn random_mean(found: &[Flipped]) -> Vec<(f64, f64, f64)> {
-    let random = |f: &&Flipped| matches!(f.order, Some(Order::Random { .. }));
+    let random = |f: &&Flipped| matches!(f.order, Some(FlipOrder::Random { .. }));
     let mut shares: Vec<f64> = found.iter().filter(random).map(|f| f.share).collect();
     shares.sort_by(f64::total_cmp);
     shares.dedup();
@@ -294,7 +293,7 @@ pub fn markdown(title: &str, found: &[Flipped]) -> String {
         let _ = writeln!(out, "| 0 | {p:.3} | | {p:.3} | {e:.3} |");
     }
     for (share, mean, range) in random_mean(found) {
-        let least = |f: &&Flipped| f.order == Some(Order::LeastImportant) && f.share == share;
+        let least = |f: &&Flipped| f.order == Some(FlipOrder::LeastImportant) && f.share == share;
         let least = found.iter().find(least);
         let least = least
             .map_or(" | ".to_owned(), |f| format!("{:.3} | {:.3}", f.perplexity, f.standard_error));
@@ -310,8 +309,8 @@ pub fn csv(found: &[Flipped]) -> String {
     for f in found {
         let (order, seed) = match f.order {
             None => ("none", String::new()),
-            Some(Order::Random { seed }) => ("random", seed.to_string()),
-            Some(Order::LeastImportant) => ("least-important", String::new()),
+            Some(FlipOrder::Random { seed }) => ("random", seed.to_string()),
+            Some(FlipOrder::LeastImportant) => ("least-important", String::new()),
         };
         let (p, e) = (f.perplexity, f.standard_error);
         let _ = writeln!(out, "{order},{seed},{},{},{p},{e}", f.share, f.flipped);
@@ -335,7 +334,7 @@ pub fn plot(title: &str, found: &[Flipped]) -> String {
     least.extend(
         found
             .iter()
-            .filter(|f| f.order == Some(Order::LeastImportant))
+            .filter(|f| f.order == Some(FlipOrder::LeastImportant))
             .map(|f| point(f.share, f.perplexity, f.standard_error)),
     );
     let chart = Chart {
@@ -369,24 +368,24 @@ pub fn percent(share: f64) -> String {
 mod tests {
     use super::*;
 
-    fn matrix() -> Matrix {
+    fn matrix() -> FlipMatrix {
         let values: Vec<f32> = (0..64).map(|i| if i % 7 == 0 { 0.0 } else { 1.0 }).collect();
         let places = (0..64).filter(|i| values[*i as usize] != 0.0).collect();
         let importance = (0..64).map(|i| ((i * 37) % 64) as f32).collect();
-        Matrix { layer: 0, part: "mlp.up_proj", rows: 8, cols: 8, values, places, importance }
+        FlipMatrix { layer: 0, part: "mlp.up_proj", rows: 8, cols: 8, values, places, importance }
     }
 
     #[test]
     fn orders_are_permutations_that_do_not_depend_on_the_one_before() {
         let (mut a, mut b) = (matrix(), matrix());
         let all = a.places.clone();
-        a.arrange(Order::Random { seed: 1 }, 3);
-        b.arrange(Order::Random { seed: 2 }, 3);
+        a.arrange(FlipOrder::Random { seed: 1 }, 3);
+        b.arrange(FlipOrder::Random { seed: 2 }, 3);
         assert_ne!(a.places, b.places);
-        b.arrange(Order::Random { seed: 1 }, 3);
+        b.arrange(FlipOrder::Random { seed: 1 }, 3);
         assert_eq!(a.places, b.places);
         assert_ne!(a.places, all);
-        a.arrange(Order::LeastImportant, 3);
+        a.arrange(FlipOrder::LeastImportant, 3);
         let importance = |i: &u32| a.importance[*i as usize];
         assert!(a.places.windows(2).all(|p| importance(&p[0]) < importance(&p[1])));
         a.places.sort_unstable();
@@ -396,7 +395,7 @@ mod tests {
     #[test]
     fn random_curves_are_averaged() {
         let at = |seed, share, perplexity| Flipped {
-            order: Some(Order::Random { seed }),
+            order: Some(FlipOrder::Random { seed }),
             share,
             flipped: 1,
             perplexity,

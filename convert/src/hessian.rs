@@ -1,17 +1,13 @@
-//! Second moments of layer inputs and their factors: what error compensation needs.
-
-use std::sync::atomic::{AtomicBool, Ordering};
+//! The Hessian of a layer's inputs and its factors, which error compensation needs.
 
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::prelude::*;
 use rayon::prelude::*;
-use stb_format::encoding::{Dense, DenseView, MatrixView};
 use stb_kernels::{Isa, Panels, gemm};
 use stb_runtime::{Error, Result};
 
-/// Rows of a task; also the granularity of the triangle.
-const TASK_ROWS: usize = 64;
+use crate::products::{TASK_ROWS, add_cross_products, dense, product, transpose};
 
 /// H = (2/n) Σ Xᵀ X over n calibration sequences, X [tokens, in] (the scale of GPTQ and BiLLM).
 #[derive(Clone, Debug)]
@@ -100,7 +96,7 @@ impl Hessian {
         self.matrix.iter().step_by(self.size + 1).copied().collect()
     }
 
-    /// Input features that never occurred.
+    /// Input features that are zero in all tokens.
     #[must_use]
     pub fn dead(&self) -> Vec<usize> {
         let zero = self.diagonal().into_iter().enumerate().filter(|(_, d)| *d == 0.0);
@@ -118,8 +114,8 @@ impl Hessian {
         self.matrix.iter_mut().step_by(self.size + 1).for_each(|d| *d += add);
     }
 
-    /// Multiplies the diagonal by 1 + `ridge`: the same for features of any size. Dead features get 1, and
-    /// a trace of damping keeps the matrix positive definite.
+    /// Multiplies the diagonal by 1 + `ridge`, which does not depend on the scale of a feature. Dead features get 1,
+    /// and a damping of 1e-4 keeps the matrix positive definite.
     pub fn add_ridge(&mut self, ridge: f64) {
         let factor = (1.0 + ridge) as f32;
         self.matrix.iter_mut().step_by(self.size + 1).for_each(|d| *d *= factor);
@@ -127,8 +123,20 @@ impl Hessian {
     }
 }
 
-/// (2/n) Σ Aᵀ X over n calibration sequences, A [tokens, rows] and X [tokens, cols]: how the inputs X of
-/// a layer go with something else.
+/// Bytes of a Hessian of `size` input features and its factors: H, M and U in f32.
+#[must_use]
+pub fn memory(size: u64) -> u64 {
+    size * size * 12
+}
+
+/// Bytes of scratch while it is factored: two f64 copies.
+#[must_use]
+pub fn factoring_memory(size: u64) -> u64 {
+    size * size * 16
+}
+
+/// (2/n) Σ Aᵀ X over n calibration sequences, A [tokens, rows] and X [tokens, cols]: the cross
+/// term of the inputs X of a layer and another quantity A.
 #[derive(Clone, Debug)]
 pub struct CrossMoments {
     /// [rows, cols].
@@ -154,7 +162,7 @@ impl CrossMoments {
         self.sequences += sequences;
     }
 
-    /// The elements, [rows, cols], scaled as the second moments are.
+    /// The elements, [rows, cols], scaled as the Hessian is.
     #[must_use]
     pub fn finish(mut self) -> Vec<f32> {
         let scale = 2.0 / self.sequences.max(1) as f32;
@@ -214,91 +222,29 @@ impl Factor {
     }
 }
 
-/// Second moments that no factor exists of.
+/// The error for a Hessian without factors.
 pub(crate) fn not_positive() -> Error {
     Error::invalid(
-        "the second moments of the calibration inputs are not positive definite; use more \
-         calibration text or a larger damping",
+        "the Hessian of the calibration inputs is not positive definite; use more calibration text \
+         or a larger damping",
     )
 }
 
-/// Whether the user wants to stop; long computations look now and then.
-pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-/// Whether the user wants to stop.
-#[must_use]
-pub fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
-}
-
-/// Numbers in memory as a matrix.
-pub(crate) fn dense(values: &[f32], rows: usize, cols: usize) -> MatrixView<'_> {
-    let view = DenseView::new(Dense::F32, rows as u64, cols as u64, bytemuck::cast_slice(values));
-    MatrixView::Dense(view.expect("rows × cols values"))
-}
-
-/// [cols, rows] of `x` [rows, cols].
-fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(rows).enumerate().for_each(|(c, out)| {
-        for (r, out) in out.iter_mut().enumerate() {
-            *out = x[r * cols + c];
-        }
-    });
-    out
-}
-
-/// `out[r, c] = Σ_k a[r, k] · b[k·stride + from + c]`: the product of some rows with columns
-/// `from..from + width` of a matrix. Sequential; callers split rows over threads.
-pub(crate) fn product(isa: Isa, a: &[f32], k: usize, b: &Panels, out: &mut Vec<f32>) -> usize {
-    let panels = b.all();
-    let stride = panels.row_stride();
-    out.resize(a.len() / k * stride, 0.0);
-    gemm(isa, &dense(a, a.len() / k, k), panels, 0, out);
-    stride
-}
-
-/// Adds Aᵀ X to `out`, [rows, cols]: `a` is [tokens, rows], `x` [tokens, cols].
-pub(crate) fn add_cross_products(
-    isa: Isa,
-    a: &[f32],
-    rows: usize,
-    x: &[f32],
-    cols: usize,
-    out: &mut [f32],
-) {
-    let tokens = x.len() / cols;
-    assert!(tokens * cols == x.len() && tokens * rows == a.len(), "the same tokens");
+/// (W H Wᵀ)_ii of each row of `weights`, [rows, in], on this processor.
+pub(crate) fn output_errors(isa: Isa, weights: &[f32], hessian: &Hessian) -> Vec<f64> {
+    let cols = hessian.size;
     let mut panels = Panels::default();
-    panels.pack_transposed(x, cols, tokens, cols);
-    let transposed = transpose(a, tokens, rows);
-    let left = dense(&transposed, rows, tokens);
-    out.par_chunks_mut(TASK_ROWS * cols).enumerate().for_each_init(
-        Vec::new,
-        |product, (task, out)| {
-            let stride = panels.all().row_stride();
-            product.resize(out.len() / cols * stride, 0.0);
-            gemm(isa, &left, panels.all(), task * TASK_ROWS, product);
-            for (row, product) in out.chunks_exact_mut(cols).zip(product.chunks(stride)) {
-                row.iter_mut().zip(product).for_each(|(m, p)| *m += p);
-            }
-        },
-    );
-}
-
-/// As [`product`], in parallel and without padding: [rows of a, width].
-pub(crate) fn product_of(isa: Isa, a: &[f32], k: usize, b: &Panels, width: usize) -> Vec<f32> {
-    let mut out = vec![0.0; a.len() / k * width];
-    out.par_chunks_mut(TASK_ROWS * width).zip(a.par_chunks(TASK_ROWS * k)).for_each_init(
-        Vec::new,
-        |memory, (out, a)| {
-            let stride = product(isa, a, k, b, memory);
-            for (out, product) in out.chunks_exact_mut(width).zip(memory.chunks_exact(stride)) {
-                out.copy_from_slice(&product[..width]);
-            }
-        },
-    );
-    out
+    panels.pack(hessian.matrix(), cols);
+    let part = |rows: &[f32]| -> Vec<f64> {
+        let mut out = Vec::new();
+        let stride = product(isa, rows, cols, &panels, &mut out);
+        let dot = |(w, h): (&[f32], &[f32])| -> f64 {
+            w.iter().zip(h).map(|(w, h)| f64::from(*w) * f64::from(*h)).sum()
+        };
+        rows.chunks_exact(cols).zip(out.chunks_exact(stride)).map(dot).collect()
+    };
+    let parts: Vec<Vec<f64>> = weights.par_chunks(TASK_ROWS * cols).map(part).collect();
+    parts.concat()
 }
 
 #[cfg(test)]

@@ -1,25 +1,29 @@
 //! Converts dense LLaMA checkpoints to `.stb` files.
 //!
 //! [`convert`] reads a checkpoint, runs the calibration text through it one decoder layer at a
-//! time, quantizes every linear layer against the second moments of its inputs, and streams packed
-//! tensors into a file. What is done to which tensor is a [`Recipe`]; [`plan()`] prices it before
-//! anything is computed.
+//! time, quantizes every linear layer against the Hessian of its inputs, and streams packed
+//! tensors into a file. A [`Recipe`] says what is done to which tensor; [`plan()`] gives the
+//! size of every tensor before any weight is quantized.
 
 pub mod allocation;
 pub(crate) mod backward;
 pub mod budget;
 pub mod calibration;
+pub mod digest;
 pub mod engine;
 pub mod export;
 pub mod flips;
 pub mod hessian;
 pub mod inspect;
+pub mod interrupt;
+mod memory;
 pub mod metadata;
 pub mod output;
 pub mod pipeline;
 pub mod plan;
 pub mod plot;
 pub mod prepare;
+pub(crate) mod products;
 pub mod quantize;
 pub mod recipe;
 pub mod report;

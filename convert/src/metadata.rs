@@ -1,10 +1,9 @@
 //! The metadata of a converted file (spec §5).
 
-use sha2::{Digest, Sha256};
 use stb_format::{Meta, Value};
 use stb_runtime::{Checkpoint, Error, Result, SourceFile};
 
-use crate::calibration::hex;
+use crate::digest::digest;
 use crate::recipe::Recipe;
 
 /// Everything but the hashes of the source files, which take a while.
@@ -69,7 +68,7 @@ pub fn metadata(
 /// None in practice.
 pub fn add_hashes(meta: &mut Meta, checkpoint: &Checkpoint) -> Result<()> {
     use rayon::prelude::*;
-    let hash = |file: &SourceFile| hex(&Sha256::digest(&**file.bytes));
+    let hash = |file: &SourceFile| digest(&**file.bytes);
     let hashes: Vec<String> = checkpoint.files.par_iter().map(hash).collect();
     let value = Value::Text(sources(&checkpoint.files, Some(&hashes)));
     meta.set("provenance.sources", value).map_err(|e| Error::Internal { what: e.to_string() })

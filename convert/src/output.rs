@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use stb_runtime::{Error, Result};
 
-/// A file in the making, on the file system of its final place.
+/// An unfinished file, on the file system of its final place.
 pub struct Output {
     file: BufWriter<std::fs::File>,
     temporary: PathBuf,
@@ -39,7 +39,7 @@ impl Output {
         let file = file.into_inner().map_err(|e| fail(e.into_error()))?;
         file.sync_all().map_err(fail)?;
         drop(file);
-        // Somebody may have made the file since we looked.
+        // Another program may have created the file in the meantime.
         refuse_existing(&target, force)?;
         std::fs::rename(&temporary, &target).map_err(fail)?;
         // The new name has to survive a crash too; not all systems can open folders.
@@ -51,7 +51,7 @@ impl Output {
         Ok(())
     }
 
-    /// Ends the file without giving it its name, for one who will read it; returns where it is.
+    /// Closes the temporary file without renaming it, so that it can be read. Returns its path.
     ///
     /// # Errors
     /// [`Error::Io`].

@@ -48,7 +48,7 @@ const HEIGHT: f64 = 460.0;
 /// Left, right, top and bottom of the area with the points.
 const AREA: [f64; 4] = [80.0, 730.0, 46.0, 400.0];
 /// Told apart by people with any color vision (Okabe and Ito).
-const COLOURS: [&str; 7] =
+const COLORS: [&str; 7] =
     ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 
 /// Charts below each other, as an SVG document.
@@ -161,7 +161,7 @@ impl Chart {
         let turned = format!("transform=\"rotate(-90 20 {0})\"", (top + bottom) / 2.0);
         text(out, 20.0, (top + bottom) / 2.0, "middle", &turned, &self.y_label);
         let mut labels = Labels::default();
-        for (series, color) in self.series.iter().zip(COLOURS.into_iter().cycle()) {
+        for (series, color) in self.series.iter().zip(COLORS.into_iter().cycle()) {
             self.draw_series(out, series, color, &x, &y, &mut labels);
         }
         if self.series.len() > 1 {
@@ -230,7 +230,7 @@ impl Chart {
             "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{height}\" \
              fill=\"white\" fill-opacity=\"0.85\" stroke=\"#ccc\"/>"
         );
-        for (i, (series, color)) in self.series.iter().zip(COLOURS.into_iter().cycle()).enumerate()
+        for (i, (series, color)) in self.series.iter().zip(COLORS.into_iter().cycle()).enumerate()
         {
             let y = top + 14.0 + 18.0 * i as f64;
             let x = left + 12.0;

@@ -5,7 +5,7 @@ use stb_runtime::Checkpoint;
 
 use crate::allocation::allocate;
 use crate::budget;
-use crate::calibration::Source;
+use crate::calibration::CalibrationText;
 use crate::metadata::metadata;
 use crate::plan::{Plan, plan};
 use crate::recipe::Recipe;
@@ -18,11 +18,11 @@ use crate::recipe::Recipe;
 pub fn prepare(
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    source: &Source,
+    source: &CalibrationText,
 ) -> anyhow::Result<(Plan, Meta)> {
     let mut plan = plan(checkpoint, recipe)?;
     allocate(&mut plan, checkpoint, recipe, source)?;
-    let bits = recipe.body.target()?;
+    let bits = recipe.linear.target_bits();
     let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize);
     let calibration = if plan.needs_calibration() || bits.is_some() {
         source.describe(&recipe.calibration, length)

@@ -30,24 +30,24 @@ pub struct TensorReport {
 /// Wall-clock seconds of a decoder layer, or of all.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Stages {
-    /// Forward passes of the calibration: with the layer as it was, and as it has become.
+    /// Forward passes of the calibration, with the dense and the quantized layer.
     pub forward: f64,
-    /// Second moments (the Hessian).
+    /// Sums for the Hessian.
     pub moments: f64,
-    /// Their factorization.
+    /// Its factorization.
     pub factors: f64,
     /// The steps of the quantizers.
     #[serde(flatten)]
     pub quantizer: Seconds,
-    /// Tuning the layer as a whole.
+    /// Distilling the layer.
     #[serde(default)]
     pub tuning: f64,
-    /// Tuning the model as a whole.
+    /// Distilling the model.
     #[serde(default)]
     pub fine_tuning: f64,
     /// Measuring the error of what is stored.
     pub check: f64,
-    /// Writing, and keeping what a later run can go on from.
+    /// Writing, and keeping what a later run resumes from.
     pub output: f64,
 }
 
@@ -98,14 +98,14 @@ pub struct Report {
     pub calibration: String,
     /// Tokens of calibration.
     pub calibration_tokens: usize,
-    /// What the file is not, for methods whose values no encoding fits.
+    /// How the file falls short of its method, if no encoding holds the method's values.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// Wall-clock time of this run.
     pub seconds: f64,
-    /// Decoder layers taken over from a run that was stopped.
+    /// Decoder layers that an interrupted run had finished.
     pub resumed_layers: usize,
-    /// Where the time of all layers went, of those taken over too.
+    /// Where the time of all layers went, those of an interrupted run included.
     pub stages: Stages,
     /// The decoder layers.
     pub layers: Vec<LayerReport>,

@@ -1,6 +1,6 @@
-//! What a conversion keeps on its way, so that the same command can go on where it was stopped.
+//! What an unfinished conversion keeps, so that the same command resumes it.
 //!
-//! Beside the output `NAME` lies the folder `.NAME.unfinished`: the file in the making, the packed
+//! Beside the output `NAME` lies the folder `.NAME.unfinished`: the unfinished file, the packed
 //! tensors of every finished decoder layer, and the inputs of the next one. It belongs to one
 //! source, recipe, calibration text, instruction set and version; for any other it is discarded.
 //! The folder disappears with the end of the conversion.
@@ -17,20 +17,20 @@ use stb_runtime::{Error, Result};
 
 use crate::report::{LayerReport, TensorReport};
 
-/// The folder in use, for the case that the program has to leave at once.
+/// The folder in use, for a second Ctrl-C, which does not wait.
 static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// What makes a file of this module. The last byte is its version.
+/// The first bytes of every file of this module. The last of them is the version.
 const MAGIC: &[u8; 8] = b"stbwork\x01";
 /// Bytes of a SHA-256.
 const HASH: usize = 32;
 
-/// What writing the inputs of a layer may take after every layer.
+/// If writing the inputs of a layer takes less than this, they are written after every layer.
 const LONG: Duration = Duration::from_secs(2);
-/// If it takes longer, so many times as long passes between.
+/// If it takes longer, at least this many times as long passes before they are written again.
 const RARELY: u32 = 20;
 
-/// The folder of a conversion on its way.
+/// The folder of an unfinished conversion.
 pub struct Workspace {
     folder: PathBuf,
     /// Held while a conversion works here; the system releases it with the process.
@@ -39,7 +39,7 @@ pub struct Workspace {
     finished: usize,
     /// When the inputs of a layer were last kept, and how long that took.
     kept: Option<(Instant, Duration)>,
-    /// What was there before belonged to another conversion.
+    /// Whether the folder held another conversion, which has been discarded.
     pub discarded: bool,
 }
 
@@ -98,19 +98,19 @@ impl Workspace {
         Ok(workspace)
     }
 
-    /// Decoder layers that need not be computed again.
+    /// The number of decoder layers that need not be computed again.
     #[must_use]
     pub fn finished(&self) -> usize {
         self.finished
     }
 
-    /// The file in the making.
+    /// The path of the unfinished file.
     #[must_use]
     pub fn output(&self) -> PathBuf {
         self.folder.join("output")
     }
 
-    /// The file in the making while the first one is being fine-tuned.
+    /// The path of the distilled file, while the first one is read.
     #[must_use]
     pub fn tuned_output(&self) -> PathBuf {
         self.folder.join("tuned")
@@ -124,7 +124,7 @@ impl Workspace {
 
     /// Removes the folder.
     pub fn remove(self) {
-        // What cannot be removed now will be found and used or discarded next time.
+        // A folder that cannot be removed now is used or discarded by the next conversion.
         let _ = std::fs::remove_dir_all(&self.folder);
         if let Ok(mut unfinished) = UNFINISHED.lock() {
             *unfinished = None;
@@ -132,8 +132,8 @@ impl Workspace {
     }
 
     /// Keeps a finished layer, then the inputs of the next: without those the layer counts as
-    /// unfinished. Inputs that take long to write are not written after every layer: conversion on a GPU would mostly
-    /// do that.
+    /// unfinished. Inputs that take long to write are not written after every layer, because a conversion on a GPU
+    /// would spend most of its time on that.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -190,7 +190,7 @@ impl Workspace {
         rest.is_empty().then_some(())
     }
 
-    /// Forgets what is finished, for the case that it cannot be read.
+    /// Counts no layer as finished, after one that could not be read.
     pub fn forget(&mut self) {
         self.finished = 0;
     }
@@ -199,7 +199,7 @@ impl Workspace {
         self.folder.join(layer_name(index))
     }
 
-    /// What the states say, if they are whole and all layers before are there.
+    /// The number of finished layers that the file of states gives, if it is whole and all those layers exist.
     fn count_finished(&self) -> usize {
         let count = self.read("states").and_then(|b| b.first_chunk::<8>().copied());
         let count = count.map_or(0, u64::from_le_bytes) as usize;

@@ -1,14 +1,14 @@
-//! A quick look at the dense model: how large its inputs are, layer by layer.
+//! How large the inputs of the dense model's linear layers are, from a few calibration sequences.
 
 use std::ops::ControlFlow;
 
 use rayon::prelude::*;
 use stb_runtime::{Checkpoint, LinearInput, Model, Observer, Result};
 
-use crate::calibration::Source;
+use crate::calibration::CalibrationText;
 use crate::recipe::Calibration;
 
-/// Calibration sequences that are enough for a look.
+/// Calibration sequences that suffice for these sums.
 pub const SEQUENCES: usize = 8;
 
 /// Sums of squares of the inputs of each decoder layer, in the order of
@@ -36,7 +36,7 @@ impl Observer for Squares<'_> {
 pub fn diagonals(
     checkpoint: &Checkpoint,
     calibration: &Calibration,
-    source: &Source,
+    source: &CalibrationText,
     samples: usize,
 ) -> Result<Diagonals> {
     let model = Model::from_checkpoint(checkpoint)?;

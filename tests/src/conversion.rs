@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use stb_convert::calibration::Source;
+use stb_convert::calibration::CalibrationText;
 use stb_convert::pipeline::{Progress, convert};
 use stb_convert::prepare::prepare;
 use stb_convert::report::Report;
@@ -38,9 +38,10 @@ pub fn converted(
     device: Option<Device>,
 ) -> anyhow::Result<Report> {
     let checkpoint = Checkpoint::open(source, true)?;
-    let mut recipe = Recipe::load(recipe)?;
-    (recipe.calibration.samples, recipe.calibration.length) = (samples, length);
-    let calibration = Source::file(text)?;
+    let recipe = Recipe::load(recipe)?.changed(|file| {
+        (file.calibration.samples, file.calibration.length) = (samples, length);
+    })?;
+    let calibration = CalibrationText::file(text)?;
     let (plan, meta) = prepare(&checkpoint, &recipe, &calibration)?;
     let job = Job {
         checkpoint: &checkpoint,

@@ -59,13 +59,14 @@ pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
 /// # Errors
 /// A recipe whose encodings are not fixed (one with a budget); whatever `out` reports.
 pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyhow::Result<W> {
-    if recipe.body.target()?.is_some() {
+    if recipe.linear.target_bits().is_some() {
         bail!("{}: a recipe with fixed encodings is needed", recipe.name);
     }
     let dense = Encoding::Dense(Dense::F16);
-    let body = recipe.body.method()?.map_or(dense.clone(), |method| method.encoding());
+    let body = recipe.linear.method();
+    let body = body.map_or(dense.clone(), |method| method.quantizer().encoding());
     let table = |spec: Option<IntGroup>| spec.map_or(dense.clone(), Encoding::IntGroup);
-    let (embeddings, head) = (table(recipe.embeddings.encoding()?), table(recipe.head.encoding()?));
+    let (embeddings, head) = (table(recipe.embeddings), table(recipe.head));
     let mut writer = Writer::new(out)?;
     let mut payloads: HashMap<(Vec<u64>, [u8; 16], u32), Vec<u8>> = HashMap::new();
     let mut parameters = 0u64;

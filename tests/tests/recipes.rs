@@ -78,19 +78,24 @@ fn every_preset_writes_what_it_says() {
         let _ = run("stb-convert", &["verify", text(&file)]).success();
         let report: Json =
             serde_json::from_str(&std::fs::read_to_string(&report).unwrap()).unwrap();
-        let method = Recipe::load(name).unwrap().body.method().unwrap();
+        let method = Recipe::load(name).unwrap().linear.method();
         let exported = folder.path().join(format!("{name}.export"));
         for (tensor, encoding, ..) in linears(&file, &exported) {
             match &method {
                 // The allocation may give a layer another N.
                 Some(method) if matches!(encoding, Encoding::Stbllm(_)) => {
-                    assert!(matches!(method.encoding(), Encoding::Stbllm(_)), "{name} {tensor}");
+                    assert!(
+                        matches!(method.quantizer().encoding(), Encoding::Stbllm(_)),
+                        "{name} {tensor}"
+                    );
                 }
-                Some(method) => assert_eq!(encoding, method.encoding(), "{name} {tensor}"),
+                Some(method) => {
+                    assert_eq!(encoding, method.quantizer().encoding(), "{name} {tensor}")
+                }
                 None => assert_eq!(encoding, Encoding::Dense(Dense::F16), "{name} {tensor}"),
             }
         }
-        let note = method.and_then(|method| method.note());
+        let note = method.and_then(|method| method.quantizer().note());
         assert_eq!(note.is_some(), err.contains("note: "), "{name}: {err}");
         assert_eq!(note.is_some(), report["notes"].is_array(), "{name}");
         if let Some(note) = note {
@@ -129,7 +134,7 @@ fn strict_recipes_are_n_of_8() {
         "billm-6of8",
     ] {
         let recipe = Recipe::load(name).unwrap();
-        let n = usize::from(recipe.body.n.unwrap());
+        let n = usize::from(recipe.linear.method().unwrap().quantizer().kept_by_layer().unwrap().n);
         for (source, calib) in [(&ragged, Some(&calib)), (&quill(), None)] {
             let mut options =
                 vec!["--recipe", name, "--force", "--calib-samples", "6", "--calib-len", "40"];

@@ -5,10 +5,8 @@
 use std::collections::HashMap;
 
 use stb_convert::hessian::{Factor, Hessian};
-use stb_convert::plan::Method;
-use stb_convert::quantize::prune::Pruned;
-use stb_convert::quantize::{Input, stbllm};
-use stb_convert::recipe::Body;
+use stb_convert::quantize::stbllm::{self, StbllmOptions};
+use stb_convert::quantize::{Input, LinearQuantizer, Method, Pruned};
 use stb_format::encoding::Stbllm;
 use stb_kernels::Isa;
 use stb_tests::paths::shared;
@@ -66,12 +64,11 @@ impl Moments {
     }
 }
 
-fn options(body: &str) -> stbllm::Options {
+fn options(body: &str) -> StbllmOptions {
     let recipe =
         stb_convert::Recipe::parse(&format!("name = 'x'\n[body]\nmethod = 'stbllm'\n{body}"))
             .unwrap();
-    let body: &Body = &recipe.body;
-    match body.method().unwrap() {
+    match recipe.linear.method() {
         Some(Method::Stbllm(options)) => options,
         other => panic!("{other:?}"),
     }
@@ -127,7 +124,7 @@ fn agree(name: &str, body: &str, in_loop: bool) {
     assert!(equal.iter().all(|e| *e >= 0.999), "{name}: {equal:?}");
     assert!(error <= 1e-4, "{name}: {error}");
     // As written.
-    let packed = stbllm::quantize(&input, &options, pruned.as_ref()).unwrap();
+    let packed = options.quantize(&input, pruned.as_ref()).unwrap();
     let view = packed.encoding.view(ROWS as u64, COLS as u64, &packed.payload).unwrap();
     let error = relative(&view.decode(), &dump.floats["W_q"]);
     note(&format!("{name}: as {}, relative error {error:.1e}", packed.encoding));

@@ -3,7 +3,7 @@
 
 use stb_kernels::{Isa, Panels, ops};
 
-use crate::hessian::{add_cross_products, product_of};
+use crate::products::{add_cross_products, product_of};
 
 /// Queries [tokens, q_width], keys and values [tokens, kv_width] of a sequence, rotated.
 pub(super) struct Attention<'a> {

@@ -5,7 +5,7 @@ use stb_kernels::{Isa, Panels, ops};
 use stb_runtime::{Layer, Model};
 
 use super::attention::Attention;
-use crate::hessian::{add_cross_products, product_of};
+use crate::products::{add_cross_products, product_of};
 
 // Places in `Layer::PARTS`.
 const Q: usize = 0;

@@ -11,7 +11,7 @@ use stb_kernels::{Isa, Panels};
 use stb_runtime::{Model, Weight};
 
 use super::layer::{LayerSlopes, LayerWeights, Pass, mean_squares};
-use crate::hessian::product_of;
+use crate::products::product_of;
 
 /// Rows of the head that are unpacked at a time.
 const HEAD_ROWS: usize = 4096;

@@ -1,51 +1,36 @@
-//! Choosing encodings for a size: the least estimated error for a number of bytes.
+//! Choosing encodings for a size: the least estimated error within a number of bytes.
 //!
-//! Each tensor has a few candidate encodings, with exact bytes and an estimate of what they do to what the
-//! model says (`price`).
+//! Each tensor has a few candidate encodings, with exact bytes and an estimate of their expected effect on the
+//! output distribution (`cost`).
 
-mod price;
+mod candidate;
+mod cost;
 
-pub use price::memory;
+use candidate::Candidate;
+pub use cost::memory;
 use stb_format::{Meta, SECTION_ALIGN};
 use stb_runtime::{Checkpoint, Error, Result};
 
-use crate::calibration::Source;
-use crate::plan::{Plan, TensorMethod, TensorPlan};
+use crate::calibration::CalibrationText;
+use crate::plan::Plan;
 use crate::recipe::Recipe;
-
-/// A way to store a tensor.
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    treatment: TensorMethod,
-    bytes: u64,
-    /// What it adds to the sum that is made small, see [`price`].
-    error: f64,
-}
-
-impl Candidate {
-    fn new(tensor: &TensorPlan, treatment: TensorMethod, error: f64) -> Result<Self> {
-        let mut copy = tensor.clone();
-        copy.set(treatment)?;
-        Ok(Self { treatment, bytes: copy.bytes, error })
-    }
-}
 
 /// Replaces the treatments in `plan` so that the file with `meta` has at most `bits` true bits per
 /// parameter.
 ///
 /// # Errors
 /// [`Error::Usage`] if no combination is small enough, or the calibration text is too short; [`Error::Invalid`]
-/// for weights that are not finite; [`crate::pipeline::Interrupted`].
+/// for weights that are not finite; [`crate::interrupt::Interrupted`].
 pub fn fit(
     plan: &mut Plan,
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    source: &Source,
+    source: &CalibrationText,
     meta: &Meta,
     bits: f64,
 ) -> anyhow::Result<()> {
     let budget = (bits * plan.parameters() as f64 / 8.0).floor() as u64;
-    let all = price::candidates(plan, checkpoint, recipe, source)?;
+    let all = cost::candidates(plan, checkpoint, recipe, source)?;
     let hulls: Vec<Vec<Candidate>> = all.iter().cloned().map(lower_hull).collect();
     // Everything at its smallest, then the steps that remove most error per byte, while they fit.
     let mut level = vec![0; hulls.len()];
@@ -72,7 +57,7 @@ pub fn fit(
     }
     steps.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)));
     for (_, t, k) in steps {
-        // A step that did not fit bars the later ones of its tensor.
+        // After a step that did not fit, later steps of the same tensor are skipped.
         if level[t] + 1 != k {
             continue;
         }
@@ -88,8 +73,8 @@ pub fn fit(
     Ok(fill(plan, &all, chosen, meta, budget)?)
 }
 
-/// Spends what is left of the budget: the change of one tensor that removes most error and still fits,
-/// again and again. Here a candidate may be one that mixtures of others would beat: there is no room for those.
+/// Spends what is left of the budget: repeatedly, the change of one tensor that removes most error and still fits.
+/// All candidates count here, also those above the lower hull.
 fn fill(
     plan: &mut Plan,
     all: &[Vec<Candidate>],
@@ -126,7 +111,7 @@ fn fill(
     }
 }
 
-/// The candidates that no mixture of others beats, by size.
+/// The lower convex hull of the candidates in size and error, by size.
 fn lower_hull(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
     candidates.sort_by(|a, b| a.bytes.cmp(&b.bytes).then(a.error.total_cmp(&b.error)));
     let mut hull: Vec<Candidate> = Vec::new();
@@ -148,6 +133,7 @@ fn lower_hull(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::TensorMethod;
     use stb_format::encoding::Dense;
 
     #[test]

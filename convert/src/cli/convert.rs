@@ -3,13 +3,12 @@
 use std::path::Path;
 
 use stb_convert::budget;
-use stb_convert::calibration::Source;
+use stb_convert::calibration::CalibrationText;
 use stb_convert::prepare::prepare;
-use stb_convert::recipe::Body;
 use stb_convert::report::Report;
 use stb_convert::{Job, Plan, Recipe, convert};
 use stb_format::Meta;
-use stb_kernels::cuda::{Dense, Device};
+use stb_kernels::cuda::{self, Dense, Device};
 use stb_runtime::{Checkpoint, DeviceChoice, Error};
 
 use super::progress::Bar;
@@ -20,10 +19,10 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(src, true)?;
     let recipe = recipe(args)?;
     let source = match &args.calib {
-        Some(path) => Source::file(path)?,
-        None => Source::of(&recipe.calibration)?,
+        Some(path) => CalibrationText::file(path)?,
+        None => CalibrationText::of(&recipe.calibration)?,
     };
-    if recipe.body.target()?.is_some() {
+    if recipe.linear.target_bits().is_some() {
         check_memory(budget::memory(&checkpoint.spec), "pricing encodings", || {
             "use a machine with more, or a recipe of one encoding instead of --bits".into()
         })?;
@@ -69,16 +68,17 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
         DeviceChoice::Cuda(ordinal) => ordinal,
     };
     let usable = |device: Device| Dense::new(&device).map(|_| device);
-    match Device::open(ordinal).and_then(usable).map_err(Error::from) {
+    match Device::open(ordinal).and_then(usable) {
         Ok(device) => Ok(Some(device)),
-        // A defect is told, whatever was asked for.
-        Err(e) if choice == DeviceChoice::Auto && e.exit_code() == 5 => {
+        // A kernel that does not compile and a failing driver are defects: told whatever was asked for.
+        Err(e @ (cuda::Error::Compile { .. } | cuda::Error::Driver { .. })) => Err(e.into()),
+        Err(e) if choice == DeviceChoice::Auto => {
             if !quiet {
                 note(format_args!("{e}; the CPU computes"));
             }
             Ok(None)
         }
-        Err(e) => Err(e),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -101,31 +101,27 @@ fn check_memory(needed: u64, what: &str, advice: impl Fn() -> String) -> Result<
 
 /// The recipe with what the command line changes.
 fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
-    let mut recipe = Recipe::load(&args.recipe)?;
-    if let Some(bits) = args.bits {
-        recipe.name = format!("bits-{bits}");
-        recipe.description = "Encodings chosen for a size".into();
-        recipe.body = Body::budget(bits);
-        recipe.body.target()?;
-    }
-    let calibration = &mut recipe.calibration;
-    if let Some(samples) = args.calib_samples {
-        calibration.samples = samples as usize;
-    }
-    if let Some(length) = args.calib_len {
-        calibration.length = length as usize;
-    }
-    if let Some(seed) = args.seed {
-        calibration.seed = seed;
-    }
-    if let Some(epochs) = args.tuning {
-        calibration.tuning = Some(epochs as usize);
-    }
-    if let Some(epochs) = args.fine_tuning {
-        calibration.fine_tuning = Some(epochs as usize);
-    }
-    recipe.check_tuning()?;
-    Ok(recipe)
+    Recipe::load(&args.recipe)?.changed(|file| {
+        if let Some(bits) = args.bits {
+            file.set_budget(bits);
+        }
+        let calibration = &mut file.calibration;
+        if let Some(samples) = args.calib_samples {
+            calibration.samples = samples as usize;
+        }
+        if let Some(length) = args.calib_len {
+            calibration.length = length as usize;
+        }
+        if let Some(seed) = args.seed {
+            calibration.seed = seed;
+        }
+        if let Some(epochs) = args.tuning {
+            calibration.distill_layers = Some(epochs as usize);
+        }
+        if let Some(epochs) = args.fine_tuning {
+            calibration.distill = Some(epochs as usize);
+        }
+    })
 }
 
 fn dry_run(

@@ -8,10 +8,8 @@ mod study;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use stb_convert::hessian::INTERRUPTED;
 use stb_runtime::DeviceChoice;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
@@ -145,7 +143,7 @@ pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     // The first Ctrl-C asks the work to stop, the second does not wait. Neither leaves a file.
     let handler = || {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+        if stb_convert::interrupt::interrupt() {
             stb_convert::resume::leave_at_once();
             std::process::exit(130);
         }
@@ -175,7 +173,7 @@ pub(crate) fn main() -> ExitCode {
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
             note(format_args!("stb-convert: {e:#}"));
-            if e.is::<stb_convert::pipeline::Interrupted>() {
+            if e.is::<stb_convert::interrupt::Interrupted>() {
                 return ExitCode::from(130);
             }
             ExitCode::from(stb_runtime::exit_code(&e))

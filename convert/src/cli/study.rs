@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use stb_convert::calibration::Source;
+use stb_convert::calibration::CalibrationText;
 use stb_convert::flips::{self, FlipOptions};
-use stb_convert::hessian::interrupted;
+use stb_convert::interrupt::interrupted;
 use stb_convert::study::{self, Definition, Events, StudyModel, convert_file, write_whole};
 use stb_convert::{Progress, Recipe};
 use stb_runtime::{Checkpoint, Error, OpenOptions, PerplexityOptions, TextLayout, open_to_measure};
@@ -179,10 +179,10 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
         None => flips::binarized()?,
     };
     let source = match &args.calib {
-        Some(path) => Source::file(path)?,
-        None => Source::of(&recipe.calibration)?,
+        Some(path) => CalibrationText::file(path)?,
+        None => CalibrationText::of(&recipe.calibration)?,
     };
-    let text = Source::file(&args.text)?.text;
+    let text = CalibrationText::file(&args.text)?.text;
     let work = args.out.join(".work");
     std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
     let file = work.join("model.stb");

@@ -9,9 +9,10 @@ use stb_kernels::cuda::{Buffer, Dense, Operand};
 use stb_runtime::{Half, Layer, LinearInput, Result};
 
 use super::refresh::Summed;
-use super::{Run, check_interrupt};
+use super::run::Run;
 use crate::engine::{Accelerator, download};
 use crate::hessian::Hessian;
+use crate::interrupt::check_interrupt;
 use crate::resume::States;
 
 /// Tokens that are on the device together: their activations take up to some 4 GB for a model of 7B parameters.

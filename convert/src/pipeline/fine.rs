@@ -6,7 +6,8 @@ use std::time::Instant;
 use stb_format::{File, Meta, Writer};
 use stb_runtime::{Bytes, Error, Model, OpenOptions};
 
-use super::{Job, Progress, check_interrupt};
+use super::job::{Job, Progress};
+use crate::interrupt::check_interrupt;
 use crate::output::Output;
 use crate::tune::{self, model::Tuned};
 
@@ -17,7 +18,7 @@ pub(super) fn fine_tune(
     meta: &Meta,
     file: &Path,
     output: PathBuf,
-    options: tune::Options,
+    options: tune::DistillOptions,
     progress: &dyn Progress,
 ) -> anyhow::Result<(Output, f64)> {
     let started = Instant::now();

@@ -6,13 +6,15 @@ use std::time::Instant;
 use rayon::prelude::*;
 use stb_runtime::{Error, Layer, LinearInput, Result, Weight};
 
-use super::refresh::{Place, Walk};
+use super::job::Progress;
+use super::limits::BATCH;
+use super::refresh::{Moments, Place, Walk};
+use super::run::{Capture, Done, Hidden, Run};
 use super::tensor::{clear_dead, finite, in_range, squared_error, without_inputs};
-use super::{BATCH, Capture, Done, Hidden, Moments, Progress, Run, check_interrupt};
 use crate::hessian::Hessian;
-use crate::plan::{Method, TensorMethod, TensorPlan, input_of};
-use crate::quantize::prune::Pruned;
-use crate::quantize::{Input, decode, linear, relative_error, stbllm};
+use crate::interrupt::check_interrupt;
+use crate::plan::{TensorMethod, TensorPlan, input_of};
+use crate::quantize::{Input, Pruned, decode, relative_error};
 use crate::report::{LayerReport, Stages};
 use crate::resume::{SavedLayer, States};
 use crate::tune;
@@ -44,9 +46,9 @@ impl<'r> Run<'r> {
         let dense = self.model.layers[index].clone();
         let mut layer = dense.clone();
         let pruned = self.prune_first(tensors, &mut layer, &mut hidden.pruned)?;
-        let refreshed = linear && self.job.recipe.calibration.refreshed()?;
+        let refreshed = linear && self.job.recipe.calibration.refreshed;
         let mut walk = Walk::default();
-        let tuned = linear && self.job.recipe.calibration.tuning()?.is_some();
+        let tuned = linear && self.job.recipe.calibration.distill_layers.is_some();
         // Streams advance while the layer is quantized; tuning starts from its inputs.
         let inputs = if tuned { hidden.quantized.clone() } else { States::new() };
         let mut moments: [Option<Moments>; 4] = Default::default();
@@ -122,7 +124,7 @@ impl<'r> Run<'r> {
         inputs: &States,
         targets: &States,
     ) -> anyhow::Result<()> {
-        let Some(options) = self.job.recipe.calibration.tuning()? else { return Ok(()) };
+        let Some(options) = self.job.recipe.calibration.distill_layers else { return Ok(()) };
         let started = Instant::now();
         tune::layer::tune(&self.model, layer, inputs, targets, options)?;
         check_interrupt()?;
@@ -199,13 +201,13 @@ impl<'r> Run<'r> {
         for tensor in tensors {
             check_interrupt()?;
             let part = tensor.layer().map_or("", |(_, part)| part);
-            let TensorMethod::Linear(Method::Stbllm(options)) = tensor.treatment else { continue };
+            let TensorMethod::Linear(method) = tensor.treatment else { continue };
             let Some(input) = input_of(part) else { continue };
             let clock = Instant::now();
             let weight = self.job.checkpoint.weight(&tensor.name)?;
             let values = weight.decode();
             let input = self.input(&values, &weight, &moments[input]);
-            let result = stbllm::prune(&input, &options)?;
+            let Some(result) = method.quantizer().prune(&input)? else { continue };
             let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
             let stored = Weight::from_floats(result.weights.clone(), rows, cols)?;
             put(layer, part, stored);
@@ -252,7 +254,7 @@ impl<'r> Run<'r> {
                 }
                 clear_dead(&mut values, &moments.norms);
                 let input = self.input(&values, &weight, moments);
-                let packed = linear(&input, method, pruned)?;
+                let packed = method.quantizer().quantize(&input, pruned)?;
                 let clock = Instant::now();
                 let decoded = decode(&packed, input.rows, input.cols);
                 in_range(&decoded, &tensor.name)?;

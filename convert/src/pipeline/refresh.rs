@@ -8,9 +8,11 @@ use rayon::prelude::*;
 use stb_kernels::Isa;
 use stb_runtime::{Half, Layer, LinearInput, Observer, Result};
 
-use super::{BATCH, Hidden, Moments, Run, check_interrupt};
+use super::limits::{BATCH, KEPT_BYTES};
+use super::run::{Hidden, Run};
 use crate::engine::{Engine, Right};
 use crate::hessian::{CrossMoments, Factor, Hessian};
+use crate::interrupt::check_interrupt;
 use crate::resume::States;
 
 /// The ridge that inputs of as many features as there are tokens add to the recipe's: a regression on
@@ -42,6 +44,15 @@ impl Shift {
         weights.par_iter_mut().zip(change).for_each(|(w, c)| *w += c);
         Ok(())
     }
+}
+
+/// Second moments of one input of a decoder layer, damped and factored.
+pub(super) struct Moments {
+    pub(super) hessian: Hessian,
+    pub(super) factor: Factor,
+    pub(super) norms: Vec<f32>,
+    /// How far the input is from that of the dense model, if that is the target.
+    pub(super) shift: Option<Shift>,
 }
 
 /// Keeps one input; ends the layer there or not.
@@ -81,10 +92,6 @@ fn difference(mut wanted: Vec<f32>, x: &[f32]) -> Vec<f32> {
 fn joined(seen: &[Seen], of: fn(&Seen) -> &[f32]) -> Vec<f32> {
     seen.iter().map(of).collect::<Vec<_>>().concat()
 }
-
-/// Inputs of linear layers up to this size (bytes of all calibration sequences) are kept until those
-/// layers are quantized; larger ones are computed anew.
-pub(crate) const KEPT_BYTES: usize = 1 << 30;
 
 /// How far residual streams are in the layer at work: what nothing later can change is not computed
 /// again. They advance in place, by halves of the layer: attention, then MLP.
@@ -163,7 +170,7 @@ impl Run<'_> {
         if matches!(input, LinearInput::Mlp | LinearInput::MlpDown) {
             self.advance(1, layer, &mut hidden.quantized, &mut walk.quantized)?;
         }
-        let ridge = self.job.recipe.calibration.ridge()?;
+        let ridge = self.job.recipe.calibration.ridge;
         let (_, to_stream) = shape(layer, input);
         let summed = match self.accelerator {
             Some(accelerator) => {

@@ -7,7 +7,7 @@ use stb_runtime::{Error, Result, Weight};
 use crate::plan::{TensorMethod, TensorPlan};
 use crate::quantize::{Packed, decode, int_group};
 
-/// Weights of inputs that never occurred do nothing; zero costs least.
+/// Zeroes the weights of inputs that are zero in all tokens: they have no effect, and zero costs least.
 pub(super) fn clear_dead(values: &mut [f32], norms: &[f32]) {
     if norms.contains(&0.0) {
         for row in values.chunks_exact_mut(norms.len()) {
@@ -20,7 +20,7 @@ pub(super) fn clear_dead(values: &mut [f32], norms: &[f32]) {
     }
 }
 
-/// A tensor without statistics of its inputs.
+/// Packs a tensor for which there is no Hessian.
 pub(super) fn without_inputs(tensor: &TensorPlan, weight: &Weight, values: &[f32]) -> Packed {
     let round = |spec: IntGroup| int_group::round(values, weight.rows(), weight.cols(), spec);
     let keep = |kind: Dense| Packed {

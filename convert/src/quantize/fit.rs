@@ -1,23 +1,22 @@
-//! Fitting what has been quantized to the layer's output: scales in closed form, and what a change of some
-//! weights does to the others.
+//! Fitting quantized weights to the layer's output: scales in closed form, and the residual while codes change.
 
 use rayon::prelude::*;
 use stb_kernels::Panels;
 use stb_kernels::cuda::{Buffer, Operand};
 use stb_runtime::Result;
 
-use super::{Input, TASK_ROWS};
+use super::quantizer::Input;
 use crate::engine::{Accelerator, download, fetch_columns, upload};
-use crate::hessian::{product, product_of};
+use crate::products::{TASK_ROWS, product, product_of};
 
-/// A linear layer with its H at hand for products.
+/// A linear layer with its Hessian, on the device if there is one.
 pub(super) struct Fitting<'a> {
     input: &'a Input<'a>,
-    device: Option<OnDevice<'a>>,
+    device: Option<DeviceHessian<'a>>,
 }
 
-/// H on the device.
-pub(super) struct OnDevice<'a> {
+/// The Hessian on the device.
+pub(super) struct DeviceHessian<'a> {
     accelerator: &'a Accelerator,
     h: Buffer<f32>,
 }
@@ -25,14 +24,14 @@ pub(super) struct OnDevice<'a> {
 /// (W − Q) · H, [rows, cols], while Q changes block by block of columns.
 pub(super) struct Residual<'a> {
     fitting: &'a Fitting<'a>,
-    /// Right for the columns from the block at work on; with a device, for that block only.
+    /// Valid from the current block of columns on; with a device, in that block only.
     pub values: Vec<f32>,
     device: Option<Buffer<f32>>,
 }
 
 /// W − Q, [rows, cols], on the device.
-pub(super) struct Rest<'a> {
-    on: &'a OnDevice<'a>,
+pub(super) struct DeviceError<'a> {
+    on: &'a DeviceHessian<'a>,
     values: Buffer<f32>,
     rows: usize,
     cols: usize,
@@ -45,7 +44,7 @@ impl<'a> Fitting<'a> {
         let device = match input.engine.accelerator {
             Some(accelerator) => {
                 let h = upload(accelerator.layers().dense(), input.hessian.matrix())?;
-                Some(OnDevice { accelerator, h })
+                Some(DeviceHessian { accelerator, h })
             }
             None => None,
         };
@@ -95,7 +94,7 @@ impl<'a> Fitting<'a> {
     }
 
     /// The device, if there is one.
-    pub(super) fn on_device(&self) -> Option<&OnDevice<'a>> {
+    pub(super) fn on_device(&self) -> Option<&DeviceHessian<'a>> {
         self.device.as_ref()
     }
 
@@ -167,7 +166,12 @@ impl<'a> Fitting<'a> {
         systems
     }
 
-    fn systems_on_device(&self, on: &OnDevice<'_>, units: &[f32], span: usize) -> Result<Vec<f64>> {
+    fn systems_on_device(
+        &self,
+        on: &DeviceHessian<'_>,
+        units: &[f32],
+        span: usize,
+    ) -> Result<Vec<f64>> {
         let (rows, cols) = (self.input.rows, self.input.cols);
         let blocks = cols.div_ceil(span);
         let mut layers = on.accelerator.layers();
@@ -238,9 +242,9 @@ impl Residual<'_> {
     }
 }
 
-impl<'a> Rest<'a> {
+impl<'a> DeviceError<'a> {
     /// `values`, [rows, cols], beside H.
-    pub(super) fn new(on: &'a OnDevice<'a>, values: &[f32], cols: usize) -> Result<Self> {
+    pub(super) fn new(on: &'a DeviceHessian<'a>, values: &[f32], cols: usize) -> Result<Self> {
         let rows = values.len() / cols;
         let values = upload(on.accelerator.layers().dense(), values)?;
         Ok(Self { on, values, rows, cols })

@@ -1,7 +1,7 @@
-//! Integers with a scale per group of columns: rounding for embeddings, rounding (RTN) or rounding
-//! with error compensation (GPTQ) for layers whose inputs are known.
+//! Integers with a scale per group of columns: rounding (RTN) for embeddings, and rounding or error compensation
+//! (GPTQ) for linear layers.
 //!
-//! Codes of any width from 1 to 8 bits are stored exactly, in the narrowest encoding that has them.
+//! IntCodes of any width from 1 to 8 bits are stored exactly, in the narrowest encoding that has them.
 
 use std::time::Instant;
 
@@ -11,18 +11,21 @@ use stb_format::encoding::{IntGroup, IntGroupParts};
 use stb_format::half::f16;
 use stb_runtime::Result;
 
+use super::compensation::{Compensation, Propagation};
 use super::fit::Fitting;
-use super::{Input, Packed, Propagation, Seconds, TASK_ROWS};
-use crate::engine::Compensation;
+use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
+use crate::products::TASK_ROWS;
 
-/// Columns between exchanges with the rest of the matrix.
+/// Columns whose errors are spread over the rest of the matrix at once.
 const BLOCK: usize = 128;
+/// Rounds of refitting scales and re-choosing codes in what a budget chooses from.
+const CANDIDATE_SWEEPS: usize = 4;
 /// Scales tried for a group, as shares of the one that just covers its largest value.
 const TRIES: usize = 17;
 
 /// Which integers a group may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grid {
+pub struct IntGrid {
     /// Bits per code, 1 to 8.
     pub bits: u8,
     /// Whether the codes lie around zero and the scale has the least squared error (those of 1 to 3
@@ -33,11 +36,11 @@ pub struct Grid {
 
 /// How a linear layer is quantized to integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
+pub struct IntOptions {
     /// What is stored.
     pub spec: IntGroup,
     /// The codes.
-    pub grid: Grid,
+    pub grid: IntGrid,
     /// Whether errors are compensated (GPTQ) or each weight is rounded by itself (RTN).
     pub compensate: bool,
     /// With compensation, after it: rounds of refitting all scales and re-choosing all codes against the
@@ -45,48 +48,83 @@ pub struct Options {
     pub sweeps: usize,
 }
 
-impl Options {
+impl IntOptions {
     /// All codes of an encoding, with compensation and `sweeps` rounds behind it.
     #[must_use]
     pub fn full(spec: IntGroup, sweeps: usize) -> Self {
-        let grid = Grid { bits: spec.bits(), symmetric: true };
+        let grid = IntGrid { bits: spec.bits(), symmetric: true };
         Self { spec, grid, compensate: true, sweeps }
+    }
+
+    /// The options that a budget chooses from.
+    pub(crate) fn candidates() -> impl Iterator<Item = Self> {
+        let sweeps = |spec: IntGroup| if spec.bits() < 8 { CANDIDATE_SWEEPS } else { 0 };
+        candidate_encodings().map(move |spec| Self::full(spec, sweeps(spec)))
     }
 
     /// The narrowest encoding for codes of `grid`, without sweeps; `None` if there is none.
     #[must_use]
-    pub fn new(grid: Grid, group: u16, compensate: bool) -> Option<Self> {
+    pub fn new(grid: IntGrid, group: u16, compensate: bool) -> Option<Self> {
         let stored = match grid {
-            Grid { bits: bits @ (1..=4 | 8), symmetric: true } => bits,
-            Grid { bits: 5..=7, symmetric: true } => 8,
-            // Codes less a zero point between 0 and the highest need one bit more for their sign.
-            Grid { bits: 1..=3, symmetric: false } => 4,
-            Grid { bits: 4..=7, symmetric: false } => 8,
+            IntGrid { bits: bits @ (1..=4 | 8), symmetric: true } => bits,
+            IntGrid { bits: 5..=7, symmetric: true } => 8,
+            // IntCodes less a zero point between 0 and the highest need one bit more for their sign.
+            IntGrid { bits: 1..=3, symmetric: false } => 4,
+            IntGrid { bits: 4..=7, symmetric: false } => 8,
             _ => return None,
         };
         Some(Self { spec: IntGroup::new(stored, group)?, grid, compensate, sweeps: 0 })
     }
 }
 
-/// Rounds each weight to the nearest code; scales minimize the squared error of their group.
-#[must_use]
-pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packed {
-    round_to(weights, rows, cols, &Options { compensate: false, ..Options::full(spec, 0) })
-}
+impl LinearQuantizer for IntOptions {
+    fn encoding(&self) -> Encoding {
+        Encoding::IntGroup(self.spec)
+    }
 
-/// Quantizes one linear layer.
-///
-/// # Errors
-/// [`stb_runtime::Error::Device`].
-pub fn quantize(input: &Input<'_>, options: &Options) -> Result<Packed> {
-    if options.compensate {
-        compensate(input, options)
-    } else {
-        Ok(round_to(input.weights, input.rows, input.cols, options))
+    fn note(&self) -> Option<String> {
+        (self.grid.bits != self.spec.bits()).then(|| {
+            format!(
+                "the format has no {}-bit integers: their codes are stored exactly in {} bits each",
+                self.grid.bits,
+                self.spec.bits()
+            )
+        })
+    }
+
+    fn distill_memory(&self, rows: u64, cols: u64) -> u64 {
+        // Codes of 8 bits; scales four times.
+        rows * cols + rows * cols * 18 / self.spec.group() as u64
+    }
+
+    fn quantize(&self, input: &Input<'_>, _: Option<&Pruned>) -> Result<Packed> {
+        if self.compensate {
+            compensate(input, self)
+        } else {
+            Ok(round_to(input.weights, input.rows, input.cols, self))
+        }
     }
 }
 
-fn round_to(weights: &[f32], rows: usize, cols: usize, options: &Options) -> Packed {
+/// Rounds each weight to the nearest code; scales minimize the squared error of their group.
+#[must_use]
+pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packed {
+    round_to(weights, rows, cols, &IntOptions { compensate: false, ..IntOptions::full(spec, 0) })
+}
+
+/// The encodings that a budget chooses from.
+pub(crate) fn candidate_encodings() -> impl Iterator<Item = IntGroup> {
+    let all =
+        [(1, 128), (2, 128), (2, 64), (3, 128), (3, 64), (4, 128), (4, 32), (8, 128), (8, 32)];
+    all.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group))
+}
+
+/// Bytes of codes, scales and gradients of a rounded matrix of so many weights while the model is distilled.
+pub(crate) fn rounded_distill_memory(spec: IntGroup, weights: u64) -> u64 {
+    weights * 6 + weights * 18 / spec.group() as u64
+}
+
+fn round_to(weights: &[f32], rows: usize, cols: usize, options: &IntOptions) -> Packed {
     let clock = Instant::now();
     let spec = options.spec;
     let groups = cols.div_ceil(spec.group());
@@ -99,7 +137,7 @@ fn round_to(weights: &[f32], rows: usize, cols: usize, options: &Options) -> Pac
         .for_each(|((codes, scales), row)| {
             let parts = codes.chunks_mut(spec.group()).zip(row.chunks(spec.group()));
             for ((codes, values), scale) in parts.zip(scales) {
-                let levels = Levels::new(values, options);
+                let levels = IntLevels::new(values, options);
                 *scale = levels.scale;
                 for (code, value) in codes.iter_mut().zip(values) {
                     *code = levels.nearest(*value);
@@ -111,7 +149,7 @@ fn round_to(weights: &[f32], rows: usize, cols: usize, options: &Options) -> Pac
 
 /// GPTQ: columns are rounded one after another and the error of each is spread over the later ones.
 /// The scale of a group is fixed when its first column is reached.
-fn compensate(input: &Input<'_>, options: &Options) -> Result<Packed> {
+fn compensate(input: &Input<'_>, options: &IntOptions) -> Result<Packed> {
     let clock = Instant::now();
     let spec = options.spec;
     let (rows, cols, u) = (input.rows, input.cols, &input.factor.u);
@@ -132,7 +170,7 @@ fn compensate(input: &Input<'_>, options: &Options) -> Result<Packed> {
             .with_min_len(TASK_ROWS)
             .for_each(|(((row, codes), scales), errors)| {
                 errors.copy_from_slice(&row[from..from + width]);
-                let levels = Levels::new(errors, options);
+                let levels = IntLevels::new(errors, options);
                 scales[index] = levels.scale;
                 for col in from..from + width {
                     codes[col] = levels.nearest(row[col]);
@@ -180,13 +218,13 @@ fn refit(fitting: &Fitting<'_>, parts: &mut IntGroupParts, target: &[f32]) -> Re
 fn sweep(
     input: &Input<'_>,
     fitting: &Fitting<'_>,
-    options: &Options,
+    options: &IntOptions,
     parts: &mut IntGroupParts,
     target: &[f32],
 ) -> Result<()> {
     let (rows, cols) = (input.rows, input.cols);
     let h = input.hessian.matrix();
-    let (group, allowed) = (parts.spec.group(), Codes::around_zero(options));
+    let (group, allowed) = (parts.spec.group(), IntCodes::around_zero(options));
     let groups = cols.div_ceil(group);
     let weight = |(i, code): (usize, &i8)| {
         parts.scales[i / cols * groups + i % cols / group].to_f32() * f32::from(*code)
@@ -238,7 +276,7 @@ fn pack(parts: IntGroupParts, clock: Instant) -> Packed {
 
 /// The codes that a group may use.
 #[derive(Clone, Copy, Debug)]
-struct Codes {
+struct IntCodes {
     low: f32,
     high: f32,
     /// Only every second: low, low + 2, …
@@ -248,10 +286,10 @@ struct Codes {
     least: f32,
 }
 
-impl Codes {
+impl IntCodes {
     /// Those of a symmetric grid.
-    fn around_zero(options: &Options) -> Self {
-        let Options { spec, grid, .. } = options;
+    fn around_zero(options: &IntOptions) -> Self {
+        let IntOptions { spec, grid, .. } = options;
         let least =
             [0.65, 0.2, 0.35, 0.5, 0.65, 0.65, 0.65, 0.65, 0.65][usize::from(grid.bits.min(8))];
         if spec.is_odd() {
@@ -277,15 +315,15 @@ impl Codes {
 
 /// The values that weights of a group can take: whole multiples of a scale.
 #[derive(Clone, Copy, Debug)]
-struct Levels {
+struct IntLevels {
     scale: f16,
-    codes: Codes,
+    codes: IntCodes,
 }
 
-impl Levels {
-    fn new(values: &[f32], options: &Options) -> Self {
+impl IntLevels {
+    fn new(values: &[f32], options: &IntOptions) -> Self {
         if options.grid.symmetric {
-            let codes = Codes::around_zero(options);
+            let codes = IntCodes::around_zero(options);
             return Self { scale: best_scale(values, codes), codes };
         }
         let least = values.iter().copied().fold(0.0f32, f32::min);
@@ -294,7 +332,7 @@ impl Levels {
         let scale = f16::from_f32((most - least) / steps);
         let zero = if scale == f16::ZERO { 0.0 } else { -least / scale.to_f32() };
         let zero = zero.round_ties_even().clamp(0.0, steps);
-        let codes = Codes { low: -zero, high: steps - zero, odd: false, least: 1.0 };
+        let codes = IntCodes { low: -zero, high: steps - zero, odd: false, least: 1.0 };
         Self { scale, codes }
     }
 
@@ -306,7 +344,7 @@ impl Levels {
 /// The binary16 scale with the least squared error, of those tried. All integers: the largest value
 /// takes the lowest code, which has one step more than the highest, so the scale may be negative.
 /// Odd integers are symmetric.
-fn best_scale(values: &[f32], codes: Codes) -> f16 {
+fn best_scale(values: &[f32], codes: IntCodes) -> f16 {
     let largest = values.iter().copied().fold(0.0f32, |m, v| if v.abs() > m.abs() { v } else { m });
     if largest == 0.0 {
         return f16::ZERO;
@@ -370,7 +408,7 @@ mod tests {
         }
     }
 
-    /// Codes of every width and kind fit the encoding that is chosen for them.
+    /// IntCodes of every width and kind fit the encoding that is chosen for them.
     #[test]
     fn narrow_codes_are_stored_exactly() {
         let cols = 96;
@@ -378,8 +416,8 @@ mod tests {
             (0..2 * cols).map(|i| ((i * 7919) % 1000) as f32 / 400.0 - 0.5).collect();
         for symmetric in [true, false] {
             for bits in 1..=8 {
-                let grid = Grid { bits, symmetric };
-                let Some(options) = Options::new(grid, 32, false) else {
+                let grid = IntGrid { bits, symmetric };
+                let Some(options) = IntOptions::new(grid, 32, false) else {
                     assert!(bits == 8 && !symmetric);
                     continue;
                 };
@@ -387,7 +425,7 @@ mod tests {
                 let view = packed.encoding.view(2, cols as u64, &packed.payload).unwrap();
                 let decoded = view.decode();
                 for (values, found) in weights.chunks(32).zip(decoded.chunks(32)) {
-                    let levels = Levels::new(values, &options);
+                    let levels = IntLevels::new(values, &options);
                     for (w, q) in values.iter().zip(found) {
                         assert_eq!(*q, levels.scale.to_f32() * f32::from(levels.nearest(*w)));
                     }
@@ -429,7 +467,7 @@ mod tests {
         let normal: Vec<f32> = (0..256 * 128).map(|_| normal() as f32).collect();
         for (bits, optimum) in [(1, 0.3634), (2, 0.1188), (3, 0.03744)] {
             let spec = IntGroup::new(bits, 128).unwrap();
-            let stored = super::super::decode(&round(&normal, 256, 128, spec), 256, 128);
+            let stored = super::super::quantizer::decode(&round(&normal, 256, 128, spec), 256, 128);
             let square = |v: f32| f64::from(v) * f64::from(v);
             let errors = normal.iter().zip(&stored).map(|(w, q)| square(w - q)).sum::<f64>();
             let error = errors / normal.iter().map(|w| square(*w)).sum::<f64>();
@@ -461,7 +499,7 @@ mod tests {
         for bits in 1..=4 {
             let spec = IntGroup::new(bits, 32).unwrap();
             let error = |sweeps: usize| {
-                let packed = quantize(&input, &Options::full(spec, sweeps)).unwrap();
+                let packed = IntOptions::full(spec, sweeps).quantize(&input, None).unwrap();
                 let decoded = crate::quantize::decode(&packed, rows, cols);
                 crate::quantize::relative_error(&input, &decoded).unwrap()
             };

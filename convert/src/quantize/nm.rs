@@ -1,4 +1,4 @@
-//! Joint N:M codes: a first choice with error compensation group by group, then alternating
+//! The N:M sparse-sign encoding: first codes with error compensation group by group, then alternating
 //! closed-form refits of the scales and exact re-choices of each group's code under the Hessian.
 
 use std::time::Instant;
@@ -9,13 +9,14 @@ use stb_format::encoding::{Nm, NmParts};
 use stb_format::half::f16;
 use stb_runtime::Result;
 
+use super::compensation::{Compensation, Propagation};
 use super::fit::Fitting;
-use super::{Input, Packed, Propagation, Seconds, TASK_ROWS};
-use crate::engine::Compensation;
+use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
+use crate::products::TASK_ROWS;
 
-/// Options of the quantizer.
+/// NmOptions of the quantizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
+pub struct NmOptions {
     /// Code, scale block and scale bits.
     pub spec: Nm,
     /// Rounds of re-choosing all codes and refitting all scales.
@@ -24,11 +25,11 @@ pub struct Options {
     pub refit: bool,
 }
 
-/// Columns between exchanges with the rest of the matrix; a multiple of every group.
+/// Columns whose errors are spread over the rest of the matrix at once; a multiple of every group.
 const BLOCK: usize = 128;
 
 /// Codes and scales of a layer while they are optimized.
-struct Fit<'a> {
+struct NmFit<'a> {
     input: &'a Input<'a>,
     fitting: Fitting<'a>,
     spec: Nm,
@@ -44,18 +45,43 @@ struct Fit<'a> {
     block_codes: Vec<u8>,
 }
 
+/// Columns per scale in what a budget chooses from.
+const CANDIDATE_BLOCK: u16 = 128;
+
+impl NmOptions {
+    /// The options that a budget chooses from.
+    pub(crate) fn candidates() -> impl Iterator<Item = Self> {
+        let all = [(1, 8), (1, 4), (2, 8), (2, 4)];
+        let all = all.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, CANDIDATE_BLOCK, false));
+        all.map(|spec| Self { spec, sweeps: 4, refit: true })
+    }
+}
+
+impl LinearQuantizer for NmOptions {
+    fn encoding(&self) -> Encoding {
+        Encoding::Nm(self.spec)
+    }
+
+    fn distill_memory(&self, rows: u64, cols: u64) -> u64 {
+        // Codes of 16 bits; scales four times.
+        let block = if self.spec.block() == 0 { cols } else { self.spec.block() as u64 };
+        rows * cols * 2 / self.spec.m() as u64 + rows * cols * 16 / block.max(1)
+    }
+
+    fn quantize(&self, input: &Input<'_>, _: Option<&Pruned>) -> Result<Packed> {
+        quantize(input, self)
+    }
+}
+
 /// Quantizes one linear layer.
-///
-/// # Errors
-/// [`stb_runtime::Error::Device`].
-pub fn quantize(input: &Input<'_>, options: &Options) -> Result<Packed> {
+fn quantize(input: &Input<'_>, options: &NmOptions) -> Result<Packed> {
     let mut seconds = Seconds::default();
     let clock = Instant::now();
     let spec = options.spec;
     let groups = input.cols.div_ceil(spec.m());
     let span = if spec.block() == 0 { input.cols } else { spec.block() };
     let blocks = input.cols.div_ceil(span);
-    let mut fit = Fit {
+    let mut fit = NmFit {
         input,
         fitting: Fitting::new(input)?,
         spec,
@@ -93,7 +119,7 @@ pub fn quantize(input: &Input<'_>, options: &Options) -> Result<Packed> {
     Ok(Packed { encoding: Encoding::Nm(spec), payload, salient: None, seconds })
 }
 
-impl Fit<'_> {
+impl NmFit<'_> {
     /// First codes and scales: block by block, group by group, each group taking the positions
     /// with the largest gain, its error spread over the columns still to come.
     fn choose_with_compensation(&mut self) -> Result<()> {
@@ -221,9 +247,9 @@ impl Fit<'_> {
         let (groups, blocks, span, spec) = (self.groups, self.blocks, self.span, self.spec);
         for from in (0..cols).step_by(BLOCK) {
             let width = BLOCK.min(cols - from);
-            let choices: Vec<Choices> = (from..from + width)
+            let choices: Vec<GroupSearch> = (from..from + width)
                 .step_by(spec.m())
-                .map(|start| Choices::new(spec, h, cols, start))
+                .map(|start| GroupSearch::new(spec, h, cols, start))
                 .collect();
             let mut changes = vec![0.0; rows * width];
             residual
@@ -277,20 +303,20 @@ pub(crate) fn round_scales(scales: &mut [f32], codes: &mut [u8], bits: u8) -> f1
 }
 
 /// Kept positions and whether they are negative.
-type Pattern = [Option<(usize, bool)>; 2];
+type NmPattern = [Option<(usize, bool)>; 2];
 
-/// What all rows share about the codes of one group.
-struct Choices {
+/// Finds the best code of one group of columns. All rows share it.
+struct GroupSearch {
     spec: Nm,
     /// Columns of the group.
     width: usize,
     /// H of the group, [8, 8].
     h: [[f32; 8]; 8],
     /// Codes with their patterns and sᵀHs. Opposite codes share one entry.
-    codes: Vec<(u16, Pattern, f32)>,
+    codes: Vec<(u16, NmPattern, f32)>,
 }
 
-impl Choices {
+impl GroupSearch {
     fn new(spec: Nm, hessian: &[f32], cols: usize, start: usize) -> Self {
         let width = spec.m().min(cols - start);
         let mut h = [[0.0; 8]; 8];
@@ -324,7 +350,7 @@ impl Choices {
         for (position, negative) in self.spec.pattern(*code).into_iter().flatten() {
             present[position] = if negative { -scale } else { scale };
         }
-        // What the group should produce: the residual without its own contribution.
+        // The target of the group: the residual without the group's own contribution.
         let mut wanted = [0.0f32; 8];
         for i in 0..self.width {
             wanted[i] = residual[i];

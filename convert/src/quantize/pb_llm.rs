@@ -8,13 +8,14 @@ use stb_format::Encoding;
 use stb_format::encoding::Dense;
 use stb_runtime::Result;
 
+use super::compensation::{Compensation, Propagation};
+use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
 use super::search::Salient;
-use super::{Input, Packed, Propagation, Seconds, TASK_ROWS};
-use crate::engine::Compensation;
+use crate::products::TASK_ROWS;
 
-/// Options of the quantizer.
+/// PbLlmOptions of the quantizer.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Options {
+pub struct PbLlmOptions {
     /// Share of the weights of a matrix that are salient.
     pub share: f64,
     /// Bits of a salient weight.
@@ -25,28 +26,37 @@ pub struct Options {
     pub block: u16,
 }
 
-/// Quantizes one linear layer. No encoding mixes bits within a row, so the values are stored as
-/// binary16 numbers.
-///
-/// # Errors
-/// [`stb_runtime::Error::Device`].
-pub fn quantize(input: &Input<'_>, options: &Options) -> Result<Packed> {
-    let mut seconds = Seconds::default();
-    let clock = Instant::now();
-    let salient = salient(input, options);
-    seconds.search = clock.elapsed().as_secs_f64();
-    let clock = Instant::now();
-    let values = compensate(input, options, &salient)?;
-    seconds.quantize = clock.elapsed().as_secs_f64();
-    let clock = Instant::now();
-    let payload = Dense::F16.encode(&values);
-    seconds.pack = clock.elapsed().as_secs_f64();
-    let share = salient.iter().filter(|s| **s).count() as f64 / salient.len() as f64;
-    Ok(Packed { encoding: Encoding::Dense(Dense::F16), payload, salient: Some(share), seconds })
+impl LinearQuantizer for PbLlmOptions {
+    fn encoding(&self) -> Encoding {
+        Encoding::Dense(Dense::F16)
+    }
+
+    fn note(&self) -> Option<String> {
+        Some(
+            "no encoding mixes bits within a row: the weights are stored as 16-bit numbers; the \
+             file is for comparison, its size means nothing"
+                .into(),
+        )
+    }
+
+    fn quantize(&self, input: &Input<'_>, _: Option<&Pruned>) -> Result<Packed> {
+        let mut seconds = Seconds::default();
+        let clock = Instant::now();
+        let salient = salient(input, self);
+        seconds.search = clock.elapsed().as_secs_f64();
+        let clock = Instant::now();
+        let values = compensate(input, self, &salient)?;
+        seconds.quantize = clock.elapsed().as_secs_f64();
+        let clock = Instant::now();
+        let payload = Dense::F16.encode(&values);
+        seconds.pack = clock.elapsed().as_secs_f64();
+        let share = salient.iter().filter(|s| **s).count() as f64 / salient.len() as f64;
+        Ok(Packed { encoding: self.encoding(), payload, salient: Some(share), seconds })
+    }
 }
 
 /// The weights with the largest scores of the whole matrix.
-fn salient(input: &Input<'_>, options: &Options) -> Vec<bool> {
+fn salient(input: &Input<'_>, options: &PbLlmOptions) -> Vec<bool> {
     let importance = input.factor.importance();
     let score = |(i, w): (usize, &f32)| match options.salient {
         Salient::Hessian => w * w * importance[i % input.cols],
@@ -62,7 +72,7 @@ fn salient(input: &Input<'_>, options: &Options) -> Vec<bool> {
     salient
 }
 
-fn compensate(input: &Input<'_>, options: &Options, salient: &[bool]) -> Result<Vec<f32>> {
+fn compensate(input: &Input<'_>, options: &PbLlmOptions, salient: &[bool]) -> Result<Vec<f32>> {
     let (rows, cols, u) = (input.rows, input.cols, &input.factor.u);
     let mut weights = input.weights.to_vec();
     let mut values = vec![0.0; rows * cols];
@@ -80,7 +90,7 @@ fn compensate(input: &Input<'_>, options: &Options, salient: &[bool]) -> Result<
             .with_min_len(TASK_ROWS)
             .for_each(|(((row, values), salient), errors)| {
                 errors.copy_from_slice(&row[from..from + width]);
-                let levels = Levels::new(errors, &salient[from..from + width], options.bits);
+                let levels = PbLlmLevels::new(errors, &salient[from..from + width], options.bits);
                 for col in from..from + width {
                     let value = levels.nearest(row[col], salient[col]);
                     let line = &u[col * cols..(col + 1) * cols];
@@ -98,7 +108,7 @@ fn compensate(input: &Input<'_>, options: &Options, salient: &[bool]) -> Result<
 }
 
 /// The values that weights of one row and block can take.
-struct Levels {
+struct PbLlmLevels {
     /// Magnitude of the weights that are not salient: their mean.
     scale: f32,
     /// Salient weights: lowest value, step and number of steps.
@@ -107,7 +117,7 @@ struct Levels {
     steps: f32,
 }
 
-impl Levels {
+impl PbLlmLevels {
     fn new(weights: &[f32], salient: &[bool], bits: u8) -> Self {
         let (mut n, mut sum) = (0.0, 0.0);
         let (mut low, mut high) = (0.0f32, 0.0f32);

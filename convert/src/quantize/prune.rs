@@ -1,24 +1,18 @@
 //! The pruning pass: N:8 masks chosen on compensated weights, and each removed weight's effect
 //! spread over the columns that are still to come (SparseGPT), with any metric for the choice.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 use stb_runtime::Result;
 
+use super::compensation::{Compensation, Propagation};
 use super::metric::Scorer;
-use super::{Input, Propagation, TASK_ROWS};
-use crate::engine::Compensation;
+use super::quantizer::{Input, Pruned};
+use crate::products::TASK_ROWS;
 
-/// Columns between exchanges with the rest of the matrix.
+/// Columns whose errors are spread over the rest of the matrix at once.
 const BLOCK: usize = 128;
-
-/// Pruned and compensated weights with their mask, both [rows, cols].
-#[derive(Clone, Debug)]
-pub struct Pruned {
-    /// Exactly zero where not kept.
-    pub weights: Vec<f32>,
-    /// Kept weights.
-    pub mask: Vec<bool>,
-}
 
 /// Keeps `kept(width)` weights of each group of 8 columns.
 ///
@@ -50,7 +44,7 @@ pub fn prune_with_compensation(
                 {
                     let before = row[from..from + width].to_vec();
                     let at = task * TASK_ROWS + i;
-                    prune_block(input, scorer, &kept, at, from, width, row, mask);
+                    prune_block(input, scorer, &kept, at, from..from + width, row, mask);
                     // W − Q with W as the block found it: the exchange below is exact for that.
                     for ((e, b), w) in errors.iter_mut().zip(&before).zip(&row[from..]) {
                         *e = b - w;
@@ -62,20 +56,19 @@ pub fn prune_with_compensation(
     Ok(Pruned { weights, mask })
 }
 
-/// Columns `from..from + width` of one row, one after another.
+/// Prunes `columns` of one row, one group after another.
 fn prune_block(
     input: &Input<'_>,
     scorer: &Scorer,
     kept: &impl Fn(usize) -> usize,
     row_index: usize,
-    from: usize,
-    width: usize,
+    columns: Range<usize>,
     row: &mut [f32],
     mask: &mut [bool],
 ) {
     let (cols, u) = (input.cols, &input.factor.u);
-    let end = from + width;
-    for group in (from..end).step_by(8) {
+    let end = columns.end;
+    for group in columns.step_by(8) {
         let size = 8.min(end - group);
         let part = group..group + size;
         scorer.select(row_index, group, &row[part.clone()], kept(size), &mut mask[part.clone()]);

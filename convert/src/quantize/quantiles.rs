@@ -5,7 +5,7 @@ use rayon::prelude::*;
 /// Buckets of the histogram: magnitudes by exponent and 8 bits of the fraction.
 const BUCKETS: usize = 1 << 16;
 
-/// What a magnitude counts for. Without a sign, numbers have the order of their bits.
+/// The bucket of a magnitude. Without a sign, numbers are ordered as their bits are.
 fn bucket(bits: u32) -> usize {
     (bits << 1 >> 16) as usize
 }

@@ -1,12 +1,12 @@
-//! After the block loop: scales in closed form for what the layer's output loses, then codes again,
-//! in turn.
+//! After the block loop: scales that minimize the error of the layer's output in closed form, then codes again, in
+//! turn.
 //!
 //! Both go block by block, with everything outside the block as it is. With D = W − Q, a block needs
 //! its columns of D·H (one product), and from there on only the diagonal block of H: for one row,
 //! the scales change by δ with (Bᵀ H_bb B) δ = Bᵀ (D·H)_b, where B has a column for each set (three
 //! regions, the salient set, its residual); then each weight in turn takes the best code. One round
-//! over all blocks costs one product W·H; solving for the scales of all blocks of a row at once
-//! costs five times that and is no better (`tests/bench/record/2026-11-21-layer-time.md`).
+//! over all blocks costs one product W·H. Solving for the scales of all blocks of a row at once costs five times
+//! that and is no better.
 
 use rayon::prelude::*;
 use stb_format::encoding::StbllmParts;
@@ -14,9 +14,9 @@ use stb_format::half::f16;
 use stb_kernels::Panels;
 use stb_runtime::Result;
 
-use super::fit::{Fitting, Rest, solve};
-use super::{Input, TASK_ROWS};
-use crate::hessian::product;
+use super::fit::{DeviceError, Fitting, solve};
+use super::quantizer::Input;
+use crate::products::{TASK_ROWS, product};
 
 /// Sets per block: three regions, the salient set, its residual.
 const SETS: usize = 5;
@@ -39,9 +39,9 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
             columns.pack(&h[start * cols..end * cols], cols);
         }
         let diagonal = h[start * cols..end * cols].chunks_exact(cols).flat_map(|r| &r[start..end]);
-        Block { start, columns, diagonal: diagonal.copied().collect(), width: end - start }
+        RefitBlock { start, columns, diagonal: diagonal.copied().collect(), width: end - start }
     };
-    let blocks: Vec<Block> = (0..cols).step_by(parts.spec.block()).map(block).collect();
+    let blocks: Vec<RefitBlock> = (0..cols).step_by(parts.spec.block()).map(block).collect();
     let (numbers, salient) = (blocks.len() * SETS, &parts.salient[..]);
     let tasks = parts
         .states
@@ -50,7 +50,8 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
         .zip(parts.scales.par_chunks_mut(TASK_ROWS * numbers))
         .zip(input.weights.par_chunks(TASK_ROWS * cols))
         .map(|(((states, negative), scales), weights)| {
-            let mut task = Task { cols, salient, states, negative, scales, rest: weights.to_vec() };
+            let mut task =
+                RefitTask { cols, salient, states, negative, scales, rest: weights.to_vec() };
             task.subtract_values(&blocks);
             task
         });
@@ -67,9 +68,9 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
         });
         return Ok(());
     };
-    let mut tasks: Vec<Task> = tasks.collect();
+    let mut tasks: Vec<RefitTask> = tasks.collect();
     let whole: Vec<f32> = tasks.iter().flat_map(|task| &task.rest).copied().collect();
-    let mut rest = Rest::new(on, &whole, cols)?;
+    let mut rest = DeviceError::new(on, &whole, cols)?;
     drop(whole);
     // The same with all rows at once, their products on the device.
     for (sweep, (index, block)) in steps(sweeps, &blocks) {
@@ -93,12 +94,15 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
 }
 
 /// All blocks, first for scales alone, then as many times as there are sweeps.
-fn steps(sweeps: usize, blocks: &[Block]) -> impl Iterator<Item = (usize, (usize, &Block))> {
+fn steps(
+    sweeps: usize,
+    blocks: &[RefitBlock],
+) -> impl Iterator<Item = (usize, (usize, &RefitBlock))> {
     (0..=sweeps).flat_map(|sweep| blocks.iter().enumerate().map(move |block| (sweep, block)))
 }
 
 /// Columns that share scales.
-struct Block {
+struct RefitBlock {
     start: usize,
     width: usize,
     /// H of these columns, to be multiplied with.
@@ -107,8 +111,8 @@ struct Block {
     diagonal: Vec<f32>,
 }
 
-/// Some rows.
-struct Task<'a> {
+/// Some rows, for one thread.
+struct RefitTask<'a> {
     cols: usize,
     /// Which columns are salient, cols.
     salient: &'a [bool],
@@ -122,9 +126,9 @@ struct Task<'a> {
     rest: Vec<f32>,
 }
 
-impl Task<'_> {
+impl RefitTask<'_> {
     /// From W to W − Q.
-    fn subtract_values(&mut self, blocks: &[Block]) {
+    fn subtract_values(&mut self, blocks: &[RefitBlock]) {
         let rows = self.rest.len() / self.cols;
         let mut residual = Vec::new();
         for (r, (index, block)) in
@@ -145,12 +149,12 @@ impl Task<'_> {
     fn improve(
         &mut self,
         index: usize,
-        block: &Block,
+        block: &RefitBlock,
         residuals: &mut [f32],
         stride: usize,
         choose: bool,
     ) {
-        let mut memory = Memory::default();
+        let mut memory = RefitScratch::default();
         for (r, residual) in residuals.chunks_exact_mut(stride).enumerate() {
             let mut row = self.row(r, index, block, &mut residual[..block.width]);
             row.refit_scales(&mut memory);
@@ -166,14 +170,14 @@ impl Task<'_> {
         &'b mut self,
         r: usize,
         index: usize,
-        block: &'b Block,
+        block: &'b RefitBlock,
         residual: &'b mut [f32],
-    ) -> Row<'b> {
+    ) -> RefitRow<'b> {
         let numbers = self.scales.len() / (self.rest.len() / self.cols);
         let first = r * self.cols + block.start;
         let part = first..first + block.width;
         let scales = r * numbers + index * SETS;
-        Row {
+        RefitRow {
             h: &block.diagonal,
             salient: &self.salient[block.start..block.start + block.width],
             states: &mut self.states[part.clone()],
@@ -186,7 +190,7 @@ impl Task<'_> {
 }
 
 /// One row of a block.
-struct Row<'a> {
+struct RefitRow<'a> {
     /// H_bb.
     h: &'a [f32],
     salient: &'a [bool],
@@ -207,7 +211,7 @@ fn add(y: &mut [f32], a: f32, x: &[f32]) {
 
 /// One sign of one column: a 1 or −1 of B.
 #[derive(Clone, Copy, Default)]
-struct Entry {
+struct SignEntry {
     column: usize,
     set: usize,
     sign: f32,
@@ -215,9 +219,9 @@ struct Entry {
 
 /// Reusable memory of rows.
 #[derive(Default)]
-struct Memory {
+struct RefitScratch {
     /// All ones of B by column; salient columns have two.
-    entries: Vec<Entry>,
+    entries: Vec<SignEntry>,
     /// BᵀH, [sets, width].
     lines: Vec<f32>,
 }
@@ -225,7 +229,7 @@ struct Memory {
 /// What is tried for a column: each state with a plus and with a minus sign.
 const CODES: usize = 6;
 
-impl Row<'_> {
+impl RefitRow<'_> {
     /// Value of a column that is salient or not by its code, 2·(state − 1) + negative. NaN where there
     /// is no such code, or where it is zero: a kept weight stays one, zeros are for the mask.
     #[inline(always)]
@@ -246,18 +250,18 @@ impl Row<'_> {
 
     /// Lists B. Nothing is branched on: which weights are kept cannot be predicted.
     #[inline(always)]
-    fn list(&self, entries: &mut Vec<Entry>) {
+    fn list(&self, entries: &mut Vec<SignEntry>) {
         let width = self.rest.len();
-        entries.resize(2 * width, Entry::default());
+        entries.resize(2 * width, SignEntry::default());
         let mut count = 0;
         for column in 0..width {
             let (state, salient) = (self.states[column], self.salient[column]);
             let sign = if self.negative[column] { -1.0 } else { 1.0 };
             let set = if salient { 3 } else { usize::from(state.saturating_sub(1)) };
-            entries[count] = Entry { column, set, sign };
+            entries[count] = SignEntry { column, set, sign };
             count += usize::from(state != 0);
             let sign = if state == 2 { -1.0 } else { 1.0 };
-            entries[count] = Entry { column, set: 4, sign };
+            entries[count] = SignEntry { column, set: 4, sign };
             count += usize::from(state != 0 && salient);
         }
         entries.truncate(count);
@@ -265,22 +269,22 @@ impl Row<'_> {
 
     /// The best scales for signs and regions as they are.
     #[inline(always)]
-    fn refit_scales(&mut self, memory: &mut Memory) {
+    fn refit_scales(&mut self, memory: &mut RefitScratch) {
         let width = self.rest.len();
-        let Memory { entries, lines } = memory;
+        let RefitScratch { entries, lines } = memory;
         self.list(entries);
         lines.clear();
         lines.resize(SETS * width, 0.0);
         let mut used = [false; SETS];
         let mut right = [0f64; SETS];
-        for Entry { column, set, sign } in entries.iter().copied() {
+        for SignEntry { column, set, sign } in entries.iter().copied() {
             let h = &self.h[column * width..(column + 1) * width];
             add(&mut lines[set * width..(set + 1) * width], sign, h);
             right[set] += f64::from(sign * self.residual[column]);
             used[set] = true;
         }
         let mut system = [0f64; SETS * SETS];
-        for Entry { column, set, sign } in entries.iter().copied() {
+        for SignEntry { column, set, sign } in entries.iter().copied() {
             for k in 0..SETS {
                 system[k * SETS + set] += f64::from(sign * lines[k * width + column]);
             }
@@ -302,7 +306,7 @@ impl Row<'_> {
                 add(self.residual, -change, &lines[k * width..(k + 1) * width]);
             }
         }
-        for Entry { column, set, sign } in entries.iter().copied() {
+        for SignEntry { column, set, sign } in entries.iter().copied() {
             self.rest[column] -= sign * changes[set];
         }
     }
@@ -310,7 +314,7 @@ impl Row<'_> {
     /// Coordinate descent: each kept weight in turn takes the sign and region, or the two signs,
     /// that minimize the output error with all others as they are.
     #[inline(always)]
-    fn choose_codes(&mut self, memory: &mut Memory) {
+    fn choose_codes(&mut self, memory: &mut RefitScratch) {
         let width = self.rest.len();
         let values = self.values();
         self.list(&mut memory.entries);

@@ -4,21 +4,13 @@
 use rayon::prelude::*;
 use stb_kernels::Isa;
 
-use super::TASK_ROWS;
-use super::magnitudes::{Grid, Row, Values, add_salient_errors, add_threshold_errors};
+use super::binarize_error::{
+    MaskedRow, ThresholdGrid, Values, add_salient_errors, add_threshold_errors,
+};
+use super::binarize_error_means::{Sorted, binary_error, residual_error};
 use super::quantiles::quantiles;
-use super::sorted::{Sorted, binary_error, residual_error};
-
-/// What is binarized, and with which error, while a search compares its candidates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SearchError {
-    /// The weights, each error weighted by 1/d², what it costs after compensation.
-    Weighted,
-    /// The weights, all errors alike (paper algorithm 2).
-    Weights,
-    /// The saliencies w²/d² instead of the weights (published code).
-    Saliency,
-}
+use super::search_error::SearchError;
+use crate::products::TASK_ROWS;
 
 /// How the columns of a block are ranked; the first ones are salient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,7 +91,7 @@ impl Regions {
 
 /// A block of columns with all rows.
 #[derive(Clone, Copy, Debug)]
-pub struct Block<'a> {
+pub struct SearchBlock<'a> {
     /// What the searches are compiled for; it does not change what they find.
     pub isa: Isa,
     /// Weights of the whole matrix, [rows, cols].
@@ -116,22 +108,9 @@ pub struct Block<'a> {
     pub width: usize,
 }
 
-impl SearchError {
-    /// What is binarized for weight `w` in a column of this importance, and its cost weight.
-    #[must_use]
-    #[inline(always)]
-    pub fn value(self, w: f32, importance: f32) -> (f32, f32) {
-        match self {
-            Self::Weighted => (w, importance),
-            Self::Weights => (w, 1.0),
-            Self::Saliency => (w * w * importance, 1.0),
-        }
-    }
-}
-
-impl Block<'_> {
+impl SearchBlock<'_> {
     /// Weights and mask of the block in each row of a task.
-    fn rows(&self, task: usize) -> impl Iterator<Item = Row<'_>> {
+    fn rows(&self, task: usize) -> impl Iterator<Item = MaskedRow<'_>> {
         let part = self.from..self.from + self.width;
         let span = TASK_ROWS * self.cols;
         let end = self.weights.len().min((task + 1) * span);
@@ -168,7 +147,7 @@ impl Block<'_> {
         total
     }
 
-    /// [`Block::sum_tasks`] for a cost of single rows.
+    /// [`SearchBlock::sum_tasks`] for a cost of single rows.
     fn sum_rows(
         &self,
         count: usize,
@@ -319,7 +298,7 @@ impl Block<'_> {
         } else {
             let values = Values { error: options.error, importance: self.importance() };
             let columns: Vec<usize> = (0..self.width).filter(|c| !salient[*c]).collect();
-            let grid = Grid::new(candidates);
+            let grid = ThresholdGrid::new(candidates);
             self.sum_tasks(
                 candidates.len(),
                 #[inline(always)]

@@ -2,9 +2,9 @@
 //! published code, BiLLM or their ablations make: an N:8 mask, salient columns with a residual sign,
 //! magnitude regions for the rest, and block-wise error compensation.
 //!
-//! What is strict and has no means is stored as it is (spec §6.4), its scales rounded to binary16
-//! before errors are passed on. No encoding holds the values of the other variants, so they are
-//! stored as binary16 numbers, to be compared and not to be small.
+//! Strict variants without means are stored exactly (spec §6.4): their scales are rounded to binary16 before errors
+//! are passed on. No encoding holds the values of the other variants. They are stored as binary16 numbers, for
+//! comparison of quality only.
 
 use std::time::Instant;
 
@@ -14,12 +14,13 @@ use stb_format::encoding::{Dense, Stbllm, StbllmParts};
 use stb_format::half::f16;
 use stb_runtime::Result;
 
+use super::compensation::{Compensation, Propagation};
+use super::kept::{Allocation, KeptByLayer};
 use super::metric::{Metric, Scorer};
-use super::prune::{Pruned, prune_plain, prune_with_compensation};
-use super::refit::refit;
-use super::search::{Block, Regions, SearchOptions};
-use super::{Input, Packed, Propagation, Seconds};
-use crate::engine::Compensation;
+use super::prune::{prune_plain, prune_with_compensation};
+use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
+use super::refit::{self, refit};
+use super::search::{Regions, SearchBlock, SearchOptions};
 
 /// Where the N:8 mask is decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,18 +44,20 @@ pub enum Scope {
 
 /// What comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
+pub enum MaskOrder {
     /// Pruning, then binarization of what is kept.
     PruneFirst,
     /// Binarization of all weights of a block, then the mask on the result.
     QuantizeFirst,
 }
 
-/// Options of the quantizer.
+/// StbllmOptions of the quantizer.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Options {
+pub struct StbllmOptions {
     /// N of N:8 and columns per block.
     pub spec: Stbllm,
+    /// How N is spread over the decoder layers.
+    pub allocation: Allocation,
     /// Chooses the mask.
     pub metric: Metric,
     /// Where the mask is chosen.
@@ -68,7 +71,7 @@ pub struct Options {
     /// weights again.
     pub strict: bool,
     /// What comes first.
-    pub order: Order,
+    pub order: MaskOrder,
     /// Salient columns and regions.
     pub search: SearchOptions,
     /// Whether binarizing subtracts means, one more number for each scale.
@@ -80,24 +83,68 @@ pub struct Options {
     pub sweeps: Option<usize>,
 }
 
-impl Options {
+impl StbllmOptions {
     /// Whether [`Encoding::Stbllm`] holds the values.
     #[must_use]
     pub fn storable(&self) -> bool {
         self.strict && !self.means
     }
+}
 
-    /// What is written.
-    #[must_use]
-    pub fn encoding(&self) -> Encoding {
+impl LinearQuantizer for StbllmOptions {
+    fn encoding(&self) -> Encoding {
         if self.storable() { Encoding::Stbllm(self.spec) } else { Encoding::Dense(Dense::F16) }
+    }
+
+    fn note(&self) -> Option<String> {
+        let note = if !self.strict {
+            "pruned weights are forgotten as in the published code: the result is dense, not N:M, \
+             and stored as 16-bit numbers; it is for comparison, its size means nothing"
+        } else if self.means {
+            "no encoding holds binarized weights with means: they are stored as 16-bit numbers; \
+             the file is for comparison, its size means nothing"
+        } else {
+            return None;
+        };
+        Some(note.into())
+    }
+
+    fn prunes_first(&self) -> bool {
+        self.separate
+    }
+
+    fn prune(&self, input: &Input<'_>) -> Result<Option<Pruned>> {
+        prune(input, self).map(Some)
+    }
+
+    fn nominal_kept(&self) -> Option<usize> {
+        self.storable().then(|| self.spec.n())
+    }
+
+    fn kept_by_layer(&self) -> Option<KeptByLayer> {
+        let n = self.spec.n() as u8;
+        Some(KeptByLayer { n, allocation: self.allocation, metric: self.metric })
+    }
+
+    fn keep_of_8(&mut self, n: u8) -> bool {
+        let spec = Stbllm::new(n, self.spec.block() as u16);
+        self.spec = spec.unwrap_or(self.spec);
+        spec.is_some()
+    }
+
+    fn scratch_memory(&self, cols: u64) -> u64 {
+        self.sweeps.map_or(0, |_| refit::memory(cols, self.spec.block() as u64))
+    }
+
+    fn quantize(&self, input: &Input<'_>, pruned: Option<&Pruned>) -> Result<Packed> {
+        quantize(input, self, pruned)
     }
 }
 
 /// A binarized layer; matrices are [rows, cols].
 #[derive(Clone, Debug)]
 pub struct Binarized {
-    /// What weights have become.
+    /// The binarized weights.
     pub values: Vec<f32>,
     /// 0 pruned; 1, 2, 3 dense, intermediate and sparse region; 4 salient.
     pub regions: Vec<u8>,
@@ -108,11 +155,30 @@ pub struct Binarized {
     seconds: Seconds,
 }
 
+impl Binarized {
+    /// Zeros.
+    fn new(spec: Stbllm, rows: usize, cols: usize) -> Self {
+        let blocks = cols.div_ceil(spec.block());
+        Self {
+            values: vec![0.0; rows * cols],
+            regions: vec![0; rows * cols],
+            salient: vec![false; cols],
+            parts: StbllmParts {
+                spec,
+                rows,
+                cols,
+                salient: Vec::new(),
+                states: vec![0; rows * cols],
+                negative: vec![false; rows * cols],
+                scales: vec![f16::ZERO; rows * blocks * 5],
+            },
+            seconds: Seconds::default(),
+        }
+    }
+}
+
 /// Quantizes one linear layer. `pruned` is its pruned form where that comes from a pass of its own.
-///
-/// # Errors
-/// [`stb_runtime::Error::Device`].
-pub fn quantize(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -> Result<Packed> {
+fn quantize(input: &Input<'_>, options: &StbllmOptions, pruned: Option<&Pruned>) -> Result<Packed> {
     let mut layer = binarize(input, options, pruned, options.storable())?;
     if let Some(sweeps) = options.sweeps.filter(|_| options.storable()) {
         let started = Instant::now();
@@ -135,7 +201,7 @@ pub fn quantize(input: &Input<'_>, options: &Options, pruned: Option<&Pruned>) -
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
-pub fn prune(input: &Input<'_>, options: &Options) -> Result<Pruned> {
+pub fn prune(input: &Input<'_>, options: &StbllmOptions) -> Result<Pruned> {
     let importance = input.factor.importance();
     let scorer = Scorer::new(options.metric, input.weights, input.norms, &importance);
     let kept = |width: usize| options.spec.kept(width);
@@ -151,7 +217,7 @@ pub fn prune(input: &Input<'_>, options: &Options) -> Result<Pruned> {
 /// [`stb_runtime::Error::Device`].
 pub fn binarize(
     input: &Input<'_>,
-    options: &Options,
+    options: &StbllmOptions,
     pruned: Option<&Pruned>,
     rounded: bool,
 ) -> Result<Binarized> {
@@ -172,21 +238,8 @@ pub fn binarize(
     }
     seconds.prune += clock.elapsed().as_secs_f64();
     let blocks = cols.div_ceil(spec.block());
-    let mut out = Binarized {
-        values: vec![0.0; rows * cols],
-        regions: vec![0; rows * cols],
-        salient: vec![false; cols],
-        parts: StbllmParts {
-            spec,
-            rows,
-            cols,
-            salient: Vec::new(),
-            states: vec![0; rows * cols],
-            negative: vec![false; rows * cols],
-            scales: vec![f16::ZERO; rows * blocks * 5],
-        },
-        seconds,
-    };
+    let mut out = Binarized::new(spec, rows, cols);
+    out.seconds = seconds;
     let whole = (options.scope == Scope::Matrix)
         .then(|| Scorer::new(options.metric, input.weights, input.norms, &importance));
     let mode = options.propagation;
@@ -194,14 +247,14 @@ pub fn binarize(
     for (index, from) in (0..cols).step_by(spec.block()).enumerate() {
         let clock = Instant::now();
         let width = spec.block().min(cols - from);
-        let at = Place { index, blocks, cols, from, width };
-        if options.mask == MaskPlacement::InLoop && options.order == Order::PruneFirst {
+        let at = BlockPlace { index, blocks, cols, from, width };
+        if options.mask == MaskPlacement::InLoop && options.order == MaskOrder::PruneFirst {
             let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
             at.select(&selector, spec, &weights, &mut mask);
         }
         let pruning = clock.elapsed().as_secs_f64();
         let isa = input.engine.isa;
-        let block = Block {
+        let block = SearchBlock {
             isa,
             weights: &weights,
             mask: &mask,
@@ -214,7 +267,7 @@ pub fn binarize(
         out.salient[from..from + width].copy_from_slice(&regions.salient);
         let searching = clock.elapsed().as_secs_f64();
         at.binarize(&block, &regions, options, rounded, &mut out);
-        if options.order == Order::QuantizeFirst {
+        if options.order == MaskOrder::QuantizeFirst {
             let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
             at.select(&selector, spec, &out.values, &mut mask);
             at.remove(&mask, &mut out);
@@ -231,9 +284,9 @@ pub fn binarize(
     Ok(out)
 }
 
-/// A block and where its scales are.
+/// A block of columns, and the place of its scales.
 #[derive(Clone, Copy)]
-struct Place {
+struct BlockPlace {
     index: usize,
     blocks: usize,
     cols: usize,
@@ -247,12 +300,12 @@ struct Selector<'a> {
     first: usize,
 }
 
-impl Place {
+impl BlockPlace {
     /// The metric for a mask in the block loop.
     fn selector<'a>(
         &self,
         input: &Input<'_>,
-        options: &Options,
+        options: &StbllmOptions,
         whole: Option<&'a Scorer>,
         weights: &[f32],
         importance: &[f32],
@@ -285,9 +338,9 @@ impl Place {
     /// Writes values, states, signs and scales of the block.
     fn binarize(
         &self,
-        block: &Block<'_>,
+        block: &SearchBlock<'_>,
         regions: &Regions,
-        options: &Options,
+        options: &StbllmOptions,
         rounded: bool,
         out: &mut Binarized,
     ) {
@@ -313,7 +366,7 @@ impl Place {
                         (true, false) => regions.of(value) as u8 + 1,
                     };
                 }
-                let mut row = Row {
+                let mut row = BinarizeRow {
                     weights: w,
                     regions: found,
                     states: &mut states[part.clone()],
@@ -355,7 +408,7 @@ impl Place {
 }
 
 /// One row of a block.
-struct Row<'a> {
+struct BinarizeRow<'a> {
     weights: &'a [f32],
     /// See [`Binarized::regions`].
     regions: &'a [u8],
@@ -366,7 +419,7 @@ struct Row<'a> {
     scales: &'a mut [f16],
 }
 
-impl Row<'_> {
+impl BinarizeRow<'_> {
     fn binarize(&mut self, means: bool, rounded: bool) {
         self.values.fill(0.0);
         for set in 1..=3 {
@@ -381,7 +434,7 @@ impl Row<'_> {
         });
     }
 
-    /// Adds μ ± α to the values of a set, both of what the values so far leave (paper equation 1).
+    /// Adds μ ± α to the values of a set. μ and α are those of the residual so far (paper equation 1).
     fn binarize_set(
         &mut self,
         set: u8,

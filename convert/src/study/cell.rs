@@ -1,4 +1,4 @@
-//! One finished measurement, in a file of its own: what makes a study resumable.
+//! A finished measurement, in a file of its own, so that a study can be resumed.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use stb_runtime::{Checkpoint, Error, Estimate, Result};
 
-use crate::calibration::hex;
+use crate::digest::hex;
 
 /// What a measurement depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Inputs {
+pub struct CellInputs {
     /// See [`fingerprint`].
     pub model_hash: String,
     /// The whole recipe as TOML.
@@ -28,7 +28,7 @@ pub struct Inputs {
     pub windows: Option<usize>,
 }
 
-impl Inputs {
+impl CellInputs {
     /// The name of the measurement's file.
     #[must_use]
     pub fn file(&self, folder: &Path) -> PathBuf {
@@ -55,14 +55,14 @@ impl Inputs {
 
 /// A mean with its standard error, as it is stored; no error is `null`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Value {
+pub struct Measured {
     /// The mean.
     pub value: f64,
     /// One standard error over windows.
     pub standard_error: Option<f64>,
 }
 
-impl From<Estimate> for Value {
+impl From<Estimate> for Measured {
     fn from(e: Estimate) -> Self {
         let standard_error = Some(e.standard_error).filter(|e| e.is_finite());
         Self { value: e.value, standard_error }
@@ -73,7 +73,7 @@ impl From<Estimate> for Value {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cell {
     /// What it depends on.
-    pub inputs: Inputs,
+    pub inputs: CellInputs,
     /// The build that measured it.
     pub build: String,
     /// The instruction set it ran on.
@@ -97,15 +97,15 @@ pub struct Cell {
     /// Tokens of the text.
     pub tokens: usize,
     /// exp of the mean loss.
-    pub perplexity: Value,
+    pub perplexity: Measured,
     /// That of the dense checkpoint.
-    pub dense_perplexity: Value,
+    pub dense_perplexity: Measured,
     /// Loss above that of the checkpoint, nats per token.
-    pub nll_difference: Value,
+    pub nll_difference: Measured,
     /// KL(checkpoint ‖ model), nats per token.
-    pub kl: Value,
+    pub kl: Measured,
     /// Share of tokens with the same best prediction.
-    pub top1: Value,
+    pub top1: Measured,
 }
 
 impl Cell {
@@ -114,7 +114,7 @@ impl Cell {
     ///
     /// # Errors
     /// [`Error::Io`] if there is a file that cannot be read.
-    pub fn load(path: &Path, inputs: &Inputs) -> Result<Option<Self>> {
+    pub fn load(path: &Path, inputs: &CellInputs) -> Result<Option<Self>> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -180,8 +180,8 @@ pub fn fingerprint(checkpoint: &Checkpoint) -> String {
 mod tests {
     use super::*;
 
-    fn inputs() -> Inputs {
-        Inputs {
+    fn inputs() -> CellInputs {
+        CellInputs {
             model_hash: "m".into(),
             recipe: "r".into(),
             calibration: String::new(),
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn every_input_is_part_of_the_name() {
         let folder = Path::new("x");
-        let changes: [fn(&mut Inputs); 7] = [
+        let changes: [fn(&mut CellInputs); 7] = [
             |i| i.model_hash.push('1'),
             |i| i.recipe.push('1'),
             |i| i.calibration.push('1'),
@@ -217,7 +217,7 @@ mod tests {
     fn cells_survive_and_damaged_ones_count_as_none() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("c.json");
-        let value = Value { value: 0.1 + 0.2, standard_error: None };
+        let value = Measured { value: 0.1 + 0.2, standard_error: None };
         let cell = Cell {
             inputs: inputs(),
             build: "b".into(),
@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(Cell::load(&path, &inputs()).unwrap(), None);
         cell.store(&path).unwrap();
         assert_eq!(Cell::load(&path, &inputs()).unwrap(), Some(cell));
-        let other = Inputs { context: 3, ..inputs() };
+        let other = CellInputs { context: 3, ..inputs() };
         assert_eq!(Cell::load(&path, &other).unwrap(), None);
         let bytes = std::fs::read(&path).unwrap();
         for damaged in [&bytes[..bytes.len() / 2], b"\xff\xfe", b""] {

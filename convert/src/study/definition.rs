@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use stb_runtime::{Error, Result, TextLayout};
 
-use crate::recipe::{Body, Recipe};
+use crate::recipe::{RENAMED, Recipe};
 
 /// A study as written.
 #[derive(Clone, Debug, Deserialize)]
@@ -22,7 +22,7 @@ pub struct Definition {
     #[serde(default)]
     pub set: toml::Table,
     /// What recipes calibrate on that do not say so themselves; default: the built-in text.
-    pub calibration: Option<CalibrationText>,
+    pub calibration: Option<CalibrationEntry>,
     /// The columns.
     #[serde(default, rename = "model")]
     pub models: Vec<ModelEntry>,
@@ -80,13 +80,13 @@ pub struct RecipeEntry {
     #[serde(default)]
     pub unset: Vec<String>,
     /// Another calibration text than the study's.
-    pub calibration: Option<CalibrationText>,
+    pub calibration: Option<CalibrationEntry>,
 }
 
 /// A text to calibrate on.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct CalibrationText {
+pub struct CalibrationEntry {
     /// A UTF-8 file; see [`ModelEntry::path`].
     pub path: String,
     /// What separates its documents; each is stripped and begins with the begin token.
@@ -204,8 +204,10 @@ impl Definition {
             let calibration = match entry.calibration.as_ref().or(study) {
                 None => None,
                 Some(text) => {
-                    recipe.calibration.text = None;
-                    recipe.calibration.separator.clone_from(&text.separator);
+                    recipe = recipe.changed(|file| {
+                        file.calibration.text = None;
+                        file.calibration.separator.clone_from(&text.separator);
+                    })?;
                     // A recipe without its calibration text would be another recipe.
                     Some(place(folder, &text.path, defined).map_err(|word| {
                         let path = &text.path;
@@ -274,12 +276,9 @@ impl RecipeEntry {
             }
             (Some(base), None) => (base.clone(), Recipe::load(base)?),
             (None, Some(bits)) => {
-                let name = format!("bits-{bits}");
-                let mut recipe = Recipe::load(crate::recipe::DEFAULT)?;
-                recipe.name.clone_from(&name);
-                recipe.description = "Encodings chosen for a size".into();
-                recipe.body = Body::budget(bits);
-                (name, recipe)
+                let default = Recipe::load(crate::recipe::DEFAULT)?;
+                let recipe = default.changed(|file| file.set_budget(bits))?;
+                (recipe.name.clone(), recipe)
             }
             _ => return Err(Error::invalid("study: a recipe needs either base or bits")),
         };
@@ -287,17 +286,40 @@ impl RecipeEntry {
         let wrong = |e: String| Error::invalid(format!("study: recipe {label}: {e}"));
         let mut table: toml::Table =
             toml::from_str(&base.to_toml()?).map_err(|e| wrong(e.to_string()))?;
-        merge(&mut table, all);
-        merge(&mut table, &self.set);
+        merge(&mut table, &with_new_names(all));
+        merge(&mut table, &with_new_names(&self.set));
         for path in &self.unset {
-            if !remove(&mut table, path) {
+            if !remove(&mut table, &new_name(path)) {
                 return Err(wrong(format!("unset: there is no option {path}")));
             }
         }
         let text = toml::to_string(&table).map_err(|e| wrong(e.to_string()))?;
-        let recipe = Recipe::parse(&text).map_err(|e| wrong(e.to_string()))?;
+        // Lines of this text are unknown to the user.
+        let file = toml::from_str(&text).map_err(|e| wrong(e.to_string()))?;
+        let recipe = Recipe::resolve(file).map_err(|e| wrong(e.to_string()))?;
         Ok((label, recipe))
     }
+}
+
+/// `changes` with the names that options have now.
+fn with_new_names(changes: &toml::Table) -> toml::Table {
+    let mut changes = changes.clone();
+    for (section, old, new) in RENAMED {
+        if let Some(toml::Value::Table(options)) = changes.get_mut(section)
+            && let Some(value) = options.remove(old)
+        {
+            options.insert(new.into(), value);
+        }
+    }
+    changes
+}
+
+/// The name that the option `path`, such as `calibration.samples`, has now.
+fn new_name(path: &str) -> String {
+    let renamed = RENAMED.iter().find(|(section, old, _)| {
+        path.strip_prefix(section).and_then(|path| path.strip_prefix('.')) == Some(old)
+    });
+    renamed.map_or(path.into(), |(section, _, new)| format!("{section}.{new}"))
 }
 
 fn merge(table: &mut toml::Table, changes: &toml::Table) {
@@ -357,6 +379,8 @@ fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quantize::Method;
+    use crate::quantize::metric::Metric;
 
     const STUDY: &str = r#"
         name = "s"
@@ -394,20 +418,22 @@ mod tests {
         assert_eq!(study.models[1].path, Path::new("/d/models/m"));
         assert_eq!(study.texts[0].layout, TextLayout::Documents("<|endoftext|>".into()));
         let [plain, wanda, bits] = &study.recipes[..] else { panic!("three recipes") };
-        let mut expected = Recipe::load("stbllm-4of8").unwrap();
-        expected.calibration.samples = 9;
-        expected.calibration.seed = 4;
-        expected.embeddings.bits = 0;
-        assert_eq!(plain.recipe, expected);
+        let expected = Recipe::load("stbllm-4of8").unwrap().changed(|file| {
+            file.calibration.samples = 9;
+            file.calibration.seed = 4;
+            file.embeddings.bits = 0;
+        });
+        assert_eq!(plain.recipe, expected.unwrap());
         assert_eq!(wanda.recipe.calibration.samples, 9);
-        let body = &wanda.recipe.body;
+        let Some(Method::Stbllm(options)) = wanda.recipe.linear.method() else { panic!("stbllm") };
         assert_eq!(
-            (body.metric.as_deref(), body.block, body.n),
-            (Some("wanda"), Some(64), Some(4))
+            (options.metric, options.spec.block(), options.spec.n()),
+            (Metric::Wanda, 64, 4)
         );
-        assert_eq!((body.mask.as_deref(), wanda.recipe.calibration.seed), (None, 3));
+        assert!(!wanda.recipe.to_toml().unwrap().contains("mask"));
+        assert_eq!(wanda.recipe.calibration.seed, 3);
         assert_eq!((wanda.label.as_str(), bits.label.as_str()), ("Wanda", "bits-2"));
-        assert_eq!(bits.recipe.body.target().unwrap(), Some(2.0));
+        assert_eq!(bits.recipe.linear.target_bits(), Some(2.0));
         study.check().unwrap();
 
         let study = definition.resolve(Path::new("a/b"), &[]).unwrap();
@@ -435,5 +461,15 @@ mod tests {
         refuse(&with("[[text]]\nname = 'x'\npath = 'x'\nrows = true\nseparator = 'y'"), "both");
         let text = "calibration = { path = '{data}/c' }\n[[recipe]]\nbase = 'int4'";
         refuse(&with(text), "--define data");
+    }
+
+    #[test]
+    fn earlier_names_of_options_change_the_same_option() {
+        let text = "name = 's'\ntitle = 't'\nset = { calibration.fine-tuning = 2 }\n\
+                    [[recipe]]\nbase = 'int4'\nset = { calibration.distill = 3 }\n\
+                    [[recipe]]\nbase = 'int4'\nlabel = 'none'\nunset = ['calibration.fine-tuning']";
+        let study = Definition::parse(text).unwrap().resolve(Path::new("."), &[]).unwrap();
+        let distill = |i: usize| study.recipes[i].recipe.calibration.distill.map(|d| d.epochs);
+        assert_eq!([distill(0), distill(1)], [Some(3), None]);
     }
 }

@@ -9,9 +9,9 @@ mod definition;
 mod run;
 mod table;
 
-pub use cell::{Cell, Inputs, Value, fingerprint, write_whole};
+pub use cell::{Cell, CellInputs, Measured, fingerprint, write_whole};
 pub use definition::{
-    CalibrationText, Definition, ModelEntry, RecipeEntry, Study, StudyModel, StudyRecipe,
+    CalibrationEntry, Definition, ModelEntry, RecipeEntry, Study, StudyModel, StudyRecipe,
     StudyText, TextEntry,
 };
-pub use run::{Entry, Events, Outcome, Table, convert_file, run};
+pub use run::{CellOutcome, Events, StudyCell, StudyTable, convert_file, run};

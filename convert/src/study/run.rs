@@ -4,16 +4,17 @@ use std::cell::OnceCell;
 use std::path::Path;
 use std::time::Instant;
 
-use sha2::{Digest, Sha256};
 use stb_runtime::{
     Checkpoint, Error, KeptLogits, Model, OpenOptions, PerplexityOptions, Reference, Result,
     open_to_measure, perplexity,
 };
 
-use super::cell::{Cell, Inputs, fingerprint};
+use super::cell::{Cell, CellInputs, fingerprint};
 use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
-use crate::calibration::{Source, hex};
-use crate::pipeline::{Interrupted, Job, Progress, convert};
+use crate::calibration::CalibrationText;
+use crate::digest::digest;
+use crate::interrupt::Interrupted;
+use crate::pipeline::{Job, Progress, convert};
 use crate::plan::plan;
 use crate::prepare::prepare;
 use crate::recipe::Recipe;
@@ -29,7 +30,7 @@ pub trait Events: Progress + Sync {
 
 /// A cell of a table.
 #[derive(Clone, Debug)]
-pub struct Entry {
+pub struct StudyCell {
     /// The model's name.
     pub model: String,
     /// The recipe's label.
@@ -37,12 +38,12 @@ pub struct Entry {
     /// The text's name.
     pub text: String,
     /// What was measured.
-    pub outcome: Outcome,
+    pub outcome: CellOutcome,
 }
 
 /// What became of a cell.
 #[derive(Clone, Debug)]
-pub enum Outcome {
+pub enum CellOutcome {
     /// Measured, now or before.
     Done(Box<Cell>),
     /// Not possible, and why.
@@ -51,9 +52,9 @@ pub enum Outcome {
 
 /// All cells of a study, in the order models, recipes, texts.
 #[derive(Debug)]
-pub struct Table {
+pub struct StudyTable {
     /// The cells.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<StudyCell>,
     /// How many of them were measured now.
     pub measured: usize,
     /// The first error of a cell.
@@ -67,33 +68,33 @@ pub struct Table {
 ///
 /// # Errors
 /// [`Interrupted`]; [`Error`] for models, texts and cells that cannot be read or written.
-pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<Table> {
+pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<StudyTable> {
     study.check()?;
     let cells = folder.join("cells");
     std::fs::create_dir_all(&cells).map_err(|e| Error::io(&cells, e))?;
     let _lock = lock(&cells)?;
     let mut texts = Vec::new();
     for text in &study.texts {
-        let source = Source::file(&text.path)?;
-        texts.push(Text { entry: text, hash: hash(&source.text), text: source.text });
+        let source = CalibrationText::file(&text.path)?;
+        texts.push(LoadedText { entry: text, hash: digest(&source.text), text: source.text });
     }
-    // All texts before any work: a mistake in the last one must not cost hours.
+    // All texts are read before any work, so that a mistake in the last one does not cost hours.
     let mut sources = Vec::new();
     for recipe in &study.recipes {
         sources.push(match &recipe.calibration {
-            Some(path) => Source::file(path)?,
-            None => Source::of(&recipe.recipe.calibration)?,
+            Some(path) => CalibrationText::file(path)?,
+            None => CalibrationText::of(&recipe.recipe.calibration)?,
         });
     }
     for line in &study.left_out {
         events.note(&format!("left out: {line}"));
     }
     let all = study.models.len() * study.recipes.len() * texts.len();
-    let mut table = Table { entries: Vec::new(), measured: 0, failure: None };
+    let mut table = StudyTable { entries: Vec::new(), measured: 0, failure: None };
     for entry in &study.models {
         let model = StudiedModel::open(entry)?;
         for (recipe, source) in study.recipes.iter().zip(&sources) {
-            let row = Row { model: &model, recipe, source, cells: &cells, all };
+            let row = StudyRow { model: &model, recipe, source, cells: &cells, all };
             row.measure(&texts, &mut table, events)?;
         }
     }
@@ -101,7 +102,7 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
     Ok(table)
 }
 
-/// Keeps other studies out of the folder.
+/// Locks the folder against other studies.
 fn lock(cells: &Path) -> Result<std::fs::File> {
     let path = cells.join(".lock");
     let fail = |e: std::io::Error| Error::io(&path, e);
@@ -119,7 +120,7 @@ fn lock(cells: &Path) -> Result<std::fs::File> {
     Ok(file)
 }
 
-/// Removes what killed studies have left: nothing of this one is unfinished any more.
+/// Removes what killed studies have left. Nothing of this study is unfinished at this point.
 fn clean(cells: &Path) -> Result<()> {
     for entry in std::fs::read_dir(cells).map_err(|e| Error::io(cells, e))?.flatten() {
         let name = entry.file_name();
@@ -133,11 +134,11 @@ fn clean(cells: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What folders of conversions on their way begin with.
+/// The prefix of folders of unfinished conversions.
 const WORK: &str = ".work-";
 
 /// A text in memory.
-struct Text<'a> {
+struct LoadedText<'a> {
     entry: &'a StudyText,
     text: String,
     hash: String,
@@ -180,19 +181,19 @@ impl<'a> StudiedModel<'a> {
 }
 
 /// One model and one recipe: converted at most once for all texts.
-struct Row<'a> {
+struct StudyRow<'a> {
     model: &'a StudiedModel<'a>,
     recipe: &'a StudyRecipe,
-    source: &'a Source,
+    source: &'a CalibrationText,
     cells: &'a Path,
     all: usize,
 }
 
-impl Row<'_> {
+impl StudyRow<'_> {
     fn measure(
         &self,
-        texts: &[Text<'_>],
-        table: &mut Table,
+        texts: &[LoadedText<'_>],
+        table: &mut StudyTable,
         events: &dyn Events,
     ) -> anyhow::Result<()> {
         let mut converted = None;
@@ -201,7 +202,7 @@ impl Row<'_> {
             let path = inputs.file(self.cells);
             let names = (&self.model.entry.name, &self.recipe.label, &text.entry.name);
             let outcome = match Cell::load(&path, &inputs)? {
-                Some(cell) => Outcome::Done(Box::new(cell)),
+                Some(cell) => CellOutcome::Done(Box::new(cell)),
                 None => {
                     events.begin(table.entries.len(), self.all, names.0, names.1, names.2);
                     let found = self.cell(text, inputs, &mut converted, events);
@@ -209,19 +210,19 @@ impl Row<'_> {
                         Ok(cell) => {
                             cell.store(&path)?;
                             table.measured += 1;
-                            Outcome::Done(Box::new(cell))
+                            CellOutcome::Done(Box::new(cell))
                         }
                         Err(e) if e.is::<Interrupted>() => return Err(e),
                         Err(e) => {
                             let what = format!("{e:#}");
                             events.note(&format!("{}, {}: {what}", names.0, names.1));
                             table.failure.get_or_insert(e);
-                            Outcome::Failed(what)
+                            CellOutcome::Failed(what)
                         }
                     }
                 }
             };
-            table.entries.push(Entry {
+            table.entries.push(StudyCell {
                 model: names.0.clone(),
                 recipe: names.1.clone(),
                 text: names.2.clone(),
@@ -231,15 +232,15 @@ impl Row<'_> {
         Ok(())
     }
 
-    fn inputs(&self, text: &Text<'_>) -> Result<Inputs> {
+    fn inputs(&self, text: &LoadedText<'_>) -> Result<CellInputs> {
         let needs = plan(&self.model.checkpoint, &self.recipe.recipe)
             .is_ok_and(|plan| plan.needs_calibration())
-            || self.recipe.recipe.body.target()?.is_some();
+            || self.recipe.recipe.linear.target_bits().is_some();
         let calibration = match needs {
-            true => format!("{} sha256:{}", self.source.name, hash(&self.source.text)),
+            true => format!("{} sha256:{}", self.source.name, digest(&self.source.text)),
             false => String::new(),
         };
-        Ok(Inputs {
+        Ok(CellInputs {
             model_hash: self.model.hash.clone(),
             recipe: self.recipe.recipe.to_toml()?,
             calibration,
@@ -252,8 +253,8 @@ impl Row<'_> {
 
     fn cell(
         &self,
-        text: &Text<'_>,
-        inputs: Inputs,
+        text: &LoadedText<'_>,
+        inputs: CellInputs,
         converted: &mut Option<Converted>,
         events: &dyn Events,
     ) -> anyhow::Result<Cell> {
@@ -296,10 +297,10 @@ impl Row<'_> {
         })
     }
 
-    /// Converts, or goes on with the conversion that a killed study has left.
-    fn convert(&self, inputs: &Inputs, events: &dyn Events) -> anyhow::Result<Converted> {
+    /// Converts, or resumes the conversion that a killed study has left.
+    fn convert(&self, inputs: &CellInputs, events: &dyn Events) -> anyhow::Result<Converted> {
         let conversion = [&inputs.model_hash, &inputs.recipe, &inputs.calibration];
-        let name = hash(&conversion.map(|part| format!("{} {part}", part.len())).concat());
+        let name = digest(&conversion.map(|part| format!("{} {part}", part.len())).concat());
         let work = self.cells.join(format!("{WORK}{}", &name[..24]));
         std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
         let file = work.join("model.stb");
@@ -330,7 +331,7 @@ struct Converted {
 pub fn convert_file(
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    source: &Source,
+    source: &CalibrationText,
     target: &Path,
     progress: &dyn Progress,
 ) -> anyhow::Result<Report> {
@@ -339,10 +340,6 @@ pub fn convert_file(
     let (force, device) = (true, None);
     let job = Job { checkpoint, recipe, plan, meta, calibration, target, force, device };
     convert(job, progress)
-}
-
-fn hash(text: &str) -> String {
-    hex(&Sha256::digest(text.as_bytes()))
 }
 
 /// Names this build: its version and a hash of the program's file. Cells of another build are used,

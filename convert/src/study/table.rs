@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use super::cell::{Cell, Value};
+use super::cell::{Cell, Measured};
 use super::definition::Study;
-use super::run::{Entry, Outcome, Table};
+use super::run::{CellOutcome, StudyCell, StudyTable};
 use crate::plot::{Chart, Point, Series, svg};
 
-impl Table {
+impl StudyTable {
     /// One table per text with the models as columns, as in papers, then all figures.
     #[must_use]
     pub fn markdown(&self, study: &Study) -> String {
@@ -44,14 +44,14 @@ impl Table {
         builds
     }
 
-    fn cells(&self) -> impl Iterator<Item = (&Entry, &Cell)> {
+    fn cells(&self) -> impl Iterator<Item = (&StudyCell, &Cell)> {
         self.entries.iter().filter_map(|entry| match &entry.outcome {
-            Outcome::Done(cell) => Some((entry, &**cell)),
-            Outcome::Failed(_) => None,
+            CellOutcome::Done(cell) => Some((entry, &**cell)),
+            CellOutcome::Failed(_) => None,
         })
     }
 
-    fn find(&self, model: &str, recipe: &str, text: &str) -> Option<&Entry> {
+    fn find(&self, model: &str, recipe: &str, text: &str) -> Option<&StudyCell> {
         self.entries.iter().find(|e| e.model == model && e.recipe == recipe && e.text == text)
     }
 
@@ -82,11 +82,11 @@ impl Table {
             for model in &study.models {
                 let entry = self.find(&model.name, &recipe.label, text);
                 match entry.map(|e| &e.outcome) {
-                    Some(Outcome::Done(cell)) => {
+                    Some(CellOutcome::Done(cell)) => {
                         let perplexity = plus_minus(cell.perplexity, 1.0);
                         let _ = write!(out, " {perplexity} | {:.3} |", cell.true_bits);
                     }
-                    Some(Outcome::Failed(_)) => *out += " failed | |",
+                    Some(CellOutcome::Failed(_)) => *out += " failed | |",
                     None => *out += " | |",
                 }
             }
@@ -104,7 +104,7 @@ impl Table {
                 let Some(entry) = self.find(&model.name, &recipe.label, text) else { continue };
                 let _ = write!(out, "| {} | {} |", model.name, recipe.label);
                 match &entry.outcome {
-                    Outcome::Done(cell) => {
+                    CellOutcome::Done(cell) => {
                         let nominal =
                             cell.nominal_bits_paper.map_or(String::new(), |b| format!("{b:.3}"));
                         let _ = writeln!(
@@ -119,7 +119,7 @@ impl Table {
                             cell.convert_seconds,
                         );
                     }
-                    Outcome::Failed(why) => {
+                    CellOutcome::Failed(why) => {
                         let why = why.replace('|', "/").replace('\n', " ");
                         let _ = writeln!(out, " failed: {why} | | | | | | | |");
                     }
@@ -141,7 +141,7 @@ impl Table {
             let names = [&entry.model, &entry.recipe, &entry.text].map(|name| quoted(name));
             out += &names.join(",");
             match &entry.outcome {
-                Outcome::Done(cell) => {
+                CellOutcome::Done(cell) => {
                     let _ = write!(
                         out,
                         ",{},{},{},{},{}",
@@ -167,7 +167,7 @@ impl Table {
                     let (windows, context) = (cell.windows, cell.inputs.context);
                     let _ = writeln!(out, ",{windows},{context},{},", cell.convert_seconds);
                 }
-                Outcome::Failed(why) => {
+                CellOutcome::Failed(why) => {
                     let _ = writeln!(out, "{}{}", ",".repeat(18), quoted(why));
                 }
             }
@@ -181,13 +181,14 @@ impl Table {
         let mut charts = Vec::new();
         for text in &study.texts {
             for model in &study.models {
-                let point = |(entry, cell): (&Entry, &Cell)| Point {
+                let point = |(entry, cell): (&StudyCell, &Cell)| Point {
                     x: cell.true_bits,
                     y: cell.perplexity.value,
                     error: cell.perplexity.standard_error.unwrap_or(0.0),
                     label: entry.recipe.clone(),
                 };
-                let mine = |(e, _): &(&Entry, &Cell)| e.model == model.name && e.text == text.name;
+                let mine =
+                    |(e, _): &(&StudyCell, &Cell)| e.model == model.name && e.text == text.name;
                 let points: Vec<Point> = self.cells().filter(mine).map(point).collect();
                 charts.push(Chart {
                     title: format!("{}: {} on {}", study.title, model.name, text.name),
@@ -204,7 +205,7 @@ impl Table {
 }
 
 /// Four significant digits, the error to the same place.
-fn plus_minus(value: Value, scale: f64) -> String {
+fn plus_minus(value: Measured, scale: f64) -> String {
     let (value, error) = (value.value * scale, value.standard_error.map(|e| e * scale));
     let size = value.abs().max(1e-3).log10().floor() as i32;
     let digits = (3 - size).clamp(0, 5) as usize;
@@ -228,7 +229,7 @@ mod tests {
 
     #[test]
     fn numbers_have_four_digits() {
-        let with = |value, standard_error| plus_minus(Value { value, standard_error }, 1.0);
+        let with = |value, standard_error| plus_minus(Measured { value, standard_error }, 1.0);
         assert_eq!(with(12.263_4, Some(0.142_1)), "12.26 ± 0.14");
         assert_eq!(with(3130.7, Some(31.0)), "3131 ± 31");
         assert_eq!(with(0.012_345_6, Some(0.000_1)), "0.01235 ± 0.00010");

@@ -4,9 +4,9 @@
 use stb_runtime::{Layer, Model, Result, Weight};
 
 use super::scales::{Logarithms, Tunable};
-use super::{BATCH, Options, Outcome};
+use super::{BATCH, DistillOptions, Outcome};
 use crate::backward::{LayerWeights, Pass};
-use crate::hessian::interrupted;
+use crate::interrupt::interrupted;
 use crate::resume::States;
 
 /// Tunes `layer`, quantized, so that from `inputs` it comes close to `targets`, sequences of one length
@@ -20,7 +20,7 @@ pub fn tune(
     layer: &mut Layer,
     inputs: &States,
     targets: &States,
-    options: Options,
+    options: DistillOptions,
 ) -> Result<Outcome> {
     let hidden = model.norm.len();
     let length = inputs.first().map_or(1, |states| states.len() / hidden).max(1);

@@ -3,6 +3,7 @@
 //! (`model`).
 
 pub(crate) mod layer;
+pub(crate) mod memory;
 pub(crate) mod model;
 mod scales;
 
@@ -11,14 +12,14 @@ const BATCH: usize = 8;
 
 /// How much is tuned.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Options {
+pub struct DistillOptions {
     /// Passes over the calibration sequences.
     pub epochs: usize,
     /// The largest step of a parameter, relative to it; falls to a tenth over the steps.
     pub rate: f64,
 }
 
-impl Options {
+impl DistillOptions {
     /// The largest step of a parameter in step `step` of `steps`, from 0.
     fn rate_at(&self, step: usize, steps: usize) -> f64 {
         let done = step as f64 / steps.max(1) as f64;

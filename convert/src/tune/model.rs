@@ -9,10 +9,10 @@ use stb_format::Encoding;
 use stb_runtime::{Layer, Model, Result, Weight};
 
 use super::scales::{Logarithms, Tunable};
-use super::{BATCH, Options, Outcome};
+use super::{BATCH, DistillOptions, Outcome};
 use crate::backward::{LayerWeights, Matrix, Pass, logits, logits_back};
-use crate::hessian::add_cross_products;
-use crate::pipeline::check_interrupt;
+use crate::interrupt::check_interrupt;
+use crate::products::add_cross_products;
 
 /// A decoder layer whose scales and norms move.
 struct Moving<'a> {
@@ -139,12 +139,12 @@ impl Tuned<'_> {
 /// steps done, all steps, and the loss of the last.
 ///
 /// # Errors
-/// [`crate::pipeline::Interrupted`], and tokens outside the vocabulary.
+/// [`crate::interrupt::Interrupted`], and tokens outside the vocabulary.
 pub(crate) fn tune<'a>(
     dense: &Model,
     model: &'a Model,
     sequences: &[Vec<u32>],
-    options: Options,
+    options: DistillOptions,
     progress: &dyn Fn(usize, usize, f64),
 ) -> anyhow::Result<Tuned<'a>> {
     let pass = Pass { model, length: sequences.first().map_or(1, Vec::len) };
@@ -160,7 +160,7 @@ pub(crate) fn tune<'a>(
     let before = work.loss(sequences)?;
     // What steps of a size do to the loss goes with their squares: a model that is close already would
     // be spoilt by those that a coarse one needs.
-    let options = Options { rate: options.rate * before.sqrt().min(1.0), ..options };
+    let options = DistillOptions { rate: options.rate * before.sqrt().min(1.0), ..options };
     let all = options.epochs * sequences.len().div_ceil(BATCH);
     let mut step = 0;
     for _ in 0..options.epochs {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use stb_convert::calibration::Source;
+use stb_convert::calibration::CalibrationText;
 use stb_convert::prepare::prepare;
 use stb_convert::{Job, Recipe, convert};
 use stb_runtime::Checkpoint;
@@ -59,7 +59,7 @@ fn main() -> anyhow::Result<()> {
     let found = |path: &str| shared(path).with_context(|| format!("{path} is not here"));
     let model = found(&format!("data/models/{}", table.model))?;
     let checkpoint = Checkpoint::open(&model, true)?;
-    let calibration = Source::file(&found("data/text/tinystories/calib.txt")?)?;
+    let calibration = CalibrationText::file(&found("data/text/tinystories/calib.txt")?)?;
     let text = found("data/text/tinystories/eval.txt")?;
     let folder = tempfile::tempdir()?;
     let dense = measure(&model, &text)?;
@@ -127,7 +127,7 @@ fn recipe(base: &toml::Table, setting: &Setting, seed: u64) -> anyhow::Result<Re
 fn run(
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    calibration: &Source,
+    calibration: &CalibrationText,
     target: &Path,
 ) -> anyhow::Result<()> {
     let (plan, meta) = prepare(checkpoint, recipe, calibration)?;

@@ -2,7 +2,9 @@
 //! columns in 4-bit integers. Neither is in the format; this is why.
 
 use stb_convert::hessian::{Factor, Hessian};
-use stb_convert::quantize::{Input, Packed, int_group, nm};
+use stb_convert::quantize::int_group::IntOptions;
+use stb_convert::quantize::nm::NmOptions;
+use stb_convert::quantize::{Input, LinearQuantizer, Packed};
 use stb_format::encoding::{IntGroup, Nm};
 use stb_kernels::Isa;
 
@@ -84,8 +86,8 @@ pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::R
         let row = |row: &[f32]| of.iter().map(|j| row[*j]).collect::<Vec<f32>>();
         layer.weights.chunks_exact(cols).flat_map(row).collect()
     };
-    let options = nm::Options { spec, sweeps: 4, refit: true };
-    let (weights, codes) = (columns(&rest), |i: &Input<'_>| nm::quantize(i, &options));
+    let options = NmOptions { spec, sweeps: 4, refit: true };
+    let (weights, codes) = (columns(&rest), |i: &Input<'_>| options.quantize(i, None));
     let (stored, mut error) = quantized(&weights, rows, &outer, codes)?;
 
     // What minimizes the error of the outputs with the codes as they are.
@@ -102,8 +104,8 @@ pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::R
         }
     }
     if let Some(integers) = IntGroup::new(4, 128).filter(|_| count > 0) {
-        let options = int_group::Options::full(integers, 4);
-        error += quantized(&targets, rows, &inner, |i| int_group::quantize(i, &options))?.1;
+        let options = IntOptions::full(integers, 4);
+        error += quantized(&targets, rows, &inner, |i| options.quantize(i, None))?.1;
     }
     let whole = part(&(0..cols).collect::<Vec<_>>(), &(0..cols).collect::<Vec<_>>());
     let output = energy(&layer.weights, &whole, cols);

@@ -7,9 +7,11 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use clap::Parser;
-use stb_convert::calibration::Source;
+use stb_convert::calibration::CalibrationText;
 use stb_convert::hessian::{Factor, Hessian};
-use stb_convert::quantize::{Input, Packed, int_group, nm, relative_error};
+use stb_convert::quantize::int_group::IntOptions;
+use stb_convert::quantize::nm::NmOptions;
+use stb_convert::quantize::{Input, LinearQuantizer, Packed, relative_error};
 use stb_convert::recipe::Calibration;
 use stb_format::encoding::{IntGroup, Nm};
 use stb_kernels::Isa;
@@ -79,8 +81,8 @@ impl Layer {
             norms: &norms,
         };
         let Packed { encoding, payload, .. } = match method {
-            Method::Nm(spec) => nm::quantize(&input, &nm::Options { spec, sweeps: 4, refit: true }),
-            Method::Int(spec) => int_group::quantize(&input, &int_group::Options::full(spec, 4)),
+            Method::Nm(spec) => NmOptions { spec, sweeps: 4, refit: true }.quantize(&input, None),
+            Method::Int(spec) => IntOptions::full(spec, 4).quantize(&input, None),
         }?;
         let stored = encoding.view(self.rows as u64, self.cols as u64, &payload)?.decode();
         Ok(relative_error(&input, &stored)?)
@@ -138,7 +140,7 @@ fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     let length = 256.min(checkpoint.spec.context_length as usize);
     let options = Calibration { samples: cli.tokens.div_ceil(length), ..Calibration::default() };
     let mut hidden = Vec::new();
-    for window in Source::built_in().windows(&model.tokenizer()?, &options, length)? {
+    for window in CalibrationText::built_in().windows(&model.tokenizer()?, &options, length)? {
         let mut states = Vec::new();
         model.embed(&window, &mut states)?;
         hidden.push(states);

@@ -1,52 +1,47 @@
-//! What each way to store a tensor costs: exact bytes, and the distance from the dense model that it is
-//! expected to cause.
+//! What each way to store a tensor costs: exact bytes, and the expected KL divergence from the dense model.
 //!
-//! An error ΔW of a linear layer with inputs x changes its output by ΔW x, and what the model says by
-//! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token, g the gradients of [`crate::backward`]. ΔW is that of
-//! the quantizer itself, on some rows, against second moments of some tokens. Losses of tensors add up.
+//! An error ΔW of a linear layer with inputs x changes its output by ΔW x, and the output distribution by
+//! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token. The E[g_i²] are the diagonal of the Fisher information, g
+//! being the gradients of [`crate::backward`]. ΔW is that of the quantizer itself, on some rows, against the Hessian
+//! of some tokens. The costs of tensors add up.
 
-use stb_format::encoding::{IntGroup, Nm};
 use stb_format::{Encoding, ModelSpec};
 use stb_kernels::Isa;
 use stb_runtime::{Checkpoint, Layer, Model, Result, Weight};
 
-use super::Candidate;
+use super::candidate::Candidate;
 use crate::backward::{Ends, LayerSlopes, through};
-use crate::calibration::Source;
-use crate::hessian::{Factor, Hessian};
-use crate::pipeline::{check_interrupt, finite};
-use crate::plan::{Method, Plan, TensorMethod, TensorPlan, input_of};
-use crate::quantize::{Input, decode, int_group, linear, nm, output_errors};
+use crate::calibration::CalibrationText;
+use crate::hessian::{Factor, Hessian, output_errors};
+use crate::interrupt::check_interrupt;
+use crate::pipeline::finite;
+use crate::plan::{Plan, TensorMethod, TensorPlan, input_of};
+use crate::quantize::{Input, Method, decode, int_group};
 use crate::recipe::{Calibration, Recipe};
 use crate::sensitivity::SEQUENCES;
 
-/// Tokens that are looked at, at most: the inputs of every decoder layer are kept.
+/// The most tokens: the inputs of every decoder layer are kept for each of them.
 const TOKENS: usize = 2048;
 /// Rows of a matrix that are quantized, spread evenly.
 const ROWS: usize = 128;
 /// Rows of embeddings and head that are rounded, spread evenly.
 const TABLE_ROWS: usize = 2048;
-/// Columns that are quantized together; what errors do to those of other chunks is left out.
+/// Columns that are quantized together. The effect of their errors on other chunks is left out.
 const CHUNK: usize = 1024;
-/// The expected loss of a linear layer counts to this power. The expectation holds for small changes of the
-/// dense model; large ones saturate, and what an early layer does is taken back in part by those fitted
-/// behind it. `tests/bench/record/2026-11-26-budgets.md` has what 1, 0.7 and 0.5 gave.
+/// The power to which the expected KL divergence of a linear layer is raised. The expectation holds for small
+/// changes of the dense model; large changes saturate, and later layers, which are fitted behind an early one, take
+/// back a part of its error. `tests/bench/record/2026-11-26-budgets.md` has what 1, 0.7 and 0.5 gave.
 const LINEAR_POWER: f64 = 0.7;
-/// Rounds of re-choosing codes and refitting scales.
-const SWEEPS: usize = 4;
-/// Columns per scale of the joint codes.
-const BLOCK: u16 = 128;
-
 /// The ways to store each tensor of `plan`; none for vectors, which stay as they are.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Usage`] if the calibration text is too short, [`stb_runtime::Error::Invalid`] for
-/// weights that are not finite, [`crate::pipeline::Interrupted`] if the user has asked to stop.
+/// weights that are not finite, [`crate::interrupt::Interrupted`] if the user has asked to stop.
 pub(super) fn candidates(
     plan: &Plan,
     checkpoint: &Checkpoint,
     recipe: &Recipe,
-    source: &Source,
+    source: &CalibrationText,
 ) -> anyhow::Result<Vec<Vec<Candidate>>> {
     for tensor in &plan.tensors {
         finite(&checkpoint.weight(&tensor.name)?, &tensor.name)?;
@@ -56,33 +51,33 @@ pub(super) fn candidates(
     let samples = recipe.calibration.samples.min(SEQUENCES).min(TOKENS / length.max(1)).max(1);
     let options = Calibration { samples, ..recipe.calibration.clone() };
     let sequences = source.windows(&model.tokenizer()?, &options, length)?;
-    let mut priced: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
+    let mut found: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
     let ends = through(&model, &sequences, |index, slopes| {
-        let moments = Moments::all(&model, slopes, recipe.calibration.damping)?;
-        for (tensor, priced) in plan.tensors.iter().zip(&mut priced) {
+        let hessians = HessianChunk::all(&model, slopes, recipe.calibration.damping)?;
+        for (tensor, found) in plan.tensors.iter().zip(&mut found) {
             let Some((i, part)) = tensor.layer() else { continue };
             let place = Layer::PARTS.iter().position(|name| *name == part);
             if let Some((place, input)) = place.zip(input_of(part))
                 && i == index
             {
                 let weight = checkpoint.weight(&tensor.name)?;
-                *priced = of_linear(tensor, &weight, &slopes.slopes[place], &moments[input])?;
+                *found = of_linear(tensor, &weight, &slopes.slopes[place], &hessians[input])?;
             }
             check_interrupt()?;
         }
         Ok(())
     })?;
     let tables = Tables::new(&ends, &model, &sequences);
-    for (tensor, priced) in plan.tensors.iter().zip(&mut priced) {
+    for (tensor, found) in plan.tensors.iter().zip(&mut found) {
         if tensor.layer().is_none() && tensor.shape.len() == 2 {
             let weight = checkpoint.weight(&tensor.name)?;
-            *priced = of_table(tensor, &weight, &tables)?;
+            *found = of_table(tensor, &weight, &tables)?;
         }
     }
-    Ok(priced)
+    Ok(found)
 }
 
-/// An upper estimate of the memory that prices take beside the mapped source, in bytes.
+/// An upper estimate of the memory that costs take beside the mapped source, in bytes.
 #[must_use]
 pub fn memory(spec: &ModelSpec) -> u64 {
     let tokens = TOKENS as u64;
@@ -93,8 +88,8 @@ pub fn memory(spec: &ModelSpec) -> u64 {
     streams + (tokens * width * 4 + layer * 8).max(tokens * spec.vocab_size * 8)
 }
 
-/// Second moments of some columns of an input, of [`Hessian`]'s scale for a single sequence.
-struct Moments {
+/// The Hessian of some columns of an input, and its factors. All tokens count as one sequence.
+struct HessianChunk {
     isa: Isa,
     from: usize,
     tokens: usize,
@@ -104,15 +99,15 @@ struct Moments {
     norms: Vec<f32>,
 }
 
-impl Moments {
+impl HessianChunk {
     /// Of the four inputs of a decoder layer, in chunks of columns.
     fn all(model: &Model, slopes: &LayerSlopes, damping: f64) -> Result<[Vec<Self>; 4]> {
         let tokens = slopes.inputs[0].len() / model.norm.len();
         let mut all: [Vec<Self>; 4] = Default::default();
-        for (x, moments) in slopes.inputs.iter().zip(&mut all) {
+        for (x, chunks) in slopes.inputs.iter().zip(&mut all) {
             let cols = x.len() / tokens.max(1);
             for from in (0..cols).step_by(CHUNK) {
-                moments.push(Self::new(model.isa, x, cols, from, damping)?);
+                chunks.push(Self::new(model.isa, x, cols, from, damping)?);
             }
         }
         Ok(all)
@@ -151,7 +146,7 @@ impl Moments {
             factor: &self.factor,
             norms: &self.norms,
         };
-        let stored = decode(&linear(&input, method, None)?, input.rows, cols);
+        let stored = decode(&method.quantizer().quantize(&input, None)?, input.rows, cols);
         let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
         let scale = 0.5 / self.tokens as f64;
         let errors = output_errors(self.isa, &difference, &self.plain);
@@ -159,24 +154,7 @@ impl Moments {
     }
 }
 
-/// Integers that tensors may become.
-fn integers() -> impl Iterator<Item = IntGroup> {
-    let all =
-        [(1, 128), (2, 128), (2, 64), (3, 128), (3, 64), (4, 128), (4, 32), (8, 128), (8, 32)];
-    all.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group))
-}
-
-/// What linear layers may become.
-fn methods() -> impl Iterator<Item = Method> {
-    let codes = [(1, 8), (1, 4), (2, 8), (2, 4)];
-    let codes = codes.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, BLOCK, false));
-    let codes = codes.map(|spec| Method::Nm(nm::Options { spec, sweeps: SWEEPS, refit: true }));
-    let sweeps = |spec: IntGroup| if spec.bits() < 8 { SWEEPS } else { 0 };
-    let integer = move |spec| Method::Int(int_group::Options::full(spec, sweeps(spec)));
-    integers().map(integer).chain(codes)
-}
-
-/// Staying as it is.
+/// The candidate that keeps the numbers of the checkpoint.
 fn kept(tensor: &TensorPlan, weight: &Weight) -> Result<Option<Candidate>> {
     let Encoding::Dense(kind) = *weight.encoding() else { return Ok(None) };
     Candidate::new(tensor, TensorMethod::Keep(kind), 0.0).map(Some)
@@ -193,48 +171,49 @@ fn sample(weight: &Weight, most: usize) -> (Vec<usize>, Vec<f32>) {
     (numbers, values)
 }
 
-/// What the values of some rows stand for: the sum over all rows by that over these.
+/// The weight of sampled rows: the sum of `values` over all rows divided by the sum over `rows`.
 fn share(values: &[f32], rows: &[usize]) -> f64 {
     let all: f64 = values.iter().map(|v| f64::from(*v)).sum();
     let some: f64 = rows.iter().map(|r| f64::from(values[*r])).sum();
     if some > 0.0 { all / some } else { 0.0 }
 }
 
-/// A linear layer of a decoder layer. `slopes` are the mean squares of the gradients of its outputs.
+/// The candidates of a linear layer. `fisher` is the mean square of the gradient of each output, `[out]`.
 fn of_linear(
     tensor: &TensorPlan,
     weight: &Weight,
-    slopes: &[f32],
-    moments: &[Moments],
+    fisher: &[f32],
+    hessians: &[HessianChunk],
 ) -> Result<Vec<Candidate>> {
     let (rows, values) = sample(weight, ROWS);
-    let factor = 0.5 * share(slopes, &rows);
-    let chunks: Vec<Vec<f32>> = moments.iter().map(|m| m.columns(&values, weight.cols())).collect();
-    let mut priced = Vec::new();
-    for method in methods() {
+    let factor = 0.5 * share(fisher, &rows);
+    let chunks: Vec<Vec<f32>> =
+        hessians.iter().map(|h| h.columns(&values, weight.cols())).collect();
+    let mut found = Vec::new();
+    for method in Method::candidates() {
         let mut loss = 0.0;
-        for (values, moments) in chunks.iter().zip(moments) {
-            let errors = moments.errors(values, method)?;
-            let weighted = errors.iter().zip(&rows).map(|(e, r)| e * f64::from(slopes[*r]));
+        for (values, hessian) in chunks.iter().zip(hessians) {
+            let errors = hessian.errors(values, method)?;
+            let weighted = errors.iter().zip(&rows).map(|(e, r)| e * f64::from(fisher[*r]));
             loss += weighted.sum::<f64>();
         }
         let loss = (factor * loss).powf(LINEAR_POWER);
-        priced.push(Candidate::new(tensor, TensorMethod::Linear(method), loss)?);
+        found.push(Candidate::new(tensor, TensorMethod::Linear(method), loss)?);
     }
-    priced.extend(kept(tensor, weight)?);
-    Ok(priced)
+    found.extend(kept(tensor, weight)?);
+    Ok(found)
 }
 
-/// Embeddings or head. They are rounded, so that the errors of columns are independent.
+/// The candidates of embeddings or head. Both are rounded, so the errors of columns are independent.
 fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result<Vec<Candidate>> {
     let cols = weight.cols();
     let (rows, values) = sample(weight, TABLE_ROWS);
     let ends = tables.ends;
-    // What the rows stand for, looked up and as rows of the head.
+    // The weights of the sampled rows as embeddings and as rows of the head.
     let looked_up = share(&tables.frequencies, &rows);
     let multiplied = share(&ends.logits, &rows);
-    let mut priced = Vec::new();
-    for spec in integers() {
+    let mut found = Vec::new();
+    for spec in int_group::candidate_encodings() {
         let stored = decode(&int_group::round(&values, rows.len(), cols, spec), rows.len(), cols);
         let mut loss = 0.0;
         for ((w, q), r) in values.chunks_exact(cols).zip(stored.chunks_exact(cols)).zip(&rows) {
@@ -248,16 +227,16 @@ fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result
                 loss += multiplied * f64::from(ends.logits[*r]) * squares(&ends.head_inputs);
             }
         }
-        priced.push(Candidate::new(tensor, TensorMethod::Round(spec), 0.5 * loss)?);
+        found.push(Candidate::new(tensor, TensorMethod::Round(spec), 0.5 * loss)?);
     }
-    priced.extend(kept(tensor, weight)?);
-    Ok(priced)
+    found.extend(kept(tensor, weight)?);
+    Ok(found)
 }
 
 /// How embeddings and head are used.
 struct Tables<'a> {
     ends: &'a Ends,
-    /// The share of each token, none never.
+    /// The share of each token in the calibration text, with one occurrence more for each token.
     frequencies: Vec<f32>,
     tied: bool,
 }

@@ -1,9 +1,9 @@
-//! Errors of binarizing with means, for the searches: sums over the values of a row in sorted order
-//! give the error of any range of them in the time of a few binary searches.
+//! The error of binarizing with means, for the searches. Running sums over the sorted values of a row give the error
+//! of any range of them with a few binary searches.
 
-/// Sums over some values x with cost weights h.
+/// ValueSums over some values x with cost weights h.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Sums {
+pub struct ValueSums {
     /// How many.
     pub n: f64,
     /// Σ x.
@@ -16,7 +16,7 @@ pub struct Sums {
     pub hxx: f64,
 }
 
-impl Sums {
+impl ValueSums {
     fn add(self, x: f32, h: f32) -> Self {
         let (x, h) = (f64::from(x), f64::from(h));
         Self {
@@ -59,10 +59,10 @@ impl Sums {
     }
 }
 
-/// Values of which sums over any range can be had.
+/// Values with sums over any range.
 pub trait Members {
-    /// Sums over the values in `low..high`.
-    fn between(&self, low: f64, high: f64) -> Sums;
+    /// ValueSums over the values in `low..high`.
+    fn between(&self, low: f64, high: f64) -> ValueSums;
 }
 
 /// All values of a row, ascending, with running sums.
@@ -71,13 +71,13 @@ pub struct Sorted {
     /// Pairs of value and cost weight, ascending by value.
     values: Vec<(f32, f32)>,
     /// Running sums, one entry more than values.
-    sums: Vec<Sums>,
+    sums: Vec<ValueSums>,
 }
 
 impl Default for Sorted {
     /// No values.
     fn default() -> Self {
-        Self { values: Vec::new(), sums: vec![Sums::default()] }
+        Self { values: Vec::new(), sums: vec![ValueSums::default()] }
     }
 }
 
@@ -88,8 +88,8 @@ impl Sorted {
         self.values.extend(values);
         self.values.sort_unstable_by(|x, y| x.0.total_cmp(&y.0));
         self.sums.clear();
-        self.sums.push(Sums::default());
-        let mut sum = Sums::default();
+        self.sums.push(ValueSums::default());
+        let mut sum = ValueSums::default();
         for (x, h) in &self.values {
             sum = sum.add(*x, *h);
             self.sums.push(sum);
@@ -106,9 +106,9 @@ impl Sorted {
         self.values.partition_point(|v| f64::from(v.0) <= limit)
     }
 
-    /// Sums of the values with ranks `from..to`.
-    fn ranks(&self, from: usize, to: usize) -> Sums {
-        if from < to { self.sums[to].minus(self.sums[from]) } else { Sums::default() }
+    /// ValueSums of the values with ranks `from..to`.
+    fn ranks(&self, from: usize, to: usize) -> ValueSums {
+        if from < to { self.sums[to].minus(self.sums[from]) } else { ValueSums::default() }
     }
 
     /// The values whose magnitude is in `p1..p2`.
@@ -137,7 +137,7 @@ pub struct Band<'a> {
 }
 
 impl Members for Band<'_> {
-    fn between(&self, low: f64, high: f64) -> Sums {
+    fn between(&self, low: f64, high: f64) -> ValueSums {
         let (low, high) = (self.sorted.below(low), self.sorted.below(high));
         let part = |(from, to): (usize, usize)| self.sorted.ranks(from.max(low), to.min(high));
         part(self.parts[0]).plus(part(self.parts[1]))
@@ -152,16 +152,16 @@ pub struct Without<'a> {
 }
 
 impl Members for Without<'_> {
-    fn between(&self, low: f64, high: f64) -> Sums {
+    fn between(&self, low: f64, high: f64) -> ValueSums {
         let all = self.sorted.ranks(self.sorted.below(low), self.sorted.below(high));
         all.minus(self.chosen.between(low, high))
     }
 }
 
 impl Members for [(f32, f32)] {
-    fn between(&self, low: f64, high: f64) -> Sums {
+    fn between(&self, low: f64, high: f64) -> ValueSums {
         let inside = self.iter().filter(|v| f64::from(v.0) >= low && f64::from(v.0) < high);
-        inside.fold(Sums::default(), |sum, (x, h)| sum.add(*x, *h))
+        inside.fold(ValueSums::default(), |sum, (x, h)| sum.add(*x, *h))
     }
 }
 
@@ -178,7 +178,7 @@ pub fn binary_error(set: &(impl Members + ?Sized)) -> f64 {
 /// The same for binarizing twice, the second time the residual of the first.
 #[must_use]
 pub fn residual_error(set: &(impl Members + ?Sized)) -> f64 {
-    let Some(First { middle, low, high, levels: [under, over] }) = first_order(set) else {
+    let Some(BinarizedOnce { middle, low, high, levels: [under, over] }) = first_order(set) else {
         return 0.0;
     };
     let n = low.n + high.n;
@@ -197,17 +197,17 @@ pub fn residual_error(set: &(impl Members + ?Sized)) -> f64 {
 }
 
 /// A set binarized once.
-struct First {
+struct BinarizedOnce {
     /// Where signs change.
     middle: f64,
     /// What is below and above.
-    low: Sums,
-    high: Sums,
+    low: ValueSums,
+    high: ValueSums,
     /// What those become.
     levels: [f64; 2],
 }
 
-fn first_order(set: &(impl Members + ?Sized)) -> Option<First> {
+fn first_order(set: &(impl Members + ?Sized)) -> Option<BinarizedOnce> {
     let all = set.between(f64::NEG_INFINITY, f64::INFINITY);
     if all.n < 0.5 {
         return None;
@@ -216,7 +216,7 @@ fn first_order(set: &(impl Members + ?Sized)) -> Option<First> {
     let low = set.between(f64::NEG_INFINITY, middle);
     let high = all.minus(low);
     let scale = (high.deviation(middle) - low.deviation(middle)) / all.n;
-    Some(First { middle, low, high, levels: [middle - scale, middle + scale] })
+    Some(BinarizedOnce { middle, low, high, levels: [middle - scale, middle + scale] })
 }
 
 #[cfg(test)]

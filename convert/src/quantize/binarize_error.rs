@@ -1,16 +1,16 @@
-//! Errors of binarizing without means, for the searches. Signs do not matter then, so sums go over
-//! magnitudes, and four rows are summed at a time, a row in each lane. Everything here is inlined into
-//! a function that is compiled for vectors; additions keep their order whatever these are.
+//! The error of binarizing without means, for the searches. Signs do not matter then, so sums go over magnitudes.
+//! Four rows are summed at a time, one in each lane. Everything here is inlined into a function that is compiled for
+//! an instruction set; the order of additions is the same for all of them.
 
 use std::array::from_fn;
 use std::ops::{Add, AddAssign, Mul, Sub};
 
-use super::search::SearchError;
+use super::search_error::SearchError;
 
 /// Rows at a time.
 const LANES: usize = 4;
 
-/// A number of each row.
+/// One number for each row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Lanes([f64; LANES]);
 
@@ -60,9 +60,9 @@ impl Lanes {
     }
 }
 
-/// Sums over some magnitudes m with cost weights h.
+/// LaneSums over some magnitudes m with cost weights h.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Sums {
+struct LaneSums {
     /// How many.
     n: Lanes,
     /// Σ m.
@@ -73,7 +73,7 @@ struct Sums {
     hm: Lanes,
 }
 
-impl AddAssign for Sums {
+impl AddAssign for LaneSums {
     #[inline(always)]
     fn add_assign(&mut self, other: Self) {
         self.n = self.n + other.n;
@@ -83,7 +83,7 @@ impl AddAssign for Sums {
     }
 }
 
-impl Sub for Sums {
+impl Sub for LaneSums {
     type Output = Self;
 
     #[inline(always)]
@@ -97,7 +97,7 @@ impl Sub for Sums {
     }
 }
 
-impl Sums {
+impl LaneSums {
     /// One magnitude of one lane.
     #[inline(always)]
     fn set(&mut self, lane: usize, m: f64, h: f64) {
@@ -136,7 +136,7 @@ impl Sums {
     }
 
     /// By how much binarizing twice takes the error below Σ h m². `low` are the sums over
-    /// magnitudes below [`Sums::scale`]: the residual of the others has their sign, that of those the
+    /// magnitudes below [`LaneSums::scale`]: the residual of the others has their sign, that of those the
     /// other one.
     #[inline(always)]
     fn gain_of_two(self, low: Self) -> Lanes {
@@ -157,28 +157,28 @@ pub struct Values<'a> {
 }
 
 /// Weights and mask of a row.
-pub type Row<'a> = (&'a [f32], &'a [bool]);
+pub type MaskedRow<'a> = (&'a [f32], &'a [bool]);
 
 /// Up to [`LANES`] rows, column by column; zeros for what is not kept.
 #[derive(Default)]
-struct Group {
+struct RowGroup {
     m: Vec<Lanes>,
-    terms: Vec<Sums>,
+    terms: Vec<LaneSums>,
     /// Of all columns.
-    total: Sums,
+    total: LaneSums,
     /// Σ h m² of all columns.
     squares: Lanes,
 }
 
-impl Group {
+impl RowGroup {
     /// The columns of `rows` in this order.
     #[inline(always)]
-    fn fill(&mut self, rows: &[Row<'_>], columns: &[usize], values: &Values<'_>) {
+    fn fill(&mut self, rows: &[MaskedRow<'_>], columns: &[usize], values: &Values<'_>) {
         self.m.clear();
         self.terms.clear();
         (self.total, self.squares) = Default::default();
         for c in columns {
-            let (mut m, mut terms) = (Lanes::default(), Sums::default());
+            let (mut m, mut terms) = (Lanes::default(), LaneSums::default());
             for (lane, (weights, mask)) in rows.iter().enumerate() {
                 if mask[*c] {
                     let (x, h) = values.error.value(weights[*c], values.importance[*c]);
@@ -200,13 +200,13 @@ struct Ascending {
     values: Vec<(f64, f64)>,
     /// n, Σ m, Σ h, Σ h·m; one entry more than values.
     sums: Vec<[f64; 4]>,
-    /// What the last call found: limits move little from one to the next.
+    /// The result of the last call: limits move little from one call to the next.
     at: usize,
 }
 
 impl Ascending {
     #[inline(always)]
-    fn fill(&mut self, group: &Group, lane: usize) {
+    fn fill(&mut self, group: &RowGroup, lane: usize) {
         self.values.clear();
         let kept = group.terms.iter().zip(&group.m).filter(|(terms, _)| terms.n.0[lane] > 0.0);
         self.values.extend(kept.map(|(terms, m)| (m.0[lane], terms.h.0[lane])));
@@ -222,7 +222,7 @@ impl Ascending {
         self.at = self.values.len();
     }
 
-    /// Sums over what is below `limit`.
+    /// LaneSums over what is below `limit`.
     #[inline(always)]
     fn below(&mut self, limit: f64) -> [f64; 4] {
         while self.at > 0 && self.values[self.at - 1].0 >= limit {
@@ -240,12 +240,12 @@ impl Ascending {
 /// lanes.
 #[inline(always)]
 pub fn add_salient_errors<'a>(
-    rows: impl Iterator<Item = Row<'a>>,
+    rows: impl Iterator<Item = MaskedRow<'a>>,
     ranked: &[usize],
     values: &Values<'_>,
     errors: &mut [f64],
 ) {
-    let mut group = Group::default();
+    let mut group = RowGroup::default();
     let mut ascending: [Ascending; LANES] = Default::default();
     let mut found = vec![Lanes::default(); errors.len()];
     each_group(
@@ -256,17 +256,17 @@ pub fn add_salient_errors<'a>(
             for (lane, ascending) in ascending.iter_mut().enumerate() {
                 ascending.fill(&group, lane);
             }
-            let mut chosen = Sums::default();
+            let mut chosen = LaneSums::default();
             for (k, found) in found.iter_mut().enumerate() {
                 chosen += group.terms[k];
                 let others = group.total - chosen;
                 let (limit, limit_of_others) = (chosen.scale(), others.scale());
-                let (mut low, mut low_not_others) = (Sums::default(), Sums::default());
+                let (mut low, mut low_not_others) = (LaneSums::default(), LaneSums::default());
                 for (m, terms) in group.m[..=k].iter().zip(&group.terms) {
                     low += terms.where_below(*m, limit);
                     low_not_others += terms.where_below(*m, limit_of_others);
                 }
-                let mut low_of_all = Sums::default();
+                let mut low_of_all = LaneSums::default();
                 for (lane, ascending) in ascending.iter_mut().enumerate() {
                     let [n, m, h, hm] = ascending.below(limit_of_others.0[lane]);
                     low_of_all.n.0[lane] = n;
@@ -285,14 +285,14 @@ pub fn add_salient_errors<'a>(
 
 /// Candidates for thresholds between regions.
 #[derive(Debug)]
-pub struct Grid {
+pub struct ThresholdGrid {
     /// All thresholds, ascending.
     edges: Vec<f64>,
     /// For each candidate, the places of its lowest and its highest threshold in `edges`.
     candidates: Vec<[usize; 2]>,
 }
 
-impl Grid {
+impl ThresholdGrid {
     /// From thresholds (one or two, ascending) of each candidate.
     #[must_use]
     pub fn new(candidates: &[Vec<f64>]) -> Self {
@@ -309,14 +309,14 @@ impl Grid {
 /// a binary search for each column, and once through edges and candidates over lanes.
 #[inline(always)]
 pub fn add_threshold_errors<'a>(
-    rows: impl Iterator<Item = Row<'a>>,
+    rows: impl Iterator<Item = MaskedRow<'a>>,
     columns: &[usize],
     values: &Values<'_>,
-    grid: &Grid,
+    grid: &ThresholdGrid,
     errors: &mut [f64],
 ) {
-    let mut group = Group::default();
-    let mut below = vec![Sums::default(); grid.edges.len() + 1];
+    let mut group = RowGroup::default();
+    let mut below = vec![LaneSums::default(); grid.edges.len() + 1];
     let mut found = vec![Lanes::default(); errors.len()];
     each_group(
         rows,
@@ -324,7 +324,7 @@ pub fn add_threshold_errors<'a>(
         |rows| {
             group.fill(rows, columns, values);
             // Magnitudes between two edges, then running sums: what is below each edge.
-            below.fill(Sums::default());
+            below.fill(LaneSums::default());
             for (m, terms) in group.m.iter().zip(&group.terms) {
                 for lane in 0..LANES {
                     let at = grid.edges.partition_point(|edge| *edge <= m.0[lane]);
@@ -335,7 +335,7 @@ pub fn add_threshold_errors<'a>(
                     to.hm.0[lane] += terms.hm.0[lane];
                 }
             }
-            let mut sum = Sums::default();
+            let mut sum = LaneSums::default();
             for below in &mut below {
                 sum += *below;
                 *below = sum;
@@ -357,8 +357,11 @@ pub fn add_threshold_errors<'a>(
 
 /// Calls `f` with [`LANES`] rows at a time, the last time perhaps fewer.
 #[inline(always)]
-fn each_group<'a>(mut rows: impl Iterator<Item = Row<'a>>, mut f: impl FnMut(&[Row<'a>])) {
-    let mut group: [Row<'a>; LANES] = [(&[], &[]); LANES];
+fn each_group<'a>(
+    mut rows: impl Iterator<Item = MaskedRow<'a>>,
+    mut f: impl FnMut(&[MaskedRow<'a>]),
+) {
+    let mut group: [MaskedRow<'a>; LANES] = [(&[], &[]); LANES];
     loop {
         let mut count = 0;
         while count < LANES {
@@ -375,7 +378,7 @@ fn each_group<'a>(mut rows: impl Iterator<Item = Row<'a>>, mut f: impl FnMut(&[R
 
 #[cfg(test)]
 mod tests {
-    use super::super::sorted::tests::binarized_error;
+    use super::super::binarize_error_means::tests::binarized_error;
     use super::*;
 
     const COLS: usize = 24;
@@ -393,7 +396,7 @@ mod tests {
     fn expected(order: usize, sets: &[&dyn Fn(usize, f32) -> bool]) -> f64 {
         let (weights, mask, importance) = sample();
         let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
-        let of_row = |(weights, mask): Row<'_>| -> f64 {
+        let of_row = |(weights, mask): MaskedRow<'_>| -> f64 {
             let of_set = |set: &&dyn Fn(usize, f32) -> bool| {
                 let members = (0..COLS).filter(|c| mask[*c] && set(*c, weights[*c]));
                 let pairs: Vec<_> = members.map(|c| (weights[c], importance[c])).collect();
@@ -430,7 +433,7 @@ mod tests {
         let columns: Vec<usize> = (0..COLS).filter(|c| !c.is_multiple_of(5)).collect();
         let mut errors = vec![1.0; candidates.len()];
         let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
-        let grid = Grid::new(&candidates);
+        let grid = ThresholdGrid::new(&candidates);
         let values = Values { error: SearchError::Weighted, importance: &importance };
         add_threshold_errors(rows, &columns, &values, &grid, &mut errors);
         for (candidate, error) in candidates.iter().zip(errors) {

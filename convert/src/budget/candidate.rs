@@ -1,0 +1,22 @@
+//! A way to store a tensor, with its size and its cost.
+
+use stb_runtime::Result;
+
+use crate::plan::{TensorMethod, TensorPlan};
+
+/// A way to store a tensor.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidate {
+    pub(super) treatment: TensorMethod,
+    pub(super) bytes: u64,
+    /// Its cost, see [`super::cost`].
+    pub(super) error: f64,
+}
+
+impl Candidate {
+    pub(super) fn new(tensor: &TensorPlan, treatment: TensorMethod, error: f64) -> Result<Self> {
+        let mut copy = tensor.clone();
+        copy.set(treatment)?;
+        Ok(Self { treatment, bytes: copy.bytes, error })
+    }
+}

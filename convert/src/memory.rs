@@ -1,0 +1,65 @@
+//! The memory that a conversion takes: the sum of what its parts say.
+
+use stb_runtime::Checkpoint;
+
+use crate::plan::{Plan, TensorMethod, TensorPlan};
+use crate::quantize::int_group::rounded_distill_memory;
+use crate::recipe::Recipe;
+use crate::tune::memory::{DistilledStreams, layer_memory, model_memory};
+use crate::{budget, hessian, pipeline, quantize};
+
+impl Plan {
+    /// An upper estimate of the memory that conversion takes beside the mapped source, in bytes:
+    /// hidden states of all sequences, and one decoder layer's inputs, Hessians, factors and weights.
+    #[must_use]
+    pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
+        let spec = &checkpoint.spec;
+        let pricing = recipe.linear.target_bits().map_or(0, |_| budget::memory(spec));
+        if !self.needs_calibration() {
+            let largest = self.tensors.iter().map(TensorPlan::elements).max().unwrap_or(0);
+            return pricing.max(largest * 12);
+        }
+        let calibration = &recipe.calibration;
+        let taken = pipeline::memory::memory(spec, calibration, self.prunes_first());
+        let inputs = pipeline::memory::input_sizes(spec);
+        let hessians: u64 = inputs.into_iter().map(hessian::memory).sum();
+        let factoring = inputs.into_iter().map(hessian::factoring_memory).max().unwrap_or(0);
+        let first = self.tensors.iter().filter(|t| t.layer().is_some_and(|(i, _)| i == 0));
+        let packed: u64 = first.map(|t| t.bytes).sum();
+        let layers =
+            calibration.distill_layers.map_or(0, |_| layer_memory(spec, taken.activations));
+        let step = taken.activations.max(factoring).max(self.quantizing_memory(checkpoint));
+        let layer = hessians + taken.dense_target + packed + step.max(layers);
+        let distill = calibration.distill.map_or(0, |_| {
+            let through = DistilledStreams {
+                tokens: pipeline::memory::tokens(spec, calibration),
+                batch: pipeline::memory::batch_tokens(spec, calibration),
+                activations: taken.activations,
+            };
+            model_memory(spec, self.moving_memory(), &through)
+        });
+        pricing.max(distill).max(taken.states + layer)
+    }
+
+    /// The most that quantizing a linear layer takes.
+    fn quantizing_memory(&self, checkpoint: &Checkpoint) -> u64 {
+        let scratch = self.tensors.iter().map(|t| match t.treatment {
+            TensorMethod::Linear(method) => method.quantizer().scratch_memory(t.shape[1]),
+            TensorMethod::Keep(_) | TensorMethod::Round(_) => 0,
+        });
+        let spec = &checkpoint.spec;
+        quantize::memory(spec.intermediate_size * spec.hidden_size) + scratch.max().unwrap_or(0)
+    }
+
+    /// Codes and scales of all tensors that move while the model is distilled.
+    fn moving_memory(&self) -> u64 {
+        let moving = self.tensors.iter().map(|t| match t.treatment {
+            TensorMethod::Linear(method) => {
+                method.quantizer().distill_memory(t.shape[0], t.shape[1])
+            }
+            TensorMethod::Round(spec) => rounded_distill_memory(spec, t.elements()),
+            TensorMethod::Keep(_) => 0,
+        });
+        moving.sum()
+    }
+}

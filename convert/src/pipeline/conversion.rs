@@ -1,0 +1,278 @@
+//! The whole conversion: opening, all tensors in file order, the report.
+
+use std::time::Instant;
+
+use stb_format::{Meta, Writer};
+use stb_runtime::{Error, Model, Weight};
+
+use super::fine;
+use super::job::{Job, Progress};
+use super::run::{Done, Hidden, Run};
+use super::tensor::{finite, squared_error, without_inputs};
+use crate::engine::Accelerator;
+use crate::interrupt::{Interrupted, check_interrupt};
+use crate::metadata;
+use crate::output::{Output, refuse_existing};
+use crate::plan::TensorPlan;
+use crate::report::{Report, Stages, TensorReport};
+use crate::resume::Workspace;
+
+/// Runs the conversion and writes the file. A conversion of the same source, recipe and text that was interrupted is
+/// resumed after its last finished decoder layer; the bytes are the same.
+///
+/// # Errors
+/// [`Interrupted`] if the user has asked to stop ([`crate::interrupt`]); [`Error::Invalid`] for weights that
+/// are not finite; [`Error::Io`] for the output. After an interruption or an error of the file
+/// system finished layers are kept ([`crate::resume`]), else nothing is.
+pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> {
+    let started = Instant::now();
+    refuse_existing(job.target, job.force)?;
+    let model = Model::from_checkpoint(job.checkpoint)?;
+    let mut meta = job.meta.clone();
+    metadata::add_hashes(&mut meta, job.checkpoint)?;
+    let accelerator = match &job.device {
+        Some(device) => Some(Accelerator::new(device, &model)?),
+        None => None,
+    };
+    let key = key(&job, &meta, &model, accelerator.as_ref());
+    let mut workspace = Workspace::open(job.target, &key)?;
+    if workspace.discarded {
+        progress.note(
+            "an unfinished conversion to this file was of another source, recipe, calibration or \
+             version: it is discarded",
+        );
+    }
+    let result =
+        convert_in(&job, &meta, model, accelerator.as_ref(), &mut workspace, progress, started);
+    let keep = match &result {
+        Ok(_) => false,
+        Err(e) => {
+            let io = e.downcast_ref::<Error>().is_some_and(|e| matches!(e, Error::Io { .. }));
+            workspace.finished() > 0 && (io || e.is::<Interrupted>())
+        }
+    };
+    if !keep {
+        workspace.remove();
+    } else if result.as_ref().is_err_and(|e| e.is::<Interrupted>()) {
+        return Err(Interrupted::Later(workspace.finished()).into());
+    }
+    result
+}
+
+fn convert_in(
+    job: &Job<'_>,
+    meta: &Meta,
+    model: Model,
+    accelerator: Option<&Accelerator>,
+    workspace: &mut Workspace,
+    progress: &dyn Progress,
+    started: Instant,
+) -> anyhow::Result<Report> {
+    let output = Output::create(job.target, workspace.output(), job.force)?;
+    let fail = |e: std::io::Error| Error::io(job.target, e);
+    let writer = Writer::new(output).map_err(fail)?;
+    let mut run = Run {
+        job,
+        model,
+        accelerator,
+        writer,
+        workspace,
+        reports: Vec::new(),
+        layers: Vec::new(),
+        stages: Stages::default(),
+        resumed: 0,
+    };
+    let calibration_tokens = run.all_tensors(progress)?;
+    let writing = Instant::now();
+    let Run { writer, reports, layers, mut stages, resumed, .. } = run;
+    let mut output = writer.finish(meta).map_err(fail)?;
+    check_interrupt()?;
+    let mut fine_tuning = 0.0;
+    if let Some(options) = job.recipe.calibration.distill {
+        let (file, tuned) = (output.close()?, workspace.tuned_output());
+        (output, fine_tuning) = fine::fine_tune(job, meta, &file, tuned, options, progress)?;
+    }
+    output.commit()?;
+    stages.output += writing.elapsed().as_secs_f64() - fine_tuning;
+    stages.fine_tuning = fine_tuning;
+    let mut report = make_report(job, reports, calibration_tokens, meta);
+    layers.iter().for_each(|layer| stages.add(&layer.stages));
+    report.stages = stages;
+    report.layers = layers;
+    report.resumed_layers = resumed;
+    report.seconds = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// A text of everything that the bytes of the file depend on.
+fn key(job: &Job<'_>, meta: &Meta, model: &Model, accelerator: Option<&Accelerator>) -> String {
+    let device = accelerator.map_or("", Accelerator::name);
+    let mut text = format!("{meta:?}\n{} {device}\n", model.isa.name());
+    for tensor in &job.plan.tensors {
+        text += &format!("{} {:?} {:?}\n", tensor.name, tensor.shape, tensor.treatment);
+    }
+    text
+}
+
+fn make_report(
+    job: &Job<'_>,
+    tensors: Vec<TensorReport>,
+    calibration_tokens: usize,
+    meta: &Meta,
+) -> Report {
+    let (file_bytes, parameters) = (job.plan.file_bytes(meta), job.plan.parameters());
+    let body = || job.plan.tensors.iter().filter(|t| t.layer().is_some() && t.shape.len() == 2);
+    let body_bytes: u64 = body().map(|t| t.bytes).sum();
+    let body_weights: u64 = body().map(TensorPlan::elements).sum();
+    let salient: Vec<f64> = tensors.iter().filter_map(|t| t.salient).collect();
+    let salient = salient.iter().sum::<f64>() / salient.len().max(1) as f64;
+    let calibration = match meta.get("provenance.calibration") {
+        Some(stb_format::Value::Text(text)) => text.clone(),
+        _ => String::new(),
+    };
+    Report {
+        recipe: job.recipe.name.clone(),
+        parameters,
+        file_bytes,
+        true_bits_per_parameter: file_bytes as f64 * 8.0 / parameters as f64,
+        body_bits: body_bytes as f64 * 8.0 / body_weights.max(1) as f64,
+        nominal_bits_paper: job.plan.nominal_bits(salient),
+        calibration,
+        calibration_tokens,
+        notes: job.plan.notes(),
+        seconds: 0.0,
+        resumed_layers: 0,
+        stages: Stages::default(),
+        layers: Vec::new(),
+        tensors,
+    }
+}
+
+impl Run<'_> {
+    /// Writes all tensors; returns the number of calibration tokens.
+    fn all_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
+        let job = self.job;
+        let layers = self.model.layers.len();
+        let mut hidden = self.embedded()?;
+        let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.model.norm.len();
+        let mut tensors = job.plan.tensors.iter().peekable();
+        let before: Vec<_> =
+            std::iter::from_fn(|| tensors.next_if(|t| t.layer().is_none())).collect();
+        self.outside(&before)?;
+        let parts: Vec<Vec<&TensorPlan>> = (0..layers)
+            .map(|index| {
+                std::iter::from_fn(|| {
+                    tensors.next_if(|t| t.layer().is_some_and(|(i, _)| i == index))
+                })
+                .collect()
+            })
+            .collect();
+        let outside = std::mem::take(&mut self.stages);
+        let finished = self.take_over(&parts, &mut hidden, progress)?;
+        for (index, part) in parts.iter().enumerate().skip(finished) {
+            self.layer(index, part, &mut hidden, progress)?;
+        }
+        self.stages = outside;
+        let after: Vec<_> = tensors.collect();
+        self.outside(&after)?;
+        Ok(tokens)
+    }
+
+    /// The inputs of the first layer.
+    fn embedded(&self) -> anyhow::Result<Hidden> {
+        let job = self.job;
+        let mut hidden = Hidden::default();
+        if job.plan.needs_calibration() {
+            let tokenizer = self.model.tokenizer()?;
+            let options = &job.recipe.calibration;
+            let length = options.length.min(job.checkpoint.spec.context_length as usize);
+            let table = self.stored_embeddings()?;
+            for window in job.calibration.windows(&tokenizer, options, length)? {
+                let mut states = Vec::new();
+                self.model.embed(&window, &mut states)?;
+                if job.recipe.calibration.follows_dense() {
+                    hidden.dense.push(states.clone());
+                }
+                if let Some(table) = &table {
+                    let width = table.cols();
+                    for (token, state) in window.iter().zip(states.chunks_exact_mut(width)) {
+                        table.view().decode_row(*token as usize, state);
+                    }
+                }
+                hidden.quantized.push(states);
+            }
+        }
+        if job.plan.prunes_first() {
+            hidden.pruned.clone_from(&hidden.quantized);
+        }
+        Ok(hidden)
+    }
+
+    /// The embeddings as they will be stored, if layers are calibrated with those.
+    fn stored_embeddings(&self) -> anyhow::Result<Option<Weight>> {
+        let name = "model.embed_tokens.weight";
+        let plan = self.job.plan.tensors.iter().find(|t| t.name == name);
+        let Some(plan) = plan.filter(|_| self.job.recipe.calibration.refreshed) else {
+            return Ok(None);
+        };
+        let weight = self.job.checkpoint.weight(name)?;
+        let packed = without_inputs(plan, &weight, &finite(&weight, name)?);
+        let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
+        Ok(Some(Weight::from_payload(&packed.payload, packed.encoding, rows, cols)?))
+    }
+
+    /// Writes the layers that an interrupted run has finished; returns their number.
+    fn take_over(
+        &mut self,
+        parts: &[Vec<&TensorPlan>],
+        hidden: &mut Hidden,
+        progress: &dyn Progress,
+    ) -> anyhow::Result<usize> {
+        let finished = self.workspace.finished().min(parts.len());
+        if finished == 0 {
+            return Ok(0);
+        }
+        let mut saved = Vec::new();
+        for (index, part) in parts[..finished].iter().enumerate() {
+            let lengths: Vec<u64> = part.iter().map(|t| t.bytes).collect();
+            saved.extend(self.workspace.load(index, &lengths));
+        }
+        let mut states = hidden.all();
+        let complete = saved.len() == finished
+            && (finished == parts.len() || self.workspace.load_states(&mut states).is_some());
+        if !complete {
+            progress.note("what was kept of an unfinished conversion is damaged: it starts anew");
+            self.workspace.forget();
+            *hidden = self.embedded()?;
+            return Ok(0);
+        }
+        for (part, layer) in parts.iter().zip(saved) {
+            for ((tensor, payload), report) in part.iter().zip(&layer.payloads).zip(layer.tensors) {
+                let encoding = tensor.treatment.encoding();
+                self.writer
+                    .tensor(&tensor.name, &tensor.shape, &encoding, payload)
+                    .map_err(|e| Error::io(self.job.target, e))?;
+                self.reports.push(report);
+            }
+            self.layers.push(layer.layer);
+        }
+        self.resumed = finished;
+        progress.note(&format!("going on after {finished} of {} decoder layers", parts.len()));
+        Ok(finished)
+    }
+
+    /// Tensors outside the decoder layers.
+    fn outside(&mut self, tensors: &[&TensorPlan]) -> anyhow::Result<()> {
+        for tensor in tensors {
+            check_interrupt()?;
+            let started = Instant::now();
+            let weight = self.job.checkpoint.weight(&tensor.name)?;
+            let values = finite(&weight, &tensor.name)?;
+            let packed = without_inputs(tensor, &weight, &values);
+            let error = squared_error(&packed, &weight, &values);
+            let seconds = started.elapsed().as_secs_f64();
+            self.write(tensor, &Done { packed, error, seconds })?;
+        }
+        Ok(())
+    }
+}

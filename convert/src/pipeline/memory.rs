@@ -1,0 +1,59 @@
+//! An estimate of the memory that calibration takes.
+
+use stb_format::ModelSpec;
+
+use super::limits::{BATCH, KEPT_BYTES};
+use crate::recipe::Calibration;
+
+/// Bytes that calibration takes, by when.
+pub(crate) struct CalibrationMemory {
+    /// Hidden states of all sequences, and inputs that are kept: all the time.
+    pub states: u64,
+    /// How far the inputs of a layer are from the dense model's: while the layer is quantized.
+    pub dense_target: u64,
+    /// The activations of a batch: during a forward pass.
+    pub activations: u64,
+}
+
+/// Tokens of all calibration sequences.
+pub(crate) fn tokens(spec: &ModelSpec, calibration: &Calibration) -> u64 {
+    calibration.samples as u64 * (calibration.length as u64).min(spec.context_length)
+}
+
+/// Tokens that run through a layer together.
+pub(crate) fn batch_tokens(spec: &ModelSpec, calibration: &Calibration) -> u64 {
+    BATCH as u64 * (calibration.length as u64).min(spec.context_length)
+}
+
+/// Features of the four inputs of a decoder layer.
+pub(crate) fn input_sizes(spec: &ModelSpec) -> [u64; 4] {
+    [spec.hidden_size, spec.heads * spec.head_dim, spec.hidden_size, spec.intermediate_size]
+}
+
+/// The estimate. `prunes_first`: masks come from a pruning pass over the whole model.
+pub(crate) fn memory(
+    spec: &ModelSpec,
+    calibration: &Calibration,
+    prunes_first: bool,
+) -> CalibrationMemory {
+    let tokens = tokens(spec, calibration);
+    let dense = calibration.follows_dense();
+    // A separate pruning pass has hidden states of its own, and so has the dense model; distilling a layer keeps
+    // its inputs.
+    let streams = 1
+        + u64::from(prunes_first)
+        + u64::from(dense)
+        + u64::from(calibration.distill_layers.is_some());
+    let kept = if calibration.refreshed { KEPT_BYTES as u64 } else { 0 };
+    let widest = spec.intermediate_size.max(spec.heads * spec.head_dim);
+    let features = input_sizes(spec).iter().sum::<u64>() + 4 * spec.intermediate_size;
+    CalibrationMemory {
+        states: tokens * 4 * (spec.hidden_size * streams) + kept.min(tokens * 4 * widest),
+        dense_target: if dense {
+            (spec.intermediate_size + spec.hidden_size) * spec.intermediate_size * 4
+        } else {
+            0
+        },
+        activations: batch_tokens(spec, calibration) * features * 4,
+    }
+}

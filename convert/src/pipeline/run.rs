@@ -1,0 +1,96 @@
+//! The state of a conversion in progress.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use stb_format::Writer;
+use stb_runtime::{Error, LinearInput, Model, Observer};
+
+use super::job::Job;
+use crate::engine::{Accelerator, Engine};
+use crate::output::Output;
+use crate::plan::TensorPlan;
+use crate::quantize::Packed;
+use crate::report::{LayerReport, Stages, TensorReport};
+use crate::resume::{States, Workspace};
+
+/// A conversion in progress.
+pub(super) struct Run<'a> {
+    pub(super) job: &'a Job<'a>,
+    pub(super) model: Model,
+    pub(super) accelerator: Option<&'a Accelerator>,
+    pub(super) writer: Writer<Output>,
+    pub(super) workspace: &'a mut Workspace,
+    pub(super) reports: Vec<TensorReport>,
+    pub(super) layers: Vec<LayerReport>,
+    /// Times of the layer in progress; outside the layers, of the tensors outside.
+    pub(super) stages: Stages,
+    /// Layers that an interrupted run had finished.
+    pub(super) resumed: usize,
+}
+
+/// The inputs of a decoder layer, [tokens, hidden] for each sequence.
+#[derive(Default)]
+pub(super) struct Hidden {
+    /// After the layers that have been quantized.
+    pub(super) quantized: States,
+    /// After the same layers, only pruned: for masks from a pruning pass over the whole model.
+    pub(super) pruned: States,
+    /// After the same layers of the dense model, for targets from it.
+    pub(super) dense: States,
+}
+
+impl Hidden {
+    /// All of them, to be kept for a later run.
+    pub(super) fn all(&mut self) -> [&mut States; 3] {
+        [&mut self.quantized, &mut self.pruned, &mut self.dense]
+    }
+}
+
+/// A tensor that has been quantized.
+pub(super) struct Done {
+    pub(super) packed: Packed,
+    pub(super) error: f64,
+    pub(super) seconds: f64,
+}
+
+/// Keeps the inputs of the linear layers, in the order of [`LinearInput::ALL`].
+#[derive(Default)]
+pub(super) struct Capture(pub(super) [Vec<f32>; 4]);
+
+impl Observer for Capture {
+    fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
+        self.0[input.index()] = x.to_vec();
+        ControlFlow::Continue(())
+    }
+}
+
+impl<'a> Run<'a> {
+    /// Where products are computed.
+    pub(super) fn engine(&self) -> Engine<'a> {
+        Engine { isa: self.model.isa, accelerator: self.accelerator }
+    }
+
+    /// Writes a finished tensor and reports it.
+    pub(super) fn write(&mut self, tensor: &TensorPlan, done: &Done) -> anyhow::Result<()> {
+        let target = self.job.target;
+        let Done { packed, error, seconds } = done;
+        self.stages.quantizer.add(&packed.seconds);
+        let writing = Instant::now();
+        self.writer
+            .tensor(&tensor.name, &tensor.shape, &packed.encoding, &packed.payload)
+            .map_err(|e| Error::io(target, e))?;
+        self.stages.output += writing.elapsed().as_secs_f64();
+        self.reports.push(TensorReport {
+            name: tensor.name.clone(),
+            shape: tensor.shape.clone(),
+            encoding: packed.encoding.to_string(),
+            bytes: packed.payload.len() as u64,
+            stored_bits: tensor.stored_bits(),
+            relative_error: *error,
+            salient: packed.salient,
+            seconds: *seconds,
+        });
+        Ok(())
+    }
+}

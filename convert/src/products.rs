@@ -1,0 +1,78 @@
+//! Products of matrices on this processor: what the Hessian, the quantizers and the gradients are computed with.
+
+use rayon::prelude::*;
+use stb_format::encoding::{Dense, DenseView, MatrixView};
+use stb_kernels::{Isa, Panels, gemm};
+
+/// Rows that a thread works on at once; also the granularity of the Hessian's triangle.
+pub(crate) const TASK_ROWS: usize = 64;
+
+/// Numbers in memory as a matrix.
+pub(crate) fn dense(values: &[f32], rows: usize, cols: usize) -> MatrixView<'_> {
+    let view = DenseView::new(Dense::F32, rows as u64, cols as u64, bytemuck::cast_slice(values));
+    MatrixView::Dense(view.expect("rows × cols values"))
+}
+
+/// [cols, rows] of `x` [rows, cols].
+pub(crate) fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    out.par_chunks_mut(rows).enumerate().for_each(|(c, out)| {
+        for (r, out) in out.iter_mut().enumerate() {
+            *out = x[r * cols + c];
+        }
+    });
+    out
+}
+
+/// `out[r, c] = Σ_k a[r, k] · b[k·stride + from + c]`: the product of some rows with columns
+/// `from..from + width` of a matrix. Sequential; callers split rows over threads.
+pub(crate) fn product(isa: Isa, a: &[f32], k: usize, b: &Panels, out: &mut Vec<f32>) -> usize {
+    let panels = b.all();
+    let stride = panels.row_stride();
+    out.resize(a.len() / k * stride, 0.0);
+    gemm(isa, &dense(a, a.len() / k, k), panels, 0, out);
+    stride
+}
+
+/// Adds Aᵀ X to `out`, [rows, cols]: `a` is [tokens, rows], `x` [tokens, cols].
+pub(crate) fn add_cross_products(
+    isa: Isa,
+    a: &[f32],
+    rows: usize,
+    x: &[f32],
+    cols: usize,
+    out: &mut [f32],
+) {
+    let tokens = x.len() / cols;
+    assert!(tokens * cols == x.len() && tokens * rows == a.len(), "the same tokens");
+    let mut panels = Panels::default();
+    panels.pack_transposed(x, cols, tokens, cols);
+    let transposed = transpose(a, tokens, rows);
+    let left = dense(&transposed, rows, tokens);
+    out.par_chunks_mut(TASK_ROWS * cols).enumerate().for_each_init(
+        Vec::new,
+        |product, (task, out)| {
+            let stride = panels.all().row_stride();
+            product.resize(out.len() / cols * stride, 0.0);
+            gemm(isa, &left, panels.all(), task * TASK_ROWS, product);
+            for (row, product) in out.chunks_exact_mut(cols).zip(product.chunks(stride)) {
+                row.iter_mut().zip(product).for_each(|(m, p)| *m += p);
+            }
+        },
+    );
+}
+
+/// As [`product`], in parallel and without padding: [rows of a, width].
+pub(crate) fn product_of(isa: Isa, a: &[f32], k: usize, b: &Panels, width: usize) -> Vec<f32> {
+    let mut out = vec![0.0; a.len() / k * width];
+    out.par_chunks_mut(TASK_ROWS * width).zip(a.par_chunks(TASK_ROWS * k)).for_each_init(
+        Vec::new,
+        |memory, (out, a)| {
+            let stride = product(isa, a, k, b, memory);
+            for (out, product) in out.chunks_exact_mut(width).zip(memory.chunks_exact(stride)) {
+                out.copy_from_slice(&product[..width]);
+            }
+        },
+    );
+    out
+}

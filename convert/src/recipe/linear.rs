@@ -1,0 +1,293 @@
+//! The linear layers of the decoder: from the words of a recipe to a method with its options.
+
+use stb_format::encoding::{Nm, Stbllm};
+
+use super::file::LinearFile;
+use super::problem::{Problem, Resolved, word};
+use crate::quantize::int_group::{IntGrid, IntOptions};
+use crate::quantize::metric::Metric;
+use crate::quantize::nm::NmOptions;
+use crate::quantize::pb_llm::PbLlmOptions;
+use crate::quantize::search::{Partition, Quantiles, Salient, SearchOptions};
+use crate::quantize::search_error::SearchError;
+use crate::quantize::stbllm::{MaskOrder, MaskPlacement, Scope, StbllmOptions};
+use crate::quantize::{Allocation, Method, Propagation};
+
+/// What is done with the linear layers of the decoder.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum LinearRecipe {
+    /// They keep the numbers of the checkpoint.
+    Keep,
+    /// All are quantized by one method.
+    Quantize(Method),
+    /// Each tensor of the model, embeddings and head too, gets the encoding that loses least within a size.
+    Budget {
+        /// True bits per parameter of the whole file.
+        bits: f64,
+    },
+}
+
+impl LinearRecipe {
+    /// The one method for all layers, if there is one.
+    #[must_use]
+    pub fn method(&self) -> Option<Method> {
+        match self {
+            Self::Quantize(method) => Some(*method),
+            Self::Keep | Self::Budget { .. } => None,
+        }
+    }
+
+    /// The size that is asked for, in true bits per parameter of the whole file.
+    #[must_use]
+    pub fn target_bits(&self) -> Option<f64> {
+        match self {
+            Self::Budget { bits } => Some(*bits),
+            Self::Keep | Self::Quantize(_) => None,
+        }
+    }
+}
+
+/// The options of `stbllm`.
+const STBLLM: &[&str] = &[
+    "n",
+    "block",
+    "metric",
+    "mask",
+    "pass",
+    "scope",
+    "pruned",
+    "order",
+    "allocation",
+    "salient",
+    "salient-limit",
+    "partition",
+    "region-ratio",
+    "search",
+    "quantiles",
+    "means",
+    "search-means",
+    "propagation",
+    "sweeps",
+];
+
+/// An option that may not be what it is.
+fn bad(option: &'static str, what: impl Into<String>) -> Problem {
+    Problem::new("body", option, what)
+}
+
+impl LinearFile {
+    /// The method with its options; unknown words, values out of range and options of other methods are refused.
+    pub(super) fn resolve(&self) -> Resolved<LinearRecipe> {
+        let method = match self.method.as_str() {
+            "stbllm" => Method::Stbllm(self.stbllm()?),
+            "nm" => Method::Nm(self.nm()?),
+            "int" => Method::Int(self.int()?),
+            "pb-llm" => Method::PbLlm(self.pb_llm()?),
+            "source" => return self.allow(&[]).map(|()| LinearRecipe::Keep),
+            "budget" => return self.target_bits().map(|bits| LinearRecipe::Budget { bits }),
+            other => {
+                let what = format!(
+                    "there is no method {other:?}; stbllm, nm, int, pb-llm, budget and source exist"
+                );
+                return Err(bad("method", what));
+            }
+        };
+        Ok(LinearRecipe::Quantize(method))
+    }
+
+    fn target_bits(&self) -> Resolved<f64> {
+        self.allow(&["target-bits"])?;
+        match self.target_bits {
+            Some(bits) if bits > 0.0 && bits <= 64.0 => Ok(bits),
+            _ => Err(bad("target-bits", "budget takes target-bits above 0 and at most 64")),
+        }
+    }
+
+    /// Refuses options that the method does not have: a typing error must not pass silently.
+    fn allow(&self, allowed: &[&str]) -> Resolved<()> {
+        match self.given().into_iter().find(|name| !allowed.contains(name)) {
+            Some(name) => Err(bad(
+                name,
+                format!(
+                    "method {} has no option {name}; it takes {}",
+                    self.method,
+                    if allowed.is_empty() { "none".into() } else { allowed.join(", ") }
+                ),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn stbllm(&self) -> Resolved<StbllmOptions> {
+        self.allow(STBLLM)?;
+        let (n, block) = (self.n.unwrap_or(4), self.block.unwrap_or(128));
+        let spec = Stbllm::new(n, block)
+            .ok_or_else(|| bad("n", "stbllm takes n from 1 to 8 and block, a multiple of 32"))?;
+        let options = StbllmOptions {
+            spec,
+            allocation: word("body", "allocation", &self.allocation, ALLOCATIONS)?,
+            metric: word("body", "metric", &self.metric, METRICS)?,
+            mask: word("body", "mask", &self.mask, PLACEMENTS)?,
+            separate: word("body", "pass", &self.pass, &[("layer", false), ("model", true)])?,
+            scope: word("body", "scope", &self.scope, SCOPES)?,
+            strict: word("body", "pruned", &self.pruned, &[("zero", true), ("forgotten", false)])?,
+            order: match self.order.as_deref() {
+                // The spelling before 0.1.
+                Some("quantise-first") => MaskOrder::QuantizeFirst,
+                _ => word("body", "order", &self.order, ORDERS)?,
+            },
+            search: self.search_options()?,
+            means: self.means.unwrap_or(false),
+            propagation: word("body", "propagation", &self.propagation, PROPAGATIONS)?,
+            sweeps: self.sweeps,
+        };
+        let in_loop = options.mask == MaskPlacement::InLoop;
+        let (option, what) = if options.sweeps.is_some() && !options.storable() {
+            ("sweeps", "sweeps needs pruned = \"zero\" and no means")
+        } else if in_loop && options.separate {
+            ("pass", "pass = \"model\" needs mask = \"compensated\" or \"before\"")
+        } else if !in_loop && options.order == MaskOrder::QuantizeFirst {
+            ("order", "order = \"quantize-first\" needs mask = \"in-loop\"")
+        } else if !in_loop && options.scope == Scope::Block {
+            ("scope", "scope = \"block\" needs mask = \"in-loop\"")
+        } else if in_loop && !options.strict {
+            ("pruned", "pruned = \"forgotten\" needs mask = \"compensated\" or \"before\"")
+        } else {
+            return Ok(options);
+        };
+        Err(bad(option, what))
+    }
+
+    fn search_options(&self) -> Resolved<SearchOptions> {
+        let options = SearchOptions {
+            error: word("body", "search", &self.search, SEARCHES)?,
+            salient: word("body", "salient", &self.salient, SALIENT)?,
+            salient_limit: self.salient_limit.unwrap_or(50),
+            partition: word("body", "partition", &self.partition, PARTITIONS)?,
+            region_ratio: self.region_ratio.unwrap_or(2.0),
+            quantiles: word("body", "quantiles", &self.quantiles, QUANTILES)?,
+            means: self.search_means.or(self.means).unwrap_or(false),
+        };
+        if !(options.region_ratio > 1.0 && options.region_ratio < 100.0) {
+            return Err(bad("region-ratio", "region-ratio is above 1 and below 100"));
+        }
+        if options.salient_limit == 0 {
+            return Err(bad("salient-limit", "salient-limit is at least 1"));
+        }
+        for (option, given, partition) in [
+            ("region-ratio", self.region_ratio.is_some(), Partition::Trisection),
+            ("salient-limit", self.salient_limit.is_some(), options.partition),
+        ] {
+            let unused = option == "salient-limit" && options.salient == Salient::Off;
+            if given && (options.partition != partition || unused) {
+                return Err(bad(option, format!("{option} does nothing here; leave it out")));
+            }
+        }
+        Ok(options)
+    }
+
+    fn nm(&self) -> Resolved<NmOptions> {
+        self.allow(&["n", "m", "block", "scale-bits", "sweeps", "refit"])?;
+        let (n, m) = (self.n.unwrap_or(2), self.m.unwrap_or(8));
+        let block = self.block.unwrap_or(128);
+        let bits = self.scale_bits.unwrap_or(if block == 0 { 0 } else { 4 });
+        let spec = Nm::new(n, m, bits, block, false).ok_or_else(|| {
+            bad(
+                "n",
+                "nm takes n:m of 1:4, 1:8, 2:4 or 2:8, and either block 0 with scale-bits \
+                 0 or block, a multiple of 32, with scale-bits 4 or 8",
+            )
+        })?;
+        let (sweeps, refit) = (self.sweeps.unwrap_or(4), self.refit.unwrap_or(true));
+        Ok(NmOptions { spec, sweeps, refit })
+    }
+
+    fn int(&self) -> Resolved<IntOptions> {
+        self.allow(&["bits", "group", "rounding", "symmetric", "sweeps"])?;
+        let grid =
+            IntGrid { bits: self.bits.unwrap_or(4), symmetric: self.symmetric.unwrap_or(true) };
+        let words = &[("compensated", true), ("nearest", false)];
+        let compensate = word("body", "rounding", &self.rounding, words)?;
+        let sweeps = self.sweeps.unwrap_or(0);
+        if sweeps > 0 && !(compensate && grid.symmetric) {
+            return Err(bad(
+                "sweeps",
+                "sweeps of int needs rounding = \"compensated\" and a symmetric grid",
+            ));
+        }
+        let options = IntOptions::new(grid, self.group.unwrap_or(128), compensate);
+        options.map(|options| IntOptions { sweeps, ..options }).ok_or_else(|| {
+            bad("bits", "int takes bits 1 to 8 (1 to 7 if not symmetric) and group 32, 64 or 128")
+        })
+    }
+
+    fn pb_llm(&self) -> Resolved<PbLlmOptions> {
+        self.allow(&["share", "bits", "salient", "block"])?;
+        let options = PbLlmOptions {
+            share: self.share.unwrap_or(0.1),
+            bits: self.bits.unwrap_or(8),
+            salient: word("body", "salient", &self.salient, &SALIENT[..2])?,
+            block: self.block.unwrap_or(128),
+        };
+        let fits = (0.0..=1.0).contains(&options.share)
+            && (1..=8).contains(&options.bits)
+            && options.block >= 8;
+        fits.then_some(options).ok_or_else(|| {
+            bad("share", "pb-llm takes share from 0 to 1, bits 1 to 8, block 8 or more")
+        })
+    }
+}
+
+// The first word of each list is the default.
+
+const METRICS: &[(&str, Metric)] = &[
+    ("si", Metric::Si),
+    ("si-eq3", Metric::SiEq3),
+    ("magnitude", Metric::Magnitude),
+    ("wanda", Metric::Wanda),
+    ("sparsegpt", Metric::Sparsegpt),
+];
+
+const PLACEMENTS: &[(&str, MaskPlacement)] = &[
+    ("compensated", MaskPlacement::Compensated),
+    ("in-loop", MaskPlacement::InLoop),
+    ("before", MaskPlacement::Before),
+];
+
+const SCOPES: &[(&str, Scope)] = &[("matrix", Scope::Matrix), ("block", Scope::Block)];
+
+const ORDERS: &[(&str, MaskOrder)] =
+    &[("prune-first", MaskOrder::PruneFirst), ("quantize-first", MaskOrder::QuantizeFirst)];
+
+const SEARCHES: &[(&str, SearchError)] = &[
+    ("weighted", SearchError::Weighted),
+    ("weights", SearchError::Weights),
+    ("saliency", SearchError::Saliency),
+];
+
+const SALIENT: &[(&str, Salient)] =
+    &[("hessian", Salient::Hessian), ("magnitude", Salient::Magnitude), ("off", Salient::Off)];
+
+const PARTITIONS: &[(&str, Partition)] = &[
+    ("trisection", Partition::Trisection),
+    ("bell", Partition::Bell),
+    ("exhaustive", Partition::Exhaustive),
+    ("none", Partition::None),
+];
+
+const QUANTILES: &[(&str, Quantiles)] =
+    &[("members", Quantiles::Members), ("block", Quantiles::Block)];
+
+const PROPAGATIONS: &[(&str, Propagation)] = &[
+    ("solve", Propagation::Solve),
+    ("diagonal", Propagation::Diagonal),
+    ("off", Propagation::Off),
+];
+
+const ALLOCATIONS: &[(&str, Allocation)] = &[
+    ("uniform", Allocation::Uniform),
+    ("outlier", Allocation::Outlier),
+    ("paper", Allocation::Paper),
+    ("published-code", Allocation::PublishedCode),
+    ("sine", Allocation::Sine),
+];
