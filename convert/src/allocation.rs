@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use stb_runtime::{Checkpoint, Error, Result};
 
 use crate::calibration::CalibrationText;
-use crate::plan::{Plan, TensorMethod, input_of};
+use crate::plan::{Plan, TensorMethod};
 use crate::quantize::metric::{Metric, Scorer};
 use crate::quantize::{Allocation, KeptByLayer};
 use crate::recipe::Recipe;
@@ -48,7 +48,7 @@ pub fn allocate(
         }
     };
     for tensor in &mut plan.tensors {
-        let layer = tensor.layer().map(|(i, _)| i);
+        let layer = tensor.tensor.layer;
         if let (Some(i), TensorMethod::Linear(mut method)) = (layer, tensor.treatment) {
             if !method.quantizer_mut().keep_of_8(counts[i]) {
                 return Err(Error::Internal { what: format!("N is {}", counts[i]) });
@@ -71,9 +71,9 @@ fn outlier_ratios(
     for (index, squares) in squares.iter().enumerate() {
         let mut parts = Vec::new();
         for tensor in &plan.tensors {
-            let Some((i, part)) = tensor.layer() else { continue };
-            let Some(input) = input_of(part).filter(|_| i == index) else { continue };
-            let weights = checkpoint.weight(&tensor.name)?.decode();
+            let Some((_, linear)) = tensor.linear().filter(|(i, _)| *i == index) else { continue };
+            let input = linear.input();
+            let weights = checkpoint.weight(&tensor.tensor.name)?.decode();
             let norms: Vec<f32> = squares[input].iter().map(|s| s.sqrt()).collect();
             // Before anything is factored, the squared norm is what is known of importance.
             let scorer = Scorer::new(metric, &weights, &norms, &squares[input]);
@@ -88,9 +88,8 @@ fn outlier_ratios(
 fn layer_norms(plan: &Plan, checkpoint: &Checkpoint) -> Result<Vec<f64>> {
     let mut squares = vec![0.0; checkpoint.spec.layers as usize];
     for tensor in &plan.tensors {
-        let Some((i, part)) = tensor.layer() else { continue };
-        if input_of(part).is_some() {
-            let weights = checkpoint.weight(&tensor.name)?.decode();
+        if let Some((i, _)) = tensor.linear() {
+            let weights = checkpoint.weight(&tensor.tensor.name)?.decode();
             squares[i] += weights.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>();
         }
     }

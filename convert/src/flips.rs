@@ -10,13 +10,13 @@ use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 use rayon::prelude::*;
 use serde::Serialize;
+use stb_format::arch::Linear;
 use stb_format::encoding::MatrixView;
 use stb_runtime::{
-    Checkpoint, Error, Layer, Model, PerplexityOptions, Result, Tokenizer, Weight, perplexity,
+    Checkpoint, Engine, Error, Layer, PerplexityOptions, Result, Tokenizer, Weight, perplexity,
 };
 
 use crate::calibration::CalibrationText;
-use crate::plan::input_of;
 use crate::plot::{Chart, Point, Series, svg};
 use crate::recipe::{Calibration, Recipe};
 use crate::sensitivity::diagonals;
@@ -93,7 +93,7 @@ pub fn binarized() -> Result<Recipe> {
 /// [`Error::Usage`] for shares out of range, and those of [`perplexity`]; [`Error::Invalid`] if model
 /// and checkpoint do not belong together.
 pub fn flip(
-    model: &mut Model,
+    engine: &mut Engine,
     checkpoint: &Checkpoint,
     calibration: &Calibration,
     source: &CalibrationText,
@@ -107,13 +107,13 @@ pub fn flip(
     let mut shares = options.shares.clone();
     shares.sort_by(f64::total_cmp);
     shares.dedup();
-    let tokenizer = model.tokenizer()?;
-    let mut matrices = matrices(model, checkpoint, calibration, source, options.salient)?;
+    let tokenizer = engine.tokenizer()?;
+    let mut matrices = matrices(engine, checkpoint, calibration, source, options.salient)?;
     let mut orders = vec![FlipOrder::LeastImportant];
     orders.extend(options.seeds.iter().map(|seed| FlipOrder::Random { seed: *seed }));
     let all = 1 + orders.len() * shares.len();
-    let original = model.layers.clone();
-    let first = measure(model, &tokenizer, text, options, None, 0.0, 0)?;
+    let original = engine.model.layers.clone();
+    let first = measure(engine, &tokenizer, text, options, None, 0.0, 0)?;
     progress(1, all, &first);
     let mut found = vec![first];
     for order in orders {
@@ -121,13 +121,13 @@ pub fn flip(
         for share in &shares {
             let mut flipped = 0;
             for matrix in &matrices {
-                flipped += matrix.put(&mut model.layers, *share)?;
+                flipped += matrix.put(&mut engine.model.layers, *share)?;
             }
-            let result = measure(model, &tokenizer, text, options, Some(order), *share, flipped);
+            let result = measure(engine, &tokenizer, text, options, Some(order), *share, flipped);
             let result = match result {
                 Ok(result) => result,
                 Err(e) => {
-                    model.layers = original;
+                    engine.model.layers = original;
                     return Err(e);
                 }
             };
@@ -135,12 +135,12 @@ pub fn flip(
             progress(found.len(), all, &result);
         }
     }
-    model.layers = original;
+    engine.model.layers = original;
     Ok(found)
 }
 
 fn measure(
-    model: &Model,
+    engine: &Engine,
     tokenizer: &Tokenizer,
     text: &str,
     options: &FlipOptions,
@@ -148,7 +148,7 @@ fn measure(
     share: f64,
     flipped: u64,
 ) -> Result<Flipped> {
-    let found = perplexity(model, None, tokenizer, text, &options.evaluation, &|_, _| {})?;
+    let found = perplexity(engine, None, tokenizer, text, &options.evaluation, &|_, _| {})?;
     Ok(Flipped {
         order,
         share,
@@ -161,14 +161,10 @@ fn measure(
 /// Calibration sequences for the norms of inputs.
 const SEQUENCES: usize = 32;
 
-fn part<'a>(layer: &'a mut Layer, name: &str) -> &'a mut Weight {
-    layer.matrix_mut(name).expect("one of its parts")
-}
-
 /// A matrix with the places that may be flipped.
 struct FlipMatrix {
     layer: usize,
-    part: &'static str,
+    linear: Linear,
     rows: u64,
     cols: u64,
     /// Decoded, [rows, cols].
@@ -180,19 +176,20 @@ struct FlipMatrix {
 }
 
 fn matrices(
-    model: &mut Model,
+    engine: &Engine,
     checkpoint: &Checkpoint,
     calibration: &Calibration,
     source: &CalibrationText,
     salient: bool,
 ) -> Result<Vec<FlipMatrix>> {
-    let moments = diagonals(checkpoint, calibration, source, SEQUENCES)?;
+    let squares = diagonals(checkpoint, calibration, source, SEQUENCES)?;
     let mut matrices = Vec::new();
-    for (index, layer) in model.layers.iter_mut().enumerate() {
-        for name in Layer::PARTS {
-            let weight = part(layer, name);
-            let dense = checkpoint.weight(&format!("model.layers.{index}.{name}.weight"))?;
-            let norms = input_of(name).and_then(|input| moments.get(index).map(|m| &m[input]));
+    for (index, layer) in engine.model.layers.iter().enumerate() {
+        for tensor in engine.model.spec.layer_tensors(index as u64) {
+            let Some(linear) = tensor.linear() else { continue };
+            let weight = layer.linear(linear);
+            let dense = checkpoint.weight(&tensor.name)?;
+            let norms = squares.get(index).map(|squares| &squares[linear.input()]);
             let norms = norms.filter(|norms| norms.len() == weight.cols());
             let (Some(norms), true) = (norms, dense.rows() == weight.rows()) else {
                 return Err(Error::invalid("the model is not a conversion of the checkpoint"));
@@ -216,7 +213,7 @@ fn matrices(
             let (rows, cols) = (weight.rows() as u64, cols as u64);
             matrices.push(FlipMatrix {
                 layer: index,
-                part: name,
+                linear,
                 rows,
                 cols,
                 values,
@@ -256,7 +253,7 @@ impl FlipMatrix {
         for place in &self.places[..count] {
             values[*place as usize] *= -1.0;
         }
-        *part(&mut layers[self.layer], self.part) =
+        *layers[self.layer].linear_mut(self.linear) =
             Weight::from_floats(values, self.rows, self.cols)?;
         Ok(count as u64)
     }
@@ -372,7 +369,7 @@ mod tests {
         let values: Vec<f32> = (0..64).map(|i| if i % 7 == 0 { 0.0 } else { 1.0 }).collect();
         let places = (0..64).filter(|i| values[*i as usize] != 0.0).collect();
         let importance = (0..64).map(|i| ((i * 37) % 64) as f32).collect();
-        FlipMatrix { layer: 0, part: "mlp.up_proj", rows: 8, cols: 8, values, places, importance }
+        FlipMatrix { layer: 0, linear: Linear::Up, rows: 8, cols: 8, values, places, importance }
     }
 
     #[test]

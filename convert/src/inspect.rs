@@ -1,7 +1,9 @@
 //! What is in a file: for people as a table, for programs as JSON.
 
+use std::collections::HashSet;
+
 use serde::Serialize;
-use stb_format::{Encoding, File, Value, ValueRef};
+use stb_format::{Encoding, File, ModelSpec, Value, ValueRef};
 use stb_kernels::cuda::prompt_units;
 
 /// Everything about a file but its weights.
@@ -78,8 +80,11 @@ pub fn inspect(file: &File<'_>) -> Inspection {
         offset: s.offset,
         bytes: s.bytes.len() as u64,
     });
-    let linear =
-        |t: &stb_format::Tensor<'_>| t.name().starts_with("model.layers.") && t.shape().len() == 2;
+    // Nothing, if the file is valid but not a model.
+    let linears: HashSet<String> = ModelSpec::from_file(file)
+        .map(|spec| spec.tensors().filter(|t| t.linear().is_some()).map(|t| t.name).collect())
+        .unwrap_or_default();
+    let linear = |t: &stb_format::Tensor<'_>| linears.contains(t.name());
     let tensors = file.tensors().iter().map(|t| Tensor {
         name: t.name().to_owned(),
         shape: t.shape().to_vec(),

@@ -9,8 +9,9 @@ pub mod allocation;
 pub(crate) mod backward;
 pub mod budget;
 pub mod calibration;
+pub mod compute;
 pub mod digest;
-pub mod engine;
+pub mod distill;
 pub mod export;
 pub mod flips;
 pub mod hessian;
@@ -30,7 +31,6 @@ pub mod report;
 pub mod resume;
 pub mod sensitivity;
 pub mod study;
-pub mod tune;
 
 pub use pipeline::{Job, Progress, convert};
 pub use plan::{Plan, plan};

@@ -2,10 +2,10 @@
 
 use stb_runtime::Checkpoint;
 
+use crate::distill::memory::{DistilledStreams, layer_memory, model_memory};
 use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::int_group::rounded_distill_memory;
 use crate::recipe::Recipe;
-use crate::tune::memory::{DistilledStreams, layer_memory, model_memory};
 use crate::{budget, hessian, pipeline, quantize};
 
 impl Plan {
@@ -24,7 +24,7 @@ impl Plan {
         let inputs = pipeline::memory::input_sizes(spec);
         let hessians: u64 = inputs.into_iter().map(hessian::memory).sum();
         let factoring = inputs.into_iter().map(hessian::factoring_memory).max().unwrap_or(0);
-        let first = self.tensors.iter().filter(|t| t.layer().is_some_and(|(i, _)| i == 0));
+        let first = self.tensors.iter().filter(|t| t.tensor.layer == Some(0));
         let packed: u64 = first.map(|t| t.bytes).sum();
         let layers =
             calibration.distill_layers.map_or(0, |_| layer_memory(spec, taken.activations));
@@ -44,7 +44,7 @@ impl Plan {
     /// The most that quantizing a linear layer takes.
     fn quantizing_memory(&self, checkpoint: &Checkpoint) -> u64 {
         let scratch = self.tensors.iter().map(|t| match t.treatment {
-            TensorMethod::Linear(method) => method.quantizer().scratch_memory(t.shape[1]),
+            TensorMethod::Linear(method) => method.quantizer().scratch_memory(t.tensor.shape[1]),
             TensorMethod::Keep(_) | TensorMethod::Round(_) => 0,
         });
         let spec = &checkpoint.spec;
@@ -55,7 +55,7 @@ impl Plan {
     fn moving_memory(&self) -> u64 {
         let moving = self.tensors.iter().map(|t| match t.treatment {
             TensorMethod::Linear(method) => {
-                method.quantizer().distill_memory(t.shape[0], t.shape[1])
+                method.quantizer().distill_memory(t.tensor.shape[0], t.tensor.shape[1])
             }
             TensorMethod::Round(spec) => rounded_distill_memory(spec, t.elements()),
             TensorMethod::Keep(_) => 0,

@@ -1,8 +1,9 @@
 //! What will be done to each tensor and what it will cost, before anything is computed.
 
+use stb_format::arch::{Linear, Role, TensorSpec};
 use stb_format::encoding::{Dense, IntGroup};
 use stb_format::{Encoding, Meta, file_size};
-use stb_runtime::{Checkpoint, Error, LinearInput, Result};
+use stb_runtime::{Checkpoint, Error, Result};
 
 use crate::quantize::Method;
 use crate::recipe::Recipe;
@@ -33,10 +34,8 @@ impl TensorMethod {
 /// One tensor of a plan.
 #[derive(Clone, Debug)]
 pub struct TensorPlan {
-    /// The Hugging Face name.
-    pub name: String,
-    /// PyTorch order.
-    pub shape: Vec<u64>,
+    /// Its name, shape and role.
+    pub tensor: TensorSpec,
     /// What is done.
     pub treatment: TensorMethod,
     /// Stored bytes.
@@ -44,19 +43,19 @@ pub struct TensorPlan {
 }
 
 impl TensorPlan {
-    fn new(name: String, shape: Vec<u64>, treatment: TensorMethod) -> Result<Self> {
+    fn new(tensor: TensorSpec, treatment: TensorMethod) -> Result<Self> {
         let bytes = treatment
             .encoding()
-            .payload_len(&shape)
+            .payload_len(&tensor.shape)
             .map_err(|e| Error::Internal { what: e.to_string() })?
             .unwrap_or(0);
-        Ok(Self { name, shape, treatment, bytes })
+        Ok(Self { tensor, treatment, bytes })
     }
 
     /// The number of weights.
     #[must_use]
     pub fn elements(&self) -> u64 {
-        self.shape.iter().product()
+        self.tensor.shape.iter().product()
     }
 
     /// Stored bits per weight.
@@ -70,22 +69,15 @@ impl TensorPlan {
     /// # Errors
     /// None for a treatment that allows the shape.
     pub fn set(&mut self, treatment: TensorMethod) -> Result<()> {
-        *self =
-            Self::new(std::mem::take(&mut self.name), std::mem::take(&mut self.shape), treatment)?;
+        *self = Self::new(self.tensor.clone(), treatment)?;
         Ok(())
     }
 
-    /// The decoder layer and the part of a body tensor: `(3, "mlp.up_proj")`.
+    /// The decoder layer and the linear layer in it whose weights these are, if they are.
     #[must_use]
-    pub fn layer(&self) -> Option<(usize, &str)> {
-        layer_part(&self.name)
+    pub fn linear(&self) -> Option<(usize, Linear)> {
+        self.tensor.layer.zip(self.tensor.linear())
     }
-}
-
-/// As [`TensorPlan::layer`], of a name.
-pub(crate) fn layer_part(name: &str) -> Option<(usize, &str)> {
-    let (index, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    Some((index.parse().ok()?, part.strip_suffix(".weight")?))
 }
 
 /// All tensors in file order.
@@ -102,18 +94,19 @@ pub struct Plan {
 pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
     let method = recipe.linear.method();
     let mut tensors = Vec::new();
-    for (name, shape) in checkpoint.spec.tensors() {
-        let Encoding::Dense(kind) = *checkpoint.weight(&name)?.encoding() else {
+    for tensor in checkpoint.spec.tensors() {
+        let name = &tensor.name;
+        let Encoding::Dense(kind) = *checkpoint.weight(name)?.encoding() else {
             return Err(Error::Internal { what: format!("{name} of a checkpoint is not dense") });
         };
         let keep = TensorMethod::Keep(kind);
-        let treatment = match name.as_str() {
-            _ if shape.len() != 2 => keep,
-            "model.embed_tokens.weight" => recipe.embeddings.map_or(keep, TensorMethod::Round),
-            "lm_head.weight" => recipe.head.map_or(keep, TensorMethod::Round),
-            _ => method.map_or(keep, TensorMethod::Linear),
+        let treatment = match tensor.role {
+            Role::TokenEmbedding => recipe.embeddings.map_or(keep, TensorMethod::Round),
+            Role::LmHead => recipe.head.map_or(keep, TensorMethod::Round),
+            Role::Linear(_) => method.map_or(keep, TensorMethod::Linear),
+            _ => keep,
         };
-        tensors.push(TensorPlan::new(name, shape, treatment)?);
+        tensors.push(TensorPlan::new(tensor, treatment)?);
     }
     Ok(Plan { tensors })
 }
@@ -122,7 +115,7 @@ impl Plan {
     /// The exact size of the file with this metadata.
     #[must_use]
     pub fn file_bytes(&self, meta: &Meta) -> u64 {
-        file_size(self.tensors.iter().map(|t| (t.name.as_str(), t.bytes)), meta)
+        file_size(self.tensors.iter().map(|t| (t.tensor.name.as_str(), t.bytes)), meta)
     }
 
     /// Model parameters.
@@ -169,7 +162,7 @@ impl Plan {
     #[must_use]
     pub fn nominal_bits(&self, salient: f64) -> Option<f64> {
         let (mut bits, mut weights) = (0.0, 0u64);
-        for tensor in self.tensors.iter().filter(|t| t.layer().is_some() && t.shape.len() == 2) {
+        for tensor in self.tensors.iter().filter(|t| t.linear().is_some()) {
             let TensorMethod::Linear(method) = tensor.treatment else { return None };
             let kept = method.quantizer().nominal_kept()?;
             let n = tensor.elements();
@@ -178,17 +171,4 @@ impl Plan {
         }
         (weights > 0).then(|| bits / weights as f64)
     }
-}
-
-/// Which of [`LinearInput::ALL`] the linear layer `part` reads.
-#[must_use]
-pub fn input_of(part: &str) -> Option<usize> {
-    let input = match part {
-        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" => LinearInput::Attention,
-        "self_attn.o_proj" => LinearInput::AttentionOutput,
-        "mlp.gate_proj" | "mlp.up_proj" => LinearInput::Mlp,
-        "mlp.down_proj" => LinearInput::MlpDown,
-        _ => return None,
-    };
-    Some(input.index())
 }

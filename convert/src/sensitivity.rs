@@ -3,7 +3,8 @@
 use std::ops::ControlFlow;
 
 use rayon::prelude::*;
-use stb_runtime::{Checkpoint, LinearInput, Model, Observer, Result};
+use stb_format::arch::{InputMap, LinearInput};
+use stb_runtime::{Checkpoint, Engine, Observer, Result};
 
 use crate::calibration::CalibrationText;
 use crate::recipe::Calibration;
@@ -11,15 +12,14 @@ use crate::recipe::Calibration;
 /// Calibration sequences that suffice for these sums.
 pub const SEQUENCES: usize = 8;
 
-/// Sums of squares of the inputs of each decoder layer, in the order of
-/// [`LinearInput::ALL`].
-pub type Diagonals = Vec<[Vec<f32>; 4]>;
+/// Sums of squares of the inputs of the linear layers, for each decoder layer.
+pub type Diagonals = Vec<InputMap<Vec<f32>>>;
 
-struct Squares<'a>(&'a mut [Vec<f32>; 4]);
+struct Squares<'a>(&'a mut InputMap<Vec<f32>>);
 
 impl Observer for Squares<'_> {
     fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
-        let sums = &mut self.0[input.index()];
+        let sums = &mut self.0[input];
         for x in x.chunks_exact(sums.len()) {
             for (s, x) in sums.iter_mut().zip(x) {
                 *s += x * x;
@@ -39,30 +39,30 @@ pub fn diagonals(
     source: &CalibrationText,
     samples: usize,
 ) -> Result<Diagonals> {
-    let model = Model::from_checkpoint(checkpoint)?;
+    let engine = Engine::from_checkpoint(checkpoint)?;
     let options = Calibration { samples, ..calibration.clone() };
     let length = options.length.min(checkpoint.spec.context_length as usize);
     let mut hidden = Vec::new();
-    for window in source.windows(&model.tokenizer()?, &options, length)? {
+    for window in source.windows(&engine.tokenizer()?, &options, length)? {
         let mut states = Vec::new();
-        model.embed(&window, &mut states)?;
+        engine.embed(&window, &mut states)?;
         hidden.push(states);
     }
     let mut all = Vec::new();
-    for layer in &model.layers {
-        let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
-        let parts: Vec<[Vec<f32>; 4]> = hidden
+    for layer in &engine.model.layers {
+        let zeros = || InputMap::from_fn(|input| vec![0.0; layer.input_width(input)]);
+        let parts: Vec<InputMap<Vec<f32>>> = hidden
             .par_iter_mut()
             .map(|states| {
-                let mut sums = sizes.map(|n| vec![0.0; n]);
-                model.run_layer(layer, states, &mut Squares(&mut sums));
+                let mut sums = zeros();
+                engine.run_layer(layer, states, &mut Squares(&mut sums));
                 sums
             })
             .collect();
-        let mut sums = sizes.map(|n| vec![0.0; n]);
+        let mut sums = zeros();
         for part in parts {
-            for (sum, part) in sums.iter_mut().zip(part) {
-                sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
+            for (input, part) in part.iter() {
+                sums[input].iter_mut().zip(part).for_each(|(s, p)| *s += p);
             }
         }
         all.push(sums);

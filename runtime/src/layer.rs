@@ -1,6 +1,6 @@
 //! The weights of a decoder layer, by what they do.
 
-use stb_format::arch::{Linear, LinearMap, NormSite, Role, TensorSpec};
+use stb_format::arch::{Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
 
 use crate::sublayer::Sublayer;
 use crate::weights::Weight;
@@ -140,5 +140,14 @@ impl<M, V> Layer<M, V> {
             linears: linears.collect::<Result<_, E>>()?,
             norms: norms.collect::<Result<_, E>>()?,
         })
+    }
+}
+
+impl<V> Layer<Weight, V> {
+    /// The features of the activations `input`.
+    #[must_use]
+    pub fn input_width(&self, input: LinearInput) -> usize {
+        let mut readers = self.linears.iter().filter(|(linear, _)| linear.input() == input);
+        readers.next().map_or(0, |(_, weight)| weight.cols())
     }
 }

@@ -2,22 +2,37 @@
 //! computed in vain, and still several times as fast as by single tokens.
 
 use stb_kernels::{Isa, Panels, ops};
+use stb_runtime::Engine;
 
 use crate::products::{add_cross_products, product_of};
 
 /// Queries [tokens, q_width], keys and values [tokens, kv_width] of a sequence, rotated.
 pub(super) struct Attention<'a> {
-    pub isa: Isa,
-    pub q_width: usize,
-    pub kv_width: usize,
+    isa: Isa,
+    q_width: usize,
+    kv_width: usize,
     /// Of a head.
-    pub width: usize,
-    pub q: &'a [f32],
-    pub k: &'a [f32],
-    pub v: &'a [f32],
+    width: usize,
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
 }
 
-impl Attention<'_> {
+impl<'a> Attention<'a> {
+    /// Of one sequence of `length` tokens: `qkv` are its queries, keys and values.
+    pub fn new(engine: &Engine, length: usize, qkv: [&'a [f32]; 3]) -> Self {
+        let [q, k, v] = qkv;
+        Self {
+            isa: engine.isa,
+            q_width: q.len() / length,
+            kv_width: k.len() / length,
+            width: engine.model.spec.head_dim as usize,
+            q,
+            k,
+            v,
+        }
+    }
+
     /// All heads: where a head is in a row of queries and in one of keys.
     fn heads(&self) -> impl Iterator<Item = (usize, usize)> {
         let (heads, kv_heads) = (self.q_width / self.width, self.kv_width / self.width);
@@ -80,23 +95,23 @@ impl Attention<'_> {
         }
     }
 
-    /// Adds the values that each token mixes to `mixed`, [tokens, q_width].
-    pub fn forward(&self, mixed: &mut [f32]) {
+    /// Adds the values that each token mixes to `attn_out`, [tokens, q_width].
+    pub fn forward(&self, attn_out: &mut [f32]) {
         for (q_at, kv_at) in self.heads() {
             let q = self.head(self.q, self.q_width, q_at);
             let [k, v] = [self.k, self.v].map(|all| self.head(all, self.kv_width, kv_at));
             let shares = self.shares(&q, &k);
-            self.add(mixed, self.q_width, q_at, &self.times(&shares, &v));
+            self.add(attn_out, self.q_width, q_at, &self.times(&shares, &v));
         }
     }
 
-    /// From the gradient of what is mixed, [tokens, q_width], adds to those of q, k and v.
-    pub fn backward(&self, d_mixed: &[f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
+    /// From the gradient of what is attn_out, [tokens, q_width], adds to those of q, k and v.
+    pub fn backward(&self, d_attn_out: &[f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
         let (scale, tokens) = (self.scale(), self.tokens());
         for (q_at, kv_at) in self.heads() {
             let q = self.head(self.q, self.q_width, q_at);
             let [k, v] = [self.k, self.v].map(|all| self.head(all, self.kv_width, kv_at));
-            let d_out = self.head(d_mixed, self.q_width, q_at);
+            let d_out = self.head(d_attn_out, self.q_width, q_at);
             let shares = self.shares(&q, &k);
             self.add_transposed(dv, self.kv_width, kv_at, [&shares, &d_out]);
             let mut panels = Panels::default();

@@ -1,8 +1,11 @@
-//! Gradients: of a decoder layer, and of what the whole model says.
+//! Gradients: of a decoder layer, and of the loss of the whole model.
 
 mod attention;
 mod layer;
+mod matrix;
 mod model;
+mod record;
 
-pub(crate) use layer::{LayerSlopes, LayerWeights, Matrix, Pass};
+pub(crate) use layer::{LayerFisher, Pass};
+pub(crate) use matrix::{DenseLayer, Matrix, decode_layer};
 pub(crate) use model::{Ends, logits, logits_back, through};

@@ -8,9 +8,10 @@ use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 use rayon::prelude::*;
 use stb_kernels::{Isa, Panels};
-use stb_runtime::{Model, Weight};
+use stb_runtime::{Engine, Weight};
 
-use super::layer::{LayerSlopes, LayerWeights, Pass, mean_squares};
+use super::layer::{LayerFisher, Pass, mean_squares};
+use super::matrix::decode_layer;
 use crate::products::product_of;
 
 /// Rows of the head that are unpacked at a time.
@@ -31,35 +32,35 @@ pub(crate) struct Ends {
 /// Runs sequences of one length through the dense model and back; `layer` sees the decoder layers from
 /// the last to the first.
 pub(crate) fn through(
-    model: &Model,
+    engine: &Engine,
     sequences: &[Vec<u32>],
-    mut layer: impl FnMut(usize, &LayerSlopes) -> anyhow::Result<()>,
+    mut layer: impl FnMut(usize, &LayerFisher) -> anyhow::Result<()>,
 ) -> anyhow::Result<Ends> {
     let length = sequences.first().map_or(1, Vec::len);
-    let pass = Pass { model, length };
+    let pass = Pass { engine, length };
     let mut embedded = Vec::new();
     for tokens in sequences {
         let mut states = Vec::new();
-        model.embed(tokens, &mut states)?;
+        engine.embed(tokens, &mut states)?;
         embedded.extend(states);
     }
-    let hidden = model.norm.len();
+    let hidden = engine.model.hidden_size();
     // The input of each layer, and the output of the last.
     let mut streams = vec![embedded];
-    for layer in &model.layers {
+    for layer in &engine.model.layers {
         let mut stream = streams.last().cloned().unwrap_or_default();
         stream
             .par_chunks_exact_mut(length * hidden)
-            .for_each(|sequence| model.run_layer(layer, sequence, &mut ()));
+            .for_each(|sequence| engine.run_layer(layer, sequence, &mut ()));
         streams.push(stream);
     }
     let last = streams.pop().unwrap_or_default();
     let (mut ends, mut gradient) = head(&pass, &last);
-    for (index, of) in model.layers.iter().enumerate().rev() {
-        let weights = LayerWeights::new(of);
-        let (slopes, before) = pass.slopes(&weights, streams.pop().unwrap_or_default(), gradient);
+    for (index, of) in engine.model.layers.iter().enumerate().rev() {
+        let weights = decode_layer(of);
+        let (fisher, before) = pass.fisher(&weights, streams.pop().unwrap_or_default(), gradient);
         gradient = before;
-        layer(index, &slopes)?;
+        layer(index, &fisher)?;
     }
     ends.embedded = mean_squares(&gradient, hidden);
     Ok(ends)
@@ -67,9 +68,9 @@ pub(crate) fn through(
 
 /// The last norm and the head for `stream`, [tokens, hidden], and the gradient of that.
 fn head(pass: &Pass<'_>, stream: &[f32]) -> (Ends, Vec<f32>) {
-    let (vocab, hidden) = (pass.model.head().rows(), pass.model.norm.len());
-    let normed = pass.norm(stream, &pass.model.norm);
-    let mut logits = logits(pass.model.isa, pass.model.head(), &normed);
+    let (vocab, hidden) = (pass.engine.lm_head().rows(), pass.engine.model.hidden_size());
+    let normed = pass.norm(stream, &pass.engine.model.norm);
+    let mut logits = logits(pass.engine.isa, pass.engine.lm_head(), &normed);
     let mut random = Pcg64Mcg::seed_from_u64(SEED);
     let tokens = normed.len() / hidden;
     let draws: Vec<f64> = (0..tokens).map(|_| random.next_u64() as f64 / 2f64.powi(64)).collect();
@@ -77,10 +78,10 @@ fn head(pass: &Pass<'_>, stream: &[f32]) -> (Ends, Vec<f32>) {
         .par_chunks_exact_mut(vocab)
         .zip(draws)
         .for_each(|(logits, draw)| less_a_draw(logits, draw));
-    let d_normed = logits_back(pass.model.isa, pass.model.head(), &logits);
+    let d_normed = logits_back(pass.engine.isa, pass.engine.lm_head(), &logits);
     let mut d_stream = vec![0.0; stream.len()];
     let mut d_norm = vec![0.0; hidden];
-    pass.norm_back(stream, &pass.model.norm, &d_normed, &mut d_stream, &mut d_norm);
+    pass.norm_back(stream, &pass.engine.model.norm, &d_normed, &mut d_stream, &mut d_norm);
     let ends = Ends {
         embedded: Vec::new(),
         head_inputs: mean_squares(&normed, hidden),
@@ -158,6 +159,7 @@ fn less_a_draw(logits: &mut [f32], draw: f64) {
 mod tests {
     use std::path::Path;
 
+    use stb_format::arch::Linear;
     use stb_runtime::Checkpoint;
 
     use super::*;
@@ -167,31 +169,32 @@ mod tests {
     fn slopes_foretell_what_noise_does() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/quill-4m");
         let checkpoint = Checkpoint::open(&folder, true).unwrap();
-        let mut model = Model::from_checkpoint(&checkpoint).unwrap();
+        let mut engine = Engine::from_checkpoint(&checkpoint).unwrap();
         let text = "Once upon a time there was a little dog who liked to run in the big park. ";
-        let tokens = model.tokenizer().unwrap().encode_prompt(&text.repeat(12)).unwrap();
+        let tokens = engine.tokenizer().unwrap().encode_prompt(&text.repeat(12)).unwrap();
         let sequences = vec![tokens[..64].to_vec(), tokens[64..128].to_vec()];
-        let (of, part) = (3, "mlp.down_proj");
+        let (of, linear) = (3, Linear::Down);
         let (mut slopes, mut inputs) = (Vec::new(), Vec::new());
-        through(&model, &sequences, |index, all| {
+        through(&engine, &sequences, |index, all| {
             if index == of {
-                slopes.clone_from(&all.slopes[6]);
-                inputs = mean_squares(&all.inputs[3], model.layers[of].down.cols());
+                slopes.clone_from(all.outputs.get(linear).unwrap());
+                let cols = engine.model.layers[of].linear(linear).cols();
+                inputs = mean_squares(&all.inputs[linear.input()], cols);
             }
             Ok(())
         })
         .unwrap();
 
-        let distributions = |model: &Model| -> Vec<Vec<f64>> {
+        let distributions = |engine: &Engine| -> Vec<Vec<f64>> {
             let mut all = Vec::new();
             for tokens in &sequences {
                 let mut states = Vec::new();
-                model.embed(tokens, &mut states).unwrap();
-                model.layers.iter().for_each(|l| model.run_layer(l, &mut states, &mut ()));
-                let pass = Pass { model, length: tokens.len() };
-                let normed = pass.norm(&states, &model.norm);
-                let head = model.head().decode();
-                for h in normed.chunks_exact(model.norm.len()) {
+                engine.embed(tokens, &mut states).unwrap();
+                engine.model.layers.iter().for_each(|l| engine.run_layer(l, &mut states, &mut ()));
+                let pass = Pass { engine, length: tokens.len() };
+                let normed = pass.norm(&states, &engine.model.norm);
+                let head = engine.lm_head().decode();
+                for h in normed.chunks_exact(engine.model.hidden_size()) {
                     let dot = |w: &[f32]| -> f64 {
                         w.iter().zip(h).map(|(w, h)| f64::from(*w) * f64::from(*h)).sum::<f64>()
                     };
@@ -202,8 +205,8 @@ mod tests {
             }
             all
         };
-        let before = distributions(&model);
-        let weight = &model.layers[of].down;
+        let before = distributions(&engine);
+        let weight = engine.model.layers[of].linear(linear);
         let (rows, cols) = (weight.rows(), weight.cols());
         let mut values = weight.decode();
         let mut random = Pcg64Mcg::seed_from_u64(5);
@@ -216,8 +219,8 @@ mod tests {
             }
         }
         let changed = Weight::from_floats(values, rows as u64, cols as u64).unwrap();
-        *model.layers[of].matrix_mut(part).unwrap() = changed;
-        let after = distributions(&model);
+        *engine.model.layers[of].linear_mut(linear) = changed;
+        let after = distributions(&engine);
         let kl = |p: &Vec<f64>, q: &Vec<f64>| -> f64 {
             p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
         };

@@ -5,17 +5,18 @@
 //! being the gradients of [`crate::backward`]. ΔW is that of the quantizer itself, on some rows, against the Hessian
 //! of some tokens. The costs of tensors add up.
 
+use stb_format::arch::{InputMap, LinearInput, Role};
 use stb_format::{Encoding, ModelSpec};
 use stb_kernels::Isa;
-use stb_runtime::{Checkpoint, Layer, Model, Result, Weight};
+use stb_runtime::{Checkpoint, Engine, Result, Weight};
 
 use super::candidate::Candidate;
-use crate::backward::{Ends, LayerSlopes, through};
+use crate::backward::{Ends, LayerFisher, through};
 use crate::calibration::CalibrationText;
 use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
 use crate::pipeline::finite;
-use crate::plan::{Plan, TensorMethod, TensorPlan, input_of};
+use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::{Input, Method, decode, int_group};
 use crate::recipe::{Calibration, Recipe};
 use crate::sensitivity::SEQUENCES;
@@ -44,33 +45,30 @@ pub(super) fn candidates(
     source: &CalibrationText,
 ) -> anyhow::Result<Vec<Vec<Candidate>>> {
     for tensor in &plan.tensors {
-        finite(&checkpoint.weight(&tensor.name)?, &tensor.name)?;
+        finite(&checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
     }
-    let model = Model::from_checkpoint(checkpoint)?;
+    let engine = Engine::from_checkpoint(checkpoint)?;
     let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize).min(TOKENS);
     let samples = recipe.calibration.samples.min(SEQUENCES).min(TOKENS / length.max(1)).max(1);
     let options = Calibration { samples, ..recipe.calibration.clone() };
-    let sequences = source.windows(&model.tokenizer()?, &options, length)?;
+    let sequences = source.windows(&engine.tokenizer()?, &options, length)?;
     let mut found: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
-    let ends = through(&model, &sequences, |index, slopes| {
-        let hessians = HessianChunk::all(&model, slopes, recipe.calibration.damping)?;
+    let ends = through(&engine, &sequences, |index, fisher| {
+        let hessians = HessianChunk::all(&engine, fisher, recipe.calibration.damping)?;
         for (tensor, found) in plan.tensors.iter().zip(&mut found) {
-            let Some((i, part)) = tensor.layer() else { continue };
-            let place = Layer::PARTS.iter().position(|name| *name == part);
-            if let Some((place, input)) = place.zip(input_of(part))
-                && i == index
-            {
-                let weight = checkpoint.weight(&tensor.name)?;
-                *found = of_linear(tensor, &weight, &slopes.slopes[place], &hessians[input])?;
+            let Some((_, linear)) = tensor.linear().filter(|(i, _)| *i == index) else { continue };
+            if let Some(outputs) = fisher.outputs.get(linear) {
+                let weight = checkpoint.weight(&tensor.tensor.name)?;
+                *found = of_linear(tensor, &weight, outputs, &hessians[linear.input()])?;
             }
             check_interrupt()?;
         }
         Ok(())
     })?;
-    let tables = Tables::new(&ends, &model, &sequences);
+    let tables = Tables::new(&ends, &engine, &sequences);
     for (tensor, found) in plan.tensors.iter().zip(&mut found) {
-        if tensor.layer().is_none() && tensor.shape.len() == 2 {
-            let weight = checkpoint.weight(&tensor.name)?;
+        if matches!(tensor.tensor.role, Role::TokenEmbedding | Role::LmHead) {
+            let weight = checkpoint.weight(&tensor.tensor.name)?;
             *found = of_table(tensor, &weight, &tables)?;
         }
     }
@@ -100,17 +98,15 @@ struct HessianChunk {
 }
 
 impl HessianChunk {
-    /// Of the four inputs of a decoder layer, in chunks of columns.
-    fn all(model: &Model, slopes: &LayerSlopes, damping: f64) -> Result<[Vec<Self>; 4]> {
-        let tokens = slopes.inputs[0].len() / model.norm.len();
-        let mut all: [Vec<Self>; 4] = Default::default();
-        for (x, chunks) in slopes.inputs.iter().zip(&mut all) {
+    /// Of the inputs of a decoder layer, in chunks of columns.
+    fn all(engine: &Engine, fisher: &LayerFisher, damping: f64) -> Result<InputMap<Vec<Self>>> {
+        let tokens = fisher.inputs[LinearInput::Attention].len() / engine.model.hidden_size();
+        InputMap::try_from_fn(|input| {
+            let x = &fisher.inputs[input];
             let cols = x.len() / tokens.max(1);
-            for from in (0..cols).step_by(CHUNK) {
-                chunks.push(Self::new(model.isa, x, cols, from, damping)?);
-            }
-        }
-        Ok(all)
+            let chunks = (0..cols).step_by(CHUNK);
+            chunks.map(|from| Self::new(engine.isa, x, cols, from, damping)).collect()
+        })
     }
 
     fn new(isa: Isa, x: &[f32], cols: usize, from: usize, damping: f64) -> Result<Self> {
@@ -138,7 +134,7 @@ impl HessianChunk {
     fn errors(&self, weights: &[f32], method: Method) -> Result<Vec<f64>> {
         let cols = self.norms.len();
         let input = Input {
-            engine: self.isa.into(),
+            compute: self.isa.into(),
             weights,
             rows: weights.len() / cols,
             cols,
@@ -242,16 +238,16 @@ struct Tables<'a> {
 }
 
 impl<'a> Tables<'a> {
-    fn new(ends: &'a Ends, model: &Model, sequences: &[Vec<u32>]) -> Self {
-        let mut counts = vec![1.0f32; model.embeddings.rows()];
+    fn new(ends: &'a Ends, engine: &Engine, sequences: &[Vec<u32>]) -> Self {
+        let mut counts = vec![1.0f32; engine.model.embeddings.rows()];
         sequences.iter().flatten().for_each(|t| counts[*t as usize] += 1.0);
         let sum: f32 = counts.iter().sum();
         counts.iter_mut().for_each(|c| *c /= sum);
-        Self { ends, frequencies: counts, tied: model.head.is_none() }
+        Self { ends, frequencies: counts, tied: engine.model.own_lm_head.is_none() }
     }
 
     fn embeds(&self, tensor: &TensorPlan) -> bool {
-        tensor.name != "lm_head.weight"
+        tensor.tensor.role == Role::TokenEmbedding
     }
 
     fn is_head(&self, tensor: &TensorPlan) -> bool {

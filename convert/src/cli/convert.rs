@@ -130,16 +130,16 @@ fn dry_run(
     plan: &Plan,
     meta: &Meta,
 ) -> anyhow::Result<()> {
-    let width = plan.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
+    let width = plan.tensors.iter().map(|t| t.tensor.name.len()).max().unwrap_or(0);
     print(format_args!(
         "{:<width$}  {:>14}  {:<18} {:>6}  {:>12}",
         "tensor", "shape", "encoding", "bits", "bytes"
     ))?;
     for t in &plan.tensors {
-        let shape: Vec<String> = t.shape.iter().map(u64::to_string).collect();
+        let shape: Vec<String> = t.tensor.shape.iter().map(u64::to_string).collect();
         print(format_args!(
             "{:<width$}  {:>14}  {:<18} {:>6.3}  {:>12}",
-            t.name,
+            t.tensor.name,
             shape.join(" x "),
             t.treatment.encoding().to_string(),
             t.stored_bits(),

@@ -176,7 +176,7 @@ pub(crate) fn main() -> ExitCode {
             if e.is::<stb_convert::interrupt::Interrupted>() {
                 return ExitCode::from(130);
             }
-            ExitCode::from(stb_runtime::exit_code(&e))
+            ExitCode::from(stb_runtime::exit_code(e.as_ref()))
         }
     }
 }

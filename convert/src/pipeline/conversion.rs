@@ -2,14 +2,15 @@
 
 use std::time::Instant;
 
+use stb_format::arch::Role;
 use stb_format::{Meta, Writer};
-use stb_runtime::{Error, Model, Weight};
+use stb_runtime::{Engine, Error, Weight};
 
-use super::fine;
+use super::distill;
 use super::job::{Job, Progress};
 use super::run::{Done, Hidden, Run};
 use super::tensor::{finite, squared_error, without_inputs};
-use crate::engine::Accelerator;
+use crate::compute::Accelerator;
 use crate::interrupt::{Interrupted, check_interrupt};
 use crate::metadata;
 use crate::output::{Output, refuse_existing};
@@ -27,14 +28,14 @@ use crate::resume::Workspace;
 pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> {
     let started = Instant::now();
     refuse_existing(job.target, job.force)?;
-    let model = Model::from_checkpoint(job.checkpoint)?;
+    let engine = Engine::from_checkpoint(job.checkpoint)?;
     let mut meta = job.meta.clone();
     metadata::add_hashes(&mut meta, job.checkpoint)?;
     let accelerator = match &job.device {
-        Some(device) => Some(Accelerator::new(device, &model)?),
+        Some(device) => Some(Accelerator::new(device, &engine.model)?),
         None => None,
     };
-    let key = key(&job, &meta, &model, accelerator.as_ref());
+    let key = key(&job, &meta, &engine, accelerator.as_ref());
     let mut workspace = Workspace::open(job.target, &key)?;
     if workspace.discarded {
         progress.note(
@@ -43,7 +44,7 @@ pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> 
         );
     }
     let result =
-        convert_in(&job, &meta, model, accelerator.as_ref(), &mut workspace, progress, started);
+        convert_in(&job, &meta, engine, accelerator.as_ref(), &mut workspace, progress, started);
     let keep = match &result {
         Ok(_) => false,
         Err(e) => {
@@ -62,7 +63,7 @@ pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> 
 fn convert_in(
     job: &Job<'_>,
     meta: &Meta,
-    model: Model,
+    engine: Engine,
     accelerator: Option<&Accelerator>,
     workspace: &mut Workspace,
     progress: &dyn Progress,
@@ -73,7 +74,7 @@ fn convert_in(
     let writer = Writer::new(output).map_err(fail)?;
     let mut run = Run {
         job,
-        model,
+        engine,
         accelerator,
         writer,
         workspace,
@@ -87,14 +88,14 @@ fn convert_in(
     let Run { writer, reports, layers, mut stages, resumed, .. } = run;
     let mut output = writer.finish(meta).map_err(fail)?;
     check_interrupt()?;
-    let mut fine_tuning = 0.0;
+    let mut distilling = 0.0;
     if let Some(options) = job.recipe.calibration.distill {
         let (file, tuned) = (output.close()?, workspace.tuned_output());
-        (output, fine_tuning) = fine::fine_tune(job, meta, &file, tuned, options, progress)?;
+        (output, distilling) = distill::distill(job, meta, &file, tuned, options, progress)?;
     }
     output.commit()?;
-    stages.output += writing.elapsed().as_secs_f64() - fine_tuning;
-    stages.fine_tuning = fine_tuning;
+    stages.output += writing.elapsed().as_secs_f64() - distilling;
+    stages.fine_tuning = distilling;
     let mut report = make_report(job, reports, calibration_tokens, meta);
     layers.iter().for_each(|layer| stages.add(&layer.stages));
     report.stages = stages;
@@ -105,11 +106,12 @@ fn convert_in(
 }
 
 /// A text of everything that the bytes of the file depend on.
-fn key(job: &Job<'_>, meta: &Meta, model: &Model, accelerator: Option<&Accelerator>) -> String {
+fn key(job: &Job<'_>, meta: &Meta, engine: &Engine, accelerator: Option<&Accelerator>) -> String {
     let device = accelerator.map_or("", Accelerator::name);
-    let mut text = format!("{meta:?}\n{} {device}\n", model.isa.name());
+    let mut text = format!("{meta:?}\n{} {device}\n", engine.isa.name());
     for tensor in &job.plan.tensors {
-        text += &format!("{} {:?} {:?}\n", tensor.name, tensor.shape, tensor.treatment);
+        text +=
+            &format!("{} {:?} {:?}\n", tensor.tensor.name, tensor.tensor.shape, tensor.treatment);
     }
     text
 }
@@ -121,7 +123,7 @@ fn make_report(
     meta: &Meta,
 ) -> Report {
     let (file_bytes, parameters) = (job.plan.file_bytes(meta), job.plan.parameters());
-    let body = || job.plan.tensors.iter().filter(|t| t.layer().is_some() && t.shape.len() == 2);
+    let body = || job.plan.tensors.iter().filter(|t| t.linear().is_some());
     let body_bytes: u64 = body().map(|t| t.bytes).sum();
     let body_weights: u64 = body().map(TensorPlan::elements).sum();
     let salient: Vec<f64> = tensors.iter().filter_map(|t| t.salient).collect();
@@ -152,19 +154,17 @@ impl Run<'_> {
     /// Writes all tensors; returns the number of calibration tokens.
     fn all_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
         let job = self.job;
-        let layers = self.model.layers.len();
+        let layers = self.engine.model.layers.len();
         let mut hidden = self.embedded()?;
-        let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.model.norm.len();
+        let tokens =
+            hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.engine.model.hidden_size();
         let mut tensors = job.plan.tensors.iter().peekable();
         let before: Vec<_> =
-            std::iter::from_fn(|| tensors.next_if(|t| t.layer().is_none())).collect();
+            std::iter::from_fn(|| tensors.next_if(|t| t.tensor.layer.is_none())).collect();
         self.outside(&before)?;
         let parts: Vec<Vec<&TensorPlan>> = (0..layers)
             .map(|index| {
-                std::iter::from_fn(|| {
-                    tensors.next_if(|t| t.layer().is_some_and(|(i, _)| i == index))
-                })
-                .collect()
+                std::iter::from_fn(|| tensors.next_if(|t| t.tensor.layer == Some(index))).collect()
             })
             .collect();
         let outside = std::mem::take(&mut self.stages);
@@ -183,13 +183,13 @@ impl Run<'_> {
         let job = self.job;
         let mut hidden = Hidden::default();
         if job.plan.needs_calibration() {
-            let tokenizer = self.model.tokenizer()?;
+            let tokenizer = self.engine.tokenizer()?;
             let options = &job.recipe.calibration;
             let length = options.length.min(job.checkpoint.spec.context_length as usize);
             let table = self.stored_embeddings()?;
             for window in job.calibration.windows(&tokenizer, options, length)? {
                 let mut states = Vec::new();
-                self.model.embed(&window, &mut states)?;
+                self.engine.embed(&window, &mut states)?;
                 if job.recipe.calibration.follows_dense() {
                     hidden.dense.push(states.clone());
                 }
@@ -210,11 +210,12 @@ impl Run<'_> {
 
     /// The embeddings as they will be stored, if layers are calibrated with those.
     fn stored_embeddings(&self) -> anyhow::Result<Option<Weight>> {
-        let name = "model.embed_tokens.weight";
-        let plan = self.job.plan.tensors.iter().find(|t| t.name == name);
+        let mut tensors = self.job.plan.tensors.iter();
+        let plan = tensors.find(|t| t.tensor.role == Role::TokenEmbedding);
         let Some(plan) = plan.filter(|_| self.job.recipe.calibration.refreshed) else {
             return Ok(None);
         };
+        let name = &plan.tensor.name;
         let weight = self.job.checkpoint.weight(name)?;
         let packed = without_inputs(plan, &weight, &finite(&weight, name)?);
         let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
@@ -250,7 +251,7 @@ impl Run<'_> {
             for ((tensor, payload), report) in part.iter().zip(&layer.payloads).zip(layer.tensors) {
                 let encoding = tensor.treatment.encoding();
                 self.writer
-                    .tensor(&tensor.name, &tensor.shape, &encoding, payload)
+                    .tensor(&tensor.tensor.name, &tensor.tensor.shape, &encoding, payload)
                     .map_err(|e| Error::io(self.job.target, e))?;
                 self.reports.push(report);
             }
@@ -266,8 +267,8 @@ impl Run<'_> {
         for tensor in tensors {
             check_interrupt()?;
             let started = Instant::now();
-            let weight = self.job.checkpoint.weight(&tensor.name)?;
-            let values = finite(&weight, &tensor.name)?;
+            let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
+            let values = finite(&weight, &tensor.tensor.name)?;
             let packed = without_inputs(tensor, &weight, &values);
             let error = squared_error(&packed, &weight, &values);
             let seconds = started.elapsed().as_secs_f64();

@@ -5,12 +5,13 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use rayon::prelude::*;
+use stb_format::arch::{InputMap, LinearInput};
 use stb_kernels::cuda::{Buffer, Dense, Operand};
-use stb_runtime::{Half, Layer, LinearInput, Result};
+use stb_runtime::{Layer, Result, Sublayer};
 
-use super::refresh::Summed;
-use super::run::Run;
-use crate::engine::{Accelerator, download};
+use super::refresh::{InputSums, LayerPair};
+use super::run::{Hidden, Run};
+use crate::compute::{Accelerator, download};
 use crate::hessian::Hessian;
 use crate::interrupt::check_interrupt;
 use crate::resume::States;
@@ -27,14 +28,6 @@ fn batch(streams: &[Vec<f32>], features: usize) -> usize {
 /// Tokens of each sequence.
 fn lengths(streams: &[Vec<f32>], features: usize) -> Vec<usize> {
     streams.iter().map(|stream| stream.len() / features).collect()
-}
-
-/// The half of a layer that ends with the linear layer behind `input`, or has it inside.
-fn half_of(input: LinearInput) -> Half {
-    match input {
-        LinearInput::Attention | LinearInput::AttentionOutput => Half::Attention,
-        LinearInput::Mlp | LinearInput::MlpDown => Half::Mlp,
-    }
 }
 
 /// Streams one after another on the device.
@@ -59,17 +52,17 @@ fn fetch(from: &Buffer<f32>, streams: &mut [Vec<f32>]) -> Result<()> {
 }
 
 impl Run<'_> {
-    /// Half `half` of `layer` over all streams.
-    pub(super) fn half_on_device(
+    /// Runs all streams through a sublayer of `layer`.
+    pub(super) fn sublayer_on_device(
         &self,
         accelerator: &Accelerator,
-        half: Half,
+        sublayer: Sublayer,
         layer: &Layer,
         streams: &mut States,
     ) -> anyhow::Result<()> {
-        let features = self.model.norm.len();
+        let features = self.engine.model.hidden_size();
         let mut layers = accelerator.layers();
-        let loaded = layers.load(layer, half)?;
+        let loaded = layers.load(layer, sublayer)?;
         let count = batch(streams, features);
         for streams in streams.chunks_mut(count) {
             check_interrupt()?;
@@ -82,110 +75,102 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Second moments of the four inputs of `layer` as it is, finished.
+    /// The Hessians of the inputs of `layer` as it is, finished but not damped.
     pub(super) fn sums_on_device(
         &mut self,
         accelerator: &Accelerator,
         layer: &Layer,
         streams: &[Vec<f32>],
-    ) -> anyhow::Result<Vec<Hessian>> {
-        let features = self.model.norm.len();
+    ) -> anyhow::Result<InputMap<Hessian>> {
+        let features = self.engine.model.hidden_size();
         let started = Instant::now();
         let mut layers = accelerator.layers();
-        let halves = [layers.load(layer, Half::Attention)?, layers.load(layer, Half::Mlp)?];
-        let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
+        let sublayers =
+            [layers.load(layer, Sublayer::Attention)?, layers.load(layer, Sublayer::Mlp)?];
+        let size = |input: LinearInput| layer.input_width(input);
         let device = layers.dense().device().clone();
-        let mut sums = Vec::new();
-        for size in sizes {
-            sums.push(device.zeros::<f32>("second moments", size * size)?);
-        }
+        let mut sums = InputMap::try_from_fn(|input| {
+            device.zeros::<f32>("a Hessian", size(input) * size(input))
+        })?;
         let mut summing = 0.0;
         for streams in streams.chunks(batch(streams, features)) {
             check_interrupt()?;
             let lengths = lengths(streams, features);
             let tokens = lengths.iter().sum();
             let mut hidden = send(layers.dense(), streams)?;
-            let mut add = |which: LinearInput, dense: &Dense, x: &Buffer<f32>| {
-                let place = which.index();
+            let mut add = |input: LinearInput, dense: &Dense, x: &Buffer<f32>| {
                 summing += timed(dense, || {
-                    dense.blas().add_gram(x, tokens, sizes[place], &mut sums[place])
+                    dense.blas().add_gram(x, tokens, size(input), &mut sums[input])
                 })?;
                 Ok(ControlFlow::Continue(()))
             };
-            for half in &halves {
-                let _ = layers.run(half, &lengths, &mut hidden, &mut add)?;
+            for sublayer in &sublayers {
+                let _ = layers.run(sublayer, &lengths, &mut hidden, &mut add)?;
             }
         }
         let scale = 2.0 / streams.len().max(1) as f32;
-        let mut all = Vec::new();
-        for (size, mut sum) in sizes.into_iter().zip(sums) {
-            layers.dense().finish(&mut sum, size, scale)?;
-            all.push(Hessian::from_matrix(download(&sum, size * size)?, size));
-        }
+        let all = InputMap::try_from_fn(|input| -> Result<Hessian> {
+            let (sum, size) = (&mut sums[input], size(input));
+            layers.dense().finish(sum, size, scale)?;
+            Ok(Hessian::from_matrix(download(sum, size * size)?, size))
+        })?;
         self.stages.moments += summing;
         self.stages.forward += started.elapsed().as_secs_f64() - summing;
         Ok(all)
     }
 
-    /// What [`Run::refreshed_moments`] sums up, for linear layers that read `input`. The `dense_streams`, if there are any,
-    /// pass the linear layer behind `input` if it ends a half.
-    pub(super) fn summed_on_device(
+    /// What [`Run::refreshed_hessian`] sums up over all sequences; `targets` if those of the dense model are
+    /// wanted. The streams of the dense model then pass the last linear layer of the sublayer if that reads
+    /// `input`.
+    pub(super) fn sum_on_device(
         &mut self,
         accelerator: &Accelerator,
         input: LinearInput,
-        (layer, streams): (&Layer, &[Vec<f32>]),
-        (original, dense_streams): (&Layer, &mut [Vec<f32>]),
-    ) -> anyhow::Result<Summed> {
-        let features = self.model.norm.len();
-        let (width, to_stream) = super::refresh::shape(layer, input);
+        pair: LayerPair<'_>,
+        hidden: &mut Hidden,
+        targets: bool,
+    ) -> anyhow::Result<InputSums> {
+        let features = self.engine.model.hidden_size();
+        let (width, to_stream) = (pair.now.input_width(input), input.writes_residual());
         let started = Instant::now();
         let mut layers = accelerator.layers();
-        let mut sums = Sums {
+        let mut sums = DeviceSums::new(
+            layers.dense(),
             input,
-            width,
-            features,
-            summing: 0.0,
-            h: zeros(layers.dense(), width * width)?,
-            shift: None,
+            [width, features],
+            targets.then_some(to_stream),
+        )?;
+        let sublayer = layers.load(pair.now, Sublayer::of(input))?;
+        let original = match targets {
+            true => Some(layers.load(pair.dense, Sublayer::of(input))?),
+            false => None,
         };
-        if !dense_streams.is_empty() {
-            sums.shift = Some(ShiftSums {
-                to_stream,
-                x: zeros(layers.dense(), 0)?,
-                difference: zeros(layers.dense(), 0)?,
-                inputs: zeros(layers.dense(), width * width)?,
-                stream: zeros(layers.dense(), if to_stream { features * width } else { 0 })?,
-            });
-        }
-        let half = layers.load(layer, half_of(input))?;
-        let original = match sums.shift {
-            Some(_) => Some(layers.load(original, half_of(input))?),
-            None => None,
-        };
+        let streams = &hidden.quantized;
         let count = batch(streams, features);
-        let mut wanted = dense_streams.chunks_mut(count);
+        let mut wanted = hidden.dense.chunks_mut(count);
         for streams in streams.chunks(count) {
             check_interrupt()?;
             let lengths = lengths(streams, features);
             let tokens = lengths.iter().sum();
             let mut hidden = send(layers.dense(), streams)?;
-            let mut seen =
+            let mut observer =
                 |which, dense: &Dense, x: &Buffer<f32>| sums.add(which, dense, x, tokens);
-            let _ = layers.run(&half, &lengths, &mut hidden, &mut seen)?;
-            let (Some(original), Some(streams)) = (&original, wanted.next()) else { continue };
+            let _ = layers.run(&sublayer, &lengths, &mut hidden, &mut observer)?;
+            let Some(original) = &original else { continue };
+            let Some(streams) = wanted.next() else { continue };
             let mut wanted = send(layers.dense(), streams)?;
             sums.add_streams(layers.dense(), &wanted, &hidden, tokens)?;
-            let mut seen =
-                |which, dense: &Dense, x: &Buffer<f32>| sums.add_shift(which, dense, x, tokens);
-            let _ = layers.run(original, &lengths, &mut wanted, &mut seen)?;
+            let mut observer =
+                |which, dense: &Dense, x: &Buffer<f32>| sums.add_target(which, dense, x, tokens);
+            let _ = layers.run(original, &lengths, &mut wanted, &mut observer)?;
             if to_stream {
                 fetch(&wanted, streams)?;
             }
         }
-        let summed = sums.finish(layers.dense(), streams.len())?;
-        self.stages.moments += summed.1;
-        self.stages.forward += started.elapsed().as_secs_f64() - summed.1;
-        Ok(summed.0)
+        let (summed, seconds) = sums.finish(layers.dense(), streams.len())?;
+        self.stages.moments += seconds;
+        self.stages.forward += started.elapsed().as_secs_f64() - seconds;
+        Ok(summed)
     }
 }
 
@@ -206,7 +191,7 @@ fn timed(
 }
 
 /// Sums over tokens for one input of a layer.
-struct Sums {
+struct DeviceSums {
     input: LinearInput,
     /// Features of the input and of the residual stream.
     width: usize,
@@ -215,11 +200,11 @@ struct Sums {
     summing: f64,
     /// Σ Xᵀ X, [width, width].
     h: Buffer<f32>,
-    shift: Option<ShiftSums>,
+    target: Option<DeviceTargetSums>,
 }
 
 /// Those for targets from the dense model.
-struct ShiftSums {
+struct DeviceTargetSums {
     /// Whether the output is added to the residual stream.
     to_stream: bool,
     /// X of the batch, [tokens, width].
@@ -234,7 +219,30 @@ struct ShiftSums {
 
 type Flow = stb_kernels::cuda::Result<ControlFlow<()>>;
 
-impl Sums {
+impl DeviceSums {
+    /// Zeros for an input: `widths` are those of the input and of the residual stream. With `target`, sums for
+    /// targets from the dense model too; it says whether the output is added to the residual stream.
+    fn new(
+        dense: &Dense,
+        input: LinearInput,
+        widths: [usize; 2],
+        target: Option<bool>,
+    ) -> Result<Self> {
+        let [width, features] = widths;
+        let target = match target {
+            Some(to_stream) => Some(DeviceTargetSums {
+                to_stream,
+                x: zeros(dense, 0)?,
+                difference: zeros(dense, 0)?,
+                inputs: zeros(dense, width * width)?,
+                stream: zeros(dense, if to_stream { features * width } else { 0 })?,
+            }),
+            None => None,
+        };
+        let h = zeros(dense, width * width)?;
+        Ok(Self { input, width, features, summing: 0.0, h, target })
+    }
+
     /// Adds the inputs of the layer as it is.
     fn add(&mut self, which: LinearInput, dense: &Dense, x: &Buffer<f32>, tokens: usize) -> Flow {
         if which != self.input {
@@ -242,9 +250,9 @@ impl Sums {
         }
         let (width, h) = (self.width, &mut self.h);
         self.summing += timed(dense, || dense.blas().add_gram(x, tokens, width, h))?;
-        if let Some(shift) = &mut self.shift {
-            grow(dense, &mut shift.x, tokens * width)?;
-            shift.x.copy_part(0, x, 0, tokens * width)?;
+        if let Some(target) = &mut self.target {
+            grow(dense, &mut target.x, tokens * width)?;
+            target.x.copy_part(0, x, 0, tokens * width)?;
         }
         Ok(ControlFlow::Break(()))
     }
@@ -258,10 +266,10 @@ impl Sums {
         tokens: usize,
     ) -> stb_kernels::cuda::Result<()> {
         let (width, features) = (self.width, self.features);
-        let Some(shift) = self.shift.as_mut().filter(|shift| shift.to_stream) else {
+        let Some(target) = self.target.as_mut().filter(|target| target.to_stream) else {
             return Ok(());
         };
-        let ShiftSums { x, difference, stream: sum, .. } = shift;
+        let DeviceTargetSums { x, difference, stream: sum, .. } = target;
         self.summing += timed(dense, || {
             add_cross(dense, [features, width, tokens], [wanted, stream], x, difference, sum)
         })?;
@@ -269,7 +277,7 @@ impl Sums {
     }
 
     /// Adds how far the inputs are from those in the dense model, `wanted`.
-    fn add_shift(
+    fn add_target(
         &mut self,
         which: LinearInput,
         dense: &Dense,
@@ -277,10 +285,10 @@ impl Sums {
         tokens: usize,
     ) -> Flow {
         let width = self.width;
-        let Some(shift) = self.shift.as_mut().filter(|_| which == self.input) else {
+        let Some(target) = self.target.as_mut().filter(|_| which == self.input) else {
             return Ok(ControlFlow::Continue(()));
         };
-        let ShiftSums { x, difference, inputs, to_stream, .. } = shift;
+        let DeviceTargetSums { x, difference, inputs, to_stream, .. } = target;
         self.summing += timed(dense, || {
             add_cross(dense, [width, width, tokens], [wanted, x], x, difference, inputs)
         })?;
@@ -288,8 +296,8 @@ impl Sums {
     }
 
     /// The finished sums, and the seconds they took.
-    fn finish(self, dense: &Dense, sequences: usize) -> Result<(Summed, f64)> {
-        let Self { width, summing, mut h, shift, features, .. } = self;
+    fn finish(self, dense: &Dense, sequences: usize) -> Result<(InputSums, f64)> {
+        let Self { width, summing, mut h, target, features, .. } = self;
         let scale = 2.0 / sequences.max(1) as f32;
         dense.finish(&mut h, width, scale)?;
         let hessian = Hessian::from_matrix(download(&h, width * width)?, width);
@@ -298,8 +306,8 @@ impl Sums {
             values.par_iter_mut().for_each(|v| *v *= scale);
             Ok(values)
         };
-        let shift = match shift {
-            Some(ShiftSums { to_stream, inputs, stream, .. }) => {
+        let target = match target {
+            Some(DeviceTargetSums { to_stream, inputs, stream, .. }) => {
                 let stream = match to_stream {
                     true => Some(scaled(&stream, features * width)?),
                     false => None,
@@ -308,7 +316,7 @@ impl Sums {
             }
             None => None,
         };
-        Ok((Summed { hessian, shift }, summing))
+        Ok((InputSums { hessian, target }, summing))
     }
 }
 

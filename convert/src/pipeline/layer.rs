@@ -1,23 +1,23 @@
 //! One decoder layer: statistics, its tensors, tuning, and what the next layer sees.
 
-use std::collections::HashMap;
 use std::time::Instant;
 
 use rayon::prelude::*;
-use stb_runtime::{Error, Layer, LinearInput, Result, Weight};
+use stb_format::arch::{InputMap, Linear, LinearInput, LinearMap, Role};
+use stb_runtime::{Error, Layer, Result, Weight};
 
 use super::job::Progress;
 use super::limits::BATCH;
-use super::refresh::{Moments, Place, Walk};
+use super::refresh::{ALL_SUBLAYERS, InputHessian, LayerPair, StreamPosition, StreamProgress};
 use super::run::{Capture, Done, Hidden, Run};
 use super::tensor::{clear_dead, finite, in_range, squared_error, without_inputs};
+use crate::distill;
 use crate::hessian::Hessian;
 use crate::interrupt::check_interrupt;
-use crate::plan::{TensorMethod, TensorPlan, input_of};
+use crate::plan::{TensorMethod, TensorPlan};
 use crate::quantize::{Input, Pruned, decode, relative_error};
 use crate::report::{LayerReport, Stages};
 use crate::resume::{SavedLayer, States};
-use crate::tune;
 
 impl<'r> Run<'r> {
     /// One decoder layer: statistics with its weights as they are, all its tensors, then the hidden
@@ -30,7 +30,7 @@ impl<'r> Run<'r> {
         progress: &dyn Progress,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        let layers = self.model.layers.len();
+        let layers = self.engine.model.layers.len();
         self.stages = Stages::default();
         // Units of progress: calibration, each tensor, the second forward pass.
         let units = tensors.len() as u64 + 3;
@@ -41,52 +41,50 @@ impl<'r> Run<'r> {
         step(0, "calibration");
         let linear = tensors.iter().any(|t| matches!(t.treatment, TensorMethod::Linear(_)));
         for tensor in tensors {
-            finite(&self.job.checkpoint.weight(&tensor.name)?, &tensor.name)?;
+            finite(&self.job.checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
         }
-        let dense = self.model.layers[index].clone();
+        let dense = self.engine.model.layers[index].clone();
         let mut layer = dense.clone();
         let pruned = self.prune_first(tensors, &mut layer, &mut hidden.pruned)?;
         let refreshed = linear && self.job.recipe.calibration.refreshed;
-        let mut walk = Walk::default();
+        let mut progress_of = StreamProgress::default();
         let tuned = linear && self.job.recipe.calibration.distill_layers.is_some();
         // Streams advance while the layer is quantized; tuning starts from its inputs.
         let inputs = if tuned { hidden.quantized.clone() } else { States::new() };
-        let mut moments: [Option<Moments>; 4] = Default::default();
+        let mut hessians: InputMap<Option<InputHessian>> = InputMap::default();
         if linear && !refreshed {
-            moments = self.moments(&layer, &hidden.quantized)?.map(Some);
+            let all = self.hessians(&layer, &hidden.quantized)?;
+            hessians = all.map(Some);
         }
         let mut finished: Vec<Option<Done>> = tensors.iter().map(|_| None).collect();
-        // In the order of computation, so that each input is behind what has been quantized.
-        let place = |i: &usize| {
-            let part = tensors[*i].layer().map_or("", |(_, part)| part);
-            (input_of(part).map_or(0, |input| input + 1), *i)
-        };
+        // In the order of computation, so that each input comes from what has been quantized.
+        let place = |i: &usize| (tensors[*i].linear().map(|(_, linear)| linear.input()), *i);
         let mut order: Vec<usize> = (0..tensors.len()).collect();
         order.sort_by_key(place);
         for (done, i) in order.into_iter().enumerate() {
             check_interrupt()?;
-            let part = tensors[i].layer().map_or("", |(_, part)| part);
-            step(1 + done as u64, part);
-            let input = input_of(part);
-            if let Some(input) = input.filter(|k| refreshed && moments[*k].is_none()) {
+            let linear = tensors[i].linear().map(|(_, linear)| linear);
+            step(1 + done as u64, linear.map_or("norm", Linear::short_name));
+            let input = linear.map(Linear::input);
+            if let Some(input) = input.filter(|input| refreshed && hessians[*input].is_none()) {
                 // One at a time in memory.
-                moments = Default::default();
-                let which = LinearInput::ALL[input];
-                moments[input] =
-                    Some(self.refreshed_moments(which, &layer, &dense, hidden, &mut walk)?);
+                hessians = InputMap::default();
+                let layers = LayerPair { now: &layer, dense: &dense };
+                hessians[input] =
+                    Some(self.refreshed_hessian(input, layers, hidden, &mut progress_of)?);
             }
-            let moments = input.and_then(|k| moments[k].as_ref());
-            finished[i] =
-                Some(self.layer_tensor(tensors[i], part, moments, pruned.get(part), &mut layer)?);
+            let hessian = input.and_then(|input| hessians[input].as_ref());
+            let pruned = linear.and_then(|linear| pruned.get(linear));
+            finished[i] = Some(self.layer_tensor(tensors[i], hessian, pruned, &mut layer)?);
         }
-        drop((moments, pruned));
+        drop((hessians, pruned));
         if index + 1 < layers || tuned {
-            self.advance(2, &dense, &mut hidden.dense, &mut walk.dense)?;
+            self.advance(ALL_SUBLAYERS, &dense, &mut hidden.dense, &mut progress_of.dense)?;
         }
         if tuned {
             step(units - 2, "tuning");
             self.tune(tensors, &mut layer, &mut finished, &inputs, &hidden.dense)?;
-            (hidden.quantized, walk.quantized) = (inputs, Place::default());
+            (hidden.quantized, progress_of.quantized) = (inputs, StreamPosition::default());
         }
         let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
         for (tensor, done) in tensors.iter().zip(finished.into_iter().flatten()) {
@@ -99,13 +97,13 @@ impl<'r> Run<'r> {
         }
         step(units - 1, "next inputs");
         if index + 1 < layers {
-            self.advance(2, &layer, &mut hidden.quantized, &mut walk.quantized)?;
+            self.advance(ALL_SUBLAYERS, &layer, &mut hidden.quantized, &mut progress_of.quantized)?;
         } else {
             *hidden = Hidden::default();
         }
         let encoding = tensors
             .iter()
-            .find(|t| t.shape.len() == 2)
+            .find(|t| t.linear().is_some())
             .map_or(String::new(), |t| t.treatment.encoding().to_string());
         let mean = error / f64::from(count.max(1));
         if self.job.plan.needs_calibration() {
@@ -126,33 +124,24 @@ impl<'r> Run<'r> {
     ) -> anyhow::Result<()> {
         let Some(options) = self.job.recipe.calibration.distill_layers else { return Ok(()) };
         let started = Instant::now();
-        tune::layer::tune(&self.model, layer, inputs, targets, options)?;
+        distill::layer::distill_layer(&self.engine, layer, inputs, targets, options)?;
         check_interrupt()?;
         for (tensor, done) in tensors.iter().zip(finished) {
-            let Some((Done { packed, .. }, (_, part))) = done.as_mut().zip(tensor.layer()) else {
-                continue;
-            };
-            let norm = match part {
-                "input_layernorm" => &mut layer.attention_norm,
-                "post_attention_layernorm" => &mut layer.mlp_norm,
-                _ => {
-                    if let Some(weight) = layer.matrix_mut(part) {
-                        packed.payload = weight.bytes().to_vec();
-                    }
-                    continue;
+            let Some(Done { packed, .. }) = done else { continue };
+            match (tensor.tensor.role, tensor.treatment) {
+                (Role::Norm(site), TensorMethod::Keep(kind)) => {
+                    let norm = layer.norm_mut(site);
+                    packed.payload = kind.encode(norm);
+                    // As it is stored.
+                    let stored = packed.encoding.clone();
+                    let width = norm.len() as u64;
+                    *norm = Weight::from_payload(&packed.payload, stored, 1, width)?.decode();
+                    in_range(norm, &tensor.tensor.name)?;
                 }
-            };
-            if let TensorMethod::Keep(kind) = tensor.treatment {
-                packed.payload = kind.encode(norm);
-                // As it is stored.
-                *norm = Weight::from_payload(
-                    &packed.payload,
-                    packed.encoding.clone(),
-                    1,
-                    norm.len() as u64,
-                )?
-                .decode();
-                in_range(norm, &tensor.name)?;
+                (Role::Linear(linear), _) => {
+                    packed.payload = layer.linear(linear).bytes().to_vec();
+                }
+                _ => {}
             }
         }
         self.stages.tuning += started.elapsed().as_secs_f64();
@@ -187,49 +176,47 @@ impl<'r> Run<'r> {
     /// The pruning pass of methods whose masks come from a pass of their own: prunes the layer
     /// against inputs behind pruned layers and makes those of the next. What this does layer by
     /// layer is what a pass over the whole model would do.
-    fn prune_first<'t>(
+    fn prune_first(
         &mut self,
-        tensors: &[&'t TensorPlan],
+        tensors: &[&TensorPlan],
         layer: &mut Layer,
         states: &mut States,
-    ) -> anyhow::Result<HashMap<&'t str, Pruned>> {
-        let mut pruned = HashMap::new();
+    ) -> anyhow::Result<LinearMap<Pruned>> {
+        let mut pruned = Vec::new();
         if states.is_empty() {
-            return Ok(pruned);
+            return Ok(LinearMap::default());
         }
-        let moments = self.moments(layer, states)?;
+        let hessians = self.hessians(layer, states)?;
         for tensor in tensors {
             check_interrupt()?;
-            let part = tensor.layer().map_or("", |(_, part)| part);
             let TensorMethod::Linear(method) = tensor.treatment else { continue };
-            let Some(input) = input_of(part) else { continue };
+            let Some((_, linear)) = tensor.linear() else { continue };
             let clock = Instant::now();
-            let weight = self.job.checkpoint.weight(&tensor.name)?;
+            let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
             let values = weight.decode();
-            let input = self.input(&values, &weight, &moments[input]);
+            let input = self.input(&values, &weight, &hessians[linear.input()]);
             let Some(result) = method.quantizer().prune(&input)? else { continue };
             let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
-            let stored = Weight::from_floats(result.weights.clone(), rows, cols)?;
-            put(layer, part, stored);
-            pruned.insert(part, result);
+            *layer.linear_mut(linear) = Weight::from_floats(result.weights.clone(), rows, cols)?;
+            pruned.push((linear, result));
             self.stages.quantizer.prune += clock.elapsed().as_secs_f64();
         }
-        self.advance(2, layer, states, &mut Place::default())?;
-        Ok(pruned)
+        self.advance(ALL_SUBLAYERS, layer, states, &mut StreamPosition::default())?;
+        Ok(pruned.into_iter().collect())
     }
 
-    fn input<'i>(&self, values: &'i [f32], weight: &Weight, moments: &'i Moments) -> Input<'i>
+    fn input<'i>(&self, values: &'i [f32], weight: &Weight, hessian: &'i InputHessian) -> Input<'i>
     where
         'r: 'i,
     {
         Input {
-            engine: self.engine(),
+            compute: self.compute(),
             weights: values,
             rows: weight.rows(),
             cols: weight.cols(),
-            hessian: &moments.hessian,
-            factor: &moments.factor,
-            norms: &moments.norms,
+            hessian: &hessian.hessian,
+            factor: &hessian.factor,
+            norms: &hessian.norms,
         }
     }
 
@@ -237,27 +224,26 @@ impl<'r> Run<'r> {
     fn layer_tensor(
         &mut self,
         tensor: &TensorPlan,
-        part: &str,
-        moments: Option<&Moments>,
+        hessian: Option<&InputHessian>,
         pruned: Option<&Pruned>,
         layer: &mut Layer,
     ) -> anyhow::Result<Done> {
         let started = Instant::now();
-        let weight = self.job.checkpoint.weight(&tensor.name)?;
+        let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
         let mut values = weight.decode();
-        let (packed, error) = match (tensor.treatment, moments) {
-            (TensorMethod::Linear(method), Some(moments)) => {
-                if let Some(shift) = &moments.shift {
+        let (packed, error) = match (tensor.treatment, hessian) {
+            (TensorMethod::Linear(method), Some(hessian)) => {
+                if let Some(target) = &hessian.target {
                     let clock = Instant::now();
-                    shift.apply(self.engine(), &mut values)?;
+                    target.apply(self.compute(), &mut values)?;
                     self.stages.moments += clock.elapsed().as_secs_f64();
                 }
-                clear_dead(&mut values, &moments.norms);
-                let input = self.input(&values, &weight, moments);
+                clear_dead(&mut values, &hessian.norms);
+                let input = self.input(&values, &weight, hessian);
                 let packed = method.quantizer().quantize(&input, pruned)?;
                 let clock = Instant::now();
                 let decoded = decode(&packed, input.rows, input.cols);
-                in_range(&decoded, &tensor.name)?;
+                in_range(&decoded, &tensor.tensor.name)?;
                 let error = relative_error(&input, &decoded)?;
                 self.stages.check += clock.elapsed().as_secs_f64();
                 (packed, error)
@@ -268,43 +254,46 @@ impl<'r> Run<'r> {
                 (packed, error)
             }
         };
-        let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
-        put(
-            layer,
-            part,
-            Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?,
-        );
+        if let Some((_, linear)) = tensor.linear() {
+            let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
+            *layer.linear_mut(linear) =
+                Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?;
+        }
         Ok(Done { packed, error, seconds: started.elapsed().as_secs_f64() })
     }
 
-    /// Second moments of the four inputs of a layer, with its weights as they are.
-    fn moments(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<[Moments; 4]> {
+    /// The Hessians of the inputs of a layer, with its weights as they are.
+    fn hessians(
+        &mut self,
+        layer: &Layer,
+        hidden: &[Vec<f32>],
+    ) -> anyhow::Result<InputMap<InputHessian>> {
         let hessians = match self.accelerator {
             Some(accelerator) => self.sums_on_device(accelerator, layer, hidden)?,
             None => self.sums(layer, hidden)?,
         };
         let started = Instant::now();
         let damping = self.job.recipe.calibration.damping;
-        let engine = self.engine();
-        let factored: Vec<Result<Moments>> = hessians
+        let compute = self.compute();
+        let factored: Vec<Result<(LinearInput, InputHessian)>> = hessians
+            .into_entries()
             .into_par_iter()
-            .map(|mut hessian| {
+            .map(|(input, mut hessian)| {
                 let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
                 hessian.damp(damping);
-                let factor = engine.factor(&hessian)?;
-                Ok(Moments { hessian, factor, norms, shift: None })
+                let factor = compute.factor(&hessian)?;
+                Ok((input, InputHessian { hessian, factor, norms, target: None }))
             })
             .collect();
         self.stages.factors += started.elapsed().as_secs_f64();
-        let all: Vec<Moments> = factored.into_iter().collect::<Result<_>>()?;
-        let four = || Error::Internal { what: "a layer has four inputs".into() };
-        Ok(all.try_into().map_err(|_| four())?)
+        let mut factored = factored.into_iter().collect::<Result<Vec<_>>>()?.into_iter();
+        let missing = || Error::Internal { what: "an input without Hessian".into() };
+        Ok(InputMap::try_from_fn(|_| factored.next().map(|(_, h)| h).ok_or_else(missing))?)
     }
 
-    /// Second moments of the four inputs, finished.
-    fn sums(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<Vec<Hessian>> {
-        let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
-        let mut hessians = sizes.map(Hessian::new);
+    /// The Hessians of the inputs, finished but not damped.
+    fn sums(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<InputMap<Hessian>> {
+        let mut hessians = InputMap::from_fn(|input| Hessian::new(layer.input_width(input)));
         for batch in hidden.chunks(BATCH) {
             check_interrupt()?;
             let started = Instant::now();
@@ -312,30 +301,24 @@ impl<'r> Run<'r> {
                 .par_iter()
                 .map(|states| {
                     let mut capture = Capture::default();
-                    self.model.run_layer(layer, &mut states.clone(), &mut capture);
+                    self.engine.run_layer(layer, &mut states.clone(), &mut capture);
                     capture
                 })
                 .collect();
             self.stages.forward += started.elapsed().as_secs_f64();
             let started = Instant::now();
-            for (k, hessian) in hessians.iter_mut().enumerate() {
+            for (input, hessian) in hessians.iter_mut() {
                 // One product for the whole batch: longer sums, fewer passes over the matrix.
-                let x = captured.iter().map(|c| &c.0[k][..]).collect::<Vec<_>>().concat();
-                hessian.add(self.model.isa, &x);
+                let x = captured.iter().map(|c| &c.0[input][..]).collect::<Vec<_>>().concat();
+                hessian.add(self.engine.isa, &x);
                 captured.iter().for_each(|_| hessian.count_sequence());
             }
             self.stages.moments += started.elapsed().as_secs_f64();
         }
         let started = Instant::now();
-        hessians.par_iter_mut().for_each(Hessian::finish);
+        let all: Vec<&mut Hessian> = hessians.iter_mut().map(|(_, hessian)| hessian).collect();
+        all.into_par_iter().for_each(Hessian::finish);
         self.stages.moments += started.elapsed().as_secs_f64();
-        Ok(hessians.into())
-    }
-}
-
-/// Replaces a linear layer.
-fn put(layer: &mut Layer, part: &str, weight: Weight) {
-    if let Some(old) = layer.matrix_mut(part) {
-        *old = weight;
+        Ok(hessians)
     }
 }

@@ -2,7 +2,7 @@
 
 mod conversion;
 mod device;
-mod fine;
+mod distill;
 mod job;
 mod layer;
 pub(crate) mod limits;

@@ -1,68 +1,72 @@
-//! Layers that are fitted to the dense model: statistics of inputs as they really are, and targets
-//! from the dense model.
+//! Layers that are fitted to the dense model: Hessians of the inputs behind the layers quantized so far, and
+//! targets from the dense model.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
 
 use rayon::prelude::*;
+use stb_format::arch::LinearInput;
 use stb_kernels::Isa;
-use stb_runtime::{Half, Layer, LinearInput, Observer, Result};
+use stb_runtime::{Layer, Observer, Result, Sublayer};
 
 use super::limits::{BATCH, KEPT_BYTES};
 use super::run::{Hidden, Run};
-use crate::engine::{Engine, Right};
+use crate::compute::{Compute, Right};
 use crate::hessian::{CrossMoments, Factor, Hessian};
 use crate::interrupt::check_interrupt;
 use crate::resume::States;
 
-/// The ridge that inputs of as many features as there are tokens add to the recipe's: a regression on
-/// few tokens finds what is not there.
-const FEW_TOKENS: f64 = 4.0;
+/// Extra ridge against overfitting short calibration sets, for an input with as many features as there are
+/// tokens.
+const SHORT_TEXT_RIDGE: f64 = 4.0;
+/// The sublayers of a decoder layer: attention and MLP.
+pub(super) const ALL_SUBLAYERS: usize = 2;
 
-/// How the inputs of a linear layer differ from those in the dense model.
-pub(super) struct Shift {
+/// The output of a linear layer in the dense model as a target: how the inputs of the layer differ from those
+/// in the dense model.
+pub(super) struct DenseTarget {
     /// (2/n) Σ (X̃ − X)ᵀ X, [in, in]: X̃ as in the dense model, X as they are.
     inputs: Vec<f32>,
     /// (2/n) Σ (R̃ − R)ᵀ X, [hidden, in]: the residual stream that the output is added to, in the dense
     /// model and as it is. Of linear layers that write to it.
     stream: Option<Vec<f32>>,
-    /// Of the second moments with a ridge of their own.
+    /// Of the Hessian with a ridge of its own.
     factor: Factor,
 }
 
-impl Shift {
+impl DenseTarget {
     /// The weights that, from the inputs as they are, come closest to what the dense model has
     /// there: the ridge regression W + (W E + D) (H + Λ)⁻¹ with E, D the fields above, which minimizes
     /// ‖W X̃ + R̃ − R − W* X‖² + ‖(W* − W) Λ^½‖². `weights` is [rows, in].
-    pub(super) fn apply(&self, engine: Engine<'_>, weights: &mut [f32]) -> Result<()> {
+    pub(super) fn apply(&self, compute: Compute<'_>, weights: &mut [f32]) -> Result<()> {
         let n = self.factor.size;
-        let mut change = engine.product(weights, n, Right::Plain(&self.inputs), n)?;
+        let mut change = compute.product(weights, n, Right::Plain(&self.inputs), n)?;
         if let Some(stream) = &self.stream {
             change.par_iter_mut().zip(stream).for_each(|(c, s)| *c += s);
         }
-        let change = engine.times_inverse(&self.factor, &change)?;
+        let change = compute.times_inverse(&self.factor, &change)?;
         weights.par_iter_mut().zip(change).for_each(|(w, c)| *w += c);
         Ok(())
     }
 }
 
-/// Second moments of one input of a decoder layer, damped and factored.
-pub(super) struct Moments {
+/// The Hessian of one input of a decoder layer, damped and factored.
+pub(super) struct InputHessian {
     pub(super) hessian: Hessian,
     pub(super) factor: Factor,
     pub(super) norms: Vec<f32>,
     /// How far the input is from that of the dense model, if that is the target.
-    pub(super) shift: Option<Shift>,
+    pub(super) target: Option<DenseTarget>,
 }
 
 /// Keeps one input; ends the layer there or not.
-struct Keep {
+struct KeepInput {
     input: LinearInput,
     goes_on: bool,
     x: Vec<f32>,
 }
 
-impl Observer for Keep {
+impl Observer for KeepInput {
     fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
         if input == self.input {
             self.x = x.to_vec();
@@ -72,82 +76,79 @@ impl Observer for Keep {
     }
 }
 
-/// What a linear layer meets in one sequence.
-struct Seen {
-    /// Its input, [tokens, in].
+/// The input of a linear layer in one sequence, and how far it is from that in the dense model.
+struct ActivationPair {
+    /// The input, [tokens, in].
     x: Vec<f32>,
-    /// That in the dense model minus this one, if somebody wants it.
+    /// The input in the dense model minus this one; empty if the target is not from there.
     inputs: Vec<f32>,
-    /// The residual stream, [tokens, hidden], in the dense model minus the one here; the same.
+    /// The residual stream in the dense model minus the one here, [tokens, hidden]; or empty.
     stream: Vec<f32>,
 }
 
-/// `wanted` minus what is.
+/// A decoder layer as it has been quantized so far, and as it is in the dense model.
+#[derive(Clone, Copy)]
+pub(super) struct LayerPair<'a> {
+    pub(super) now: &'a Layer,
+    pub(super) dense: &'a Layer,
+}
+
+/// `wanted` − `x`.
 fn difference(mut wanted: Vec<f32>, x: &[f32]) -> Vec<f32> {
     wanted.iter_mut().zip(x).for_each(|(w, x)| *w -= x);
     wanted
 }
 
 /// One field of all sequences of a batch.
-fn joined(seen: &[Seen], of: fn(&Seen) -> &[f32]) -> Vec<f32> {
-    seen.iter().map(of).collect::<Vec<_>>().concat()
+fn joined(pairs: &[ActivationPair], of: fn(&ActivationPair) -> &[f32]) -> Vec<f32> {
+    pairs.iter().map(of).collect::<Vec<_>>().concat()
 }
 
-/// How far residual streams are in the layer at work: what nothing later can change is not computed
-/// again. They advance in place, by halves of the layer: attention, then MLP.
+/// How far residual streams have advanced in the layer: what nothing later can change is not computed again.
+/// They advance in place, by sublayers.
 #[derive(Default)]
-pub(super) struct Place {
-    /// Halves behind them.
-    halves: usize,
-    /// What the linear layer reads that ends the next half: [tokens, in] for each sequence; or none.
+pub(super) struct StreamPosition {
+    /// Sublayers that they have passed.
+    sublayers: usize,
+    /// The input of the last linear layer of the next sublayer, [tokens, in] for each sequence; or none.
     kept: States,
 }
 
-/// The places of the streams in [`Hidden`] that refreshed statistics come from.
+/// The positions of the streams in [`Hidden`] that Hessians come from.
 #[derive(Default)]
-pub(super) struct Walk {
-    pub(super) quantized: Place,
-    pub(super) dense: Place,
+pub(super) struct StreamProgress {
+    pub(super) quantized: StreamPosition,
+    pub(super) dense: StreamPosition,
 }
 
 /// Sums over the calibration sequences for one input of a layer.
-pub(super) struct Summed {
+pub(super) struct InputSums {
     /// Finished, without damping.
     pub(super) hessian: Hessian,
-    /// The first two fields of [`Shift`].
-    pub(super) shift: Option<(Vec<f32>, Option<Vec<f32>>)>,
+    /// The first two fields of [`DenseTarget`].
+    pub(super) target: Option<(Vec<f32>, Option<Vec<f32>>)>,
 }
 
-/// Features of an input of `layer`, and whether the linear layer behind it writes to the residual stream.
-pub(super) fn shape(layer: &Layer, input: LinearInput) -> (usize, bool) {
-    match input {
-        LinearInput::Attention => (layer.q.cols(), false),
-        LinearInput::AttentionOutput => (layer.o.cols(), true),
-        LinearInput::Mlp => (layer.gate.cols(), false),
-        LinearInput::MlpDown => (layer.down.cols(), true),
-    }
-}
-
-/// Second moments for [`Shift`], from those without damping.
+/// The Hessian for [`DenseTarget`], from that without damping.
 fn with_ridge(hessian: &Hessian, ridge: f64, tokens: usize) -> Hessian {
-    let few = FEW_TOKENS * hessian.size as f64 / tokens.max(1) as f64;
+    let few = SHORT_TEXT_RIDGE * hessian.size as f64 / tokens.max(1) as f64;
     let mut hessian = hessian.clone();
     hessian.add_ridge(ridge + few);
     hessian
 }
 
-/// Sums for [`Shift`].
-struct ShiftSums {
+/// Sums for [`DenseTarget`].
+struct TargetSums {
     inputs: CrossMoments,
     stream: Option<CrossMoments>,
 }
 
-impl ShiftSums {
-    /// `x` is all inputs of `seen`.
-    fn add(&mut self, isa: Isa, seen: &[Seen], x: &[f32]) {
-        self.inputs.add(isa, &joined(seen, |s| &s.inputs), x, seen.len());
+impl TargetSums {
+    /// `x` is all inputs of `pairs`.
+    fn add(&mut self, isa: Isa, pairs: &[ActivationPair], x: &[f32]) {
+        self.inputs.add(isa, &joined(pairs, |s| &s.inputs), x, pairs.len());
         if let Some(stream) = &mut self.stream {
-            stream.add(isa, &joined(seen, |s| &s.stream), x, seen.len());
+            stream.add(isa, &joined(pairs, |s| &s.stream), x, pairs.len());
         }
     }
 
@@ -157,66 +158,60 @@ impl ShiftSums {
 }
 
 impl Run<'_> {
-    /// What linear layers that read `input` need: second moments with `layer` as it is so far, and,
-    /// if the recipe wants targets from the dense model, how far its inputs are from that.
-    pub(super) fn refreshed_moments(
+    /// The Hessian of `input` with the layer as it has been quantized so far, and, if the recipe wants targets
+    /// from the dense model, how far the input is from that in the dense model.
+    pub(super) fn refreshed_hessian(
         &mut self,
         input: LinearInput,
-        layer: &Layer,
-        dense: &Layer,
+        layers: LayerPair<'_>,
         hidden: &mut Hidden,
-        walk: &mut Walk,
-    ) -> anyhow::Result<Moments> {
-        if matches!(input, LinearInput::Mlp | LinearInput::MlpDown) {
-            self.advance(1, layer, &mut hidden.quantized, &mut walk.quantized)?;
+        progress: &mut StreamProgress,
+    ) -> anyhow::Result<InputHessian> {
+        if Sublayer::of(input) == Sublayer::Mlp {
+            self.advance(1, layers.now, &mut hidden.quantized, &mut progress.quantized)?;
         }
         let ridge = self.job.recipe.calibration.ridge;
-        let (_, to_stream) = shape(layer, input);
-        let summed = match self.accelerator {
+        let sums = match self.accelerator {
             Some(accelerator) => {
-                // None of the dense model, if nobody wants them.
-                let wanted = if ridge.is_some() { &mut hidden.dense[..] } else { &mut [] };
-                let (streams, dense) = ((layer, &hidden.quantized[..]), (dense, wanted));
-                self.summed_on_device(accelerator, input, streams, dense)?
+                self.sum_on_device(accelerator, input, layers, hidden, ridge.is_some())?
             }
-            None => self.summed(input, layer, dense, hidden, walk, ridge.is_some())?,
+            None => self.sum(input, layers, hidden, progress, ridge.is_some())?,
         };
-        if to_stream && ridge.is_some() {
-            walk.dense.halves += 1;
+        if input.writes_residual() && ridge.is_some() {
+            progress.dense.sublayers += 1;
         }
-        let features = self.model.norm.len();
+        let features = self.engine.model.hidden_size();
         let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / features;
         let started = Instant::now();
-        let Summed { mut hessian, shift } = summed;
+        let InputSums { mut hessian, target } = sums;
         let norms = hessian.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
-        let shift = match shift.zip(ridge) {
+        let target = match target.zip(ridge) {
             Some(((inputs, stream), ridge)) => {
-                let factor = self.engine().factor(&with_ridge(&hessian, ridge, tokens))?;
-                Some(Shift { inputs, stream, factor })
+                let factor = self.compute().factor(&with_ridge(&hessian, ridge, tokens))?;
+                Some(DenseTarget { inputs, stream, factor })
             }
             None => None,
         };
         hessian.damp(self.job.recipe.calibration.damping);
-        let factor = self.engine().factor(&hessian)?;
+        let factor = self.compute().factor(&hessian)?;
         self.stages.factors += started.elapsed().as_secs_f64();
-        Ok(Moments { hessian, factor, norms, shift })
+        Ok(InputHessian { hessian, factor, norms, target })
     }
 
     /// Sums over all sequences; `targets` if those of the dense model are wanted.
-    fn summed(
+    fn sum(
         &mut self,
         input: LinearInput,
-        layer: &Layer,
-        dense: &Layer,
+        layers: LayerPair<'_>,
         hidden: &mut Hidden,
-        walk: &mut Walk,
+        progress: &mut StreamProgress,
         targets: bool,
-    ) -> anyhow::Result<Summed> {
-        let isa = self.model.isa;
-        let (width, to_stream) = shape(layer, input);
-        let features = self.model.norm.len();
+    ) -> anyhow::Result<InputSums> {
+        let isa = self.engine.isa;
+        let (width, to_stream) = (layers.now.input_width(input), input.writes_residual());
+        let features = self.engine.model.hidden_size();
         let mut hessian = Hessian::new(width);
-        let mut sums = targets.then(|| ShiftSums {
+        let mut sums = targets.then(|| TargetSums {
             inputs: CrossMoments::new(width, width),
             stream: to_stream.then(|| CrossMoments::new(features, width)),
         });
@@ -230,103 +225,97 @@ impl Run<'_> {
                 Some(_) => dense_streams.by_ref().take(states.len()).collect(),
                 None => Vec::new(),
             };
-            let seen = self.seen(input, (layer, states), (dense, dense_states));
+            let pairs = self.activations(input, layers, states, dense_states);
             self.stages.forward += started.elapsed().as_secs_f64();
             let started = Instant::now();
-            let x = joined(&seen, |s| &s.x);
+            let x = joined(&pairs, |s| &s.x);
             hessian.add(isa, &x);
-            seen.iter().for_each(|_| hessian.count_sequence());
+            pairs.iter().for_each(|_| hessian.count_sequence());
             if let Some(sums) = &mut sums {
-                sums.add(isa, &seen, &x);
+                sums.add(isa, &pairs, &x);
             }
             if keep {
-                walk.quantized.kept.extend(seen.into_iter().map(|s| s.x));
+                progress.quantized.kept.extend(pairs.into_iter().map(|s| s.x));
             }
             self.stages.moments += started.elapsed().as_secs_f64();
         }
         let started = Instant::now();
         hessian.finish();
-        let shift = sums.map(ShiftSums::finish);
+        let target = sums.map(TargetSums::finish);
         self.stages.moments += started.elapsed().as_secs_f64();
-        Ok(Summed { hessian, shift })
+        Ok(InputSums { hessian, target })
     }
 
-    /// Runs sequences up to `input`, from where their streams stand. Those of the dense model, if
-    /// there are any, pass the linear layer behind `input` if it ends a half: it is theirs already.
-    fn seen(
+    /// Runs sequences up to `input`, from where their streams stand. Streams of the dense model, if there are
+    /// any, also pass the last linear layer of the sublayer if that reads `input`: it is theirs already.
+    fn activations(
         &self,
         input: LinearInput,
-        (layer, states): (&Layer, &mut [Vec<f32>]),
-        (dense, dense_states): (&Layer, Vec<&mut Vec<f32>>),
-    ) -> Vec<Seen> {
+        layers: LayerPair<'_>,
+        states: &mut [Vec<f32>],
+        dense_states: Vec<&mut Vec<f32>>,
+    ) -> Vec<ActivationPair> {
         let run = |layer: &Layer, stream: &mut [f32], goes_on: bool| {
-            let mut observer = Keep { input, goes_on, x: Vec::new() };
-            let _ = match input {
-                LinearInput::Attention | LinearInput::AttentionOutput => {
-                    self.model.run_attention(layer, stream, &mut observer)
-                }
-                LinearInput::Mlp | LinearInput::MlpDown => {
-                    self.model.run_mlp(layer, stream, &mut observer)
-                }
-            };
+            let mut observer = KeepInput { input, goes_on, x: Vec::new() };
+            let _ = self.engine.run_sublayer(Sublayer::of(input), layer, stream, &mut observer);
             observer.x
         };
-        let to_stream = matches!(input, LinearInput::AttentionOutput | LinearInput::MlpDown);
+        let to_stream = input.writes_residual();
         let mut wanted: Vec<Option<&mut Vec<f32>>> = dense_states.into_iter().map(Some).collect();
         wanted.resize_with(states.len(), || None);
         let pairs = states.par_iter_mut().zip(wanted);
         pairs
             .map(|(stream, wanted)| {
-                let x = run(layer, stream, false);
+                let x = run(layers.now, stream, false);
                 let Some(wanted) = wanted else {
-                    return Seen { x, inputs: Vec::new(), stream: Vec::new() };
+                    return ActivationPair { x, inputs: Vec::new(), stream: Vec::new() };
                 };
                 let shift = if to_stream { difference(wanted.clone(), stream) } else { Vec::new() };
-                let inputs = difference(run(dense, wanted, to_stream), &x);
-                Seen { x, inputs, stream: shift }
+                let inputs = difference(run(layers.dense, wanted, to_stream), &x);
+                ActivationPair { x, inputs, stream: shift }
             })
             .collect()
     }
 
-    /// Brings streams to the end of `halves` halves of `layer`, which must be finished so far.
+    /// Advances streams to the end of `sublayers` sublayers of `layer`, which must be finished so far.
     pub(super) fn advance(
         &mut self,
-        halves: usize,
+        sublayers: usize,
         layer: &Layer,
         streams: &mut States,
-        place: &mut Place,
+        position: &mut StreamPosition,
     ) -> anyhow::Result<()> {
-        while place.halves < halves {
-            let kept = std::mem::take(&mut place.kept);
-            self.half(place.halves, layer, streams, &kept)?;
-            place.halves += 1;
+        while position.sublayers < sublayers {
+            let kept = std::mem::take(&mut position.kept);
+            let sublayer =
+                if position.sublayers == 0 { Sublayer::Attention } else { Sublayer::Mlp };
+            self.pass_sublayer(sublayer, layer, streams, &kept)?;
+            position.sublayers += 1;
         }
         Ok(())
     }
 
-    /// Half `half` of `layer`, of which `kept` may have what the last linear layer reads.
-    fn half(
+    /// Runs streams through a sublayer of `layer`; `kept` may have the inputs of its last linear layer.
+    fn pass_sublayer(
         &mut self,
-        half: usize,
+        sublayer: Sublayer,
         layer: &Layer,
         streams: &mut States,
         kept: &[Vec<f32>],
     ) -> anyhow::Result<()> {
         let started = Instant::now();
         if let Some(accelerator) = self.accelerator {
-            let half = if half == 0 { Half::Attention } else { Half::Mlp };
-            self.half_on_device(accelerator, half, layer, streams)?;
+            self.sublayer_on_device(accelerator, sublayer, layer, streams)?;
             self.stages.forward += started.elapsed().as_secs_f64();
             return Ok(());
         }
+        let last = layer.linear(sublayer.last_linear());
         for (batch, streams) in streams.chunks_mut(BATCH).enumerate() {
             check_interrupt()?;
             streams.par_iter_mut().enumerate().for_each(|(i, stream)| {
-                match (half, kept.get(batch * BATCH + i)) {
-                    (0, Some(x)) => self.model.add_linear(&layer.o, x, stream),
-                    (_, Some(x)) => self.model.add_linear(&layer.down, x, stream),
-                    (0, None) => drop(self.model.run_attention(layer, stream, &mut ())),
-                    (_, None) => drop(self.model.run_mlp(layer, stream, &mut ())),
+                match kept.get(batch * BATCH + i) {
+                    Some(x) => self.engine.add_linear(last, x, stream),
+                    None => drop(self.engine.run_sublayer(sublayer, layer, stream, &mut ())),
                 }
             });
         }
@@ -363,8 +352,8 @@ mod tests {
         let (e, d) = (cross(&difference, n), cross(&stream, rows));
         let mut shifted = weights.clone();
         let factor = Factor::new(&hessian).unwrap();
-        let shift = Shift { inputs: e.clone(), stream: Some(d.clone()), factor };
-        shift.apply(isa.into(), &mut shifted).unwrap();
+        let target = DenseTarget { inputs: e.clone(), stream: Some(d.clone()), factor };
+        target.apply(isa.into(), &mut shifted).unwrap();
         let h = hessian.matrix();
         for r in 0..rows {
             for j in 0..n {

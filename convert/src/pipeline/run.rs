@@ -4,10 +4,11 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use stb_format::Writer;
-use stb_runtime::{Error, LinearInput, Model, Observer};
+use stb_format::arch::{InputMap, LinearInput};
+use stb_runtime::{Engine, Error, Observer};
 
 use super::job::Job;
-use crate::engine::{Accelerator, Engine};
+use crate::compute::{Accelerator, Compute};
 use crate::output::Output;
 use crate::plan::TensorPlan;
 use crate::quantize::Packed;
@@ -17,7 +18,7 @@ use crate::resume::{States, Workspace};
 /// A conversion in progress.
 pub(super) struct Run<'a> {
     pub(super) job: &'a Job<'a>,
-    pub(super) model: Model,
+    pub(super) engine: Engine,
     pub(super) accelerator: Option<&'a Accelerator>,
     pub(super) writer: Writer<Output>,
     pub(super) workspace: &'a mut Workspace,
@@ -54,21 +55,21 @@ pub(super) struct Done {
     pub(super) seconds: f64,
 }
 
-/// Keeps the inputs of the linear layers, in the order of [`LinearInput::ALL`].
+/// Keeps the inputs of the linear layers, [tokens, in].
 #[derive(Default)]
-pub(super) struct Capture(pub(super) [Vec<f32>; 4]);
+pub(super) struct Capture(pub(super) InputMap<Vec<f32>>);
 
 impl Observer for Capture {
     fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
-        self.0[input.index()] = x.to_vec();
+        self.0[input] = x.to_vec();
         ControlFlow::Continue(())
     }
 }
 
 impl<'a> Run<'a> {
     /// Where products are computed.
-    pub(super) fn engine(&self) -> Engine<'a> {
-        Engine { isa: self.model.isa, accelerator: self.accelerator }
+    pub(super) fn compute(&self) -> Compute<'a> {
+        Compute { isa: self.engine.isa, accelerator: self.accelerator }
     }
 
     /// Writes a finished tensor and reports it.
@@ -78,12 +79,12 @@ impl<'a> Run<'a> {
         self.stages.quantizer.add(&packed.seconds);
         let writing = Instant::now();
         self.writer
-            .tensor(&tensor.name, &tensor.shape, &packed.encoding, &packed.payload)
+            .tensor(&tensor.tensor.name, &tensor.tensor.shape, &packed.encoding, &packed.payload)
             .map_err(|e| Error::io(target, e))?;
         self.stages.output += writing.elapsed().as_secs_f64();
         self.reports.push(TensorReport {
-            name: tensor.name.clone(),
-            shape: tensor.shape.clone(),
+            name: tensor.tensor.name.clone(),
+            shape: tensor.tensor.shape.clone(),
             encoding: packed.encoding.to_string(),
             bytes: packed.payload.len() as u64,
             stored_bits: tensor.stored_bits(),

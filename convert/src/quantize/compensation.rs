@@ -5,7 +5,7 @@ use stb_kernels::cuda::{Buffer, Operand};
 use stb_kernels::{Isa, Panels};
 use stb_runtime::Result;
 
-use crate::engine::{Accelerator, Engine, fetch_columns, upload};
+use crate::compute::{Accelerator, Compute, fetch_columns, upload};
 use crate::hessian::Factor;
 use crate::products::{TASK_ROWS, product};
 
@@ -22,7 +22,7 @@ pub enum Propagation {
 
 /// Spreads the errors of quantized blocks of columns over the columns that are still to be quantized.
 pub(crate) struct Compensation<'a> {
-    engine: Engine<'a>,
+    compute: Compute<'a>,
     factor: &'a Factor,
     mode: Propagation,
     device: Option<DeviceCompensation<'a>>,
@@ -39,12 +39,12 @@ struct DeviceCompensation<'a> {
 impl<'a> Compensation<'a> {
     /// Starts with `weights`, [rows, cols], none of which are quantized yet.
     pub(crate) fn new(
-        engine: Engine<'a>,
+        compute: Compute<'a>,
         weights: &[f32],
         factor: &'a Factor,
         mode: Propagation,
     ) -> Result<Self> {
-        let device = match engine.accelerator {
+        let device = match compute.accelerator {
             Some(accelerator) if mode != Propagation::Off => {
                 let mut layers = accelerator.layers();
                 let dense = layers.dense();
@@ -53,7 +53,7 @@ impl<'a> Compensation<'a> {
             }
             _ => None,
         };
-        Ok(Self { engine, factor, mode, device })
+        Ok(Self { compute, factor, mode, device })
     }
 
     /// Spreads `errors` of the block of columns `from..from + width`, [rows, width], over `weights`: all later
@@ -68,7 +68,7 @@ impl<'a> Compensation<'a> {
     ) -> Result<()> {
         let (cols, later) = (self.factor.size, from + width);
         let Some(device) = &mut self.device else {
-            let (isa, factor) = (self.engine.isa, self.factor);
+            let (isa, factor) = (self.compute.isa, self.factor);
             propagate(isa, weights, factor, errors, from, width, self.mode);
             return Ok(());
         };

@@ -6,7 +6,7 @@ use stb_kernels::cuda::{Buffer, Operand};
 use stb_runtime::Result;
 
 use super::quantizer::Input;
-use crate::engine::{Accelerator, download, fetch_columns, upload};
+use crate::compute::{Accelerator, download, fetch_columns, upload};
 use crate::products::{TASK_ROWS, product, product_of};
 
 /// A linear layer with its Hessian, on the device if there is one.
@@ -41,7 +41,7 @@ impl<'a> Fitting<'a> {
     /// # Errors
     /// [`stb_runtime::Error::Device`].
     pub(super) fn new(input: &'a Input<'a>) -> Result<Self> {
-        let device = match input.engine.accelerator {
+        let device = match input.compute.accelerator {
             Some(accelerator) => {
                 let h = upload(accelerator.layers().dense(), input.hessian.matrix())?;
                 Some(DeviceHessian { accelerator, h })
@@ -57,7 +57,7 @@ impl<'a> Fitting<'a> {
         let Some(on) = &self.device else {
             let mut panels = Panels::default();
             panels.pack(input.hessian.matrix(), cols);
-            return Ok(product_of(input.engine.isa, weights, cols, &panels, cols));
+            return Ok(product_of(input.compute.isa, weights, cols, &panels, cols));
         };
         let mut layers = on.accelerator.layers();
         let dense = layers.dense();
@@ -143,7 +143,7 @@ impl<'a> Fitting<'a> {
             let rows_of_h = &input.hessian.matrix()[start * cols..end * cols];
             // Only columns up to the end of the block: the system is symmetric.
             panels.pack_transposed(rows_of_h, end, width, cols);
-            let (isa, panels) = (input.engine.isa, &panels);
+            let (isa, panels) = (input.compute.isa, &panels);
             systems
                 .par_chunks_mut(TASK_ROWS * blocks * blocks)
                 .zip(units.par_chunks(TASK_ROWS * cols))
@@ -222,7 +222,7 @@ impl Residual<'_> {
             let next = width.min(cols - later);
             return fetch_columns(dense, residual, &mut self.values, cols, later, next);
         }
-        let isa = input.engine.isa;
+        let isa = input.compute.isa;
         let mut panels = Panels::default();
         let rows_of_h = &input.hessian.matrix()[from * cols + later..];
         panels.pack_transposed(rows_of_h, cols - later, width, cols);

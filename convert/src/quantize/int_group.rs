@@ -156,7 +156,7 @@ fn compensate(input: &Input<'_>, options: &IntOptions) -> Result<Packed> {
     let groups = cols.div_ceil(spec.group());
     let mut weights = input.weights.to_vec();
     let mode = Propagation::Solve;
-    let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
+    let mut compensation = Compensation::new(input.compute, &weights, input.factor, mode)?;
     let mut codes = vec![0i8; rows * cols];
     let mut scales = vec![f16::ZERO; rows * groups];
     for (index, from) in (0..cols).step_by(spec.group()).enumerate() {
@@ -494,8 +494,8 @@ mod tests {
         let weights: Vec<f32> = (0..rows * cols).map(number(17)).collect();
         let norms = vec![1.0; cols];
         let (hessian, factor, norms) = (&hessian, &factor, norms.as_slice());
-        let engine = isa.into();
-        let input = Input { engine, weights: &weights, rows, cols, hessian, factor, norms };
+        let compute = isa.into();
+        let input = Input { compute, weights: &weights, rows, cols, hessian, factor, norms };
         for bits in 1..=4 {
             let spec = IntGroup::new(bits, 32).unwrap();
             let error = |sweeps: usize| {

@@ -129,7 +129,7 @@ impl NmFit<'_> {
         let importance = input.factor.importance();
         let mut weights = input.weights.to_vec();
         let mode = Propagation::Solve;
-        let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
+        let mut compensation = Compensation::new(input.compute, &weights, input.factor, mode)?;
         // Scales are estimated from whole blocks of theirs, which may begin with the last column.
         let ahead = if span < cols { BLOCK + span } else { BLOCK };
         for from in (0..cols).step_by(BLOCK) {

@@ -77,7 +77,7 @@ fn compensate(input: &Input<'_>, options: &PbLlmOptions, salient: &[bool]) -> Re
     let mut weights = input.weights.to_vec();
     let mut values = vec![0.0; rows * cols];
     let mode = Propagation::Solve;
-    let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
+    let mut compensation = Compensation::new(input.compute, &weights, input.factor, mode)?;
     let span = usize::from(options.block);
     for from in (0..cols).step_by(span) {
         let width = span.min(cols - from);

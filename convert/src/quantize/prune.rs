@@ -28,7 +28,7 @@ pub fn prune_with_compensation(
     let mut mask = vec![false; weights.len()];
     let mut errors = vec![0.0; input.rows * BLOCK.min(cols)];
     let mode = Propagation::Solve;
-    let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
+    let mut compensation = Compensation::new(input.compute, &weights, input.factor, mode)?;
     for from in (0..cols).step_by(BLOCK) {
         let width = BLOCK.min(cols - from);
         errors.resize(input.rows * width, 0.0);

@@ -5,7 +5,7 @@ use stb_format::Encoding;
 use stb_runtime::Result;
 
 use super::kept::KeptByLayer;
-use crate::engine::Engine;
+use crate::compute::Compute;
 use crate::hessian::{Factor, Hessian};
 
 /// A method that quantizes linear layers, with its options. This is all that the rest of the program knows of a
@@ -89,7 +89,7 @@ pub struct Pruned {
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
     /// Where products are computed.
-    pub engine: Engine<'a>,
+    pub compute: Compute<'a>,
     /// [rows, cols], row-major.
     pub weights: &'a [f32],
     /// Output features.
@@ -155,7 +155,7 @@ pub fn relative_error(input: &Input<'_>, quantized: &[f32]) -> Result<f64> {
     let difference: Vec<f32> =
         input.weights.par_iter().zip(quantized).map(|(w, q)| w - q).collect();
     let energy = |weights: &[f32]| -> Result<f64> {
-        Ok(input.engine.output_errors(weights, input.hessian)?.iter().sum())
+        Ok(input.compute.output_errors(weights, input.hessian)?.iter().sum())
     };
     let output = energy(input.weights)?;
     Ok(if output > 0.0 { energy(&difference)? / output } else { 0.0 })

@@ -35,7 +35,7 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
         let end = cols.min(start + parts.spec.block());
         // H is symmetric: its rows are the columns that D is multiplied with.
         let mut columns = Panels::default();
-        if input.engine.accelerator.is_none() {
+        if input.compute.accelerator.is_none() {
             columns.pack(&h[start * cols..end * cols], cols);
         }
         let diagonal = h[start * cols..end * cols].chunks_exact(cols).flat_map(|r| &r[start..end]);
@@ -55,7 +55,7 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
             task.subtract_values(&blocks);
             task
         });
-    let isa = input.engine.isa;
+    let isa = input.compute.isa;
     let Some(on) = fitting.on_device() else {
         tasks.for_each_init(Vec::new, |residuals, mut task| {
             for (sweep, (index, block)) in steps(sweeps, &blocks) {

@@ -243,7 +243,7 @@ pub fn binarize(
     let whole = (options.scope == Scope::Matrix)
         .then(|| Scorer::new(options.metric, input.weights, input.norms, &importance));
     let mode = options.propagation;
-    let mut compensation = Compensation::new(input.engine, &weights, input.factor, mode)?;
+    let mut compensation = Compensation::new(input.compute, &weights, input.factor, mode)?;
     for (index, from) in (0..cols).step_by(spec.block()).enumerate() {
         let clock = Instant::now();
         let width = spec.block().min(cols - from);
@@ -253,7 +253,7 @@ pub fn binarize(
             at.select(&selector, spec, &weights, &mut mask);
         }
         let pruning = clock.elapsed().as_secs_f64();
-        let isa = input.engine.isa;
+        let isa = input.compute.isa;
         let block = SearchBlock {
             isa,
             weights: &weights,

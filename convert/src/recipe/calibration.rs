@@ -2,7 +2,7 @@
 
 use super::file::CalibrationFile;
 use super::problem::{Problem, Resolved, word};
-use crate::tune::DistillOptions;
+use crate::distill::DistillOptions;
 
 /// Which calibration text, how much of it, and what is done with its statistics.
 #[derive(Clone, Debug, PartialEq)]

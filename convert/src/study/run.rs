@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use stb_runtime::{
-    Checkpoint, Error, KeptLogits, Model, OpenOptions, PerplexityOptions, Reference, Result,
+    Checkpoint, Engine, Error, KeptLogits, OpenOptions, PerplexityOptions, Reference, Result,
     open_to_measure, perplexity,
 };
 
@@ -150,7 +150,7 @@ struct StudiedModel<'a> {
     checkpoint: Checkpoint,
     hash: String,
     context: usize,
-    dense: OnceCell<Model>,
+    dense: OnceCell<Engine>,
     logits: KeptLogits,
 }
 
@@ -320,7 +320,7 @@ fn options() -> OpenOptions {
 
 /// A converted model, mapped.
 struct Converted {
-    model: Model,
+    model: Engine,
     report: Report,
 }
 

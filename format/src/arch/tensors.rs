@@ -172,6 +172,29 @@ impl<T> InputMap<T> {
         })
     }
 
+    /// A map with the results of `f`.
+    pub fn map<U>(self, mut f: impl FnMut(T) -> U) -> InputMap<U> {
+        InputMap {
+            attention: f(self.attention),
+            attention_output: f(self.attention_output),
+            mlp: f(self.mlp),
+            mlp_down: f(self.mlp_down),
+        }
+    }
+
+    /// The values in the order of [`LinearInput::ALL`], by themselves.
+    #[must_use]
+    pub fn into_entries(self) -> Vec<(LinearInput, T)> {
+        let values = [self.attention, self.attention_output, self.mlp, self.mlp_down];
+        LinearInput::ALL.into_iter().zip(values).collect()
+    }
+
+    /// The values in the order of [`LinearInput::ALL`], to change them.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (LinearInput, &mut T)> {
+        let Self { attention, attention_output, mlp, mlp_down } = self;
+        LinearInput::ALL.into_iter().zip([attention, attention_output, mlp, mlp_down])
+    }
+
     /// The values in the order of [`LinearInput::ALL`].
     pub fn iter(&self) -> impl Iterator<Item = (LinearInput, &T)> {
         LinearInput::ALL.into_iter().map(|input| (input, &self[input]))

@@ -1,4 +1,5 @@
-//! Fine-tuning of the whole quantized model: until what it says comes closer to what the dense model says.
+//! Distillation of the whole quantized model: its output distribution comes closer to that of the dense
+//! model.
 //!
 //! The loss is KL(dense ‖ quantized) of the next token, its mean over all tokens. Gradients go through all
 //! layers; a layer's input is kept for each batch and the rest computed anew, so that memory for gradients
@@ -6,82 +7,56 @@
 
 use rayon::prelude::*;
 use stb_format::Encoding;
-use stb_runtime::{Layer, Model, Result, Weight};
+use stb_format::arch::{NormSite, Role, TensorSpec};
+use stb_runtime::{Engine, Layer, Result, Weight};
 
-use super::scales::{Logarithms, Tunable};
+use super::moving::{Logarithms, MovingLayer, MovingScales};
 use super::{BATCH, DistillOptions, Outcome};
-use crate::backward::{LayerWeights, Matrix, Pass, logits, logits_back};
+use crate::backward::{DenseLayer, Matrix, Pass, logits, logits_back};
 use crate::interrupt::check_interrupt;
 use crate::products::add_cross_products;
 
-/// A decoder layer whose scales and norms move.
-struct Moving<'a> {
+/// A decoder layer and what moves of it.
+struct DistilledLayer<'a> {
     layer: &'a Layer,
-    linear: Vec<Tunable>,
-    norms: [Logarithms; 2],
+    moving: MovingLayer,
 }
 
-impl<'a> Moving<'a> {
+impl<'a> DistilledLayer<'a> {
     fn new(layer: &'a Layer) -> Self {
-        let matrices = layer.matrices().into_iter().enumerate();
-        let linear = matrices.filter_map(|(part, weight)| Tunable::new(part, weight)).collect();
-        let norms = [&layer.attention_norm, &layer.mlp_norm];
-        Self { layer, linear, norms: norms.map(|norm| Logarithms::new(norm.clone())) }
+        Self { layer, moving: MovingLayer::new(layer) }
     }
 
     /// The weights as they would be stored now.
-    fn weights(&mut self) -> LayerWeights {
-        let mut weights = LayerWeights::default();
-        for t in &mut self.linear {
-            weights.linear[t.part] = t.zeros();
-            t.weights(&mut weights.linear[t.part]);
-        }
-        for (matrix, weight) in weights.linear.iter_mut().zip(self.layer.matrices()) {
-            if matrix.values.is_empty() {
-                let (rows, cols) = (weight.rows(), weight.cols());
-                *matrix = Matrix { rows, cols, values: weight.decode() };
-            }
-        }
-        weights.norms = self.norms.each_ref().map(Logarithms::values);
-        weights
+    fn weights(&mut self) -> DenseLayer {
+        self.moving.weights(self.layer)
     }
 
     /// One step down: from the gradient of the output for the inputs `x` to that of `x`.
     fn step(&mut self, pass: &Pass<'_>, x: Vec<f32>, d_out: Vec<f32>, rate: f64) -> Vec<f32> {
         let weights = self.weights();
-        let mut gradient = LayerWeights {
-            norms: weights.norms.each_ref().map(|n| vec![0.0; n.len()]),
-            ..Default::default()
-        };
-        for t in &self.linear {
-            gradient.linear[t.part] = t.zeros();
-        }
+        let mut gradient = self.moving.zeros(&weights);
         let d_in = pass.back(&weights, x, d_out, &mut gradient);
-        for t in &mut self.linear {
-            t.step(&gradient.linear[t.part], rate);
-        }
-        for (i, norm) in self.norms.iter_mut().enumerate() {
-            norm.step(&gradient.norms[i], &weights.norms[i], rate);
-        }
+        self.moving.step(&gradient, &weights, rate);
         d_in
     }
 }
 
-/// Embeddings or head.
-struct Table {
-    moving: Option<Tunable>,
+/// The embeddings or the lm_head.
+struct MovingTable {
+    moving: Option<MovingScales>,
     /// As it would be stored now.
     weight: Weight,
 }
 
-impl Table {
+impl MovingTable {
     fn new(weight: &Weight) -> Self {
-        Self { moving: Tunable::new(0, weight), weight: weight.clone() }
+        Self { moving: MovingScales::new(weight), weight: weight.clone() }
     }
 
     /// Zero, if there is something to move.
     fn gradient(&self) -> Option<Matrix> {
-        self.moving.as_ref().map(Tunable::zeros)
+        self.moving.as_ref().map(MovingScales::zeros)
     }
 
     fn step(&mut self, gradient: Option<&Matrix>, rate: f64) -> Result<()> {
@@ -96,40 +71,32 @@ impl Table {
 }
 
 /// A quantized model that has been fine-tuned.
-pub(crate) struct Tuned<'a> {
-    embeddings: Table,
-    layers: Vec<Moving<'a>>,
+pub(crate) struct Distilled<'a> {
+    embeddings: MovingTable,
+    layers: Vec<DistilledLayer<'a>>,
     norm: Logarithms,
-    head: Option<Table>,
+    lm_head: Option<MovingTable>,
     /// The KL divergence from the dense model, nats per token, on the sequences it was tuned with.
     pub outcome: Outcome,
 }
 
-impl Tuned<'_> {
-    /// The bytes of a tensor, if it has moved; `encoding` is how it is stored.
-    pub(crate) fn payload(&mut self, name: &str, encoding: &Encoding) -> Option<Vec<u8>> {
-        let norm = |values: Vec<f32>| match encoding {
-            Encoding::Dense(kind) => Some(kind.encode(&values)),
-            _ => None,
-        };
+impl Distilled<'_> {
+    /// The stored bytes of a tensor, if it has moved; `encoding` is how it is stored.
+    pub(crate) fn payload(&mut self, tensor: &TensorSpec, encoding: &Encoding) -> Option<Vec<u8>> {
         if self.outcome.after >= self.outcome.before {
             return None;
         }
-        match name {
-            "model.norm.weight" => return norm(self.norm.values()),
-            "model.embed_tokens.weight" => return Some(self.embeddings.moving.as_mut()?.pack()),
-            "lm_head.weight" => return Some(self.head.as_mut()?.moving.as_mut()?.pack()),
-            _ => {}
-        }
-        let (index, part) = crate::plan::layer_part(name)?;
-        let layer = self.layers.get_mut(index)?;
-        match part {
-            "input_layernorm" => norm(layer.norms[0].values()),
-            "post_attention_layernorm" => norm(layer.norms[1].values()),
-            _ => {
-                let place = Layer::PARTS.iter().position(|name| *name == part)?;
-                Some(layer.linear.iter_mut().find(|t| t.part == place)?.pack())
-            }
+        let dense = |values: Vec<f32>| match encoding {
+            Encoding::Dense(kind) => Some(kind.encode(&values)),
+            _ => None,
+        };
+        match (tensor.role, tensor.layer) {
+            (Role::TokenEmbedding, _) => Some(self.embeddings.moving.as_mut()?.pack()),
+            (Role::LmHead, _) => Some(self.lm_head.as_mut()?.moving.as_mut()?.pack()),
+            (Role::Norm(NormSite::Final), _) => dense(self.norm.values()),
+            (Role::Norm(site), Some(layer)) => dense(self.layers.get(layer)?.moving.norm(site)?),
+            (Role::Linear(linear), Some(layer)) => self.layers.get_mut(layer)?.moving.pack(linear),
+            _ => None,
         }
     }
 }
@@ -140,22 +107,22 @@ impl Tuned<'_> {
 ///
 /// # Errors
 /// [`crate::interrupt::Interrupted`], and tokens outside the vocabulary.
-pub(crate) fn tune<'a>(
-    dense: &Model,
-    model: &'a Model,
+pub(crate) fn distill_model<'a>(
+    dense: &Engine,
+    engine: &'a Engine,
     sequences: &[Vec<u32>],
     options: DistillOptions,
     progress: &dyn Fn(usize, usize, f64),
-) -> anyhow::Result<Tuned<'a>> {
-    let pass = Pass { model, length: sequences.first().map_or(1, Vec::len) };
-    let mut work = Work {
+) -> anyhow::Result<Distilled<'a>> {
+    let pass = Pass { engine, length: sequences.first().map_or(1, Vec::len) };
+    let mut work = Distillation {
         pass,
         dense,
         targets: dense_states(dense, sequences)?,
-        embeddings: Table::new(&model.embeddings),
-        layers: model.layers.iter().map(Moving::new).collect(),
-        norm: Logarithms::new(model.norm.clone()),
-        head: model.head.as_ref().map(Table::new),
+        embeddings: MovingTable::new(&engine.model.embeddings),
+        layers: engine.model.layers.iter().map(DistilledLayer::new).collect(),
+        norm: Logarithms::new(engine.model.norm.clone()),
+        lm_head: engine.model.own_lm_head.as_ref().map(MovingTable::new),
     };
     let before = work.loss(sequences)?;
     // What steps of a size do to the loss goes with their squares: a model that is close already would
@@ -173,12 +140,12 @@ pub(crate) fn tune<'a>(
     }
     let after = work.loss(sequences)?;
     let after = if after.is_nan() { before } else { after.min(before) };
-    let Work { embeddings, layers, norm, head, .. } = work;
-    Ok(Tuned { embeddings, layers, norm, head, outcome: Outcome { before, after } })
+    let Distillation { embeddings, layers, norm, lm_head, .. } = work;
+    Ok(Distilled { embeddings, layers, norm, lm_head, outcome: Outcome { before, after } })
 }
 
 /// What the head of the dense model reads, [tokens, hidden] of each batch.
-fn dense_states(dense: &Model, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Vec<f32>>> {
+fn dense_states(dense: &Engine, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Vec<f32>>> {
     let mut all = Vec::new();
     for batch in sequences.chunks(BATCH) {
         check_interrupt()?;
@@ -187,28 +154,28 @@ fn dense_states(dense: &Model, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Vec
             dense.embed(tokens, states)?;
         }
         states.par_iter_mut().for_each(|stream| {
-            dense.layers.iter().for_each(|layer| dense.run_layer(layer, stream, &mut ()));
+            dense.model.layers.iter().for_each(|layer| dense.run_layer(layer, stream, &mut ()));
         });
         let length = batch.first().map_or(1, Vec::len);
-        all.push(Pass { model: dense, length }.norm(&states.concat(), &dense.norm));
+        all.push(Pass { engine: dense, length }.norm(&states.concat(), &dense.model.norm));
     }
     Ok(all)
 }
 
 /// Fine-tuning on its way.
-struct Work<'a, 'b> {
+struct Distillation<'a, 'b> {
     pass: Pass<'a>,
-    dense: &'b Model,
+    dense: &'b Engine,
     /// What the head of the dense model reads, of each batch.
     targets: Vec<Vec<f32>>,
-    embeddings: Table,
-    layers: Vec<Moving<'a>>,
+    embeddings: MovingTable,
+    layers: Vec<DistilledLayer<'a>>,
     norm: Logarithms,
-    /// `None` if the embeddings are the head too.
-    head: Option<Table>,
+    /// `None` if it is the embeddings.
+    lm_head: Option<MovingTable>,
 }
 
-impl Work<'_, '_> {
+impl Distillation<'_, '_> {
     /// The mean over all sequences.
     fn loss(&mut self, sequences: &[Vec<u32>]) -> anyhow::Result<f64> {
         let mut sum = 0.0;
@@ -221,8 +188,8 @@ impl Work<'_, '_> {
 
     /// The mean loss of batch `index`, and a step down if there is a rate.
     fn step(&mut self, index: usize, batch: &[Vec<u32>], rate: Option<f64>) -> anyhow::Result<f64> {
-        let Self { pass, dense, targets, embeddings, layers, norm, head } = self;
-        let (isa, hidden) = (pass.model.isa, pass.model.norm.len());
+        let Self { pass, dense, targets, embeddings, layers, norm, lm_head } = self;
+        let (isa, hidden) = (pass.engine.isa, pass.engine.model.hidden_size());
         let tokens = || batch.iter().flatten().map(|token| *token as usize);
         let mut stream = vec![0.0; tokens().count() * hidden];
         for (token, state) in tokens().zip(stream.chunks_exact_mut(hidden)) {
@@ -239,10 +206,10 @@ impl Work<'_, '_> {
         }
         let weight = norm.values();
         let normed = pass.norm(&stream, &weight);
-        let to_logits = &head.as_ref().unwrap_or(embeddings).weight;
+        let to_logits = &lm_head.as_ref().unwrap_or(embeddings).weight;
         let vocab = to_logits.rows();
         let mut slopes = logits(isa, to_logits, &normed);
-        let wanted = logits(isa, dense.head(), &targets[index]);
+        let wanted = logits(isa, dense.lm_head(), &targets[index]);
         let losses: Vec<f64> = slopes
             .par_chunks_exact_mut(vocab)
             .zip(wanted.par_chunks_exact(vocab))
@@ -252,8 +219,8 @@ impl Work<'_, '_> {
         let Some(rate) = rate else { return Ok(loss) };
         let d_normed = logits_back(isa, to_logits, &slopes);
         let mut d_table = embeddings.gradient();
-        let mut d_head = head.as_ref().and_then(Table::gradient);
-        let to = if head.is_some() { &mut d_head } else { &mut d_table };
+        let mut d_head = lm_head.as_ref().and_then(MovingTable::gradient);
+        let to = if lm_head.is_some() { &mut d_head } else { &mut d_table };
         if let Some(to) = to {
             add_cross_products(isa, &slopes, vocab, &normed, hidden, &mut to.values);
         }
@@ -272,8 +239,8 @@ impl Work<'_, '_> {
             }
         }
         embeddings.step(d_table.as_ref(), rate)?;
-        if let Some(head) = head {
-            head.step(d_head.as_ref(), rate)?;
+        if let Some(lm_head) = lm_head {
+            lm_head.step(d_head.as_ref(), rate)?;
         }
         Ok(loss)
     }

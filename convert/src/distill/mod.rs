@@ -1,11 +1,11 @@
-//! Tuning of what is continuous in quantized weights, the scales of joint codes and integers and the
-//! weights of norms, by gradients; codes stay. Layer by layer (`layer`), or the whole model at once
+//! Distillation: gradients move what is continuous in a quantized model, the scales of quantized linear
+//! layers and the weights of norms; codes stay. Layer by layer (`layer`), or the whole model at once
 //! (`model`).
 
 pub(crate) mod layer;
 pub(crate) mod memory;
 pub(crate) mod model;
-mod scales;
+mod moving;
 
 /// Sequences of a step.
 const BATCH: usize = 8;

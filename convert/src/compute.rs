@@ -48,14 +48,14 @@ impl Accelerator {
 
 /// Where products are computed.
 #[derive(Clone, Copy, Debug)]
-pub struct Engine<'a> {
+pub struct Compute<'a> {
     /// The instruction set of this processor.
     pub isa: Isa,
     /// The GPU; `None` if this processor computes all products.
     pub(crate) accelerator: Option<&'a Accelerator>,
 }
 
-impl From<Isa> for Engine<'_> {
+impl From<Isa> for Compute<'_> {
     fn from(isa: Isa) -> Self {
         Self { isa, accelerator: None }
     }
@@ -70,7 +70,7 @@ pub(crate) enum Right<'a> {
     Transposed(&'a [f32]),
 }
 
-impl Engine<'_> {
+impl Compute<'_> {
     /// `a` · `b`, [rows, n]: `a` is [rows, k].
     pub(crate) fn product(&self, a: &[f32], k: usize, b: Right<'_>, n: usize) -> Result<Vec<f32>> {
         let Some(accelerator) = self.accelerator else {

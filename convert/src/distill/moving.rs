@@ -1,11 +1,12 @@
-//! Parameters that move, and the linear layers whose scales do.
+//! Parameters that gradients move: the scales of quantized linear layers and the weights of norms.
 
 use rayon::prelude::*;
+use stb_format::arch::{Linear, LinearMap, NormSite};
 use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
 use stb_format::half::f16;
-use stb_runtime::Weight;
+use stb_runtime::{Layer, Weight};
 
-use crate::backward::Matrix;
+use crate::backward::{DenseLayer, Matrix};
 use crate::quantize::nm::round_scales;
 
 /// Adam's decay of first and second moments: few steps, so short memories.
@@ -59,9 +60,7 @@ enum Codes {
 }
 
 /// A quantized linear layer whose scales move.
-pub(super) struct Tunable {
-    /// Its place in `Layer::PARTS`.
-    pub(super) part: usize,
+pub(super) struct MovingScales {
     codes: Codes,
     rows: usize,
     cols: usize,
@@ -73,9 +72,9 @@ pub(super) struct Tunable {
     moving: Logarithms,
 }
 
-impl Tunable {
+impl MovingScales {
     /// `None` for a weight without scales that could move.
-    pub(super) fn new(part: usize, weight: &Weight) -> Option<Self> {
+    pub(super) fn new(weight: &Weight) -> Option<Self> {
         let (codes, span, scales) = match weight.view() {
             MatrixView::Nm(view) if !view.spec.has_col_factors() => {
                 let blocks = view.blocks();
@@ -99,7 +98,7 @@ impl Tunable {
         };
         let (rows, cols) = (weight.rows(), weight.cols());
         let moving = Logarithms::new(scales);
-        Some(Self { part, codes, rows, cols, blocks: cols.div_ceil(span), span, moving })
+        Some(Self { codes, rows, cols, blocks: cols.div_ceil(span), span, moving })
     }
 
     /// Rounds the scales as they are now to what can be stored; returns them, [rows, blocks].
@@ -187,5 +186,74 @@ impl Tunable {
             Codes::Nm(parts) => parts.pack(),
             Codes::Int(parts) => parts.pack(),
         }
+    }
+}
+
+/// A decoder layer whose scales and norms move.
+pub(super) struct MovingLayer {
+    /// The linear layers whose scales can move.
+    linears: LinearMap<MovingScales>,
+    norms: Vec<(NormSite, Logarithms)>,
+}
+
+impl MovingLayer {
+    pub(super) fn new(layer: &Layer) -> Self {
+        let linears = layer.linears().iter();
+        let norms = layer.norms();
+        Self {
+            linears: linears.filter_map(|(l, w)| Some((l, MovingScales::new(w)?))).collect(),
+            norms: norms.map(|(site, norm)| (site, Logarithms::new(norm.clone()))).collect(),
+        }
+    }
+
+    /// The weights of `layer` as they would be stored now.
+    pub(super) fn weights(&mut self, layer: &Layer) -> DenseLayer {
+        let mut weights = layer.map(
+            |linear, weight| match self.linears.get(linear) {
+                Some(moving) => moving.zeros(),
+                None => Matrix::decoded(weight),
+            },
+            |_, _| Vec::new(),
+        );
+        self.write(&mut weights);
+        weights
+    }
+
+    /// Writes what moves to `weights`, as it would be stored now.
+    pub(super) fn write(&mut self, weights: &mut DenseLayer) {
+        for (linear, moving) in self.linears.iter_mut() {
+            moving.weights(weights.linear_mut(linear));
+        }
+        for (site, moving) in &self.norms {
+            *weights.norm_mut(*site) = moving.values();
+        }
+    }
+
+    /// Zeros for the gradients of what moves.
+    pub(super) fn zeros(&self, weights: &DenseLayer) -> DenseLayer {
+        weights.map(
+            |linear, _| self.linears.get(linear).map_or_else(Matrix::default, MovingScales::zeros),
+            |_, norm| vec![0.0; norm.len()],
+        )
+    }
+
+    /// One step of Adam along `gradient` from `weights`.
+    pub(super) fn step(&mut self, gradient: &DenseLayer, weights: &DenseLayer, rate: f64) {
+        for (linear, moving) in self.linears.iter_mut() {
+            moving.step(gradient.linear(linear), rate);
+        }
+        for (site, moving) in &mut self.norms {
+            moving.step(gradient.norm(*site), weights.norm(*site), rate);
+        }
+    }
+
+    /// The stored bytes of a linear layer, if its scales move.
+    pub(super) fn pack(&mut self, linear: Linear) -> Option<Vec<u8>> {
+        self.linears.get_mut(linear).map(MovingScales::pack)
+    }
+
+    /// The weight of a norm as it is now.
+    pub(super) fn norm(&self, site: NormSite) -> Option<Vec<f32>> {
+        self.norms.iter().find(|(s, _)| *s == site).map(|(_, moving)| moving.values())
     }
 }
