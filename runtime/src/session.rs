@@ -206,7 +206,11 @@ impl Session {
     }
 
     /// Computes what the KV cache lacks of `prompt`; breaks if the request was canceled.
-    fn prefill<S>(&mut self, prompt: &[u32], answer: &mut Answer<'_, S>) -> Result<ControlFlow<()>> {
+    fn prefill<S>(
+        &mut self,
+        prompt: &[u32],
+        answer: &mut Answer<'_, S>,
+    ) -> Result<ControlFlow<()>> {
         // The last token is always computed: its logits are needed.
         let common = self.cached.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         let common = common.min(prompt.len().saturating_sub(1));

@@ -1,5 +1,5 @@
-//! Models of well-known shapes with random weights: for measuring memory, start and speed where no
-//! checkpoint is at hand. They speak nonsense.
+//! Models of well-known shapes with random weights, for measuring memory, start and speed without a
+//! checkpoint.
 
 use std::collections::HashMap;
 use std::io::{Seek, Write};
@@ -10,9 +10,9 @@ use stb_convert::Recipe;
 use stb_format::encoding::{Dense, IntGroup};
 use stb_format::{Activation, Encoding, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
 
-use crate::random::Rng;
 use crate::tiny::{self, tokenizer};
 use crate::vectors::content;
+use stb_random::Rng;
 
 /// The names that [`shape`] knows.
 pub const SHAPES: [&str; 6] =
@@ -115,7 +115,7 @@ pub fn checkpoint(folder: &Path, spec: &ModelSpec) {
     ] {
         config[key] = value.into();
     }
-    // Outputs of about the size of inputs, as in trained models.
+    // Outputs have about the size of inputs, as in trained models.
     let shrink = 2.0 / (spec.hidden_size as f32).sqrt();
     tiny::write(folder, &config, Dense::F16, |name, values| {
         if name.ends_with("_proj.weight") {
@@ -124,7 +124,7 @@ pub fn checkpoint(folder: &Path, spec: &ModelSpec) {
     });
 }
 
-/// Letters without a pattern for the vocabulary of [`checkpoint`], a token each.
+/// Random letters, each a token of the vocabulary of [`checkpoint`].
 #[must_use]
 pub fn letters(tokens: usize) -> String {
     let letter = |i: u32| char::from(b'a' + (i.wrapping_mul(2_654_435_761) >> 20) as u8 % 26);

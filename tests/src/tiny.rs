@@ -7,9 +7,9 @@ use serde_json::{Value as Json, json};
 use stb_format::encoding::Dense;
 use stb_runtime::parse_config;
 
-use crate::random::Rng;
+use stb_random::Rng;
 
-/// A LLaMA configuration with ragged widths and grouped keys; tests change fields of it.
+/// A LLaMA configuration with ragged widths and grouped-query attention. Tests change its fields.
 #[must_use]
 pub fn config() -> Json {
     json!({
@@ -40,7 +40,7 @@ pub fn write(folder: &Path, config: &Json, kind: Dense, change: impl Fn(&str, &m
     write_shards(folder, config, kind, 1, change);
 }
 
-/// The same in several files with an index.
+/// Writes the same checkpoint in several files with an index.
 ///
 /// # Panics
 /// As for [`write()`].

@@ -1,4 +1,4 @@
-//! A decoded token takes no memory beyond what the tokens before it have reserved.
+//! Decoding a token allocates no memory once earlier tokens have reserved it.
 
 use std::alloc::System;
 
@@ -34,7 +34,7 @@ fn decoding_does_not_allocate() {
                 }
             };
             answer();
-            // The second answer has all the memory that the first one needed.
+            // The first answer has reserved all memory that the second one needs.
             let region = Region::new(ALLOCATOR);
             answer();
             let change = region.change();

@@ -12,11 +12,11 @@ use stb_convert::Recipe;
 use stb_format::Encoding;
 use stb_format::encoding::Nm;
 use stb_kernels::cuda::{self, Gemm, Input, Matrix, PromptNumbers};
+use stb_random::Rng;
 use stb_runtime::{
     DeviceLayers, Half, KvKind, LinearInput, Model, Observer, OpenOptions, SamplerOptions, State,
 };
 use stb_tests::choices::compared;
-use stb_tests::random::Rng;
 use stb_tests::random_model::{random, shape, write};
 
 fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {

@@ -12,8 +12,9 @@ use stb_format::Meta;
 use stb_kernels::cuda::{Dense, Device};
 use stb_runtime::{Checkpoint, DeviceChoice, Error};
 
+use super::args::{ConvertArgs, usage};
+use super::output::{note, print};
 use super::progress::Bar;
-use super::{ConvertArgs, note, print, usage};
 
 pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     let Some(src) = &args.src else { usage("give a checkpoint and a file to write") };
@@ -72,7 +73,7 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
     match Device::open(ordinal).and_then(usable).map_err(Error::from) {
         Ok(device) => Ok(Some(device)),
         // A defect is told, whatever was asked for.
-        Err(e) if choice == DeviceChoice::Auto && e.exit_code() == 5 => {
+        Err(e) if choice == DeviceChoice::Auto && e.kind().is_unsupported() => {
             if !quiet {
                 note(format_args!("{e}; the CPU computes"));
             }
@@ -118,10 +119,10 @@ fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
     if let Some(seed) = args.seed {
         calibration.seed = seed;
     }
-    if let Some(epochs) = args.tuning {
+    if let Some(epochs) = args.distill_layers {
         calibration.tuning = Some(epochs as usize);
     }
-    if let Some(epochs) = args.fine_tuning {
+    if let Some(epochs) = args.distill {
         calibration.fine_tuning = Some(epochs as usize);
     }
     recipe.check_tuning()?;

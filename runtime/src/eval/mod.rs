@@ -9,9 +9,9 @@ mod zero_shot;
 
 pub use perplexity::{Divergence, Perplexity, PerplexityOptions, perplexity};
 pub use reference::{KeptLogits, Reference};
-pub use tasks::{Item, Prompt, Task};
+pub use tasks::{ChoicePrompt, Question, Task};
 pub use text::TextLayout;
-pub use zero_shot::{Score, TaskResult, ZeroShotOptions, score_item, zero_shot};
+pub use zero_shot::{Score, TaskResult, ZeroShotOptions, score_question, zero_shot};
 
 use std::path::Path;
 
@@ -20,19 +20,18 @@ use stb_kernels::kv::KvKind;
 use crate::error::Result;
 use crate::model::{Model, OpenOptions, Verify};
 
-/// Models below this number of parameters are so fast that whole windows or questions are the better
-/// unit for threads.
+/// Models below this number of parameters run with one thread per window or question.
 const SMALL_MODEL: u64 = 50_000_000;
 
-/// Opens a model to measure what its file holds: without rounded activations or keys and values,
-/// with one thread per window or question if the model is small, with all of them together if not.
+/// Opens a model for evaluation. Activations, keys and values are not rounded. Small models get one thread per window or
+/// question; all threads compute one window or question of a larger model.
 ///
 /// # Errors
 /// As for [`Model::open`].
 pub fn open_to_measure(path: &Path, options: &OpenOptions) -> Result<Model> {
     let one = OpenOptions { exact: true, kv: KvKind::F32, threads: Some(1), ..*options };
     let model = Model::open(path, &one)?;
-    // On a device one sequence is computed at a time, whatever the model's size.
+    // A device computes one sequence at a time, whatever the size of the model.
     if is_small(&model) || model.device_name().is_some() {
         return Ok(model);
     }

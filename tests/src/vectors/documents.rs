@@ -1,4 +1,4 @@
-//! Pages of the specification that are made from code and vectors, so that they cannot drift.
+//! Pages of the specification that are generated from code and vectors.
 
 use serde_json::{Value, json};
 use stb_format::{Class, Rule};

@@ -6,8 +6,8 @@ use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
 use stb_format::{Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
 
 use super::{Vector, content, patch};
-use crate::random::Rng;
 use crate::tiny::tokenizer;
+use stb_random::Rng;
 
 type Tensors = Vec<(String, Vec<u64>, Encoding, Vec<u8>)>;
 
@@ -187,7 +187,7 @@ fn empty() -> Vec<u8> {
     patch::assemble(&sections)
 }
 
-/// The model without rotary scaling; keys that are not looked at hold what they must not hold.
+/// The model without rotary scaling. Keys that readers must ignore hold invalid values.
 fn unscaled() -> Vec<u8> {
     super::invalid::changed_model(&[
         ("model.rope.scaling", Some(Value::Text("none".into()))),

@@ -1,5 +1,4 @@
-//! Files that break several rules at once: only the first in the order of container §4 is named.
-//! And the edges that the order makes.
+//! Files that break several rules at once. Readers name only the first in the order of container §4.
 
 use stb_format::encoding::{Dense, Encoding, Stbllm, StbllmParts};
 use stb_format::half::f16;

@@ -4,9 +4,9 @@ use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
 use stb_format::{Meta, Rule};
 
 use super::List;
-use crate::random::Rng;
 use crate::vectors::patch::*;
 use crate::vectors::{content, valid};
+use stb_random::Rng;
 
 pub(super) fn metadata(list: &mut List) {
     let base = valid::smallest();

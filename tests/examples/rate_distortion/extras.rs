@@ -1,5 +1,5 @@
-//! What two additions to joint codes would bring for their bits: a second level of magnitudes, and salient
-//! columns in 4-bit integers. Neither is in the format; this is why.
+//! Measures two additions to N:M codes: a second level of magnitudes, and salient columns in 4-bit integers.
+//! They gain too little for their bits, so neither is in the format.
 
 use stb_convert::hessian::{Factor, Hessian};
 use stb_convert::quantize::{Input, Packed, int_group, nm};

@@ -1,5 +1,4 @@
-//! Prints the logits of a model after each of the given tokens, as f32 little-endian: what the
-//! comparison with other frameworks reads.
+//! Writes the logits of a model after each of the given tokens, for the comparison with other frameworks.
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -16,13 +16,14 @@ use crate::report::Report;
 fn convert(
     folder: &Path,
     recipe: &str,
-    calibration: [usize; 2],
+    samples: usize,
+    length: usize,
     device: Option<Device>,
 ) -> anyhow::Result<Conversion> {
     let text = folder.join("calibration.txt");
-    std::fs::write(&text, letters(2 * calibration[0] * calibration[1]))?;
+    std::fs::write(&text, letters(2 * samples * length))?;
     let (source, target) = (folder.join("source"), folder.join("out.stb"));
-    converted(&source, &target, recipe, &text, calibration, device)
+    converted(&source, &target, recipe, &text, samples, length, device)
 }
 
 /// Errors of a small random model converted here and on the CPU.
@@ -31,8 +32,8 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
     checkpoint(&folder.path().join("source"), &shape("tiny", None)?);
     let (mut all, mut failed) = (Vec::new(), Vec::new());
     for recipe in ["nm-2of8", "stbllm-4of8", "stbllm-published-strict", "int3", "pb-llm"] {
-        let host = convert(folder.path(), recipe, [16, 64], None)?;
-        let here = convert(folder.path(), recipe, [16, 64], Some(device.clone()))?;
+        let host = convert(folder.path(), recipe, 16, 64, None)?;
+        let here = convert(folder.path(), recipe, 16, 64, Some(device.clone()))?;
         let pairs = host.tensors.iter().zip(&here.tensors);
         let differences = pairs
             .map(|(a, b)| (a.relative_error - b.relative_error).abs() / a.relative_error.max(1e-9));
@@ -61,7 +62,8 @@ pub(crate) fn measure(
     device: &Device,
     name: &str,
     recipes: &[String],
-    calibration: [usize; 2],
+    samples: usize,
+    length: usize,
 ) -> anyhow::Result<()> {
     let layers = shape(name, None)?.layers as f64;
     let folder = tempfile::tempdir()?;

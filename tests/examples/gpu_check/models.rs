@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use stb_convert::Recipe;
 use stb_kernels::cuda::Device;
-use stb_runtime::{DeviceChoice, Model, Next, OpenOptions, Sampler, SamplerOptions, State};
+use stb_runtime::{DeviceChoice, Model, OpenOptions, Sampler, SamplerInput, SamplerOptions, State};
 use stb_tests::choices::compared;
 use stb_tests::random_model::{shape, write};
 
@@ -127,7 +127,7 @@ pub(crate) fn measure(
         let generated = 64;
         // As generation does: a sampler asks for the most likely tokens.
         let mut sampler = Sampler::new(SamplerOptions::default());
-        let mut next = Next::default();
+        let mut next = SamplerInput::default();
         let [decode, low, high] = time(5, || {
             state.truncate(prompt.len());
             for i in 0..generated {

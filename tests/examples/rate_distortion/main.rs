@@ -1,5 +1,4 @@
-//! What each code costs and how far it is from the weights: on normally distributed numbers and on the
-//! weights of a model.
+//! Bits and error of each code, on normally distributed numbers and on the weights of a model.
 
 mod extras;
 
@@ -13,10 +12,10 @@ use stb_convert::quantize::{Input, Packed, int_group, nm, relative_error};
 use stb_convert::recipe::Calibration;
 use stb_format::encoding::{IntGroup, Nm};
 use stb_kernels::Isa;
+use stb_random::Rng;
 use stb_runtime::{Checkpoint, LinearInput, Model, Observer};
 use stb_tests::paths::quill;
 use stb_tests::programs::print;
-use stb_tests::random::Rng;
 
 /// Prints a Markdown table of squared errors relative to the squares of the weights.
 ///
@@ -59,7 +58,7 @@ impl Layer {
         Ok(Self { rows: weights.len() / cols, weights, cols, hessian, factor })
     }
 
-    /// Inputs without a preference.
+    /// An identity Hessian.
     fn plain(weights: Vec<f32>, cols: usize) -> anyhow::Result<Self> {
         let one = |i: usize| if i.is_multiple_of(cols + 1) { 1.0 } else { 0.0 };
         let identity = Hessian::from_matrix((0..cols * cols).map(one).collect(), cols);
@@ -163,7 +162,7 @@ fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
 fn normal() -> anyhow::Result<Layer> {
     let mut rng = Rng(1);
     let mut uniform = || (rng.bits() >> 11) as f64 / (1u64 << 53) as f64;
-    // Box and Muller's way.
+    // The Box–Muller transform.
     let mut draw =
         || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
     Layer::plain((0..256 * 1024).map(|_| draw() as f32).collect(), 1024)
@@ -298,7 +297,7 @@ fn column_factors(calibrated: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What our quantizer reaches: on normal numbers, weights, outputs.
+/// The errors of our quantizer on normal numbers, weights and outputs.
 fn encoder(
     method: Method,
     normal: &Layer,
