@@ -56,7 +56,7 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
     Ok(())
 }
 
-/// Seconds of one decoder layer of the shape `name` by stage, with `calibration` sequences of so many tokens.
+/// Seconds of one decoder layer of the shape `name` by stage, with `samples` calibration sequences of `length` tokens.
 pub(crate) fn measure(
     report: &mut Report,
     device: &Device,
@@ -70,15 +70,15 @@ pub(crate) fn measure(
     checkpoint(&folder.path().join("source"), &shape(name, Some(1))?);
     let mut all: Vec<Value> = Vec::new();
     for recipe in recipes {
-        let done = convert(folder.path(), recipe, calibration, Some(device.clone()))?;
+        let done = convert(folder.path(), recipe, samples, length, Some(device.clone()))?;
         let (s, q) = (done.stages, done.stages.quantizer);
         let quantizer = q.prune + q.search + q.quantize + q.propagate + q.refit + q.pack;
         let seconds = done.layers.iter().map(|l| l.seconds).sum::<f64>();
         report.line(&format!(
             "  {name} {recipe}, {} x {} tokens: a layer {seconds:.1} s (forward {:.1}, moments {:.1}, factors {:.1}, \
              quantizer {quantizer:.1}, check {:.1}, output {:.1}); {layers} layers {:.1} min",
-            calibration[0],
-            calibration[1],
+            samples,
+            length,
             s.forward,
             s.moments,
             s.factors,
@@ -87,7 +87,7 @@ pub(crate) fn measure(
             seconds * layers / 60.0
         ));
         all.push(json!({
-            "shape": name, "recipe": recipe, "sequences": calibration[0], "tokens": calibration[1],
+            "shape": name, "recipe": recipe, "sequences": samples, "tokens": length,
             "seconds": seconds, "stages": s, "minutes_of_all_layers": seconds * layers / 60.0,
         }));
         report.put("conversion of a layer", all.clone().into())?;
