@@ -8,9 +8,10 @@
 use rayon::prelude::*;
 
 use super::distribution::Distribution;
+use super::estimate::Estimate;
+use super::open::is_small;
 use super::reference::Reference;
 use super::text::TextLayout;
-use super::{Estimate, is_small};
 use crate::error::{Error, Result};
 use crate::forward::State;
 use crate::model::Model;

@@ -6,8 +6,9 @@
 use rayon::prelude::*;
 
 use super::distribution::Distribution;
+use super::estimate::Estimate;
+use super::open::is_small;
 use super::tasks::{ChoicePrompt, Question, Task};
-use super::{Estimate, is_small};
 use crate::error::{Error, Result};
 use crate::forward::State;
 use crate::model::Model;

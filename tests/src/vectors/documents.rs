@@ -3,6 +3,8 @@
 use serde_json::{Value, json};
 use stb_format::{Class, Rule};
 
+use super::vector::hex;
+
 /// The registry for programs.
 #[must_use]
 pub fn registry() -> Value {
@@ -18,7 +20,7 @@ pub fn registry() -> Value {
     };
     json!({
         "format_version": stb_format::VERSION,
-        "magic": super::hex(&stb_format::MAGIC),
+        "magic": hex(&stb_format::MAGIC),
         "section_types": [
             { "id": 1, "name": "DATA" },
             { "id": 2, "name": "TENSORS" },

@@ -3,9 +3,10 @@
 use std::io::Cursor;
 
 use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
-use stb_format::{Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
+use stb_format::{File, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
 
-use super::{Vector, content, patch};
+use super::vector::Vector;
+use super::{content, patch};
 use crate::tiny::tokenizer;
 use stb_random::Rng;
 
@@ -187,9 +188,26 @@ fn empty() -> Vec<u8> {
     patch::assemble(&sections)
 }
 
+/// The model file with other values for some keys, or without them.
+pub(super) fn changed_model(changes: &[(&str, Option<Value>)]) -> Vec<u8> {
+    let (tensors, meta, _) = model();
+    let base = file(&tensors, &meta);
+    let file = File::open(&base).expect("a valid model");
+    let mut changed = Meta::new();
+    for (key, value) in file.meta().iter() {
+        match changes.iter().find(|(k, _)| *k == key) {
+            Some((_, Some(value))) => changed.set(key, value.clone()),
+            Some((_, None)) => Ok(()),
+            None => changed.set(key, value.to_value()),
+        }
+        .expect("a valid entry");
+    }
+    file(&tensors, &changed)
+}
+
 /// The model without rotary scaling. Keys that readers must ignore hold invalid values.
 fn unscaled() -> Vec<u8> {
-    super::invalid::changed_model(&[
+    changed_model(&[
         ("model.rope.scaling", Some(Value::Text("none".into()))),
         ("model.rope.factor", Some(Value::F64(-1.0))),
         ("model.rope.original_context", Some(Value::Text("no number".into()))),
