@@ -2,11 +2,11 @@
 """Record what the programs compute, and compare two builds: contents of converted files, greedy texts, perplexities.
 
     python3 tests/behavior.py --convert target/release/stb-convert --run target/release/stb-run \\
-        --out NEW.json [--compare OLD.json] tests/models/quill-4m [MODEL ...]
+        --out NEW.json [--compare OLD.json] [--quick] tests/models/quill-4m [MODEL ...]
     python3 tests/behavior.py --out NEW.json --compare OLD.json         # compares only
 
 On the best instruction set of the machine, each model is converted with every recipe that is not only for comparison, with
-the options of EXTRAS, and with the calibration that a recipe asks for. On each other instruction set it is converted with
+the options of EXTRAS, and with the calibration that a recipe asks for (with --quick only those of FAMILIES). On each other instruction set it is converted with
 the recipes of FAMILIES and few calibration windows. Recorded for each file: the SHA-256 of the file, and that of its content
 (name, shape, encoding, parameters and payload of every tensor, and all metadata but the recipe and the converter's version).
 Every file of the best instruction set also runs on every instruction set: recorded are TOKENS greedy tokens after PROMPT and
@@ -45,7 +45,7 @@ EXTRAS = {
     "nm-fine-tuned": ["-r", "nm-2of8", "--fine-tuning", "1", "--calib-samples", "16"],
     "int2-fine-tuned": ["-r", "int2", "--fine-tuning", "1", "--calib-samples", "16"],
 }
-# One recipe of each family of encodings, for the instruction sets that are not the best one.
+# One recipe of each family of encodings.
 FAMILIES = ["stbllm-4of8", "nm-2of4", "sign", "int3", "int4", "int8", "source"]
 PROMPT = "Once upon a time there was a little girl who lived with her mother in a small house. One day she went out and"
 TEXT = (PROMPT + " met a big dog. The dog was sad. ") * 8
@@ -86,8 +86,8 @@ def content(data: bytes) -> str:
 class Programs:
     """The two programs of a build."""
 
-    def __init__(self, convert: str, run: str):
-        self.convert, self.run = convert, run
+    def __init__(self, convert: str, run: str, quick: bool):
+        self.convert, self.run, self.quick = convert, run, quick
         # A setting of the user must not change the results.
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("STB_")}
         self.isas = re.search(r"here: ([^)]*)\)", self.call([run, "--version"])).group(1).split(", ")
@@ -105,7 +105,10 @@ class Programs:
         """Instruction set, name and options of every conversion."""
         best, *others = self.isas
         for recipe in self.recipes:
-            yield best, recipe, ["-r", recipe]
+            if self.quick and recipe not in FAMILIES:
+                yield best, f"{recipe}-16", ["-r", recipe, "--calib-samples", "16"]
+            else:
+                yield best, recipe, ["-r", recipe]
         for name, options in EXTRAS.items():
             yield best, name, options
         for isa in others:
@@ -171,6 +174,7 @@ def main() -> int:
     parser.add_argument("models", type=Path, nargs="*", help="dense checkpoints")
     parser.add_argument("--convert", help="stb-convert")
     parser.add_argument("--run", help="stb-run")
+    parser.add_argument("--quick", action="store_true", help="16 calibration windows but for FAMILIES")
     parser.add_argument("--out", type=Path, required=True, help="the record, JSON")
     parser.add_argument("--compare", type=Path, help="an earlier record")
     arguments = parser.parse_args()
@@ -178,7 +182,7 @@ def main() -> int:
     if arguments.models:
         if not (arguments.convert and arguments.run):
             parser.error("models need --convert and --run")
-        programs = Programs(arguments.convert, arguments.run)
+        programs = Programs(arguments.convert, arguments.run, arguments.quick)
         for model in arguments.models:
             record(programs, model, found, lambda: arguments.out.write_text(json.dumps(found, indent=1)))
     if not arguments.compare:

@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex};
 use common::emulator::{Emulator, Launch, bytes_of, floats};
 use common::machine::simulated;
 use common::plans::{address, launch};
-use common::random::Rng;
 use stb_format::half::f16;
 use stb_kernels::cuda::{Attend, Attention, KvCache, Module, Slots};
 use stb_kernels::kv::KvKind;
+use stb_random::Rng;
 
 /// The kernels of a module and those that put caches in their places; `None` where there is no C++
 /// compiler.

@@ -5,9 +5,10 @@ mod common;
 
 use common::emulator::{Emulator, bytes_of, floats};
 use common::plans::{address, launch};
-use common::random::{Rng, encodings, payload};
+use common::random::{encodings, payload};
 use stb_format::Encoding;
 use stb_kernels::cuda::{self, Input, Limits, MatVecPlan, MatrixParams, Module, Numbers};
+use stb_random::Rng;
 
 /// The kernels of a module; `None` where there is no C++ compiler.
 fn build(module: &Module) -> Option<Emulator> {
@@ -210,7 +211,7 @@ fn hostile_payloads_stay_inside_their_buffers() {
         let encoding = all.iter().find(|e| MatVecPlan::module(e).unwrap() == *module).unwrap();
         for (rows, cols) in [(33, 172), (5, 1100)] {
             let length = payload(&mut rng, encoding, rows, cols).len();
-            let bytes: Vec<u8> = (0..length).map(|_| rng.next() as u8).collect();
+            let bytes: Vec<u8> = (0..length).map(|_| rng.bits() as u8).collect();
             let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
             let matrix = MatrixParams::new(&view, &bytes, address(4)).unwrap();
             for numbers in [Numbers::Exact, Numbers::Rounded] {

@@ -5,7 +5,7 @@ mod common;
 
 use common::emulator::{Emulator, bytes_of, floats};
 use common::plans::{address, launch};
-use common::random::{Rng, encodings, payload};
+use common::random::{encodings, payload};
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, MatrixView, Nm};
 use stb_format::half::f16;
@@ -13,6 +13,7 @@ use stb_kernels::cuda::{
     GemmPlan, Limits, MatrixParams, Module, Product, PromptNumbers, gemm_prepared, gemm_scales,
     plan_prepare,
 };
+use stb_random::Rng;
 
 struct Case<'a> {
     encoding: &'a Encoding,

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use common::emulator::{Emulator, Launch, bytes_of, floats};
 
 use stb_format::half::f16;
+use stb_random::Rng;
 
 const KERNELS: [&str; 21] = [
     "run_mma_f16",
@@ -37,18 +38,6 @@ fn emulator() -> Option<&'static Emulator> {
     static BUILT: OnceLock<Option<Emulator>> = OnceLock::new();
     let checks = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/emulator/checks.cu");
     BUILT.get_or_init(|| Emulator::build(&[checks], &KERNELS, &[]).unwrap()).as_ref()
-}
-
-/// SplitMix64.
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ z >> 31) % n
-    }
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -92,7 +81,7 @@ fn check(kernel: &str, kind: Type, selector: Option<usize>) {
             continue;
         }
         for quad in 0..k / 4 {
-            let (i, j) = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)][rng.below(6) as usize];
+            let (i, j) = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)][rng.below(6)];
             indices[row][quad] = i as u32 | (j as u32) << 2;
             for (place, at) in [i, j].into_iter().enumerate() {
                 let v = rng.below(15) as i32 - 7;

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::random::{Rng, encodings, payload};
+use common::random::{encodings, payload};
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, MatrixView};
 use stb_format::half::f16;
@@ -11,6 +11,7 @@ use stb_kernels::{
     ActivationsQ8, Isa, Panels, ROW_TILE, Workspace, gemm, gemm_min_batch, gemm_q8, gemv,
     gemv_batch, has_gemm_q8, ops, prefill_batch,
 };
+use stb_random::Rng;
 
 /// Shapes with ragged rows, columns, groups, units, blocks and chunks.
 const SHAPES: [(usize, usize); 7] =

@@ -46,9 +46,9 @@ pub use device::{DeviceChoice, DeviceLayers, DeviceObserver, DeviceSublayer};
 pub use engine::{Engine, OpenOptions, Verify};
 pub use error::{Error, ErrorKind, Result, exit_code};
 pub use eval::{
-    Divergence, Estimate, Item, KeptLogits, Perplexity, PerplexityOptions, Prompt, Reference,
-    Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_item,
-    zero_shot,
+    ChoicePrompt, Divergence, Estimate, KeptLogits, Perplexity, PerplexityOptions, Question,
+    Reference, Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity,
+    score_question, zero_shot,
 };
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use layer::Layer;

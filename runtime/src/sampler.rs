@@ -1,4 +1,4 @@
-//! Choosing the next token.
+//! Chooses the next token from logits.
 
 use rand_core::RngCore;
 use rand_core::SeedableRng;
@@ -18,7 +18,7 @@ pub struct SamplerOptions {
     pub top_k: usize,
     /// Keep the most likely tokens that together have this probability; 1 keeps all.
     pub top_p: f32,
-    /// Keep tokens with at least this share of the best one's probability; 0 keeps all.
+    /// Keep tokens with at least this share of the probability of the best one; 0 keeps all.
     pub min_p: f32,
     /// The same seed gives the same text.
     pub seed: u64,
@@ -38,13 +38,12 @@ impl Default for SamplerOptions {
     }
 }
 
-/// What follows a step: logits of all tokens, `[vocab]`, or those of the most likely ones with penalties applied, best
-/// first.
+/// The logits that a [`Sampler`] chooses the next token from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SamplerInput {
-    /// Of all.
+    /// The logits of all tokens, `[vocab]`.
     Logits(Vec<f32>),
-    /// As many as the sampler wanted.
+    /// Token ids and logits of the most likely tokens, with penalties applied, best first. As many as the sampler asked for.
     TopK(Vec<(u32, f32)>),
 }
 
@@ -89,7 +88,7 @@ impl Sampler {
         self.recent.drain(..surplus);
     }
 
-    /// What it needs of the next logits, if that is not too much to ask of a device: the tokens `banned` count as −∞.
+    /// What the sampler needs of the next logits, if a device can compute it. The logits of `banned` tokens count as −∞.
     pub(crate) fn wanted<'a>(&'a mut self, banned: &'a [u32]) -> Option<Wanted<'a>> {
         let greedy = self.options.temperature <= 0.0;
         let count = if greedy { 1 } else { self.options.top_k };
@@ -184,7 +183,7 @@ impl Sampler {
         best.extend(order.iter().map(|id| (*id, logits[*id as usize])));
     }
 
-    /// One of `order`, best first.
+    /// Draws one of `order`, which is sorted with the best first.
     fn draw(&mut self, order: &[(u32, f32)]) -> u32 {
         let Self { options, random, .. } = self;
         let best = order[0].1;

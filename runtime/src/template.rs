@@ -1,4 +1,4 @@
-//! Chat templates: Jinja programs from the model file, run with bounded effort.
+//! Chat templates: Jinja programs from the model file, run with a limit on their steps.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Steps that a template may take: far above real ones, far below a hang.
+/// The most steps of a template. Real templates take far fewer.
 const FUEL: u64 = 2_000_000;
 
 /// One turn of a conversation.
@@ -89,7 +89,7 @@ impl ChatTemplate {
     }
 }
 
-/// Today's date in a template's format; an invalid format gives an error, not a panic.
+/// Today's date in the format of a template. An invalid format is an error.
 fn strftime(format: &str) -> std::result::Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut out = String::new();
@@ -102,7 +102,7 @@ fn strftime(format: &str) -> std::result::Result<String, minijinja::Error> {
     Ok(out)
 }
 
-/// As in transformers: plain JSON, nothing escaped for HTML.
+/// The filter `tojson` of transformers: plain JSON, nothing escaped for HTML.
 fn tojson(value: Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
     let fail =
         |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());

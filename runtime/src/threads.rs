@@ -1,10 +1,10 @@
-//! How many threads are worth starting.
+//! The default number of threads.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// One thread per physical core that this process may run on, and no more than the container's quota
-/// of processor time allows: two threads on one core share the units that the kernels keep busy.
+/// One thread per physical core that this process may run on, but no more than the CPU quota of the container. Two
+/// threads on one core would share the vector units, which one thread keeps busy.
 #[must_use]
 pub fn default_threads() -> usize {
     let allowed = std::thread::available_parallelism().map_or(1, usize::from);
@@ -14,8 +14,7 @@ pub fn default_threads() -> usize {
     }
 }
 
-/// Different cores among the processors that the process may use; `None` where the system does not
-/// tell (as on systems other than Linux).
+/// The number of physical cores among the processors that the process may use; `None` on systems other than Linux.
 fn physical_cores(cpus: &Path, status: &Path) -> Option<usize> {
     let status = std::fs::read_to_string(status).ok()?;
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
@@ -27,7 +26,7 @@ fn physical_cores(cpus: &Path, status: &Path) -> Option<usize> {
     Some(cores.len())
 }
 
-/// Numbers of a list like `0-3,8`; `None` if it is something else or longer than any machine's.
+/// The numbers of a list like `0-3,8`; `None` if the text is no such list, or is longer than that of any machine.
 fn parse_list(list: &str) -> Option<Vec<usize>> {
     let mut all = Vec::new();
     for part in list.split(',') {

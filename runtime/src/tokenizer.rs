@@ -21,7 +21,7 @@ impl Tokenizer {
     pub fn new(json: &str, bos: Option<u32>, eos: Vec<u32>, vocab_size: usize) -> Result<Self> {
         let mut inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
             .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
-        // Settings of training scripts that would cut or fill a prompt.
+        // Training scripts leave settings that would cut or pad a prompt.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
         let highest = inner.get_vocab(true).into_values().max().unwrap_or(0);
@@ -54,7 +54,7 @@ impl Tokenizer {
     /// As for [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(text)?;
-        // Not twice, if it is written out in the text (spec, metadata §2.3).
+        // A begin token that is written out in the text is not repeated (spec, metadata §2.3).
         if let Some(bos) = self.bos.filter(|bos| ids.first() != Some(bos)) {
             ids.insert(0, bos);
         }
@@ -77,7 +77,7 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
-    /// Whether a token steers the model instead of being text.
+    /// Whether a token is a control token instead of text.
     #[must_use]
     pub fn is_special(&self, id: u32) -> bool {
         self.special.contains(&id)
@@ -114,13 +114,13 @@ pub(crate) fn own_begin_token(json: &str) -> Result<Option<u32>> {
     Ok(with_special.first().copied().filter(|_| added))
 }
 
-/// Decodes a growing sequence of tokens into text that is valid at every step: bytes of an
-/// unfinished character wait for the rest.
+/// Decodes a growing sequence of tokens into text that is valid at every step. Bytes of an
+/// unfinished character are held back until the character is complete.
 #[derive(Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
     ids: Vec<u32>,
-    /// Where the decoding context starts: some tokenizers decode the first token of a text
+    /// Start of the tokens that are decoded together. Some tokenizers decode the first token of a text
     /// differently, so a few old tokens stay in front.
     context: usize,
     /// Tokens whose text has been returned.
@@ -151,7 +151,7 @@ impl<'t> TextStream<'t> {
         Ok(text)
     }
 
-    /// What is left at the end, with replacement characters for unfinished ones.
+    /// The rest of the text, with replacement characters for unfinished ones.
     ///
     /// # Errors
     /// As for [`Tokenizer::decode`].

@@ -79,9 +79,10 @@ def output(*command: object) -> str:
 
 
 def prepare(options: argparse.Namespace, work: pathlib.Path) -> None:
-    output("cargo", "build", "--release", "--workspace", "--bins")
+    output("cargo", "build", "--release")
+    output("cargo", "build", "--release", "-p", "stb-tests", "--example", "random-model")
     for recipe in options.recipes:
-        random_model = ROOT / "target/release/random-model"
+        random_model = ROOT / "target/release/examples/random-model"
         if not (work / f"{recipe}.stb").exists():
             output(random_model, "llama-7b", work / f"{recipe}.stb", "--recipe", recipe, "--layers", options.layers)
     types = [kind for kind in options.types if not (work / f"{kind}.gguf").exists()]

@@ -1,14 +1,14 @@
-//! Tokens chosen from what a device finds beside those chosen from all of its logits.
+//! Compares tokens chosen from the top-k of a device with tokens chosen from all of its logits.
 
-use stb_runtime::{Model, Next, Result, Sampler, SamplerOptions, State};
+use stb_runtime::{Engine, Result, Sampler, SamplerInput, SamplerOptions, State};
 
-/// Generates `steps` tokens from `prompt` both ways, on a model that is on a device: how many differ, and how many were chosen
-/// from what the device found.
+/// Generates `steps` tokens after `prompt` both ways, with a model on a device. Returns how many differ, and how many were
+/// chosen from the top-k of the device.
 ///
 /// # Errors
-/// As for [`Model::forward`].
+/// As for [`Engine::forward`].
 pub fn compared(
-    model: &Model,
+    model: &Engine,
     options: &SamplerOptions,
     prompt: &[u32],
     banned: &[u32],
@@ -21,13 +21,13 @@ pub fn compared(
     }
     let context = prompt.len() + steps;
     let (mut here, mut there) = (State::new(model, context), State::new(model, context));
-    let (mut next, mut tokens) = (Next::default(), prompt.to_vec());
+    let (mut next, mut tokens) = (SamplerInput::default(), prompt.to_vec());
     let (mut differ, mut from_device) = (0, 0);
     for _ in 0..steps {
         let logits = model.forward(&mut here, &tokens)?.to_vec();
-        let expected = all.choose(&mut Next::Logits(logits), banned);
+        let expected = all.choose(&mut SamplerInput::Logits(logits), banned);
         model.next(&mut there, &tokens, &mut found, banned, &mut next)?;
-        from_device += usize::from(matches!(next, Next::Best(_)));
+        from_device += usize::from(matches!(next, SamplerInput::TopK(_)));
         differ += usize::from(found.choose(&mut next, banned) != expected);
         tokens = vec![expected];
     }

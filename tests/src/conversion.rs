@@ -1,4 +1,4 @@
-//! Conversions without a program: for tests and measurements of their steps.
+//! Conversions by library calls, for tests and measurements.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use stb_runtime::Checkpoint;
 
 use crate::programs::note;
 
-/// Says only what the user should know.
+/// Shows notes, and no progress.
 #[derive(Clone, Copy, Debug)]
 pub struct Notes;
 
@@ -24,8 +24,8 @@ impl Progress for Notes {
     }
 }
 
-/// Converts the checkpoint `source` to `target` with a recipe (its name or its file), so many calibration sequences of so
-/// many tokens from the file `text`, and the large products on `device`, if there is one.
+/// Converts the checkpoint `source` to `target` with a recipe (its name or its file) and `samples` calibration sequences of
+/// `length` tokens from the file `text`. `device`, if there is one, computes the large products.
 ///
 /// # Errors
 /// As for [`prepare`] and [`convert`].
@@ -34,7 +34,8 @@ pub fn converted(
     target: &Path,
     recipe: &str,
     text: &Path,
-    [samples, length]: [usize; 2],
+    samples: usize,
+    length: usize,
     device: Option<Device>,
 ) -> anyhow::Result<Report> {
     let checkpoint = Checkpoint::open(source, true)?;

@@ -1,11 +1,9 @@
-//! What the tests share: where things are, how to run the programs, conversions, test vectors, small
-//! random checkpoints.
+//! Helpers of the tests: paths, running the programs, conversions, test vectors, small random checkpoints.
 
 pub mod choices;
 pub mod conversion;
 pub mod paths;
 pub mod programs;
-pub mod random;
 pub mod random_model;
 pub mod tiny;
 pub mod vectors;

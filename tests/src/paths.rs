@@ -1,4 +1,4 @@
-//! Where the tests find things.
+//! Paths that the tests use.
 
 use std::path::{Path, PathBuf};
 
@@ -14,8 +14,8 @@ pub fn quill() -> PathBuf {
     root().join("tests/models/quill-4m")
 }
 
-/// A file of the material that lies beside the repository on development machines. Tests that need
-/// it say so and pass without it.
+/// A file of the material beside the repository on development machines. Tests that need it are skipped
+/// without it.
 #[must_use]
 pub fn shared(path: &str) -> Option<PathBuf> {
     let path = root().parent()?.join("shared").join(path);

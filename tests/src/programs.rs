@@ -1,22 +1,33 @@
-//! Building and running the programs as a user would.
+//! Builds and runs the programs as a user would.
 
 use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::OnceLock;
+use std::sync::Once;
 
 use crate::paths::root;
 
 /// The folder of the profile of this test, `target/PROFILE`.
 fn profile_folder() -> PathBuf {
-    // Test programs lie in target/PROFILE/deps, others in target/PROFILE.
+    // Tests lie in target/PROFILE/deps, the developer programs in target/PROFILE/examples.
     let this = std::env::current_exe().expect("the path of the test");
     let mut folder = this.parent().expect("a folder").to_owned();
-    if folder.ends_with("deps") {
+    if folder.ends_with("deps") || folder.ends_with("examples") {
         folder.pop();
     }
     folder
+}
+
+/// Builds targets of the packages with programs, with the profile of the tests.
+fn build(targets: &[&str]) {
+    let mut build = Command::new(env!("CARGO"));
+    build.current_dir(root()).args(["build", "--quiet", "-p", "stb-runtime", "-p", "stb-convert"]);
+    build.args(targets);
+    if profile_folder().ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(build.status().expect("cargo").success(), "the programs do not build");
 }
 
 /// The path of `stb-run` or `stb-convert`, built with the profile of the tests.
@@ -25,29 +36,22 @@ fn profile_folder() -> PathBuf {
 /// If they do not build.
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
-    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    let folder = FOLDER.get_or_init(|| {
-        let folder = profile_folder();
-        let mut build = Command::new(env!("CARGO"));
-        build.current_dir(root()).args(["build", "--quiet", "--bins"]);
-        build.args(["-p", "stb-runtime", "-p", "stb-convert"]);
-        if folder.ends_with("release") {
-            build.arg("--release");
-        }
-        assert!(build.status().expect("cargo").success(), "the programs do not build");
-        folder
-    });
-    folder.join(name)
-}
-
-/// The path of a program of this package, which Cargo builds before its tests. (Cargo's own variable for
-/// it has a hyphen in its name, which a compiler behind a shell script does not get to see.)
-#[must_use]
-pub fn own_program(name: &str) -> PathBuf {
+    static BUILT: Once = Once::new();
+    BUILT.call_once(|| build(&["--bins"]));
     profile_folder().join(name)
 }
 
-/// What a program did.
+/// The path of a developer program of this package, built with the profile of the tests.
+///
+/// # Panics
+/// If it does not build.
+#[must_use]
+pub fn own_program(name: &str) -> PathBuf {
+    build(&["-p", "stb-tests", "--example", name]);
+    profile_folder().join("examples").join(name)
+}
+
+/// The outcome of a program.
 #[derive(Debug)]
 pub struct Run {
     /// The exit code; `None` if a signal ended it.
@@ -66,20 +70,20 @@ impl From<Output> for Run {
 }
 
 impl Run {
-    /// Checks that it went well and returns standard output.
+    /// Checks that the program succeeded and returns standard output.
     ///
     /// # Panics
-    /// If it did not.
+    /// If it failed.
     #[must_use]
     pub fn success(self) -> String {
         assert_eq!(self.code, Some(0), "{}", self.err);
         self.out
     }
 
-    /// Checks that it ended with `code` and one clear error, and returns that.
+    /// Checks that the program ended with `code` and an error message, and returns the message.
     ///
     /// # Panics
-    /// If it did not, or panicked.
+    /// If the program ended otherwise, or panicked.
     #[must_use]
     pub fn failure(self, code: i32) -> String {
         assert_eq!(self.code, Some(code), "{}{}", self.out, self.err);
@@ -108,7 +112,7 @@ pub fn command<S: AsRef<OsStr>>(name: &str, args: &[S]) -> Command {
     ] {
         command.env_remove(variable);
     }
-    // What is expected of programs is the same on machines with a GPU.
+    // The tests expect the same on machines with a GPU.
     command.env("STB_DEVICE", "cpu");
     command
 }
@@ -133,7 +137,7 @@ pub fn convert(source: &Path, target: &Path, options: &[&str]) {
     let _ = run.success();
 }
 
-/// Tells, past the capture of test output, that something was not tested.
+/// Says on standard error, which is not captured, that something was not tested.
 pub fn skip(what: &str) {
     note(&format!("SKIPPED: {what}"));
 }

@@ -1,5 +1,5 @@
-//! Models of well-known shapes with random weights: for measuring memory, start and speed where no
-//! checkpoint is at hand. They speak nonsense.
+//! Models of well-known shapes with random weights, for measuring memory, start and speed without a
+//! checkpoint.
 
 use std::collections::HashMap;
 use std::io::{Seek, Write};
@@ -7,12 +7,13 @@ use std::path::Path;
 
 use anyhow::bail;
 use stb_convert::Recipe;
+use stb_format::arch::{Architecture, Role, TensorSpec};
 use stb_format::encoding::{Dense, IntGroup};
 use stb_format::{Activation, Encoding, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
 
-use crate::random::Rng;
 use crate::tiny::{self, tokenizer};
 use crate::vectors::content;
+use stb_random::Rng;
 
 /// The names that [`shape`] knows.
 pub const SHAPES: [&str; 6] =
@@ -36,6 +37,7 @@ pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
             _ => bail!("{name} is not a shape; there are {}", SHAPES.join(", ")),
         };
     Ok(ModelSpec {
+        architecture: Architecture::LLAMA,
         vocab_size,
         hidden_size,
         intermediate_size,
@@ -70,12 +72,12 @@ pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyh
     let mut writer = Writer::new(out)?;
     let mut payloads: HashMap<(Vec<u64>, [u8; 16], u32), Vec<u8>> = HashMap::new();
     let mut parameters = 0u64;
-    for (name, shape) in spec.tensors() {
-        let encoding = match (shape.len(), name.as_str()) {
-            (1, _) => Encoding::Dense(Dense::F32),
-            (_, "model.embed_tokens.weight") => embeddings.clone(),
-            (_, "lm_head.weight") => head.clone(),
-            _ => body.clone(),
+    for TensorSpec { name, shape, role, .. } in spec.tensors() {
+        let encoding = match role {
+            Role::TokenEmbedding => embeddings.clone(),
+            Role::LmHead => head.clone(),
+            Role::Linear(_) => body.clone(),
+            _ => Encoding::Dense(Dense::F32),
         };
         parameters += shape.iter().product::<u64>();
         let key = (shape.clone(), encoding.params(), encoding.id());
@@ -116,7 +118,7 @@ pub fn checkpoint(folder: &Path, spec: &ModelSpec) {
     ] {
         config[key] = value.into();
     }
-    // Outputs of about the size of inputs, as in trained models.
+    // Outputs have about the size of inputs, as in trained models.
     let shrink = 2.0 / (spec.hidden_size as f32).sqrt();
     tiny::write(folder, &config, Dense::F16, |name, values| {
         if name.ends_with("_proj.weight") {
@@ -125,7 +127,7 @@ pub fn checkpoint(folder: &Path, spec: &ModelSpec) {
     });
 }
 
-/// Letters without a pattern for the vocabulary of [`checkpoint`], a token each.
+/// Random letters, each a token of the vocabulary of [`checkpoint`].
 #[must_use]
 pub fn letters(tokens: usize) -> String {
     let letter = |i: u32| char::from(b'a' + (i.wrapping_mul(2_654_435_761) >> 20) as u8 % 26);

@@ -4,12 +4,13 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value as Json, json};
+use stb_format::arch::TensorSpec;
 use stb_format::encoding::Dense;
 use stb_runtime::parse_config;
 
-use crate::random::Rng;
+use stb_random::Rng;
 
-/// A LLaMA configuration with ragged widths and grouped keys; tests change fields of it.
+/// A LLaMA configuration with ragged widths and grouped-query attention. Tests change its fields.
 #[must_use]
 pub fn config() -> Json {
     json!({
@@ -40,7 +41,7 @@ pub fn write(folder: &Path, config: &Json, kind: Dense, change: impl Fn(&str, &m
     write_shards(folder, config, kind, 1, change);
 }
 
-/// The same in several files with an index.
+/// Writes the same checkpoint in several files with an index.
 ///
 /// # Panics
 /// As for [`write()`].
@@ -57,7 +58,7 @@ pub fn write_shards(
     let (spec, _) = parse_config(&config.to_string()).expect("a valid configuration");
     let mut rng = Rng(99);
     let mut tensors = Vec::new();
-    for (name, shape) in spec.tensors() {
+    for TensorSpec { name, shape, .. } in spec.tensors() {
         let count = shape.iter().product::<u64>() as usize;
         let spread = if shape.len() == 1 { 0.1 } else { 0.5 };
         let center = if shape.len() == 1 { 1.0 } else { 0.0 };

@@ -1,10 +1,10 @@
-//! A decoded token takes no memory beyond what the tokens before it have reserved.
+//! Decoding a token allocates no memory once earlier tokens have reserved it.
 
 use std::alloc::System;
 
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use stb_kernels::kv::KvKind;
-use stb_runtime::{Model, OpenOptions, Sampler, SamplerOptions, State};
+use stb_runtime::{Engine, OpenOptions, Sampler, SamplerOptions, State};
 use stb_tests::paths::quill;
 use stb_tests::programs::convert;
 
@@ -22,7 +22,7 @@ fn decoding_does_not_allocate() {
         convert(&quill(), &file, &["--recipe", recipe, "--calib-samples", "2"]);
         for kv in [KvKind::F16, KvKind::Q8, KvKind::F32] {
             let options = OpenOptions { kv, threads: Some(2), ..OpenOptions::default() };
-            let model = Model::open(&file, &options).unwrap();
+            let model = Engine::open(&file, &options).unwrap();
             let mut state = State::new(&model, TOKENS as usize);
             let mut sampler =
                 Sampler::new(SamplerOptions { repeat_penalty: 1.1, ..SamplerOptions::default() });
@@ -34,7 +34,7 @@ fn decoding_does_not_allocate() {
                 }
             };
             answer();
-            // The second answer has all the memory that the first one needed.
+            // The first answer has reserved all memory that the second one needs.
             let region = Region::new(ALLOCATOR);
             answer();
             let change = region.change();

@@ -1,4 +1,4 @@
-//! What users see when things go wrong, and what pipes and scripts rely on.
+//! Error messages, and what pipes and scripts rely on.
 
 use std::io::{Read, Write};
 use std::path::Path;
@@ -84,7 +84,7 @@ fn bad_files_give_one_clear_error_and_the_documented_code() {
     assert!(error.contains("not a regular file"), "{error}");
 }
 
-/// The file as a version of the future would write it.
+/// The file with the version number of a later format.
 fn newer(good: &[u8]) -> Vec<u8> {
     let mut bytes = good.to_vec();
     bytes[8] = 2;
@@ -240,7 +240,7 @@ fn pipes_get_text_only() {
     assert!(!out.contains('\u{1b}') && !out.contains("<|"), "{out:?}");
 }
 
-/// What a machine without a GPU says: one line, and nothing where nobody has asked for one.
+/// A machine without a GPU says so in one line, but only if a device was asked for.
 #[test]
 fn a_machine_without_a_device_says_so_in_one_line() {
     let list = run("stb-run", &["--list-devices"]);
@@ -341,7 +341,7 @@ fn ctrl_c_ends_an_answer() {
     let mut command = command("stb-run", &args);
     command.arg(quill()).args(["-c", "100000"]);
     let run = interrupt(command, |child| {
-        // An answer has begun, however long a busy machine takes for that.
+        // Wait until an answer has begun.
         child.stdout.as_mut().unwrap().read_exact(&mut [0; 16]).unwrap();
     });
     assert_eq!(run.code, Some(130), "{}", run.err);

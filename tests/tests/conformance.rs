@@ -1,4 +1,4 @@
-//! The specification, its vectors and this implementation say the same.
+//! The specification, its vectors and this implementation agree.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,8 +19,8 @@ fn page(name: &str) -> String {
     std::fs::read_to_string(spec().join(name)).unwrap()
 }
 
-/// What lies in `spec/` is what the program makes: run `cargo run -p stb-tests --bin make-vectors`
-/// after a deliberate change.
+/// The generated files of `spec/` are up to date. Run `cargo run -p stb-tests --example make-vectors` after a
+/// deliberate change.
 #[test]
 fn committed_files_are_the_generated_ones() {
     let mut names = BTreeSet::new();

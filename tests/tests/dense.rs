@@ -1,18 +1,20 @@
 //! The forward pass, tokenizer and evaluation on dense checkpoints equal the reference
 //! implementation (transformers on PyTorch, f32), whose figures lie beside the models.
 
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::Value as Json;
 use stb_runtime::{
-    GenerateOptions, Message, Model, OpenOptions, PerplexityOptions, Sampler, SamplerOptions,
-    State, TextLayout, generate, perplexity,
+    Engine, GenerateRequest, Message, OpenOptions, PerplexityOptions, PromptInput, Sampler,
+    SamplerOptions, Session, SessionOptions, State, TextLayout, perplexity,
 };
 use stb_tests::paths::{quill, shared};
 use stb_tests::programs::skip;
 
-fn open(folder: &Path) -> (Model, Json) {
-    let model = Model::open(folder, &OpenOptions::exact()).unwrap();
+fn open(folder: &Path) -> (Arc<Engine>, Json) {
+    let model = Arc::new(Engine::open(folder, &OpenOptions::exact()).unwrap());
     let reference = std::fs::read_to_string(folder.join("reference.json")).unwrap();
     (model, serde_json::from_str(&reference).unwrap())
 }
@@ -26,7 +28,7 @@ fn floats(json: &Json) -> Vec<f64> {
 }
 
 /// Logits, losses and best tokens of a prompt.
-fn check_prompt(model: &Model, prompt: &[u32], argmax: &[u32], nll: &[f64], last: &[f64]) {
+fn check_prompt(model: &Engine, prompt: &[u32], argmax: &[u32], nll: &[f64], last: &[f64]) {
     let mut state = State::new(model, prompt.len());
     let vocab = model.embeddings.rows();
     let mut rows = Vec::new();
@@ -52,21 +54,25 @@ fn check_prompt(model: &Model, prompt: &[u32], argmax: &[u32], nll: &[f64], last
 
 /// The most likely continuation; the reference may have gone on to the end token, which is not part
 /// of an answer.
-fn check_greedy(model: &Model, prompt: &[u32], expected: &[u32]) {
+fn check_greedy(model: &Arc<Engine>, prompt: &[u32], expected: &[u32]) {
     let count = expected.len();
-    let tokenizer = model.tokenizer().unwrap();
-    let mut state = State::new(model, prompt.len() + count + 1);
-    let options = SamplerOptions { temperature: 0.0, ..SamplerOptions::default() };
-    let mut sampler = Sampler::new(options);
-    let limits = GenerateOptions { max_tokens: Some(count), ..GenerateOptions::default() };
-    let mut cached = Vec::new();
-    let answer =
-        generate(model, &tokenizer, &mut state, &mut cached, prompt, &mut sampler, &limits, |_| {
-            true
-        });
+    let options = SessionOptions { context: Some(prompt.len() + count + 1), template: false };
+    let mut session = Session::new(Arc::clone(model), options).unwrap();
+    let mut sampler =
+        Sampler::new(SamplerOptions { temperature: 0.0, ..SamplerOptions::default() });
+    let request = GenerateRequest {
+        max_tokens: Some(count),
+        ..GenerateRequest::new(PromptInput::Tokens(prompt))
+    };
+    let mut streamed = Vec::new();
+    let answer = session.generate(&request, &mut sampler, |piece| {
+        streamed.extend(piece.token);
+        ControlFlow::Continue(())
+    });
     let found = answer.unwrap().tokens;
+    assert_eq!(streamed, found);
     assert_eq!(found, expected[..found.len()]);
-    let end = expected.get(found.len()).is_none_or(|t| tokenizer.eos.contains(t));
+    let end = expected.get(found.len()).is_none_or(|t| session.tokenizer().eos.contains(t));
     assert!(end, "ended after {} of {count} tokens", found.len());
 }
 

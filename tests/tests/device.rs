@@ -10,13 +10,14 @@ use std::ops::ControlFlow;
 use common::machine::device;
 use stb_convert::Recipe;
 use stb_format::Encoding;
+use stb_format::arch::LinearInput;
 use stb_format::encoding::Nm;
 use stb_kernels::cuda::{self, Gemm, Input, Matrix, PromptNumbers};
+use stb_random::Rng;
 use stb_runtime::{
-    DeviceLayers, Half, KvKind, LinearInput, Model, Observer, OpenOptions, SamplerOptions, State,
+    DeviceLayers, Engine, KvKind, Observer, OpenOptions, SamplerOptions, State, Sublayer,
 };
 use stb_tests::choices::compared;
-use stb_tests::random::Rng;
 use stb_tests::random_model::{random, shape, write};
 
 fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
@@ -35,8 +36,8 @@ fn same_as_on_the_cpu(recipe: &str, options: OpenOptions, layers: Option<usize>,
     let path = folder.path().join("model.stb");
     let spec = shape("tiny", None).unwrap();
     write(&spec, &Recipe::load(recipe).unwrap(), File::create(&path).unwrap()).unwrap();
-    let host = Model::open(&path, &options).unwrap();
-    let model = Model::open(&path, &options).unwrap().use_device(&device, layers).unwrap();
+    let host = Engine::open(&path, &options).unwrap();
+    let model = Engine::open(&path, &options).unwrap().use_device(&device, layers).unwrap();
     let (mut a, mut b) = (State::new(&host, 100), State::new(&model, 100));
     let prompt: Vec<u32> = (0..19).map(|i| i * 7 % 64).collect();
     let check = |tokens: &[u32], a: &mut State, b: &mut State, what: &str| {
@@ -95,8 +96,8 @@ fn rounded_activations_of_few_and_many_tokens() {
     let path = folder.path().join("model.stb");
     let spec = shape("tiny", Some(1)).unwrap();
     write(&spec, &Recipe::load("int4").unwrap(), File::create(&path).unwrap()).unwrap();
-    let exact = Model::open(&path, &OpenOptions::exact()).unwrap();
-    let model = Model::open(&path, &OpenOptions::default()).unwrap();
+    let exact = Engine::open(&path, &OpenOptions::exact()).unwrap();
+    let model = Engine::open(&path, &OpenOptions::default()).unwrap();
     let model = model.use_device(&device, None).unwrap();
     let many: Vec<u32> = (0..70).map(|i| i * 5 % 64).collect();
     for (prompt, tolerance) in [(&[3, 4][..], 3e-2), (&many, 2e-2)] {
@@ -119,7 +120,7 @@ impl Observer for Seen {
     }
 }
 
-/// Halves of a decoder layer over several sequences at once, and what its linear layers read: as the CPU has
+/// The sublayers of a decoder layer over several sequences at once, and what its linear layers read: as the CPU has
 /// them one by one.
 #[test]
 fn layers_for_calibration() {
@@ -128,7 +129,7 @@ fn layers_for_calibration() {
     let path = folder.path().join("model.stb");
     let spec = shape("tiny", Some(1)).unwrap();
     write(&spec, &Recipe::load("int4").unwrap(), File::create(&path).unwrap()).unwrap();
-    let model = Model::open(&path, &OpenOptions::exact()).unwrap();
+    let model = Engine::open(&path, &OpenOptions::exact()).unwrap();
     let (layer, width) = (&model.layers[0], model.norm.len());
     let lengths = [21, 1, 9];
     let embedded = |n: usize| {
@@ -138,10 +139,10 @@ fn layers_for_calibration() {
         hidden
     };
     let mut host: Vec<Vec<f32>> = lengths.map(embedded).to_vec();
-    let mut layers = DeviceLayers::new(&device, &model).unwrap();
+    let mut layers = DeviceLayers::new(&device, &model.model).unwrap();
     let mut hidden = device.upload("hidden states", &host.concat()).unwrap();
-    for half in [Half::Attention, Half::Mlp] {
-        let loaded = layers.load(layer, half).unwrap();
+    for sublayer in [Sublayer::Attention, Sublayer::Mlp] {
+        let loaded = layers.load(layer, sublayer).unwrap();
         let mut found = Vec::new();
         let mut observe = |which, _: &cuda::Dense, x: &cuda::Buffer<f32>| {
             let mut values = vec![0.0; x.len()];
@@ -154,10 +155,7 @@ fn layers_for_calibration() {
         let mut seen: Vec<(LinearInput, Vec<f32>)> = Vec::new();
         for hidden in &mut host {
             let mut observer = Seen::default();
-            let _ = match half {
-                Half::Attention => model.run_attention(layer, hidden, &mut observer),
-                Half::Mlp => model.run_mlp(layer, hidden, &mut observer),
-            };
+            let _ = model.run_sublayer(sublayer, layer, hidden, &mut observer);
             seen.resize_with(observer.0.len(), || (observer.0[0].0, Vec::new()));
             for ((which, all), (input, x)) in seen.iter_mut().zip(observer.0) {
                 *which = input;
@@ -174,7 +172,7 @@ fn layers_for_calibration() {
         close(&after, &host.concat(), 1e-5, "residual stream");
     }
     // Ended at the second input, the stream is as it was.
-    let loaded = layers.load(layer, Half::Mlp).unwrap();
+    let loaded = layers.load(layer, Sublayer::Mlp).unwrap();
     let mut stop = |which, _: &cuda::Dense, _: &cuda::Buffer<f32>| {
         Ok(match which {
             LinearInput::MlpDown => ControlFlow::Break(()),
@@ -197,7 +195,7 @@ fn tokens_are_chosen_alike() {
     let path = folder.path().join("model.stb");
     let spec = shape("tiny", Some(1)).unwrap();
     write(&spec, &Recipe::load("nm-2of4").unwrap(), File::create(&path).unwrap()).unwrap();
-    let model = Model::open(&path, &OpenOptions::default()).unwrap();
+    let model = Engine::open(&path, &OpenOptions::default()).unwrap();
     let model = model.use_device(&device, None).unwrap();
     for (temperature, top_k) in [(0.0, 0), (1.0, 20), (0.7, 64), (1.0, 0)] {
         let options = SamplerOptions {

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 use stb_format::encoding::Dense;
 use stb_runtime::{
-    Item, KeptLogits, Model, OpenOptions, PerplexityOptions, Reference, State, Task, TextLayout,
-    ZeroShotOptions, open_to_measure, perplexity, score_item, zero_shot,
+    Engine, KeptLogits, OpenOptions, PerplexityOptions, Question, Reference, State, Task,
+    TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_question, zero_shot,
 };
 use stb_tests::paths::{quill, root, shared};
 use stb_tests::programs::{command, run, skip};
@@ -22,12 +22,12 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-fn open(path: &Path) -> Model {
+fn open(path: &Path) -> Engine {
     open_to_measure(path, &OpenOptions::default()).unwrap()
 }
 
 /// ln p of every token at every position, from one forward pass over all of `tokens`.
-fn log_probabilities(model: &Model, tokens: &[u32]) -> Vec<Vec<f64>> {
+fn log_probabilities(model: &Engine, tokens: &[u32]) -> Vec<Vec<f64>> {
     let mut state = State::new(model, tokens.len());
     let mut rows = Vec::new();
     let softmax = |logits: &[f32]| -> Vec<f64> {
@@ -53,7 +53,7 @@ fn sample_tasks() -> Vec<(Task, PathBuf)> {
 }
 
 /// Context and continuation as the harness would encode them, the whole input cut at the left.
-fn oracle_score(model: &Model, item: &Item, choice: usize, most: usize) -> (f64, bool) {
+fn oracle_score(model: &Engine, item: &Question, choice: usize, most: usize) -> (f64, bool) {
     let tokenizer = model.tokenizer().unwrap();
     let prompt = &item.prompts[choice];
     let context = tokenizer.encode(prompt.context.trim_end()).unwrap();
@@ -81,7 +81,7 @@ fn choices_score_as_if_each_were_computed_alone() {
             let mut state = State::new(&model, context);
             let (mut acc, mut acc_norm, mut truncated) = (0, 0, 0);
             for item in &items {
-                let found = score_item(&model, &mut state, &tokenizer, item, &options).unwrap();
+                let found = score_question(&model, &mut state, &tokenizer, item, &options).unwrap();
                 let mut scores = Vec::new();
                 for (choice, found) in found.iter().enumerate() {
                     let (expected, cut) = oracle_score(&model, item, choice, context);
@@ -120,7 +120,8 @@ fn begin_tokens_are_put_before_questions_on_request() {
     let score = |begin: bool| {
         let mut state = State::new(&model, 64);
         let options = ZeroShotOptions { context: 64, begin };
-        score_item(&model, &mut state, &tokenizer, &items[0], &options).unwrap()[0].log_likelihood
+        score_question(&model, &mut state, &tokenizer, &items[0], &options).unwrap()[0]
+            .log_likelihood
     };
     assert!(tokenizer.bos.is_some());
     assert!((score(true) - score(false)).abs() > 1e-3);

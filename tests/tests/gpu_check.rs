@@ -1,4 +1,4 @@
-//! The program that checks GPUs, on a machine that has none.
+//! `gpu-check` on a machine without a GPU.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ fn without_a_device_it_says_so_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let done = Command::new(own_program("gpu-check"))
         .current_dir(folder.path())
-        // No device is visible, also where there is one.
+        // Hides the devices of machines that have one.
         .env("CUDA_VISIBLE_DEVICES", "")
         .output()
         .unwrap();

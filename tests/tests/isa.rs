@@ -14,7 +14,7 @@ fn isas() -> Vec<String> {
 
 fn greedy(file: &Path, isa: &str, more: &[&str]) -> String {
     let options = ["--temp", "0", "-n", "200", "--ignore-eos", "--no-template", "--quiet"];
-    // A prompt of more than a few tokens: its products are those of matrices.
+    // The prompt is long enough for GEMM.
     let prompt = "Once upon a time there was a little dog who lived in a big house near the lake. He \
                   liked to play with his friends, and one day";
     let mut command = command("stb-run", &options);
@@ -35,7 +35,7 @@ fn greedy_answers_are_the_same_everywhere() {
             let expected = greedy(&file, "", &[cache, &["-t", "1"]].concat());
             assert!(expected.len() > 200, "{recipe} {cache:?}: {expected}");
             for isa in &isas {
-                // The portable code is slow: one kind of cache is enough for it.
+                // The portable code is slow, so it is tested with one kind of cache.
                 if isa == "scalar" && cache[0] != "--kv" {
                     continue;
                 }

@@ -307,7 +307,7 @@ fn random_models_of_every_encoding_run() {
 /// off, and then one token at a time gives what many at once give.
 #[test]
 fn rounded_activations_cost_little() {
-    use stb_runtime::{Model, OpenOptions, State};
+    use stb_runtime::{Engine, OpenOptions, State};
     let folder = folder();
     let file = folder.path().join("m.stb");
     let text = std::fs::read_to_string(root().join("convert/data/calibration.txt")).unwrap();
@@ -315,7 +315,7 @@ fn rounded_activations_cost_little() {
         convert(&quill(), &file, &[&QUICK[..], &["--recipe", recipe, "--force"]].concat());
         let loss = |exact: bool, step: usize| {
             let options = OpenOptions { exact, ..OpenOptions::default() };
-            let model = Model::open(&file, &options).unwrap();
+            let model = Engine::open(&file, &options).unwrap();
             let tokenizer = model.tokenizer().unwrap();
             let start: String = text.chars().take(1500).collect();
             let ids = tokenizer.encode_prompt(&start).unwrap();

@@ -25,16 +25,16 @@ TOLERANCE = 1e-5
 TEXT = "Once upon a time, there was a little dog who lived in a big house. He loved to play with his friends."
 
 
-def cargo(package: str, program: str, *arguments: object) -> bytes:
-    command = ["cargo", "run", "--quiet", "--release", "-p", package, "--bin", program, "--"]
+def cargo(package: str, kind: str, program: str, *arguments: object) -> bytes:
+    command = ["cargo", "run", "--quiet", "--release", "-p", package, kind, program, "--"]
     command += [str(a) for a in arguments]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
 
 
 def compare(folder: pathlib.Path, source: pathlib.Path, recipe: str) -> bool:
     packed, dense = folder / f"{recipe}.stb", folder / recipe
-    cargo("stb-convert", "stb-convert", source, packed, "--recipe", recipe, "--quiet")
-    cargo("stb-convert", "stb-convert", "export", packed, dense)
+    cargo("stb-convert", "--bin", "stb-convert", source, packed, "--recipe", recipe, "--quiet")
+    cargo("stb-convert", "--bin", "stb-convert", "export", packed, dense)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(dense)
     model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
@@ -42,7 +42,7 @@ def compare(folder: pathlib.Path, source: pathlib.Path, recipe: str) -> bool:
     ids = tokenizer(TEXT, add_special_tokens=False).input_ids
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
-    found = cargo("stb-tests", "logits", packed, ",".join(map(str, ids)))
+    found = cargo("stb-tests", "--example", "logits", packed, ",".join(map(str, ids)))
     ours = numpy.frombuffer(found, "<f4").reshape(len(ids), -1)
 
     largest, difference = abs(theirs).max(), abs(ours - theirs).max()

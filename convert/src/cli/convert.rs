@@ -8,11 +8,12 @@ use stb_convert::prepare::prepare;
 use stb_convert::report::Report;
 use stb_convert::{Job, Plan, Recipe, convert};
 use stb_format::Meta;
-use stb_kernels::cuda::{self, Dense, Device};
+use stb_kernels::cuda::{Dense, Device};
 use stb_runtime::{Checkpoint, DeviceChoice, Error};
 
+use super::args::{ConvertArgs, usage};
+use super::output::{note, print};
 use super::progress::Bar;
-use super::{ConvertArgs, note, print, usage};
 
 pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     let Some(src) = &args.src else { usage("give a checkpoint and a file to write") };
@@ -68,11 +69,10 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
         DeviceChoice::Cuda(ordinal) => ordinal,
     };
     let usable = |device: Device| Dense::new(&device).map(|_| device);
-    match Device::open(ordinal).and_then(usable) {
+    match Device::open(ordinal).and_then(usable).map_err(Error::from) {
         Ok(device) => Ok(Some(device)),
-        // A kernel that does not compile and a failing driver are defects: told whatever was asked for.
-        Err(e @ (cuda::Error::Compile { .. } | cuda::Error::Driver { .. })) => Err(e.into()),
-        Err(e) if choice == DeviceChoice::Auto => {
+        // A defect is told, whatever was asked for.
+        Err(e) if choice == DeviceChoice::Auto && e.kind().is_unsupported() => {
             if !quiet {
                 note(format_args!("{e}; the CPU computes"));
             }
@@ -115,10 +115,10 @@ fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
         if let Some(seed) = args.seed {
             calibration.seed = seed;
         }
-        if let Some(epochs) = args.tuning {
+        if let Some(epochs) = args.distill_layers {
             calibration.distill_layers = Some(epochs as usize);
         }
-        if let Some(epochs) = args.fine_tuning {
+        if let Some(epochs) = args.distill {
             calibration.distill = Some(epochs as usize);
         }
     })

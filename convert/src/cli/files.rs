@@ -9,7 +9,8 @@ use stb_format::encoding::Dense;
 use stb_format::{File, ModelSpec};
 use stb_runtime::{Bytes, Error};
 
-use super::{Dtype, print};
+use super::args::Dtype;
+use super::output::print;
 
 pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
     let bytes = Bytes::open(path, true)?;

@@ -5,6 +5,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use stb_convert::Progress;
 
+use super::output::note;
+
 /// Shows progress with an estimate of the time left and the error of each layer.
 pub(super) struct Bar {
     bar: ProgressBar,
@@ -50,7 +52,7 @@ impl Progress for Bar {
     fn note(&self, text: &str) {
         if !self.quiet {
             // Other than progress, this is said where there is no terminal, too.
-            self.bar.suspend(|| super::note(text));
+            self.bar.suspend(|| note(text));
         }
     }
 }

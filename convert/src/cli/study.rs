@@ -1,8 +1,7 @@
 //! `stb-convert study` and `stb-convert flips`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use clap::Args;
 use stb_convert::calibration::CalibrationText;
 use stb_convert::flips::{self, FlipOptions};
 use stb_convert::interrupt::interrupted;
@@ -10,88 +9,9 @@ use stb_convert::study::{self, Definition, Events, StudyModel, convert_file, wri
 use stb_convert::{Progress, Recipe};
 use stb_runtime::{Checkpoint, Error, OpenOptions, PerplexityOptions, TextLayout, open_to_measure};
 
+use super::args::{FlipArgs, StudyArgs};
+use super::output::{note, print};
 use super::progress::Bar;
-use super::{note, print};
-
-#[derive(Args)]
-pub(super) struct StudyArgs {
-    /// What to compare, a TOML file
-    study: PathBuf,
-    /// A folder for results; cells that are there already are not measured again
-    out: PathBuf,
-    /// What {NAME} in paths of the study stands for; models and texts that need what is not given
-    /// are left out
-    #[arg(short, long, value_name = "NAME=VALUE", value_parser = pair)]
-    define: Vec<(String, String)>,
-    /// Another model, or another path for one of the study
-    #[arg(short, long, value_name = "NAME=PATH", value_parser = pair)]
-    model: Vec<(String, String)>,
-    /// Measure everything again
-    #[arg(long)]
-    fresh: bool,
-    /// Print nothing but errors
-    #[arg(short, long)]
-    quiet: bool,
-    /// Threads; default: as many as this process may use
-    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(super) threads: Option<u16>,
-}
-
-#[derive(Args)]
-pub(super) struct FlipArgs {
-    /// A folder in the Hugging Face layout, a .safetensors file, or an index of shards
-    src: PathBuf,
-    /// A folder for flips.csv, flips.md and flips.svg
-    out: PathBuf,
-    /// How the model is binarized: a recipe's name or a .toml file; default: the structure of the
-    /// paper with no weight pruned
-    #[arg(short, long, value_name = "NAME|FILE")]
-    recipe: Option<String>,
-    /// The text for perplexity, a UTF-8 file
-    #[arg(long, value_name = "FILE")]
-    text: PathBuf,
-    /// Split the text at this string into documents; each is stripped and gets a begin token
-    #[arg(long, value_name = "TEXT")]
-    separator: Option<String>,
-    /// Tokens per window; default: the context of the model
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
-    ctx: Option<u32>,
-    /// The most windows to use; default: all
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    windows: Option<u32>,
-    /// Percentages of the signs to flip
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1,2,3,5,7,10,15,20,25,30,40,50", value_parser = percentage)]
-    percent: Vec<f64>,
-    /// Random orders
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
-    seeds: u64,
-    /// Flip signs in salient columns too
-    #[arg(long)]
-    salient: bool,
-    /// A text to calibrate on, UTF-8; default: what the recipe says
-    #[arg(long, value_name = "FILE")]
-    calib: Option<PathBuf>,
-    /// Print nothing but errors
-    #[arg(short, long)]
-    quiet: bool,
-    /// Threads; default: as many as this process may use
-    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(super) threads: Option<u16>,
-}
-
-fn pair(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        _ => Err("NAME=VALUE is needed".into()),
-    }
-}
-
-fn percentage(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(percent),
-        _ => Err("a number from 0 to 100 is needed".into()),
-    }
-}
 
 pub(super) fn study(args: &StudyArgs) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.study).map_err(|e| Error::io(&args.study, e))?;
@@ -240,17 +160,4 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
         report.true_bits_per_parameter
     ))?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{pair, percentage};
-
-    #[test]
-    fn options_are_parsed() {
-        assert_eq!(pair("data=/a=b").unwrap(), ("data".into(), "/a=b".into()));
-        assert!(pair("data").is_err() && pair("=x").is_err());
-        assert_eq!(percentage("1.5"), Ok(1.5));
-        assert!(percentage("101").is_err() && percentage("NaN").is_err());
-    }
 }

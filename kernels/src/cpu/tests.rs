@@ -1,26 +1,12 @@
 //! Every vector operation of every instruction set of this machine against the portable code, bit
 //! for bit, with the numbers that instructions like to treat differently.
 
+use stb_random::Rng;
+
 use super::bytes::{Bytes, MAX_DOTS, MAX_SMALL, NONE};
 use super::scalar::Scalar;
 use super::{Simd, lanes};
 use crate::isa::{Isa, Task};
-
-/// A small deterministic generator (SplitMix64).
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn bytes<const N: usize>(&mut self) -> [u8; N] {
-        std::array::from_fn(|_| self.next() as u8)
-    }
-}
 
 const SPECIAL: [f32; 16] = [
     0.0,
@@ -46,7 +32,7 @@ fn inputs(rng: &mut Rng) -> Vec<[[f32; 16]; 3]> {
     let turned = |by: usize| std::array::from_fn(|i| SPECIAL[(i + by) % 16]);
     let mut all: Vec<_> = (0..16).map(|k| [SPECIAL, turned(k), turned(3 * k + 1)]).collect();
     all.extend((0..200).map(|_| {
-        std::array::from_fn(|_| std::array::from_fn(|_| f32::from_bits(rng.next() as u32)))
+        std::array::from_fn(|_| std::array::from_fn(|_| f32::from_bits(rng.bits() as u32)))
     }));
     all
 }
@@ -116,7 +102,7 @@ impl Task for Numbers {
             assert_eq!(ints(s, s.cast_i(s.load(&a))), exact(a), "{name} cast_i");
             let small = a.map(|v| if v.abs() < 2e9 { v } else { -2e9 });
             assert_eq!(ints(s, s.to_i32(s.load(&small))), Scalar.to_i32(small), "{name} to_i32");
-            let index: [u32; 16] = std::array::from_fn(|_| rng.next() as u32);
+            let index: [u32; 16] = std::array::from_fn(|_| rng.bits() as u32);
             let found = floats(s, s.lookup(s.load(&a), from_ints(s, index)));
             assert_eq!(exact(found), exact(Scalar.lookup(a, index)), "{name} lookup");
         }
@@ -145,7 +131,7 @@ impl Task for Integers {
                 0 => 0,
                 1 => u32::MAX,
                 2 => 1 << 31,
-                _ => rng.next() as u32,
+                _ => rng.bits() as u32,
             };
             let a: [u32; 16] = std::array::from_fn(&mut word);
             let b: [u32; 16] = std::array::from_fn(|i| if i == 5 { a[5] } else { word(i + 3) });
@@ -162,7 +148,7 @@ impl Task for Integers {
             }
             let bits = a[7] as u16;
             assert_eq!(ints(s, s.select_bits(bits, b[1])), Scalar.select_bits(bits, b[1]));
-            let (bits, mask) = (rng.next(), rng.next() | rng.next() & rng.next());
+            let (bits, mask) = (rng.bits(), rng.bits() | rng.bits() & rng.bits());
             assert_eq!(s.deposit(bits, mask), Scalar.deposit(bits, mask), "{name} deposit");
             assert_eq!(s.deposit(bits, u64::MAX), bits, "{name} deposit");
             let low = rng.bytes::<16>();
@@ -238,12 +224,12 @@ impl Task for Eights {
             assert_eq!(Self::out(s, found), Self::out(s, expected), "{name} arranged");
 
             assert_eq!(Self::out(s, s.add_b(va, vb)), Scalar.add_b(a, b), "{name} add_b");
-            let words: [u64; 16] = std::array::from_fn(|_| rng.next());
+            let words: [u64; 16] = std::array::from_fn(|_| rng.bits());
             let found = s.transpose(&words).map(|v| Self::out(s, v));
             assert_eq!(found, Scalar.transpose(&words), "{name} transpose");
 
             let u = a.map(|v| v & 127);
-            let start: [u32; 16] = std::array::from_fn(|_| rng.next() as u32);
+            let start: [u32; 16] = std::array::from_fn(|_| rng.bits() as u32);
             let found = ints(s, s.dot4(from_ints(s, start), s.load_b(&u), vb));
             assert_eq!(found, Scalar.dot4(start, u, b), "{name} dot4");
 

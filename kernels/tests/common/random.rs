@@ -3,39 +3,7 @@
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
 use stb_format::half::f16;
-
-/// A small deterministic generator (SplitMix64).
-pub struct Rng(pub u64);
-
-impl Rng {
-    /// 64 random bits.
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    /// A number below `n`.
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Uniform in −1..1.
-    pub fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-
-    /// Uniform in −1..1.
-    pub fn floats(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.float()).collect()
-    }
-
-    /// Uniform in −1..1.
-    pub fn scales(&mut self, n: usize) -> Vec<f16> {
-        (0..n).map(|_| f16::from_f32(self.float())).collect()
-    }
-}
+use stb_random::Rng;
 
 /// Encodings with all kinds of parameters.
 pub fn encodings() -> Vec<Encoding> {
@@ -62,6 +30,11 @@ pub fn encodings() -> Vec<Encoding> {
     all
 }
 
+/// Random scales, uniform in −1..1.
+fn scales(rng: &mut Rng, n: usize) -> Vec<f16> {
+    rng.floats(n).into_iter().map(f16::from_f32).collect()
+}
+
 /// A random matrix.
 pub fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> Vec<u8> {
     match *encoding {
@@ -71,7 +44,7 @@ pub fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> 
             let low = i32::from(spec.limits().0);
             let mut code = || (low + step * rng.below(1 << spec.bits()) as i32) as i8;
             let codes = (0..rows * cols).map(|_| code()).collect();
-            let scales = rng.scales(rows * cols.div_ceil(spec.group()));
+            let scales = scales(rng, rows * cols.div_ceil(spec.group()));
             IntGroupParts { spec, rows, cols, codes, scales }.pack()
         }
         Encoding::Stbllm(spec) => stbllm_payload(rng, spec, rows, cols),
@@ -83,8 +56,8 @@ pub fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> 
                 spec,
                 rows,
                 cols,
-                col_factors: rng.scales(if spec.has_col_factors() { cols } else { 0 }),
-                row_scales: rng.scales(rows),
+                col_factors: scales(rng, if spec.has_col_factors() { cols } else { 0 }),
+                row_scales: scales(rng, rows),
                 block_codes: (0..rows * blocks).map(|_| rng.below(scale) as u8).collect(),
                 codes: (0..rows * cols.div_ceil(spec.m()))
                     .map(|_| rng.below(code) as u16)
@@ -111,6 +84,6 @@ fn stbllm_payload(rng: &mut Rng, spec: Stbllm, rows: usize, cols: usize) -> Vec<
             }
         }
     }
-    let scales = rng.scales(rows * cols.div_ceil(spec.block()) * 5);
+    let scales = scales(rng, rows * cols.div_ceil(spec.block()) * 5);
     StbllmParts { spec, rows, cols, salient, states, negative, scales }.pack()
 }

@@ -213,7 +213,7 @@ pub(super) struct ZeroShotArgs {
     pub json: bool,
 }
 
-/// The most tokens that a benchmark takes: a million are more than any context.
+/// The largest number of tokens of a benchmark. It is above every context length.
 const MOST_TOKENS: i64 = 1 << 20;
 
 #[derive(Args)]
@@ -272,7 +272,7 @@ fn share(text: &str) -> Result<f32, String> {
     number(text, |v| (0.0..=1.0).contains(&v), "between 0 and 1")
 }
 
-/// `NAME=FILE`.
+/// Parses `NAME=FILE`.
 fn named_task(text: &str) -> Result<(Task, PathBuf), String> {
     let (name, file) = text.split_once('=').ok_or("NAME=FILE is needed")?;
     let task = Task::from_name(name)
@@ -284,7 +284,7 @@ pub(super) fn task_names() -> String {
     format!("use one of {}", Task::ALL.map(Task::name).join(", "))
 }
 
-/// `-ngl`, as llama.cpp calls it, is no short name that clap knows.
+/// Replaces `-ngl`, the name of llama.cpp, which clap cannot parse as a short option.
 pub(super) fn long_names(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
     args.map(|arg| if arg == "-ngl" { "--gpu-layers".into() } else { arg })
 }

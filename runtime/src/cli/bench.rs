@@ -1,4 +1,4 @@
-//! `stb-run bench`: prefill and decode speed with their spread, beside what the machine can do.
+//! `stb-run bench`: prefill and decode speed with their spread, beside the limits of the machine.
 
 use std::fmt;
 use std::time::Instant;
@@ -22,7 +22,7 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     for run in 0..=args.runs {
         let prefill = time_prefill(&model, prompt)?;
         let (decode, cache) = time_decode(&model, depth, tokens, batch)?;
-        // What the CPU can do says nothing about a device.
+        // The ceilings are those of the CPU.
         let on_cpu = model.device_name().is_none();
         let ceilings = on_cpu.then(|| (time_read(&model), time_multiply(&model)));
         if terminal::interrupted() {
@@ -45,7 +45,7 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Token ids spread over the vocabulary; what they mean does not matter for speed.
+/// Token ids spread over the vocabulary. Their meaning does not affect speed.
 fn token(model: &Engine, i: usize) -> u32 {
     ((i * 7919 + 1) % model.embeddings.rows()) as u32
 }
@@ -66,7 +66,7 @@ fn time_decode(
     count: usize,
     batch: usize,
 ) -> Result<(f64, usize), Error> {
-    /// Tokens of the prompt at a time, as for a real one.
+    /// Prompt tokens per pass, as for a real prompt.
     const CHUNK: usize = 512;
     let mut states: Vec<State> = (0..batch).map(|_| State::new(model, depth + count)).collect();
     let prompt: Vec<u32> = (0..depth).map(|i| token(model, i)).collect();
@@ -87,12 +87,12 @@ fn time_decode(
     Ok((started.elapsed().as_secs_f64(), states[0].cache_bytes()))
 }
 
-/// Bytes per second at which the threads can read the weights, and do nothing with them.
+/// Memory bandwidth: bytes per second at which the threads read the weights without computing anything.
 fn time_read(model: &Engine) -> f64 {
     const PIECE: usize = 1 << 18;
     let pieces: Vec<&[u8]> = model.matrices().flat_map(|w| w.bytes().chunks(PIECE)).collect();
     let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
-    // Small models several times, for a time that can be measured.
+    // Small models are read several times, so that the time can be measured.
     let rounds = ((64 << 20) / bytes.max(1)).max(1);
     let started = Instant::now();
     for _ in 0..rounds {
@@ -132,7 +132,7 @@ struct Report<'a> {
     read: Spread,
     multiply: Spread,
     cache_bytes: usize,
-    /// Weights that every token is multiplied with, without and with the head.
+    /// Weights of all linear layers, without and with lm_head.
     body: f64,
     weights: f64,
     /// Bytes per second of weights and cache that decoding reads.
@@ -161,7 +161,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Multiplications per second of the prompt, as if every weight took one: the head is needed once.
+    /// Multiplications per second of the prompt, counting one per weight. lm_head is not counted: it runs once per prompt.
     fn products(&self) -> f64 {
         self.prefill.median * self.body
     }

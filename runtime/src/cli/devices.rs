@@ -1,11 +1,11 @@
-//! The devices of a machine, and what is said about the one that was chosen.
+//! Lists the devices of a machine, and explains a fallback to the CPU.
 
 use stb_kernels::cuda;
 use stb_runtime::{Engine, default_threads};
 
 use super::terminal;
 
-/// `--list-devices`: one line each; without a CUDA device why there is none.
+/// `--list-devices`: one line per device. Without a CUDA device, standard error says why there is none.
 pub(super) fn list() -> anyhow::Result<()> {
     let isas: Vec<_> = stb_kernels::Isa::available().map(stb_kernels::Isa::name).collect();
     terminal::line(format_args!("cpu     {}, {} threads", isas.join(", "), default_threads()))?;
@@ -23,7 +23,7 @@ pub(super) fn list() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says why the CPU computes though a device was wanted if there is one.
+/// Says why the CPU computes although `--device auto` was given.
 pub(super) fn explain(model: &Engine) {
     if let Some(why) = &model.device_note {
         terminal::note(format_args!("{why}; the CPU computes"));

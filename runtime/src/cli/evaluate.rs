@@ -128,7 +128,7 @@ pub(super) fn zero_shot(args: &ZeroShotArgs) -> anyhow::Result<()> {
     if tasks.is_empty() {
         return Err(Error::usage("give a file of questions").into());
     }
-    // All files before any work: a mistake in the last one must not cost hours.
+    // All files are read before anything is computed: a mistake in the last one must not cost hours.
     let limit = args.limit.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
     let mut questions = Vec::new();
     for (task, file) in &tasks {
@@ -223,7 +223,7 @@ fn true_bits(model: &Engine) -> f64 {
     model.file_bytes as f64 * 8.0 / model.parameters() as f64
 }
 
-/// `value ± standard error`; without the error where there is none.
+/// `value ± standard error`; without the error if it is unknown.
 fn plus_minus(e: Estimate, digits: usize) -> String {
     match e.standard_error.is_nan() {
         true => format!("{:.digits$}", e.value),
@@ -231,7 +231,7 @@ fn plus_minus(e: Estimate, digits: usize) -> String {
     }
 }
 
-/// Progress on standard error: a line that changes on a terminal, a line per minute elsewhere.
+/// Progress on standard error: a line that is rewritten on a terminal, a line per minute elsewhere.
 struct Progress {
     what: &'static str,
     terminal: bool,
@@ -251,7 +251,7 @@ impl Progress {
             std::process::exit(130);
         }
         let every = Duration::from_millis(if self.terminal { 200 } else { 60_000 });
-        // Whoever finds it locked leaves showing to the other.
+        // If another thread holds the lock, that thread shows the progress.
         let Ok(mut shown) = self.shown.try_lock() else { return };
         let last = done == all;
         if last && self.terminal {

@@ -10,7 +10,7 @@ use stb_runtime::{
 use super::args::{KvArg, LoadArgs, VerifyArg};
 use super::devices;
 
-/// Runs `work` on a pool of that many threads: evaluation computes whole windows side by side.
+/// Runs `work` on a pool of `threads` threads. Evaluation computes whole windows in parallel.
 pub(super) fn in_pool(
     threads: Option<u16>,
     work: impl FnOnce() -> anyhow::Result<()> + Send,
@@ -20,7 +20,7 @@ pub(super) fn in_pool(
     pool.install(work)
 }
 
-/// Opens the model to measure what the file holds.
+/// Opens the model for evaluation.
 pub(super) fn open_exact(file: &Path, args: &LoadArgs) -> Result<Engine, Error> {
     if matches!(args.kv, Some(KvArg::F16 | KvArg::Q8)) {
         let text =
@@ -62,7 +62,7 @@ fn open_options(args: &LoadArgs) -> OpenOptions {
         kv,
         threads: args.threads.map(usize::from),
         lock: args.mlock,
-        // Whoever gives layers to a device wants one.
+        // --gpu-layers asks for a device.
         device: args.device.unwrap_or(match args.gpu_layers {
             Some(_) => DeviceChoice::Auto,
             None => DeviceChoice::Cpu,

@@ -19,7 +19,7 @@ pub(crate) fn catch_interrupts() {
             std::process::exit(130);
         }
     };
-    // Without a handler Ctrl-C ends the program, which is good enough.
+    // Without a handler Ctrl-C simply ends the program.
     let _ = ctrlc::set_handler(handler);
 }
 
@@ -48,7 +48,7 @@ pub(crate) fn print(text: &str) -> std::io::Result<()> {
     out.flush()
 }
 
-/// The most memory this process has used, in bytes, where the system tells.
+/// The peak memory of this process in bytes; `None` on systems other than Linux.
 pub(crate) fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
@@ -66,7 +66,7 @@ pub(crate) fn note(text: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
-/// A number of bytes for people.
+/// A number of bytes with a unit.
 pub(crate) fn bytes(n: u64) -> String {
     let (value, unit) = match n {
         0..10_000 => return format!("{n} B"),

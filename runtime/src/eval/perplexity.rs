@@ -1,16 +1,17 @@
 //! Perplexity, and the distance to a reference model on the same tokens.
 //!
-//! Protocol: the text is tokenized once ([`TextLayout`]), cut into windows of equal length that do not
-//! overlap, an incomplete last one dropped; no begin token is put before a window. The loss of a
+//! Protocol: the text is tokenized once ([`TextLayout`]) and cut into windows of equal length that do not
+//! overlap. An incomplete last window is dropped. No begin token is put before a window. The loss of a
 //! window is the mean over its tokens after the first; perplexity is exp of the mean over windows.
 //! Standard errors are over windows, since the tokens of a window depend on each other.
 
 use rayon::prelude::*;
 
 use super::distribution::Distribution;
+use super::estimate::Estimate;
+use super::open::is_small;
 use super::reference::Reference;
 use super::text::TextLayout;
-use super::{Estimate, is_small};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::state::State;
@@ -27,7 +28,7 @@ pub struct PerplexityOptions {
     pub layout: TextLayout,
 }
 
-/// A perplexity with what it was measured on.
+/// A perplexity, and how it was measured.
 #[derive(Clone, Debug)]
 pub struct Perplexity {
     /// exp of the mean over windows of the mean loss of their predicted tokens. The error is that
@@ -52,7 +53,7 @@ pub struct Divergence {
     pub reference_perplexity: Estimate,
     /// Mean over predicted tokens of KL(reference ‖ model), in nats.
     pub kl: Estimate,
-    /// Share of predicted tokens for which both models think the same token most likely.
+    /// Share of predicted tokens for which both models have the same most likely token.
     pub top1: Estimate,
     /// Loss of the model minus loss of the reference, in nats per token. Its error is far below
     /// that of either, because both see the same windows.
@@ -61,14 +62,14 @@ pub struct Divergence {
 
 /// Means over the predicted tokens of one window.
 #[derive(Clone, Copy, Default)]
-struct Window {
+struct WindowLosses {
     nll: f64,
     reference_nll: f64,
     kl: f64,
     agree: f64,
 }
 
-impl Window {
+impl WindowLosses {
     fn add(&mut self, other: Self) {
         self.nll += other.nll;
         self.reference_nll += other.reference_nll;
@@ -89,7 +90,7 @@ impl Window {
 /// Measures the perplexity of `model` on `text` and its distance to `reference`. `progress` is
 /// called with windows done and all.
 ///
-/// Logits of one piece of a window at most are in memory, and what the reference keeps.
+/// At most the logits of one piece of a window are in memory, besides what the reference keeps.
 ///
 /// # Errors
 /// [`Error::Usage`] if the text is shorter than one window; [`Error::Invalid`] if the models do not
@@ -129,12 +130,12 @@ pub fn perplexity(
         progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, count);
         found
     };
-    let found: Vec<Window> = if small {
+    let found: Vec<WindowLosses> = if small {
         windows.par_iter().map(measure).collect::<Result<_>>()?
     } else {
         windows.iter().map(measure).collect::<Result<_>>()?
     };
-    let estimate = |f: fn(&Window) -> f64| Estimate::of(found.iter().map(f));
+    let estimate = |f: fn(&WindowLosses) -> f64| Estimate::of(found.iter().map(f));
     let nll = estimate(|w| w.nll);
     let divergence = reference.map(|_| Divergence {
         reference_perplexity: exponential(estimate(|w| w.reference_nll)),
@@ -158,7 +159,7 @@ fn exponential(loss: Estimate) -> Estimate {
     Estimate { value, standard_error: value * loss.standard_error }
 }
 
-/// Models are compared token by token: the same text has to be the same tokens for both.
+/// Checks that both models have the same tokens for the text, since they are compared token by token.
 fn same_tokens(
     model: &Engine,
     reference: &Engine,
@@ -185,16 +186,16 @@ fn same_tokens(
 }
 
 /// The mean loss of the tokens after the first.
-fn window_loss(model: &Engine, window: &[u32], serial: bool) -> Result<Window> {
+fn window_loss(model: &Engine, window: &[u32], serial: bool) -> Result<WindowLosses> {
     let mut state = State::new(model, window.len());
     let vocab = model.embeddings.rows();
-    let mut sum = Ok(Window::default());
+    let mut sum = Ok(WindowLosses::default());
     model.forward_all(&mut state, window, |first, logits| {
         let row = |i: usize| match window.get(first + i + 1) {
-            None => Ok(Window::default()),
+            None => Ok(WindowLosses::default()),
             Some(target) => {
                 let found = Distribution::new(&logits[i * vocab..(i + 1) * vocab])?;
-                Ok(Window { nll: -found.log_probability(*target), ..Window::default() })
+                Ok(WindowLosses { nll: -found.log_probability(*target), ..WindowLosses::default() })
             }
         };
         accumulate(&mut sum, logits.len() / vocab, serial, row);
@@ -209,17 +210,17 @@ fn window_divergence(
     reference: Reference<'_>,
     window: &[u32],
     serial: bool,
-) -> Result<Window> {
+) -> Result<WindowLosses> {
     let vocab = model.embeddings.rows();
     let mut state = State::new(model, window.len());
     let mut reference = reference.begin(window);
-    let mut sum = Ok(Window::default());
+    let mut sum = Ok(WindowLosses::default());
     let mut start = 0;
     for piece in pieces(window, vocab) {
         let expected = reference.next(window, piece.len())?;
         model.forward_all(&mut state, piece, |first, logits| {
             let row = |i: usize| match window.get(start + first + i + 1) {
-                None => Ok(Window::default()),
+                None => Ok(WindowLosses::default()),
                 Some(target) => {
                     let place = (first + i) * vocab..(first + i + 1) * vocab;
                     let expected = Distribution::new(&expected[place])?;
@@ -233,9 +234,9 @@ fn window_divergence(
     Ok(sum?.divide((window.len() - 1) as f64))
 }
 
-fn compare(expected: &Distribution<'_>, logits: &[f32], target: u32) -> Result<Window> {
+fn compare(expected: &Distribution<'_>, logits: &[f32], target: u32) -> Result<WindowLosses> {
     let found = Distribution::new(logits)?;
-    Ok(Window {
+    Ok(WindowLosses {
         nll: -found.log_probability(target),
         reference_nll: -expected.log_probability(target),
         kl: expected.divergence(&found),
@@ -245,13 +246,13 @@ fn compare(expected: &Distribution<'_>, logits: &[f32], target: u32) -> Result<W
 
 /// Adds `rows` results to `sum` in their order, or keeps the first error.
 fn accumulate(
-    sum: &mut Result<Window>,
+    sum: &mut Result<WindowLosses>,
     rows: usize,
     serial: bool,
-    row: impl Fn(usize) -> Result<Window> + Send + Sync,
+    row: impl Fn(usize) -> Result<WindowLosses> + Send + Sync,
 ) {
     let Ok(so_far) = sum else { return };
-    let rows: Result<Vec<Window>> = match serial {
+    let rows: Result<Vec<WindowLosses>> = match serial {
         true => (0..rows).map(row).collect(),
         false => (0..rows).into_par_iter().map(row).collect(),
     };
@@ -261,8 +262,8 @@ fn accumulate(
     }
 }
 
-/// Equal pieces of a window whose logits take at most 64 MiB, if 32 tokens do. None is a single
-/// token: those take another path through the model.
+/// Equal pieces of a window whose logits take at most 64 MiB, but at least 32 tokens each. No piece is a
+/// single token: single tokens take another path through the model.
 fn pieces(window: &[u32], vocab: usize) -> impl Iterator<Item = &[u32]> {
     const BYTES: usize = 64 << 20;
     let most = (BYTES / (4 * vocab)).max(32);

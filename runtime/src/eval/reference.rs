@@ -1,4 +1,4 @@
-//! A model to compare with, and what is kept of it for the next comparison.
+//! A model to compare with, and its logits that are kept for the next comparison.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,18 +12,18 @@ use crate::state::State;
 pub struct Reference<'a> {
     /// The model, usually the dense checkpoint.
     pub model: &'a Engine,
-    /// Its logits on windows that were measured before, if there will be more comparisons on them.
+    /// Its logits on windows that were measured before; `None` if they are not kept.
     pub kept: Option<&'a KeptLogits>,
 }
 
 impl<'a> Reference<'a> {
-    /// A reference that nothing is kept of.
+    /// A reference whose logits are not kept.
     #[must_use]
     pub fn new(model: &'a Engine) -> Self {
         Self { model, kept: None }
     }
 
-    /// Begins with a window.
+    /// Starts a window.
     pub(super) fn begin(&self, window: &[u32]) -> ReferenceWindow<'a> {
         let kept = self.kept.and_then(|kept| kept.get(window));
         let fresh = kept.is_none().then(|| State::new(self.model, window.len()));
@@ -77,7 +77,7 @@ pub(super) struct ReferenceWindow<'a> {
     reference: Reference<'a>,
     kept: Option<Arc<[f32]>>,
     state: Option<State>,
-    /// Of the last piece; of all so far if they are to be kept.
+    /// Logits of the last piece; of all pieces so far if they are to be kept.
     logits: Vec<f32>,
     /// Tokens so far.
     done: usize,
@@ -106,7 +106,7 @@ impl ReferenceWindow<'_> {
         reference.model.forward_all(state, &window[piece], |_, new| {
             logits.extend_from_slice(new);
         })?;
-        // Not whole if there was no room for some time.
+        // The logits are incomplete if there was no room for some of them.
         if let Some(kept) = keep.filter(|_| logits.len() == whole) {
             kept.put(window, logits);
         }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// A task of the harness.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
-    /// Which of two names fits into the blank; scored by what follows the blank.
+    /// Which of two names fits into the blank. The text after the blank is scored.
     Winogrande,
     /// `OpenBookQA` without the book.
     OpenBookQa,
@@ -94,7 +94,7 @@ impl Task {
     /// # Errors
     /// [`Error::Io`]; [`Error::Invalid`] with the number of the line that is not a question of this
     /// task; [`Error::Invalid`] if there is none.
-    pub fn read(self, path: &Path, limit: Option<usize>) -> Result<Vec<Item>> {
+    pub fn read(self, path: &Path, limit: Option<usize>) -> Result<Vec<Question>> {
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         let text = String::from_utf8(bytes)
             .map_err(|_| Error::invalid(format!("{} is not UTF-8 text", path.display())))?;
@@ -103,19 +103,19 @@ impl Task {
             self.item(line)
                 .map_err(|e| Error::invalid(format!("{}, line {}: {e}", path.display(), i + 1)))
         });
-        let items: Vec<Item> = items.collect::<Result<_>>()?;
+        let items: Vec<Question> = items.collect::<Result<_>>()?;
         if items.is_empty() {
             return Err(Error::invalid(format!("{} has no questions", path.display())));
         }
         Ok(items)
     }
 
-    /// One line of a file; a description of what is wrong with it otherwise.
+    /// Parses one line of a file.
     ///
     /// # Errors
-    /// What is wrong, to be put after the place.
-    pub fn item(self, line: &str) -> std::result::Result<Item, String> {
-        let row: Row = serde_json::from_str(line).map_err(|e| e.to_string())?;
+    /// What is wrong with the line, without its number.
+    pub fn item(self, line: &str) -> std::result::Result<Question, String> {
+        let row: TaskLine = serde_json::from_str(line).map_err(|e| e.to_string())?;
         let choices = row.choices.as_deref().ok_or("there is no field \"choices\"")?;
         let gold = row.gold.ok_or("there is no field \"gold\"")?;
         if choices.len() < 2 {
@@ -134,19 +134,23 @@ impl Task {
         if let Some(i) = prompts.iter().position(|p| p.continuation.trim().is_empty()) {
             return Err(format!("there is nothing to predict after choice {i}"));
         }
-        Ok(Item { prompts, gold })
+        Ok(Question { prompts, gold })
     }
 
-    fn prompts(self, row: &Row, choices: &[String]) -> std::result::Result<Vec<Prompt>, String> {
-        let after = |context: &str, choices: &[String]| -> Vec<Prompt> {
-            choices.iter().map(|choice| Prompt::new(context, choice)).collect()
+    fn prompts(
+        self,
+        row: &TaskLine,
+        choices: &[String],
+    ) -> std::result::Result<Vec<ChoicePrompt>, String> {
+        let after = |context: &str, choices: &[String]| -> Vec<ChoicePrompt> {
+            choices.iter().map(|choice| ChoicePrompt::new(context, choice)).collect()
         };
         let prompts = match self {
             Self::Winogrande => {
                 let (before, rest) = field(&row.sentence, "sentence")?
                     .split_once('_')
                     .ok_or("\"sentence\" has no blank: put _ where the name belongs")?;
-                let fill = |choice: &String| Prompt {
+                let fill = |choice: &String| ChoicePrompt {
                     context: format!("{before}{choice}"),
                     continuation: format!(" {}", rest.trim()),
                     choice_length: choice.chars().count(),
@@ -184,25 +188,25 @@ impl Task {
 
 /// A question: as many prompts as choices, one of them right.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Item {
+pub struct Question {
     /// What is scored for each choice.
-    pub prompts: Vec<Prompt>,
-    /// The right one.
+    pub prompts: Vec<ChoicePrompt>,
+    /// The index of the right choice.
     pub gold: usize,
 }
 
 /// A continuation whose likelihood after a context is a choice's score.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Prompt {
+pub struct ChoicePrompt {
     /// What the model is given.
     pub context: String,
-    /// What it would have to say, beginning with a space.
+    /// The continuation that is scored. It begins with a space.
     pub continuation: String,
-    /// Characters of the choice, without that space: what `acc_norm` divides by.
+    /// Characters of the choice without that space. `acc_norm` divides by this number.
     pub choice_length: usize,
 }
 
-impl Prompt {
+impl ChoicePrompt {
     fn new(context: &str, choice: &str) -> Self {
         Self {
             context: context.to_owned(),
@@ -212,9 +216,9 @@ impl Prompt {
     }
 }
 
-/// A line of a file. Which fields there have to be depends on the task.
+/// A line of a file. The task determines which fields are required.
 #[derive(Deserialize)]
-struct Row {
+struct TaskLine {
     query: Option<String>,
     sentence: Option<String>,
     sentence1: Option<String>,
@@ -242,7 +246,7 @@ fn without_markup(text: &str) -> String {
     let mut rest = text.as_str();
     while let Some(open) = rest.find('[') {
         let inside = &rest[open..];
-        // A mark ends on its own line, or is none.
+        // A mark ends on the line where it begins.
         let Some(close) = inside.find([']', '\n']).filter(|i| inside[*i..].starts_with(']')) else {
             out += &rest[..=open];
             rest = &rest[open + 1..];

@@ -1,4 +1,4 @@
-//! How a text becomes the tokens that are predicted.
+//! Turns a text into the tokens that are predicted.
 
 use rayon::prelude::*;
 
@@ -11,8 +11,8 @@ pub enum TextLayout {
     /// One document: a begin token, if the model wants one, then all of the text.
     #[default]
     Whole,
-    /// Documents with this text between them. Each is stripped of white space at its ends, starts
-    /// with the begin token and follows the one before; empty ones are left out.
+    /// Documents with this text between them. Each document is stripped of white space at its ends and starts
+    /// with the begin token. Empty documents are left out.
     Documents(String),
     /// One row of a data set per line, as in `wiki.test.raw`: rows are joined by two newlines, a
     /// blank line being an empty row, as in the evaluation of GPTQ and of the paper. The result is

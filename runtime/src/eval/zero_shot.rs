@@ -1,13 +1,14 @@
 //! Multiple choice by likelihood, by the rules of lm-evaluation-harness (version 0.4.13,
 //! `output_type: multiple_choice`): a choice's score is ln p(continuation | context). `acc` takes the
 //! highest score, `acc_norm` the highest score per character of the choice; the first of equals wins.
-//! What does not fit into the context is cut off at the left.
+//! Text that does not fit into the context is cut off at the left.
 
 use rayon::prelude::*;
 
 use super::distribution::Distribution;
-use super::tasks::{Item, Prompt, Task};
-use super::{Estimate, is_small};
+use super::estimate::Estimate;
+use super::open::is_small;
+use super::tasks::{ChoicePrompt, Question, Task};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::state::State;
@@ -41,9 +42,9 @@ pub struct TaskResult {
     pub items: usize,
     /// Share answered right by likelihood.
     pub acc: Estimate,
-    /// Share answered right by likelihood per character; `None` where the harness has none.
+    /// Share answered right by likelihood per character; `None` for tasks whose `acc_norm` the harness does not report.
     pub acc_norm: Option<Estimate>,
-    /// Questions of which something was cut off to fit into the context.
+    /// Questions whose context was cut off to fit.
     pub truncated: usize,
 }
 
@@ -57,13 +58,13 @@ pub fn zero_shot(
     model: &Engine,
     tokenizer: &Tokenizer,
     task: Task,
-    items: &[Item],
+    items: &[Question],
     options: &ZeroShotOptions,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<TaskResult> {
     let done = std::sync::atomic::AtomicUsize::new(0);
-    let measure = |state: &mut State, item: &Item| {
-        let scores = score_item(model, state, tokenizer, item, options)?;
+    let measure = |state: &mut State, item: &Question| {
+        let scores = score_question(model, state, tokenizer, item, options)?;
         progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, items.len());
         Ok(scores)
     };
@@ -76,7 +77,7 @@ pub fn zero_shot(
     };
     let correct = |per_character: bool| {
         let right = items.iter().zip(&found).map(move |(item, scores)| {
-            let value = |(score, prompt): (&Score, &Prompt)| match per_character {
+            let value = |(score, prompt): (&Score, &ChoicePrompt)| match per_character {
                 true => score.log_likelihood / prompt.choice_length as f64,
                 false => score.log_likelihood,
             };
@@ -106,17 +107,17 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
 ///
 /// # Errors
 /// As for [`zero_shot`].
-pub fn score_item(
+pub fn score_question(
     model: &Engine,
     state: &mut State,
     tokenizer: &Tokenizer,
-    item: &Item,
+    item: &Question,
     options: &ZeroShotOptions,
 ) -> Result<Vec<Score>> {
-    // Questions start from nothing, so that a result does not depend on the one before.
+    // Each question starts with an empty cache, so that its result does not depend on the question before.
     state.truncate(0);
     let mut seen = Vec::new();
-    let score = |prompt: &Prompt| {
+    let score = |prompt: &ChoicePrompt| {
         let (context, continuation) = encode(tokenizer, prompt, options.begin)?;
         let most = options.context;
         if continuation.len() > most {
@@ -126,7 +127,7 @@ pub fn score_item(
             )));
         }
         let all = [&context[..], &continuation].concat();
-        // The last token is only predicted.
+        // The last token is predicted, but it is no input.
         let input = &all[all.len().saturating_sub(most + 1)..all.len() - 1];
         let log_likelihood = score(model, state, &mut seen, input, &continuation)?;
         Ok(Score { log_likelihood, truncated: all.len() > most + 1 })
@@ -134,8 +135,7 @@ pub fn score_item(
     item.prompts.iter().map(score).collect()
 }
 
-/// ln p of `continuation`, whose tokens but the last are the end of `input`. `seen` are the tokens
-/// in `state`.
+/// ln p of `continuation`. All its tokens but the last are the end of `input`. `seen` are the tokens in `state`.
 fn score(
     model: &Engine,
     state: &mut State,
@@ -170,7 +170,11 @@ fn score(
 /// Tokens of context and continuation. The boundary is where the context alone ends, even if the
 /// tokenizer would put a token across it; spaces at the end of the context belong to the
 /// continuation (`TemplateLM._encode_pair`).
-fn encode(tokenizer: &Tokenizer, prompt: &Prompt, begin: bool) -> Result<(Vec<u32>, Vec<u32>)> {
+fn encode(
+    tokenizer: &Tokenizer,
+    prompt: &ChoicePrompt,
+    begin: bool,
+) -> Result<(Vec<u32>, Vec<u32>)> {
     let encode = |text: &str| {
         if begin { tokenizer.encode_prompt(text) } else { tokenizer.encode(text) }
     };

@@ -3,7 +3,7 @@
 use stb_format::encoding::{IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
 use stb_format::half::f16;
 
-use crate::random::Rng;
+use stb_random::Rng;
 
 fn scales(rng: &mut Rng, n: usize) -> Vec<f16> {
     (0..n).map(|_| f16::from_f32(rng.float())).collect()

@@ -1,7 +1,9 @@
-//! Pages of the specification that are made from code and vectors, so that they cannot drift.
+//! Pages of the specification that are generated from code and vectors.
 
 use serde_json::{Value, json};
 use stb_format::{Class, Rule};
+
+use super::vector::hex;
 
 /// The registry for programs.
 #[must_use]
@@ -18,7 +20,7 @@ pub fn registry() -> Value {
     };
     json!({
         "format_version": stb_format::VERSION,
-        "magic": super::hex(&stb_format::MAGIC),
+        "magic": hex(&stb_format::MAGIC),
         "section_types": [
             { "id": 1, "name": "DATA" },
             { "id": 2, "name": "TENSORS" },

@@ -6,6 +6,7 @@ mod documents;
 mod invalid;
 mod patch;
 mod valid;
+mod vector;
 
 use std::path::Path;
 
@@ -16,19 +17,8 @@ use stb_format::{File, ModelSpec, Rule, ValueRef};
 pub use documents::{example_page, registry};
 pub use invalid::invalid;
 pub use valid::valid;
-
-/// One file of the collection.
-#[derive(Clone, Debug)]
-pub struct Vector {
-    /// The file name; for invalid files it begins with the rule.
-    pub name: String,
-    /// What is special about it.
-    pub about: &'static str,
-    /// Its bytes.
-    pub bytes: Vec<u8>,
-    /// The rule it breaks; `None` for valid files.
-    pub rule: Option<Rule>,
-}
+pub use vector::Vector;
+use vector::hex;
 
 /// All files under `spec/` that are made by a program, with their contents.
 #[must_use]
@@ -141,8 +131,4 @@ pub fn write(spec: &Path) -> std::io::Result<()> {
         std::fs::write(spec.join(name), bytes)?;
     }
     Ok(())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -1,4 +1,4 @@
-//! Changing valid files: fields by offset, then checksums put right again.
+//! Changes fields of valid files and corrects their checksums.
 
 use stb_format::checksum;
 
@@ -49,7 +49,7 @@ pub(super) fn payload(b: &[u8], i: usize) -> (usize, usize) {
     (section(b, 1).0 + get64(b, at + 64), get64(b, at + 72))
 }
 
-/// Puts section and head checksums right, as far as the directory makes sense.
+/// Corrects the checksums of sections and head, as far as the directory is valid.
 pub(super) fn seal(b: &mut [u8]) {
     for i in 0..get32(b, 24).min(83) {
         let at = directory(i);
@@ -68,7 +68,7 @@ pub(super) fn seal_head(b: &mut [u8]) {
     put64(b, 4088, sum);
 }
 
-/// Puts the checksum of tensor `i` right; [`seal`] has to follow.
+/// Corrects the checksum of tensor `i`. Call [`seal`] afterwards.
 pub(super) fn seal_tensor(b: &mut [u8], i: usize) {
     let (start, length) = payload(b, i);
     let (sum, at) = (checksum(&b[start..start + length]), tensor(b, i));

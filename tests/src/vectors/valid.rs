@@ -2,12 +2,14 @@
 
 use std::io::Cursor;
 
+use stb_format::arch::{Architecture, TensorSpec};
 use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
-use stb_format::{Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
+use stb_format::{File, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
 
-use super::{Vector, content, patch};
-use crate::random::Rng;
+use super::vector::Vector;
+use super::{content, patch};
 use crate::tiny::tokenizer;
+use stb_random::Rng;
 
 type Tensors = Vec<(String, Vec<u64>, Encoding, Vec<u8>)>;
 
@@ -122,6 +124,7 @@ fn metadata() -> Meta {
 /// A complete model of two layers with a small tokenizer.
 pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
     let spec = ModelSpec {
+        architecture: Architecture::LLAMA,
         vocab_size: 40,
         hidden_size: 32,
         intermediate_size: 48,
@@ -144,7 +147,7 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
     };
     let mut rng = Rng(7);
     let mut tensors = Tensors::new();
-    for (name, shape) in spec.tensors() {
+    for TensorSpec { name, shape, .. } in spec.tensors() {
         let (rows, cols) = (shape[0] as usize, shape.get(1).map_or(1, |c| *c as usize));
         let (encoding, payload) = if shape.len() == 1 {
             (Encoding::Dense(Dense::F32), Dense::F32.encode(&vec![1.0; rows]))
@@ -162,7 +165,7 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
     }
     let mut meta = Meta::new();
     spec.write_meta(&mut meta).expect("valid keys");
-    let parameters = spec.tensors().map(|(_, s)| s.iter().product::<u64>()).sum();
+    let parameters = spec.tensors().map(|t| t.shape.iter().product::<u64>()).sum();
     for (key, value) in [
         ("model.parameters", Value::U64(parameters)),
         ("tokenizer.json", Value::Text(tokenizer())),
@@ -187,9 +190,26 @@ fn empty() -> Vec<u8> {
     patch::assemble(&sections)
 }
 
-/// The model without rotary scaling; keys that are not looked at hold what they must not hold.
+/// The model file with other values for some keys, or without them.
+pub(super) fn changed_model(changes: &[(&str, Option<Value>)]) -> Vec<u8> {
+    let (tensors, meta, _) = model();
+    let base = file(&tensors, &meta);
+    let parsed = File::open(&base).expect("a valid model");
+    let mut changed = Meta::new();
+    for (key, value) in parsed.meta().iter() {
+        match changes.iter().find(|(k, _)| *k == key) {
+            Some((_, Some(value))) => changed.set(key, value.clone()),
+            Some((_, None)) => Ok(()),
+            None => changed.set(key, value.to_value()),
+        }
+        .expect("a valid entry");
+    }
+    file(&tensors, &changed)
+}
+
+/// The model without rotary scaling. Keys that readers must ignore hold invalid values.
 fn unscaled() -> Vec<u8> {
-    super::invalid::changed_model(&[
+    changed_model(&[
         ("model.rope.scaling", Some(Value::Text("none".into()))),
         ("model.rope.factor", Some(Value::F64(-1.0))),
         ("model.rope.original_context", Some(Value::Text("no number".into()))),

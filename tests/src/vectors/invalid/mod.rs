@@ -4,27 +4,16 @@ mod order;
 mod payloads;
 mod tables;
 
-pub(in crate::vectors) use payloads::changed_model;
-
 use stb_format::Rule;
 
 use super::patch::*;
-use super::{Vector, valid};
-
-/// The collection while it grows.
-struct List(Vec<Vector>);
-
-impl List {
-    fn add(&mut self, rule: Rule, name: &str, about: &'static str, bytes: Vec<u8>) {
-        let name = format!("{}-{name}.stb", rule.id().trim_start_matches("STB-"));
-        self.0.push(Vector { name, about, bytes, rule: Some(rule) });
-    }
-}
+use super::valid;
+use super::vector::{Vector, VectorList};
 
 /// All invalid vectors in the order of the rules.
 #[must_use]
 pub fn invalid() -> Vec<Vector> {
-    let mut list = List(Vec::new());
+    let mut list = VectorList(Vec::new());
     head(&mut list);
     section_rules(&mut list);
     tables::metadata(&mut list);
@@ -36,7 +25,7 @@ pub fn invalid() -> Vec<Vector> {
     list.0
 }
 
-fn head(list: &mut List) {
+fn head(list: &mut VectorList) {
     let base = valid::smallest();
     let mut add = |rule, name, about, bytes| list.add(rule, name, about, bytes);
     add(Rule::HeadLength, "empty", "no byte at all", vec![]);
@@ -112,7 +101,7 @@ fn head(list: &mut List) {
     add(Rule::FileSize, "longer", "a byte after the end", longer);
 }
 
-fn section_rules(list: &mut List) {
+fn section_rules(list: &mut VectorList) {
     let base = valid::smallest();
     let mut add = |rule, name, about, bytes| list.add(rule, name, about, bytes);
     add(

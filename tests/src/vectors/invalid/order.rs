@@ -1,17 +1,15 @@
-//! Files that break several rules at once: only the first in the order of container §4 is named.
-//! And the edges that the order makes.
+//! Files that break several rules at once. Readers name only the first in the order of container §4.
 
 use stb_format::encoding::{Dense, Encoding, Stbllm, StbllmParts};
 use stb_format::half::f16;
 use stb_format::{Meta, Rule, Value};
 
-use super::List;
-use super::payloads::changed_model;
 use super::tables::{int_file, nm_file, pair, single, stbllm_file};
 use crate::vectors::patch::*;
 use crate::vectors::valid;
+use crate::vectors::vector::VectorList;
 
-pub(super) fn combinations(list: &mut List) {
+pub(super) fn combinations(list: &mut VectorList) {
     head(list);
     tables(list);
     metadata(list);
@@ -20,7 +18,7 @@ pub(super) fn combinations(list: &mut List) {
     models(list);
 }
 
-fn head(list: &mut List) {
+fn head(list: &mut VectorList) {
     let base = valid::smallest();
     let padded = |count: u32, at: usize| {
         edit(&base, |b| {
@@ -52,7 +50,7 @@ fn head(list: &mut List) {
     }
 }
 
-fn tables(list: &mut List) {
+fn tables(list: &mut VectorList) {
     let nm = nm_file(1, 8, 2, 40, 4, false);
     let bytes = with_table(&nm, |t| {
         t[32] = 3;
@@ -70,7 +68,7 @@ fn tables(list: &mut List) {
     list.add(Rule::TensorUnique, "and-reserved", "a name twice, and a reserved byte", bytes);
 }
 
-fn metadata(list: &mut List) {
+fn metadata(list: &mut VectorList) {
     let base = valid::smallest();
     let mut add = |rule, name, about, section: Vec<u8>| {
         list.add(rule, name, about, with_meta(&base, &section))
@@ -107,7 +105,7 @@ fn two_units(change: impl Fn(&mut [u8])) -> Vec<u8> {
 }
 
 /// The order of STB-R-043 and STB-R-044: unit by unit, the count first.
-fn masks(list: &mut List) {
+fn masks(list: &mut VectorList) {
     // Segments: salient 0..16, states 64..128: low and high of (row 0, unit 0), (row 0, unit 1), ...
     let low = |row: usize, unit: usize| 64 + (row * 2 + unit) * 16;
     let (count, state) = (Rule::StbllmCount, Rule::StbllmState);
@@ -163,7 +161,7 @@ fn masks(list: &mut List) {
 }
 
 /// Bits that nothing uses, in every kind of segment.
-fn unused(list: &mut List) {
+fn unused(list: &mut VectorList) {
     let mut edit = |name: &str, about, base: &[u8], at: usize, bits: u8| {
         let bytes = edit_payload(base, 0, |p| p[at] |= bits);
         list.add(Rule::PayloadPadding, name, about, bytes);
@@ -206,11 +204,11 @@ fn unused(list: &mut List) {
     );
 }
 
-fn models(list: &mut List) {
+fn models(list: &mut VectorList) {
     let text = |t: &str| Some(Value::Text(t.to_owned()));
     let number = |n| Some(Value::U64(n));
     let mut with = |rule, name: &str, about, changes: &[(&str, Option<Value>)]| {
-        list.add(rule, name, about, changed_model(changes));
+        list.add(rule, name, about, valid::changed_model(changes));
     };
     with(
         Rule::ModelArchitecture,

@@ -1,14 +1,14 @@
 //! The content of payloads, and the keys of models.
 
 use stb_format::encoding::{Dense, Encoding};
-use stb_format::{Meta, Rule, Value};
+use stb_format::{Rule, Value};
 
-use super::List;
 use super::tables::{int_file, nm_file, pair, single, stbllm_file};
 use crate::vectors::patch::*;
 use crate::vectors::valid;
+use crate::vectors::vector::VectorList;
 
-pub(super) fn payloads(list: &mut List) {
+pub(super) fn payloads(list: &mut VectorList) {
     let base = pair();
     let mut gap = base.clone();
     let (start, length) = payload(&base, 0);
@@ -122,26 +122,9 @@ pub(super) fn payloads(list: &mut List) {
     );
 }
 
-/// The model file with other values for some keys, or without them.
-pub(in crate::vectors) fn changed_model(changes: &[(&str, Option<Value>)]) -> Vec<u8> {
-    let (tensors, meta, _) = valid::model();
-    let base = valid::file(&tensors, &meta);
-    let file = stb_format::File::open(&base).expect("a valid model");
-    let mut changed = Meta::new();
-    for (key, value) in file.meta().iter() {
-        match changes.iter().find(|(k, _)| *k == key) {
-            Some((_, Some(value))) => changed.set(key, value.clone()),
-            Some((_, None)) => Ok(()),
-            None => changed.set(key, value.to_value()),
-        }
-        .expect("a valid entry");
-    }
-    valid::file(&tensors, &changed)
-}
-
-pub(super) fn models(list: &mut List) {
+pub(super) fn models(list: &mut VectorList) {
     let mut with = |rule, name: &str, about, changes: &[(&str, Option<Value>)]| {
-        list.add(rule, name, about, changed_model(changes));
+        list.add(rule, name, about, valid::changed_model(changes));
     };
     let text = |t: &str| Some(Value::Text(t.to_owned()));
     let number = |n| Some(Value::U64(n));

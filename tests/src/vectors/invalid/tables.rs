@@ -3,12 +3,12 @@
 use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
 use stb_format::{Meta, Rule};
 
-use super::List;
-use crate::random::Rng;
 use crate::vectors::patch::*;
+use crate::vectors::vector::VectorList;
 use crate::vectors::{content, valid};
+use stb_random::Rng;
 
-pub(super) fn metadata(list: &mut List) {
+pub(super) fn metadata(list: &mut VectorList) {
     let base = valid::smallest();
     let mut add = |rule, name, about, section: Vec<u8>| {
         list.add(rule, name, about, with_meta(&base, &section))
@@ -141,7 +141,7 @@ pub(super) fn pair() -> Vec<u8> {
     valid::file(&tensors, &Meta::new())
 }
 
-pub(super) fn table(list: &mut List) {
+pub(super) fn table(list: &mut VectorList) {
     let base = pair();
     // Offsets in the TENSORS section: header 16, entries 96 each, then "abc".
     let (first, second, names) = (16, 112, 208);
@@ -254,7 +254,7 @@ pub(super) fn nm_file(n: u8, m: u8, rows: usize, cols: usize, bits: u8, factors:
     single([rows, cols], Encoding::Nm(spec), payload)
 }
 
-pub(super) fn encodings(list: &mut List) {
+pub(super) fn encodings(list: &mut VectorList) {
     // Parameters start at byte 32 of the section: header 16, entry offset 16.
     let mut add = |name: &str, about, base: &[u8], at: usize, value: u8| {
         let bytes = with_table(base, |t| t[32 + at] = value);

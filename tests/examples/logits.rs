@@ -1,11 +1,10 @@
-//! Prints the logits of a model after each of the given tokens, as f32 little-endian: what the
-//! comparison with other frameworks reads.
+//! Writes the logits of a model after each of the given tokens, for the comparison with other frameworks.
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Parser;
-use stb_runtime::{Model, OpenOptions, State};
+use stb_runtime::{Engine, OpenOptions, State};
 
 /// Writes logits [tokens, vocabulary] as f32 little-endian to standard output.
 #[derive(Parser)]
@@ -19,7 +18,7 @@ struct Cli {
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
-    let model = Model::open(&cli.model, &OpenOptions::exact())?;
+    let model = Engine::open(&cli.model, &OpenOptions::exact())?;
     let mut state = State::new(&model, cli.ids.len());
     let mut bytes = Vec::new();
     model.forward_all(&mut state, &cli.ids, |_, logits| {

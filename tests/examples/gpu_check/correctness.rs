@@ -7,7 +7,7 @@ use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup, MatrixView, Nm, Stbllm};
 use stb_format::half::f16;
 use stb_kernels::cuda::{Device, Gemm, GemmPlan, Gemv, Input, Matrix, Numbers, PromptNumbers};
-use stb_tests::random::Rng;
+use stb_random::Rng;
 use stb_tests::random_model::random;
 
 use crate::report::Report;

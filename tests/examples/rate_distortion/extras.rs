@@ -1,5 +1,5 @@
-//! What two additions to joint codes would bring for their bits: a second level of magnitudes, and salient
-//! columns in 4-bit integers. Neither is in the format; this is why.
+//! Measures two additions to N:M codes: a second level of magnitudes, and salient columns in 4-bit integers.
+//! They gain too little for their bits, so neither is in the format.
 
 use stb_convert::hessian::{Factor, Hessian};
 use stb_convert::quantize::int_group::IntOptions;
@@ -150,7 +150,7 @@ fn quantized(
     let norms = vec![1.0; cols];
     let engine = Isa::detect()?.into();
     let input =
-        Input { engine, weights, rows, cols, hessian: &hessian, factor: &factor, norms: &norms };
+        Input { compute: engine, weights, rows, cols, hessian: &hessian, factor: &factor, norms: &norms };
     let packed = quantize(&input)?;
     let stored = packed.encoding.view(rows as u64, cols as u64, &packed.payload)?.decode();
     let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use stb_kernels::cuda::{Attend, Attention, Buffer, Device, KvCache, Slots};
 use stb_kernels::kv::KvKind;
-use stb_tests::random::Rng;
+use stb_random::Rng;
 
 use crate::report::Report;
 use crate::speed::time_graph;

@@ -1,5 +1,4 @@
-//! What each code costs and how far it is from the weights: on normally distributed numbers and on the
-//! weights of a model.
+//! Bits and error of each code, on normally distributed numbers and on the weights of a model.
 
 mod extras;
 
@@ -13,12 +12,13 @@ use stb_convert::quantize::int_group::IntOptions;
 use stb_convert::quantize::nm::NmOptions;
 use stb_convert::quantize::{Input, LinearQuantizer, Packed, relative_error};
 use stb_convert::recipe::Calibration;
+use stb_format::arch::{InputMap, LinearInput};
 use stb_format::encoding::{IntGroup, Nm};
 use stb_kernels::Isa;
-use stb_runtime::{Checkpoint, LinearInput, Model, Observer};
+use stb_random::Rng;
+use stb_runtime::{Checkpoint, Engine, Observer};
 use stb_tests::paths::quill;
 use stb_tests::programs::print;
-use stb_tests::random::Rng;
 
 /// Prints a Markdown table of squared errors relative to the squares of the weights.
 ///
@@ -40,7 +40,7 @@ const BLOCK: usize = 128;
 const CODES: [(u8, u8); 9] =
     [(1, 8), (2, 16), (1, 4), (3, 16), (2, 8), (4, 16), (3, 8), (2, 4), (4, 8)];
 
-/// Weights, [rows, cols], with the second moments of their inputs.
+/// Weights, [rows, cols], with the Hessians of their inputs.
 struct Layer {
     weights: Vec<f32>,
     rows: usize,
@@ -61,7 +61,7 @@ impl Layer {
         Ok(Self { rows: weights.len() / cols, weights, cols, hessian, factor })
     }
 
-    /// Inputs without a preference.
+    /// An identity Hessian.
     fn plain(weights: Vec<f32>, cols: usize) -> anyhow::Result<Self> {
         let one = |i: usize| if i.is_multiple_of(cols + 1) { 1.0 } else { 0.0 };
         let identity = Hessian::from_matrix((0..cols * cols).map(one).collect(), cols);
@@ -72,7 +72,7 @@ impl Layer {
     fn error(&self, method: Method) -> anyhow::Result<f64> {
         let norms = vec![1.0; self.cols];
         let input = Input {
-            engine: Isa::detect()?.into(),
+            compute: Isa::detect()?.into(),
             weights: &self.weights,
             rows: self.rows,
             cols: self.cols,
@@ -122,21 +122,21 @@ fn nominal_bits(n: u8, m: u8) -> f64 {
     (choices.log2() - 1e-9).ceil() / f64::from(m) + 4.0 / BLOCK as f64
 }
 
-struct Moments<'a>(&'a mut [Hessian; 4]);
+struct InputHessians<'a>(&'a mut InputMap<Hessian>);
 
-impl Observer for Moments<'_> {
+impl Observer for InputHessians<'_> {
     fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
-        let hessian = &mut self.0[input.index()];
+        let hessian = &mut self.0[input];
         hessian.add(Isa::detect().expect("checked at start"), x);
         hessian.count_sequence();
         ControlFlow::Continue(())
     }
 }
 
-/// All linear layers of the decoder with the second moments of their inputs.
+/// All linear layers of the decoder with the Hessians of their inputs.
 fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     let checkpoint = Checkpoint::open(&cli.model.clone().unwrap_or_else(quill), true)?;
-    let model = Model::from_checkpoint(&checkpoint)?;
+    let model = Engine::from_checkpoint(&checkpoint)?;
     let length = 256.min(checkpoint.spec.context_length as usize);
     let options = Calibration { samples: cli.tokens.div_ceil(length), ..Calibration::default() };
     let mut hidden = Vec::new();
@@ -147,15 +147,14 @@ fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     }
     let mut all = Vec::new();
     for layer in &model.layers {
-        let sizes = [layer.q.cols(), layer.o.cols(), layer.gate.cols(), layer.down.cols()];
-        let mut moments = sizes.map(Hessian::new);
+        let mut hessians = InputMap::from_fn(|input| Hessian::new(layer.input_width(input)));
         for states in &mut hidden {
-            model.run_layer(layer, states, &mut Moments(&mut moments));
+            model.run_layer(layer, states, &mut InputHessians(&mut hessians));
         }
-        moments.iter_mut().for_each(Hessian::finish);
-        for (weight, input) in layer.matrices().into_iter().zip([0, 0, 0, 1, 2, 2, 3]) {
-            let cols = weight.cols();
-            all.push(Layer::new(weight.decode(), cols, moments[input].clone(), 0.1)?);
+        hessians.iter_mut().for_each(|(_, hessian)| hessian.finish());
+        for (linear, weight) in layer.linears().iter() {
+            let hessian = hessians[linear.input()].clone();
+            all.push(Layer::new(weight.decode(), weight.cols(), hessian, 0.1)?);
         }
     }
     Ok(all)
@@ -165,7 +164,7 @@ fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
 fn normal() -> anyhow::Result<Layer> {
     let mut rng = Rng(1);
     let mut uniform = || (rng.bits() >> 11) as f64 / (1u64 << 53) as f64;
-    // Box and Muller's way.
+    // The Box–Muller transform.
     let mut draw =
         || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
     Layer::plain((0..256 * 1024).map(|_| draw() as f32).collect(), 1024)
@@ -300,7 +299,7 @@ fn column_factors(calibrated: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What our quantizer reaches: on normal numbers, weights, outputs.
+/// The errors of our quantizer on normal numbers, weights and outputs.
 fn encoder(
     method: Method,
     normal: &Layer,

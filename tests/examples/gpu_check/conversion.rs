@@ -16,13 +16,14 @@ use crate::report::Report;
 fn convert(
     folder: &Path,
     recipe: &str,
-    calibration: [usize; 2],
+    samples: usize,
+    length: usize,
     device: Option<Device>,
 ) -> anyhow::Result<Conversion> {
     let text = folder.join("calibration.txt");
-    std::fs::write(&text, letters(2 * calibration[0] * calibration[1]))?;
+    std::fs::write(&text, letters(2 * samples * length))?;
     let (source, target) = (folder.join("source"), folder.join("out.stb"));
-    converted(&source, &target, recipe, &text, calibration, device)
+    converted(&source, &target, recipe, &text, samples, length, device)
 }
 
 /// Errors of a small random model converted here and on the CPU.
@@ -31,8 +32,8 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
     checkpoint(&folder.path().join("source"), &shape("tiny", None)?);
     let (mut all, mut failed) = (Vec::new(), Vec::new());
     for recipe in ["nm-2of8", "stbllm-4of8", "stbllm-published-strict", "int3", "pb-llm"] {
-        let host = convert(folder.path(), recipe, [16, 64], None)?;
-        let here = convert(folder.path(), recipe, [16, 64], Some(device.clone()))?;
+        let host = convert(folder.path(), recipe, 16, 64, None)?;
+        let here = convert(folder.path(), recipe, 16, 64, Some(device.clone()))?;
         let pairs = host.tensors.iter().zip(&here.tensors);
         let differences = pairs
             .map(|(a, b)| (a.relative_error - b.relative_error).abs() / a.relative_error.max(1e-9));
@@ -55,28 +56,29 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
     Ok(())
 }
 
-/// Seconds of one decoder layer of the shape `name` by stage, with `calibration` sequences of so many tokens.
+/// Seconds of one decoder layer of the shape `name` by stage, with `samples` calibration sequences of `length` tokens.
 pub(crate) fn measure(
     report: &mut Report,
     device: &Device,
     name: &str,
     recipes: &[String],
-    calibration: [usize; 2],
+    samples: usize,
+    length: usize,
 ) -> anyhow::Result<()> {
     let layers = shape(name, None)?.layers as f64;
     let folder = tempfile::tempdir()?;
     checkpoint(&folder.path().join("source"), &shape(name, Some(1))?);
     let mut all: Vec<Value> = Vec::new();
     for recipe in recipes {
-        let done = convert(folder.path(), recipe, calibration, Some(device.clone()))?;
+        let done = convert(folder.path(), recipe, samples, length, Some(device.clone()))?;
         let (s, q) = (done.stages, done.stages.quantizer);
         let quantizer = q.prune + q.search + q.quantize + q.propagate + q.refit + q.pack;
         let seconds = done.layers.iter().map(|l| l.seconds).sum::<f64>();
         report.line(&format!(
             "  {name} {recipe}, {} x {} tokens: a layer {seconds:.1} s (forward {:.1}, moments {:.1}, factors {:.1}, \
              quantizer {quantizer:.1}, check {:.1}, output {:.1}); {layers} layers {:.1} min",
-            calibration[0],
-            calibration[1],
+            samples,
+            length,
             s.forward,
             s.moments,
             s.factors,
@@ -85,7 +87,7 @@ pub(crate) fn measure(
             seconds * layers / 60.0
         ));
         all.push(json!({
-            "shape": name, "recipe": recipe, "sequences": calibration[0], "tokens": calibration[1],
+            "shape": name, "recipe": recipe, "sequences": samples, "tokens": length,
             "seconds": seconds, "stages": s, "minutes_of_all_layers": seconds * layers / 60.0,
         }));
         report.put("conversion of a layer", all.clone().into())?;

@@ -11,7 +11,7 @@ use stb_format::encoding::Nm;
 use stb_kernels::cuda::{
     Blas, Buffer, Device, Gemm, Gemv, Graph, Input, Matrix, Numbers, PromptNumbers,
 };
-use stb_tests::random::Rng;
+use stb_random::Rng;
 use stb_tests::random_model::random;
 
 use crate::report::Report;

@@ -135,8 +135,8 @@ impl Part {
             Self::Prompts => attention::measure(report, device),
             Self::Models => models::measure(report, device, &cli.shape, &cli.recipe),
             Self::Layer => {
-                let calibration = [cli.samples, cli.length];
-                conversion::measure(report, device, &cli.shape, &cli.conversion, calibration)
+                let (shape, recipes) = (&cli.shape, &cli.conversion);
+                conversion::measure(report, device, shape, recipes, cli.samples, cli.length)
             }
             Self::Memory => Ok(()),
         }

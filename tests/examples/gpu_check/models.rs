@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use stb_convert::Recipe;
 use stb_kernels::cuda::Device;
-use stb_runtime::{DeviceChoice, Model, Next, OpenOptions, Sampler, SamplerOptions, State};
+use stb_runtime::{
+    DeviceChoice, Engine, OpenOptions, Sampler, SamplerInput, SamplerOptions, State,
+};
 use stb_tests::choices::compared;
 use stb_tests::random_model::{shape, write};
 
@@ -18,9 +20,9 @@ use crate::speed::time;
 const COMPARED: usize = 200;
 
 /// Opens a model on a device.
-fn open(file: &Path, device: DeviceChoice, exact: bool) -> anyhow::Result<Model> {
+fn open(file: &Path, device: DeviceChoice, exact: bool) -> anyhow::Result<Engine> {
     let base = if exact { OpenOptions::exact() } else { OpenOptions::default() };
-    Ok(Model::open_stb(file, &OpenOptions { device, ..base })?)
+    Ok(Engine::open_stb(file, &OpenOptions { device, ..base })?)
 }
 
 fn best(logits: &[f32]) -> u32 {
@@ -37,7 +39,7 @@ pub(crate) fn small(folder: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// Tokens that are chosen from what the device finds, and from all of its logits: the same.
-fn compare_choices(report: &mut Report, gpu: &Model) -> anyhow::Result<()> {
+fn compare_choices(report: &mut Report, gpu: &Engine) -> anyhow::Result<()> {
     let mut wrong = 0;
     let cases = [(0.0, 0), (1.0, 40), (0.7, 128)];
     for (temperature, top_k) in cases {
@@ -127,7 +129,7 @@ pub(crate) fn measure(
         let generated = 64;
         // As generation does: a sampler asks for the most likely tokens.
         let mut sampler = Sampler::new(SamplerOptions::default());
-        let mut next = Next::default();
+        let mut next = SamplerInput::default();
         let [decode, low, high] = time(5, || {
             state.truncate(prompt.len());
             for i in 0..generated {
@@ -164,7 +166,7 @@ pub(crate) fn memory(report: &mut Report) -> anyhow::Result<()> {
     let mut all: Vec<Value> = Vec::new();
     for name in ["llama-7b", "llama-13b"] {
         let spec = shape(name, None)?;
-        let parameters: u64 = spec.tensors().map(|(_, s)| s.iter().product::<u64>()).sum();
+        let parameters: u64 = spec.tensors().map(|t| t.shape.iter().product::<u64>()).sum();
         let cache = 2 * spec.layers * spec.kv_heads * spec.head_dim * 2048 * 2;
         // The buffers of a step in f32, and the widest input for tensor cores in twice 16 bits.
         let (q, k) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
