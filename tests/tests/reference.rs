@@ -60,7 +60,7 @@ impl Moments {
     fn input<'a>(&'a self, weights: &'a [f32]) -> Input<'a> {
         let Self { hessian, factor, norms } = self;
         let engine = Isa::detect().unwrap().into();
-        Input { engine, weights, rows: ROWS, cols: COLS, hessian, factor, norms }
+        Input { compute: engine, weights, rows: ROWS, cols: COLS, hessian, factor, norms }
     }
 }
 
