@@ -561,7 +561,7 @@ types:
         value: _parent.params.as<stbllm_params>
 
   nm_params:
-    doc: Parameters of joint N:M codes, and the lengths that follow from them.
+    doc: Parameters of N:M sparse signs, and the lengths that follow from them.
     doc-ref: Encodings §5
     seq:
       - id: n
@@ -850,7 +850,7 @@ enums:
       doc: The structure of the STBLLM paper (Encodings §4).
     48:
       id: nm
-      doc: Joint N:M codes (Encodings §5).
+      doc: N:M sparse signs (Encodings §5).
   value_type:
     1:
       id: text
