@@ -6,8 +6,7 @@ use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_s
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::prelude::*;
 use rayon::prelude::*;
-use stb_format::encoding::{Dense, DenseView, MatrixView};
-use stb_kernels::{Isa, Panels, gemm};
+use stb_kernels::{Isa, Panels, dense, gemm};
 use stb_runtime::{Error, Result};
 
 /// Rows of a task; also the granularity of the triangle.
@@ -229,12 +228,6 @@ pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 #[must_use]
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
-}
-
-/// Numbers in memory as a matrix.
-pub(crate) fn dense(values: &[f32], rows: usize, cols: usize) -> MatrixView<'_> {
-    let view = DenseView::new(Dense::F32, rows as u64, cols as u64, bytemuck::cast_slice(values));
-    MatrixView::Dense(view.expect("rows × cols values"))
 }
 
 /// [cols, rows] of `x` [rows, cols].

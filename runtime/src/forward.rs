@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use stb_format::RopePairing;
 use stb_kernels::cuda::{self, Attention};
 use stb_kernels::kv::KvKind;
-use stb_kernels::{Isa, Pool, has_gemm_q8, ops, prefill_batch};
+use stb_kernels::{Isa, Pool, ops, packed};
 
 use crate::attention::{Heads, KvCache, Scratch};
 use crate::device::{Caches, DeviceModel, Logits};
@@ -308,8 +308,9 @@ impl Model {
     /// many as share work, but no more, so that activations stay in cache.
     fn passes<'t>(&self, tokens: &'t [u32]) -> (impl Iterator<Item = &'t [u32]>, &'t [u32]) {
         let shared = |w: &Weight| {
-            let rounded = !self.exact && has_gemm_q8(&w.view());
-            rounded.then(|| prefill_batch(self.isa, &w.view()))
+            let view = w.view();
+            let kernel = packed(&view).gemm_q8().filter(|_| !self.exact)?;
+            Some(kernel.prefill_batch(self.isa))
         };
         let mut matrices = self.layers.iter().flat_map(Layer::matrices).map(shared);
         let fewest = matrices.try_fold(EXACT_TOKENS, |most, shared| Some(most.min(shared?)));

@@ -39,7 +39,7 @@ pub use eval::{
 };
 pub use forward::{LinearInput, Observer, State};
 pub use generate::{Finish, GenerateOptions, Generated, Timings, generate};
-pub use linear::{LinearScratch, apply};
+pub use linear::{LinearScratch, LinearWeight, Threads, apply, apply_packed};
 pub use map::Bytes;
 pub use model::{Layer, Model, OpenOptions, Verify};
 pub use sampler::{Next, Sampler, SamplerOptions};

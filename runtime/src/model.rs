@@ -151,7 +151,7 @@ pub struct Model {
     pub isa: Isa,
     /// Whether products with packed weights use activations as they are. If not, they are rounded to
     /// 8 bits, one scale per 128 columns, where there is a kernel for it
-    /// ([`stb_kernels::Workspace::prepare_q8`]): several times faster.
+    /// ([`stb_kernels::PackedMatrix::prepare_q8`]): several times faster.
     pub exact: bool,
     /// How the keys and values of earlier tokens are kept.
     pub kv: KvKind,

@@ -117,12 +117,6 @@ impl<'a> DenseView<'a> {
         })
     }
 
-    /// Numbers in memory as a matrix; `None` unless there are `rows` × `cols`.
-    #[must_use]
-    pub fn of_floats(values: &'a [f32], rows: usize, cols: usize) -> Option<Self> {
-        Self::new(Dense::F32, len_u64(rows), len_u64(cols), bytemuck::cast_slice(values))
-    }
-
     /// The bytes of row `row`.
     #[must_use]
     #[inline]
