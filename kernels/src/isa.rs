@@ -1,4 +1,4 @@
-//! Which instruction set to use: detected once, or forced by `STB_ISA`.
+//! The instruction set to use: detected once, or chosen by `STB_ISA`.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -54,7 +54,7 @@ impl fmt::Display for IsaError {
 impl std::error::Error for IsaError {}
 
 impl Isa {
-    /// The set to use: the one `STB_ISA` names, else the best. Read once per process.
+    /// The set that `STB_ISA` names, else the best one. The variable is read once per process.
     ///
     /// # Errors
     /// If `STB_ISA` names a set that is unknown or not supported here.
@@ -117,8 +117,8 @@ impl Isa {
         }
     }
 
-    /// Calls `f`, compiled for this set: loops that are inlined into it (a closure, and what it calls,
-    /// says `#[inline(always)]`) use its vectors. Results are those of any other set, as the compiler
+    /// Calls `f` compiled for this set: loops that are inlined into it use its vectors, so the closure and
+    /// everything it calls should be `#[inline(always)]`. All sets give the same results, because the compiler
     /// neither reorders nor fuses operations on floats.
     pub fn compiled<R>(self, f: impl FnOnce() -> R) -> R {
         self.run(PlainTask(f))

@@ -15,6 +15,7 @@ pub(crate) trait Task {
 }
 
 /// A computation that needs a unit for products of tiles, see [`Bytes::with_tiles`].
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) trait TileTask {
     /// What it returns.
     type Output;
@@ -25,6 +26,7 @@ pub(crate) trait TileTask {
 }
 
 /// A value that implements this proves that the tiles of this thread are configured.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) trait TileUnit {
     /// `to[i][j][t][r] = Σ_k x[16i + t][k] · w[j][k / 4][4r + k % 4]`, all signed, over [`TILE_COLS`]
     /// columns: 16·`T` tokens, i < `T` ≤ 2, times two tiles of 16 rows.
@@ -36,7 +38,7 @@ pub(crate) trait TileUnit {
     );
 }
 
-/// Where a cache line begins: vectors that cross lines take twice the time.
+/// Aligned to a cache line: loads that cross lines take twice the time.
 #[derive(Clone, Copy, Default, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Aligned<T>(pub T);
@@ -79,12 +81,12 @@ pub(crate) trait Bytes: Simd {
     /// Runs a task compiled for this instruction set.
     fn enter<T: Task>(self, task: T) -> T::Output;
 
-    /// Asks for the cache line at `at`, which may be any address.
+    /// Prefetches the cache line at `at`, which may be any address.
     fn prefetch(self, at: *const u8);
     fn load_b(self, v: &[u8; 64]) -> Self::B;
     fn store_b(self, v: Self::B, to: &mut [u8; 64]);
     fn splat_b(self, v: u8) -> Self::B;
-    /// The same four bytes again and again.
+    /// The same four bytes in all words.
     fn splat_word(self, v: [u8; 4]) -> Self::B;
     fn and_b(self, a: Self::B, b: Self::B) -> Self::B;
     fn or_b(self, a: Self::B, b: Self::B) -> Self::B;
@@ -104,7 +106,7 @@ pub(crate) trait Bytes: Simd {
     /// Byte r of lane g of vector q is byte 4q + g of `words[r]`, the lowest being byte 0.
     fn transpose(self, words: &[u64; 16]) -> [Self::B; 2];
 
-    /// Moves the bytes to where [`Bytes::dot2`] takes them.
+    /// Moves the bytes to the order in which [`Bytes::dot2`] takes them.
     #[inline(always)]
     fn arrange(self, v: Self::B) -> Self::B {
         v
@@ -187,9 +189,11 @@ pub(crate) trait Bytes: Simd {
 }
 
 /// Columns of a product of tiles.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) const TILE_COLS: usize = 128;
 
 /// Products of tiles: by 16 tokens, by row tile, [token][row].
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) type TileSums = [[[[i32; 16]; 16]; 2]; 2];
 
 /// See [`Bytes::dot2`].

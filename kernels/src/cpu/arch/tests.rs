@@ -74,9 +74,9 @@ fn from_ints<S: Simd>(s: S, v: [u32; 16]) -> S::I {
     s.cast_i(s.load(&v.map(f32::from_bits)))
 }
 
-struct Numbers(&'static str);
+struct FloatChecks(&'static str);
 
-impl Task for Numbers {
+impl Task for FloatChecks {
     type Output = ();
 
     #[inline(always)]
@@ -131,9 +131,9 @@ impl Task for Numbers {
     }
 }
 
-struct Integers(&'static str);
+struct IntChecks(&'static str);
 
-impl Task for Integers {
+impl Task for IntChecks {
     type Output = ();
 
     #[inline(always)]
@@ -180,9 +180,9 @@ impl Task for Integers {
     }
 }
 
-struct Eights(&'static str);
+struct ByteChecks(&'static str);
 
-impl Eights {
+impl ByteChecks {
     #[inline(always)]
     fn out<S: Bytes>(s: S, v: S::B) -> [u8; 64] {
         let mut out = [0; 64];
@@ -191,7 +191,7 @@ impl Eights {
     }
 }
 
-impl Task for Eights {
+impl Task for ByteChecks {
     type Output = ();
 
     #[inline(always)]
@@ -311,15 +311,15 @@ impl Task for Eights {
 
 #[test]
 fn operations_on_numbers_are_those_of_the_portable_code() {
-    Isa::available().for_each(|isa| isa.run(Numbers(isa.name())));
+    Isa::available().for_each(|isa| isa.run(FloatChecks(isa.name())));
 }
 
 #[test]
 fn operations_on_integers_are_those_of_the_portable_code() {
-    Isa::available().for_each(|isa| isa.run(Integers(isa.name())));
+    Isa::available().for_each(|isa| isa.run(IntChecks(isa.name())));
 }
 
 #[test]
 fn operations_on_bytes_are_those_of_the_portable_code() {
-    Isa::available().for_each(|isa| isa.run(Eights(isa.name())));
+    Isa::available().for_each(|isa| isa.run(ByteChecks(isa.name())));
 }

@@ -1,10 +1,10 @@
-//! Look-ups of 64 bytes for 8 tokens, and their sums, written out: a compiler that sees the parts does
-//! all look-ups first, and has no registers for what they find.
+//! Look-ups of 64 bytes for 8 tokens and their sums, in assembly: from intrinsics, the compiler schedules all
+//! look-ups first and then lacks registers for their results.
 
 use std::arch::x86_64::*;
 
-/// `acc` plus the sums of what `$look` finds by `index` in each of 8 tables, in a register that begins
-/// as it is or, by `$zero`, with zeros.
+/// Adds to `acc` the sums of the bytes that `$look` finds by `index` in each of 8 tables. `$zero` clears the
+/// destination register first.
 macro_rules! sums_of {
     ($look:literal, $acc:ident, $tables:ident, $index:ident $(, $zero:literal)?) => {{
         let mut acc: [__m512i; 8] = $acc;

@@ -1,13 +1,13 @@
-//! Matrix-vector products for a few quantized tokens that share what codes are taken apart to.
+//! Matrix-vector products for a few quantized tokens, which share the indices extracted from codes.
 
 use crate::cpu::ops::q8::{GemvInput, TokenQ8};
 
-/// Up to how many tokens share that work: twice as many have tables that the first cache does not hold.
+/// The most tokens that share that work: the tables of twice as many do not fit in the L1 cache.
 pub(super) const SHARED_TOKENS: usize = 4;
 
-/// Calls `shared` with the rows of up to [`SHARED_TOKENS`] quantized tokens at a time, of which the
-/// results of those that are missing are thrown away; `alone` for a token that has no company or is not
-/// quantized.
+/// Calls `shared` with up to [`SHARED_TOKENS`] quantized tokens at a time, the number of rows, and the
+/// output for these tokens; if there are fewer tokens, the first one is repeated. Calls `alone` for a
+/// single last token and for tokens that are not quantized.
 pub(super) fn gemv_shared<'a>(
     x: &[GemvInput<'a>],
     y: &mut [f32],

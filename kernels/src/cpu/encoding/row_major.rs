@@ -8,7 +8,7 @@ use crate::cpu::arch::simd::{Simd, lanes};
 use crate::cpu::packed::UnpackBlock;
 use crate::isa::Isa;
 
-/// Columns handed over at once: four vectors, which also hides the latency of additions.
+/// Columns that are decoded at once: four vectors, enough to hide the latency of additions.
 pub(super) const STEP: usize = 64;
 
 /// A matrix that can produce the weights of a row.
@@ -112,7 +112,8 @@ fn unpack_row<S: Simd>(s: S, m: &impl RowMajor, row: usize, from: usize, to: &mu
     );
 }
 
-/// `N` bytes from `at`, in place; at the end of `v` copied to `spare` and padded with zeros.
+/// `N` bytes of `v` from `at`, in place; if fewer are left, these are copied to `spare` and padded with
+/// zeros.
 #[inline(always)]
 pub(super) fn bytes<'a, const N: usize>(
     v: &'a [u8],

@@ -1,10 +1,10 @@
-//! Keys or values of one head, and the two products of attention with them.
+//! The KV cache of one head, and the two products of attention with it.
 
 use crate::cpu::arch::bytes::{Bytes, Task};
 use crate::cpu::arch::simd::Simd;
 use crate::isa::Isa;
 
-/// How keys and values are kept.
+/// How keys and values are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvKind {
     /// 32-bit floats: exact.
@@ -47,13 +47,13 @@ impl KvRows {
         Self { width, len: 0, chunks }
     }
 
-    /// Rows held.
+    /// The number of rows.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether there are no rows.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
@@ -75,7 +75,7 @@ impl KvRows {
         self.len += 1;
     }
 
-    /// Forgets all but the first `len` rows.
+    /// Removes all but the first `len` rows.
     pub fn truncate(&mut self, len: usize) {
         let chunks = len * self.padded_width() / LANES;
         self.len = self.len.min(len);
@@ -140,8 +140,8 @@ impl Task for PushTask<'_> {
                 KvStorage::Q8(v, _) => {
                     let mut codes = [0; LANES];
                     for (code, number) in codes.iter_mut().zip(numbers) {
-                        // Within ±127: the product is rounded once at most. What is not finite
-                        // becomes 0, and the scale tells.
+                        // Within ±127: the product is rounded at most once. Numbers that are not finite
+                        // become 0, and the scale of the row is NaN.
                         *code = ((number * scale).round_ties_even() as i32 + 128) as u8;
                     }
                     v.push(codes);
@@ -176,7 +176,7 @@ fn to_f16<S: Simd>(s: S, v: S::F) -> S::I {
 /// Rows of chunks that load as numbers.
 trait LoadRows<S: Simd> {
     fn load(&self, s: S, chunk: usize) -> S::F;
-    /// What a row's numbers are to be multiplied by, and what to be subtracted before.
+    /// The scale of a row: a number is (loaded − [`LoadRows::OFFSET`]) · scale.
     fn scale(&self, row: usize) -> f32;
     const OFFSET: f32;
 }
@@ -260,7 +260,7 @@ fn read<S: Simd, R: LoadRows<S>>(s: S, rows: R, width: usize, to: &mut [f32]) {
 /// [`KvRows::padded_width`].
 ///
 /// # Panics
-/// If there are not so many keys or `q` has another length.
+/// If there are fewer keys or `q` has another length.
 pub fn scores(isa: Isa, q: &[f32], keys: &KvRows, first: usize, scale: f32, to: &mut [f32]) {
     assert_eq!(q.len(), keys.padded_width(), "a padded query");
     isa.run(ScoresTask { q, keys, first, scale, to });
@@ -317,7 +317,7 @@ impl ScoresTask<'_> {
 /// `out[i] += Σ_t weights[t]·values[first + t][i]`; `out` is padded to [`KvRows::padded_width`].
 ///
 /// # Panics
-/// If there are not so many values or `out` has another length.
+/// If there are fewer values or `out` has another length.
 pub fn mix(isa: Isa, weights: &[f32], values: &KvRows, first: usize, out: &mut [f32]) {
     assert_eq!(out.len(), values.padded_width(), "a padded result");
     isa.run(MixTask { weights, values, first, out });
@@ -343,7 +343,7 @@ impl Task for MixTask<'_> {
     }
 }
 
-/// KvStorage of a row that are accumulated in registers at once.
+/// Chunks of a row that are accumulated in registers at once.
 const WIDE: usize = 8;
 
 impl MixTask<'_> {

@@ -6,7 +6,7 @@ use crate::cpu::arch::bytes::{Bytes, Task};
 use crate::cpu::arch::simd::{Simd, lanes};
 use crate::isa::Isa;
 
-/// Tokens per panel: a vector. Panels are read from end to end, whole cache lines at a time.
+/// Tokens per panel: one vector. Panels are read from start to end in whole cache lines.
 const PANEL: usize = 16;
 /// Tokens are padded to a multiple of this: the most panels of a micro-kernel.
 const TOKENS: usize = 2 * PANEL;
@@ -161,7 +161,7 @@ impl Task for PanelProduct<'_> {
     }
 }
 
-/// The columns at work of neighboring panels, [panel][column][token].
+/// Some columns of neighboring panels, [panel][column][token].
 type PanelGroup<'a> = [&'a [[f32; PANEL]]; TOKENS / PANEL];
 
 /// Adds the product of all rows of a block with a group of panels to `out`.
@@ -191,7 +191,7 @@ fn multiply_tiles<S: Simd, const R: usize, const V: usize>(
     stride: usize,
 ) {
     let WeightBlock { weights, stride: width, rows: count, .. } = *block;
-    // All rows with one panel after the other: it stays in the cache nearest to the core.
+    // All rows with one panel after the other: the panel stays in the L1 cache.
     for v in (0..panels.len()).step_by(V) {
         let x: [&[[f32; PANEL]]; V] = std::array::from_fn(|i| panels[v + i]);
         let out = &mut out[v * PANEL..];
@@ -232,7 +232,7 @@ fn multiply_tiles<S: Simd, const R: usize, const V: usize>(
     }
 }
 
-/// The first `R` rows of `weights` × `V` panels, accumulated over their columns.
+/// Adds the product of the first `R` rows of `weights` with `V` panels to `out`.
 #[inline(always)]
 fn multiply_rows<S: Simd, const R: usize, const V: usize>(
     s: S,

@@ -1,4 +1,4 @@
-//! What this machine can do at most, to compare results with.
+//! Upper bounds of this machine's memory and multiplication speed, to compare kernels with.
 
 use std::hint::black_box;
 
@@ -67,7 +67,7 @@ impl Task for MultiplyProbe {
                 for sum in &mut sums {
                     *sum = s.dot4_small(*sum, u, v);
                 }
-                // Nothing of the next step is known before.
+                // Makes each step depend on the one before, so that the compiler cannot merge them.
                 v = s.sub_b(v, u);
             }
             for (total, sum) in total.iter_mut().zip(sums) {
@@ -84,6 +84,7 @@ impl Task for MultiplyProbe {
     }
 }
 
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 struct TileProbe(u64);
 
 impl TileTask for TileProbe {

@@ -25,7 +25,7 @@ impl RowMajor for IntGroupView<'_> {
     ) {
         let (planes, scales) = (self.row_planes(row), self.row_scales(row));
         let group = self.spec.group();
-        // Odd codes of few bits are twice the stored number, plus the lowest code.
+        // Odd codes (1 to 3 bits) are twice the stored number plus the lowest code.
         let step = s.splat(if self.spec.is_odd() { 2.0 } else { 1.0 });
         let lowest = s.splat(f32::from(self.spec.limits().0));
         for col in cols.step_by(STEP) {
@@ -45,7 +45,8 @@ impl RowMajor for IntGroupView<'_> {
     }
 }
 
-/// Codes less the lowest one of the unit of 32 columns from `at`; for odd codes, half of that.
+/// The stored numbers of the unit of 32 columns from `at`: codes minus the lowest code; half of that for odd
+/// codes.
 #[inline(always)]
 fn numbers<S: Simd>(s: S, bits: u8, planes: [&[u8]; 2], at: usize) -> [S::I; 2] {
     let unit = at / UNIT;
@@ -65,7 +66,7 @@ fn numbers<S: Simd>(s: S, bits: u8, planes: [&[u8]; 2], at: usize) -> [S::I; 2] 
             return [s.and(packed, s.splat_i(15)), s.shr(packed, 4)];
         }
         _ => {
-            // Signed bytes with the top bit flipped are unsigned, less −128.
+            // A signed byte plus 128 is the unsigned byte with the top bit flipped.
             let flip = s.splat_i(128);
             return [0, 16].map(
                 #[inline(always)]

@@ -1,10 +1,10 @@
-//! Products of integers of up to 4 bits with many q8 tokens: codes are expanded to bytes for 16 rows and some columns at a time, and multiplied
-//! with the activations of one token after the other: four columns of 16 rows with the same four bytes
-//! in every lane ([`Bytes::dot4_small`]). What is expanded serves all tokens of a task.
+//! Products of integers of up to 4 bits with many q8 tokens. Codes are expanded to bytes, 16 rows and some
+//! columns at a time, for all tokens of a task. They are multiplied with one token after the other: four
+//! columns of 16 rows with the same four activations in every lane ([`Bytes::dot4_small`]).
 //!
-//! A byte is the stored number, or twice that where codes are odd; what codes are above or below it,
-//! times the sum of the activations of 32 columns, comes with the activations. No sum overflows: eight
-//! bytes of at most 15 are within [`MAX_SMALL`], and a sum over 128 columns within 128 · 23 · 127.
+//! An expanded byte is the stored number, or twice that number if codes are odd. The lowest code times the
+//! sum of activations of 32 columns is an offset that is computed with the activations. No sum overflows:
+//! eight bytes of at most 15 are within [`MAX_SMALL`], and a sum over 128 columns is within 128 · 23 · 127.
 
 use stb_format::encoding::int_group::UNIT;
 use stb_format::encoding::{IntGroup, IntGroupView};
@@ -15,11 +15,11 @@ use crate::cpu::ops::q8::BLOCK;
 use crate::cpu::ops::q8_batch::{ActivationsQ8, BlockOffsets, QuantizeChunk, TOKENS};
 use crate::cpu::products::ROW_TILE;
 
-/// TileRows of a task: more of them share nothing.
+/// Rows of a task: more rows would share no more work.
 pub(super) const ROWS: usize = 4 * ROW_TILE;
 /// Tokens of a task.
 pub(super) const GROUP: usize = 128;
-/// Tiles that use the activations of some tokens while these are in the first cache.
+/// Tiles that use the activations of some tokens while these are in the L1 cache.
 const TILES: usize = 2;
 /// Blocks of columns expanded at a time.
 const DEPTH: usize = 4;
@@ -58,7 +58,7 @@ impl Task for IntGemmQ8<'_, '_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        // With 32 registers of 64 bytes, the sums of 8 tokens stay there.
+        // The sums of 8 tokens fit in 32 registers of 64 bytes.
         let Self(task) = self;
         match (S::WIDE, task.matrix.spec.group()) {
             (true, 32) => all_tiles::<S, 8, 1>(s, task),
@@ -104,10 +104,10 @@ fn all_tiles<S: Bytes, const K: usize, const G: usize>(
     }
 }
 
-/// What is stored of the rows of a tile; of those that do not exist, nothing.
+/// The stored rows of a tile; rows that do not exist are empty.
 struct TileRows<'a> {
     low: [&'a [u8]; ROW_TILE],
-    /// The third bits of 3.
+    /// The plane of the third bits of 3-bit codes.
     high: [&'a [u8]; ROW_TILE],
     scales: [&'a [[u8; 2]]; ROW_TILE],
 }
@@ -135,7 +135,7 @@ impl<'a> TileRows<'a> {
     }
 }
 
-/// Four words of each row, word by word those of all rows.
+/// Four words of each row: word w of all rows in vector w.
 #[inline(always)]
 fn words<S: Bytes>(s: S, planes: &[&[u8]; ROW_TILE], at: usize) -> [S::B; 4] {
     // Word w of row 4l + v becomes word v in lane l of vector w.
@@ -160,7 +160,7 @@ fn words<S: Bytes>(s: S, planes: &[&[u8]; ROW_TILE], at: usize) -> [S::B; 4] {
 struct ExpandedTile {
     /// By unit, by word of four columns: the four bytes of each row.
     words: [[Line; WORDS]; DEPTH * UNITS],
-    /// By unit, for the first one of each group: the scale of each row.
+    /// By unit, filled for the first unit of each group: the scale of each row.
     scales: [TileLanes; DEPTH * UNITS],
 }
 
@@ -170,7 +170,7 @@ impl ExpandedTile {
         scales: [TileLanes([0.0; ROW_TILE]); DEPTH * UNITS],
     };
 
-    /// Reads [`DEPTH`] blocks from `block`; where there are none, activations are zero.
+    /// Reads [`DEPTH`] blocks from `block`. Past the last block, activations are zero.
     #[inline(always)]
     fn read<S: Bytes, const G: usize>(
         &mut self,
@@ -225,14 +225,14 @@ impl ExpandedTile {
         }
     }
 
-    /// Twice the number, or eight times, `added` to what is there. A unit takes a word; columns k, k + 4,
-    /// … are in byte k.
+    /// Twice the number; or, if `added`, eight times the number, added to what is there. A unit takes a word;
+    /// columns k, k + 4, … are in byte k.
     #[inline(always)]
     fn ones<S: Bytes>(&mut self, s: S, planes: &[&[u8]; ROW_TILE], unit: usize, added: bool) {
         let mask = s.splat_b(if added { 8 } else { 2 });
         for (i, to) in self.words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             for (word, to) in words(s, planes, unit / 4 + i).into_iter().zip(to) {
-                // Bit f comes to bit 1, or to bit 3.
+                // Moves bit f to bit 1, or to bit 3.
                 let [up, down] = [s.shl_b::<1>(word), s.shr_b::<1>(word)];
                 let [down_2, down_3, down_4] =
                     [s.shr_b::<2>(word), s.shr_b::<3>(word), s.shr_b::<4>(word)];
@@ -288,7 +288,7 @@ impl<'a, const K: usize> TokenBlocks<'a, K> {
         Self { blocks }
     }
 
-    /// Adds the products of some rows to `sums`, or begins there.
+    /// Adds the products with some rows to `sums`; starts from zero if `first`.
     #[inline(always)]
     fn add<S: Bytes, const G: usize>(
         &self,
@@ -327,7 +327,7 @@ impl<'a, const K: usize> TokenBlocks<'a, K> {
     }
 }
 
-/// The products of 16 rows with a unit of each token.
+/// The products of 16 rows with one unit of each token.
 #[inline(always)]
 fn unit_products<S: Bytes, const K: usize>(
     s: S,
@@ -346,7 +346,7 @@ fn unit_products<S: Bytes, const K: usize>(
     sums
 }
 
-/// Adds to the offsets of one token, `t`: by unit the lowest code times the sum of activations.
+/// Writes the offsets of token `t`: for each unit, the lowest code times the sum of activations.
 #[inline(always)]
 fn offsets(low: i8, codes: &[i8; BLOCK], t: usize, to: &mut BlockOffsets) {
     for (to, unit) in to.iter_mut().zip(codes.as_chunks::<UNIT>().0) {

@@ -1,22 +1,23 @@
-//! Matrix-vector products of integer groups with q8 activations. In a plane of w bits (1, 2, 4 or 8) a *stride* of 512
-//! columns takes w vectors of 64 bytes; every 4 bytes of them belong to one unit of 32 columns, so
-//! each of the 16 sums of a vector has one scale. A field of 8/w in a byte is moved to a fixed place,
-//! and multiplied with the activations of its columns by [`Bytes::dot4_small`]. With 4 bits, the four
-//! words of each unit are brought to the same place of four vectors first, so that the 16 units of a
-//! stride have 16 sums, for which one conversion and one product are enough.
+//! Matrix-vector products of integer groups with q8 activations.
 //!
-//! Odd codes of few bits are 2q + low for the stored number q, so fields are placed at bit 1, where
-//! they count 2q; −low times the sum of activations is where sums begin, as for 4 bits, which are
-//! q − 8. The upper bit of 3 is a plane of its own, whose sums count four times. Codes of 8 bits are
-//! not unsigned below 128 as [`Bytes::dot4`] needs them, but activations are, apart from their signs:
-//! positive and negative ones make two tables.
+//! In a plane of w bits (1, 2, 4 or 8), a *stride* of 512 columns takes w vectors of 64 bytes. Every 4 bytes
+//! belong to one unit of 32 columns, so each of the 16 sums of a vector has one scale. Each of the 8/w fields
+//! of a byte is moved to a fixed place and multiplied with the activations of its columns by
+//! [`Bytes::dot4_small`]. With 4 bits, the four words of each unit are first moved to the same place of four
+//! vectors, so that the 16 units of a stride have 16 sums, which need only one conversion and one product.
 //!
-//! No sum overflows: the fields of a byte are at most 8 · 2 and 4 · 6 in all, those of a stride of 4
-//! bits 8 · 15, of the 128 that `dot4_small` allows; in `dot4` a factor is at most 127, as it asks for.
-//! A sum over 4 bytes and all fields is, for 1 and 2 bits, within 32 · 2 · 127 and 16 · 6 · 127, one
-//! over a unit of 4 bits within 32 · 15 · 127, over 4 bytes of 8 bits within 4 · 128 · 127; with what
-//! they begin with, up to 32 · 8 · 127, all are below 2¹⁷. So they are converted to f32 exactly, and
-//! only products with scales and their sum are rounded.
+//! Odd codes (1 to 3 bits) are 2q + low for the stored number q: fields are placed at bit 1, where they count
+//! 2q, and sums start from low times the sum of activations. Codes of 4 bits are q − 8 and sums start from −8
+//! times that sum. The third bit of 3-bit codes is a plane of its own, whose sums count four times.
+//! [`Bytes::dot4`] needs one factor that is unsigned and below 128; with 8 bits that is not the code but the
+//! magnitude of the activation, so positive and negative activations have separate tables.
+//!
+//! No sum overflows. `dot4_small` allows fields that add up to 128: those of a byte add up to at most 8 · 2
+//! or 4 · 6, those of a stride of 4 bits to 8 · 15. In `dot4` a factor is at most 127, as required. A sum
+//! over 4 bytes and all fields is within 32 · 2 · 127 for 1 bit and 16 · 6 · 127 for 2 bits; a sum over a unit
+//! of 4 bits is within 32 · 15 · 127, and over 4 bytes of 8 bits within 4 · 128 · 127. With the value that
+//! sums start from, up to 32 · 8 · 127, all are below 2¹⁷. They are converted to f32 exactly; only the
+//! products with scales and the sums of these are rounded.
 
 use stb_format::encoding::int_group::UNIT;
 use stb_format::encoding::{IntGroup, IntGroupView};
@@ -28,7 +29,7 @@ use crate::cpu::ops::q8::{BLOCK, TokenQ8};
 /// a vector has lanes.
 const STRIDE: usize = 16 * UNIT;
 
-/// How far ahead to fetch codes, in bytes: rows follow one another.
+/// How far ahead to prefetch codes, in bytes: rows follow each other in memory.
 const AHEAD: usize = 4096;
 
 /// Quantizes `values` and arranges them for codes.
@@ -114,13 +115,13 @@ fn fields_of_4_bits(line: &[i8; STRIDE], tables: &mut Vec<Line>) {
 
 fn halves(line: &[i8; STRIDE], tables: &mut Vec<Line>) {
     for vector in line.as_chunks::<64>().0 {
-        // Activations are −127 at least, so their magnitudes are below 128.
+        // Activations are at least −127, so their magnitudes are below 128.
         tables.push(Aligned(vector.map(|x| x.max(0).unsigned_abs())));
         tables.push(Aligned(vector.map(|x| x.min(0).unsigned_abs())));
     }
 }
 
-/// The lowest code times the sum of activations of each unit, at its first place.
+/// The lowest code times the sum of activations of each unit, at the first sum of the unit.
 fn stride_offsets(line: &[i8; STRIDE], spec: IntGroup, offsets: &mut Vec<Aligned<[i32; 16]>>) {
     let width = if spec.bits() == 3 { 2 } else { usize::from(spec.bits()) };
     let low = i32::from(spec.limits().0);
@@ -139,9 +140,9 @@ fn stride_offsets(line: &[i8; STRIDE], spec: IntGroup, offsets: &mut Vec<Aligned
     }
 }
 
-/// See [`PackedMatrix::gemv_batch`](crate::PackedMatrix::gemv_batch); for `T` tokens, of which `y` may have room for less: `rows` for
-/// each. One row at a time: several at once, each half a page long, share the loads of activations but
-/// were 10 to 25 % slower from memory.
+/// See [`PackedMatrix::gemv_batch`](crate::PackedMatrix::gemv_batch): `rows` results for each token; `y` may
+/// have room for fewer than `T` tokens. One row at a time: several rows at once share the loads of
+/// activations, but were 10 to 25 % slower from memory.
 pub(super) struct IntGemvQ8<'a, const T: usize> {
     pub matrix: &'a IntGroupView<'a>,
     pub x: [&'a TokenQ8; T],
@@ -166,7 +167,7 @@ impl<const T: usize> Task for IntGemvQ8<'_, T> {
     }
 }
 
-/// For codes of `BITS`, whose first plane has `WIDTH` and `TABLES` for each of its vectors.
+/// For codes of `BITS` bits: the first plane has `WIDTH` bits, and `TABLES` tables for each vector.
 #[inline(always)]
 fn rows<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
     s: S,
@@ -193,7 +194,7 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
 ) -> [f32; T] {
     let [low, high] = m.row_planes(row);
     let stored = m.row_scales(row).as_flattened();
-    // In place but for what is at the end of a row, which is padded with zeros.
+    // In place, except for the end of a row, which is padded with zeros.
     let (strides, last_stride) = padded(low.as_chunks::<64>().0.as_chunks::<WIDTH>().0, low);
     let (seconds, last_second) = padded(high.as_chunks::<64>().0, high);
     let (sixteens, last_sixteen) = padded(stored.as_chunks::<32>().0, stored);
@@ -244,8 +245,8 @@ fn row<S: Bytes, const T: usize, const BITS: usize, const WIDTH: usize, const TA
     sums
 }
 
-/// 16 scales at a time serve as many strides as a group has units; which of them each place has in each
-/// of these strides, for the `ORDER` of units in [`UNITS_BY_PLACE`].
+/// 16 scales serve as many strides as a group has units. Returns, for each of these strides, which of the
+/// scales each sum has, with units in the order `ORDER` of [`UNITS_BY_PLACE`]; and the number of strides.
 #[inline(always)]
 fn places<const ORDER: usize>(m: &IntGroupView<'_>) -> (&'static [[u8; 16]; 4], usize) {
     match m.spec.group() {
@@ -321,7 +322,7 @@ fn row_of_4_bits<S: Bytes, const T: usize>(
     sums
 }
 
-/// `whole`, the first pieces of `bytes`, and what is left of these, padded with zeros.
+/// `whole`, which are the first pieces of `bytes`, and the rest of `bytes` as a piece padded with zeros.
 #[inline(always)]
 fn padded<'a, P: ZeroPadded>(whole: &'a [P], bytes: &[u8]) -> (&'a [P], P) {
     let mut last = P::ZERO;
@@ -355,7 +356,7 @@ impl<const N: usize> ZeroPadded for [[u8; 64]; N] {
     }
 }
 
-/// `sum` plus the products of the fields of a vector with their activations.
+/// `start` plus the products of the fields of a vector with their activations.
 #[inline(always)]
 fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
     s: S,
@@ -382,7 +383,7 @@ fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
             add!(6: 2 s.shr_b::<3>(codes), 3 s.shr_b::<5>(codes));
         }
         _ => {
-            // Negative activations first, negated: −n = !(n − 1).
+            // First the products with magnitudes of negative activations, negated: −n = !(n − 1).
             let ones = s.splat_i(u32::MAX);
             let negative = s.dot4(ones, s.load_b(&tables[1]), codes);
             let start = s.add_i(start, s.xor(negative, ones));
@@ -392,7 +393,7 @@ fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
     s.add_i(start, s.finish_small(sum))
 }
 
-// The largest fields that are added up, by width.
+// The sum of the largest fields, by width.
 const _: () = assert!(8 * 2 <= MAX_SMALL && 4 * 6 <= MAX_SMALL && 8 * 15 <= MAX_SMALL);
 
 /// The scales of the sums of vector `v` of a stride: every `WIDTH` of them belong to one unit.

@@ -1,4 +1,4 @@
-//! Integer groups.
+//! Integers of 1 to 8 bits with one scale per group of columns.
 
 mod exact;
 mod gemm_q8;
@@ -66,8 +66,8 @@ impl PackedMatrix for IntGroupView<'_> {
     }
 }
 
-/// Batch sizes are the same on every instruction set, because products with one token add in another
-/// order than those with many.
+/// The batch sizes are the same on every instruction set: products with many tokens add in another order
+/// than products with one, so results would depend on the set otherwise.
 impl PackedGemmQ8 for IntGroupView<'_> {
     fn min_batch(&self, _: Isa) -> usize {
         if self.spec.bits() == 4 { 28 } else { 13 }

@@ -1,14 +1,14 @@
-//! Codes of the N:M encoding taken apart to what vectors look up by.
+//! Extracts look-up indices from the codes of the N:M encoding.
 
 use stb_format::encoding::nm::CHUNK_QUADS;
 
 use crate::cpu::arch::bytes::{Bytes, NONE};
 
-/// Quads whose codes are taken apart together: as many as a byte has 2-bit fields.
+/// Quads whose codes are extracted together: as many as a byte has 2-bit fields.
 pub(super) const PART: usize = 4;
 
-/// The look-up table of one quad, a lane for each of its groups: activations of the group, then their
-/// negatives, again if there is room.
+/// The look-up table of one quad, a lane for each of its groups: the activations of the group, then their
+/// negatives; with M = 4 both are repeated to fill the lane.
 #[inline(always)]
 pub(super) fn signed_table<const M: usize>(quad: &[i8], table: &mut [u8; 64]) {
     for (lane, group) in table.as_chunks_mut::<16>().0.iter_mut().zip(quad.as_chunks::<M>().0) {
@@ -23,7 +23,7 @@ pub(super) fn signed_table<const M: usize>(quad: &[i8], table: &mut [u8; 64]) {
     }
 }
 
-/// Each byte with the other sign: its complement plus one, the carry kept inside the byte.
+/// Negates each byte: its complement plus one, without a carry into the next byte.
 #[inline(always)]
 fn negatives(bytes: u64) -> u64 {
     const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
@@ -31,8 +31,7 @@ fn negatives(bytes: u64) -> u64 {
     ((complement & LOW) + 0x0101_0101_0101_0101) ^ (complement & !LOW)
 }
 
-/// The chunks of a tile that have all their quads, and the one that has not, with zeros for those that
-/// do not exist.
+/// The complete chunks of a tile, and the last incomplete one, padded with zero codes.
 #[inline(always)]
 pub(super) fn chunks<const BITS: usize>(
     codes: &[[u8; 64]],
@@ -47,7 +46,7 @@ pub(super) fn chunks<const BITS: usize>(
     (whole, last)
 }
 
-/// The planes of `count` quads, less than a chunk, to where they are in a whole one.
+/// Copies the planes of `count` quads, fewer than a chunk has, to their places in a complete chunk.
 #[cold]
 #[inline(never)]
 fn copy_planes(from: &[[u8; 64]], count: usize, to: &mut [[u8; 64]]) {
@@ -69,12 +68,12 @@ pub(super) struct CodePlanes<'a, const BITS: usize> {
     pub chunk: &'a [[u8; 64]; BITS],
     /// Which one: 0 or 1.
     pub half: usize,
-    /// Whether bytes are moved to where sums take them ([`Bytes::arrange`]), or as stored.
+    /// Whether bytes are moved to the order of [`Bytes::arrange`], or stay as stored.
     pub arranged: bool,
 }
 
 impl<const BITS: usize> CodePlanes<'_, BITS> {
-    /// First vector of the planes of width 2 and 1; that of width 4 is the first of all.
+    /// First vector of the planes of width 2 and 1; the plane of width 4 comes first.
     const TWO: usize = BITS & 4;
     const ONE: usize = BITS & 6;
 
@@ -84,7 +83,7 @@ impl<const BITS: usize> CodePlanes<'_, BITS> {
         if self.arranged { s.arrange(stored) } else { stored }
     }
 
-    /// Low nibbles of quads 0 and 2 of the part, high ones of quads 1 and 3, as indices.
+    /// The 4-bit fields as indices: low nibbles hold quads 0 and 2 of the part, high nibbles 1 and 3.
     #[inline(always)]
     fn nibbles<S: Bytes>(&self, s: S) -> [S::B; PART] {
         let a = self.load(s, 2 * self.half);
@@ -112,7 +111,7 @@ impl<const BITS: usize> CodePlanes<'_, BITS> {
     }
 }
 
-/// For each quad of a part, its codes: position and, above it, sign; 2:4: both positions, and above
+/// The codes of each quad of a part: the position and above it the sign; for 2:4 both positions and above
 /// them the sign. Not for 2:8, see [`codes_of_8`].
 #[inline(always)]
 pub(super) fn indices<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
@@ -161,8 +160,8 @@ fn signs_at_2<S: Bytes, const BITS: usize>(s: S, planes: CodePlanes<'_, BITS>) -
     ]
 }
 
-/// 2:`M`: what the first and the second weight look up; the bits of [`NONE`] are set where there is no
-/// second one.
+/// 2:`M`: the indices of the first and of the second weight; the bits of [`NONE`] are set where a group
+/// has no second weight.
 #[inline(always)]
 pub(super) fn pairs<S: Bytes, const M: usize, const BITS: usize>(
     s: S,
@@ -176,7 +175,7 @@ fn pairs_of_4<S: Bytes, const BITS: usize>(
     s: S,
     planes: CodePlanes<'_, BITS>,
 ) -> [[S::B; PART]; 2] {
-    /// For a plus sign, by i + 4j: j if i < j, with the other sign if i > j, nothing if they are equal.
+    /// The second index for a positive sign, by i + 4j: j if i < j, negated if i > j, none if i = j.
     const SECOND: [u8; 16] = [NONE, 4, 4, 4, 1, NONE, 5, 5, 2, 2, NONE, 6, 3, 3, 3, NONE];
     let (both, signs) = (planes.nibbles(s), signs_at_2(s, planes));
     let three = s.splat_b(3);
@@ -203,7 +202,7 @@ fn pairs_of_8<S: Bytes, const BITS: usize>(
     let highs = [s.shl_b::<1>(high), s.shr_b::<1>(high), s.shr_b::<3>(high), s.shr_b::<5>(high)];
     let signs = [s.shl_b::<3>(sign), s.shl_b::<2>(sign), s.shl_b::<1>(sign), sign];
     let (one, six, seven, eight) = (s.splat_b(1), s.splat_b(6), s.splat_b(7), s.splat_b(8));
-    // What i − j from 0 to 7 changes of the second index.
+    // By i − j from 0 to 7: the bits of the second index to flip.
     let mut changes = [8; 64];
     for lane in changes.as_chunks_mut::<16>().0 {
         lane[0] = NONE;
@@ -215,8 +214,8 @@ fn pairs_of_8<S: Bytes, const BITS: usize>(
         let j = s.or_b(s.and_b(s.shr_b::<3>(low[q]), one), s.and_b(highs[q], six));
         let sign = s.and_b(signs[q], eight);
         index[0][q] = s.or_b(i, sign);
-        // The sign of j is the other one if i is above; nothing is at j if they are equal. Negative
-        // differences have their top bit set, and so look up zero.
+        // If i > j, j has the opposite sign; if i = j, there is no second weight. Negative differences have
+        // their top bit set, so their look-up gives zero.
         let change = s.lookup_b(changes, s.sub_b(i, j));
         index[1][q] = s.xor_b(s.or_b(j, sign), change);
     }

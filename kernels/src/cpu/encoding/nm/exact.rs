@@ -1,5 +1,6 @@
-//! Exact products and weights of N:M codes: the 16 rows of a tile are the 16 lanes, and a code is the index of a look-up in
-//! a table of signed activations that all rows share. No weight is ever expanded.
+//! Exact products and weights of N:M codes. The 16 rows of a tile are the 16 lanes of a vector, and a code
+//! is the index of a look-up in a table of signed activations that all rows share. Products do not expand
+//! weights.
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE, VECTOR};
@@ -12,7 +13,7 @@ use crate::cpu::arch::simd::Simd;
 use crate::cpu::ops::q8::PAD;
 use crate::cpu::packed::UnpackBlock;
 
-/// Tiles that share the tables of a pass over the columns.
+/// Tiles that are computed together, so that each table is built once for all of them.
 const TILES: usize = 4;
 
 /// See [`PackedMatrix::gemv`](crate::PackedMatrix::gemv). `x` is padded with zeros to a multiple of
@@ -137,7 +138,7 @@ fn add_quad<S: Simd, const N: usize, const M: usize, const T: usize>(
     }
 }
 
-/// Where the codes of a quad lie in a tile: for up to two planes, the byte and the shift.
+/// Where the codes of a quad lie in a tile: byte, shift and width for each plane.
 struct CodePlace {
     byte: [usize; 3],
     shift: [u32; 3],

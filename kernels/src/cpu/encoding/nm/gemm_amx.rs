@@ -1,6 +1,6 @@
-//! Products of N:M codes with many q8 tokens by AMX: codes are expanded to bytes in cache, a block of rows and columns at a time, and multiplied by a unit
-//! for tiles, which needs 1/16384 of an instruction for a weight and token. The expansion (about 8
-//! instructions for 16 groups) is shared by all tokens.
+//! Products of N:M codes with many q8 tokens by AMX. Codes are expanded to bytes in cache, a block of rows
+//! and columns at a time, which takes about 8 instructions for 16 groups and is shared by all tokens. The
+//! unit for tiles then needs 1/16384 of an instruction per weight and token.
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{QUAD, TILE};
@@ -19,10 +19,10 @@ use crate::cpu::ops::q8_batch::{ActivationsQ8, TOKENS};
 const DEPTH: usize = 512;
 /// Row tiles expanded at a time: 64 rows × [`DEPTH`] columns are 32 KiB.
 const TILES: usize = 4;
-/// Rows of a task: more of them share nothing.
+/// Rows of a task: more rows would share no more work.
 pub(super) const ROWS: usize = TILES * TILE;
 
-/// Bytes of 16 rows × 128 columns: for every four columns, the rows' four bytes side by side.
+/// Bytes of 16 rows × 128 columns: for every four columns, the four bytes of each row side by side.
 type ExpandedBlock = Aligned<[[u8; 64]; BLOCK / 4]>;
 
 /// Products of tiles before they are scaled.
@@ -74,10 +74,10 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
     }
 }
 
-/// What the codes expand to: the bytes of a group of columns, four at a time as one word.
+/// The bytes that codes expand to, as words of four columns.
 struct CodePatterns<S: Simd> {
-    /// For the first four columns of a group and the others, by what [`codes::indices`] gives.
-    /// 2:8: what one weight changes, by exclusive or, in four weights of zero.
+    /// For the first four columns of a group and for the others, by an index of [`codes::indices`].
+    /// 2:8: the word of one weight; the words of both weights are combined by exclusive or.
     tables: [S::F; 2],
     /// 2:4: the same for codes with the negative sign.
     negative: S::F,
@@ -144,7 +144,7 @@ impl<S: Bytes> CodePatterns<S> {
                 (first, first)
             };
             for (q, to) in to.chunks_exact_mut(QUAD * M / 4).enumerate() {
-                // Widening from memory takes fewer operations than from parts of a vector.
+                // Widening bytes from memory takes fewer operations than widening parts of a vector.
                 let (mut a, mut b) = (Aligned([0; 64]), Aligned([0; 64]));
                 s.store_b(first[q], &mut a.0);
                 if (N, M) == (2, 8) {
@@ -236,8 +236,8 @@ impl<'a, U: TileUnit> TileProduct<'a, U> {
     ) {
         let all = self.x.blocks();
         let second = (tile + 1).min(self.tiles - 1);
-        // Products of one block are computed while those of the block before are added: what a tile
-        // has just stored cannot be loaded at once.
+        // While products of one block are computed, those of the block before are added: results that were
+        // just stored from a tile cannot be loaded at once.
         let count = self.blocks.len();
         for k in 0..=count {
             if k < count {
@@ -271,7 +271,7 @@ fn add_to<S: Bytes>(s: S, scale: S::F, sums: S::I, y: &mut TileLanes) {
     s.store(s.mul_add(scale, s.to_f32(sums), s.load(&y.0)), &mut y.0);
 }
 
-/// Times the scale of activations: the same operations as [`super::scales::multipliers`].
+/// Block scales times the scale of activations, by the same operations as in the product for one token.
 #[inline(always)]
 fn times<S: Bytes>(s: S, steps: Option<(S::F, f32)>, activation: f32) -> S::F {
     match steps {
@@ -280,5 +280,5 @@ fn times<S: Bytes>(s: S, steps: Option<(S::F, f32)>, activation: f32) -> S::F {
     }
 }
 
-// Blocks of weight scales are whole blocks of activations, and expanded in whole quads.
+// Blocks of weights are whole blocks of activations, and codes are expanded in whole quads.
 const _: () = assert!(DEPTH.is_multiple_of(BLOCK) && BLOCK.is_multiple_of(QUAD * 8));

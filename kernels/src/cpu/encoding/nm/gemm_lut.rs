@@ -1,17 +1,16 @@
-//! Products of N:M codes with many q8 tokens by look-ups in registers, for 8 tokens at a time: what a code is taken apart to serves all of
-//! them, and each look-up finds 16 rows in four groups of columns of one token. For sets whose look-ups
-//! and sums take one instruction each ([`Bytes::WIDE`]).
+//! Products of N:M codes with many q8 tokens by look-ups in registers. Indices that are extracted from the
+//! codes serve 8 tokens at a time; each look-up finds the weights of 16 rows in four groups of columns for
+//! one token. For instruction sets whose look-ups and sums take one instruction each ([`Bytes::WIDE`]).
 //!
-//! For each token and 64 codes: a look-up in a table in memory and a dot product with ones (2:M: two
-//! each). Tables of [`DEPTH`] blocks and the codes they meet stay in the first cache. Where more than 8
-//! tokens meet them, codes are taken apart once for all: rows often take a power of two bytes, and then
-//! those of several tiles would be in the same few places of the cache, too.
+//! For each token, 64 codes take one look-up in a table in memory and one dot product with ones (2:M: two of
+//! each). Tables of [`DEPTH`] blocks and the codes for them stay in the L1 cache. With more than 8 tokens,
+//! indices are extracted once and kept. That also avoids cache conflicts: rows often take a power of two
+//! bytes, so the codes of several tiles would compete for the same few cache sets.
 
 use std::ops::Range;
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
-
 use stb_format::nm_rates;
 
 use super::super::gemm_task::{GemmQ8Task, TileLanes, copy_tile};
@@ -21,23 +20,21 @@ use crate::cpu::arch::bytes::{Aligned, Bytes, Line};
 use crate::cpu::ops::q8::BLOCK;
 use crate::cpu::ops::q8_batch::{ActivationsQ8, TABLE_TOKENS, TOKENS, TokenTables};
 
-/// LutRows of a task: tables are read from the third cache once for all of them.
+/// Rows of a task: tables are read from the L3 cache once for all of them.
 pub(super) const ROWS: usize = 1024;
-/// Tokens of a task: codes are taken apart once for all of them, and their sums stay in the second cache.
+/// Tokens of a task: indices are extracted once for all of them, and their sums stay in the L2 cache.
 pub(super) const GROUP: usize = 128;
 /// Tokens whose sums are in registers together.
 const TOGETHER: usize = TABLE_TOKENS;
-/// Blocks of columns whose tables are in the first cache, whole chunks of codes.
+/// Blocks of columns whose tables fit in the L1 cache: whole chunks of codes.
 const DEPTH: usize = 4;
 
-/// Writes the tables of one token, `t` of those together, for a block of columns: [quad] in `to`.
+/// Writes the tables of token `t` (of those that lie together) for a block of columns to `to`, one for each
+/// quad.
 #[inline(always)]
-pub(super) fn arrange(m: usize, codes: &[i8; BLOCK], t: usize, to: &mut [TokenTables]) {
-    for (Aligned(to), quad) in to.iter_mut().zip(codes.chunks_exact(QUAD * m)) {
-        match m {
-            8 => codes::signed_table::<8>(quad, &mut to[t]),
-            _ => codes::signed_table::<4>(quad, &mut to[t]),
-        }
+pub(super) fn arrange<const M: usize>(codes: &[i8; BLOCK], t: usize, to: &mut [TokenTables]) {
+    for (Aligned(to), quad) in to.iter_mut().zip(codes.chunks_exact(QUAD * M)) {
+        codes::signed_table::<M>(quad, &mut to[t]);
     }
 }
 
@@ -75,7 +72,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const 
     for tile in first / TILE..first / TILE + count {
         tiles.push(StoredTile::<N, M, BITS>::new(s, m, tile));
     }
-    let mut apart = scratch.tiles::<N, M, INDICES>(if parts > 1 { count } else { 0 });
+    let mut decoded = scratch.tiles::<N, M, INDICES>(if parts > 1 { count } else { 0 });
     let (sums, _) = lanes.as_chunks_mut::<TOGETHER>();
     for from in (0..x.blocks()).step_by(DEPTH) {
         let blocks = from..x.blocks().min(from + DEPTH);
@@ -85,14 +82,14 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const 
             let sums = &mut sums[part * count..][..count];
             for (t, (tile, sums)) in tiles.iter_mut().zip(sums).enumerate() {
                 tile.first_block = from;
-                let Some(apart) = apart.get_mut(t) else {
+                let Some(decoded) = decoded.get_mut(t) else {
                     tokens.add::<S, N, M>(s, tile, &tile.row_scales, sums);
                     continue;
                 };
                 if part == 0 {
-                    apart.read(s, tile, blocks.clone());
+                    decoded.read(s, tile, blocks.clone());
                 }
-                tokens.add::<S, N, M>(s, apart, &tile.row_scales, sums);
+                tokens.add::<S, N, M>(s, decoded, &tile.row_scales, sums);
             }
         }
     }
@@ -105,14 +102,15 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const 
 
 /// 16 rows of some blocks of columns.
 trait LutRows {
-    /// What the weights of each group look up in half of a chunk, arranged for sums.
+    /// The indices of the first and of the second weight of each group, in half of a chunk, in the order of
+    /// [`Bytes::arrange`].
     fn indices<S: Bytes>(&self, s: S, chunk: usize, half: usize) -> [[S::B; PART]; 2];
 
-    /// The scales of rows in a block, in steps; 1 if there are none.
+    /// The block scales of the rows in a block, in steps; 1 if there are none.
     fn steps<S: Bytes>(&self, s: S, block: usize) -> S::F;
 }
 
-/// A tile as it is stored, from some block on.
+/// A tile as it is stored, from block `first_block` on.
 struct StoredTile<'a, const N: usize, const M: usize, const BITS: usize> {
     /// See [`codes::chunks`].
     whole: &'a [[[u8; 64]; BITS]],
@@ -120,7 +118,7 @@ struct StoredTile<'a, const N: usize, const M: usize, const BITS: usize> {
     steps: BlockScales<'a>,
     row_scales: [f32; TILE],
     first_block: usize,
-    /// Blocks that share scales of rows; 0 if there are none.
+    /// Blocks of activations per block of weights; 0 if there are no block scales.
     together: usize,
 }
 
@@ -142,7 +140,7 @@ impl<const N: usize, const M: usize, const BITS: usize> LutRows for StoredTile<'
         let chunk = self.first_block / blocks_of_chunk(M) + chunk;
         let chunk = self.whole.get(chunk).unwrap_or(&self.last);
         if half == 0 {
-            // Those of the next blocks.
+            // Prefetches the codes of the next blocks.
             let ahead = DEPTH / blocks_of_chunk(M) * BITS * 64;
             chunk.iter().for_each(|v| s.prefetch(v.as_ptr().wrapping_add(ahead)));
         }
@@ -165,7 +163,7 @@ impl<const N: usize, const M: usize, const BITS: usize> LutRows for StoredTile<'
     }
 }
 
-/// Room for tiles taken apart.
+/// Reusable memory for the indices and scales of tiles.
 #[derive(Default)]
 pub(super) struct LutScratch {
     indices: Vec<Line>,
@@ -185,14 +183,14 @@ impl LutScratch {
         }
         let indices = self.indices.as_chunks_mut().0.as_chunks_mut().0.iter_mut();
         let steps = self.steps.as_chunks_mut().0.iter_mut();
-        let apart = indices.zip(steps).map(|(indices, steps)| DecodedTile { indices, steps });
-        apart.take(count).collect()
+        let decoded = indices.zip(steps).map(|(indices, steps)| DecodedTile { indices, steps });
+        decoded.take(count).collect()
     }
 }
 
-/// Blocks of a tile, taken apart.
+/// Indices and scales of some blocks of a tile.
 struct DecodedTile<'a, const N: usize, const M: usize, const INDICES: usize> {
-    /// By block, by quad: of each weight of a group.
+    /// By block, by quad: the index of each weight of a group.
     indices: &'a mut [[Line; INDICES]; DEPTH],
     steps: &'a mut [TileLanes; DEPTH],
 }
@@ -265,8 +263,8 @@ impl<'a> LutTokens<'a> {
         Self { tables, factors, count: blocks.len(), first, last }
     }
 
-    /// Adds the products of some rows to `sums`, [token][row], or begins there with the first block;
-    /// after the last one of all, multiplies by the scales of the rows.
+    /// Adds the products with some rows to `sums`, [token][row]. Starts from zero at the first block of the
+    /// matrix; multiplies by the row scales after its last block.
     #[inline(always)]
     fn add<S: Bytes, const N: usize, const M: usize>(
         &self,

@@ -1,14 +1,11 @@
-//! Products of N:M codes with many q8 tokens. The operations for each output are those of the products
-//! for one token, so that a token has the same result alone and among others.
-//!
-//! Which way is the fastest depends on the instruction set ([`GemmPath`]): codes are expanded to bytes
-//! and multiplied by a unit for tiles ([`gemm_amx`]), looked up in registers for some tokens
-//! ([`gemm_lut`]), or they are indices of sums of activations, of many tokens at a time
-//! ([`gemm_sum_table`]).
+//! Products of N:M codes with many q8 tokens. Each output is computed by the same operations as in the
+//! product for one token, so a token has the same result alone and in a batch. The instruction set and the
+//! number of tokens decide on the fastest way, see [`GemmPath`].
 
 use std::cell::RefCell;
 
 use stb_format::encoding::NmView;
+use stb_format::nm_rates;
 
 use super::super::gemm_task::GemmQ8Task;
 use super::gemm_lut::LutScratch;
@@ -20,17 +17,20 @@ use crate::cpu::ops::q8_batch::{
 use crate::cpu::packed::PackedGemmQ8;
 use crate::isa::Isa;
 
-/// From how many tokens on tiles take less time than look-ups, where there are tiles.
+/// The fewest tokens for which AMX takes less time than look-ups.
 const AMX_MIN_BATCH: usize = 12;
 
-/// See the module.
+/// How products are computed.
 enum GemmPath {
+    /// Codes are expanded to bytes and multiplied by a unit for tiles, see [`gemm_amx`].
     Amx,
+    /// Weights of some tokens are looked up in registers, see [`gemm_lut`].
     Lut,
+    /// Sums of activations of many tokens are looked up in memory, see [`gemm_sum_table`].
     SumTable,
 }
 
-/// Chooses the path for so many tokens.
+/// Chooses the path for this number of tokens.
 struct ChoosePath {
     tokens: usize,
 }
@@ -119,8 +119,8 @@ impl Task for NmQuantize<'_, '_, '_> {
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         let Self { matrix, chunk } = self;
-        let (blocks, m) = (chunk.blocks(), matrix.spec.m());
-        let quads = gemm_lut::quads(m);
+        let blocks = chunk.blocks();
+        let quads = gemm_lut::quads(matrix.spec.m());
         chunk.quantize(
             s,
             #[inline(always)]
@@ -132,7 +132,7 @@ impl Task for NmQuantize<'_, '_, '_> {
                 }
                 let (group, token) = (token / TABLE_TOKENS, token % TABLE_TOKENS);
                 let to = &mut chunk.tables[(group * blocks + block) * quads..][..quads];
-                gemm_lut::arrange(m, codes, token, to);
+                nm_rates!(matrix.spec, |N, M, BITS| gemm_lut::arrange::<M>(codes, token, to));
             },
         );
     }

@@ -1,6 +1,6 @@
-//! Products of N:M codes with many q8 tokens by tables of sums: what a code of some columns adds up to is looked up, for 16 tokens at
-//! a time. No weight is expanded, and no product computed: the work is one load and one addition for
-//! each code, whatever the number of columns it stands for.
+//! Products of N:M codes with many q8 tokens by tables of sums. The signed sum of activations that a code
+//! stands for is looked up, for 16 tokens at a time. No weight is expanded and no product computed: each
+//! code takes one load and one addition, whatever its number of columns.
 //!
 //! | | columns of a unit | entries of its table | look-ups for 128 columns |
 //! |---|---|---|---|
@@ -9,8 +9,8 @@
 //! | 2:8 | 8 | 128 | 16 |
 //! | 2:4 | 4 | 32 | 32 |
 //!
-//! Tables take an addition and a store for each entry, shared by all rows. Sums of a block stay within
-//! 16 bits: at most 64 weights of ±1 times ±127 are ±8128.
+//! Building a table takes an addition and a store for each entry, shared by all rows. Sums of a block fit in
+//! 16 bits: 64 weights of ±1 times ±127 are at most ±8128.
 
 use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{QUAD, TILE};
@@ -24,21 +24,21 @@ use crate::cpu::arch::bytes::{Aligned, Bytes};
 use crate::cpu::ops::q8::BLOCK;
 use crate::cpu::ops::q8_batch::TOKENS;
 
-/// Rows of a task that share tables: results for 32 tokens take 128 KiB, about what is left in the
-/// second cache of a core.
+/// Rows of a task, which share tables: results for 32 tokens take 128 KiB, about what is left in the L2
+/// cache of a core.
 pub(super) const ROWS: usize = 1024;
 
-/// TokenSums for 16 tokens.
+/// Sums for 16 tokens.
 type TokenSums = [i16; 16];
 
-/// The tables of all units of a block, one after the other, for the largest of the rates; any byte is
-/// an index into the last one.
+/// The tables of all units of a block, one after the other, with room for the rate that needs most; any
+/// byte is a valid index into the last table.
 type SumTables = Aligned<[TokenSums; 16 * 128 + 128]>;
 
-/// What the rows of a tile look up: [unit][row].
+/// The indices of the rows of a tile: [unit][row].
 type UnitIndices<const UNITS: usize> = [[u8; TILE]; UNITS];
 
-/// Groups whose codes together are an index: as many as keep tables small.
+/// Groups whose codes form one index: as many as keep tables small.
 const fn groups_of_unit(code_bits: usize) -> usize {
     if code_bits < 4 { 2 } else { 1 }
 }
@@ -93,7 +93,7 @@ fn all_tiles<
     }
 }
 
-/// What each row of a tile looks up in a block of columns; as many planes as there are.
+/// The indices of the rows of a tile in a block of columns.
 #[inline(always)]
 fn index<S: Bytes, const N: usize, const M: usize, const BITS: usize, const UNITS: usize>(
     s: S,
@@ -134,7 +134,7 @@ fn index<S: Bytes, const N: usize, const M: usize, const BITS: usize, const UNIT
     }
 }
 
-/// The tables of all units: the sums that [`index`] means, of activations [column][token].
+/// Builds the tables of all units for the indices of [`index`], from activations [column][token].
 #[inline(always)]
 fn build<S: Bytes, const N: usize, const M: usize, const ENTRIES: usize>(
     s: S,
@@ -150,7 +150,7 @@ fn build<S: Bytes, const N: usize, const M: usize, const ENTRIES: usize>(
             }
         }
         (1, 4) => {
-            // Of 4 quads, those of quads 0 and 1, 2 and 3.
+            // Of every 4 quads, groups of quads 0 and 1, and of 2 and 3.
             let pairs = groups.chunks_exact(2 * QUAD).flat_map(
                 #[inline(always)]
                 |quads| quads[..QUAD].iter().zip(&quads[QUAD..]),
@@ -175,7 +175,7 @@ fn build<S: Bytes, const N: usize, const M: usize, const ENTRIES: usize>(
     }
 }
 
-/// Position, above it the sign.
+/// Entries by position, above it the sign.
 #[inline(always)]
 fn signed<S: Bytes, const M: usize>(s: S, x: &[TokenSums; M], to: &mut [TokenSums]) {
     let (plus, minus) = to.split_at_mut(M);
@@ -185,8 +185,8 @@ fn signed<S: Bytes, const M: usize>(s: S, x: &[TokenSums; M], to: &mut [TokenSum
     }
 }
 
-/// i + M·j, above them the sign s: s·x_i, and s·x_j if i < j, −s·x_j if i > j, nothing if they are
-/// equal (spec/encodings.md, "Joint codes").
+/// Entries by i + M·j, above them the sign s: s·x_i, plus s·x_j if i < j, minus s·x_j if i > j
+/// (spec/encodings.md, "Joint codes").
 #[inline(always)]
 fn pairs<S: Bytes, const M: usize>(s: S, x: &[TokenSums; M], to: &mut [TokenSums]) {
     let zero = s.load_h(&[0; 16]);

@@ -1,11 +1,11 @@
 //! Matrix-vector products of N:M codes with q8 activations: a code is the index of a look-up in 16 bytes, and one
 //! instruction looks up 16 rows for each of 4 groups. No weight is ever expanded.
 //!
-//! Operations for 1:8 per 64 bytes of codes (1024 weights): 2 ANDs, a shift, 2 look-ups, and the
-//! two vectors' addition into 16 sums; the other rates need more to put the index together.
+//! For 1:8, 64 bytes of codes (1024 weights) take 2 ANDs, a shift, 2 look-ups, and the addition of the two
+//! vectors to 16 sums. The other rates need more operations to form the indices.
 
+use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
-use stb_format::encoding::{Nm, NmView};
 use stb_format::nm_rates;
 
 use super::codes::{CodePlanes, PART, chunks, indices, pairs, signed_table};
@@ -28,22 +28,13 @@ impl Task for NmPrepareQ8<'_> {
         let Self { matrix, values, q8 } = self;
         multiply_factors(s, matrix, values);
         q8.quantize(s, values);
-        tables(matrix.spec, &q8.codes, &mut q8.tables);
+        nm_rates!(matrix.spec, |N, M, BITS| signed_tables::<M>(&q8.codes, &mut q8.tables));
     }
 }
 
-/// Look-up tables for each quad, a lane for each of its groups.
+/// Look-up tables for each quad, see [`signed_table`].
 #[inline(always)]
-fn tables(spec: Nm, x: &[i8], tables: &mut Vec<Line>) {
-    match spec.m() {
-        8 => all_signed::<8>(x, tables),
-        _ => all_signed::<4>(x, tables),
-    }
-}
-
-/// Activations of the group, then their negatives, again if there is room.
-#[inline(always)]
-fn all_signed<const M: usize>(x: &[i8], tables: &mut Vec<Line>) {
+fn signed_tables<const M: usize>(x: &[i8], tables: &mut Vec<Line>) {
     tables.resize(x.len() / (QUAD * M), Aligned([0; 64]));
     for (table, quad) in tables.iter_mut().zip(x.chunks_exact(QUAD * M)) {
         signed_table::<M>(quad, table);
@@ -70,7 +61,8 @@ impl<const K: usize> Task for NmGemvQ8<'_, K> {
     }
 }
 
-/// As many tiles together as share the loads of tables and still have their sums in registers.
+/// Chooses how many tiles are computed together: they share the loads of tables, and their sums must fit in
+/// registers.
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const K: usize>(
     s: S,
@@ -128,7 +120,8 @@ fn by_tiles<
     }
 }
 
-/// Writes the rows of a tile from `at` of the `rows` in `y`, multiplied by their scales.
+/// Writes the sums of a tile, times the scales of its rows, from row `at` of the `rows` of each token in
+/// `y`.
 #[inline(always)]
 fn put<S: Bytes, const K: usize>(
     s: S,
@@ -176,7 +169,7 @@ fn tiles<
         steps[t] = BlockScales::of(m, tile + t);
         steps[t].prefetch_behind(s, T);
     }
-    // The tiles that come next lie behind the present ones.
+    // The next tiles follow in memory.
     let ahead = T * codes[0].len() * 64;
     let quads = m.groups().div_ceil(QUAD);
     let together = m.spec.block() / BLOCK;
@@ -211,12 +204,12 @@ fn tiles<
     totals
 }
 
-/// The scales of blocks of columns, one after the other.
+/// Walks over the blocks of columns and applies their scales.
 struct BlockCursor<'a, const T: usize> {
     steps: [BlockScales<'a>; T],
-    /// Blocks of activations that share scales of rows; 0 if all scales of rows are 1.
+    /// Blocks of activations per block of weights; 0 if there are no block scales.
     together: usize,
-    /// Which scales of rows, and for how many more blocks.
+    /// The current block of weights, and how many blocks of activations are left in it.
     index: usize,
     left: usize,
     block: usize,

@@ -2,6 +2,7 @@
 
 mod codes;
 mod exact;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 mod gemm_amx;
 mod gemm_lut;
 mod gemm_q8;

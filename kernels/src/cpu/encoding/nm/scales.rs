@@ -30,11 +30,12 @@ pub(super) fn multipliers<S: Simd>(s: S, m: &NmView<'_>, tile: usize, block: usi
     s.mul(scales.at(s, block), s.splat(scales.size))
 }
 
-/// The scale codes of a tile, whose multipliers are whole steps.
+/// The block scale codes of a tile. A multiplier is code + 1 steps of the size 1 / 2^bits.
 #[derive(Clone, Copy)]
 pub(super) struct BlockScales<'a> {
-    /// By block, for each row; of both one is empty. Two rows in a byte:
+    /// For each block, the 4-bit codes of the 16 rows, two in a byte. Empty if codes have 8 bits.
     four: &'a [[u8; 8]],
+    /// For each block, the 8-bit codes of the 16 rows. Empty if codes have 4 bits.
     eight: &'a [[u8; 16]],
     /// 1 / 2^bits.
     pub size: f32,
@@ -53,7 +54,7 @@ impl<'a> BlockScales<'a> {
         }
     }
 
-    /// Asks for the codes of the tile that comes `tiles` later.
+    /// Prefetches the codes of the tile that comes `tiles` later.
     #[inline(always)]
     pub(super) fn prefetch_behind<S: Bytes>(&self, s: S, tiles: usize) {
         let codes = self.four.as_flattened();
@@ -78,7 +79,7 @@ impl<'a> BlockScales<'a> {
     }
 }
 
-/// The scales of the rows of a tile, zero past the last one.
+/// The scales of the rows of a tile; zero past the last row.
 #[inline(always)]
 pub(super) fn row_scales<S: Simd>(s: S, m: &NmView<'_>, tile: usize) -> S::F {
     let stored = m.row_scales.get(tile * TILE..).unwrap_or_default();
@@ -92,8 +93,8 @@ pub(super) fn row_scales<S: Simd>(s: S, m: &NmView<'_>, tile: usize) -> S::F {
     s.load(&scales)
 }
 
-/// The scales of 16 rows in a block of columns, without the rows' own: code + 1 of each row and the
-/// size of a step, or nothing where all of them are 1.
+/// The block scales of 16 rows in a block of q8 activations: code + 1 of each row, and the size of a step.
+/// `None` if the matrix has no block scales.
 #[inline(always)]
 pub(super) fn block_steps<S: Bytes>(
     s: S,

@@ -1,15 +1,17 @@
-//! Matrix-vector products of the STBLLM structure with q8 activations, 16 rows at a time. A weight is one of five magnitudes
-//! with a sign, so a product is five sums of signed activations times magnitudes: over the columns of
-//! each region, and two over salient ones, by sign and by the sign of the residual. A sum over some of
-//! four columns is looked up: bits of planes are the index, and the table is the same for all rows.
+//! Matrix-vector products of the STBLLM structure with q8 activations, 16 rows at a time.
 //!
-//! Operations for 128 columns of 16 rows: for each row and word the deposit of its signs; nine
-//! transpositions of words to bytes of rows; for each of the three kinds, positive and negative, 8
-//! look-ups of 64 bytes in each of two tables, and their additions as bytes; the two kinds of salient
-//! columns only in blocks that have any, which are the same for all rows.
+//! A weight is one of five magnitudes with a sign, so a product is five sums of signed activations, each times
+//! its magnitude: one sum over the columns of each region, and two over salient columns, by the sign of the
+//! weight and by the sign of the residual. Sums over four columns are looked up: four bits of a plane are the
+//! index, and the table is the same for all rows.
 //!
-//! No sum overflows: a sum e over at most four activations is within ±508 and split as 32·h + l, with h
-//! from −16 to 15 and l from 0 to 31. In a block a byte adds eight of them: −128 to 120, and 0 to 248.
+//! 128 columns of 16 rows take a deposit of signs for each row and word; nine transpositions of words to bytes
+//! of rows; and for each of the three regions, positive and negative, 8 look-ups of 64 bytes in each of two
+//! tables and the additions of their results as bytes. The two sums of salient columns take the same, but only
+//! in blocks with salient columns, which are the same for all rows.
+//!
+//! No sum overflows: a sum over four activations is within ±508 and is stored as 32·h + l, with h from −16 to
+//! 15 and l from 0 to 31. In a block a byte adds eight of them: −128 to 120, and 0 to 248.
 
 use stb_format::encoding::StbllmView;
 use stb_format::encoding::stbllm::{SCALES, UNIT};
@@ -99,7 +101,7 @@ fn gemv<S: Bytes>(s: S, m: &StbllmView<'_>, x: &TokenQ8, first: usize, y: &mut [
     }
 }
 
-/// Rows of a matrix.
+/// Some rows of a matrix.
 struct RowTile<'a> {
     m: &'a StbllmView<'a>,
     row: usize,
@@ -107,20 +109,20 @@ struct RowTile<'a> {
     rows: usize,
 }
 
-/// What is read of a block of 16 rows. Rows and units that do not exist keep what was there before: the
-/// results of those rows are not used, and the tables of those columns are zero.
+/// A block of 16 rows, decoded. Rows and units that do not exist keep earlier content: results of such rows
+/// are not used, and the tables of such columns are zero.
 struct TilePlanes<S: Bytes> {
     /// Low and high bits of states and negative signs, of one unit.
     words: [[u64; ROW_TILE]; 3],
-    /// Which weights are of each kind, positive and negative: a lane has eight columns, a byte of it a
-    /// row. Dense, intermediate, sparse; salient by their sign and by that of the residual.
+    /// For each kind (dense, intermediate, sparse; salient by the sign of the weight, and by that of the
+    /// residual), which weights are positive and which negative: a lane has eight columns, a byte of it a row.
     planes: [[[S::B; 2]; VECTORS]; SCALES],
     /// Scales of each kind, binary16.
     scales: [[u8; 2 * ROW_TILE]; SCALES],
 }
 
 impl RowTile<'_> {
-    /// Reads the planes of a block, and says how many kinds there are: three if no column is salient.
+    /// Reads the planes of a block; returns the number of kinds, which is three if no column is salient.
     #[inline(always)]
     fn read_planes<S: Bytes>(&self, s: S, block: usize, to: &mut TilePlanes<S>) -> usize {
         let m = self.m;
@@ -133,7 +135,7 @@ impl RowTile<'_> {
             let salient = m.salient_word(block * UNITS + unit);
             for r in 0..self.rows {
                 let [low, high] = m.states[at].map(u64::from_le_bytes);
-                // One load where there are bytes behind it.
+                // A single load, except at the end of the signs.
                 let signs = u64::from_le_bytes(*bytes(m.signs, at * n, &mut [0; 8]));
                 (words[0][r], words[1][r]) = (low, high);
                 words[2][r] = s.deposit(signs & signs_of_unit, low | high);
@@ -215,14 +217,14 @@ impl RowTile<'_> {
         }
     }
 
-    /// Asks for what the next tile reads for this block. Rows lie behind one another, so the CPU does not
-    /// see in which order they are read.
+    /// Prefetches what the next tile reads for this block. Tiles go across rows, so the CPU's own prefetching
+    /// does not recognize the order.
     #[inline(always)]
     fn prefetch<S: Bytes>(&self, s: S, block: usize) {
         let m = self.m;
         for row in self.row + ROW_TILE..self.row + ROW_TILE + self.rows {
             let unit = row * m.units() + block * UNITS;
-            // Of a block, states are half a line; signs and scales are less.
+            // The states of a block take half a cache line; its signs and scales take less.
             if block.is_multiple_of(2) {
                 s.prefetch(m.states.as_ptr().wrapping_add(unit).cast());
             }
@@ -253,11 +255,11 @@ fn sums<S: Bytes>(s: S, planes: &[[S::B; 2]; VECTORS], tables: &[Line; TABLES]) 
         }
     }
     let [[high, low], [high_negative, low_negative]] = sums;
-    // −1 − v = !v; from 0 to 255, less 128 as signed bytes.
+    // −1 − v = !v. Bytes from 0 to 255 minus 128 are signed bytes.
     let high_negative = s.xor_b(high_negative, s.splat_b(255));
     let (low, low_negative) = (s.xor_b(low, s.splat_b(128)), s.xor_b(low_negative, s.splat_b(127)));
     let high = s.finish(s.dot2(s.zero_acc(), s.arrange(high), s.arrange(high_negative)));
     let low = s.finish(s.dot2(s.zero_acc(), s.arrange(low), s.arrange(low_negative)));
-    // Each of the four lanes is 1 too low in both.
+    // Both sums are too low by 1 in each of the four lanes.
     s.add_i(s.add_i(s.shl(high, 5), low), s.splat_i(4 * 32 + 4))
 }
