@@ -73,7 +73,7 @@ const COUNTS_AS_ZERO: f64 = 3.74e-37;
 /// Activations of 8 bits: within the bound that is stated, the same bits on every set, whatever the
 /// split, for outliers and zeros too.
 #[test]
-fn rounded_products_keep_their_bound_on_every_isa() {
+fn q8_products_keep_their_bound_on_every_isa() {
     let mut rng = Rng(6);
     let mut kernels = 0;
     for encoding in encodings() {
@@ -153,12 +153,12 @@ fn rounded_products_keep_their_bound_on_every_isa() {
             }
         }
     }
-    assert!(kernels > 100, "most joint codes and all integer groups have a kernel");
+    assert!(kernels > 100, "most N:M codes and all integer groups have a kernel");
 }
 
-/// A few tokens on packed weights give what each gives alone.
+/// A small batch gives what each of its tokens gives alone.
 #[test]
-fn few_tokens_do_not_depend_on_each_other() {
+fn tokens_of_a_small_batch_do_not_depend_on_each_other() {
     let mut rng = Rng(8);
     for encoding in encodings() {
         for (rows, cols) in SHAPES {
@@ -193,8 +193,8 @@ fn quantize(isa: Isa, kernel: &dyn PackedGemmQ8, x: &[f32], to: &mut Activations
     chunks.into_iter().for_each(|mut chunk| kernel.quantize(isa, &mut chunk));
 }
 
-/// What the portable kernels give for each of some tokens: for joint codes those for one token, for
-/// integers the ones for many, which add in another order but hardly differ.
+/// What the portable kernels give for each of some tokens: for N:M codes those for one token, for
+/// integers those for many, which add in another order but hardly differ.
 fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     let (rows, scalar) = (view.rows(), Isa::scalar());
     let mut all = vec![0.0; x.len() / view.cols() * rows];
@@ -237,7 +237,7 @@ fn few_integers_are_as_many_on_every_set() {
 
 /// Many tokens at once give what each gives alone, bit for bit, on every set and for every split.
 #[test]
-fn rounded_tokens_do_not_depend_on_each_other() {
+fn tokens_of_a_q8_gemm_do_not_depend_on_each_other() {
     let mut rng = Rng(7);
     let mut kernels = 0;
     for encoding in encodings() {
@@ -277,7 +277,7 @@ fn rounded_tokens_do_not_depend_on_each_other() {
             }
         }
     }
-    assert!(kernels > 100, "most joint codes have a kernel");
+    assert!(kernels > 100, "most N:M codes have a kernel");
 }
 
 /// A part of the rows gives the same bits as all of them: threads may split anywhere.

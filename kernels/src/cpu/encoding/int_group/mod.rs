@@ -12,6 +12,7 @@ use super::row_major;
 use crate::cpu::ops::q8::{GemvInput, GemvScratch};
 use crate::cpu::ops::q8_batch::{ActivationsQ8, Q8Arrangement, Q8Layout, QuantizeChunk, TOKENS};
 use crate::cpu::packed::{ActivationLayout, PackedGemmQ8, PackedMatrix, UnpackBlock};
+use crate::cpu::products::GEMV_MAX_BATCH;
 use crate::isa::Isa;
 
 impl PackedMatrix for IntGroupView<'_> {
@@ -54,7 +55,7 @@ impl PackedMatrix for IntGroupView<'_> {
     }
 
     fn gemv_max_batch(&self) -> usize {
-        48
+        GEMV_MAX_BATCH
     }
 
     fn unpack(&self, isa: Isa, block: UnpackBlock, to: &mut [f32]) {

@@ -1,5 +1,5 @@
-//! Matrix-vector products of N:M codes with q8 activations: a code is the index of a look-up in 16 bytes, and one
-//! instruction looks up 16 rows for each of 4 groups. No weight is ever expanded.
+//! Matrix-vector products of N:M codes with q8 activations. A code is the index of a look-up in 16 bytes,
+//! and one instruction looks up 16 rows for each of 4 groups. No weight is expanded.
 //!
 //! For 1:8, 64 bytes of codes (1024 weights) take 2 ANDs, a shift, 2 look-ups, and the addition of the two
 //! vectors to 16 sums. The other rates need more operations to form the indices.
@@ -41,8 +41,8 @@ fn signed_tables<const M: usize>(x: &[i8], tables: &mut Vec<Line>) {
     }
 }
 
-/// See [`PackedMatrix::gemv_batch`](crate::PackedMatrix::gemv_batch); for `K` tokens, of which `y` may
-/// have room for less: `rows` for each.
+/// See [`PackedMatrix::gemv_batch`](crate::PackedMatrix::gemv_batch): `rows` results for each token; `y` may
+/// have room for fewer than `K` tokens.
 pub(super) struct NmGemvQ8<'a, const K: usize> {
     pub matrix: &'a NmView<'a>,
     pub x: [&'a TokenQ8; K],
