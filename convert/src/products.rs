@@ -1,17 +1,10 @@
 //! Products of matrices on this processor: what the Hessian, the quantizers and the gradients are computed with.
 
 use rayon::prelude::*;
-use stb_format::encoding::{Dense, DenseView, MatrixView};
-use stb_kernels::{Isa, Panels, gemm};
+use stb_kernels::{Isa, Panels, gemm, dense};
 
 /// Rows that a thread works on at once; also the granularity of the Hessian's triangle.
 pub(crate) const TASK_ROWS: usize = 64;
-
-/// Numbers in memory as a matrix.
-pub(crate) fn dense(values: &[f32], rows: usize, cols: usize) -> MatrixView<'_> {
-    let view = DenseView::new(Dense::F32, rows as u64, cols as u64, bytemuck::cast_slice(values));
-    MatrixView::Dense(view.expect("rows × cols values"))
-}
 
 /// [cols, rows] of `x` [rows, cols].
 pub(crate) fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {

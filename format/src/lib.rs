@@ -2,8 +2,8 @@
 //!
 //! This crate turns bytes into validated views and values into bytes. It holds the *exact* scalar
 //! encoder and decoder of every registered encoding; faster code elsewhere is checked against it.
-//! The normative text is `spec/stb-format.md`; each rule there has an id (`STB-R-nnn`) that the
-//! errors of this crate carry.
+//! The normative text is `spec/README.md` and the files beside it; each rule there has an id
+//! (`STB-R-nnn`), which the errors of this crate carry.
 //!
 //! ```no_run
 //! let bytes = std::fs::read("model.stb")?;

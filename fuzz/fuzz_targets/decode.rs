@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use stb_format::Encoding;
 use stb_format::encoding::MatrixView;
-use stb_kernels::{Isa, Panels, Workspace, gemm, gemv};
+use stb_kernels::{GemvScratch, Isa, Panels, gemm, gemv, packed};
 
 fuzz_target!(|data: &[u8]| {
     let Some((head, rest)) = data.split_at_checked(11) else { return };
@@ -35,18 +35,17 @@ fuzz_target!(|data: &[u8]| {
 });
 
 fn kernels(view: &MatrixView<'_>, weights: &[f32], valid: bool) {
-    let (rows, cols) = (view.rows(), view.cols());
+    let (matrix, rows, cols) = (packed(view), view.rows(), view.cols());
     let x: Vec<f32> = (0..cols).map(|i| (i % 5) as f32 - 2.0).collect();
     let mut panels = Panels::default();
     panels.pack(&x, cols);
     for isa in Isa::available() {
-        let mut work = Workspace::default();
+        let mut scratch = GemvScratch::default();
         let (mut y, mut z) = (vec![0.0; rows], vec![0.0; rows * panels.all().row_stride()]);
-        let prepared = work.prepare(view, &x);
-        gemv(isa, view, prepared, 0, &mut y);
-        gemm(isa, view, panels.all(), 0, &mut z);
+        gemv(isa, matrix, matrix.prepare(isa, &x, &mut scratch), 0, &mut y);
+        gemm(isa, matrix, panels.all(), 0, &mut z);
         let mut rounded = vec![0.0; rows];
-        gemv(isa, view, Workspace::default().prepare_q8(isa, view, &x), 0, &mut rounded);
+        gemv(isa, matrix, matrix.prepare_q8(isa, &x, &mut scratch), 0, &mut rounded);
         if !valid {
             continue;
         }

@@ -9,7 +9,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use stb_format::Encoding;
 use stb_format::encoding::{IntGroup, Nm};
-use stb_kernels::{ActivationsQ8, Panels, gemm, gemm_q8};
+use stb_kernels::{ActivationsQ8, Panels, gemm, gemm_q8, packed};
 
 mod report;
 use report::{Limits, Work};
@@ -36,6 +36,7 @@ fn benches(c: &mut Criterion) {
         // Any bits are codes; what they decode to does not matter for speed.
         let payload: Vec<u8> = (0..bytes).map(|i| ((i * 2654435761) >> 7) as u8 & 0x3b).collect();
         let view = encoding.view(shape[0], shape[1], &payload).expect("the right length");
+        let kernel = packed(&view).gemm_q8().expect("an encoding with a q8 GEMM");
         for tokens in [8, 512] {
             let x: Vec<f32> =
                 (0..tokens * COLS).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
@@ -45,11 +46,11 @@ fn benches(c: &mut Criterion) {
             let work = Work { weights: (ROWS * COLS) as u64, bytes, tokens: tokens as u64 };
             for set in &sets {
                 let isa = set.isa();
-                let mut rounded = ActivationsQ8::default();
-                let parts = rounded.parts(isa, &view, &x);
-                parts.into_iter().for_each(|mut part| part.round(isa, &view));
-                let (size, task) = (rounded.group(), rounded.task_rows());
-                let mut y = vec![0.0; rounded.groups() * size * ROWS];
+                let mut activations = ActivationsQ8::default();
+                let chunks = activations.chunks(kernel.layout(isa, tokens), &x, COLS);
+                chunks.into_iter().for_each(|mut chunk| kernel.quantize(isa, &mut chunk));
+                let (size, task) = (activations.group(), activations.task_rows());
+                let mut y = vec![0.0; activations.groups() * size * ROWS];
                 let mut y: Vec<_> = y.chunks_exact_mut(ROWS).collect();
                 set.bench(&mut group, &work, || {
                     for (group, y) in y.chunks_exact_mut(size).enumerate() {
@@ -57,7 +58,7 @@ fn benches(c: &mut Criterion) {
                             let rows = first..ROWS.min(first + task);
                             let mut y: Vec<_> =
                                 y.iter_mut().map(|y| &mut y[rows.clone()]).collect();
-                            gemm_q8(isa, &view, &rounded, group, first, &mut y);
+                            gemm_q8(isa, kernel, &activations, group, first, &mut y);
                         }
                     }
                 });
@@ -66,7 +67,7 @@ fn benches(c: &mut Criterion) {
                     panels.pack(&x, COLS);
                     let mut y = vec![0.0; ROWS * panels.all().row_stride()];
                     group.bench_function(format!("{} exact", isa.name()), |b| {
-                        b.iter(|| gemm(isa, &view, panels.all(), 0, &mut y));
+                        b.iter(|| gemm(isa, packed(&view), panels.all(), 0, &mut y));
                     });
                 }
             }

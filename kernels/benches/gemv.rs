@@ -9,7 +9,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use stb_format::Encoding;
 use stb_format::encoding::{IntGroup, Nm, Stbllm};
-use stb_kernels::{Workspace, gemv};
+use stb_kernels::{GemvScratch, gemv, packed};
 
 mod report;
 use report::{Limits, Work};
@@ -41,9 +41,10 @@ fn benches(c: &mut Criterion) {
             let work = Work { weights: (rows * COLS) as u64, bytes, tokens: 1 };
             for set in &sets {
                 let mut y = vec![0.0; rows];
-                let mut memory = Workspace::default();
-                let prepared = memory.prepare_q8(set.isa(), &view, &x);
-                set.bench(&mut group, &work, || gemv(set.isa(), &view, prepared, 0, &mut y));
+                let (isa, matrix) = (set.isa(), packed(&view));
+                let mut scratch = GemvScratch::default();
+                let input = matrix.prepare_q8(isa, &x, &mut scratch);
+                set.bench(&mut group, &work, || gemv(isa, matrix, input, 0, &mut y));
             }
         }
     }

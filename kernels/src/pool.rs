@@ -1,5 +1,5 @@
-//! Threads that wait for work close by: a token is hundreds of short parallel regions, and waking a
-//! sleeping thread for each would take longer than the work.
+//! A thread pool whose workers spin between parallel regions: decoding a token takes hundreds of short
+//! regions, and waking a sleeping thread for each would take longer than the work.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -9,40 +9,42 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long a waiting thread only looks: longer than what lies between two regions of a token.
+/// How long a waiting thread spins: longer than the time between two regions of a token.
 const SPIN: Duration = Duration::from_micros(200);
-/// After that it lets other threads go first, for so long; then it sleeps.
+/// After spinning, a thread yields to other threads for this long; then it sleeps.
 const YIELD: Duration = Duration::from_millis(5);
 
-/// A worker that is waited for this long, and several times as long as a task takes, has lost its core to
-/// something else. To share work is then to wait for the scheduler, again and again, so the caller works
-/// alone for [`ALONE`] times as long as it waited, at most [`LONGEST`].
+/// If the caller waits this long for a worker, and several times as long as a task takes, the worker has
+/// lost its core to another program, and sharing work would mean waiting for the scheduler again and again.
 const LATE: Duration = Duration::from_millis(1);
-const ALONE: u32 = 20;
-const LONGEST: Duration = Duration::from_secs(1);
+/// The caller then works alone for this many times as long as it waited.
+const SERIAL_FACTOR: u32 = 20;
+/// The longest time for which it works alone.
+const SERIAL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Threads for parallel regions. The caller of [`Pool::run`] works too, so a pool of one thread
 /// has none of its own.
 #[derive(Debug)]
 pub struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<PoolShared>,
     workers: Vec<JoinHandle<()>>,
-    /// Held during a region: another caller then works alone. Until when this one does too.
+    /// Held during a region: another caller works alone then. The time is until when this caller works
+    /// alone, too.
     busy: Mutex<Option<Instant>>,
 }
 
-/// A task of the present region, by its number.
-type Task<'a> = dyn Fn(usize) + Sync + 'a;
+/// The function of the current region, called with the index of each task.
+type PoolTask<'a> = dyn Fn(usize) + Sync + 'a;
 
 #[derive(Debug)]
-struct Shared {
-    /// Counts the regions; workers wait for a change.
+struct PoolShared {
+    /// Number of regions so far; workers wait for a change.
     generation: AtomicU32,
     /// [`OPEN`] while a region may be entered, plus the number of workers inside.
     gate: AtomicU32,
     /// By thread, the caller first.
-    ranges: Box<[Range]>,
-    job: UnsafeCell<Job>,
+    ranges: Box<[TaskRange]>,
+    job: UnsafeCell<PoolJob>,
     /// The first panic of a worker.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     sleepers: AtomicU32,
@@ -51,14 +53,15 @@ struct Shared {
     stop: AtomicBool,
 }
 
-/// Tasks with consecutive numbers: a thread reads what lies side by side in memory, so that what it
-/// fetches ahead is what it needs next. It takes the first one, others that have nothing left the last.
+/// Indices of consecutive tasks that belong to one thread. Consecutive tasks read consecutive memory, so
+/// hardware prefetching helps. The owner takes tasks from the start; threads that have run out of tasks
+/// take them from the end.
 #[derive(Default, Debug)]
 #[repr(align(64))]
-struct Range(AtomicU64);
+struct TaskRange(AtomicU64);
 
-impl Range {
-    /// Nobody may take any meanwhile.
+impl TaskRange {
+    /// No thread may take tasks at the same time.
     fn set(&self, first: u32, end: u32) {
         self.0.store(u64::from(first) << 32 | u64::from(end), Ordering::Relaxed);
     }
@@ -78,37 +81,39 @@ impl Range {
             let less = if from_end { packed.wrapping_sub(1) } else { packed.wrapping_add(1 << 32) };
             (first < end).then_some(less)
         };
-        // What a task reads and writes is ordered by the gate.
+        // The gate orders what tasks read and write.
         let packed = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shorter).ok()?;
         let (first, end) = Self::bounds(packed);
         Some(if from_end { end - 1 } else { first } as usize)
     }
 }
 
-/// A slice that is cut into pieces for several threads.
-struct Part<T> {
+/// A slice that several threads use disjoint pieces of.
+struct SplitSlice<T> {
     start: *mut T,
     len: usize,
 }
 
-// SAFETY: it stands for an exclusive borrow of elements that may be sent; threads get disjoint pieces.
-unsafe impl<T: Send> Sync for Part<T> {}
+// SAFETY: the value stands for an exclusive borrow of elements that may be sent to other threads; threads
+// get disjoint pieces.
+unsafe impl<T: Send> Sync for SplitSlice<T> {}
 
-impl<T> Part<T> {
+impl<T> SplitSlice<T> {
     /// # Safety
-    /// `first + len` must be within the part, and nobody else may use these elements meanwhile.
+    /// `first + len` must be within the slice, and no one else may use these elements at the same time.
     #[expect(clippy::mut_from_ref, reason = "pieces are disjoint by the caller's promise")]
     unsafe fn piece(&self, first: usize, len: usize) -> &mut [T] {
-        // SAFETY: `first` is within the part by the caller's promise.
+        // SAFETY: the caller promises that `first` is within the slice.
         let start = unsafe { self.start.add(first) };
-        // SAFETY: so are `len` elements from there, which nobody else uses.
+        // SAFETY: the caller promises that the `len` elements from there are, too, and that they are not used
+        // elsewhere.
         unsafe { std::slice::from_raw_parts_mut(start, len) }
     }
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Job {
-    task: Option<*const Task<'static>>,
+struct PoolJob {
+    task: Option<*const PoolTask<'static>>,
 }
 
 const OPEN: u32 = 1 << 31;
@@ -117,15 +122,15 @@ const OPEN: u32 = 1 << 31;
 // the holder of `Pool::busy` while the gate is closed and nobody inside, and read only by workers
 // inside the gate, which enter by an acquiring exchange that sees the opening release. The pointer's
 // target is `Sync`, and outlives the region: `run` returns only when the gate is closed and empty.
-unsafe impl Sync for Shared {}
-// SAFETY: nothing in it belongs to a thread; the pointer in `job` is used as said above.
-unsafe impl Send for Shared {}
+unsafe impl Sync for PoolShared {}
+// SAFETY: no field is bound to a thread; the pointer in `job` is used as described above.
+unsafe impl Send for PoolShared {}
 
 impl Pool {
-    /// A pool in which `threads` threads work: the caller and `threads − 1` more.
+    /// A pool of `threads` threads: the caller and `threads − 1` workers.
     ///
     /// # Errors
-    /// If the system gives no more threads.
+    /// If the system cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let mut pool = Self::of(threads.max(1));
         for i in 1..threads {
@@ -143,13 +148,13 @@ impl Pool {
         Self::of(1)
     }
 
-    /// Without its workers.
+    /// A pool for `threads` threads, with no worker started.
     fn of(threads: usize) -> Self {
-        let shared = Shared {
+        let shared = PoolShared {
             generation: AtomicU32::new(0),
             gate: AtomicU32::new(0),
-            ranges: (0..threads).map(|_| Range::default()).collect(),
-            job: UnsafeCell::new(Job { task: None }),
+            ranges: (0..threads).map(|_| TaskRange::default()).collect(),
+            job: UnsafeCell::new(PoolJob { task: None }),
             panic: Mutex::new(None),
             sleepers: AtomicU32::new(0),
             sleep: Mutex::new(()),
@@ -159,9 +164,9 @@ impl Pool {
         Self { shared: Arc::new(shared), workers: Vec::new(), busy: Mutex::new(None) }
     }
 
-    /// Calls `task` with the pieces of `chunk` elements that `parts` are cut into (the last piece of a
-    /// part may be shorter), on all threads: the number of the part, the index of its first element
-    /// and the piece.
+    /// Cuts each of `parts` into pieces of `chunk` elements (the last piece of a part may be shorter) and
+    /// calls `task` for every piece, on all threads, with the index of the part, the index of the first
+    /// element in it, and the piece.
     ///
     /// # Panics
     /// If a task does, or if `chunk` is 0.
@@ -171,8 +176,8 @@ impl Pool {
         chunk: usize,
         task: impl Fn(usize, usize, &mut [T]) + Sync,
     ) {
-        let parts = parts.map(|part| Part { start: part.as_mut_ptr(), len: part.len() });
-        let count = |part: &Part<T>| part.len.div_ceil(chunk);
+        let parts = parts.map(|part| SplitSlice { start: part.as_mut_ptr(), len: part.len() });
+        let count = |part: &SplitSlice<T>| part.len.div_ceil(chunk);
         self.run(parts.iter().map(count).sum(), |mut index| {
             for (i, part) in parts.iter().enumerate() {
                 if index < count(part) {
@@ -202,23 +207,24 @@ impl Pool {
         self.run_parts([data], chunk, |_, first, piece| task(first, piece));
     }
 
-    /// How many threads work, the caller among them.
+    /// How many threads work, including the caller.
     #[must_use]
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// This pool, or one without threads if it is not worth it.
+    /// This pool if `worth`, else a pool without workers.
     #[must_use]
     pub fn or_serial(&self, worth: bool) -> &Self {
         static SERIAL: OnceLock<Pool> = OnceLock::new();
         if worth { self } else { SERIAL.get_or_init(Self::serial) }
     }
 
-    /// Calls `task` with every number below `tasks`, on all threads, and returns when all calls have
-    /// returned. Each thread has as many of them, one after the other, and then takes from those who have
-    /// some left, so that a core that is taken away holds up no more than its present task; the caller
-    /// then works alone for a while. It also does while another thread is in a region of this pool.
+    /// Calls `task` with every index below `tasks`, on all threads, and returns when all calls have
+    /// returned. Every thread starts with an equal share of consecutive indices, and takes tasks from the
+    /// others when its own are done, so that a preempted worker holds up only its current task. After
+    /// waiting for a preempted worker, the caller works alone for a while. The caller also works alone while
+    /// another thread runs a region of this pool.
     ///
     /// # Panics
     /// If a task does.
@@ -228,7 +234,7 @@ impl Pool {
         let busy = match self.busy.try_lock() {
             _ if alone => None,
             Ok(busy) => Some(busy),
-            // A task has panicked; its region ended all the same.
+            // A task panicked in an earlier region, which has ended.
             Err(TryLockError::Poisoned(busy)) => Some(busy.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         };
@@ -241,19 +247,21 @@ impl Pool {
             (0..tasks).for_each(task);
             return;
         }
-        let short: *const Task<'_> = &raw const task;
-        // SAFETY: only the lifetime is changed; `region` ends before `task` is dropped, and workers
-        // use the pointer only inside it.
-        let long = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(short) };
-        // SAFETY: `busy` is held, the gate closed and empty since the region before: nobody reads.
-        unsafe { *self.shared.job.get() = Job { task: Some(long) } };
-        let region = Region::open(&self.shared, count.unwrap_or(0));
+        let short: *const PoolTask<'_> = &raw const task;
+        // SAFETY: only the lifetime changes; `region` ends before `task` is dropped, and workers
+        // use the pointer only inside the region.
+        let long =
+            unsafe { std::mem::transmute::<*const PoolTask<'_>, *const PoolTask<'static>>(short) };
+        // SAFETY: `busy` is held, and the gate has been closed and empty since the last region, so no
+        // worker reads the job.
+        unsafe { *self.shared.job.get() = PoolJob { task: Some(long) } };
+        let region = ParallelRegion::open(&self.shared, count.unwrap_or(0));
         let own = region.0.take_tasks(&task, 0);
         let worked = started.elapsed();
         drop(region);
         let waited = started.elapsed() - worked;
         let late = waited > LATE && waited > 4 * worked / own.max(1);
-        *busy = late.then(|| Instant::now() + (waited * ALONE).min(LONGEST));
+        *busy = late.then(|| Instant::now() + (waited * SERIAL_FACTOR).min(SERIAL_LIMIT));
         let panic = self.shared.panic.lock().map_or(None, |mut panic| panic.take());
         if let Some(panic) = panic {
             resume_unwind(panic);
@@ -266,17 +274,17 @@ impl Drop for Pool {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.announce();
         for worker in self.workers.drain(..) {
-            // A worker catches the panics of tasks; nothing is left to report.
+            // Workers catch the panics of tasks, so there is no error to report.
             drop(worker.join());
         }
     }
 }
 
-/// Open until it is dropped, also by a panic of the caller's own task.
-struct Region<'a>(&'a Shared);
+/// A region that workers may enter until it is dropped, which also happens if the caller's task panics.
+struct ParallelRegion<'a>(&'a PoolShared);
 
-impl<'a> Region<'a> {
-    fn open(shared: &'a Shared, tasks: u32) -> Self {
+impl<'a> ParallelRegion<'a> {
+    fn open(shared: &'a PoolShared, tasks: u32) -> Self {
         let threads = shared.ranges.len() as u64;
         let mut first = 0;
         for (range, i) in shared.ranges.iter().zip(1..) {
@@ -285,22 +293,22 @@ impl<'a> Region<'a> {
             range.set(first, end);
             first = end;
         }
-        // Releases `job` and the ranges to those who enter.
+        // Releases `job` and the ranges to the workers that enter.
         shared.gate.store(OPEN, Ordering::Release);
         shared.announce();
         Self(shared)
     }
 }
 
-impl Drop for Region<'_> {
+impl Drop for ParallelRegion<'_> {
     fn drop(&mut self) {
         self.0.gate.fetch_and(!OPEN, Ordering::AcqRel);
-        // Acquires what the workers have written.
+        // Acquires the writes of the workers.
         wait_while(|| self.0.gate.load(Ordering::Acquire) != 0);
     }
 }
 
-/// Looks, then lets others go first: the end is near, so there is no sleep.
+/// Spins, then yields. There is no sleep, because the wait is short.
 fn wait_while(condition: impl Fn() -> bool) {
     let mut started = None;
     while condition() {
@@ -316,20 +324,20 @@ fn elapsed(started: &mut Option<Instant>) -> Duration {
     started.get_or_insert_with(Instant::now).elapsed()
 }
 
-impl Shared {
-    /// Tells the workers that there is something new.
+impl PoolShared {
+    /// Wakes the workers for a new region, or to stop.
     fn announce(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
-        // A worker counts itself before it looks at the generation for the last time, in the same
-        // total order: either it sees the change or it is seen here.
+        // A worker adds itself to the sleepers before it reads the generation for the last time, in the same
+        // total order: either the worker sees the new generation, or this thread sees the sleeper.
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             drop(self.sleep.lock());
             self.wake.notify_all();
         }
     }
 
-    /// Takes tasks, those of `thread` first, until there are none left; returns how many it took.
-    fn take_tasks(&self, task: &Task<'_>, thread: usize) -> u32 {
+    /// Runs tasks, those of `thread` first, until none are left; returns how many it ran.
+    fn take_tasks(&self, task: &PoolTask<'_>, thread: usize) -> u32 {
         let mut taken = 0;
         while let Some(i) = self.ranges[thread].take(false) {
             task(i);
@@ -348,7 +356,7 @@ impl Shared {
         taken
     }
 
-    /// What a worker does until the pool is dropped.
+    /// The loop of worker `thread`, which ends when the pool is dropped.
     fn work(&self, thread: usize) {
         let mut seen = 0;
         loop {
@@ -359,11 +367,11 @@ impl Shared {
             if !self.enter() {
                 continue;
             }
-            // SAFETY: this thread is inside the gate: `job` was written before and is not written
-            // until it leaves.
+            // SAFETY: this thread is inside the gate: `job` was written before it entered and is not written
+            // again until it leaves.
             let job = unsafe { *self.job.get() };
             if let Some(task) = job.task {
-                // SAFETY: the target lives as long as the region is open or anyone inside.
+                // SAFETY: the target lives as long as the region is open or a worker is inside.
                 let task = unsafe { &*task };
                 let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(task, thread)));
                 if let Err(panic) = result
@@ -376,17 +384,17 @@ impl Shared {
         }
     }
 
-    /// Goes in unless the region is over.
+    /// Enters the region; false if it is over.
     fn enter(&self) -> bool {
         let inside = |gate: u32| (gate & OPEN != 0).then_some(gate + 1);
         self.gate.fetch_update(Ordering::Acquire, Ordering::Relaxed, inside).is_ok()
     }
 
-    /// Waits for another generation than `seen`: looks, then yields, then sleeps.
+    /// Waits for a generation other than `seen`: spins, then yields, then sleeps.
     fn wait_for_change(&self, seen: u32) -> u32 {
         let mut started = None;
         loop {
-            // Reading the clock takes longer than looking.
+            // Reading the clock takes longer than reading the generation.
             for _ in 0..64 {
                 let now = self.generation.load(Ordering::SeqCst);
                 if now != seen {
@@ -498,7 +506,7 @@ mod tests {
             count.into_inner()
         };
         assert_eq!(others(), 0, "alone");
-        std::thread::sleep(LONGEST);
+        std::thread::sleep(SERIAL_LIMIT);
         let again = Instant::now();
         while others() == 0 {
             assert!(again.elapsed() < Duration::from_secs(60), "never again together");

@@ -8,8 +8,8 @@ use stb_format::Encoding;
 use stb_format::encoding::{Dense, MatrixView};
 use stb_format::half::f16;
 use stb_kernels::{
-    ActivationsQ8, Isa, Panels, ROW_TILE, Workspace, gemm, gemm_min_batch, gemm_q8, gemv,
-    gemv_batch, has_gemm_q8, ops, prefill_batch,
+    ActivationsQ8, GemvScratch, Isa, PackedGemmQ8, Panels, ROW_TILE, gemm, gemm_q8, gemv,
+    gemv_batch, ops, packed,
 };
 use stb_random::Rng;
 
@@ -42,10 +42,10 @@ fn products_match_the_oracle_on_every_isa() {
             let mut reference: Option<(Vec<u32>, Vec<u32>)> = None;
             for isa in Isa::available() {
                 let what = format!("{encoding} {rows}x{cols} {}", isa.name());
-                let mut work = Workspace::default();
-                let prepared = work.prepare(&view, &x[..cols]);
+                let mut work = GemvScratch::default();
+                let prepared = packed(&view).prepare(isa, &x[..cols], &mut work);
                 let mut y = vec![f32::NAN; rows];
-                gemv(isa, &view, prepared, 0, &mut y);
+                gemv(isa, packed(&view), prepared, 0, &mut y);
                 for r in 0..rows {
                     let (sum, abs) = exact(r, 0);
                     close(y[r], sum, abs, &what);
@@ -54,7 +54,7 @@ fn products_match_the_oracle_on_every_isa() {
                 panels.pack(&x, cols);
                 let stride = panels.all().row_stride();
                 let mut z = vec![f32::NAN; rows * stride];
-                gemm(isa, &view, panels.all(), 0, &mut z);
+                gemm(isa, packed(&view), panels.all(), 0, &mut z);
                 for (r, t) in (0..rows).flat_map(|r| (0..tokens).map(move |t| (r, t))) {
                     let (sum, abs) = exact(r, t);
                     close(z[r * stride + t], sum, abs, &what);
@@ -74,7 +74,7 @@ const COUNTS_AS_ZERO: f64 = 3.74e-37;
 /// Activations of 8 bits: within the bound that is stated, the same bits on every set, whatever the
 /// split, for outliers and zeros too.
 #[test]
-fn rounded_products_keep_their_bound_on_every_isa() {
+fn q8_products_keep_their_bound_on_every_isa() {
     let mut rng = Rng(6);
     let mut kernels = 0;
     for encoding in encodings() {
@@ -106,11 +106,11 @@ fn rounded_products_keep_their_bound_on_every_isa() {
                 let mut reference: Option<Vec<u32>> = None;
                 for isa in Isa::available() {
                     let what = format!("{encoding} {rows}x{cols} {} {kind}", isa.name());
-                    let mut work = Workspace::default();
-                    let prepared = work.prepare_q8(isa, &view, &x);
+                    let mut work = GemvScratch::default();
+                    let prepared = packed(&view).prepare_q8(isa, &x, &mut work);
                     let mut y = vec![f32::NAN; rows];
                     for (i, y) in y.chunks_mut(3 * ROW_TILE).enumerate() {
-                        gemv(isa, &view, prepared, i * 3 * ROW_TILE, y);
+                        gemv(isa, packed(&view), prepared, i * 3 * ROW_TILE, y);
                     }
                     for r in 0..rows {
                         let (mut sum, mut size, mut bound) = (0.0, 0.0, 0.0);
@@ -144,22 +144,22 @@ fn rounded_products_keep_their_bound_on_every_isa() {
             let mut x = rng.floats(300);
             x[130] = bad;
             for isa in Isa::available() {
-                let mut work = Workspace::default();
-                let prepared = work.prepare_q8(isa, &view, &x);
+                let mut work = GemvScratch::default();
+                let prepared = packed(&view).prepare_q8(isa, &x, &mut work);
                 if format!("{prepared:?}").contains("Some") {
                     let mut y = vec![0.0; 16];
-                    gemv(isa, &view, prepared, 0, &mut y);
+                    gemv(isa, packed(&view), prepared, 0, &mut y);
                     assert!(y.iter().all(|v| v.is_nan()), "{encoding} {} {y:?}", isa.name());
                 }
             }
         }
     }
-    assert!(kernels > 100, "most joint codes and all integer groups have a kernel");
+    assert!(kernels > 100, "most N:M codes and all integer groups have a kernel");
 }
 
-/// A few tokens on packed weights give what each gives alone.
+/// A small batch gives what each of its tokens gives alone.
 #[test]
-fn few_tokens_do_not_depend_on_each_other() {
+fn tokens_of_a_small_batch_do_not_depend_on_each_other() {
     let mut rng = Rng(8);
     for encoding in encodings() {
         for (rows, cols) in SHAPES {
@@ -168,17 +168,18 @@ fn few_tokens_do_not_depend_on_each_other() {
             for tokens in [1, 3, 4, 6, 9] {
                 let x = rng.floats(tokens * cols);
                 for isa in Isa::available() {
-                    let mut works: Vec<Workspace> = Vec::new();
-                    works.resize_with(tokens, Workspace::default);
+                    let mut works: Vec<GemvScratch> = Vec::new();
+                    works.resize_with(tokens, GemvScratch::default);
                     let mut alone = vec![0.0; tokens * rows];
                     for ((work, x), y) in
                         works.iter_mut().zip(x.chunks(cols)).zip(alone.chunks_mut(rows))
                     {
-                        gemv(isa, &view, work.prepare_q8(isa, &view, x), 0, y);
+                        let x = packed(&view).prepare_q8(isa, x, work);
+                        gemv(isa, packed(&view), x, 0, y);
                     }
-                    let prepared: Vec<_> = works.iter().map(Workspace::prepared).collect();
+                    let prepared: Vec<_> = works.iter().map(GemvScratch::input).collect();
                     let mut together = vec![f32::NAN; tokens * rows];
-                    gemv_batch(isa, &view, &prepared, 0, &mut together);
+                    gemv_batch(isa, packed(&view), &prepared, 0, &mut together);
                     assert!(together == alone, "{encoding} {rows}x{cols} {tokens} {}", isa.name());
                 }
             }
@@ -186,22 +187,30 @@ fn few_tokens_do_not_depend_on_each_other() {
     }
 }
 
-/// What the portable kernels give for each of some tokens: for joint codes those for one token, for
-/// integers the ones for many, which add in another order but hardly differ.
+/// Quantizes all tokens for the q8 GEMM.
+fn quantize(isa: Isa, kernel: &dyn PackedGemmQ8, x: &[f32], to: &mut ActivationsQ8) {
+    let layout = kernel.layout(isa, x.len() / kernel.cols());
+    let chunks = to.chunks(layout, x, kernel.cols());
+    chunks.into_iter().for_each(|mut chunk| kernel.quantize(isa, &mut chunk));
+}
+
+/// What the portable kernels give for each of some tokens: for N:M codes those for one token, for
+/// integers those for many, which add in another order but hardly differ.
 fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     let (rows, scalar) = (view.rows(), Isa::scalar());
     let mut all = vec![0.0; x.len() / view.cols() * rows];
     for (x, y) in x.chunks(view.cols()).zip(all.chunks_mut(rows)) {
-        let mut work = Workspace::default();
-        gemv(scalar, view, work.prepare_q8(scalar, view, x), 0, y);
-        if matches!(view, MatrixView::IntGroup(_)) {
+        let mut work = GemvScratch::default();
+        let matrix = packed(view);
+        gemv(scalar, matrix, matrix.prepare_q8(scalar, x, &mut work), 0, y);
+        if let (MatrixView::IntGroup(_), Some(kernel)) = (view, matrix.gemm_q8()) {
             let mut many = vec![0.0; rows];
             let mut tokens = ActivationsQ8::default();
-            tokens.parts(scalar, view, x).iter_mut().for_each(|part| part.round(scalar, view));
+            quantize(scalar, kernel, x, &mut tokens);
             let mut rest: Vec<&mut [f32]> = Vec::new();
             rest.resize_with(tokens.group(), Default::default);
             rest[0] = &mut many;
-            gemm_q8(scalar, view, &tokens, 0, 0, &mut rest);
+            gemm_q8(scalar, kernel, &tokens, 0, 0, &mut rest);
             let largest = y.iter().fold(0.0f32, |max, y| max.max(y.abs()));
             for (one, many) in y.iter().zip(&many) {
                 assert!((one - many).abs() <= 2e-6 * largest, "{one} {many}, up to {largest}");
@@ -220,8 +229,8 @@ fn few_integers_are_as_many_on_every_set() {
     for encoding in encodings() {
         let bytes = payload(&mut rng, &encoding, 16, 64);
         let view = encoding.view(16, 64, &bytes).unwrap();
-        if matches!(view, MatrixView::IntGroup(_)) && has_gemm_q8(&view) {
-            let of = |isa| (gemm_min_batch(isa, &view), prefill_batch(isa, &view));
+        if let (MatrixView::IntGroup(_), Some(kernel)) = (&view, packed(&view).gemm_q8()) {
+            let of = |isa| (kernel.min_batch(isa), kernel.prefill_batch(isa));
             assert!(Isa::available().all(|isa| of(isa) == of(Isa::scalar())), "{encoding}");
         }
     }
@@ -229,24 +238,21 @@ fn few_integers_are_as_many_on_every_set() {
 
 /// Many tokens at once give what each gives alone, bit for bit, on every set and for every split.
 #[test]
-fn rounded_tokens_do_not_depend_on_each_other() {
+fn tokens_of_a_q8_gemm_do_not_depend_on_each_other() {
     let mut rng = Rng(7);
     let mut kernels = 0;
     for encoding in encodings() {
         for (rows, cols) in SHAPES {
             let bytes = payload(&mut rng, &encoding, rows, cols);
             let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
-            if !has_gemm_q8(&view) {
-                continue;
-            }
+            let Some(kernel) = packed(&view).gemm_q8() else { continue };
             for tokens in [1, 2, 7, 16, 17, 33, 50] {
                 let mut x = rng.floats(tokens * cols);
                 x[rng.below(tokens * cols)] = 1e3;
                 let alone = alone(&view, &x);
                 for isa in Isa::available() {
                     let mut together = ActivationsQ8::default();
-                    let parts = together.parts(isa, &view, &x);
-                    parts.into_iter().for_each(|mut part| part.round(isa, &view));
+                    quantize(isa, kernel, &x, &mut together);
                     let size = together.group();
                     let mut y = vec![f32::NAN; together.groups() * size * rows];
                     for (group, y) in y.chunks_mut(size * rows).enumerate() {
@@ -254,7 +260,7 @@ fn rounded_tokens_do_not_depend_on_each_other() {
                             let part = first..rows.min(first + 48);
                             let mut y: Vec<_> =
                                 y.chunks_mut(rows).map(|y| &mut y[part.clone()]).collect();
-                            gemm_q8(isa, &view, &together, group, first, &mut y);
+                            gemm_q8(isa, kernel, &together, group, first, &mut y);
                         }
                     }
                     for (i, (found, alone)) in y.iter().zip(&alone).enumerate() {
@@ -272,7 +278,7 @@ fn rounded_tokens_do_not_depend_on_each_other() {
             }
         }
     }
-    assert!(kernels > 100, "most joint codes have a kernel");
+    assert!(kernels > 100, "most N:M codes have a kernel");
 }
 
 /// A part of the rows gives the same bits as all of them: threads may split anywhere.
@@ -285,21 +291,21 @@ fn results_do_not_depend_on_the_split() {
         let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
         let x = rng.floats(5 * cols);
         let isa = Isa::available().next().unwrap();
-        let mut work = Workspace::default();
-        let prepared = work.prepare(&view, &x[..cols]);
+        let mut work = GemvScratch::default();
+        let prepared = packed(&view).prepare(isa, &x[..cols], &mut work);
         let mut panels = Panels::default();
         panels.pack(&x, cols);
         let stride = panels.all().row_stride();
         let mut whole = (vec![0.0; rows], vec![0.0; rows * stride]);
-        gemv(isa, &view, prepared, 0, &mut whole.0);
-        gemm(isa, &view, panels.all(), 0, &mut whole.1);
+        gemv(isa, packed(&view), prepared, 0, &mut whole.0);
+        gemm(isa, packed(&view), panels.all(), 0, &mut whole.1);
         for count in [ROW_TILE, 3 * ROW_TILE] {
             let mut parts = (vec![0.0; rows], vec![0.0; rows * stride]);
             for (i, y) in parts.0.chunks_mut(count).enumerate() {
-                gemv(isa, &view, prepared, i * count, y);
+                gemv(isa, packed(&view), prepared, i * count, y);
             }
             for (i, y) in parts.1.chunks_mut(count * stride).enumerate() {
-                gemm(isa, &view, panels.all(), i * count, y);
+                gemm(isa, packed(&view), panels.all(), i * count, y);
             }
             assert!(whole == parts, "{encoding} in parts of {count}");
         }
@@ -330,7 +336,7 @@ fn panels_of_every_kind() {
             }
             let used = panels.first(used_tokens, used_cols);
             let mut y = vec![0.0; rows * used.row_stride()];
-            gemm(isa, &view, used, 0, &mut y);
+            gemm(isa, packed(&view), used, 0, &mut y);
             for (r, t) in (0..rows).flat_map(|r| (0..used_tokens).map(move |t| (r, t))) {
                 let terms = (0..used_cols)
                     .map(|c| f64::from(weights[r * cols + c]) * f64::from(x[at(t, c)]));

@@ -1,6 +1,6 @@
 //! The path of tokens through a model, top to bottom: embeddings, decoder layers, last norm, lm_head.
 
-use stb_kernels::{has_gemm_q8, prefill_batch};
+use stb_kernels::packed;
 
 use crate::block::run_block;
 use crate::cpu::{CpuOps, SERIAL, norm_rows};
@@ -260,8 +260,9 @@ impl Engine {
     /// more, so that activations stay in cache.
     fn prefill_size(&self, tokens: usize) -> usize {
         let shared = |w: &Weight| {
-            let quantized = !self.exact && has_gemm_q8(&w.view());
-            quantized.then(|| prefill_batch(self.isa, &w.view()))
+            let view = w.view();
+            let kernel = packed(&view).gemm_q8().filter(|_| !self.exact)?;
+            Some(kernel.prefill_batch(self.isa))
         };
         let layers = &self.model.layers[..self.host_layers()];
         let mut matrices = layers.iter().flat_map(|layer| layer.linears().iter());

@@ -3,9 +3,8 @@
 use std::cell::RefCell;
 
 use stb_format::ModelSpec;
-use stb_format::encoding::{Dense, DenseView, MatrixView};
 use stb_kernels::kv::{KvKind, KvRows, mix, scores};
-use stb_kernels::{Isa, Panels, Pool, gemm, ops};
+use stb_kernels::{Isa, Panels, Pool, dense, gemm, ops};
 
 /// Queries that share a pass over the keys when there are many.
 const BLOCK: usize = 64;
@@ -272,12 +271,6 @@ impl KvHead {
             }
         }
     }
-}
-
-/// Numbers in memory as a matrix.
-fn dense(values: &[f32], rows: usize, cols: usize) -> MatrixView<'_> {
-    let view = DenseView::new(Dense::F32, rows as u64, cols as u64, bytemuck::cast_slice(values));
-    MatrixView::Dense(view.expect("rows × cols values"))
 }
 
 #[cfg(test)]

@@ -52,7 +52,7 @@ pub use eval::{
 };
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use layer::Layer;
-pub use linear::{LinearScratch, apply};
+pub use linear::{LinearScratch, LinearWeight, Threads, apply, apply_packed};
 pub use map::Bytes;
 pub use model::Model;
 pub use sampler::{Sampler, SamplerInput, SamplerOptions};

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use super::{split, total};
+use super::segments::{split, total};
+use super::traits::{WeightEncoding, WeightView};
 use crate::error::{Error, Result, Rule};
 use crate::num::len_u64;
 
@@ -18,24 +19,6 @@ pub enum Dense {
 }
 
 impl Dense {
-    pub(crate) fn parse(id: u32, params: [u8; 16]) -> Option<Self> {
-        let kind = match id {
-            1 => Self::F32,
-            2 => Self::F16,
-            3 => Self::Bf16,
-            _ => return None,
-        };
-        (params == [0; 16]).then_some(kind)
-    }
-
-    pub(crate) fn id(self) -> u32 {
-        match self {
-            Self::F32 => 1,
-            Self::F16 => 2,
-            Self::Bf16 => 3,
-        }
-    }
-
     /// Bytes per element.
     #[must_use]
     pub fn bytes(self) -> u64 {
@@ -57,6 +40,42 @@ impl Dense {
                 values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
             }
         }
+    }
+}
+
+impl WeightEncoding for Dense {
+    type View<'a> = DenseView<'a>;
+    const IDS: &'static [u32] = &[1, 2, 3];
+    const ANY_SHAPE: bool = true;
+
+    fn parse(id: u32, params: [u8; 16]) -> Option<Self> {
+        let kind = match id {
+            1 => Self::F32,
+            2 => Self::F16,
+            3 => Self::Bf16,
+            _ => return None,
+        };
+        (params == [0; 16]).then_some(kind)
+    }
+
+    fn id(self) -> u32 {
+        match self {
+            Self::F32 => 1,
+            Self::F16 => 2,
+            Self::Bf16 => 3,
+        }
+    }
+
+    fn params(self) -> [u8; 16] {
+        [0; 16]
+    }
+
+    fn payload_len(self, rows: u64, cols: u64) -> Option<u64> {
+        rows.checked_mul(cols)?.checked_mul(self.bytes())
+    }
+
+    fn view(self, rows: u64, cols: u64, payload: &[u8]) -> Option<DenseView<'_>> {
+        DenseView::new(self, rows, cols, payload)
     }
 }
 
@@ -87,7 +106,7 @@ impl<'a> DenseView<'a> {
     /// A view of `data`; `None` unless it holds exactly `rows` × `cols` elements.
     #[must_use]
     pub fn new(kind: Dense, rows: u64, cols: u64, data: &'a [u8]) -> Option<Self> {
-        let length = rows.checked_mul(cols)?.checked_mul(kind.bytes())?;
+        let length = kind.payload_len(rows, cols)?;
         total([length])?;
         let [data] = split(data, [length])?;
         Some(Self {
@@ -106,9 +125,18 @@ impl<'a> DenseView<'a> {
         let start = row.saturating_mul(width);
         self.data.get(start..start.saturating_add(width)).unwrap_or_default()
     }
+}
 
-    /// See [`super::MatrixView::decode_row`].
-    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+impl WeightView for DenseView<'_> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn decode_row(&self, row: usize, out: &mut [f32]) {
         let bytes = self.row_bytes(row);
         match self.kind {
             Dense::F32 => {
@@ -129,7 +157,7 @@ impl<'a> DenseView<'a> {
         }
     }
 
-    pub(crate) fn check(&self) -> Result<()> {
+    fn check(&self, _payload: &[u8]) -> Result<()> {
         let mut line = vec![0.0; self.cols];
         for row in 0..self.rows {
             self.decode_row(row, &mut line);

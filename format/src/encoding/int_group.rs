@@ -5,7 +5,10 @@ use std::fmt;
 
 use half::f16;
 
-use super::{as_f16, check_canonical, check_finite_f16, f16_at, f16_bytes, f16_vec, join, split};
+use super::segments::{
+    as_f16, check_canonical, check_finite_f16, f16_at, f16_bytes, f16_vec, join, split, total,
+};
+use super::traits::{WeightEncoding, WeightView};
 use crate::error::Result;
 use crate::num::first_nonzero;
 
@@ -30,12 +33,6 @@ impl IntGroup {
     pub fn new(bits: u8, group: u16) -> Option<Self> {
         let valid = matches!(bits, 1..=4 | 8) && matches!(group, 32 | 64 | 128);
         valid.then_some(Self { bits, group })
-    }
-
-    /// The registered id.
-    #[must_use]
-    pub fn id(self) -> u32 {
-        if self.is_odd() { Self::ODD_ID } else { Self::ID }
     }
 
     /// Bits per code: 1, 2, 3, 4 or 8.
@@ -103,7 +100,24 @@ impl IntGroup {
         usize::from(self.group)
     }
 
-    pub(crate) fn parse(id: u32, params: [u8; 16]) -> Option<Self> {
+    /// Bytes of the codes of one row.
+    fn row_bytes(self, cols: u64) -> Option<u64> {
+        let padded = cols.checked_next_multiple_of(u64::from(self.group))?;
+        padded.checked_mul(u64::from(self.bits))?.checked_div(8)
+    }
+
+    fn segments(self, rows: u64, cols: u64) -> Option<[u64; 2]> {
+        let codes = rows.checked_mul(self.row_bytes(cols)?)?;
+        let groups = cols.div_ceil(u64::from(self.group));
+        Some([codes, rows.checked_mul(groups)?.checked_mul(2)?])
+    }
+}
+
+impl WeightEncoding for IntGroup {
+    type View<'a> = IntGroupView<'a>;
+    const IDS: &'static [u32] = &[Self::ID, Self::ODD_ID];
+
+    fn parse(id: u32, params: [u8; 16]) -> Option<Self> {
         let [bits, 0, g0, g1, rest @ ..] = params else { return None };
         if rest != [0; 12] {
             return None;
@@ -111,21 +125,21 @@ impl IntGroup {
         Self::new(bits, u16::from_le_bytes([g0, g1])).filter(|spec| spec.id() == id)
     }
 
-    pub(crate) fn params(self) -> [u8; 16] {
+    fn id(self) -> u32 {
+        if self.is_odd() { Self::ODD_ID } else { Self::ID }
+    }
+
+    fn params(self) -> [u8; 16] {
         let [g0, g1] = self.group.to_le_bytes();
         [self.bits, 0, g0, g1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
     }
 
-    /// Bytes of the codes of one row.
-    fn row_bytes(self, cols: u64) -> Option<u64> {
-        let padded = cols.checked_next_multiple_of(u64::from(self.group))?;
-        padded.checked_mul(u64::from(self.bits))?.checked_div(8)
+    fn payload_len(self, rows: u64, cols: u64) -> Option<u64> {
+        total(self.segments(rows, cols)?)
     }
 
-    pub(crate) fn segments(self, rows: u64, cols: u64) -> Option<[u64; 2]> {
-        let codes = rows.checked_mul(self.row_bytes(cols)?)?;
-        let groups = cols.div_ceil(u64::from(self.group));
-        Some([codes, rows.checked_mul(groups)?.checked_mul(2)?])
+    fn view(self, rows: u64, cols: u64, payload: &[u8]) -> Option<IntGroupView<'_>> {
+        IntGroupView::new(self, rows, cols, payload)
     }
 }
 
@@ -286,22 +300,6 @@ impl<'a> IntGroupView<'a> {
         field
     }
 
-    /// See [`super::MatrixView::decode_row`]: `w = scale × code`.
-    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
-        if row >= self.rows {
-            return;
-        }
-        let (planes, scales) = (self.row_planes(row), self.row_scales(row));
-        let groups = out.chunks_mut(self.spec.group());
-        for (index, (group, scale)) in groups.zip(scales).enumerate() {
-            let scale = f16::from_le_bytes(*scale).to_f32();
-            let start = index.saturating_mul(self.spec.group());
-            for (k, o) in group.iter_mut().enumerate() {
-                *o = scale * f32::from(self.code(planes, start.saturating_add(k)));
-            }
-        }
-    }
-
     /// The logical content.
     #[must_use]
     pub fn unpack(&self) -> IntGroupParts {
@@ -313,13 +311,6 @@ impl<'a> IntGroupView<'a> {
             .collect();
         let (spec, rows, cols) = (self.spec, self.rows, self.cols);
         IntGroupParts { spec, rows, cols, codes, scales: f16_vec(self.scales) }
-    }
-
-    pub(crate) fn check(&self, payload: &[u8]) -> Result<()> {
-        if !self.unused_is_zero(payload) {
-            check_canonical(payload, &self.unpack().pack())?;
-        }
-        check_finite_f16(payload, self.scales, "scale")
     }
 
     /// Whether the columns that fill the last group of each row, and the bytes before the scales, are
@@ -341,5 +332,38 @@ impl<'a> IntGroupView<'a> {
     #[must_use]
     pub fn scale(&self, row: usize, group: usize) -> f32 {
         f16_at(self.row_scales(row), group)
+    }
+}
+
+impl WeightView for IntGroupView<'_> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// `w = scale × code`.
+    fn decode_row(&self, row: usize, out: &mut [f32]) {
+        if row >= self.rows {
+            return;
+        }
+        let (planes, scales) = (self.row_planes(row), self.row_scales(row));
+        let groups = out.chunks_mut(self.spec.group());
+        for (index, (group, scale)) in groups.zip(scales).enumerate() {
+            let scale = f16::from_le_bytes(*scale).to_f32();
+            let start = index.saturating_mul(self.spec.group());
+            for (k, o) in group.iter_mut().enumerate() {
+                *o = scale * f32::from(self.code(planes, start.saturating_add(k)));
+            }
+        }
+    }
+
+    fn check(&self, payload: &[u8]) -> Result<()> {
+        if !self.unused_is_zero(payload) {
+            check_canonical(payload, &self.unpack().pack())?;
+        }
+        check_finite_f16(payload, self.scales, "scale")
     }
 }

@@ -1,13 +1,15 @@
-//! Id 48: joint codes of N:M groups (spec §6.5). A group of M columns in one row keeps at most N
+//! Id 48: N:M sparse-sign groups (spec §6.5). A group of M columns in one row keeps at most N
 //! weights of one magnitude; positions and signs are one code, stored in bit planes of tiles.
 
 use std::fmt;
 
 use half::f16;
 
-use super::{
+use super::segments::{
     as_f16, check_canonical, check_finite_f16, f16_at, f16_bytes, f16_vec, join, signed, split,
+    total,
 };
+use super::traits::{WeightEncoding, WeightView};
 use crate::error::Result;
 use crate::num::len_u64;
 
@@ -20,11 +22,89 @@ pub const CHUNK_QUADS: usize = 8;
 /// Bytes of a vector: one quad of groups for the 16 rows of a tile.
 pub const VECTOR: usize = 64;
 
-/// Parameters of the joint N:M encoding.
+/// Compiles an expression for each rate of the format and evaluates that of the rate of `spec`, an
+/// [`Nm`]. The three names are constants of type `usize` in it: N, M and the bits of a code.
+///
+/// ```
+/// use stb_format::encoding::Nm;
+///
+/// fn generic<const N: usize, const M: usize, const CODE_BITS: usize>() -> [usize; 3] {
+///     [N, M, CODE_BITS]
+/// }
+/// let spec = Nm::new(2, 4, 0, 0, false).expect("a rate of the format");
+/// let found = stb_format::nm_rates!(spec, |N, M, CODE_BITS| generic::<N, M, CODE_BITS>());
+/// assert_eq!(found, [2, 4, 5]);
+/// ```
+#[macro_export]
+macro_rules! nm_rates {
+    // The table.
+    (@table $rule:ident $arguments:tt) => {
+        $crate::nm_rates!(@$rule $arguments (1, 4), (1, 8), (2, 4), (2, 8))
+    };
+    (list) => { $crate::nm_rates!(@table list ()) };
+    ($spec:expr, |$n:ident, $m:ident, $code_bits:ident| $body:expr) => {
+        $crate::nm_rates!(@table dispatch (($spec) $n $m $code_bits ($body)))
+    };
+    (@list () $(($n:literal, $m:literal)),+) => { &[$(NmRate { n: $n, m: $m }),+] };
+    (@dispatch $arguments:tt $($rate:tt),+) => {
+        'rates: {
+            $($crate::nm_rates!(@case $arguments $rate 'rates);)+
+            unreachable!("every rate of the format has a case")
+        }
+    };
+    (@case (($spec:expr) $N:ident $M:ident $code_bits:ident ($body:expr))
+        ($n:literal, $m:literal) $done:lifetime) => {
+        if ($spec.n(), $spec.m()) == ($n, $m) {
+            #[allow(dead_code)]
+            const $N: usize = $n;
+            #[allow(dead_code)]
+            const $M: usize = $m;
+            #[allow(dead_code)]
+            const $code_bits: usize = $crate::encoding::NmRate::code_bits_of($n, $m);
+            break $done $body;
+        }
+    };
+}
+
+/// How many weights of how many columns an N:M group keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Nm {
+pub struct NmRate {
     n: u8,
     m: u8,
+}
+
+impl NmRate {
+    /// The rates that the format has.
+    pub const ALL: &'static [Self] = nm_rates!(list);
+
+    /// Bits of a position: log2 M.
+    #[must_use]
+    #[inline]
+    pub const fn position_bits(self) -> u32 {
+        self.m.trailing_zeros()
+    }
+
+    /// Bits of a code: N·log2 M + 1.
+    #[must_use]
+    #[inline]
+    #[allow(clippy::as_conversions, reason = "widening; conversion traits are not const")]
+    pub const fn code_bits(self) -> u32 {
+        (self.n as u32).wrapping_mul(self.position_bits()).wrapping_add(1)
+    }
+
+    /// Bits of a code of N:M, for [`nm_rates!`].
+    #[doc(hidden)]
+    #[must_use]
+    #[allow(clippy::as_conversions, reason = "small numbers; conversion traits are not const")]
+    pub const fn code_bits_of(n: u8, m: u8) -> usize {
+        Self { n, m }.code_bits() as usize
+    }
+}
+
+/// Parameters of the N:M sparse-sign encoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nm {
+    rate: NmRate,
     scale_bits: u8,
     col_factors: bool,
     block: u16,
@@ -34,30 +114,29 @@ impl Nm {
     /// The registered id.
     pub const ID: u32 = 48;
 
-    /// `n`:`m` is one of 1:4, 1:8, 2:4 and 2:8. `scale_bits` 0, 4 or 8 per row and `block`
+    /// `n`:`m` is one of [`NmRate::ALL`]. `scale_bits` 0, 4 or 8 per row and `block`
     /// columns; `block` is 0 exactly if `scale_bits` is, else a multiple of 32.
     #[must_use]
     pub fn new(n: u8, m: u8, scale_bits: u8, block: u16, col_factors: bool) -> Option<Self> {
-        let valid = matches!(n, 1 | 2)
-            && matches!(m, 4 | 8)
-            && matches!(scale_bits, 0 | 4 | 8)
+        let rate = NmRate::ALL.iter().copied().find(|rate| (rate.n, rate.m) == (n, m))?;
+        let valid = matches!(scale_bits, 0 | 4 | 8)
             && (scale_bits == 0) == (block == 0)
             && block.is_multiple_of(32);
-        valid.then_some(Self { n, m, scale_bits, col_factors, block })
+        valid.then_some(Self { rate, scale_bits, col_factors, block })
     }
 
     /// The most weights kept in a group.
     #[must_use]
     #[inline]
     pub fn n(self) -> usize {
-        usize::from(self.n)
+        usize::from(self.rate.n)
     }
 
     /// Columns of a group.
     #[must_use]
     #[inline]
     pub fn m(self) -> usize {
-        usize::from(self.m)
+        usize::from(self.rate.m)
     }
 
     /// Bits of a block scale code: 0, 4 or 8.
@@ -80,18 +159,18 @@ impl Nm {
         self.col_factors
     }
 
-    /// Bits of a position: log2 M.
+    /// See [`NmRate::position_bits`].
     #[must_use]
     #[inline]
     pub fn position_bits(self) -> u32 {
-        self.m.trailing_zeros()
+        self.rate.position_bits()
     }
 
-    /// Bits of a code: N·log2 M + 1.
+    /// See [`NmRate::code_bits`].
     #[must_use]
     #[inline]
     pub fn code_bits(self) -> u32 {
-        u32::from(self.n).wrapping_mul(self.position_bits()).wrapping_add(1)
+        self.rate.code_bits()
     }
 
     /// Widths of the bit planes of a code, low bits first: its binary digits from 8 down to 1.
@@ -106,11 +185,11 @@ impl Nm {
     #[inline]
     pub fn pattern(self, code: u16) -> [Option<(usize, bool)>; 2] {
         let bits = self.position_bits();
-        let mask = u16::from(self.m).wrapping_sub(1);
+        let mask = u16::from(self.rate.m).wrapping_sub(1);
         let negative = code.wrapping_shr(self.code_bits().wrapping_sub(1)) & 1 != 0;
         let i = code & mask;
         let first = Some((usize::from(i), negative));
-        if self.n == 1 {
+        if self.rate.n == 1 {
             return [first, None];
         }
         let j = code.wrapping_shr(bits) & mask;
@@ -125,14 +204,14 @@ impl Nm {
     pub fn code(self, first: (usize, bool), second: Option<(usize, bool)>) -> Option<u16> {
         let bits = self.position_bits();
         let sign = |negative: bool| u16::from(negative) << self.code_bits().wrapping_sub(1);
-        let position = |p: usize| u16::try_from(p).ok().filter(|p| *p < u16::from(self.m));
+        let position = |p: usize| u16::try_from(p).ok().filter(|p| *p < u16::from(self.rate.m));
         let a = position(first.0)?;
         let Some((b, negative_b)) = second else {
-            let repeat = if self.n == 2 { a << bits } else { 0 };
+            let repeat = if self.rate.n == 2 { a << bits } else { 0 };
             return Some(a | repeat | sign(first.1));
         };
         let b = position(b)?;
-        if self.n == 1 || a == b {
+        if self.rate.n == 1 || a == b {
             return None;
         }
         // Equal signs put the lower position first, different signs the higher; the first one's
@@ -142,23 +221,9 @@ impl Nm {
         Some(i | j << bits | sign(negative))
     }
 
-    pub(crate) fn parse(params: [u8; 16]) -> Option<Self> {
-        let [n, m, scale_bits, flags, b0, b1, rest @ ..] = params;
-        if flags > 1 || rest != [0; 10] {
-            return None;
-        }
-        Self::new(n, m, scale_bits, u16::from_le_bytes([b0, b1]), flags == 1)
-    }
-
-    pub(crate) fn params(self) -> [u8; 16] {
-        let [b0, b1] = self.block.to_le_bytes();
-        let flags = u8::from(self.col_factors);
-        [self.n, self.m, self.scale_bits, flags, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-    }
-
     /// Groups of a row.
     fn groups(self, cols: u64) -> u64 {
-        cols.div_ceil(u64::from(self.m))
+        cols.div_ceil(u64::from(self.rate.m))
     }
 
     /// Bytes of the vectors of one chunk with `quads` quads, 1 to 8.
@@ -180,7 +245,7 @@ impl Nm {
         if self.block == 0 { 0 } else { cols.div_ceil(u64::from(self.block)) }
     }
 
-    pub(crate) fn segments(self, rows: u64, cols: u64) -> Option<[u64; 4]> {
+    fn segments(self, rows: u64, cols: u64) -> Option<[u64; 4]> {
         let tiles = rows.div_ceil(len_u64(TILE));
         let tile_scales =
             self.blocks(cols).checked_mul(u64::from(self.scale_bits))?.checked_mul(2)?;
@@ -193,9 +258,40 @@ impl Nm {
     }
 }
 
+impl WeightEncoding for Nm {
+    type View<'a> = NmView<'a>;
+    const IDS: &'static [u32] = &[Self::ID];
+
+    fn parse(_: u32, params: [u8; 16]) -> Option<Self> {
+        let [n, m, scale_bits, flags, b0, b1, rest @ ..] = params;
+        if flags > 1 || rest != [0; 10] {
+            return None;
+        }
+        Self::new(n, m, scale_bits, u16::from_le_bytes([b0, b1]), flags == 1)
+    }
+
+    fn id(self) -> u32 {
+        Self::ID
+    }
+
+    fn params(self) -> [u8; 16] {
+        let [b0, b1] = self.block.to_le_bytes();
+        let flags = u8::from(self.col_factors);
+        [self.rate.n, self.rate.m, self.scale_bits, flags, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    }
+
+    fn payload_len(self, rows: u64, cols: u64) -> Option<u64> {
+        total(self.segments(rows, cols)?)
+    }
+
+    fn view(self, rows: u64, cols: u64, payload: &[u8]) -> Option<NmView<'_>> {
+        NmView::new(self, rows, cols, payload)
+    }
+}
+
 impl fmt::Display for Nm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "nm {}:{}", self.n, self.m)?;
+        write!(f, "nm {}:{}", self.rate.n, self.rate.m)?;
         if self.scale_bits != 0 {
             write!(f, "/b{}s{}", self.block, self.scale_bits)?;
         }
@@ -203,7 +299,7 @@ impl fmt::Display for Nm {
     }
 }
 
-/// The logical content of a joint N:M tensor.
+/// The logical content of a N:M sparse-sign tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NmParts {
     /// Parameters.
@@ -300,7 +396,7 @@ impl NmParts {
     }
 }
 
-/// A joint N:M matrix in place.
+/// A N:M sparse-sign matrix in place.
 #[derive(Clone, Copy, Debug)]
 pub struct NmView<'a> {
     /// Parameters.
@@ -424,8 +520,36 @@ impl<'a> NmView<'a> {
         code
     }
 
-    /// See [`super::MatrixView::decode_row`]: `w = ±((row scale × multiplier) × column factor)`.
-    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+    /// The logical content.
+    #[must_use]
+    pub fn unpack(&self) -> NmParts {
+        let rows = 0..self.rows;
+        let pairs = |width: usize| {
+            rows.clone().flat_map(move |row| (0..width).map(move |column| (row, column)))
+        };
+        NmParts {
+            spec: self.spec,
+            rows: self.rows,
+            cols: self.cols,
+            col_factors: f16_vec(self.col_factors),
+            row_scales: f16_vec(self.row_scales),
+            block_codes: pairs(self.blocks()).map(|(r, b)| self.block_code(r, b)).collect(),
+            codes: pairs(self.groups()).map(|(r, g)| self.code(r, g)).collect(),
+        }
+    }
+}
+
+impl WeightView for NmView<'_> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// `w = ±((row scale × multiplier) × column factor)`.
+    fn decode_row(&self, row: usize, out: &mut [f32]) {
         if row >= self.rows {
             return;
         }
@@ -453,25 +577,7 @@ impl<'a> NmView<'a> {
         }
     }
 
-    /// The logical content.
-    #[must_use]
-    pub fn unpack(&self) -> NmParts {
-        let rows = 0..self.rows;
-        let pairs = |width: usize| {
-            rows.clone().flat_map(move |row| (0..width).map(move |column| (row, column)))
-        };
-        NmParts {
-            spec: self.spec,
-            rows: self.rows,
-            cols: self.cols,
-            col_factors: f16_vec(self.col_factors),
-            row_scales: f16_vec(self.row_scales),
-            block_codes: pairs(self.blocks()).map(|(r, b)| self.block_code(r, b)).collect(),
-            codes: pairs(self.groups()).map(|(r, g)| self.code(r, g)).collect(),
-        }
-    }
-
-    pub(crate) fn check(&self, payload: &[u8]) -> Result<()> {
+    fn check(&self, payload: &[u8]) -> Result<()> {
         check_canonical(payload, &self.unpack().pack())?;
         check_finite_f16(payload, self.col_factors, "column factor")?;
         check_finite_f16(payload, self.row_scales, "row scale")

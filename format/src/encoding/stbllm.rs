@@ -5,9 +5,11 @@ use std::fmt;
 
 use half::f16;
 
-use super::{
+use super::segments::{
     as_f16, check_canonical, check_finite_f16, f16_at, f16_bytes, f16_vec, join, signed, split,
+    total,
 };
+use super::traits::{WeightEncoding, WeightView};
 use crate::error::{Error, Result, Rule};
 use crate::num::len_u64;
 
@@ -54,20 +56,7 @@ impl Stbllm {
         self.n().saturating_mul(width.min(8)).div_ceil(8)
     }
 
-    pub(crate) fn parse(params: [u8; 16]) -> Option<Self> {
-        let [n, 0, b0, b1, rest @ ..] = params else { return None };
-        if rest != [0; 12] {
-            return None;
-        }
-        Self::new(n, u16::from_le_bytes([b0, b1]))
-    }
-
-    pub(crate) fn params(self) -> [u8; 16] {
-        let [b0, b1] = self.block.to_le_bytes();
-        [self.n, 0, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-    }
-
-    pub(crate) fn segments(self, rows: u64, cols: u64) -> Option<[u64; 4]> {
+    fn segments(self, rows: u64, cols: u64) -> Option<[u64; 4]> {
         let units = cols.div_ceil(len_u64(UNIT));
         let blocks = cols.div_ceil(u64::from(self.block));
         let row_units = rows.checked_mul(units)?;
@@ -77,6 +66,36 @@ impl Stbllm {
             row_units.checked_mul(u64::from(self.n))?,
             rows.checked_mul(blocks)?.checked_mul(len_u64(SCALES))?.checked_mul(2)?,
         ])
+    }
+}
+
+impl WeightEncoding for Stbllm {
+    type View<'a> = StbllmView<'a>;
+    const IDS: &'static [u32] = &[Self::ID];
+
+    fn parse(_: u32, params: [u8; 16]) -> Option<Self> {
+        let [n, 0, b0, b1, rest @ ..] = params else { return None };
+        if rest != [0; 12] {
+            return None;
+        }
+        Self::new(n, u16::from_le_bytes([b0, b1]))
+    }
+
+    fn id(self) -> u32 {
+        Self::ID
+    }
+
+    fn params(self) -> [u8; 16] {
+        let [b0, b1] = self.block.to_le_bytes();
+        [self.n, 0, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    }
+
+    fn payload_len(self, rows: u64, cols: u64) -> Option<u64> {
+        total(self.segments(rows, cols)?)
+    }
+
+    fn view(self, rows: u64, cols: u64, payload: &[u8]) -> Option<StbllmView<'_>> {
+        StbllmView::new(self, rows, cols, payload)
     }
 }
 
@@ -267,33 +286,6 @@ impl<'a> StbllmView<'a> {
         negative
     }
 
-    /// See [`super::MatrixView::decode_row`].
-    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
-        if row >= self.rows {
-            return;
-        }
-        for (unit, chunk) in out.chunks_mut(UNIT).enumerate() {
-            let (low, high) = self.state_words(row, unit);
-            let (salient, negative) = (self.salient_word(unit), self.negative_word(row, unit));
-            let first = unit.saturating_mul(UNIT);
-            for (c, o) in (0u32..).zip(chunk.iter_mut()) {
-                let bit = |word: u64| word.wrapping_shr(c) & 1;
-                let col = first.saturating_add(usize::try_from(c).unwrap_or(0));
-                let block = col.checked_div(self.spec.block()).unwrap_or(0);
-                let [dense, intermediate, sparse, order1, order2] = self.block_scales(row, block);
-                let minus = bit(negative) != 0;
-                *o = match (bit(salient), bit(high), bit(low)) {
-                    (_, 0, 0) => 0.0,
-                    (0, 0, _) => signed(dense, minus),
-                    (0, _, 0) => signed(intermediate, minus),
-                    (0, _, _) => signed(sparse, minus),
-                    (_, 0, _) => signed(order1, minus) + order2,
-                    (_, _, _) => signed(order1, minus) - order2,
-                };
-            }
-        }
-    }
-
     /// The logical content.
     #[must_use]
     pub fn unpack(&self) -> StbllmParts {
@@ -314,12 +306,6 @@ impl<'a> StbllmView<'a> {
             (0..self.units()).flat_map(|unit| bits(self.salient_word(unit), width(unit))).collect();
         let (spec, rows, cols) = (self.spec, self.rows, self.cols);
         StbllmParts { spec, rows, cols, salient, states, negative, scales: f16_vec(self.scales) }
-    }
-
-    pub(crate) fn check(&self, payload: &[u8]) -> Result<()> {
-        self.check_masks(payload)?;
-        check_canonical(payload, &self.unpack().pack())?;
-        check_finite_f16(payload, self.scales, "scale")
     }
 
     /// STB-R-043 and STB-R-044.
@@ -364,5 +350,47 @@ impl<'a> StbllmView<'a> {
             }
         }
         Ok(())
+    }
+}
+
+impl WeightView for StbllmView<'_> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn decode_row(&self, row: usize, out: &mut [f32]) {
+        if row >= self.rows {
+            return;
+        }
+        for (unit, chunk) in out.chunks_mut(UNIT).enumerate() {
+            let (low, high) = self.state_words(row, unit);
+            let (salient, negative) = (self.salient_word(unit), self.negative_word(row, unit));
+            let first = unit.saturating_mul(UNIT);
+            for (c, o) in (0u32..).zip(chunk.iter_mut()) {
+                let bit = |word: u64| word.wrapping_shr(c) & 1;
+                let col = first.saturating_add(usize::try_from(c).unwrap_or(0));
+                let block = col.checked_div(self.spec.block()).unwrap_or(0);
+                let [dense, intermediate, sparse, order1, order2] = self.block_scales(row, block);
+                let minus = bit(negative) != 0;
+                *o = match (bit(salient), bit(high), bit(low)) {
+                    (_, 0, 0) => 0.0,
+                    (0, 0, _) => signed(dense, minus),
+                    (0, _, 0) => signed(intermediate, minus),
+                    (0, _, _) => signed(sparse, minus),
+                    (_, 0, _) => signed(order1, minus) + order2,
+                    (_, _, _) => signed(order1, minus) - order2,
+                };
+            }
+        }
+    }
+
+    fn check(&self, payload: &[u8]) -> Result<()> {
+        self.check_masks(payload)?;
+        check_canonical(payload, &self.unpack().pack())?;
+        check_finite_f16(payload, self.scales, "scale")
     }
 }

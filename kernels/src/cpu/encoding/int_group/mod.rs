@@ -1,0 +1,103 @@
+//! Integers of 1 to 8 bits with one scale per group of columns.
+
+mod exact;
+mod gemm_q8;
+mod gemv_q8;
+
+use stb_format::encoding::IntGroupView;
+
+use super::batch::gemv_shared;
+use super::gemm_task::GemmQ8Task;
+use super::row_major;
+use crate::cpu::ops::q8::{GemvInput, GemvScratch};
+use crate::cpu::ops::q8_batch::{ActivationsQ8, Q8Arrangement, Q8Layout, QuantizeChunk, TOKENS};
+use crate::cpu::packed::{ActivationLayout, PackedGemmQ8, PackedMatrix, UnpackBlock};
+use crate::cpu::products::GEMV_MAX_BATCH;
+use crate::isa::Isa;
+
+impl PackedMatrix for IntGroupView<'_> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn prepare_q8<'s>(&self, isa: Isa, x: &[f32], scratch: &'s mut GemvScratch) -> GemvInput<'s> {
+        scratch.set(x, self.cols);
+        let (values, q8) = (&scratch.values, &mut scratch.q8);
+        isa.run(gemv_q8::IntPrepareQ8 { spec: self.spec, values, q8 });
+        scratch.set_q8()
+    }
+
+    fn activation_layout(&self, q8: bool) -> Option<ActivationLayout> {
+        let variant = [usize::from(self.spec.bits()), usize::from(self.spec.is_odd())];
+        Some(if q8 { ActivationLayout::new("int", variant) } else { ActivationLayout::AS_GIVEN })
+    }
+
+    fn gemv(&self, isa: Isa, x: GemvInput<'_>, first: usize, y: &mut [f32]) {
+        match x.q8 {
+            Some(x) => {
+                isa.run(gemv_q8::IntGemvQ8 { matrix: self, x: [x], rows: y.len(), first, y });
+            }
+            None => row_major::gemv(isa, self, x.values, first, y),
+        }
+    }
+
+    fn gemv_batch(&self, isa: Isa, x: &[GemvInput<'_>], first: usize, y: &mut [f32]) {
+        gemv_shared(
+            x,
+            y,
+            |x, rows, y| isa.run(gemv_q8::IntGemvQ8 { matrix: self, x, rows, first, y }),
+            |x, y| self.gemv(isa, x, first, y),
+        );
+    }
+
+    fn gemv_max_batch(&self) -> usize {
+        GEMV_MAX_BATCH
+    }
+
+    fn unpack(&self, isa: Isa, block: UnpackBlock, to: &mut [f32]) {
+        row_major::unpack(isa, self, block, to);
+    }
+
+    fn gemm_q8(&self) -> Option<&dyn PackedGemmQ8> {
+        if self.spec.bits() <= 4 { Some(self) } else { None }
+    }
+}
+
+/// The batch sizes are the same on every instruction set: products with many tokens add in another order
+/// than products with one, so results would depend on the set otherwise.
+impl PackedGemmQ8 for IntGroupView<'_> {
+    fn min_batch(&self, _: Isa) -> usize {
+        if self.spec.bits() == 4 { 28 } else { 13 }
+    }
+
+    fn prefill_batch(&self, _: Isa) -> usize {
+        128
+    }
+
+    fn layout(&self, _: Isa, tokens: usize) -> Q8Layout {
+        Q8Layout {
+            arrangement: Q8Arrangement::ByTokenWithOffsets,
+            group: tokens.next_multiple_of(TOKENS).min(gemm_q8::GROUP),
+            task_rows: gemm_q8::ROWS,
+        }
+    }
+
+    fn quantize(&self, isa: Isa, chunk: &mut QuantizeChunk<'_>) {
+        isa.run(gemm_q8::IntQuantize { spec: self.spec, chunk });
+    }
+
+    fn multiply(
+        &self,
+        isa: Isa,
+        x: &ActivationsQ8,
+        group: usize,
+        first: usize,
+        y: &mut [&mut [f32]],
+    ) {
+        GemmQ8Task::with(self, x, group, first, y, |task| isa.run(gemm_q8::IntGemmQ8(task)));
+    }
+}

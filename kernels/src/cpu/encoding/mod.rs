@@ -1,0 +1,26 @@
+//! The CPU kernels of each encoding.
+
+mod batch;
+mod dense;
+mod gemm_task;
+mod int_group;
+mod nm;
+mod row_major;
+mod stbllm;
+
+use stb_format::encoding::MatrixView;
+
+use crate::cpu::packed::PackedMatrix;
+
+pub use dense::dense;
+
+/// The kernels of a matrix. This is the registry: the only place that tells encodings apart.
+#[must_use]
+pub fn packed<'m>(view: &'m MatrixView<'_>) -> &'m dyn PackedMatrix {
+    match view {
+        MatrixView::Dense(matrix) => matrix,
+        MatrixView::IntGroup(matrix) => matrix,
+        MatrixView::Stbllm(matrix) => matrix,
+        MatrixView::Nm(matrix) => matrix,
+    }
+}

@@ -1,0 +1,200 @@
+//! Activations of several tokens, quantized to 8 bits, in the arrangements that GEMM kernels read.
+
+use crate::cpu::arch::bytes::{Aligned, Bytes};
+use crate::cpu::ops::q8::{BLOCK, quantize_block};
+
+/// Tokens are padded with zeros to a multiple of this.
+pub(crate) const TOKENS: usize = 32;
+/// Tokens whose look-up tables lie together.
+pub(crate) const TABLE_TOKENS: usize = 8;
+/// Columns that share an offset.
+const OFFSET_COLS: usize = 32;
+
+/// Activations of a block of columns, [token][column].
+pub(crate) type BlockByToken = Aligned<[[i8; BLOCK]; TOKENS]>;
+
+/// Activations of a block of columns, [half of the tokens][column][token].
+pub(crate) type BlockByColumn = Aligned<[[[i16; 16]; BLOCK]; TOKENS / 16]>;
+
+/// A look-up table for each of [`TABLE_TOKENS`] tokens.
+pub(crate) type TokenTables = Aligned<[[u8; 64]; TABLE_TOKENS]>;
+
+/// What is to be added to the sums of [`OFFSET_COLS`] columns each of a block: [32 columns][token].
+pub(crate) type BlockOffsets = [[i32; TOKENS]; BLOCK / OFFSET_COLS];
+
+/// How a kernel reads the activations of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Q8Layout {
+    pub(crate) arrangement: Q8Arrangement,
+    /// Padded tokens whose products are computed together.
+    pub(crate) group: usize,
+    /// Up to so many rows, a task does better with more of them.
+    pub(crate) task_rows: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Q8Arrangement {
+    /// Codes of a token side by side.
+    ByToken,
+    /// The same, and for each 32 columns an offset.
+    ByTokenWithOffsets,
+    /// Codes of a column side by side.
+    ByColumn,
+    /// Look-up tables, so many for each block of columns.
+    Tables { per_block: usize },
+}
+
+/// Activations of several tokens, quantized to 8 bits with one scale per token and 128 columns, ready
+/// for [`gemm_q8`](crate::gemm_q8).
+#[derive(Default, Debug)]
+pub struct ActivationsQ8 {
+    /// What the kernel reads, for each block; but one of these are empty. Whole rows of
+    /// activations would lie at multiples of a page and so in the same few places of a cache. By
+    /// [`TOKENS`] tokens:
+    pub(crate) by_token: Vec<BlockByToken>,
+    pub(crate) by_column: Vec<BlockByColumn>,
+    /// By [`TABLE_TOKENS`] tokens, the tables of each block.
+    pub(crate) tables: Vec<TokenTables>,
+    /// By [`TOKENS`] tokens, for each block: the scale of each token.
+    pub(crate) scales: Vec<[f32; TOKENS]>,
+    pub(crate) offsets: Vec<BlockOffsets>,
+    pub(crate) tokens: usize,
+    pub(crate) cols: usize,
+    /// See [`Q8Layout`].
+    pub(crate) group: usize,
+    task_rows: usize,
+}
+
+/// Activations of up to [`TOKENS`] tokens on their way into [`ActivationsQ8`].
+#[derive(Debug)]
+pub struct QuantizeChunk<'a> {
+    /// [token][column].
+    x: &'a [f32],
+    cols: usize,
+    /// For each block; but one of them are empty.
+    by_token: &'a mut [BlockByToken],
+    by_column: &'a mut [BlockByColumn],
+    /// By [`TABLE_TOKENS`] tokens, the tables of each block.
+    pub(crate) tables: &'a mut [TokenTables],
+    scales: &'a mut [[f32; TOKENS]],
+    /// For each block; empty if the layout has none.
+    pub(crate) offsets: &'a mut [BlockOffsets],
+}
+
+impl ActivationsQ8 {
+    /// Makes room for `x`, [tokens, `cols`] row-major, in the layout that
+    /// [`PackedGemmQ8::layout`](crate::PackedGemmQ8::layout) asks for, and splits the work of quantizing
+    /// it into independent chunks, all of which must be given to
+    /// [`PackedGemmQ8::quantize`](crate::PackedGemmQ8::quantize).
+    ///
+    /// # Panics
+    /// If `x` is not a whole number of rows.
+    pub fn chunks<'a>(
+        &'a mut self,
+        layout: Q8Layout,
+        x: &'a [f32],
+        cols: usize,
+    ) -> Vec<QuantizeChunk<'a>> {
+        assert!(x.len().is_multiple_of(cols), "whole rows of activations");
+        (self.tokens, self.cols) = (x.len() / cols, cols);
+        (self.group, self.task_rows) = (layout.group, layout.task_rows);
+        let blocks = self.blocks();
+        let tables_per_chunk = self.make_room(layout.arrangement);
+        let mut by_token = self.by_token.chunks_mut(blocks);
+        let mut by_column = self.by_column.chunks_mut(blocks);
+        let mut tables = self.tables.chunks_mut(tables_per_chunk.max(1));
+        let mut offsets = self.offsets.chunks_mut(blocks);
+        let chunks = x.chunks(TOKENS * cols).zip(self.scales.chunks_mut(blocks));
+        let chunk = |(x, scales)| QuantizeChunk {
+            x,
+            cols,
+            by_token: by_token.next().unwrap_or_default(),
+            by_column: by_column.next().unwrap_or_default(),
+            tables: tables.next().unwrap_or_default(),
+            scales,
+            offsets: offsets.next().unwrap_or_default(),
+        };
+        chunks.map(chunk).collect()
+    }
+
+    /// Resizes what the arrangement uses and empties the rest; returns how many tables a chunk has. What
+    /// is there already is written over, or belongs to no token.
+    fn make_room(&mut self, arrangement: Q8Arrangement) -> usize {
+        let blocks = self.blocks();
+        let count = self.tokens.div_ceil(TOKENS) * blocks;
+        let (mut by_token, mut by_column, mut offsets, mut per_block) = (0, 0, 0, 0);
+        match arrangement {
+            Q8Arrangement::ByToken => by_token = count,
+            Q8Arrangement::ByTokenWithOffsets => (by_token, offsets) = (count, count),
+            Q8Arrangement::ByColumn => by_column = count,
+            Q8Arrangement::Tables { per_block: tables } => per_block = tables,
+        }
+        let tables = self.tokens.div_ceil(TABLE_TOKENS) * blocks * per_block;
+        self.by_token.resize(by_token, Aligned([[0; BLOCK]; TOKENS]));
+        self.by_column.resize(by_column, Aligned([[[0; 16]; BLOCK]; TOKENS / 16]));
+        self.tables.resize(tables, Aligned([[0; 64]; TABLE_TOKENS]));
+        self.offsets.resize(offsets, [[0; TOKENS]; BLOCK / OFFSET_COLS]);
+        self.scales.resize(count, [0.0; TOKENS]);
+        TOKENS / TABLE_TOKENS * blocks * per_block
+    }
+
+    /// How many tokens, padding included, [`gemm_q8`](crate::gemm_q8) computes at a time.
+    #[must_use]
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Up to how many rows a call of [`gemm_q8`](crate::gemm_q8) does better with more of them.
+    #[must_use]
+    pub fn task_rows(&self) -> usize {
+        self.task_rows
+    }
+
+    /// How many times [`ActivationsQ8::group`] tokens there are.
+    #[must_use]
+    pub fn groups(&self) -> usize {
+        self.tokens.div_ceil(self.group.max(1))
+    }
+
+    /// Blocks of columns.
+    pub(crate) fn blocks(&self) -> usize {
+        self.cols.div_ceil(BLOCK)
+    }
+}
+
+impl QuantizeChunk<'_> {
+    /// Blocks of columns.
+    #[inline(always)]
+    pub(crate) fn blocks(&self) -> usize {
+        self.cols.div_ceil(BLOCK)
+    }
+
+    /// Quantizes all tokens. `scale_columns` changes the activations of a token before that; `arrange`
+    /// gets the chunk, the block, the token and the codes, and writes what depends on the encoding.
+    #[inline(always)]
+    pub(crate) fn quantize<S: Bytes>(
+        &mut self,
+        s: S,
+        scale_columns: impl Fn(&mut [f32]),
+        arrange: impl Fn(&mut Self, usize, usize, &[i8; BLOCK]),
+    ) {
+        let (x, cols) = (self.x, self.cols);
+        let mut scaled = vec![0.0; self.blocks() * BLOCK];
+        for (t, x) in x.chunks_exact(cols).enumerate() {
+            scaled[..cols].copy_from_slice(x);
+            scale_columns(&mut scaled);
+            for (b, x) in scaled.chunks_exact(BLOCK).enumerate() {
+                let mut codes = [0; BLOCK];
+                self.scales[b][t] = quantize_block(s, x, &mut codes);
+                if let Some(to) = self.by_token.get_mut(b) {
+                    to.0[t] = codes;
+                } else if let Some(to) = self.by_column.get_mut(b) {
+                    for (to, code) in to.0[t / 16].iter_mut().zip(codes) {
+                        to[t % 16] = i16::from(code);
+                    }
+                }
+                arrange(self, b, t, &codes);
+            }
+        }
+    }
+}
