@@ -13,7 +13,7 @@ STB_DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 STB_DEVICE u32 least(u32 a, u32 b) { return a < b ? a : b; }
 
 // A packed matrix: its payload as it is in the file. Fields as `MatrixParams` of matrix.rs.
-struct Matrix {
+struct PackedMatrix {
     const u8 *payload;
     // Starts of the segments within the payload.
     u64 segments[4];
@@ -29,16 +29,16 @@ struct Matrix {
 };
 
 // What a product's activations are.
-enum Source : u32 {
-    PLAIN, // x
-    NORM,  // x · weight / sqrt(mean(x²) + eps)
-    SILU,  // silu(x) · with
+enum InputKind : u32 {
+    INPUT_PLAIN, // x
+    INPUT_RMS_NORM,  // x · weight / sqrt(mean(x²) + eps)
+    INPUT_SWIGLU,  // silu(x) · with
 };
 
 // y[t][r] (+)= Σ_c w[r, c] · x[t][c] for up to three matrices of the same encoding and input.
 // Fields as `Params` of gemv.rs.
-struct Gemv {
-    Matrix matrices[3];
+struct GemvParams {
+    PackedMatrix matrices[3];
     // [tokens][rows of the matrix].
     float *out[3];
     // [tokens][cols]; `with` is the weight of the norm, or [tokens][cols].
@@ -48,7 +48,7 @@ struct Gemv {
     float *partial;
     u32 *arrived;
     u32 count, tokens;
-    u32 source;
+    u32 input;
     // Whether results are added to `out`.
     u32 add;
     // Columns of a slab; how many slabs there are.
@@ -80,15 +80,15 @@ STB_DEVICE float block_sum(float v, float *scratch) {
 }
 
 // What a block of a product works on: some rows of a matrix, a slab of columns, T tokens.
-struct Part {
+struct BlockWork {
     u32 matrix;
     u32 first_row, rows;
     u32 first_col, cols;
     u32 first_token, tokens;
 };
 
-template <u32 T> STB_DEVICE Part part_of(const Gemv &a) {
-    Part p;
+template <u32 T> STB_DEVICE BlockWork block_work(const GemvParams &a) {
+    BlockWork p;
     u32 block = blockIdx.x;
     p.matrix = 0;
     while (p.matrix + 1 < a.count) {
@@ -98,7 +98,7 @@ template <u32 T> STB_DEVICE Part part_of(const Gemv &a) {
         block -= blocks;
         ++p.matrix;
     }
-    const Matrix &m = a.matrices[p.matrix];
+    const PackedMatrix &m = a.matrices[p.matrix];
     p.first_row = block * a.block_rows;
     p.rows = least(a.block_rows, m.rows - p.first_row);
     p.first_col = blockIdx.y * a.slab;
@@ -110,17 +110,17 @@ template <u32 T> STB_DEVICE Part part_of(const Gemv &a) {
 
 // The activations of T tokens. Those of tokens and columns that do not exist are zero.
 template <u32 T> struct Activations {
-    const Gemv &a;
-    const Part &p;
+    const GemvParams &a;
+    const BlockWork &p;
     float scale[T];
 
     // All threads of the block; every block computes the norm itself, from L2: cheaper than a kernel.
-    STB_DEVICE Activations(const Gemv &a, const Part &p, float *scratch) : a(a), p(p) {
+    STB_DEVICE Activations(const GemvParams &a, const BlockWork &p, float *scratch) : a(a), p(p) {
         const u32 cols = a.matrices[0].cols;
 #pragma unroll
         for (u32 t = 0; t < T; ++t) {
             scale[t] = 1.0f;
-            if (a.source == NORM && t < p.tokens) {
+            if (a.input == INPUT_RMS_NORM && t < p.tokens) {
                 const float *x = a.x + u64(p.first_token + t) * cols;
                 float sum = 0.0f;
                 for (u32 c = threadIdx.x; c < cols; c += blockDim.x)
@@ -137,9 +137,9 @@ template <u32 T> struct Activations {
             return 0.0f;
         const u64 at = u64(p.first_token + t) * cols + c;
         const float x = a.x[at];
-        if (a.source == NORM)
+        if (a.input == INPUT_RMS_NORM)
             return x * scale[t] * a.with[c];
-        if (a.source == SILU)
+        if (a.input == INPUT_SWIGLU)
             return silu(x) * a.with[at];
         return x;
     }
@@ -148,7 +148,7 @@ template <u32 T> struct Activations {
 // Writes the sums of this block, `sums[row][T]` in shared memory, complete for all threads. With several
 // slabs the last block to arrive adds those of all, in the order of the slabs: the result does not
 // depend on which one it is. The counter is zero before and after.
-template <u32 T> STB_DEVICE void finish(const Gemv &a, const Part &p, const float *sums, u32 *flag) {
+template <u32 T> STB_DEVICE void finish(const GemvParams &a, const BlockWork &p, const float *sums, u32 *flag) {
     const u32 n = p.rows * T;
     float *out = a.out[p.matrix];
     const u32 rows = a.matrices[p.matrix].rows;
@@ -186,8 +186,8 @@ template <u32 T> STB_DEVICE void finish(const Gemv &a, const Part &p, const floa
 }
 
 // Rows of a matrix as numbers. Fields as `DecodeParams` of gemv.rs.
-struct Decode {
-    Matrix matrix;
+struct DequantizeParams {
+    PackedMatrix matrix;
     // Which rows; nullptr for all in order.
     const u32 *ids;
     // [count][cols].

@@ -4,8 +4,8 @@
 #include "common.cuh"
 
 // y[t][r] (+)= Σ_c w[r, c] · x[t][c]. Fields as `GemmParams` of gemm.rs.
-struct Gemm {
-    Matrix w;
+struct GemmParams {
+    PackedMatrix w;
     // From `gemm_prepare`: f16, [tokens][stride], and what they are multiples of. From `gemm_round`: bytes in the same
     // room, and by ROUNDED columns and token what they are multiples of.
     const u16 *x;
@@ -30,7 +30,7 @@ constexpr u32 GEMM_THREADS = GEMM_WARPS * WARP;
 // Columns that are in shared memory at a time, if activations have 16 bits.
 constexpr u32 STEP = 128;
 // Columns of a token that have one scale where activations are rounded to 8 bits: as many bytes as STEP has in 16 bits.
-constexpr u32 ROUNDED = 2 * STEP;
+constexpr u32 Q8_COLS = 2 * STEP;
 // Steps that are in shared memory or on their way.
 constexpr u32 STAGES = 3;
 
@@ -38,7 +38,7 @@ constexpr u32 STAGES = 3;
 // that differ from row to row, so that the eight rows of a matrix for `ldmatrix` touch all banks.
 STB_DEVICE u32 place(u32 token, u32 piece) { return token * 256 + ((piece ^ (token & 7)) * 16); }
 
-template <u32 TOKENS> STB_DEVICE void load_x(const Gemm &a, u8 *to, u32 first_token, u32 step) {
+template <u32 TOKENS> STB_DEVICE void load_x(const GemmParams &a, u8 *to, u32 first_token, u32 step) {
     for (u32 i = threadIdx.x; i < TOKENS * 16; i += GEMM_THREADS) {
         const u32 token = i / 16, piece = i % 16;
         const bool there = first_token + token < a.tokens;
@@ -50,7 +50,7 @@ template <u32 TOKENS> STB_DEVICE void load_x(const Gemm &a, u8 *to, u32 first_to
 
 // Writes a lane's sums of two rows, r and r + 1, for two tokens, t and t + 1: values in the order
 // [r, t], [r, t + 1], [r + 1, t], [r + 1, t + 1].
-STB_DEVICE void write(const Gemm &a, const float (&v)[4], u32 row, u32 token) {
+STB_DEVICE void write(const GemmParams &a, const float (&v)[4], u32 row, u32 token) {
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
         if (token + i >= a.tokens)
@@ -65,7 +65,7 @@ STB_DEVICE void write(const Gemm &a, const float (&v)[4], u32 row, u32 token) {
 
 // Whether this block is the last of its splits to arrive, and has to sum up what all have written to `partial`. All
 // threads of the block call it, after writing.
-STB_DEVICE bool is_last(const Gemm &a, u32 *flag) {
+STB_DEVICE bool is_last(const GemmParams &a, u32 *flag) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {

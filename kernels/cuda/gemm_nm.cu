@@ -145,17 +145,17 @@ struct Magnitudes {
     }
 };
 
-struct F16 {
+struct F16Activations {
     static constexpr u32 PARTS = 1, SCALE_BYTES = 16;
     static constexpr bool TOKEN_SCALES = true;
 };
 
-template <u32 TILES, u32 NT> struct Kernel : Frame<F16, TILES, NT> {
-    using Base = Frame<F16, TILES, NT>;
+template <u32 TILES, u32 NT> struct Kernel : Frame<F16Activations, TILES, NT> {
+    using Base = Frame<F16Activations, TILES, NT>;
     using Base::bits, Base::lane, Base::warp;
     const u32 *table;
 
-    STB_DEVICE Kernel(const Gemm &a, u8 *shared) : Base(a), table(reinterpret_cast<u32 *>(shared)) {
+    STB_DEVICE Kernel(const GemmParams &a, u8 *shared) : Base(a), table(reinterpret_cast<u32 *>(shared)) {
         if constexpr (TABLE != 0) {
             const Pattern p = pattern<Selectors>(threadIdx.x % 128, threadIdx.x / 128);
             reinterpret_cast<u32 *>(shared)[threadIdx.x] = p.low | p.high << 8 | p.indices << 16;

@@ -62,21 +62,21 @@ struct Sevens {
 //     PARTS            parts of 128 columns in a step: 256 bytes for each token
 //     SCALE_BYTES      bytes of the scale codes of a tile that are kept for each 32 columns
 //     TOKEN_SCALES     whether they are multiples of one scale per token; else of one per token and step
-template <class Numbers, u32 TILES, u32 NT> struct Frame {
+template <class Precision, u32 TILES, u32 NT> struct Frame {
     static constexpr u32 BLOCK_TILES = GEMM_WARPS * TILES, TOKENS = 8 * NT;
-    static constexpr u32 PARTS = Numbers::PARTS, SCALE_BYTES = Numbers::SCALE_BYTES;
+    static constexpr u32 PARTS = Precision::PARTS, SCALE_BYTES = Precision::SCALE_BYTES;
     // A stage of shared memory: activations; by part and tile codes, and scale codes by 32 columns; scales of tokens.
     static constexpr u32 CODES = TOKENS * 256;
     static constexpr u32 SCALES = CODES + PARTS * BLOCK_TILES * VECTORS * 64;
     static constexpr u32 TOKEN_SCALES = SCALES + PARTS * BLOCK_TILES * 4 * SCALE_BYTES;
-    static constexpr u32 STAGE = TOKEN_SCALES + (Numbers::TOKEN_SCALES ? 0 : TOKENS * 4);
+    static constexpr u32 STAGE = TOKEN_SCALES + (Precision::TOKEN_SCALES ? 0 : TOKENS * 4);
 
     using Sums = float[TILES][NT][4];
 
-    const Gemm &a;
+    const GemmParams &a;
     const u32 bits, first_tile, first_token, warp, lane;
 
-    STB_DEVICE explicit Frame(const Gemm &a)
+    STB_DEVICE explicit Frame(const GemmParams &a)
         : a(a), bits(a.w.kind & 255), first_tile(blockIdx.x * BLOCK_TILES), first_token(blockIdx.y * TOKENS),
           warp(threadIdx.x / WARP), lane(threadIdx.x % WARP) {}
 
@@ -104,7 +104,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
 
     STB_DEVICE void load(u8 *to, u32 step) const {
         load_x<TOKENS>(a, to, first_token, step);
-        if constexpr (!Numbers::TOKEN_SCALES) {
+        if constexpr (!Precision::TOKEN_SCALES) {
             for (u32 i = thread_again(); i < TOKENS; i += GEMM_THREADS) {
                 const bool there = first_token + i < a.tokens;
                 const float *from = a.scale + (there ? u64(step) * a.tokens + first_token + i : 0);
@@ -204,7 +204,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
         const float r1 = row + 1 < a.w.rows ? f16_to_f32(row_scales[row + 1]) * unit : 0.0f;
         const u32 token = first_token + 8 * j + 2 * (lane % 4);
         float t0 = 1.0f, t1 = 1.0f;
-        if constexpr (Numbers::TOKEN_SCALES) {
+        if constexpr (Precision::TOKEN_SCALES) {
             t0 = token < a.tokens ? a.scale[token] : 0.0f;
             t1 = token + 1 < a.tokens ? a.scale[token + 1] : 0.0f;
         }
@@ -246,7 +246,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
 };
 
 #define STB_GEMM(name, tiles, nt)                                                                  \
-    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) name(const Gemm a) {             \
+    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) name(const GemmParams a) {             \
         STB_DYNAMIC_SHARED(shared);                                                                \
         const Kernel<tiles, nt> kernel(a, shared);                                                 \
         kernel.run(shared + TABLE * 4);                                                            \

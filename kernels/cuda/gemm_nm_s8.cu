@@ -149,22 +149,22 @@ STB_DEVICE u32 exchange(u32 indices) {
     return permute(row, __shfl_xor_sync(ALL, row, 2), t / 2 ? 0x3276 : 0x5410);
 }
 
-struct Int8 {
-    static constexpr u32 PARTS = ROUNDED / STEP, SCALE_BYTES = 8;
+struct Int8Activations {
+    static constexpr u32 PARTS = Q8_COLS / STEP, SCALE_BYTES = 8;
     static constexpr bool TOKEN_SCALES = false;
 };
 
 // 1.5 · 2^23 as a float: with an integer of less than 2^22 added to its bits it is the sum of both.
 constexpr i32 MAGIC = 0x4b400000;
 
-template <u32 TILES, u32 NT> struct Kernel : Frame<Int8, TILES, NT> {
-    using Base = Frame<Int8, TILES, NT>;
+template <u32 TILES, u32 NT> struct Kernel : Frame<Int8Activations, TILES, NT> {
+    using Base = Frame<Int8Activations, TILES, NT>;
     using Base::bits, Base::lane, Base::warp;
     // k64 of a step.
-    static constexpr u32 DEPTH = ROUNDED / 64;
+    static constexpr u32 DEPTH = Q8_COLS / 64;
     const u32 *table;
 
-    STB_DEVICE Kernel(const Gemm &a, u8 *shared) : Base(a), table(reinterpret_cast<u32 *>(shared)) {
+    STB_DEVICE Kernel(const GemmParams &a, u8 *shared) : Base(a), table(reinterpret_cast<u32 *>(shared)) {
         if constexpr (TABLE != 0) {
             const u32 code = threadIdx.x % 128, second = threadIdx.x / 128 * SECOND;
             const Pattern low = pattern<Selectors>(code, 0), high = pattern<Selectors>(code, 1);

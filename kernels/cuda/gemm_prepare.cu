@@ -3,9 +3,9 @@
 #include "gemm.cuh"
 
 // Fields as `PrepareParams` of gemm.rs.
-struct Prepare {
+struct PrepareParams {
     // Only the column factors are used, if there are any.
-    Matrix w;
+    PackedMatrix w;
     // [tokens][cols].
     const float *x;
     // [tokens][stride].
@@ -19,7 +19,7 @@ struct Prepare {
 
 // A block per token. The largest number becomes 2^14 to 2^15, so that f16 neither overflows nor loses
 // bits of anything larger than 2^-28 of it.
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_prepare(const Prepare a) {
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_prepare_f16(const PrepareParams a) {
     __shared__ float scratch[GEMM_WARPS];
     const u32 cols = a.w.cols;
     const float *x = a.x + u64(blockIdx.x) * cols;
@@ -58,14 +58,14 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_prepare(const Pr
 //
 // Columns are in the order in which gemm_nm_s8.cu multiplies them. With groups of four columns a lane t of the instruction
 // has the groups t and t + 4 of eight as neighbors.
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_round(const Prepare a) {
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_prepare_q8(const PrepareParams a) {
     const u32 cols = a.w.cols, lane = threadIdx.x % WARP;
     const float *x = a.x + u64(blockIdx.x) * cols;
     const u16 *factors = (a.w.kind & 256)
                              ? reinterpret_cast<const u16 *>(a.w.payload + a.w.segments[0])
                              : nullptr;
     u32 *out = reinterpret_cast<u32 *>(a.out + u64(blockIdx.x) * a.stride);
-    for (u32 block = threadIdx.x / WARP; block < ceil_div(cols, ROUNDED); block += GEMM_WARPS) {
+    for (u32 block = threadIdx.x / WARP; block < ceil_div(cols, Q8_COLS); block += GEMM_WARPS) {
         float v[2][4];
         float most = 0.0f;
         bool finite = true;
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_round(const Prep
         for (u32 h = 0; h < 2; ++h)
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) {
-                const u32 c = block * ROUNDED + (32 * h + lane) * 4 + i;
+                const u32 c = block * Q8_COLS + (32 * h + lane) * 4 + i;
                 v[h][i] = c < cols ? x[c] * (factors ? f16_to_f32(factors[c]) : 1.0f) : 0.0f;
                 most = fmaxf(most, fabsf(v[h][i]));
                 finite = finite && fabsf(v[h][i]) <= 3.4028235e38f;
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_round(const Prep
 #pragma unroll
             for (u32 i = 0; i < 4; ++i)
                 word |= u32((usable ? f32_to_s8(v[h][i] * inverse) : 0) & 255) << 8 * i;
-            const u32 four = block * (ROUNDED / 4) + 32 * h + lane;
+            const u32 four = block * (Q8_COLS / 4) + 32 * h + lane;
             const u32 at = a.group == 4 ? (four & ~7u) | (four & 3) << 1 | (four >> 2 & 1) : four;
             out[at] = word;
         }
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_round(const Prep
 }
 
 // Activations as sums of two bf16 for gemm_rows.cu: all high parts, then all low parts. A block per token.
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_split(const Prepare a) {
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS) gemm_prepare_bf16x2(const PrepareParams a) {
     const u32 cols = a.w.cols;
     const float *x = a.x + u64(blockIdx.x) * cols;
     u16 *high = a.out + u64(blockIdx.x) * a.stride, *low = high + u64(a.tokens) * a.stride;

@@ -4,7 +4,7 @@
 // Numbers are sums of two bf16, high + low, and a product is high·high + high·low + low·high: 16
 // bits of each number count, over the whole range of f32, with no scales to find. That is three products on the tensor
 // cores for one (about 200 dense TFLOP/s at best on an H100), each weight decoded once per 64 tokens.
-#include "codec.cuh"
+#include CODEC_HEADER
 #include "gemm.cuh"
 
 using Codec = CODEC;
@@ -15,7 +15,7 @@ constexpr u32 HALF = ROWS * 256;
 STB_DEVICE float upper(float v) { return __uint_as_float(u32(f32_to_bf16(v)) << 16); }
 
 // Pieces of the codec for `step` as two bf16 each.
-STB_DEVICE void decode(const Matrix &m, u8 *to, u32 first_row, u32 step) {
+STB_DEVICE void decode(const PackedMatrix &m, u8 *to, u32 first_row, u32 step) {
     constexpr u32 PIECES = STEP / Codec::PIECE;
     for (u32 k = threadIdx.x; k < ROWS * PIECES; k += GEMM_THREADS) {
         const u32 row = k / PIECES, piece = k % PIECES;
@@ -47,7 +47,7 @@ STB_DEVICE void decode(const Matrix &m, u8 *to, u32 first_row, u32 step) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2) gemm_rows(const Gemm a) {
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2) gemm_rows(const GemmParams a) {
     STB_DYNAMIC_SHARED(shared);
     u8 *weights = shared, *activations = shared + 2 * HALF;
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2) gemm_rows(const Ge
         for (u32 k = 0; k < 4; ++k)
             sums[j][k] = 0.0f;
 
-    Gemm low = a;
+    GemmParams low = a;
     low.x += u64(a.tokens) * a.stride;
     const u32 steps = ceil_div(a.w.cols, STEP);
     for (u32 step = 0; step < steps; ++step) {

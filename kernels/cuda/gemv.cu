@@ -4,7 +4,7 @@
 // the lanes, and R of them are under way at once. The activations of a slab of columns lie in
 // shared memory; a lane reads those of its piece once for R rows. Pieces are 4 words apart from one
 // another there, so that the lanes of a quarter-warp read different banks.
-#include "codec.cuh"
+#include CODEC_HEADER
 
 template <u32 T> constexpr u32 rows_at_once() { return T == 1 ? 4 : 2; }
 
@@ -12,15 +12,15 @@ template <u32 T> constexpr u32 rows_at_once() { return T == 1 ? 4 : 2; }
 
 // Instructions per weight: n for the codec (integers of 4 bits: 1/2 + 2), T to multiply, (1 + T)/4R to load
 // activations.
-template <class C, u32 T> STB_DEVICE void exact(const Gemv &a) {
+template <class C, u32 T> STB_DEVICE void gemv_f32(const GemvParams &a) {
     constexpr u32 R = rows_at_once<T>();
     constexpr u32 UNITS = C::PIECE / C::UNIT;
     constexpr u32 STRIDE = C::PIECE == 4 ? 4 : C::PIECE + 4;
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
     __shared__ float scratch[WARPS];
-    const Part p = part_of<T>(a);
-    const Matrix &m = a.matrices[p.matrix];
+    const BlockWork p = block_work<T>(a);
+    const PackedMatrix &m = a.matrices[p.matrix];
     const u32 pieces = a.slab / C::PIECE;
     // [T][pieces][STRIDE], then [block_rows][T].
     float *x = reinterpret_cast<float *>(shared);
@@ -94,15 +94,15 @@ template <class C, u32 T> STB_DEVICE void exact(const Gemv &a) {
 // ---- Activations rounded to 8 bits, one scale per 32 columns -----------------------------------------
 
 // Instructions per weight: integers of 4 bits 3/8 to extract and T/4 to multiply; of 1 bit 1/2 and T/4.
-template <class C, u32 T> STB_DEVICE void rounded(const Gemv &a) {
+template <class C, u32 T> STB_DEVICE void gemv_q8(const GemvParams &a) {
     constexpr u32 R = rows_at_once<T>();
     constexpr u32 UNITS = C::PIECE / C::UNIT;
     constexpr u32 STRIDE = C::PIECE / 4 + 4;
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
     __shared__ float scratch[WARPS];
-    const Part p = part_of<T>(a);
-    const Matrix &m = a.matrices[p.matrix];
+    const BlockWork p = block_work<T>(a);
+    const PackedMatrix &m = a.matrices[p.matrix];
     const u32 pieces = a.slab / C::PIECE, units = a.slab / 32;
     // Words of four activations [T][pieces][STRIDE]; scale and scaled sum of a unit, [T][units]; then
     // [block_rows][T].
@@ -184,8 +184,8 @@ template <class C, u32 T> STB_DEVICE void rounded(const Gemv &a) {
 // ---- Rows as numbers -------------------------------------------------------------------------------
 
 // Block (x, y): part x of row y.
-template <class C> STB_DEVICE void decode(const Decode &a) {
-    const Matrix &m = a.matrix;
+template <class C> STB_DEVICE void dequantize(const DequantizeParams &a) {
+    const PackedMatrix &m = a.matrix;
     const u32 piece = blockIdx.x * blockDim.x + threadIdx.x;
     if (piece * C::PIECE >= m.cols)
         return;
@@ -213,20 +213,20 @@ template <class C> STB_DEVICE void decode(const Decode &a) {
 }
 
 extern "C" {
-__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ Gemv a) { exact<CODEC, 1>(a); }
-__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ Gemv a) { exact<CODEC, 2>(a); }
-__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ Gemv a) { exact<CODEC, 4>(a); }
-__global__ void __launch_bounds__(THREADS) rounded_1(const __grid_constant__ Gemv a) {
-    if constexpr (CODEC::ROUNDED)
-        rounded<CODEC, 1>(a);
+__global__ void __launch_bounds__(THREADS) gemv_f32_1(const __grid_constant__ GemvParams a) { gemv_f32<CODEC, 1>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_f32_2(const __grid_constant__ GemvParams a) { gemv_f32<CODEC, 2>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_f32_4(const __grid_constant__ GemvParams a) { gemv_f32<CODEC, 4>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_q8_1(const __grid_constant__ GemvParams a) {
+    if constexpr (CODEC::HAS_Q8)
+        gemv_q8<CODEC, 1>(a);
 }
-__global__ void __launch_bounds__(THREADS) rounded_2(const __grid_constant__ Gemv a) {
-    if constexpr (CODEC::ROUNDED)
-        rounded<CODEC, 2>(a);
+__global__ void __launch_bounds__(THREADS) gemv_q8_2(const __grid_constant__ GemvParams a) {
+    if constexpr (CODEC::HAS_Q8)
+        gemv_q8<CODEC, 2>(a);
 }
-__global__ void __launch_bounds__(THREADS) rounded_4(const __grid_constant__ Gemv a) {
-    if constexpr (CODEC::ROUNDED)
-        rounded<CODEC, 4>(a);
+__global__ void __launch_bounds__(THREADS) gemv_q8_4(const __grid_constant__ GemvParams a) {
+    if constexpr (CODEC::HAS_Q8)
+        gemv_q8<CODEC, 4>(a);
 }
-__global__ void __launch_bounds__(THREADS) decode_rows(const __grid_constant__ Decode a) { decode<CODEC>(a); }
+__global__ void __launch_bounds__(THREADS) dequantize_rows(const __grid_constant__ DequantizeParams a) { dequantize<CODEC>(a); }
 }

@@ -155,7 +155,7 @@ struct Multipliers {
     // Bytes of a block's, the last block, and 2^32 / columns of a block, rounded up: columns · inverse / 2^32 is the block.
     u32 bytes, last, inverse;
 
-    STB_DEVICE explicit Multipliers(const Matrix &m)
+    STB_DEVICE explicit Multipliers(const PackedMatrix &m)
         : from(m.payload + m.segments[2]), bytes((m.kind & 255) * 2), last(0), inverse(0) {
         if (bytes != 0) {
             last = ceil_div(m.cols, m.block) - 1;
@@ -201,12 +201,12 @@ STB_DEVICE float sum_rows(float (&v)[TILE], u32 lane) {
     return v[0] + __shfl_xor_sync(ALL, v[0], 1);
 }
 
-template <u32 T, bool SCALED> STB_DEVICE void product(const Gemv &a) {
+template <u32 T, bool SCALED> STB_DEVICE void gemv(const GemvParams &a) {
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
     __shared__ float scratch[WARPS];
-    const Part p = part_of<T>(a);
-    const Matrix &m = a.matrices[p.matrix];
+    const BlockWork p = block_work<T>(a);
+    const PackedMatrix &m = a.matrices[p.matrix];
     // Vectors, tables and columns of a lane in a step; columns of a warp.
     constexpr u32 U = vectors_of(T), TABLES = U * LOOKS, LANE_STEP = U * STEP, WARP_STEP = 8 * LANE_STEP;
     const u32 steps = a.slab / WARP_STEP;
@@ -327,8 +327,8 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const Gemv &a) {
 }
 
 // Block (x, y): part x of row y, a thread per group.
-STB_DEVICE void decode(const Decode &a) {
-    const Matrix &m = a.matrix;
+STB_DEVICE void dequantize(const DequantizeParams &a) {
+    const PackedMatrix &m = a.matrix;
     const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 groups = ceil_div(m.cols, M);
     const u32 row = a.ids != nullptr ? a.ids[blockIdx.y] : blockIdx.y;
@@ -373,11 +373,11 @@ STB_DEVICE void decode(const Decode &a) {
 
 // `scaled` where a matrix of the launch has scales of blocks.
 extern "C" {
-__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ Gemv a) { product<1, false>(a); }
-__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ Gemv a) { product<2, false>(a); }
-__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ Gemv a) { product<4, false>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_1(const __grid_constant__ Gemv a) { product<1, true>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_2(const __grid_constant__ Gemv a) { product<2, true>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_4(const __grid_constant__ Gemv a) { product<4, true>(a); }
-__global__ void __launch_bounds__(THREADS) decode_rows(const __grid_constant__ Decode a) { decode(a); }
+__global__ void __launch_bounds__(THREADS) gemv_f32_1(const __grid_constant__ GemvParams a) { gemv<1, false>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_f32_2(const __grid_constant__ GemvParams a) { gemv<2, false>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_f32_4(const __grid_constant__ GemvParams a) { gemv<4, false>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_scaled_1(const __grid_constant__ GemvParams a) { gemv<1, true>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_scaled_2(const __grid_constant__ GemvParams a) { gemv<2, true>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_scaled_4(const __grid_constant__ GemvParams a) { gemv<4, true>(a); }
+__global__ void __launch_bounds__(THREADS) dequantize_rows(const __grid_constant__ DequantizeParams a) { dequantize(a); }
 }

@@ -29,21 +29,21 @@
 // 2.1 million operations: 64 a byte, 350 TFLOP/s at 5.5 TB/s. Blocks of 128 rows, two m16 to a warp, would halve
 // both for 64 more registers, but a prompt of 512 tokens of 32 heads is then 128 blocks of 4 warps, less than one
 // for each multiprocessor of an H100: to be decided on a GPU.
-#include "attention.cuh"
+#include "kv_cache.cuh"
 
 // Fields as `ManyParams` of attention.rs.
-struct Many {
+struct AttentionPrefillParams {
     // [tokens][heads · width].
     const float *q;
     float *out;
     // Of the first token; the others follow it.
-    const Slot *slots;
+    const KvSlot *slots;
     u32 heads, kv_heads, width, layer;
     u32 tokens;
     float scale;
 };
 
-constexpr u32 BLOCK_WARPS = 4, BLOCK = BLOCK_WARPS * WARP;
+constexpr u32 BLOCK_WARPS = 4, BLOCK_THREADS = BLOCK_WARPS * WARP;
 // Rows of a block.
 constexpr u32 ROWS = 16 * BLOCK_WARPS;
 constexpr u32 STAGES = 3;
@@ -65,9 +65,9 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     // Wide heads leave no registers for queries: their fragments lie in shared memory, each lane's own.
     static constexpr bool KEEPS = WIDTH <= 128;
 
-    const Many &a;
+    const AttentionPrefillParams &a;
     u8 *shared;
-    Slot slot;
+    KvSlot slot;
     u32 head, group, first_row, rows;
     // Keys that the block sees, and those that all its rows see.
     u32 visible, common;
@@ -79,7 +79,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     u32 q[KEEPS ? STEPS : 1][4];
     float out[2 * STEPS][4];
 
-    STB_DEVICE Kernel(const Many &a, u8 *shared) : a(a), shared(shared), slot(a.slots[0]) {
+    STB_DEVICE Kernel(const AttentionPrefillParams &a, u8 *shared) : a(a), shared(shared), slot(a.slots[0]) {
         group = a.heads / a.kv_heads, rows = a.tokens * group;
         // The blocks with most keys come first, so that none of them is alone in the end.
         first_row = (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y;
@@ -160,12 +160,12 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     }
 
     // Starts to copy the keys or values of a tile; those that do not exist are zero.
-    STB_DEVICE void load(u32 part, const Rows &from, u32 first) const {
+    STB_DEVICE void load(u32 part, const KvRows &from, u32 first) const {
         u8 *to = stage(part);
         const u32 chunks = ceil_div(a.width, CHUNK);
 #pragma unroll
-        for (u32 n = 0; n < KEYS * PIECES / BLOCK; ++n) {
-            const u32 i = n * BLOCK + threadIdx.x, key = i / PIECES, piece = i % PIECES;
+        for (u32 n = 0; n < KEYS * PIECES / BLOCK_THREADS; ++n) {
+            const u32 i = n * BLOCK_THREADS + threadIdx.x, key = i / PIECES, piece = i % PIECES;
             const bool there = first + key < visible && piece < chunks;
             const u8 *chunk = there ? from.chunk(first + key, piece) : from.rows;
             if constexpr (KV::SCALED)
@@ -187,7 +187,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     }
 
     // Waits for a part, starts to copy the one of its kind after it, and returns it in f16.
-    template <bool VALUES> STB_DEVICE u8 *next(u32 part, const Rows &from, u32 tile) const {
+    template <bool VALUES> STB_DEVICE u8 *next(u32 part, const KvRows &from, u32 tile) const {
         copy_wait<1>();
         // All have what was copied, and nobody reads the stage that is loaded next.
         __syncthreads();
@@ -199,8 +199,8 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
         u8 *to = shared + EXPANDED;
         const u8 *raw = stage(part);
 #pragma unroll
-        for (u32 n = 0; n < KEYS * PIECES / BLOCK; ++n) {
-            const u32 i = n * BLOCK + threadIdx.x, key = i / PIECES, piece = i % PIECES;
+        for (u32 n = 0; n < KEYS * PIECES / BLOCK_THREADS; ++n) {
+            const u32 i = n * BLOCK_THREADS + threadIdx.x, key = i / PIECES, piece = i % PIECES;
             u32 x[4];
             if constexpr (VALUES) {
                 float v[CHUNK];
@@ -326,7 +326,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     // threads call it; values are complete before and after.
     STB_DEVICE void poison(u8 *values, u32 first) {
         bool found = false;
-        for (u32 i = threadIdx.x; i < TILE / 4; i += BLOCK)
+        for (u32 i = threadIdx.x; i < TILE / 4; i += BLOCK_THREADS)
             found |= nan_bits(reinterpret_cast<const u32 *>(values)[i]) != 0;
         if (!__syncthreads_or(found))
             return;
@@ -342,7 +342,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
                         out[n][i] = __uint_as_float(0x7fc00000);
             }
         __syncthreads();
-        for (u32 i = threadIdx.x; i < TILE / 4; i += BLOCK) {
+        for (u32 i = threadIdx.x; i < TILE / 4; i += BLOCK_THREADS) {
             u32 &pair = reinterpret_cast<u32 *>(values)[i];
             pair &= ~((nan_bits(pair) >> 15) * 0xffff);
         }
@@ -369,8 +369,8 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     }
 
     STB_DEVICE void run() {
-        const Rows keys(slot, a.kv_heads, a.width, a.layer, 0, head);
-        const Rows values(slot, a.kv_heads, a.width, a.layer, 1, head);
+        const KvRows keys(slot, a.kv_heads, a.width, a.layer, 0, head);
+        const KvRows values(slot, a.kv_heads, a.width, a.layer, 1, head);
         load(0, keys, 0);
         copy_commit();
         load(1, values, 0);
@@ -391,14 +391,14 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     }
 };
 
-#define STB_ATTEND(name, width, keys)                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK) name(const __grid_constant__ Many a) {     \
+#define STB_ATTENTION_PREFILL(name, width, keys)                                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) name(const __grid_constant__ AttentionPrefillParams a) {     \
         STB_DYNAMIC_SHARED(shared);                                                                \
         Kernel<width, keys> kernel(a, shared);                                                     \
         kernel.run();                                                                              \
     }
 // Widths up to 64, 96, 128 and 256; keys of a tile as `Wide` of attention.rs.
-STB_ATTEND(attend_many_64, 64, 64)
-STB_ATTEND(attend_many_96, 96, 64)
-STB_ATTEND(attend_many_128, 128, 64)
-STB_ATTEND(attend_many_256, 256, 32)
+STB_ATTENTION_PREFILL(attention_prefill_64, 64, 64)
+STB_ATTENTION_PREFILL(attention_prefill_96, 96, 64)
+STB_ATTENTION_PREFILL(attention_prefill_128, 128, 64)
+STB_ATTENTION_PREFILL(attention_prefill_256, 256, 32)

@@ -6,7 +6,7 @@
 #include "common.cuh"
 
 // Where a token's sequence is and which of its tokens it is. Fields as `Slot` of attention.rs.
-struct Slot {
+struct KvSlot {
     u8 *cache;
     u32 capacity, position;
 };
@@ -60,11 +60,11 @@ struct KvQ8 {
 STB_DEVICE u32 row_bytes(u32 width) { return ceil_div(width, CHUNK) * CHUNK * KV::BYTES; }
 
 // Keys (or values, `which` 1) of a layer.
-struct Rows {
+struct KvRows {
     u8 *rows;
     float *scales;
     u32 stride;
-    STB_DEVICE Rows(const Slot &slot, u32 kv_heads, u32 width, u32 layer, u32 which, u32 head)
+    STB_DEVICE KvRows(const KvSlot &slot, u32 kv_heads, u32 width, u32 layer, u32 which, u32 head)
         : stride(row_bytes(width)) {
         const u64 count = u64(kv_heads) * slot.capacity;
         const u64 bytes = (count * (stride + (KV::SCALED ? 4 : 0)) + 15) / 16 * 16;

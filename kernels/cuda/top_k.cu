@@ -6,7 +6,7 @@
 #include "common.cuh"
 
 // Fields as `Params` of candidates.rs.
-struct Candidates {
+struct TopKParams {
     // [n].
     const float *x;
     // Tokens whose logits the penalty changes, then those that are out.
@@ -24,10 +24,10 @@ struct Candidates {
     u32 greedy, padding;
 };
 
-constexpr u32 SORTED = 1024;
-constexpr u32 SORTERS = SORTED / 2;
+constexpr u32 SORT_KEYS = 1024;
+constexpr u32 SORT_THREADS = SORT_KEYS / 2;
 // Tokens that are changed, at most.
-constexpr u32 CHANGED = 512;
+constexpr u32 MAX_CHANGED = 512;
 
 STB_DEVICE u64 key_of(float v, u32 token, u32 greedy) {
     u32 bits = __float_as_uint(v);
@@ -41,7 +41,7 @@ STB_DEVICE u64 key_of(float v, u32 token, u32 greedy) {
 
 // Sorts all keys, the highest first.
 STB_DEVICE void sort(u64 *keys) {
-    for (u32 size = 2; size <= SORTED; size *= 2) {
+    for (u32 size = 2; size <= SORT_KEYS; size *= 2) {
         for (u32 step = size / 2; step > 0; step /= 2) {
             __syncthreads();
             const u32 t = threadIdx.x;
@@ -55,12 +55,12 @@ STB_DEVICE void sort(u64 *keys) {
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(SORTERS) candidates(const __grid_constant__ Candidates a) {
-    __shared__ u64 keys[SORTED];
-    __shared__ u32 changed[CHANGED];
+extern "C" __global__ void __launch_bounds__(SORT_THREADS) top_k(const __grid_constant__ TopKParams a) {
+    __shared__ u64 keys[SORT_KEYS];
+    __shared__ u32 changed[MAX_CHANGED];
     __shared__ u32 last;
     const u32 changes = a.penalized + a.banned;
-    for (u32 i = threadIdx.x; i < changes; i += SORTERS)
+    for (u32 i = threadIdx.x; i < changes; i += SORT_THREADS)
         changed[i] = a.changed[i];
     __syncthreads();
     auto logit = [&](u32 token) {
@@ -74,9 +74,9 @@ extern "C" __global__ void __launch_bounds__(SORTERS) candidates(const __grid_co
     };
     // The first `count` of `n` keys, sorted, at the start of `keys`.
     auto select = [&](u32 n, auto get) {
-        for (u32 at = 0, kept = 0; at < n; at += SORTED - kept, kept = a.count) {
+        for (u32 at = 0, kept = 0; at < n; at += SORT_KEYS - kept, kept = a.count) {
             __syncthreads();
-            for (u32 i = threadIdx.x + kept; i < SORTED; i += SORTERS) {
+            for (u32 i = threadIdx.x + kept; i < SORT_KEYS; i += SORT_THREADS) {
                 const u32 from = at + i - kept;
                 keys[i] = from < n ? get(from) : 0;
             }
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(SORTERS) candidates(const __grid_co
     const u32 first = blockIdx.x * a.slice;
     select(first < a.n ? least(a.slice, a.n - first) : 0, [&](u32 i) { return logit(first + i); });
     if (gridDim.x > 1) {
-        for (u32 i = threadIdx.x; i < a.count; i += SORTERS)
+        for (u32 i = threadIdx.x; i < a.count; i += SORT_THREADS)
             __stcg(&a.partial[u64(blockIdx.x) * a.count + i], keys[i]);
         __threadfence();
         __syncthreads();
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(SORTERS) candidates(const __grid_co
         __threadfence();
         select(gridDim.x * a.count, [&](u32 i) { return __ldcg(&a.partial[i]); });
     }
-    for (u32 i = threadIdx.x; i < a.count; i += SORTERS) {
+    for (u32 i = threadIdx.x; i < a.count; i += SORT_THREADS) {
         const u32 order = u32(keys[i] >> 32);
         a.out[2 * i] = 0xffffffff - u32(keys[i]);
         a.out[2 * i + 1] = order & 0x80000000 ? order & 0x7fffffff : ~order;
