@@ -10,7 +10,7 @@ use common::machine::simulated;
 use common::plans::{address, launch};
 use common::random::Rng;
 use stb_format::half::f16;
-use stb_kernels::cuda::{Attend, Attention, KvCache, Module, Slots};
+use stb_kernels::cuda::{Attention, AttentionShape, KvCache, Module, SlotMapping};
 use stb_kernels::kv::KvKind;
 
 /// The kernels of a module and those that put caches in their places; `None` where there is no C++
@@ -27,7 +27,7 @@ fn build(module: &Module) -> Option<Emulator> {
 
 /// Tokens of several sequences in one step: (tokens before it, tokens in it) of each.
 struct Step<'a> {
-    a: Attention,
+    a: AttentionShape,
     sequences: &'a [(usize, usize)],
 }
 
@@ -39,7 +39,7 @@ impl Step<'_> {
 
     fn check(&self, rng: &mut Rng, emulator: &Emulator, tolerance: f64) {
         let Self { a, sequences } = *self;
-        let Attention { heads, kv_heads, width, .. } = a;
+        let AttentionShape { heads, kv_heads, width, .. } = a;
         let widths = [heads, kv_heads, kv_heads].map(|n| n * width);
         let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
         let all: Vec<Tokens> = sequences
@@ -114,7 +114,7 @@ impl Step<'_> {
 
     /// The definition, in f64.
     fn naive(&self, of: &Tokens, frequencies: &[f32], position: usize, head: usize) -> Vec<f64> {
-        let Attention { heads, kv_heads, width, interleaved, .. } = self.a;
+        let AttentionShape { heads, kv_heads, width, interleaved, .. } = self.a;
         let row = |i: usize, n: usize, at: usize, head: usize| -> Vec<f64> {
             of[i][(at * n + head) * width..][..width].iter().map(|v| f64::from(*v)).collect()
         };
@@ -164,7 +164,7 @@ fn attention(kind: KvKind, tolerance: f64) {
     // Each shape is a program of its own: all for one kind, some for the others.
     let shapes = if kind == KvKind::F16 { &shapes[..] } else { &shapes[1..3] };
     for &(heads, kv_heads, width, interleaved) in shapes {
-        let a = Attention { heads, kv_heads, width, layers: 2, kind, interleaved };
+        let a = AttentionShape { heads, kv_heads, width, layers: 2, kind, interleaved };
         let Some(emulator) = build(&a.module()) else { return };
         for sequences in [&[(0, 1)][..], &[(255, 1), (3, 1)], &[(256, 3)], &[(0, 5), (520, 2)]] {
             Step { a, sequences }.check(&mut rng, &emulator, tolerance);
@@ -189,7 +189,7 @@ fn attention_over_8_bits() {
 
 /// A prompt's tokens behind those of the cache, whose rows are given as they are there.
 struct Prompt {
-    a: Attention,
+    a: AttentionShape,
     before: usize,
     now: usize,
     /// [now, heads · width].
@@ -216,7 +216,7 @@ impl Prompt {
     const LAYER: usize = 1;
 
     /// Uniform in −1..1; 8-bit rows with scales of many sizes.
-    fn random(rng: &mut Rng, a: Attention, before: usize, now: usize) -> Self {
+    fn random(rng: &mut Rng, a: AttentionShape, before: usize, now: usize) -> Self {
         let tokens = a.kv_heads * (before + now);
         let is_q8 = a.kind == KvKind::Q8;
         let mut row = || match is_q8 {
@@ -240,7 +240,7 @@ impl Prompt {
 
     /// The cache of a sequence, with room for a few more tokens. What is not written is NaN.
     fn cache(&self, capacity: usize) -> Vec<u8> {
-        let Attention { kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { kv_heads, width, kind, .. } = self.a;
         let tokens = self.before + self.now;
         let mut all = vec![0xff; self.a.cache_bytes(capacity)];
         let part = all.len() / (2 * self.a.layers);
@@ -277,7 +277,7 @@ impl Prompt {
     /// * ε of 2⁻¹¹ for a weight in f16 (2⁻²⁵ of the largest weight where it is subnormal), and 2⁻¹⁶ for exponentials;
     /// * as much for an 8-bit value that becomes f16 with its scale.
     fn naive(&self) -> Vec<[f64; 2]> {
-        let Attention { heads, kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { heads, kv_heads, width, kind, .. } = self.a;
         let scale = 1.0 / (width as f64).sqrt();
         let half = 0.5f64.powi(11) * if kind == KvKind::Q8 { 2.0 } else { 1.0 } + 0.5f64.powi(16);
         let mut all = Vec::new();
@@ -374,8 +374,8 @@ const PROMPTS: [([usize; 3], [usize; 2]); 12] = [
     ([3, 1, 2], [200, 21]),
 ];
 
-fn prompt_shape(kind: KvKind, [heads, kv_heads, width]: [usize; 3]) -> Attention {
-    Attention { heads, kv_heads, width, layers: 2, kind, interleaved: false }
+fn prompt_shape(kind: KvKind, [heads, kv_heads, width]: [usize; 3]) -> AttentionShape {
+    AttentionShape { heads, kv_heads, width, layers: 2, kind, interleaved: false }
 }
 
 fn prompts(kind: KvKind, module: &str) {
@@ -428,7 +428,7 @@ fn outliers(kind: KvKind, module: &str) {
     prompt.check(&emulator, &[0, 1]);
 }
 
-/// Numbers that are none reach the tokens that see them, and no others.
+/// ActivationPrecision that are none reach the tokens that see them, and no others.
 fn not_finite(kind: KvKind, module: &str) {
     let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
     let Some(emulator) = build(module) else { return };
@@ -504,8 +504,8 @@ fn tokens_of_several_sequences_stay_with_the_other_kernel() {
     two[30].0 = &other;
     let many = vec![("rotate", [8, 70, 1]), ("attend_many_64", [3, 2, 1])];
     let few = vec![("rotate", [8, 70, 1]), ("attend_4", [1, 2, 64]), ("attend_4", [1, 2, 6])];
-    let mut slots = Slots::new(&device, 70).unwrap();
-    let mut attend = Attend::new(&device, a, &[0.0; 32]).unwrap();
+    let mut slots = SlotMapping::new(&device, 70).unwrap();
+    let mut attend = Attention::new(&device, a, &[0.0; 32]).unwrap();
     let make = |heads: usize| device.zeros("tokens", 70 * heads * 64).unwrap();
     let (mut q, k, v, mut out) = (make(4), make(2), make(2), make(4));
     for (places, expected) in [(run, many), (gap, few.clone()), (two, few)] {

@@ -7,7 +7,9 @@ use common::emulator::{Emulator, bytes_of, floats};
 use common::plans::{address, launch};
 use common::random::{Rng, encodings, payload};
 use stb_format::Encoding;
-use stb_kernels::cuda::{self, Input, Limits, MatVecPlan, MatrixParams, Module, Numbers};
+use stb_kernels::cuda::{
+    self, ActivationInput, ActivationPrecision, DeviceLimits, GemvPlan, MatrixParams, Module,
+};
 
 /// The kernels of a module; `None` where there is no C++ compiler.
 fn build(module: &Module) -> Option<Emulator> {
@@ -24,9 +26,9 @@ fn build(module: &Module) -> Option<Emulator> {
 }
 
 /// A small device, so that small matrices are split in all ways; and a large one.
-const LIMITS: [Limits; 2] = [
-    Limits { multiprocessors: 1, shared: 98 << 10 },
-    Limits { multiprocessors: 132, shared: 226 << 10 },
+const LIMITS: [DeviceLimits; 2] = [
+    DeviceLimits { multiprocessors: 1, shared: 98 << 10 },
+    DeviceLimits { multiprocessors: 132, shared: 226 << 10 },
 ];
 
 /// Ragged rows, columns, groups, units, tiles and chunks; more columns than a slab.
@@ -38,8 +40,8 @@ struct Case<'a> {
     rows: &'a [usize],
     cols: usize,
     tokens: usize,
-    numbers: Numbers,
-    limits: Limits,
+    numbers: ActivationPrecision,
+    limits: DeviceLimits,
 }
 
 impl Case<'_> {
@@ -74,9 +76,9 @@ impl Case<'_> {
 
         // Buffers: inputs, partial sums, counters, then payload and result of each matrix.
         let source = match kind {
-            0 => Input::Plain(address(0)),
-            1 => Input::Norm { x: address(0), weight: address(1), eps },
-            _ => Input::Silu { gate: address(0), up: address(1) },
+            0 => ActivationInput::Plain(address(0)),
+            1 => ActivationInput::RmsNorm { x: address(0), weight: address(1), eps },
+            _ => ActivationInput::SwiGlu { gate: address(0), up: address(1) },
         };
         let matrices: Vec<(MatrixParams, u64)> = payloads
             .iter()
@@ -89,8 +91,8 @@ impl Case<'_> {
             })
             .collect();
         let work = [address(2), address(3)];
-        let plan = MatVecPlan::new(limits, encoding, &matrices, source, numbers, add, tokens, work)
-            .unwrap();
+        let plan =
+            GemvPlan::new(limits, encoding, &matrices, source, numbers, add, tokens, work).unwrap();
         let mut buffers = vec![
             bytes_of(&x),
             bytes_of(&with),
@@ -119,7 +121,7 @@ impl Case<'_> {
                         rounding += largest / 254.0 * f64::from(w.abs());
                     }
                 }
-                let rounding = if numbers == Numbers::Rounded { rounding } else { 0.0 };
+                let rounding = if numbers == ActivationPrecision::Q8 { rounding } else { 0.0 };
                 let tolerance = 1e-5 * magnitude + 1.0001 * rounding + 1e-30;
                 let y = y[t * rows + r];
                 let error = (f64::from(y) - sum).abs();
@@ -134,10 +136,10 @@ fn products(module: &str) {
     let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
     let Some(emulator) = build(module) else { return };
     let mut rng = Rng(7);
-    let mine = |e: &&Encoding| MatVecPlan::module(e).unwrap() == *module;
+    let mine = |e: &&Encoding| GemvPlan::module(e).unwrap() == *module;
     for encoding in encodings().iter().filter(mine) {
         for (i, (rows, cols)) in SHAPES.into_iter().enumerate() {
-            for numbers in [Numbers::Exact, Numbers::Rounded] {
+            for numbers in [ActivationPrecision::F32, ActivationPrecision::Q8] {
                 let tokens = [1, 2, 3, 4, 5][rng.below(5)];
                 let rows = [rows, 1 + rng.below(40), 16];
                 let rows = &rows[..1 + rng.below(3)];
@@ -157,7 +159,7 @@ fn decode_rows(rng: &mut Rng, emulator: &Emulator, encoding: &Encoding, rows: us
     let params = MatrixParams::new(&view, &bytes, address(0)).unwrap();
     // An id outside the matrix leaves its row alone.
     let ids: Vec<u32> = (0..4).map(|_| rng.below(rows) as u32).chain([rows as u32]).collect();
-    let plan = cuda::plan_decode(encoding, params, address(1), ids.len(), address(2)).unwrap();
+    let plan = cuda::plan_dequantize(encoding, params, address(1), ids.len(), address(2)).unwrap();
     let id_bytes = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     let buffers = [bytes.clone(), id_bytes, bytes_of(&vec![9.0; ids.len() * cols])];
     let found = floats(&emulator.run(&buffers, &[launch(&plan)], &[3]).unwrap()[2]);
@@ -207,17 +209,17 @@ fn hostile_payloads_stay_inside_their_buffers() {
         let module = Module::ALL.iter().find(|m| m.name == name).unwrap();
         let Some(emulator) = build(module) else { return };
         let all = encodings();
-        let encoding = all.iter().find(|e| MatVecPlan::module(e).unwrap() == *module).unwrap();
+        let encoding = all.iter().find(|e| GemvPlan::module(e).unwrap() == *module).unwrap();
         for (rows, cols) in [(33, 172), (5, 1100)] {
             let length = payload(&mut rng, encoding, rows, cols).len();
             let bytes: Vec<u8> = (0..length).map(|_| rng.next() as u8).collect();
             let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
             let matrix = MatrixParams::new(&view, &bytes, address(4)).unwrap();
-            for numbers in [Numbers::Exact, Numbers::Rounded] {
-                let (input, work) = (Input::Plain(address(0)), [address(2), address(3)]);
+            for numbers in [ActivationPrecision::F32, ActivationPrecision::Q8] {
+                let (input, work) = (ActivationInput::Plain(address(0)), [address(2), address(3)]);
                 let matrices = [(matrix, address(1))];
                 let plan =
-                    MatVecPlan::new(LIMITS[0], encoding, &matrices, input, numbers, false, 1, work);
+                    GemvPlan::new(LIMITS[0], encoding, &matrices, input, numbers, false, 1, work);
                 let plan = plan.unwrap();
                 let x = bytes_of(&rng.floats(cols));
                 let work = [vec![0; plan.partial * 4], vec![0; plan.arrived * 4]];
@@ -236,18 +238,18 @@ fn operations() {
     for (cols, tokens) in [(1, 1), (700, 3), (256, 2)] {
         let (x, with) = (rng.floats(tokens * cols), rng.floats(tokens * cols));
         let inputs = [
-            Input::Norm { x: address(0), weight: address(1), eps: 1e-5 },
-            Input::Silu { gate: address(0), up: address(1) },
+            ActivationInput::RmsNorm { x: address(0), weight: address(1), eps: 1e-5 },
+            ActivationInput::SwiGlu { gate: address(0), up: address(1) },
         ];
         for input in inputs {
-            let plan = cuda::plan_materialize(input, address(2), cols, tokens).unwrap();
+            let plan = cuda::plan_activations(input, address(2), cols, tokens).unwrap();
             let buffers = [bytes_of(&x), bytes_of(&with), vec![0; tokens * cols * 4]];
             let found = floats(&emulator.run(&buffers, &[launch(&plan)], &[0, 1]).unwrap()[2]);
             for (i, found) in found.iter().enumerate() {
                 let token = &x[i / cols * cols..][..cols];
                 let squares: f32 = token.iter().map(|v| v * v).sum();
                 let expected = match input {
-                    Input::Silu { .. } => x[i] / (1.0 + (-x[i]).exp()) * with[i],
+                    ActivationInput::SwiGlu { .. } => x[i] / (1.0 + (-x[i]).exp()) * with[i],
                     _ => x[i] / (squares / cols as f32 + 1e-5).sqrt() * with[i % cols],
                 };
                 assert!(

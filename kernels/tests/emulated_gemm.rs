@@ -10,8 +10,8 @@ use stb_format::Encoding;
 use stb_format::encoding::{Dense, MatrixView, Nm};
 use stb_format::half::f16;
 use stb_kernels::cuda::{
-    GemmPlan, Limits, MatrixParams, Module, Product, PromptNumbers, gemm_prepared, gemm_scales,
-    plan_prepare,
+    DeviceLimits, GemmPlan, MatrixParams, Module, PrefillPrecision, Product, gemm_prepared,
+    gemm_scales, plan_prepare,
 };
 
 struct Case<'a> {
@@ -19,7 +19,7 @@ struct Case<'a> {
     rows: usize,
     cols: usize,
     tokens: usize,
-    numbers: PromptNumbers,
+    numbers: PrefillPrecision,
     /// Multiprocessors to plan for: few take the large kernels, many split the columns.
     multiprocessors: u32,
     seeds: &'a [u64],
@@ -98,7 +98,7 @@ impl Case<'_> {
 
     /// The token with a number that is none.
     fn poisoned(&self) -> Option<usize> {
-        (self.numbers == PromptNumbers::Int8 && self.tokens > 4).then(|| self.tokens - 2)
+        (self.numbers == PrefillPrecision::Int8 && self.tokens > 4).then(|| self.tokens - 2)
     }
 
     fn run(&self, rng: &mut Rng, emulator: &Emulator) {
@@ -109,8 +109,8 @@ impl Case<'_> {
         let add = rng.below(2) == 1;
         let before = rng.floats(tokens * rows);
 
-        let shared = if numbers == PromptNumbers::Int8 { 160 << 10 } else { 98 << 10 };
-        let limits = Limits { multiprocessors, shared };
+        let shared = if numbers == PrefillPrecision::Int8 { 160 << 10 } else { 98 << 10 };
+        let limits = DeviceLimits { multiprocessors, shared };
         let matrix = MatrixParams::new(&view, &bytes, address(0)).unwrap();
         let product = Product { encoding, matrix, tokens, numbers };
         let prepare = plan_prepare(product, address(1), address(2), address(3)).unwrap();
@@ -136,10 +136,10 @@ impl Case<'_> {
         assert!(found[6].iter().all(|b| *b == 0), "{what}: counters are left as they were");
         let before = if add { before } else { vec![0.0; tokens * rows] };
         match numbers {
-            PromptNumbers::F16 => {
+            PrefillPrecision::F16 => {
                 self.exact(&what, &view.decode(), &x, &floats(&found[4]), &before)
             }
-            PromptNumbers::Int8 => self.rounded(&what, &bytes, &x, &floats(&found[4]), &before),
+            PrefillPrecision::Int8 => self.rounded(&what, &bytes, &x, &floats(&found[4]), &before),
         }
     }
 
@@ -191,8 +191,8 @@ fn build(module: &str) -> Option<Emulator> {
 }
 
 /// Joint codes N:M with all kinds of scales.
-fn joint_codes(n: usize, m: usize, numbers: PromptNumbers) {
-    let int8 = numbers == PromptNumbers::Int8;
+fn joint_codes(n: usize, m: usize, numbers: PrefillPrecision) {
+    let int8 = numbers == PrefillPrecision::Int8;
     let module = if int8 { "gemm s8" } else { "gemm" };
     let Some(emulator) = build(&format!("{module} {n}:{m}")) else { return };
     let mut rng = Rng(100 + (n * 10 + m) as u64);
@@ -231,42 +231,42 @@ fn joint_codes(n: usize, m: usize, numbers: PromptNumbers) {
 
 #[test]
 fn joint_codes_1_8() {
-    joint_codes(1, 8, PromptNumbers::F16);
+    joint_codes(1, 8, PrefillPrecision::F16);
 }
 
 #[test]
 fn joint_codes_1_4() {
-    joint_codes(1, 4, PromptNumbers::F16);
+    joint_codes(1, 4, PrefillPrecision::F16);
 }
 
 #[test]
 fn joint_codes_2_8() {
-    joint_codes(2, 8, PromptNumbers::F16);
+    joint_codes(2, 8, PrefillPrecision::F16);
 }
 
 #[test]
 fn joint_codes_2_4() {
-    joint_codes(2, 4, PromptNumbers::F16);
+    joint_codes(2, 4, PrefillPrecision::F16);
 }
 
 #[test]
 fn joint_codes_1_8_in_8_bits() {
-    joint_codes(1, 8, PromptNumbers::Int8);
+    joint_codes(1, 8, PrefillPrecision::Int8);
 }
 
 #[test]
 fn joint_codes_1_4_in_8_bits() {
-    joint_codes(1, 4, PromptNumbers::Int8);
+    joint_codes(1, 4, PrefillPrecision::Int8);
 }
 
 #[test]
 fn joint_codes_2_8_in_8_bits() {
-    joint_codes(2, 8, PromptNumbers::Int8);
+    joint_codes(2, 8, PrefillPrecision::Int8);
 }
 
 #[test]
 fn joint_codes_2_4_in_8_bits() {
-    joint_codes(2, 4, PromptNumbers::Int8);
+    joint_codes(2, 4, PrefillPrecision::Int8);
 }
 
 /// Scale codes of 8 bits make weights that do not fit 8 bits: f16 is what they are multiplied in.
@@ -279,8 +279,8 @@ fn large_weights_are_not_multiplied_in_8_bits() {
         let bytes = payload(&mut rng, encoding, 16, 64);
         let view = encoding.view(16, 64, &bytes).unwrap();
         let matrix = MatrixParams::new(&view, &bytes, 0).unwrap();
-        let product = Product { encoding, matrix, tokens: 64, numbers: PromptNumbers::Int8 };
-        let limits = Limits { multiprocessors: 1, shared: 98 << 10 };
+        let product = Product { encoding, matrix, tokens: 64, numbers: PrefillPrecision::Int8 };
+        let limits = DeviceLimits { multiprocessors: 1, shared: 98 << 10 };
         let plan = GemmPlan::new(limits, product, [0; 3], false, [0; 2]).unwrap();
         assert_eq!(plan.launch.module.name, module);
         let prepare = plan_prepare(product, 0, 0, 0).unwrap();
@@ -295,7 +295,7 @@ fn rows(name: &str, mine: impl Fn(&Encoding) -> bool) {
     for (i, encoding) in encodings().iter().filter(|e| mine(e)).enumerate() {
         for (rows, cols, tokens) in [(1, 1, 1), (70, 300, 66), (17, 131, 9)] {
             let seeds: &[u64] = if rows == 17 && i == 0 { &[0, 1] } else { &[2] };
-            let numbers = PromptNumbers::F16;
+            let numbers = PrefillPrecision::F16;
             let case = Case { encoding, rows, cols, tokens, numbers, multiprocessors: 132, seeds };
             case.run(&mut rng, &emulator);
         }

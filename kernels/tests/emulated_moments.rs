@@ -4,9 +4,9 @@
 mod common;
 
 use common::machine::device_in_orders;
-use stb_kernels::cuda::{Dense, Operand};
+use stb_kernels::cuda::{LinearAlgebra, Operand};
 
-/// Numbers from −1 to 1 without a pattern.
+/// ActivationPrecision from −1 to 1 without a pattern.
 fn numbers(n: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(747_796_405) + 1;
     let mut next = || {
@@ -27,7 +27,7 @@ fn close(found: f32, expected: f64, what: &str) {
 #[test]
 fn products_of_parts_of_matrices() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let dense = Dense::new(&device).unwrap();
+    let dense = LinearAlgebra::new(&device).unwrap();
     let (m, n, k) = (5, 7, 3);
     for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
         let (first, pad) = (11, 4);
@@ -72,7 +72,7 @@ fn products_of_parts_of_matrices() {
 #[test]
 fn moments_and_their_factors() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let mut dense = Dense::new(&device).unwrap();
+    let mut dense = LinearAlgebra::new(&device).unwrap();
     let (n, tokens) = (37, 90);
     let x = numbers(n * tokens, 4);
     let mut h = device.zeros("h", n * n).unwrap();
@@ -109,7 +109,7 @@ fn moments_and_their_factors() {
 #[test]
 fn parts_are_copied_and_subtracted() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let dense = Dense::new(&device).unwrap();
+    let dense = LinearAlgebra::new(&device).unwrap();
     let (rows, cols, stride) = (6, 5, 9);
     let (from, minus) = (numbers(rows * stride, 5), numbers(rows * stride, 6));
     let (on_from, on_minus) =
@@ -134,7 +134,7 @@ fn parts_are_copied_and_subtracted() {
 #[test]
 fn sums_of_products_by_blocks_of_columns() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let dense = Dense::new(&device).unwrap();
+    let dense = LinearAlgebra::new(&device).unwrap();
     for (rows, cols, span) in [(5, 130, 64), (3, 40, 100), (9, 7, 1)] {
         let (a, b) = (numbers(rows * (cols + 3), 7), numbers(rows * cols, 8));
         let (on_a, on_b) = (device.upload("a", &a).unwrap(), device.upload("b", &b).unwrap());

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use stb_format::RopePairing;
-use stb_kernels::cuda::{self, Attention};
+use stb_kernels::cuda::{self, AttentionShape};
 use stb_kernels::kv::KvKind;
 use stb_kernels::{Isa, Pool, has_gemm_q8, ops, prefill_batch};
 
@@ -546,9 +546,9 @@ impl Model {
     }
 
     /// The shape of attention in `layers` layers on a device.
-    pub(crate) fn device_attention(&self, layers: usize) -> Attention {
+    pub(crate) fn device_attention(&self, layers: usize) -> AttentionShape {
         let heads = self.heads();
-        Attention {
+        AttentionShape {
             heads: heads.q_width / heads.width,
             kv_heads: heads.kv_width / heads.width,
             width: heads.width,

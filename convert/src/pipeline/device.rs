@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use rayon::prelude::*;
-use stb_kernels::cuda::{Buffer, Dense, Operand};
+use stb_kernels::cuda::{Buffer, GemmSize, LinearAlgebra, MatrixSize, Operand, OperandMut};
 use stb_runtime::{Half, Layer, LinearInput, Result};
 
 use super::refresh::Summed;
@@ -37,7 +37,7 @@ fn half_of(input: LinearInput) -> Half {
 }
 
 /// Streams one after another on the device.
-fn send(dense: &Dense, streams: &[Vec<f32>]) -> Result<Buffer<f32>> {
+fn send(dense: &LinearAlgebra, streams: &[Vec<f32>]) -> Result<Buffer<f32>> {
     let mut to = zeros(dense, streams.iter().map(Vec::len).sum())?;
     let mut at = 0;
     for stream in streams {
@@ -73,7 +73,7 @@ impl Run<'_> {
         for streams in streams.chunks_mut(count) {
             check_interrupt()?;
             let mut hidden = send(layers.dense(), streams)?;
-            let mut nothing = |_, _: &Dense, _: &Buffer<f32>| Ok(ControlFlow::Continue(()));
+            let mut nothing = |_, _: &LinearAlgebra, _: &Buffer<f32>| Ok(ControlFlow::Continue(()));
             let lengths = lengths(streams, features);
             let _ = layers.run(&loaded, &lengths, &mut hidden, &mut nothing)?;
             fetch(&hidden, streams)?;
@@ -104,7 +104,7 @@ impl Run<'_> {
             let lengths = lengths(streams, features);
             let tokens = lengths.iter().sum();
             let mut hidden = send(layers.dense(), streams)?;
-            let mut add = |which: LinearInput, dense: &Dense, x: &Buffer<f32>| {
+            let mut add = |which: LinearInput, dense: &LinearAlgebra, x: &Buffer<f32>| {
                 let place = which.index();
                 summing += timed(dense, || {
                     dense.blas().add_gram(x, tokens, sizes[place], &mut sums[place])
@@ -118,7 +118,7 @@ impl Run<'_> {
         let scale = 2.0 / streams.len().max(1) as f32;
         let mut all = Vec::new();
         for (size, mut sum) in sizes.into_iter().zip(sums) {
-            layers.dense().finish(&mut sum, size, scale)?;
+            layers.dense().finish_hessian(&mut sum, size, scale)?;
             all.push(Hessian::from_matrix(download(&sum, size * size)?, size));
         }
         self.stages.moments += summing;
@@ -169,13 +169,14 @@ impl Run<'_> {
             let tokens = lengths.iter().sum();
             let mut hidden = send(layers.dense(), streams)?;
             let mut seen =
-                |which, dense: &Dense, x: &Buffer<f32>| sums.add(which, dense, x, tokens);
+                |which, dense: &LinearAlgebra, x: &Buffer<f32>| sums.add(which, dense, x, tokens);
             let _ = layers.run(&half, &lengths, &mut hidden, &mut seen)?;
             let (Some(original), Some(streams)) = (&original, wanted.next()) else { continue };
             let mut wanted = send(layers.dense(), streams)?;
             sums.add_streams(layers.dense(), &wanted, &hidden, tokens)?;
-            let mut seen =
-                |which, dense: &Dense, x: &Buffer<f32>| sums.add_shift(which, dense, x, tokens);
+            let mut seen = |which, dense: &LinearAlgebra, x: &Buffer<f32>| {
+                sums.add_shift(which, dense, x, tokens)
+            };
             let _ = layers.run(original, &lengths, &mut wanted, &mut seen)?;
             if to_stream {
                 fetch(&wanted, streams)?;
@@ -188,13 +189,13 @@ impl Run<'_> {
     }
 }
 
-fn zeros(dense: &Dense, count: usize) -> Result<Buffer<f32>> {
+fn zeros(dense: &LinearAlgebra, count: usize) -> Result<Buffer<f32>> {
     Ok(dense.device().zeros("sums over tokens", count)?)
 }
 
 /// Seconds that the device takes for what `queue` queues.
 fn timed(
-    dense: &Dense,
+    dense: &LinearAlgebra,
     queue: impl FnOnce() -> stb_kernels::cuda::Result<()>,
 ) -> stb_kernels::cuda::Result<f64> {
     dense.device().synchronize()?;
@@ -235,7 +236,13 @@ type Flow = stb_kernels::cuda::Result<ControlFlow<()>>;
 
 impl Sums {
     /// Adds the inputs of the layer as it is.
-    fn add(&mut self, which: LinearInput, dense: &Dense, x: &Buffer<f32>, tokens: usize) -> Flow {
+    fn add(
+        &mut self,
+        which: LinearInput,
+        dense: &LinearAlgebra,
+        x: &Buffer<f32>,
+        tokens: usize,
+    ) -> Flow {
         if which != self.input {
             return Ok(ControlFlow::Continue(()));
         }
@@ -251,7 +258,7 @@ impl Sums {
     /// Adds how far the residual stream is from that of the dense model.
     fn add_streams(
         &mut self,
-        dense: &Dense,
+        dense: &LinearAlgebra,
         wanted: &Buffer<f32>,
         stream: &Buffer<f32>,
         tokens: usize,
@@ -271,7 +278,7 @@ impl Sums {
     fn add_shift(
         &mut self,
         which: LinearInput,
-        dense: &Dense,
+        dense: &LinearAlgebra,
         wanted: &Buffer<f32>,
         tokens: usize,
     ) -> Flow {
@@ -287,10 +294,10 @@ impl Sums {
     }
 
     /// The finished sums, and the seconds they took.
-    fn finish(self, dense: &Dense, sequences: usize) -> Result<(Summed, f64)> {
+    fn finish(self, dense: &LinearAlgebra, sequences: usize) -> Result<(Summed, f64)> {
         let Self { width, summing, mut h, shift, features, .. } = self;
         let scale = 2.0 / sequences.max(1) as f32;
-        dense.finish(&mut h, width, scale)?;
+        dense.finish_hessian(&mut h, width, scale)?;
         let hessian = Hessian::from_matrix(download(&h, width * width)?, width);
         let scaled = |from: &Buffer<f32>, count| -> Result<Vec<f32>> {
             let mut values = download(from, count)?;
@@ -314,7 +321,7 @@ impl Sums {
 /// Adds (A − B)ᵀ X to `sum`, [rows, width]: A and B are [tokens, rows], X [tokens, width]; `difference` is
 /// scratch.
 fn add_cross(
-    dense: &Dense,
+    dense: &LinearAlgebra,
     [rows, width, tokens]: [usize; 3],
     [a, b]: [&Buffer<f32>; 2],
     x: &Buffer<f32>,
@@ -322,14 +329,19 @@ fn add_cross(
     sum: &mut Buffer<f32>,
 ) -> stb_kernels::cuda::Result<()> {
     grow(dense, difference, tokens * rows)?;
-    let whole = (0, rows);
-    dense.copy_part([tokens, rows], a, Some(b), whole, difference, whole)?;
+    let size = MatrixSize { rows: tokens, cols: rows };
+    let to = OperandMut::new(difference, 0, rows);
+    dense.copy_submatrix(size, Operand::new(a, 0, rows), Some(b), to)?;
     let left = Operand::new(difference, 0, rows).transposed();
-    let (sizes, right) = ([rows, width, tokens], Operand::new(x, 0, width));
-    dense.blas().multiply(sizes, 1.0, left, right, 1.0, sum, (0, width))
+    let (size, right) = (GemmSize { m: rows, n: width, k: tokens }, Operand::new(x, 0, width));
+    dense.blas().multiply(size, 1.0, left, right, 1.0, OperandMut::new(sum, 0, width))
 }
 
-fn grow(dense: &Dense, buffer: &mut Buffer<f32>, count: usize) -> stb_kernels::cuda::Result<()> {
+fn grow(
+    dense: &LinearAlgebra,
+    buffer: &mut Buffer<f32>,
+    count: usize,
+) -> stb_kernels::cuda::Result<()> {
     if buffer.len() < count {
         *buffer = dense.device().zeros("activations", count)?;
     }

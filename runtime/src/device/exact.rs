@@ -5,7 +5,8 @@ use std::fmt;
 use std::ops::ControlFlow;
 
 use stb_kernels::cuda::{
-    self, Attend, Attention, Buffer, Dense, Device, Input, KvCache, Matrix, Operand, Ops, Slots,
+    self, ActivationInput, ActivationOps, Attention, AttentionShape, Buffer, Device, GemmSize,
+    KvCache, LinearAlgebra, Matrix, Operand, OperandMut, SlotMapping,
 };
 use stb_kernels::kv::KvKind;
 
@@ -27,7 +28,7 @@ pub enum Half {
 /// Sees what linear layers read, [tokens, in features], as it is on the device. To break ends the half there, before that
 /// linear layer.
 pub type DeviceObserver<'a> =
-    dyn FnMut(LinearInput, &Dense, &Buffer<f32>) -> cuda::Result<ControlFlow<()>> + 'a;
+    dyn FnMut(LinearInput, &LinearAlgebra, &Buffer<f32>) -> cuda::Result<ControlFlow<()>> + 'a;
 
 /// A weight matrix in f32, [rows, cols].
 #[derive(Debug)]
@@ -49,10 +50,10 @@ enum Loaded {
 
 /// Runs decoder layers of one model over whole sequences.
 pub struct DeviceLayers {
-    dense: Dense,
-    ops: Ops,
-    attention: Attention,
-    attend: Attend,
+    dense: LinearAlgebra,
+    ops: ActivationOps,
+    attention: AttentionShape,
+    attend: Attention,
     /// One for each sequence of a batch.
     caches: Vec<KvCache>,
     eps: f32,
@@ -75,15 +76,15 @@ impl DeviceLayers {
     /// # Errors
     /// [`crate::Error::Device`] if the vendor's libraries are missing or a shape has no kernel.
     pub fn new(device: &Device, model: &Model) -> Result<Self> {
-        let attention = Attention { kind: KvKind::F32, ..model.device_attention(1) };
+        let attention = AttentionShape { kind: KvKind::F32, ..model.device_attention(1) };
         let make = || device.zeros("activations", 0);
         let intermediate = model.layers.first().map_or(0, |layer| layer.gate.rows());
         let (q, k) = (attention.heads * attention.width, attention.kv_heads * attention.width);
         Ok(Self {
-            dense: Dense::new(device)?,
-            ops: Ops::new(device),
+            dense: LinearAlgebra::new(device)?,
+            ops: ActivationOps::new(device),
             attention,
-            attend: Attend::new(device, attention, &model.frequencies)?,
+            attend: Attention::new(device, attention, &model.frequencies)?,
             caches: Vec::new(),
             eps: model.spec.norm_eps as f32,
             input: make()?,
@@ -93,7 +94,7 @@ impl DeviceLayers {
     }
 
     /// Matrices on its device.
-    pub fn dense(&mut self) -> &mut Dense {
+    pub fn dense(&mut self) -> &mut LinearAlgebra {
         &mut self.dense
     }
 
@@ -148,8 +149,8 @@ impl DeviceLayers {
             Loaded::Attention(half) => {
                 let slots = &self.places(lengths)?;
                 let visible = slots.visible();
-                let Self { dense, ops, attend, input, work: [q, k, v, mixed, ..], .. } = self;
-                let work = AttentionWork { attend, slots, layer: 0, visible, q, k, v, mixed };
+                let Self { dense, ops, attend, input, work: [q, k, v, attn_out, ..], .. } = self;
+                let work = AttentionWork { attend, slots, layer: 0, visible, q, k, v, attn_out };
                 let mut products = Decoding { dense, ops, input, tokens, observer };
                 half.queue(&mut products, work, eps, hidden)
             }
@@ -162,7 +163,7 @@ impl DeviceLayers {
     }
 
     /// The places of sequences in their caches.
-    fn places(&mut self, lengths: &[usize]) -> Result<Slots> {
+    fn places(&mut self, lengths: &[usize]) -> Result<SlotMapping> {
         let device = self.dense.device().clone();
         while self.caches.len() < lengths.len() {
             self.caches.push(KvCache::new(&device, self.attention)?);
@@ -170,7 +171,7 @@ impl DeviceLayers {
         for (cache, length) in self.caches.iter_mut().zip(lengths) {
             cache.reserve(*length, *length)?;
         }
-        let mut slots = Slots::new(&device, lengths.iter().sum())?;
+        let mut slots = SlotMapping::new(&device, lengths.iter().sum())?;
         let tokens = self.caches.iter().zip(lengths);
         slots.set(tokens.flat_map(|(cache, length)| (0..*length).map(move |at| (cache, at))))?;
         Ok(slots)
@@ -182,14 +183,14 @@ fn decode(device: &Device, weight: &Weight) -> cuda::Result<Buffer<f32>> {
     let (rows, cols) = (weight.rows(), weight.cols());
     let matrix = Matrix::upload(device, weight.encoding(), rows, cols, weight.bytes())?;
     let mut values = device.zeros("a weight matrix", rows * cols)?;
-    matrix.queue_decode(&mut values)?;
+    matrix.queue_dequantize(&mut values)?;
     Ok(values)
 }
 
 /// Products with decoded matrices, seen by an observer.
 struct Decoding<'a, 'o> {
-    dense: &'a Dense,
-    ops: &'a Ops,
+    dense: &'a LinearAlgebra,
+    ops: &'a ActivationOps,
     input: &'a mut Buffer<f32>,
     tokens: usize,
     observer: &'a mut DeviceObserver<'o>,
@@ -202,18 +203,18 @@ impl Products for Decoding<'_, '_> {
         &mut self,
         which: LinearInput,
         matrices: &[&Decoded],
-        input: Input<&Buffer<f32>>,
+        input: ActivationInput<&Buffer<f32>>,
         out: &mut [&mut Buffer<f32>],
         add: bool,
     ) -> Result<ControlFlow<()>> {
         let (tokens, cols) = (self.tokens, matrices.first().map_or(0, |m| m.cols));
         let x = match input {
-            Input::Plain(x) => x,
+            ActivationInput::Plain(x) => x,
             _ => {
                 if self.input.len() < tokens * cols {
                     *self.input = self.dense.device().zeros("activations", tokens * cols)?;
                 }
-                self.ops.materialize(input, self.input, cols, tokens)?;
+                self.ops.compute(input, self.input, cols, tokens)?;
                 &*self.input
             }
         };
@@ -225,8 +226,9 @@ impl Products for Decoding<'_, '_> {
             let left = Operand::new(x, 0, cols);
             let right = Operand::new(values, 0, cols).transposed();
             let before = if add { 1.0 } else { 0.0 };
-            let sizes = [tokens, *rows, cols];
-            self.dense.blas().multiply(sizes, 1.0, left, right, before, out, (0, *rows))?;
+            let size = GemmSize { m: tokens, n: *rows, k: cols };
+            let out = OperandMut::new(out, 0, *rows);
+            self.dense.blas().multiply(size, 1.0, left, right, before, out)?;
         }
         Ok(ControlFlow::Continue(()))
     }

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use stb_kernels::cuda::{Attend, Buffer, Device, Input, Slots};
+use stb_kernels::cuda::{ActivationInput, Attention, AttentionArgs, Buffer, Device, SlotMapping};
 
 use crate::error::{Error, Result};
 use crate::forward::LinearInput;
@@ -38,7 +38,7 @@ pub(super) trait Products {
         &mut self,
         which: LinearInput,
         matrices: &[&Self::Matrix],
-        input: Input<&Buffer<f32>>,
+        input: ActivationInput<&Buffer<f32>>,
         out: &mut [&mut Buffer<f32>],
         add: bool,
     ) -> Result<ControlFlow<()>>;
@@ -46,8 +46,8 @@ pub(super) trait Products {
 
 /// What attention needs beside its products, and where its intermediate results go, all [tokens, width].
 pub(super) struct AttentionWork<'a> {
-    pub attend: &'a mut Attend,
-    pub slots: &'a Slots,
+    pub attend: &'a mut Attention,
+    pub slots: &'a SlotMapping,
     /// Which of the caches' layers this is.
     pub layer: usize,
     /// Tokens that the last one may see.
@@ -55,7 +55,7 @@ pub(super) struct AttentionWork<'a> {
     pub q: &'a mut Buffer<f32>,
     pub k: &'a mut Buffer<f32>,
     pub v: &'a mut Buffer<f32>,
-    pub mixed: &'a mut Buffer<f32>,
+    pub attn_out: &'a mut Buffer<f32>,
 }
 
 fn vector(device: &Device, values: &[f32]) -> Result<Buffer<f32>> {
@@ -86,16 +86,16 @@ impl<M> AttentionHalf<M> {
         eps: f32,
         hidden: &mut Buffer<f32>,
     ) -> Result<ControlFlow<()>> {
-        let AttentionWork { attend, slots, layer, visible, q, k, v, mixed } = work;
-        let normed = Input::Norm { x: &*hidden, weight: &self.norm, eps };
+        let AttentionWork { attend, slots, layer, visible, q, k, v, attn_out } = work;
+        let normed = ActivationInput::RmsNorm { x: &*hidden, weight: &self.norm, eps };
         let matrices = [&self.q, &self.k, &self.v];
         let which = LinearInput::Attention;
         if products.queue(which, &matrices, normed, &mut [q, k, v], false)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        attend.queue(slots, layer, visible, q, k, v, mixed)?;
+        attend.queue(AttentionArgs { slots, layer, visible, q, k, v, out: attn_out })?;
         let which = LinearInput::AttentionOutput;
-        products.queue(which, &[&self.o], Input::Plain(mixed), &mut [hidden], true)
+        products.queue(which, &[&self.o], ActivationInput::Plain(attn_out), &mut [hidden], true)
     }
 }
 
@@ -122,12 +122,12 @@ impl<M> MlpHalf<M> {
         eps: f32,
         hidden: &mut Buffer<f32>,
     ) -> Result<ControlFlow<()>> {
-        let normed = Input::Norm { x: &*hidden, weight: &self.norm, eps };
+        let normed = ActivationInput::RmsNorm { x: &*hidden, weight: &self.norm, eps };
         let matrices = [&self.gate, &self.up];
         if products.queue(LinearInput::Mlp, &matrices, normed, &mut [gate, up], false)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        let product = Input::Silu { gate: &*gate, up: &*up };
+        let product = ActivationInput::SwiGlu { gate: &*gate, up: &*up };
         products.queue(LinearInput::MlpDown, &[&self.down], product, &mut [hidden], true)
     }
 }

@@ -14,8 +14,8 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 use stb_kernels::cuda::{
-    self, Attend, Attention, Buffer, Candidates, Device, Gemm, Gemv, Graph, Input, KvCache, Matrix,
-    Numbers, Slots, Wanted,
+    self, ActivationInput, ActivationPrecision, Attention, AttentionShape, Buffer, Device, Gemm,
+    Gemv, Graph, KvCache, Matrix, SlotMapping, TopK, TopKRequest,
 };
 
 use crate::error::{Error, Result};
@@ -86,8 +86,8 @@ pub(crate) struct DeviceModel {
     embeddings: Option<Matrix>,
     /// The head, if it is not the embeddings.
     head: Option<Matrix>,
-    attention: Attention,
-    numbers: Numbers,
+    attention: AttentionShape,
+    numbers: ActivationPrecision,
     eps: f32,
     /// Steps run one after another.
     work: Mutex<Work>,
@@ -98,21 +98,21 @@ pub(crate) struct DeviceModel {
 struct Work {
     gemv: Gemv,
     gemm: Gemm,
-    attend: Attend,
-    slots: Slots,
+    attend: Attention,
+    slots: SlotMapping,
     ids: Buffer<u32>,
     hidden: Buffer<f32>,
     q: Buffer<f32>,
     k: Buffer<f32>,
     v: Buffer<f32>,
-    mixed: Buffer<f32>,
+    attn_out: Buffer<f32>,
     gate: Buffer<f32>,
     up: Buffer<f32>,
     /// [FEW, hidden].
     last: Buffer<f32>,
     /// [FEW, vocabulary].
     logits: Buffer<f32>,
-    candidates: Candidates,
+    candidates: TopK,
     /// Recorded steps of one token by the tokens that it may see; `None` after the first such step, which
     /// has made room for everything.
     graphs: HashMap<usize, Option<Graph>>,
@@ -152,7 +152,7 @@ impl DeviceModel {
             embeddings: (first == 0 || is_tied).then(|| upload(&model.embeddings)).transpose()?,
             head: model.head.as_ref().map(upload).transpose()?,
             attention,
-            numbers: if model.exact { Numbers::Exact } else { Numbers::Rounded },
+            numbers: if model.exact { ActivationPrecision::F32 } else { ActivationPrecision::Q8 },
             eps: model.spec.norm_eps as f32,
             work: Mutex::new(Work::new(device, model, attention)?),
             device: device.clone(),
@@ -203,7 +203,7 @@ impl DeviceModel {
         caches: &mut Caches<'_>,
         tokens: &[u32],
         hidden: Option<&[f32]>,
-        wanted: &Wanted<'_>,
+        wanted: &TopKRequest<'_>,
     ) -> Result<Vec<(u32, f32)>> {
         let work = &mut *self.work.lock().unwrap_or_else(PoisonError::into_inner);
         let vocabulary = self.head().rows();
@@ -227,7 +227,7 @@ impl DeviceModel {
     ) -> Result<()> {
         let width = self.norm.len();
         // Without tensor cores, whose products round to f16, there is nothing to gain from more.
-        let most = if self.numbers == Numbers::Exact { FEW } else { BATCH };
+        let most = if self.numbers == ActivationPrecision::F32 { FEW } else { BATCH };
         for first in (0..tokens.len()).step_by(most) {
             let count = most.min(tokens.len() - first);
             caches.place(&mut work.slots, &self.device, self.attention, first, count)?;
@@ -295,7 +295,7 @@ impl DeviceModel {
     /// Queues the layers for `n` tokens that see up to `visible`.
     fn queue_layers(&self, work: &mut Work, n: usize, visible: usize) -> Result<()> {
         let Work { gemv, gemm, attend, slots, ids, .. } = work;
-        let Work { hidden, q, k, v, mixed, gate, up, .. } = work;
+        let Work { hidden, q, k, v, attn_out, gate, up, .. } = work;
         let eps = self.eps;
         if self.first == 0
             && let Some(embeddings) = &self.embeddings
@@ -304,7 +304,7 @@ impl DeviceModel {
         }
         let mut products = Packed { gemv, gemm, numbers: self.numbers, tokens: n };
         for (layer, (attention, mlp)) in self.layers.iter().enumerate() {
-            let work = AttentionWork { attend, slots, layer, visible, q, k, v, mixed };
+            let work = AttentionWork { attend, slots, layer, visible, q, k, v, attn_out };
             let _ = attention.queue(&mut products, work, eps, hidden)?;
             let _ = mlp.queue(&mut products, [gate, up], eps, hidden)?;
         }
@@ -321,7 +321,7 @@ impl DeviceModel {
             last.copy_part(0, hidden, first * width, n * width)?;
             &*last
         };
-        let normed = Input::Norm { x, weight: &self.norm, eps: self.eps };
+        let normed = ActivationInput::RmsNorm { x, weight: &self.norm, eps: self.eps };
         Ok(gemv.queue(&[self.head()], normed, self.numbers, &mut [logits], false, n)?)
     }
 
@@ -334,7 +334,7 @@ impl DeviceModel {
 struct Packed<'a> {
     gemv: &'a mut Gemv,
     gemm: &'a mut Gemm,
-    numbers: Numbers,
+    numbers: ActivationPrecision,
     tokens: usize,
 }
 
@@ -346,7 +346,7 @@ impl Products for Packed<'_> {
         &mut self,
         _: LinearInput,
         matrices: &[&Matrix],
-        input: Input<&Buffer<f32>>,
+        input: ActivationInput<&Buffer<f32>>,
         out: &mut [&mut Buffer<f32>],
         add: bool,
     ) -> Result<ControlFlow<()>> {
@@ -360,7 +360,7 @@ impl Products for Packed<'_> {
 }
 
 impl Work {
-    fn new(device: &Device, model: &Model, attention: Attention) -> Result<Self> {
+    fn new(device: &Device, model: &Model, attention: AttentionShape) -> Result<Self> {
         let most = if model.exact { FEW } else { BATCH };
         let make = |width: usize| device.zeros("activations", most * width);
         let intermediate = model.layers.first().map_or(0, |layer| layer.gate.rows());
@@ -369,19 +369,19 @@ impl Work {
         Ok(Self {
             gemv: Gemv::new(device)?,
             gemm: Gemm::new(device)?,
-            attend: Attend::new(device, attention, &model.frequencies)?,
-            slots: Slots::new(device, BATCH)?,
+            attend: Attention::new(device, attention, &model.frequencies)?,
+            slots: SlotMapping::new(device, BATCH)?,
             ids: device.zeros("tokens", BATCH)?,
             hidden: make(hidden)?,
             q: make(heads)?,
             k: make(kv)?,
             v: make(kv)?,
-            mixed: make(heads)?,
+            attn_out: make(heads)?,
             gate: make(intermediate)?,
             up: make(intermediate)?,
             last: device.zeros("hidden states", FEW * hidden)?,
             logits: device.zeros("logits", FEW * model.head().rows())?,
-            candidates: Candidates::new(device)?,
+            candidates: TopK::new(device)?,
             graphs: HashMap::new(),
         })
     }
@@ -397,9 +397,9 @@ impl Caches<'_> {
     /// Makes room for `count` tokens from the `first` of the call on, and puts their places into `slots`.
     fn place(
         &mut self,
-        slots: &mut Slots,
+        slots: &mut SlotMapping,
         device: &Device,
-        attention: Attention,
+        attention: AttentionShape,
         first: usize,
         count: usize,
     ) -> Result<()> {
