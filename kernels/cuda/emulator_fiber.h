@@ -7,11 +7,6 @@
 
 namespace emulator {
 
-using u8 = std::uint8_t;
-using u16 = std::uint16_t;
-using u32 = std::uint32_t;
-using u64 = std::uint64_t;
-
 // Literals of equal text mostly have one address; under AddressSanitizer a comparison of text is slow.
 inline bool same(const char *a, const char *b) { return a == b || std::strcmp(a, b) == 0; }
 

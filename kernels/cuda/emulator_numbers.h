@@ -3,6 +3,11 @@
 
 namespace emulator {
 
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+
 // prmt: selector nibbles choose bytes of {b, a}; bit 3 repeats the sign bit of the byte. CUDA's __byte_perm, which is
 // not here, ignores that bit.
 inline unsigned permute(unsigned a, unsigned b, unsigned s) {
