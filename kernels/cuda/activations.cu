@@ -1,9 +1,9 @@
-// Operations on activations that the matrix-vector kernels have built in, for products that lack them.
+// The operations that GEMV kernels fuse into reading their input, for products that do not.
 #include "common.cuh"
 
-// Fields as `Params` of ops.rs.
+// Fields as `ActivationParams` of activations.rs.
 struct ActivationParams {
-    // [tokens][cols]; `with` as in Gemv.
+    // [tokens][cols]; `with` as in GemvParams.
     const float *x, *with;
     float *out;
     u32 cols, input;
@@ -12,7 +12,7 @@ struct ActivationParams {
 };
 
 extern "C" {
-// A block per token.
+// One block per token.
 __global__ void __launch_bounds__(THREADS) compute_activations(const __grid_constant__ ActivationParams a) {
     __shared__ float scratch[WARPS];
     const float *x = a.x + u64(blockIdx.x) * a.cols;

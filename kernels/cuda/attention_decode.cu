@@ -1,31 +1,32 @@
-// Attention of a few tokens over cached keys and values: -DKV=KvF16 and so on.
+// RoPE with the store to the KV cache, and attention of a few tokens: -DKV=KvF16 and so on.
 //
-// A block computes some query heads that share a key head, over a split of KEYS keys; the last block of a
-// token and head adds the splits in their order. Keys are read once for all heads of the block: with one head
-// 2 · 2 bytes per 4 operations, so memory is the limit.
+// A block computes some query heads of one key-value head over a split of SPLIT_KEYS keys (flash decoding). The last
+// block of a token and head adds the splits in their order. Keys and values are read once for all heads of a block.
+// With one head that is 2 · 2 bytes per 4 operations, so memory bandwidth is the limit.
 #include "kv_cache.cuh"
 
-// Fields as `RotateParams` of attention.rs.
+// Fields as `RopeParams` of attention/shape.rs.
 struct RopeParams {
     // [tokens][heads · width], rotated in place.
     float *q;
     // [tokens][kv_heads · width].
     const float *k, *v;
-    // Turns per token of each pair.
+    // Radians per position of each pair.
     const float *frequencies;
     const KvSlot *slots;
     u32 heads, kv_heads, width, layer;
-    // Whether pairs are neighbors; else they are half a head apart.
+    // Whether the elements of a pair are neighbors. Otherwise they are half a head apart.
     u32 interleaved, padding;
 };
 
-// Fields as `AttendParams` of attention.rs.
+// Fields as `AttentionDecodeParams` of attention/shape.rs.
 struct AttentionDecodeParams {
     // [tokens][heads · width].
     const float *q;
     float *out;
     const KvSlot *slots;
-    // By token and block of heads: [splits][heads of a block][2 + width].
+    // For each token and block of heads, [splits][heads of a block][2 + width]: the largest score, the sum of
+    // weights, and the weighted sum of values.
     float *partial;
     u32 *arrived;
     u32 heads, kv_heads, width, layer;
@@ -38,7 +39,7 @@ constexpr u32 BLOCK_THREADS = 128;
 constexpr u32 SPLIT_KEYS = 256;
 constexpr u32 LANES_PER_KEY = 8;
 
-// Element i of a row, rotated by the position.
+// Returns element i of a row after RoPE.
 STB_DEVICE float rotated(const float *x, u32 i, u32 width, const RopeParams &a, float position) {
     const u32 half = width / 2;
     const u32 pair = a.interleaved ? i / 2 : i % half;
@@ -49,7 +50,7 @@ STB_DEVICE float rotated(const float *x, u32 i, u32 width, const RopeParams &a, 
     return second ? v * c + u * s : u * c - v * s;
 }
 
-// For up to 8 heads of a key head.
+// Computes up to HEADS query heads of a key-value head.
 template <u32 HEADS> STB_DEVICE void attention_decode(const AttentionDecodeParams &a) {
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 last;
@@ -64,7 +65,7 @@ template <u32 HEADS> STB_DEVICE void attention_decode(const AttentionDecodeParam
         return;
     const u32 from = split * SPLIT_KEYS, keys = least(SPLIT_KEYS, visible - from);
     const u32 width = a.width, chunks = ceil_div(width, CHUNK), padded = chunks * CHUNK;
-    // Queries, then the sums [HEADS][padded]; scores [HEADS][KEYS].
+    // Queries, and later sums, [HEADS][padded]; scores, [HEADS][SPLIT_KEYS].
     float *q = reinterpret_cast<float *>(shared), *scores = q + HEADS * padded;
     const u64 row = u64(token) * a.heads * width + u64(head * group + first) * width;
     for (u32 i = threadIdx.x; i < HEADS * padded; i += BLOCK_THREADS) {
@@ -75,7 +76,7 @@ template <u32 HEADS> STB_DEVICE void attention_decode(const AttentionDecodeParam
 
     const KvRows k(slot, a.kv_heads, width, a.layer, 0, head);
     const u32 lane = threadIdx.x % LANES_PER_KEY;
-    // All threads of a warp go round as often as one another, for the shuffles.
+    // All threads of a warp take the same number of rounds, for the shuffles.
     for (u32 base = 0; base < keys; base += BLOCK_THREADS / LANES_PER_KEY) {
         const u32 key = base + threadIdx.x / LANES_PER_KEY;
         float sum[HEADS] = {};
@@ -125,7 +126,7 @@ template <u32 HEADS> STB_DEVICE void attention_decode(const AttentionDecodeParam
         q[i] = 0.0f;
     __syncthreads();
 
-    // A thread adds one chunk of every `groups`-th value; the groups then add up in order.
+    // A thread sums one chunk of every `groups`-th value. The sums of the groups are then added in order.
     const KvRows v(slot, a.kv_heads, width, a.layer, 1, head);
     const u32 groups = BLOCK_THREADS / chunks, mine = threadIdx.x / chunks, c = threadIdx.x % chunks;
     float acc[HEADS][CHUNK] = {};
@@ -195,7 +196,7 @@ template <u32 HEADS> STB_DEVICE void attention_decode(const AttentionDecodeParam
 }
 
 extern "C" {
-// A warp per token and head: queries, then keys, then values.
+// One warp per token and head: query heads, then key heads, then value heads.
 __global__ void __launch_bounds__(WARP) rope_kv(const __grid_constant__ RopeParams a) {
     const u32 token = blockIdx.y, lane = threadIdx.x, width = a.width;
     const KvSlot slot = a.slots[token];
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(WARP) rope_kv(const __grid_constant__ RopePara
         for (int by = 16; by > 0; by >>= 1)
             most = fmaxf(most, __shfl_xor_sync(ALL, most, by));
         poisoned = __any_sync(ALL, poisoned);
-        // Rows so small that the inverse overflows count as zero.
+        // A row so small that the inverse overflows counts as zero.
         inverse = 127.0f / most;
         if (poisoned || !(inverse < 3.4028235e38f))
             inverse = 0.0f;

@@ -1,20 +1,20 @@
-// Encodings whose rows are computed one by one (all but the joint N:M codes): how a lane loads a
-// *piece*, some neighboring columns of a row, and what it multiplies.
+// Codecs: how the kernels read encodings whose rows are computed one by one (all but N:M). A lane loads
+// *pieces*, which are some neighboring columns of a row.
 //
-// A codec has PIECE (columns), UNIT (columns that share a scale, at most 32), Raw (a piece in
-// registers), Scale, and:
-//   load(m, row, piece)           the piece, zero beyond the row
-//   scale(m, row, unit)           the scale of a unit of the row, zero beyond it
-//   weights4(raw, scale, u, i)    of unit u of the piece, columns 4i to 4i + 3, up to multiplier(scale)
-// and for activations rounded to 8 bits, if ROUNDED:
-//   column(k)                     which column of a unit is byte k of its 32 activations
-//   dot(raw, scale, u, x, xs, xo) Σ weight · activation of a unit; xs the scale of the activations, xo
-//                                 their sum, scaled
+// codec_*.cuh defines the codecs. A codec has PIECE (the columns of a piece), UNIT (the columns that share a
+// scale, at most 32), Raw (a piece in registers), Scale, and these functions:
+//   load(m, row, piece)           returns the piece; columns beyond the row are zero
+//   scale(m, row, unit)           returns the scale of a unit of the row, zero beyond the row
+//   weights4(raw, scale, u, i)    returns columns 4i to 4i + 3 of unit u of the piece, without multiplier(scale)
+// If HAS_Q8 is true, it also multiplies activations in 8 bits:
+//   column(k)                     returns the column of a unit whose activation is byte k of the unit's 32 bytes
+//   dot(raw, scale, u, x, xs, xo) returns Σ weight · activation of a unit; xs is the scale of the activations
+//                                 and xo their scaled sum
 #pragma once
 #include "common.cuh"
 
-// Words from `p`, which is a multiple of 4 bytes: N, or as many as there are, then zero. `whole`: all are
-// there and p is a multiple of 16 (8 for two).
+// Loads n words from `p`, which is a multiple of 4 bytes; words from number `there` on are zero. `whole` says
+// that all words exist and that p is a multiple of 16 (of 8 for two words).
 template <int N> STB_DEVICE void load_words(u32 (&to)[N], int at, int n, const u8 *p, u32 there, bool whole) {
     if (whole) {
 #pragma unroll
@@ -37,7 +37,7 @@ template <int N> STB_DEVICE void load_words(u32 (&to)[N], int at, int n, const u
     }
 }
 
-// Byte e of `bytes` as a float: 2²³ has its last place at 1, so that a byte put below it is added.
+// Returns byte e of `bytes` as a float. The last place of 2²³ is 1, so a byte put into its mantissa is added.
 STB_DEVICE float byte_to_f32(u32 bytes, u32 e, float offset) {
     return __uint_as_float(permute(bytes, 0x4b000000, 0x7440 + e)) - (8388608.0f + offset);
 }

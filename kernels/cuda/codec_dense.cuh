@@ -1,3 +1,4 @@
+// The codecs of dense matrices.
 #pragma once
 #include "codec.cuh"
 

@@ -1,10 +1,11 @@
+// The codecs of integer groups.
 #pragma once
 #include "codec.cuh"
 
 // ---- Integer groups: ids 16 and 17 (spec/encodings.md §3) --------------------------------------------
 
-// Bits 1, 2, 4 and 8 are one plane, 3 bits two. A piece is what 16 bytes of the wide plane hold, or a
-// unit if that is more.
+// Codes of 1, 2, 4 and 8 bits have one bit plane, codes of 3 bits have two. A piece is 16 bytes of the wide
+// plane, or a unit if that is more.
 template <u32 BITS> struct Int {
     static constexpr bool HAS_Q8 = true;
     static constexpr u32 UNIT = 32;
@@ -27,7 +28,7 @@ template <u32 BITS> struct Int {
         const u32 first = piece * UNITS;
         const u32 there = m.units > first ? least(m.units - first, UNITS) : 0;
         const u8 *codes = m.payload + m.segments[0] + u64(row) * m.units * (4 * BITS);
-        // Rows start at multiples of 16 if they have whole pieces.
+        // A row of whole pieces starts at a multiple of 16 bytes.
         const bool whole = m.units % UNITS == 0 && there == UNITS;
         load_words(raw.wide, 0, WORDS, codes + first * (4 * WIDE), there * WIDE,
                    whole && (BITS != 3 || m.units % 4 == 0));
@@ -43,7 +44,8 @@ template <u32 BITS> struct Int {
         const u8 *scales = m.payload + m.segments[1];
         return f16_to_f32(__ldg(reinterpret_cast<const u16 *>(scales) + u64(row) * groups + unit / per));
     }
-    // The codes of columns 4i to 4i + 3: in a plane of width w, byte k of a unit holds the columns k, k + 4w, …
+    // Returns the codes of columns 4i to 4i + 3. In a plane of width w, byte k of a unit holds the columns k,
+    // k + 4w, …
     static STB_DEVICE u32 codes4(const Raw &raw, u32 u, u32 i) {
         if constexpr (BITS == 8)
             return raw.wide[u * 8 + i];

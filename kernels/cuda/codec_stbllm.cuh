@@ -1,3 +1,4 @@
+// The codec of STBLLM.
 #pragma once
 #include "codec.cuh"
 
@@ -38,9 +39,9 @@ struct Stbllm {
             raw.negative[half] = deposit(raw.low[half] | raw.high[half], signs >> half * 4 * n, n);
         return raw;
     }
-    // Puts the n signs of each of four groups at the group's kept weights, in order: takes the lowest
-    // kept weight of all groups at once. (Only a last group can run out of weights earlier; the borrow
-    // from it reaches groups that do not exist.)
+    // Assigns the n signs of each of four groups to the kept weights of the group, in order. Each step takes
+    // the lowest kept weight of all groups at once. (Only the last group can run out of weights earlier. The
+    // borrow from it reaches groups that do not exist.)
     static STB_DEVICE u32 deposit(u32 kept, u64 signs, u32 n) {
         u32 fields = 0, negative = 0;
 #pragma unroll
@@ -82,8 +83,9 @@ struct Stbllm {
     }
     // Bits i, i + 8, i + 16, i + 24 of a word become bytes with one shift.
     static STB_DEVICE u32 column(u32 k) { return k / 4 + 8 * (k % 4); }
-    // A sum of planes, each of one magnitude: per 4 columns 4 instructions for the signs and 3 per plane. x
-    // with all bits changed is −x − 1, so that the negative weights of a plane are added once more.
+    // Computes a sum of planes, each of one magnitude, with 4 instructions for the signs and 3 per plane for
+    // every 4 columns. Flipping all bits of x gives −x − 1, so the number of negative weights of a plane is
+    // added to its sum.
     static STB_DEVICE float dot(const Raw &raw, const Scale &scale, u32 u, const u32 (&x)[8], float xs, float) {
         const u32 low = raw.low[u], high = raw.high[u], salient = raw.salient[u];
         const u32 negative = raw.negative[u];
@@ -101,7 +103,7 @@ struct Stbllm {
 #pragma unroll
             for (u32 p = 0; p < 3; ++p)
                 sums[p] = __dp4a(i32(planes[p] >> i & 0x01010101), signed_x, sums[p]);
-            // Salient columns are the same in all rows, and few.
+            // All rows have the same salient columns, and there are few of them.
             if (both != 0) {
                 first = __dp4a(i32(both >> i & 0x01010101), signed_x, first);
                 second = __dp4a(i32((both & low) >> i & 0x01010101), i32(x[i]), second);

@@ -7,7 +7,7 @@
 
 namespace emulator {
 
-// Literals of equal text mostly have one address; under AddressSanitizer a comparison of text is slow.
+// Equal literals mostly have the same address, and under AddressSanitizer strcmp is slow.
 inline bool same(const char *a, const char *b) { return a == b || std::strcmp(a, b) == 0; }
 
 struct Site {
@@ -18,7 +18,7 @@ struct Site {
 
 enum class State { ready, warp, barrier, done };
 
-// A copy that has been issued and may not have arrived.
+// A copy that was issued and may not have arrived.
 struct Copy {
     u8 *to;
     std::vector<u8> bytes;
@@ -37,12 +37,12 @@ struct Fiber {
     State state = State::ready;
     Site site;
     const char *what = "";
-    // Warp operation waited for.
+    // The warp operation that it waits for.
     u32 mask = 0;
     void *data = nullptr;
-    // Barrier waited for.
+    // The barrier that it waits for.
     int barrier = 0;
-    // cp.async: groups of copies, the last one open.
+    // cp.async: groups of copies, of which the last is open.
     std::vector<std::vector<Copy>> copies{1};
 };
 
@@ -196,8 +196,8 @@ inline Barrier &barrier(int id, u32 count, bool predicate, bool wait, Site site)
 
 inline u32 lane() { return current->number % 32; }
 
-// An operation of the lanes of `mask`: `apply` runs once, with what each lane brought. `count`
-// warps of a warpgroup take part (1 for operations of a warp).
+// An operation of the lanes of `mask`. `apply` runs once, with the data of all lanes. `warps` is the number of warps of a
+// warpgroup that take part (1 for operations of a warp).
 template <class Data>
 inline void collective(const char *what, u32 mask, Data &data, void (*apply)(Data **, u32), Site site,
                        u32 warps = 1) {
@@ -207,7 +207,7 @@ inline void collective(const char *what, u32 mask, Data &data, void (*apply)(Dat
     me.state = State::warp;
     me.site = site, me.what = what, me.mask = mask, me.data = &data;
     const u32 first = me.number / (32 * warps) * (32 * warps);
-    // The last lane to come checks all of them; the others stop at the first that is missing.
+    // The last lane to arrive checks all lanes; the others stop at the first that is missing.
     bool complete = true;
     for (u32 i = 0; i < 32 * warps; ++i) {
         if (!(mask >> i % 32 & 1))
@@ -294,7 +294,7 @@ inline void run_block() {
     ready.clear();
     for (auto &b : barriers)
         b = Barrier();
-    // Shared memory holds anything at first: NaN, or random bits.
+    // Shared memory is not initialized: it holds NaN or random bits.
     void *shared = nullptr;
     if (posix_memalign(&shared, 1024, dynamic_shared_bytes ? dynamic_shared_bytes : 1) != 0)
         fail("no memory for %zu bytes of dynamic shared memory", dynamic_shared_bytes);

@@ -8,8 +8,8 @@ using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 
-// prmt: selector nibbles choose bytes of {b, a}; bit 3 repeats the sign bit of the byte. CUDA's __byte_perm, which is
-// not here, ignores that bit.
+// prmt: selector nibbles choose bytes of {b, a}; bit 3 replicates the sign bit of the byte. (CUDA's __byte_perm ignores
+// that bit.)
 inline unsigned permute(unsigned a, unsigned b, unsigned s) {
     const unsigned long long all = (unsigned long long)b << 32 | a;
     unsigned r = 0;
@@ -59,8 +59,8 @@ inline u16 f32_to_bf16(float v) {
         return 0x7fff;
     return u16((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
-// An f16 product and sum, rounded once. The exact result has far fewer than 53 bits, or its last
-// bits do not reach the rounding.
+// A fused multiply-add of f16, rounded once. The exact result has far fewer than 53 bits, or its last bits do not
+// affect the rounding.
 inline u16 f16_fma(u16 a, u16 b, u16 c) {
     const double exact = double(f16_to_f32(a)) * double(f16_to_f32(b)) + double(f16_to_f32(c));
     // Round to odd in f32 first, so that the second rounding is right.

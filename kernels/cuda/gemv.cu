@@ -1,17 +1,18 @@
-// Products with a few tokens for encodings that are computed row by row: -DCODEC=Int4 and so on.
+// GEMV for encodings whose rows are computed one by one: -DCODEC_HEADER="codec_int_group.cuh" -DCODEC=Int4 and
+// so on.
 //
-// A warp computes R rows side by side, a lane some pieces of 16 bytes of each: loads are coalesced over
-// the lanes, and R of them are under way at once. The activations of a slab of columns lie in
-// shared memory; a lane reads those of its piece once for R rows. Pieces are 4 words apart from one
-// another there, so that the lanes of a quarter-warp read different banks.
+// A warp computes R rows at once, and a lane reads pieces of 16 bytes of each row. Loads are coalesced over the
+// lanes, and R loads are in flight at once. The activations of a slab of columns are in shared memory, and a
+// lane reads those of its piece once for all R rows. Pieces in shared memory have 4 words of padding, so that
+// the lanes of a quarter-warp read different banks.
 #include CODEC_HEADER
 
 template <u32 T> constexpr u32 rows_at_once() { return T == 1 ? 4 : 2; }
 
-// ---- Activations as they are ---------------------------------------------------------------------
+// ---- Activations in f32 --------------------------------------------------------------------------
 
-// Instructions per weight: n for the codec (integers of 4 bits: 1/2 + 2), T to multiply, (1 + T)/4R to load
-// activations.
+// Instructions per weight: n for the codec (1/2 + 2 for integers of 4 bits), T to multiply, and (1 + T)/4R to
+// load activations.
 template <class C, u32 T> STB_DEVICE void gemv_f32(const GemvParams &a) {
     constexpr u32 R = rows_at_once<T>();
     constexpr u32 UNITS = C::PIECE / C::UNIT;
@@ -22,7 +23,7 @@ template <class C, u32 T> STB_DEVICE void gemv_f32(const GemvParams &a) {
     const BlockWork p = block_work<T>(a);
     const PackedMatrix &m = a.matrices[p.matrix];
     const u32 pieces = a.slab / C::PIECE;
-    // [T][pieces][STRIDE], then [block_rows][T].
+    // Activations, [T][pieces][STRIDE], then sums, [block_rows][T].
     float *x = reinterpret_cast<float *>(shared);
     float *sums = x + T * pieces * STRIDE;
     {
@@ -91,9 +92,9 @@ template <class C, u32 T> STB_DEVICE void gemv_f32(const GemvParams &a) {
     finish<T>(a, p, sums, &flag);
 }
 
-// ---- Activations rounded to 8 bits, one scale per 32 columns -----------------------------------------
+// ---- Activations in 8 bits with a scale per 32 columns -----------------------------------------------
 
-// Instructions per weight: integers of 4 bits 3/8 to extract and T/4 to multiply; of 1 bit 1/2 and T/4.
+// Instructions per weight: 3/8 to extract and T/4 to multiply for integers of 4 bits, 1/2 and T/4 for 1 bit.
 template <class C, u32 T> STB_DEVICE void gemv_q8(const GemvParams &a) {
     constexpr u32 R = rows_at_once<T>();
     constexpr u32 UNITS = C::PIECE / C::UNIT;
@@ -104,8 +105,8 @@ template <class C, u32 T> STB_DEVICE void gemv_q8(const GemvParams &a) {
     const BlockWork p = block_work<T>(a);
     const PackedMatrix &m = a.matrices[p.matrix];
     const u32 pieces = a.slab / C::PIECE, units = a.slab / 32;
-    // Words of four activations [T][pieces][STRIDE]; scale and scaled sum of a unit, [T][units]; then
-    // [block_rows][T].
+    // Words of four activations, [T][pieces][STRIDE]; the scale and the scaled sum of each unit, [T][units];
+    // sums, [block_rows][T].
     u32 *x = reinterpret_cast<u32 *>(shared);
     float2 *scales = reinterpret_cast<float2 *>(x + T * pieces * STRIDE);
     float *sums = reinterpret_cast<float *>(scales + T * units);
@@ -120,8 +121,8 @@ template <class C, u32 T> STB_DEVICE void gemv_q8(const GemvParams &a) {
 #pragma unroll
                 for (int by = 16; by > 0; by >>= 1)
                     most = fmaxf(most, __shfl_xor_sync(ALL, most, by));
-                // Activations so small that the inverse overflows count as zero; what is not finite
-                // makes the result NaN.
+                // Activations so small that the inverse overflows count as zero. An activation that is not
+                // finite makes the result NaN.
                 const float inverse = 127.0f / most;
                 const bool fine = inverse <= 3.0e38f;
                 const i32 code = fine && v == v ? f32_to_s8(v * inverse) : 0;
@@ -181,9 +182,9 @@ template <class C, u32 T> STB_DEVICE void gemv_q8(const GemvParams &a) {
     finish<T>(a, p, sums, &flag);
 }
 
-// ---- Rows as numbers -------------------------------------------------------------------------------
+// ---- Conversion to f32 -----------------------------------------------------------------------------
 
-// Block (x, y): part x of row y.
+// Block (x, y) converts part x of row y.
 template <class C> STB_DEVICE void dequantize(const DequantizeParams &a) {
     const PackedMatrix &m = a.matrix;
     const u32 piece = blockIdx.x * blockDim.x + threadIdx.x;

@@ -1,9 +1,10 @@
-// What conversion does to matrices between the products of the vendor's libraries. All are bound by memory.
+// Operations of conversion on matrices, between the products of cuBLAS and cuSOLVER. All are bound by memory
+// bandwidth.
 #include "ptx.cuh"
 
 constexpr u32 THREADS = 256;
 
-// Fields as `Square` of moments.rs.
+// Fields as `HessianParams` of hessian.rs.
 struct HessianParams {
     // [n][n].
     float *f32;
@@ -12,7 +13,7 @@ struct HessianParams {
     float scale;
 };
 
-// Fields as `Part` of moments.rs: rows × cols elements, a row every so many.
+// Fields as `SubmatrixParams` of hessian.rs: [rows][cols], with a row every `stride` elements.
 struct SubmatrixParams {
     float *to;
     const float *from, *minus;
@@ -20,9 +21,9 @@ struct SubmatrixParams {
     u32 rows, cols;
 };
 
-// Fields as `Dots` of moments.rs.
+// Fields as `BlockDotsParams` of hessian.rs.
 struct BlockDotsParams {
-    // [rows][cols], a row every so many.
+    // [rows][cols], with a row every `stride` elements.
     const float *a, *b;
     u64 a_stride, b_stride;
     // [rows][blocks].
@@ -35,7 +36,8 @@ struct BlockDotsParams {
 STB_DEVICE u64 element() { return u64(blockIdx.x) * THREADS + threadIdx.x; }
 
 extern "C" {
-// A matrix read backwards, in f64: its lower factor is the upper one of the matrix. And a unit matrix.
+// Converts a matrix to f64 in reverse order, because the lower factor of the reversed matrix is the upper factor
+// of the matrix. Also writes an identity matrix.
 __global__ void __launch_bounds__(THREADS) reverse_to_f64(const __grid_constant__ HessianParams a) {
     const u64 i = element(), all = u64(a.n) * a.n;
     if (i >= all)
@@ -44,7 +46,7 @@ __global__ void __launch_bounds__(THREADS) reverse_to_f64(const __grid_constant_
     a.identity[i] = i % (a.n + 1) == 0 ? 1.0 : 0.0;
 }
 
-// A lower triangle read backwards: an upper one, in f32, with zeros below.
+// Converts a lower triangle to f32 in reverse order, which makes it an upper triangle, with zeros below.
 __global__ void __launch_bounds__(THREADS) reverse_to_f32(const __grid_constant__ HessianParams a) {
     const u64 i = element(), all = u64(a.n) * a.n;
     if (i >= all)
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(THREADS) reverse_to_f32(const __grid_constant_
     a.f32[i] = col >= row ? float(a.f64[all - 1 - i]) : 0.0f;
 }
 
-// From the lower triangle of sums to a symmetric matrix, scaled.
+// Scales the lower triangle of the sums and mirrors it.
 __global__ void __launch_bounds__(THREADS) finish_hessian(const __grid_constant__ HessianParams a) {
     const u64 i = element();
     if (i >= u64(a.n) * a.n)
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(THREADS) finish_hessian(const __grid_constant_
         a.f32[u64(col) * a.n + row] = v;
 }
 
-// to = from − minus, or from: parts of matrices; `minus` lies as `from`.
+// to = from − minus, or to = from. `minus` has the layout of `from`.
 __global__ void __launch_bounds__(THREADS) copy_submatrix(const __grid_constant__ SubmatrixParams a) {
     const u64 i = element();
     if (i >= u64(a.rows) * a.cols)
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(THREADS) copy_submatrix(const __grid_constant_
     a.to[row * a.to_stride + col] = a.minus ? a.from[at] - a.minus[at] : a.from[at];
 }
 
-// For each row and block of columns the sum of a · b, in f64: a warp for each, the same bits every time.
+// Σ a · b over each block of columns of each row, in f64. A warp computes one sum, always in the same order.
 __global__ void __launch_bounds__(THREADS) block_dots(const __grid_constant__ BlockDotsParams a) {
     const u64 i = element() / 32;
     if (i >= u64(a.rows) * a.blocks)
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(THREADS) block_dots(const __grid_constant__ Bl
         sum += double(a.a[row * a.a_stride + c]) * double(a.b[row * a.b_stride + c]);
 #pragma unroll
     for (int by = 16; by > 0; by >>= 1) {
-        // A number of 64 bits goes as two words.
+        // Shuffles move words of 32 bits.
         const u64 bits = u64(__double_as_longlong(sum));
         const u32 low = __shfl_xor_sync(0xffffffff, u32(bits), by);
         const u32 high = __shfl_xor_sync(0xffffffff, u32(bits >> 32), by);

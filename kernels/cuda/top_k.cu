@@ -1,32 +1,33 @@
-// The most likely tokens: what a sampler needs of the logits of a step, so that a few numbers cross the bus and not all.
+// Top-k: selects the most likely tokens of a step for the sampler, so that only a few numbers cross the bus.
 //
-// A logit and its token are one key of 64 bits that sorts as they do: higher logits first, of equal ones the lower token. A
-// block sorts its slice, 1024 keys at a time, and keeps the first; the last block to arrive sorts what all have kept.
-// 32 000 logits are 32 blocks that sort once, 55 steps of 512 comparisons; then 2 rounds of the last block.
+// A logit and its token form one key of 64 bits. Keys sort by logit, the highest first, and by token among equal
+// logits, the lowest first. A block sorts its slice, 1024 keys at a time, and keeps the first ones. The last block
+// to arrive sorts the keys that all blocks have kept. 32 000 logits are 32 blocks that sort once, in 55 steps of
+// 512 comparisons, and then 2 rounds of the last block.
 #include "common.cuh"
 
-// Fields as `Params` of candidates.rs.
+// Fields as `TopKParams` of top_k.rs.
 struct TopKParams {
     // [n].
     const float *x;
-    // Tokens whose logits the penalty changes, then those that are out.
+    // Tokens whose logits the penalty changes, then tokens that are excluded.
     const u32 *changed;
-    // By block: its keys, [count].
+    // The keys of each block, [blocks][count].
     u64 *partial;
     u32 *arrived;
-    // Token and logit, [count][2].
+    // Tokens and logits, [count][2].
     u32 *out;
     u32 n, count, penalized, banned;
     // Logits of a block.
     u32 slice;
     float penalty;
-    // Whether only the best is wanted: NaN is then never larger, and zeros are equal.
+    // Whether only the best token counts. NaN is then never the largest, and both zeros are equal.
     u32 greedy, padding;
 };
 
 constexpr u32 SORT_KEYS = 1024;
 constexpr u32 SORT_THREADS = SORT_KEYS / 2;
-// Tokens that are changed, at most.
+// The most tokens whose logits change.
 constexpr u32 MAX_CHANGED = 512;
 
 STB_DEVICE u64 key_of(float v, u32 token, u32 greedy) {
@@ -72,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS) top_k(const __grid_co
                                      : v * a.penalty;
         return key_of(v, token, a.greedy);
     };
-    // The first `count` of `n` keys, sorted, at the start of `keys`.
+    // Puts the first `count` of `n` keys, sorted, at the start of `keys`.
     auto select = [&](u32 n, auto get) {
         for (u32 at = 0, kept = 0; at < n; at += SORT_KEYS - kept, kept = a.count) {
             __syncthreads();
