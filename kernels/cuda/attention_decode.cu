@@ -50,6 +50,26 @@ STB_DEVICE float rotated(const float *x, u32 i, u32 width, const RopeParams &a, 
     return second ? v * c + u * s : u * c - v * s;
 }
 
+// Converts the scores of a split to weights, and computes the largest score and the sum of weights of each head.
+STB_DEVICE void weigh(float *scores, float *most, float *total, u32 heads, u32 keys) {
+    for (u32 h = threadIdx.x / WARP; h < heads; h += BLOCK_THREADS / WARP) {
+        float *s = scores + h * SPLIT_KEYS;
+        float largest = __uint_as_float(0xff800000), sum = 0.0f;
+        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP)
+            largest = fmaxf(largest, s[i]);
+#pragma unroll
+        for (int by = 16; by > 0; by >>= 1)
+            largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, by));
+        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP) {
+            s[i] = expf(s[i] - largest);
+            sum += s[i];
+        }
+        sum = warp_sum(sum);
+        if (threadIdx.x % WARP == 0)
+            most[h] = largest, total[h] = sum;
+    }
+}
+
 // Computes up to HEADS query heads of a key-value head.
 template <u32 HEADS> STB_DEVICE void attention_decode(const AttentionDecodeParams &a) {
     STB_DYNAMIC_SHARED(shared);
@@ -106,22 +126,7 @@ template <u32 HEADS> STB_DEVICE void attention_decode(const AttentionDecodeParam
     }
     __syncthreads();
 
-    for (u32 h = threadIdx.x / WARP; h < heads; h += BLOCK_THREADS / WARP) {
-        float *s = scores + h * SPLIT_KEYS;
-        float largest = __uint_as_float(0xff800000), sum = 0.0f;
-        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP)
-            largest = fmaxf(largest, s[i]);
-#pragma unroll
-        for (int by = 16; by > 0; by >>= 1)
-            largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, by));
-        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP) {
-            s[i] = expf(s[i] - largest);
-            sum += s[i];
-        }
-        sum = warp_sum(sum);
-        if (threadIdx.x % WARP == 0)
-            most[h] = largest, total[h] = sum;
-    }
+    weigh(scores, most, total, heads, keys);
     for (u32 i = threadIdx.x; i < HEADS * padded; i += BLOCK_THREADS)
         q[i] = 0.0f;
     __syncthreads();

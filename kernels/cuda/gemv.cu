@@ -7,6 +7,12 @@
 // the lanes of a quarter-warp read different banks.
 #include CODEC_HEADER
 
+// a · b + sum, in the order of the columns.
+STB_DEVICE float dot4(float4 a, float4 b, float sum) {
+    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+// Rows that a warp computes at once for T tokens.
 template <u32 T> constexpr u32 rows_at_once() { return T == 1 ? 4 : 2; }
 
 // ---- Activations in f32 --------------------------------------------------------------------------
@@ -14,9 +20,8 @@ template <u32 T> constexpr u32 rows_at_once() { return T == 1 ? 4 : 2; }
 // Instructions per weight: n for the codec (1/2 + 2 for integers of 4 bits), T to multiply, and (1 + T)/4R to
 // load activations.
 template <class C, u32 T> STB_DEVICE void gemv_f32(const GemvParams &a) {
-    constexpr u32 R = rows_at_once<T>();
-    constexpr u32 UNITS = C::PIECE / C::UNIT;
-    constexpr u32 STRIDE = C::PIECE == 4 ? 4 : C::PIECE + 4;
+    constexpr u32 R = rows_at_once<T>(), UNITS = C::PIECE / C::UNIT;
+    constexpr u32 STRIDE = C::PIECE == 4 ? 4 : C::PIECE + 4; // Words of a piece in shared memory.
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
     __shared__ float scratch[WARPS];
@@ -24,18 +29,15 @@ template <class C, u32 T> STB_DEVICE void gemv_f32(const GemvParams &a) {
     const PackedMatrix &m = a.matrices[p.matrix];
     const u32 pieces = a.slab / C::PIECE;
     // Activations, [T][pieces][STRIDE], then sums, [block_rows][T].
-    float *x = reinterpret_cast<float *>(shared);
-    float *sums = x + T * pieces * STRIDE;
+    float *x = reinterpret_cast<float *>(shared), *sums = x + T * pieces * STRIDE;
     {
         const Activations<T> activations(a, p, scratch);
 #pragma unroll
         for (u32 t = 0; t < T; ++t)
             for (u32 c = threadIdx.x; c < a.slab; c += THREADS)
-                x[(t * pieces + c / C::PIECE) * STRIDE + c % C::PIECE] =
-                    activations(t, p.first_col + c);
+                x[(t * pieces + c / C::PIECE) * STRIDE + c % C::PIECE] = activations(t, p.first_col + c);
     }
     __syncthreads();
-
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const u32 used = ceil_div(p.cols, C::PIECE);
     for (u32 first = warp * R; first < p.rows; first += WARPS * R) {
@@ -64,12 +66,8 @@ template <class C, u32 T> STB_DEVICE void gemv_f32(const GemvParams &a) {
                     for (u32 r = 0; r < R; ++r) {
                         const float4 w = C::weights4(raw[r], scale[r], u, i);
 #pragma unroll
-                        for (u32 t = 0; t < T; ++t) {
-                            sum[r][t] = fmaf(w.x, xs[t].x, sum[r][t]);
-                            sum[r][t] = fmaf(w.y, xs[t].y, sum[r][t]);
-                            sum[r][t] = fmaf(w.z, xs[t].z, sum[r][t]);
-                            sum[r][t] = fmaf(w.w, xs[t].w, sum[r][t]);
-                        }
+                        for (u32 t = 0; t < T; ++t)
+                            sum[r][t] = dot4(w, xs[t], sum[r][t]);
                     }
                 }
 #pragma unroll
@@ -94,11 +92,49 @@ template <class C, u32 T> STB_DEVICE void gemv_f32(const GemvParams &a) {
 
 // ---- Activations in 8 bits with a scale per 32 columns -----------------------------------------------
 
+// Words from one piece of activations to the next.
+template <class C> constexpr u32 stride_q8() { return C::PIECE / 4 + 4; }
+
+// Rounds the activations of a slab into shared memory: words of four activations, [T][pieces][stride_q8], and the
+// scale and the scaled sum of each unit of 32 columns, [T][units].
+template <class C, u32 T>
+STB_DEVICE void quantize_activations(u32 *x, float2 *scales, const GemvParams &a, const BlockWork &p, float *scratch) {
+    constexpr u32 UNITS = C::PIECE / C::UNIT, STRIDE = stride_q8<C>();
+    const u32 pieces = a.slab / C::PIECE, units = a.slab / 32;
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const Activations<T> activations(a, p, scratch);
+#pragma unroll
+    for (u32 t = 0; t < T; ++t)
+        for (u32 unit = warp; unit < units; unit += WARPS) {
+            const float v = activations(t, p.first_col + unit * 32 + C::column(lane));
+            float most = fabsf(v);
+#pragma unroll
+            for (int by = 16; by > 0; by >>= 1)
+                most = fmaxf(most, __shfl_xor_sync(ALL, most, by));
+            // Activations so small that the inverse overflows count as zero. An activation that is not
+            // finite makes the result NaN.
+            const float inverse = 127.0f / most;
+            const bool fine = inverse <= 3.0e38f;
+            const i32 code = fine && v == v ? f32_to_s8(v * inverse) : 0;
+            const bool poisoned = __any_sync(ALL, !(fabsf(v) <= 3.4028235e38f));
+            const i32 total = i32(__reduce_add_sync(ALL, code));
+            u32 word = u32(code & 255) << 8 * (lane % 4);
+            word |= __shfl_xor_sync(ALL, word, 1);
+            word |= __shfl_xor_sync(ALL, word, 2);
+            if (lane % 4 == 0)
+                x[(t * pieces + unit / UNITS) * STRIDE + unit % UNITS * 8 + lane / 4] = word;
+            if (lane == 0) {
+                const float scale = poisoned ? __uint_as_float(0x7fc00000) : fine ? most / 127.0f : 0.0f;
+                scales[t * units + unit] = make_float2(scale, scale * float(total));
+            }
+        }
+}
+
 // Instructions per weight: 3/8 to extract and T/4 to multiply for integers of 4 bits, 1/2 and T/4 for 1 bit.
 template <class C, u32 T> STB_DEVICE void gemv_q8(const GemvParams &a) {
     constexpr u32 R = rows_at_once<T>();
     constexpr u32 UNITS = C::PIECE / C::UNIT;
-    constexpr u32 STRIDE = C::PIECE / 4 + 4;
+    constexpr u32 STRIDE = stride_q8<C>();
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
     __shared__ float scratch[WARPS];
@@ -111,34 +147,7 @@ template <class C, u32 T> STB_DEVICE void gemv_q8(const GemvParams &a) {
     float2 *scales = reinterpret_cast<float2 *>(x + T * pieces * STRIDE);
     float *sums = reinterpret_cast<float *>(scales + T * units);
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    {
-        const Activations<T> activations(a, p, scratch);
-#pragma unroll
-        for (u32 t = 0; t < T; ++t)
-            for (u32 unit = warp; unit < units; unit += WARPS) {
-                const float v = activations(t, p.first_col + unit * 32 + C::column(lane));
-                float most = fabsf(v);
-#pragma unroll
-                for (int by = 16; by > 0; by >>= 1)
-                    most = fmaxf(most, __shfl_xor_sync(ALL, most, by));
-                // Activations so small that the inverse overflows count as zero. An activation that is not
-                // finite makes the result NaN.
-                const float inverse = 127.0f / most;
-                const bool fine = inverse <= 3.0e38f;
-                const i32 code = fine && v == v ? f32_to_s8(v * inverse) : 0;
-                const bool poisoned = __any_sync(ALL, !(fabsf(v) <= 3.4028235e38f));
-                const i32 total = i32(__reduce_add_sync(ALL, code));
-                u32 word = u32(code & 255) << 8 * (lane % 4);
-                word |= __shfl_xor_sync(ALL, word, 1);
-                word |= __shfl_xor_sync(ALL, word, 2);
-                if (lane % 4 == 0)
-                    x[(t * pieces + unit / UNITS) * STRIDE + unit % UNITS * 8 + lane / 4] = word;
-                if (lane == 0) {
-                    const float scale = poisoned ? __uint_as_float(0x7fc00000) : fine ? most / 127.0f : 0.0f;
-                    scales[t * units + unit] = make_float2(scale, scale * float(total));
-                }
-            }
-    }
+    quantize_activations<C, T>(x, scales, a, p, scratch);
     __syncthreads();
 
     const u32 used = ceil_div(p.cols, C::PIECE);

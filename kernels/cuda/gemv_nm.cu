@@ -204,6 +204,43 @@ STB_DEVICE float sum_rows(float (&v)[TILE], u32 lane) {
     return v[0] + __shfl_xor_sync(ALL, v[0], 1);
 }
 
+// Computes the lookup tables of a slab, [steps][TABLES][ENTRIES][32 lanes] of T floats.
+template <u32 T>
+STB_DEVICE void make_tables(float *table, const GemvParams &a, const BlockWork &p, float *scratch) {
+    constexpr u32 U = vectors_of(T), TABLES = U * LOOKS, LANE_STEP = U * STEP, WARP_STEP = 8 * LANE_STEP;
+    const PackedMatrix &m = a.matrices[p.matrix];
+    const u32 steps = a.slab / WARP_STEP;
+    const Activations<T> activations(a, p, scratch);
+    // A thread computes 8 entries, or 16 of large tables, so that all threads have work.
+    constexpr u32 SHARE = ENTRIES > 16 ? 16 : 8;
+    constexpr u32 SHARES = ENTRIES / SHARE;
+    const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
+    for (u32 i = threadIdx.x; i < steps * TABLES * SHARES * WARP; i += THREADS) {
+        const u32 lane = i % WARP, share = i / WARP % SHARES, place = i / WARP / SHARES;
+        const u32 q = place % TABLES * PAIR, step = place / TABLES;
+        const u32 first =
+            p.first_col + step * WARP_STEP + lane / 4 * LANE_STEP + q * QUAD + lane % 4 * M;
+        float x[TABLE_COLS][T];
+#pragma unroll
+        for (u32 k = 0; k < TABLE_COLS; ++k) {
+            const u32 col = first + k / M * QUAD + k % M;
+            float factor = 1.0f;
+            if (m.kind & 256 && col < m.cols)
+                factor = f16_to_f32(__ldg(factors + col));
+#pragma unroll
+            for (u32 t = 0; t < T; ++t)
+                x[k][t] = activations(t, col) * factor;
+        }
+        for (u32 e = share * SHARE; e < (share + 1) * SHARE; ++e) {
+            float sum[T];
+            entry<T>(x, e, sum);
+#pragma unroll
+            for (u32 t = 0; t < T; ++t)
+                table[((place * ENTRIES + e) * WARP + lane) * T + t] = sum[t];
+        }
+    }
+}
+
 template <u32 T, bool SCALED> STB_DEVICE void gemv(const GemvParams &a) {
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
@@ -217,37 +254,7 @@ template <u32 T, bool SCALED> STB_DEVICE void gemv(const GemvParams &a) {
     const u32 start = T == 1 ? (TABLE - shared_address(shared) % TABLE) % TABLE : 0;
     float *table = reinterpret_cast<float *>(shared + start);
     float *sums = table + steps * TABLES * ENTRIES * WARP * T;
-    {
-        const Activations<T> activations(a, p, scratch);
-        // A thread computes 8 entries, or 16 of large tables, so that all threads have work.
-        constexpr u32 SHARE = ENTRIES > 16 ? 16 : 8;
-        constexpr u32 SHARES = ENTRIES / SHARE;
-        const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
-        for (u32 i = threadIdx.x; i < steps * TABLES * SHARES * WARP; i += THREADS) {
-            const u32 lane = i % WARP, share = i / WARP % SHARES, place = i / WARP / SHARES;
-            const u32 q = place % TABLES * PAIR, step = place / TABLES;
-            const u32 first =
-                p.first_col + step * WARP_STEP + lane / 4 * LANE_STEP + q * QUAD + lane % 4 * M;
-            float x[TABLE_COLS][T];
-#pragma unroll
-            for (u32 k = 0; k < TABLE_COLS; ++k) {
-                const u32 col = first + k / M * QUAD + k % M;
-                float factor = 1.0f;
-                if (m.kind & 256 && col < m.cols)
-                    factor = f16_to_f32(__ldg(factors + col));
-#pragma unroll
-                for (u32 t = 0; t < T; ++t)
-                    x[k][t] = activations(t, col) * factor;
-            }
-            for (u32 e = share * SHARE; e < (share + 1) * SHARE; ++e) {
-                float sum[T];
-                entry<T>(x, e, sum);
-#pragma unroll
-                for (u32 t = 0; t < T; ++t)
-                    table[((place * ENTRIES + e) * WARP + lane) * T + t] = sum[t];
-            }
-        }
-    }
+    make_tables<T>(table, a, p, scratch);
     __syncthreads();
 
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
