@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
-use stb_kernels::cuda::{Buffer, Dense, Device, Operand};
+use stb_kernels::cuda::{Buffer, Device, GemmSize, LinearAlgebra, MatrixSize, Operand, OperandMut};
 use stb_kernels::{Isa, Panels};
 use stb_runtime::{DeviceLayers, Model, Result};
 
@@ -93,7 +93,8 @@ impl Compute<'_> {
         };
         let mut out = dense.device().zeros("a product", rows * n)?;
         let left = Operand::new(&left, 0, k);
-        dense.blas().multiply([rows, n, k], 1.0, left, right, 0.0, &mut out, (0, n))?;
+        let to = OperandMut::new(&mut out, 0, n);
+        dense.blas().multiply(GemmSize { m: rows, n, k }, 1.0, left, right, 0.0, to)?;
         download(&out, rows * n)
     }
 
@@ -128,24 +129,19 @@ impl Compute<'_> {
         let (w, h) = (upload(dense, weights)?, upload(dense, hessian.matrix())?);
         let mut product = dense.device().zeros("a product", rows * cols)?;
         let (left, right) = (Operand::new(&w, 0, cols), Operand::new(&h, 0, cols));
-        dense.blas().multiply(
-            [rows, cols, cols],
-            1.0,
-            left,
-            right,
-            0.0,
-            &mut product,
-            (0, cols),
-        )?;
+        let size = GemmSize { m: rows, n: cols, k: cols };
+        let to = OperandMut::new(&mut product, 0, cols);
+        dense.blas().multiply(size, 1.0, left, right, 0.0, to)?;
         let mut sums = dense.device().zeros::<f64>("sums", rows)?;
-        dense.block_dots([rows, cols], cols, (&w, cols), (&product, cols), &mut sums)?;
+        let product = Operand::new(&product, 0, cols);
+        dense.block_dots(MatrixSize { rows, cols }, cols, left, product, &mut sums)?;
         let mut out = vec![0.0; rows];
         sums.read(&mut out)?;
         Ok(out)
     }
 }
 
-pub(crate) fn upload(dense: &Dense, values: &[f32]) -> Result<Buffer<f32>> {
+pub(crate) fn upload(dense: &LinearAlgebra, values: &[f32]) -> Result<Buffer<f32>> {
     Ok(dense.device().upload("a matrix", values)?)
 }
 
@@ -157,7 +153,7 @@ pub(crate) fn download(buffer: &Buffer<f32>, count: usize) -> Result<Vec<f32>> {
 
 /// Copies columns `from..from + width` of `matrix`, [rows, cols] on the device, to those of `host`.
 pub(crate) fn fetch_columns(
-    dense: &Dense,
+    dense: &LinearAlgebra,
     matrix: &Buffer<f32>,
     host: &mut [f32],
     cols: usize,
@@ -169,7 +165,9 @@ pub(crate) fn fetch_columns(
         return Ok(());
     }
     let mut part = dense.device().zeros("columns of a matrix", rows * width)?;
-    dense.copy_part([rows, width], matrix, None, (from, cols), &mut part, (0, width))?;
+    let size = MatrixSize { rows, cols: width };
+    let to = OperandMut::new(&mut part, 0, width);
+    dense.copy_submatrix(size, Operand::new(matrix, from, cols), None, to)?;
     let part = download(&part, rows * width)?;
     host.par_chunks_exact_mut(cols)
         .zip(part.par_chunks_exact(width))

@@ -4,10 +4,10 @@ use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_s
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::prelude::*;
 use rayon::prelude::*;
-use stb_kernels::{Isa, Panels, gemm};
+use stb_kernels::{Isa, Panels, dense, gemm};
 use stb_runtime::{Error, Result};
 
-use crate::products::{TASK_ROWS, add_cross_products, dense, product, transpose};
+use crate::products::{TASK_ROWS, add_cross_products, product, transpose};
 
 /// H = (2/n) Σ Xᵀ X over n calibration sequences, X [tokens, in] (the scale of GPTQ and BiLLM).
 #[derive(Clone, Debug)]

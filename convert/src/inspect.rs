@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 use stb_format::{Encoding, File, ModelSpec, Value, ValueRef};
-use stb_kernels::cuda::prompt_units;
+use stb_kernels::cuda::gemm_units;
 
 /// Everything about a file but its weights.
 #[derive(Clone, Debug, Serialize)]
@@ -93,7 +93,7 @@ pub fn inspect(file: &File<'_>) -> Inspection {
         offset: t.offset(),
         bytes: t.payload().len() as u64,
         stored_bits: t.stored_bits(),
-        cuda_prompts: if linear(t) { prompt_units(t.encoding()) } else { None },
+        cuda_prompts: if linear(t) { gemm_units(t.encoding()) } else { None },
         checksum: format!("{:016x}", t.checksum()),
     });
     let body = || file.tensors().iter().filter(|t| linear(t));

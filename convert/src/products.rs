@@ -1,7 +1,7 @@
 //! Products of matrices on this processor: what the Hessian, the quantizers and the gradients are computed with.
 
 use rayon::prelude::*;
-use stb_kernels::{Isa, Panels, gemm, dense};
+use stb_kernels::{Isa, Panels, dense, gemm};
 
 /// Rows that a thread works on at once; also the granularity of the Hessian's triangle.
 pub(crate) const TASK_ROWS: usize = 64;

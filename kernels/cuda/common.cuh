@@ -1,10 +1,10 @@
-// What the kernels of a decoded token share: the parameters of a matrix-vector product, its input, and
-// the sum over parts of the columns without a second kernel.
+// Shared by all kernels: packed matrices, the parameters and input of a GEMV, and the sum of partial results
+// without a second kernel.
 #pragma once
 #include "ptx.cuh"
 
 constexpr u32 WARP = 32;
-// Threads and warps of a block of the matrix-vector kernels.
+// Threads and warps of a block of the GEMV kernels.
 constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / WARP;
 constexpr u32 ALL = 0xffffffff;
@@ -12,46 +12,46 @@ constexpr u32 ALL = 0xffffffff;
 STB_DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 STB_DEVICE u32 least(u32 a, u32 b) { return a < b ? a : b; }
 
-// A packed matrix: its payload as it is in the file. Fields as `MatrixParams` of matrix.rs.
-struct Matrix {
+// A packed matrix. The payload is exactly as in the file. Fields as `MatrixParams` of encoding/interface.rs.
+struct PackedMatrix {
     const u8 *payload;
-    // Starts of the segments within the payload.
+    // Bytes from the start of the payload to each segment.
     u64 segments[4];
     u32 rows, cols;
-    // Integer groups: units of 32 columns of a row, with its padding. STBLLM: units of 64. Joint codes: bytes
-    // of the codes of a tile.
+    // Integer groups: units of 32 columns of a row, including its padding. STBLLM: units of 64 columns. N:M:
+    // bytes of the codes of a tile.
     u32 units;
-    // Columns of a group (integers) or block (others); 0 if there are none.
+    // Columns of a group (integers) or of a block (others); 0 if there are no block scales.
     u32 block;
-    // STBLLM: N. Joint codes: bits of a block scale, and 256 if there are column factors.
+    // STBLLM: N. N:M: bits of a block scale, plus 256 if there are column factors.
     u32 kind;
     u32 padding;
 };
 
-// What a product's activations are.
-enum Source : u32 {
-    PLAIN, // x
-    NORM,  // x · weight / sqrt(mean(x²) + eps)
-    SILU,  // silu(x) · with
+// The operation that a kernel applies to the activations as it reads them: `ActivationInput` of input.rs.
+enum InputKind : u32 {
+    INPUT_PLAIN,    // x
+    INPUT_RMS_NORM, // x · with / sqrt(mean(x²) + eps)
+    INPUT_SWIGLU,   // silu(x) · with
 };
 
-// y[t][r] (+)= Σ_c w[r, c] · x[t][c] for up to three matrices of the same encoding and input.
-// Fields as `Params` of gemv.rs.
-struct Gemv {
-    Matrix matrices[3];
+// y[t][r] (+)= Σ_c w[r, c] · x[t][c] for up to three matrices with one encoding and one input.
+// Fields as `GemvParams` of gemv.rs.
+struct GemvParams {
+    PackedMatrix matrices[3];
     // [tokens][rows of the matrix].
     float *out[3];
-    // [tokens][cols]; `with` is the weight of the norm, or [tokens][cols].
+    // x is [tokens][cols]. `with` is the weight of the norm, [cols], or the other input, [tokens][cols].
     const float *x, *with;
-    // By row block and token group: the sums of each slab, [slabs][block_rows · T]; and how many
-    // of them are there.
+    // For each row block and token group, the sums of each slab, [slabs][block_rows · T], and the number of
+    // slabs that have arrived.
     float *partial;
     u32 *arrived;
     u32 count, tokens;
-    u32 source;
+    u32 input;
     // Whether results are added to `out`.
     u32 add;
-    // Columns of a slab; how many slabs there are.
+    // Columns of a slab, and the number of slabs.
     u32 slab, slabs;
     u32 block_rows;
     float eps;
@@ -66,7 +66,7 @@ STB_DEVICE float warp_sum(float v) {
 
 STB_DEVICE float silu(float v) { return v / (1.0f + expf(-v)); }
 
-// Σ of `v` over the block, for all threads; `scratch` has room for a float per warp.
+// Returns Σ `v` over the block to all threads. `scratch` has room for a float per warp.
 STB_DEVICE float block_sum(float v, float *scratch) {
     v = warp_sum(v);
     __syncthreads();
@@ -79,16 +79,16 @@ STB_DEVICE float block_sum(float v, float *scratch) {
     return sum;
 }
 
-// What a block of a product works on: some rows of a matrix, a slab of columns, T tokens.
-struct Part {
+// The work of a block: some rows of a matrix, a slab of columns, T tokens.
+struct BlockWork {
     u32 matrix;
     u32 first_row, rows;
     u32 first_col, cols;
     u32 first_token, tokens;
 };
 
-template <u32 T> STB_DEVICE Part part_of(const Gemv &a) {
-    Part p;
+template <u32 T> STB_DEVICE BlockWork block_work(const GemvParams &a) {
+    BlockWork p;
     u32 block = blockIdx.x;
     p.matrix = 0;
     while (p.matrix + 1 < a.count) {
@@ -98,7 +98,7 @@ template <u32 T> STB_DEVICE Part part_of(const Gemv &a) {
         block -= blocks;
         ++p.matrix;
     }
-    const Matrix &m = a.matrices[p.matrix];
+    const PackedMatrix &m = a.matrices[p.matrix];
     p.first_row = block * a.block_rows;
     p.rows = least(a.block_rows, m.rows - p.first_row);
     p.first_col = blockIdx.y * a.slab;
@@ -108,19 +108,20 @@ template <u32 T> STB_DEVICE Part part_of(const Gemv &a) {
     return p;
 }
 
-// The activations of T tokens. Those of tokens and columns that do not exist are zero.
+// The activations of T tokens. Tokens and columns that do not exist are zero.
 template <u32 T> struct Activations {
-    const Gemv &a;
-    const Part &p;
+    const GemvParams &a;
+    const BlockWork &p;
     float scale[T];
 
-    // All threads of the block; every block computes the norm itself, from L2: cheaper than a kernel.
-    STB_DEVICE Activations(const Gemv &a, const Part &p, float *scratch) : a(a), p(p) {
+    // Called by all threads of the block. Every block computes the norm itself, from L2, which is cheaper than
+    // a kernel.
+    STB_DEVICE Activations(const GemvParams &a, const BlockWork &p, float *scratch) : a(a), p(p) {
         const u32 cols = a.matrices[0].cols;
 #pragma unroll
         for (u32 t = 0; t < T; ++t) {
             scale[t] = 1.0f;
-            if (a.source == NORM && t < p.tokens) {
+            if (a.input == INPUT_RMS_NORM && t < p.tokens) {
                 const float *x = a.x + u64(p.first_token + t) * cols;
                 float sum = 0.0f;
                 for (u32 c = threadIdx.x; c < cols; c += blockDim.x)
@@ -130,25 +131,25 @@ template <u32 T> struct Activations {
         }
     }
 
-    // Of token t, column c of the matrix.
+    // The activation of token t and column c.
     STB_DEVICE float operator()(u32 t, u32 c) const {
         const u32 cols = a.matrices[0].cols;
         if (t >= p.tokens || c >= cols)
             return 0.0f;
         const u64 at = u64(p.first_token + t) * cols + c;
         const float x = a.x[at];
-        if (a.source == NORM)
+        if (a.input == INPUT_RMS_NORM)
             return x * scale[t] * a.with[c];
-        if (a.source == SILU)
+        if (a.input == INPUT_SWIGLU)
             return silu(x) * a.with[at];
         return x;
     }
 };
 
-// Writes the sums of this block, `sums[row][T]` in shared memory, complete for all threads. With several
-// slabs the last block to arrive adds those of all, in the order of the slabs: the result does not
-// depend on which one it is. The counter is zero before and after.
-template <u32 T> STB_DEVICE void finish(const Gemv &a, const Part &p, const float *sums, u32 *flag) {
+// Writes the sums of this block, `sums[row][T]` in shared memory, which all threads can read. With several
+// slabs, the last block to arrive adds the sums of all slabs in their order, so the result does not depend
+// on which block is last. The counter is zero before and after.
+template <u32 T> STB_DEVICE void finish(const GemvParams &a, const BlockWork &p, const float *sums, u32 *flag) {
     const u32 n = p.rows * T;
     float *out = a.out[p.matrix];
     const u32 rows = a.matrices[p.matrix].rows;
@@ -185,10 +186,10 @@ template <u32 T> STB_DEVICE void finish(const Gemv &a, const Part &p, const floa
     }
 }
 
-// Rows of a matrix as numbers. Fields as `DecodeParams` of gemv.rs.
-struct Decode {
-    Matrix matrix;
-    // Which rows; nullptr for all in order.
+// Rows of a matrix, converted to f32. Fields as `DequantizeParams` of gemv.rs.
+struct DequantizeParams {
+    PackedMatrix matrix;
+    // The row numbers; nullptr for all rows in order.
     const u32 *ids;
     // [count][cols].
     float *out;

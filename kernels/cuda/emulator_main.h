@@ -1,5 +1,5 @@
-// The program around emulated kernels: reads buffers and launches from standard input, runs them, writes
-// the buffers to standard output. tests/src/emulator.rs speaks the other side.
+// The program around emulated kernels. It reads buffers and launches from standard input, runs the launches, and writes
+// the buffers to standard output. The other side is kernels/tests/common/emulator.rs.
 //
 // All numbers are little-endian u64: seed; number of buffers, of each its length and bytes; number
 // of launches, of each: length and bytes of the kernel's name; grid x, y, z; block x, y, z; bytes of dynamic

@@ -1,8 +1,8 @@
 // Matrix instructions of a warp, after the fragment layouts of the PTX ISA (sections "Matrix
-// fragments for mma.m16n8k…" and "… with sparse matrix A"): each function gets what all lanes
-// brought, puts the matrices together, and multiplies.
+// fragments for mma.m16n8k…" and "… with sparse matrix A"). Each function receives the data of all lanes,
+// assembles the matrices, and multiplies.
 //
-// group = lane / 4, t = lane % 4 throughout. Elements of less than 32 bits lie in a register from its low bits on.
+// group = lane / 4, t = lane % 4 throughout. Elements of less than 32 bits start at the low bits of a register.
 #pragma once
 
 namespace emulator {

@@ -1,44 +1,42 @@
-// Joint N:M codes × many tokens on sparse tensor cores: NM_N, NM_M as defined by the module.
+// GEMM for the N:M encoding on sparse tensor cores. The module defines NM_N and NM_M.
 //
-// The weights are operand A of mma.sp.m16n8k32, straight from the file's bytes: 1:8, 1:4, 2:8 and
-// 2:4 never keep more than two of four neighbors. Activations are operand B. A tile of 16 rows of the
-// file is one m16 of the instruction, with row 2·(lane / 4) + h of the tile as row lane / 4 + 8·h of
-// the fragment: a lane's two rows are neighbors in every vector of codes, one 16-bit load.
+// The weights are operand A of mma.sp.m16n8k32, expanded directly from the bytes of the file: 1:8, 1:4, 2:8 and 2:4 never
+// keep more than two of four neighbors. Activations are operand B. A tile of 16 rows of the file is one m16 of the
+// instruction, with row 2·(lane / 4) + h of the tile as row lane / 4 + 8·h of the fragment. So a lane's two rows are
+// neighbors in every vector of codes and are read by one 16-bit load.
 //
-// Which column of the matrix is which of the instruction is free, as long as both operands agree. For
-// M = 4 they are the same. For M = 8 the 64 columns of two k32 are pieces of eight, and k32 number s has
-// pieces 2s, 2s + 1, 2s + 4, 2s + 5: the two codes of a byte (quads q and q + 1 of a lane) are then
-// columns 0..15 and 16..31 of the same k32. `ldmatrix` takes any pieces of eight columns.
+// The assignment of matrix columns to instruction columns is free, as long as both operands agree. For M = 4 it is the
+// identity. For M = 8 the 64 columns of two k32 are pieces of eight, and k32 number s has pieces 2s, 2s + 1, 2s + 4 and
+// 2s + 5: the two codes of a byte (quads q and q + 1 of a lane) are then columns 0..15 and 16..31 of the same k32.
+// `ldmatrix` accepts any pieces of eight columns.
 //
-// Values: a register holds the two kept values of four columns. It is one byte permutation of
-// {m, −m, 0}, m = the f16 magnitude of the row and block (x + 1 for the stored code x: exact), by a
-// selector of 16 bits; selectors come from tables in registers, again by byte permutations of four
-// codes at a time (2:8: from a table of 256 words in shared memory). Row scales, 1 / 2^scale_bits and
-// the scales of tokens are applied to the sums; column factors were applied to the activations.
-// Metadata: every lane finds the indices of its own columns; two shuffles within four lanes bring them
-// to the lane that has to supply them.
+// Values: a register holds the two kept values of four columns. One byte permutation of {m, −m, 0} by a 16-bit selector
+// computes it, where m is the f16 magnitude of the row and block (x + 1 for the stored code x, which is exact). Selectors
+// come from tables in registers, again by byte permutations, four codes at a time (for 2:8 from a table of 256 words in
+// shared memory). Row scales, 1 / 2^scale_bits and the scales of tokens are applied to the sums; column factors were
+// applied to the activations. Metadata: every lane computes the indices of its own columns, and two shuffles within four
+// lanes move them to the lane that has to supply them.
 //
-// Budget, per lane: an mma.sp of A100 class tensor cores occupies a scheduler for 8 cycles (m16n8k32: 4096
-// products of the dense shape at 512 per cycle and scheduler), an integer instruction for 2. A warp does TILES × NT
-// of them per k32 and expands TILES fragments: with NT = 8 there are 64 cycles for a fragment.
+// Budget per lane: an mma.sp of A100-class tensor cores occupies a scheduler for 8 cycles (m16n8k32 has 4096 products of
+// the dense shape, at 512 per cycle and scheduler), an integer instruction for 2. A warp issues TILES × NT mma.sp per k32
+// and expands TILES fragments, so NT = 8 leaves 64 cycles for a fragment. Integer instructions of a fragment:
 //     selectors of 4 values   1:8 7, 1:4 9, 2:4 19, 2:8 18 + 4 shared loads
 //     4 values                8 (two permutations each; 2:8: 4)
 //     metadata                3 + 1 shuffle
 //     block scales            6 if there are any
-// that is 18 (1:8), 20 (1:4), 31 (2:4) and 28 (2:8) integer instructions, 36 to 62 cycles: below the tensor
-// cores', and beside them. Shared memory: ldmatrix 4 KiB per warp and k32 of 64 tokens, 8 warps 32 KiB =
-// 256 cycles for 512 of the tensor cores. Device memory and L2 see packed weights and each activation
-// once per 512 rows. Roofline of 4096 × 4096 × 8192 tokens on H100 (mma.sync at about 62 % of 989 · 2
-// TFLOP/s sparse): 275 GFLOP / 1.2 PFLOP/s = 0.22 ms; bytes 67 MB of x, 134 MB of y, 2 MB of weights:
-// 0.07 ms.
+// That is 18 (1:8), 20 (1:4), 31 (2:4) and 28 (2:8) integer instructions, 36 to 62 cycles: fewer than the tensor cores
+// take, and beside them. Shared memory: ldmatrix reads 4 KiB per warp and k32 of 64 tokens, so 8 warps read 32 KiB in 256
+// cycles, of 512 of the tensor cores. Device memory and L2 read packed weights, and each activation once per 512 rows.
+// Roofline of 4096 × 4096 × 8192 tokens on an H100 (mma.sync at about 62 % of 989 · 2 sparse TFLOP/s): 275 GFLOP at 1.2
+// PFLOP/s take 0.22 ms; 67 MB of x, 134 MB of y and 2 MB of weights take 0.07 ms.
 #include "gemm_nm.cuh"
 
-// Selector bytes for one f16: of {m, −m} in two registers, {m, 0} and {−m, 0}.
+// Selector bytes of one f16, from {m, 0} and {−m, 0} in two registers.
 struct Selectors {
     static constexpr u32 PLUS = 0x10, MINUS = 0x54, ZERO = 0x32;
 };
 
-// Four entries of a table of bytes, from code `first`: field 0 low, 1 high, 2 indices.
+// Four entries of a byte table, from code `first` on: field 0 is `low`, 1 `high`, 2 `indices` of the patterns.
 constexpr STB_DEVICE u32 entries(u32 first, u32 half, u32 field) {
     u32 word = 0;
     for (u32 i = 0; i < 4; ++i) {
@@ -48,13 +46,13 @@ constexpr STB_DEVICE u32 entries(u32 first, u32 half, u32 field) {
     return word;
 }
 
-// What a lane needs to expand codes.
+// The tables with which a lane expands codes.
 struct Expander {
     u32 t;
-    // Tables for this lane's half of a group (M = 8), codes without the sign.
+    // Tables for this lane's half of a group (M = 8), indexed by codes without the sign.
     u32 low[4], high[4], indices[4];
     const u32 *table;
-    // For the exchange of indices.
+    // Selectors and a mask for the exchange of indices.
     u32 keep, send, mask, order;
 
     STB_DEVICE explicit Expander(const u32 *table) : table(table) {
@@ -73,9 +71,9 @@ struct Expander {
         order = t / 2 ? 0x3726 : 0x5140;
     }
 
-    // Selectors of the four values in the order of the registers, and the indices in the order of the
-    // codes: [row, columns 0..15], [row, 16..31], [row + 1, 0..15], [row + 1, 16..31], of k32
-    // number s of pair p. `codes` is the tile's part of the step; `odd` whether that is the second half of its chunk.
+    // Computes the selectors of the four values of k32 number s of pair p, in the order of the registers, and returns
+    // the indices in the order of the codes: [row, columns 0..15], [row, 16..31], [row + 1, 0..15], [row + 1, 16..31].
+    // `codes` are the codes of the tile in the step, and `odd` says whether they are the second half of a chunk.
     STB_DEVICE u32 selectors(u32 (&to)[4], const u8 *codes, u32 odd, u32 p, u32 s) const {
         u32 lo, hi, found;
         if (N == 1 && M == 8) {
@@ -104,7 +102,7 @@ struct Expander {
             found = find(indices);
         } else {
             const u32 lane = 2 * s + t / 2;
-            // First those of columns 0..15, then 16..31.
+            // `first` has the codes of columns 0..15, `second` those of 16..31.
             const Sevens c(codes, odd, p, lane);
             const u32 half = t % 2 * 128;
             const u32 e[4] = {table[half + (c.first & 127)], table[half + (c.second & 127)],
@@ -119,10 +117,10 @@ struct Expander {
         return found;
     }
 
-    // Metadata of both k32 of a pair: lanes t = 0, 1 get that of the first, 2, 3 of the second.
+    // Returns the metadata of a pair of k32: lanes t = 0 and 1 get those of the first, 2 and 3 those of the second.
     STB_DEVICE u32 exchange(u32 first, u32 second) const {
-        // Lanes with even t collect columns 0..15, odd ones 16..31: four bits of their own and four
-        // of their neighbor. Bytes: k32 0 and rows r, r + 1, then k32 1.
+        // Lanes with even t collect columns 0..15, lanes with odd t 16..31: four bits of their own and four of their
+        // neighbor. The bytes are rows r and r + 1 of k32 0, then of k32 1.
         const u32 own = permute(first, second, keep);
         const u32 other = __shfl_xor_sync(ALL, permute(first, second, send), 1);
         const u32 both = (own & mask) | (other & ~mask);
@@ -130,14 +128,14 @@ struct Expander {
     }
 };
 
-// Magnitudes of a lane's two rows as tables for the permutation: {m, 0} and {−m, 0}.
+// The magnitudes of a lane's two rows, as operands of the permutation: {m, 0} and {−m, 0}.
 struct Magnitudes {
     u32 plus[2], minus[2];
 
     STB_DEVICE Magnitudes() {
         plus[0] = plus[1] = 0x3c00, minus[0] = minus[1] = 0xbc00;
     }
-    // From two scale codes x: x + 1, by way of 1024 + x.
+    // Converts two scale codes x to x + 1, by way of the f16 1024 + x.
     STB_DEVICE explicit Magnitudes(u32 low, u32 high) {
         const u32 m = f16x2_add(low | high << 16 | 0x64006400, 0xe3fee3fe);
         plus[0] = m & 0xffff, plus[1] = m >> 16;
@@ -145,17 +143,17 @@ struct Magnitudes {
     }
 };
 
-struct F16 {
+struct F16Activations {
     static constexpr u32 PARTS = 1, SCALE_BYTES = 16;
     static constexpr bool TOKEN_SCALES = true;
 };
 
-template <u32 TILES, u32 NT> struct Kernel : Frame<F16, TILES, NT> {
-    using Base = Frame<F16, TILES, NT>;
+template <u32 TILES, u32 NT> struct Kernel : Frame<F16Activations, TILES, NT> {
+    using Base = Frame<F16Activations, TILES, NT>;
     using Base::bits, Base::lane, Base::warp;
     const u32 *table;
 
-    STB_DEVICE Kernel(const Gemm &a, u8 *shared) : Base(a), table(reinterpret_cast<u32 *>(shared)) {
+    STB_DEVICE Kernel(const GemmParams &a, u8 *shared) : Base(a), table(reinterpret_cast<u32 *>(shared)) {
         if constexpr (TABLE != 0) {
             const Pattern p = pattern<Selectors>(threadIdx.x % 128, threadIdx.x / 128);
             reinterpret_cast<u32 *>(shared)[threadIdx.x] = p.low | p.high << 8 | p.indices << 16;
@@ -198,14 +196,14 @@ template <u32 TILES, u32 NT> struct Kernel : Frame<F16, TILES, NT> {
                 found[s] = expand.selectors(selectors, codes, odd, p, s);
 #pragma unroll
                 for (u32 k = 0; k < 4; ++k) {
-                    // Of 32 columns each: M = 4 has them in one k32, M = 8 half in each.
+                    // Each magnitude is for 32 columns, which are one k32 for M = 4 and half of each for M = 8.
                     const Magnitudes &of = m[M == 4 ? s : k / 2];
                     values[i][s][k] = permute(of.plus[k % 2], of.minus[k % 2], selectors[k]);
                 }
             }
             metadata[i] = expand.exchange(found[0], found[1]);
         }
-        // Matrix k of ldmatrix: piece of eight columns.
+        // Matrix k of ldmatrix is a piece of eight columns.
         const u32 k = lane / 8, row = lane % 8;
 #pragma unroll
         for (u32 j = 0; j < NT; ++j) {

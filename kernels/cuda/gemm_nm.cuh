@@ -1,25 +1,24 @@
-// What products of joint codes with many tokens share, whatever numbers activations are in: how codes and scales come
-// into shared memory and look there, the loop over the columns, results on their way out. NM_N, NM_M as defined by the
-// module.
+// Shared by the GEMM kernels of N:M encodings, for any precision of activations: the layout of codes and scales in
+// shared memory, the loop over the columns, and the stores of results. The module defines NM_N and NM_M.
 #pragma once
 #include "gemm.cuh"
 
 constexpr u32 N = NM_N, M = NM_M;
 constexpr u32 BETA = N * (M == 8 ? 3 : 2) + 1;
-// Vectors of 64 bytes with codes of a tile for one part: of a chunk of 128 columns (M = 4), or the parts of
-// the planes of a chunk of 256 that have them.
+// Vectors of 64 bytes with the codes of a tile for 128 columns: a whole chunk (M = 4), or the parts of the planes of
+// a chunk of 256 columns that contain them (M = 8).
 constexpr u32 VECTORS = M == 4 ? BETA : N == 1 ? 2 : 4;
-// Entries of the table in shared memory.
+// Entries of the lookup table in shared memory.
 constexpr u32 TABLE = N == 2 && M == 8 ? 256 : 0;
 static_assert(TABLE == 0 || TABLE == GEMM_THREADS, "an entry for each thread");
 
-// How a code looks within four columns: selectors of the value with the lower and the higher index, and both indices,
-// twice.
+// A code within four columns: the selectors of the values with the lower and the higher index, and both indices,
+// repeated.
 struct Pattern {
     u32 low, high, indices;
 };
 
-// Of the columns of half `half` of the group (M = 8), with the selectors S::PLUS, S::MINUS and S::ZERO.
+// The pattern of half `half` of a group (M = 8), with the selectors S::PLUS, S::MINUS and S::ZERO.
 template <class S> constexpr STB_DEVICE Pattern pattern(u32 code, u32 half) {
     constexpr u32 P = M == 8 ? 3 : 2;
     const u32 i = code & (M - 1), j = N == 2 ? code >> P & (M - 1) : i, s = code >> (BETA - 1);
@@ -30,14 +29,14 @@ template <class S> constexpr STB_DEVICE Pattern pattern(u32 code, u32 half) {
         const u32 indices = a < b ? a | b << 2 : b | a << 2;
         return {a < b ? sign_i : sign_j, a < b ? sign_j : sign_i, indices * 0x11};
     }
-    // A single one, or none: with a neighbor that is zero.
+    // One kept weight or none: the other value is zero.
     const u32 at = has_j ? j & 3 : i & 3;
     const u32 value = has_i ? sign_i : has_j ? sign_j : S::ZERO;
     const u32 indices = at < 2 ? 0x44 : 0xee;
     return {at % 2 == 0 ? value : S::ZERO, at % 2 == 1 ? value : S::ZERO, indices};
 }
 
-// Bytes of a lane's two rows in a vector, lane L of the file.
+// The bytes of a lane's two rows in a vector, for lane `lane` of the file.
 STB_DEVICE u32 rows(const u8 *codes, u32 vector, u32 lane) {
     return *reinterpret_cast<const u16 *>(codes + vector * 64 + lane * 16 + threadIdx.x % WARP / 4 * 2);
 }
@@ -45,7 +44,7 @@ STB_DEVICE u32 rows(const u8 *codes, u32 vector, u32 lane) {
 // All ones in byte k where bit 3 of nibble k is set.
 STB_DEVICE u32 top_bits(u32 nibbles) { return permute(nibbles, nibbles << 4, 0x9d8c); }
 
-// 2:8: codes of seven bits of two rows, each in a byte, of quads 2p and 2p + 1 of half `odd` of a chunk.
+// The codes of 2:8, seven bits each in a byte, of two rows and the quads 2p and 2p + 1 of half `odd` of a chunk.
 struct Sevens {
     u32 first, second;
 
@@ -58,30 +57,31 @@ struct Sevens {
     }
 };
 
-// A block of TOKENS tokens and BLOCK_TILES tiles of rows. `Numbers` says of the activations
-//     PARTS            parts of 128 columns in a step: 256 bytes for each token
-//     SCALE_BYTES      bytes of the scale codes of a tile that are kept for each 32 columns
-//     TOKEN_SCALES     whether they are multiples of one scale per token; else of one per token and step
-template <class Numbers, u32 TILES, u32 NT> struct Frame {
+// A block of TOKENS tokens and BLOCK_TILES tiles of rows. `Precision` describes the activations:
+//     PARTS            parts of 128 columns in a step, which has 256 bytes for each token
+//     SCALE_BYTES      bytes of the scale codes of a tile in shared memory, for each 32 columns
+//     TOKEN_SCALES     whether activations have one scale per token; otherwise one per token and step
+template <class Precision, u32 TILES, u32 NT> struct Frame {
     static constexpr u32 BLOCK_TILES = GEMM_WARPS * TILES, TOKENS = 8 * NT;
-    static constexpr u32 PARTS = Numbers::PARTS, SCALE_BYTES = Numbers::SCALE_BYTES;
-    // A stage of shared memory: activations; by part and tile codes, and scale codes by 32 columns; scales of tokens.
+    static constexpr u32 PARTS = Precision::PARTS, SCALE_BYTES = Precision::SCALE_BYTES;
+    // A stage of shared memory: activations; codes by part and tile; scale codes by part, tile and 32 columns; scales
+    // of tokens.
     static constexpr u32 CODES = TOKENS * 256;
     static constexpr u32 SCALES = CODES + PARTS * BLOCK_TILES * VECTORS * 64;
     static constexpr u32 TOKEN_SCALES = SCALES + PARTS * BLOCK_TILES * 4 * SCALE_BYTES;
-    static constexpr u32 STAGE = TOKEN_SCALES + (Numbers::TOKEN_SCALES ? 0 : TOKENS * 4);
+    static constexpr u32 STAGE = TOKEN_SCALES + (Precision::TOKEN_SCALES ? 0 : TOKENS * 4);
 
     using Sums = float[TILES][NT][4];
 
-    const Gemm &a;
+    const GemmParams &a;
     const u32 bits, first_tile, first_token, warp, lane;
 
-    STB_DEVICE explicit Frame(const Gemm &a)
+    STB_DEVICE explicit Frame(const GemmParams &a)
         : a(a), bits(a.w.kind & 255), first_tile(blockIdx.x * BLOCK_TILES), first_token(blockIdx.y * TOKENS),
           warp(threadIdx.x / WARP), lane(threadIdx.x % WARP) {}
 
-    // Where vector v of a part is in the codes of a tile, in vectors; false if it is not there (in the last chunk of a
-    // row).
+    // Finds vector v of a part in the codes of a tile, in vectors. Returns false if it does not exist, in the last
+    // chunk of a row.
     STB_DEVICE bool locate(u32 part, u32 v, u32 &at) const {
         const u32 quads = ceil_div(ceil_div(a.w.cols, M), 4);
         const u32 chunk = M == 4 ? part : part / 2;
@@ -104,7 +104,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
 
     STB_DEVICE void load(u8 *to, u32 step) const {
         load_x<TOKENS>(a, to, first_token, step);
-        if constexpr (!Numbers::TOKEN_SCALES) {
+        if constexpr (!Precision::TOKEN_SCALES) {
             for (u32 i = thread_again(); i < TOKENS; i += GEMM_THREADS) {
                 const bool there = first_token + i < a.tokens;
                 const float *from = a.scale + (there ? u64(step) * a.tokens + first_token + i : 0);
@@ -116,7 +116,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
             load_codes(to, part, step * PARTS + part);
     }
 
-    // Codes and scale codes of part `at` of the columns, which may be one beyond the last.
+    // Copies the codes and scale codes of part `at` of the columns, which may be one beyond the last.
     STB_DEVICE void load_codes(u8 *to, u32 part, u32 at) const {
         const u32 thread = thread_again();
         const bool exists = PARTS == 1 || at * STEP < a.w.cols;
@@ -147,22 +147,22 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
         }
     }
 
-    // Codes of a tile of the block in a part of a stage.
+    // The codes of a tile of the block in a part of a stage.
     STB_DEVICE const u8 *codes(const u8 *stage, u32 part, u32 tile) const {
         return stage + CODES + (part * BLOCK_TILES + tile) * VECTORS * 64;
     }
-    // The same of scale codes, for each 32 columns.
+    // The scale codes of such a tile for 32 columns.
     STB_DEVICE const u8 *scale_codes(const u8 *stage, u32 part, u32 tile, u32 sub) const {
         return stage + SCALES + ((part * BLOCK_TILES + tile) * 4 + sub) * SCALE_BYTES;
     }
-    // Scale codes of 4 bits of a lane's two rows, in the low halves of two bytes: row k of a tile is in the low half of
-    // byte k, row k + 8 in the high half.
+    // The scale codes of a lane's two rows, of 4 bits, in the low halves of two bytes. In the file, row k of a tile is
+    // in the low half of byte k, and row k + 8 in the high half.
     STB_DEVICE u32 two_nibbles(const u8 *at) const {
         const u32 group = lane / 4;
         return *reinterpret_cast<const u16 *>(at + 2 * (group % 4)) >> (group / 4 * 4);
     }
 
-    // The product: multiply(sums, stage, step) adds what a step gives.
+    // The loop over the columns. multiply(sums, stage, step) adds the products of a step.
     template <class Multiply> STB_DEVICE void run(u8 *stages, const Multiply &multiply) const {
         const u32 all = ceil_div(a.w.cols, PARTS * STEP);
         const u32 first = blockIdx.z * a.steps;
@@ -184,7 +184,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
         }
         for (u32 step = 0; step < steps; ++step) {
             copy_wait<i32(STAGES) - 2>();
-            // All have what was copied, and nobody reads the stage that is loaded next.
+            // After this, all threads see the copied stage, and no thread reads the stage that is loaded next.
             __syncthreads();
             if (step + STAGES - 1 < steps)
                 load(stages + (step + STAGES - 1) % STAGES * STAGE, first + step + STAGES - 1);
@@ -195,7 +195,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
         finish(sums, stages);
     }
 
-    // Writes a lane's sums for tile i of its warp and tokens 8j and on.
+    // Writes the results of a lane for tile i of its warp and the tokens from 8j on.
     STB_DEVICE void emit(const float (&s)[4], u32 i, u32 j) const {
         const u16 *row_scales = reinterpret_cast<const u16 *>(a.w.payload + a.w.segments[1]);
         const float unit = bits == 8 ? 1.0f / 256 : bits == 4 ? 1.0f / 16 : 1.0f;
@@ -204,7 +204,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
         const float r1 = row + 1 < a.w.rows ? f16_to_f32(row_scales[row + 1]) * unit : 0.0f;
         const u32 token = first_token + 8 * j + 2 * (lane % 4);
         float t0 = 1.0f, t1 = 1.0f;
-        if constexpr (Numbers::TOKEN_SCALES) {
+        if constexpr (Precision::TOKEN_SCALES) {
             t0 = token < a.tokens ? a.scale[token] : 0.0f;
             t1 = token + 1 < a.tokens ? a.scale[token + 1] : 0.0f;
         }
@@ -228,13 +228,13 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
 #pragma unroll
         for (u32 k = 0; k < RESULTS; ++k)
             __stcg(&mine[k * GEMM_THREADS], sums[k / 4 / NT][k / 4 % NT][k % 4]);
-        // Everybody has read the stages: they become scratch.
+        // All threads have read the stages, which become scratch memory.
         __syncthreads();
         if (!is_last(a, reinterpret_cast<u32 *>(shared)))
             return;
 #pragma unroll 1
         for (u32 k = 0; k < RESULTS; k += 4) {
-            // In the order of the splits, whoever does it.
+            // In the order of the splits, whichever block is last.
             float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             for (u32 split = 0; split < a.splits; ++split)
 #pragma unroll
@@ -246,7 +246,7 @@ template <class Numbers, u32 TILES, u32 NT> struct Frame {
 };
 
 #define STB_GEMM(name, tiles, nt)                                                                  \
-    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) name(const Gemm a) {             \
+    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1) name(const GemmParams a) {             \
         STB_DYNAMIC_SHARED(shared);                                                                \
         const Kernel<tiles, nt> kernel(a, shared);                                                 \
         kernel.run(shared + TABLE * 4);                                                            \

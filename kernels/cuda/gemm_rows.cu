@@ -1,21 +1,21 @@
-// Rows of any encoding but the joint codes × many tokens on dense tensor cores: CODEC as defined by the module.
+// GEMM for all encodings but N:M, on dense tensor cores. The module defines CODEC_HEADER and CODEC.
 //
-// A block decodes 64 rows × 128 columns at a time into shared memory and multiplies them with 64 tokens.
-// Numbers are sums of two bf16, high + low, and a product is high·high + high·low + low·high: 16
-// bits of each number count, over the whole range of f32, with no scales to find. That is three products on the tensor
-// cores for one (about 200 dense TFLOP/s at best on an H100), each weight decoded once per 64 tokens.
-#include "codec.cuh"
+// A block dequantizes 64 rows × 128 columns at a time into shared memory and multiplies them with 64 tokens. Every
+// number is the sum of two bf16, high + low, and a product is high·high + high·low + low·high, so that 16 bits of each
+// number count over the whole range of f32 without scales. The tensor cores compute three products for one (about 200
+// dense TFLOP/s at best on an H100), and each weight is dequantized once per 64 tokens.
+#include CODEC_HEADER
 #include "gemm.cuh"
 
 using Codec = CODEC;
 constexpr u32 ROWS = 64, TOKENS = 64;
-// Of a block of rows or tokens: high parts, then low parts, [row][column].
+// Bytes of the high parts of a block of rows or tokens, [row][column]. The low parts follow.
 constexpr u32 HALF = ROWS * 256;
 
 STB_DEVICE float upper(float v) { return __uint_as_float(u32(f32_to_bf16(v)) << 16); }
 
-// Pieces of the codec for `step` as two bf16 each.
-STB_DEVICE void decode(const Matrix &m, u8 *to, u32 first_row, u32 step) {
+// Dequantizes the columns of `step` to two bf16 each.
+STB_DEVICE void decode(const PackedMatrix &m, u8 *to, u32 first_row, u32 step) {
     constexpr u32 PIECES = STEP / Codec::PIECE;
     for (u32 k = threadIdx.x; k < ROWS * PIECES; k += GEMM_THREADS) {
         const u32 row = k / PIECES, piece = k % PIECES;
@@ -35,7 +35,7 @@ STB_DEVICE void decode(const Matrix &m, u8 *to, u32 first_row, u32 step) {
             for (u32 i = 0; i < Codec::UNIT / 4; ++i) {
                 float4 w = Codec::weights4(raw, scale, u, i);
                 const u32 column = piece * Codec::PIECE + u * Codec::UNIT + 4 * i;
-                // Columns beyond the matrix meet activations that are zero; they have to be numbers.
+                // Columns beyond the matrix are multiplied with zeros, so they must be finite.
                 w.x *= factor, w.y *= factor, w.z *= factor, w.w *= factor;
                 const float x = upper(w.x), y = upper(w.y), z = upper(w.z), v = upper(w.w);
                 u8 *at = to + place(row, column / 8) + column % 8 * 2;
@@ -47,11 +47,11 @@ STB_DEVICE void decode(const Matrix &m, u8 *to, u32 first_row, u32 step) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2) gemm_rows(const Gemm a) {
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2) gemm_rows(const GemmParams a) {
     STB_DYNAMIC_SHARED(shared);
     u8 *weights = shared, *activations = shared + 2 * HALF;
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    // A warp has 16 rows and 32 tokens.
+    // A warp computes 16 rows and 32 tokens.
     const u32 row = warp % 4 * 16, token = warp / 4 * 32;
     const u32 first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
     float sums[4][4];
@@ -61,11 +61,11 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2) gemm_rows(const Ge
         for (u32 k = 0; k < 4; ++k)
             sums[j][k] = 0.0f;
 
-    Gemm low = a;
+    GemmParams low = a;
     low.x += u64(a.tokens) * a.stride;
     const u32 steps = ceil_div(a.w.cols, STEP);
     for (u32 step = 0; step < steps; ++step) {
-        // Nobody reads the step before.
+        // After this, no thread reads the previous step.
         __syncthreads();
         load_x<TOKENS>(a, activations, first_token, step);
         load_x<TOKENS>(low, activations + HALF, first_token, step);
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2) gemm_rows(const Ge
                 const u32(&high)[4] = x[0][j / 2], (&rest)[4] = x[1][j / 2];
                 const u32 x_high[2] = {high[j % 2 * 2], high[j % 2 * 2 + 1]};
                 const u32 x_low[2] = {rest[j % 2 * 2], rest[j % 2 * 2 + 1]};
-                // The small ones first.
+                // The small products first.
                 mma_bf16(sums[j], w[1], x_high);
                 mma_bf16(sums[j], w[0], x_low);
                 mma_bf16(sums[j], w[0], x_high);

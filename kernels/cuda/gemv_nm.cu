@@ -1,46 +1,47 @@
-// Products with a few tokens for joint N:M codes (spec/encodings.md §5): -DNM_N=1 -DNM_M=8 and so on.
+// GEMV for the N:M sparse-sign encoding (spec/encodings.md §5): -DNM_N=1 -DNM_M=8 and so on.
 //
-// A code of a group selects one of few sums of the group's M activations. A block makes the table of all
-// of them for a slab of columns in shared memory, once for all its rows, with every lane's own entries in its
-// own bank: a look-up for a group of 8 weights takes one cycle of the banks whatever the codes are. A lane loads 16
-// bytes of a plane: 16 rows of one group out of four, in QV quads. Activations are not rounded. Two codes of 1:4 are
-// one look-up: both have six bits together.
+// The code of a group selects one of few sums of the group's M activations. A block computes the lookup table of
+// all these sums for a slab of columns in shared memory, once for all its rows. Every lane has its own entries in
+// its own bank, so a lookup for a group of 8 weights takes one cycle of the banks whatever the codes are. A lane
+// loads 16 bytes of a plane: 16 rows of one group out of four, in QV quads. Activations are not rounded. Two codes
+// of 1:4 share a lookup, because they have six bits together.
 //
-// Per look-up a shift and a mask for each plane, the look-up and a sum (2:8: a shift and a mask for the sign too); banks: 32
-// look-ups per cycle and multiprocessor. DECODE.md has what the compiler makes of it and the roofline.
+// A lookup takes a shift and a mask for each plane, the load and an addition (for 2:8 also a shift and a mask for
+// the sign). The banks serve 32 lookups per cycle and multiprocessor. DECODE.md has the counts in the machine code
+// and the roofline.
 #include "common.cuh"
 
 constexpr u32 N = NM_N, M = NM_M;
 constexpr u32 P = M == 8 ? 3 : 2;
 constexpr u32 BETA = N * P + 1;
-// Planes of a code from its low bits on: 4, then 2, then 1, as the digits of BETA say.
+// The planes of a code, from its low bits: widths 4, 2 and 1, as far as they are binary digits of BETA.
 constexpr u32 WIDTH_0 = BETA >= 4 ? 4 : 2;
 constexpr u32 WIDTH_1 = BETA == 4 ? 0 : BETA == 7 ? 2 : 1;
 constexpr u32 WIDTH_2 = BETA == 7 ? 1 : 0;
-// Vectors of the widest plane in a chunk of 8 quads, and quads in each: what a lane works on at a time.
+// Vectors of the widest plane in a chunk of 8 quads, and the quads of a vector, which a lane reads at a time.
 constexpr u32 VECTORS = WIDTH_0;
 constexpr u32 QV = 8 / WIDTH_0;
-// The sign of 2:8 is applied to what is looked up; other tables have it.
+// The sign of 2:8 is applied to the looked-up value. The tables of other rates include the sign.
 constexpr bool SIGN_APART = BETA == 7;
-// Codes that are looked up together: of 1:4 those of two quads, 16 columns apart. Their bits in the planes, and how many there are
-// in a lane's part of a step.
+// The number of codes that share a lookup: for 1:4 the codes of two quads, 16 columns apart. Then their bits in the
+// planes, and the number of lookups for a vector.
 constexpr u32 PAIR = N == 1 && M == 4 ? 2 : 1;
 constexpr u32 BITS_0 = PAIR * WIDTH_0, BITS_1 = PAIR * WIDTH_1, LOOKS = QV / PAIR;
 constexpr u32 ENTRIES = 1u << (SIGN_APART ? BETA - 1 : PAIR * BETA);
-// Columns of a quad, and of a lane's four neighbors together.
+// Columns of a quad, and of a vector of four neighboring lanes.
 constexpr u32 QUAD = 4 * M;
 constexpr u32 STEP = QV * QUAD;
-// Vectors that a lane works on in a step for T tokens: two neighbors mostly share the scales of a block.
+// Vectors that a lane reads in a step with T tokens. Two neighboring vectors mostly share block scales.
 constexpr STB_DEVICE u32 vectors_of(u32 t) { return t == 1 ? 2 : 1; }
 constexpr u32 TILE = 16;
 
-// Columns of a table.
+// Columns of a lookup table.
 constexpr u32 TABLE_COLS = PAIR * M;
-// Bytes of a table for one token: tables of one token begin at multiples of it, so that a code and a place
-// make an address without a sum.
+// Bytes of a lookup table for one token. With one token, tables begin at multiples of this size, so that a code
+// and an offset form an address without an addition.
 constexpr u32 TABLE = ENTRIES * WARP * 4;
 
-// The kept weights of a code, or of two, without scale: Σ of the selected activations.
+// Computes Σ ±activation over the kept weights of a code, or of two codes that share a lookup.
 template <u32 T> STB_DEVICE void entry(const float (&x)[TABLE_COLS][T], u32 code, float (&sum)[T]) {
 #pragma unroll
     for (u32 t = 0; t < T; ++t)
@@ -48,7 +49,7 @@ template <u32 T> STB_DEVICE void entry(const float (&x)[TABLE_COLS][T], u32 code
     if constexpr (N == 1) {
 #pragma unroll
         for (u32 s = 0; s < PAIR; ++s) {
-            // First the positions of all, then their signs.
+            // The positions of both codes come first, then their signs.
             const u32 i = code >> s * P & (M - 1);
             const float sign = code >> (PAIR * P + s) & 1 ? -1.0f : 1.0f;
 #pragma unroll
@@ -72,15 +73,15 @@ template <u32 T> STB_DEVICE void entry(const float (&x)[TABLE_COLS][T], u32 code
     }
 }
 
-// Where the codes of a lane lie in a tile: planes of a chunk follow one another, each of whole vectors.
+// Where the codes of a lane are in a tile. The planes of a chunk follow one another; each is whole vectors.
 struct Place {
     bool exists;
     u32 at[3];
-    // How far the lane's bits of the narrower planes are from the lowest of their bytes.
+    // The position of the lane's bits in the bytes of the narrower planes.
     u32 shift_1, shift_2;
 };
 
-// In a chunk of `n` of 8 quads.
+// The place in a chunk that has `n` of 8 quads.
 STB_DEVICE Place place_in(u32 n, u32 position, u32 lane) {
     Place p;
     const u32 chunk = position / VECTORS, v = position % VECTORS, quad = v * QV;
@@ -120,8 +121,8 @@ STB_DEVICE Codes load_codes(const u8 *tile, const Place &p) {
     return codes;
 }
 
-// The entries of table q of the lane for the 16 rows of the tile, a byte each: the planes are joined for four rows at once. A
-// single plane stays as it is.
+// Computes the indices into table q of the lane for the 16 rows of the tile, one byte each. The planes are joined for
+// four rows at once. A single plane is not changed.
 STB_DEVICE void join(u32 (&to)[4], const Codes &c, u32 q) {
     constexpr u32 EACH = 0x01010101, MASK_0 = EACH * ((1u << BITS_0) - 1), MASK_1 = EACH * ((1u << BITS_1) - 1) << BITS_0;
 #pragma unroll
@@ -134,14 +135,14 @@ STB_DEVICE void join(u32 (&to)[4], const Codes &c, u32 q) {
         }
     }
 }
-// That of row r in units of 1 / 2^UNIT entries: the shift that extracts it scales it as well. `base` has none of those
-// bits.
+// The index of row r in units of 1 / 2^UNIT entries: the shift that extracts the index also scales it. `base` has
+// none of these bits.
 template <u32 UNIT> STB_DEVICE u32 index_of(const u32 (&joined)[4], u32 r, u32 q, u32 base) {
     const u32 word = joined[r / 4], from = 8 * (r % 4) + (WIDTH_1 == 0 ? q * BITS_0 : 0);
     const u32 moved = from >= UNIT ? word >> (from - UNIT) : word << (UNIT - from);
     return (moved & (ENTRIES - 1) << UNIT) | base;
 }
-// What is looked up, with the code's sign if the table has none.
+// Applies the code's sign to a looked-up value, unless the table includes the signs.
 STB_DEVICE float with_sign(const Codes &c, u32 r, u32 q, float v) {
     if constexpr (!SIGN_APART)
         return v;
@@ -149,13 +150,14 @@ STB_DEVICE float with_sign(const Codes &c, u32 r, u32 q, float v) {
     return __uint_as_float(__float_as_uint(v) ^ (sign & 0x80000000));
 }
 
-// Scales of the blocks of a tile: multipliers of 16 rows for a block of columns, times 2^bits.
+// The block scales of a tile: multipliers of 16 rows for a block of columns, times 2^bits.
 struct Multipliers {
     const u8 *from;
-    // Bytes of a block's, the last block, and 2^32 / columns of a block, rounded up: columns · inverse / 2^32 is the block.
+    // Bytes of the scales of a block, the last block, and 2^32 / columns of a block, rounded up, so that
+    // column · inverse / 2^32 is the block of a column.
     u32 bytes, last, inverse;
 
-    STB_DEVICE explicit Multipliers(const Matrix &m)
+    STB_DEVICE explicit Multipliers(const PackedMatrix &m)
         : from(m.payload + m.segments[2]), bytes((m.kind & 255) * 2), last(0), inverse(0) {
         if (bytes != 0) {
             last = ceil_div(m.cols, m.block) - 1;
@@ -165,7 +167,8 @@ struct Multipliers {
 
     STB_DEVICE const u8 *of_tile(u32 tile) const { return from + u64(tile) * (last + 1) * bytes; }
 
-    // Bytes of 16 rows, or rows r and r + 8 in one byte. Columns beyond the last have no weights: any block will do.
+    // With 8 bits there is one byte per row; with 4 bits rows r and r + 8 share a byte. Columns beyond the last
+    // have no weights, so any block will do.
     STB_DEVICE void load(float (&to)[TILE], const u8 *of_tile, u32 col) const {
         const u8 *at = of_tile + least(__umulhi(col, inverse), last) * bytes;
         uint4 v;
@@ -183,8 +186,8 @@ struct Multipliers {
     }
 };
 
-// Sums each of 16 values over the warp: half of the values go to the other half of the lanes at each step.
-// Lane l returns that of row 8·bit4 + 4·bit3 + 2·bit2 + bit1 of l.
+// Sums each of 16 values over the warp. In each step, half of the values go to the other half of the lanes. Lane l
+// returns the sum of row 8·bit4 + 4·bit3 + 2·bit2 + bit1 of l.
 template <u32 H> STB_DEVICE void halve(float (&v)[TILE], u32 lane) {
     const bool upper = lane & 2 * H;
 #pragma unroll
@@ -201,50 +204,57 @@ STB_DEVICE float sum_rows(float (&v)[TILE], u32 lane) {
     return v[0] + __shfl_xor_sync(ALL, v[0], 1);
 }
 
-template <u32 T, bool SCALED> STB_DEVICE void product(const Gemv &a) {
+// Computes the lookup tables of a slab, [steps][TABLES][ENTRIES][32 lanes] of T floats.
+template <u32 T>
+STB_DEVICE void make_tables(float *table, const GemvParams &a, const BlockWork &p, float *scratch) {
+    constexpr u32 U = vectors_of(T), TABLES = U * LOOKS, LANE_STEP = U * STEP, WARP_STEP = 8 * LANE_STEP;
+    const PackedMatrix &m = a.matrices[p.matrix];
+    const u32 steps = a.slab / WARP_STEP;
+    const Activations<T> activations(a, p, scratch);
+    // A thread computes 8 entries, or 16 of large tables, so that all threads have work.
+    constexpr u32 SHARE = ENTRIES > 16 ? 16 : 8;
+    constexpr u32 SHARES = ENTRIES / SHARE;
+    const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
+    for (u32 i = threadIdx.x; i < steps * TABLES * SHARES * WARP; i += THREADS) {
+        const u32 lane = i % WARP, share = i / WARP % SHARES, place = i / WARP / SHARES;
+        const u32 q = place % TABLES * PAIR, step = place / TABLES;
+        const u32 first =
+            p.first_col + step * WARP_STEP + lane / 4 * LANE_STEP + q * QUAD + lane % 4 * M;
+        float x[TABLE_COLS][T];
+#pragma unroll
+        for (u32 k = 0; k < TABLE_COLS; ++k) {
+            const u32 col = first + k / M * QUAD + k % M;
+            float factor = 1.0f;
+            if (m.kind & 256 && col < m.cols)
+                factor = f16_to_f32(__ldg(factors + col));
+#pragma unroll
+            for (u32 t = 0; t < T; ++t)
+                x[k][t] = activations(t, col) * factor;
+        }
+        for (u32 e = share * SHARE; e < (share + 1) * SHARE; ++e) {
+            float sum[T];
+            entry<T>(x, e, sum);
+#pragma unroll
+            for (u32 t = 0; t < T; ++t)
+                table[((place * ENTRIES + e) * WARP + lane) * T + t] = sum[t];
+        }
+    }
+}
+
+template <u32 T, bool SCALED> STB_DEVICE void gemv(const GemvParams &a) {
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 flag;
     __shared__ float scratch[WARPS];
-    const Part p = part_of<T>(a);
-    const Matrix &m = a.matrices[p.matrix];
-    // Vectors, tables and columns of a lane in a step; columns of a warp.
+    const BlockWork p = block_work<T>(a);
+    const PackedMatrix &m = a.matrices[p.matrix];
+    // Vectors, tables and columns of a lane in a step, and the columns of a warp.
     constexpr u32 U = vectors_of(T), TABLES = U * LOOKS, LANE_STEP = U * STEP, WARP_STEP = 8 * LANE_STEP;
     const u32 steps = a.slab / WARP_STEP;
-    // [steps][TABLES][ENTRIES][32 lanes] of T floats, then [block_rows][T].
+    // Lookup tables, [steps][TABLES][ENTRIES][32 lanes] of T floats, then sums, [block_rows][T].
     const u32 start = T == 1 ? (TABLE - shared_address(shared) % TABLE) % TABLE : 0;
     float *table = reinterpret_cast<float *>(shared + start);
     float *sums = table + steps * TABLES * ENTRIES * WARP * T;
-    {
-        const Activations<T> activations(a, p, scratch);
-        // Work for as many threads as there are: parts of 8 entries (16 where there are more).
-        constexpr u32 SHARE = ENTRIES > 16 ? 16 : 8;
-        constexpr u32 SHARES = ENTRIES / SHARE;
-        const u16 *factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0]);
-        for (u32 i = threadIdx.x; i < steps * TABLES * SHARES * WARP; i += THREADS) {
-            const u32 lane = i % WARP, share = i / WARP % SHARES, place = i / WARP / SHARES;
-            const u32 q = place % TABLES * PAIR, step = place / TABLES;
-            const u32 first =
-                p.first_col + step * WARP_STEP + lane / 4 * LANE_STEP + q * QUAD + lane % 4 * M;
-            float x[TABLE_COLS][T];
-#pragma unroll
-            for (u32 k = 0; k < TABLE_COLS; ++k) {
-                const u32 col = first + k / M * QUAD + k % M;
-                float factor = 1.0f;
-                if (m.kind & 256 && col < m.cols)
-                    factor = f16_to_f32(__ldg(factors + col));
-#pragma unroll
-                for (u32 t = 0; t < T; ++t)
-                    x[k][t] = activations(t, col) * factor;
-            }
-            for (u32 e = share * SHARE; e < (share + 1) * SHARE; ++e) {
-                float sum[T];
-                entry<T>(x, e, sum);
-#pragma unroll
-                for (u32 t = 0; t < T; ++t)
-                    table[((place * ENTRIES + e) * WARP + lane) * T + t] = sum[t];
-            }
-        }
-    }
+    make_tables<T>(table, a, p, scratch);
     __syncthreads();
 
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -252,12 +262,12 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const Gemv &a) {
     const u32 bits = m.kind & 255, units = m.units, cols = p.cols;
     const u16 *row_scales = reinterpret_cast<const u16 *>(m.payload + m.segments[1]);
     const u8 *all_codes = m.payload + m.segments[3];
-    // A step goes on by whole chunks, so that in those only the start is new.
+    // A step advances by whole chunks, so the place within a chunk stays the same.
     const u32 position_0 = p.first_col / STEP + lane / 4 * U;
     const Place whole = place_in(8, position_0, lane);
     constexpr u32 STEP_BYTES = 8 * U / VECTORS * 64 * BETA;
     const Multipliers multipliers(m);
-    // Blocks are multiples of 32 columns: in a lane's part of a step a new one can begin there, if at all.
+    // Blocks are multiples of 32 columns, so a new block can begin only at those columns of a lane's step.
     const bool is_one_block = SCALED && bits != 0 && m.block % LANE_STEP == 0;
     for (u32 first = warp * TILE; first < p.rows; first += WARPS * TILE) {
         const u32 tile = (p.first_row + first) / TILE;
@@ -276,7 +286,7 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const Gemv &a) {
 #pragma unroll
             for (u32 u = 0; u < U; ++u) {
                 Place here = whole;
-                // Neighbors are in one chunk and in the same vectors of its narrower planes.
+                // Neighboring vectors are in one chunk and share the vectors of its narrower planes.
                 here.at[0] += at + u * 64, here.at[1] += at, here.at[2] += at;
                 here.shift_1 += u * QV * WIDTH_1, here.shift_2 += u * QV * WIDTH_2;
                 // The last chunk of a row has fewer vectors.
@@ -293,7 +303,7 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const Gemv &a) {
                     multipliers.load(multiplier, scales_of_tile, position * STEP + k * COLS);
                 u32 joined[4];
                 join(joined, codes, q);
-                // In bytes: an entry is T floats of each lane.
+                // log2 of the bytes of an entry, which has T floats for each lane.
                 constexpr u32 LOG = T == 1 ? 7 : T == 2 ? 8 : 9;
 #pragma unroll
                 for (u32 r = 0; r < TILE; ++r) {
@@ -326,9 +336,9 @@ template <u32 T, bool SCALED> STB_DEVICE void product(const Gemv &a) {
     finish<T>(a, p, sums, &flag);
 }
 
-// Block (x, y): part x of row y, a thread per group.
-STB_DEVICE void decode(const Decode &a) {
-    const Matrix &m = a.matrix;
+// Block (x, y) converts part x of row y, with a thread per group.
+STB_DEVICE void dequantize(const DequantizeParams &a) {
+    const PackedMatrix &m = a.matrix;
     const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 groups = ceil_div(m.cols, M);
     const u32 row = a.ids != nullptr ? a.ids[blockIdx.y] : blockIdx.y;
@@ -371,13 +381,13 @@ STB_DEVICE void decode(const Decode &a) {
     }
 }
 
-// `scaled` where a matrix of the launch has scales of blocks.
+// The `scaled` kernels are for launches in which a matrix has block scales.
 extern "C" {
-__global__ void __launch_bounds__(THREADS) exact_1(const __grid_constant__ Gemv a) { product<1, false>(a); }
-__global__ void __launch_bounds__(THREADS) exact_2(const __grid_constant__ Gemv a) { product<2, false>(a); }
-__global__ void __launch_bounds__(THREADS) exact_4(const __grid_constant__ Gemv a) { product<4, false>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_1(const __grid_constant__ Gemv a) { product<1, true>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_2(const __grid_constant__ Gemv a) { product<2, true>(a); }
-__global__ void __launch_bounds__(THREADS) scaled_4(const __grid_constant__ Gemv a) { product<4, true>(a); }
-__global__ void __launch_bounds__(THREADS) decode_rows(const __grid_constant__ Decode a) { decode(a); }
+__global__ void __launch_bounds__(THREADS) gemv_f32_1(const __grid_constant__ GemvParams a) { gemv<1, false>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_f32_2(const __grid_constant__ GemvParams a) { gemv<2, false>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_f32_4(const __grid_constant__ GemvParams a) { gemv<4, false>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_scaled_1(const __grid_constant__ GemvParams a) { gemv<1, true>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_scaled_2(const __grid_constant__ GemvParams a) { gemv<2, true>(a); }
+__global__ void __launch_bounds__(THREADS) gemv_scaled_4(const __grid_constant__ GemvParams a) { gemv<4, true>(a); }
+__global__ void __launch_bounds__(THREADS) dequantize_rows(const __grid_constant__ DequantizeParams a) { dequantize(a); }
 }

@@ -1,6 +1,5 @@
-// Types and instructions that the kernels use: each PTX instruction is written once, with inline
-// assembly on the device and the emulator's function on the host. No header of CUDA is needed, so
-// that NVRTC compiles the kernels without an include folder.
+// The types and PTX instructions of the kernels. Each instruction is inline assembly on the device and a function of the
+// emulator on the host. No CUDA header is included, so NVRTC compiles the kernels without an include folder.
 #pragma once
 
 typedef unsigned char u8;
@@ -15,7 +14,7 @@ typedef long long i64;
 #define STB_DEVICE __device__ __forceinline__
 
 #if defined(STB_EMULATED)
-// The dynamic shared memory of a block, at least 16-byte aligned.
+// The dynamic shared memory of a block, which is at least 16-byte aligned.
 #define STB_DYNAMIC_SHARED(name) u8 *const name = emulator::dynamic_shared
 #define STB_SITE , const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #else
@@ -23,7 +22,7 @@ typedef long long i64;
 #define STB_SITE
 #endif
 
-// The mode with sorted indices is the fast one from sm_90 on; the compiler knows it since 12.5.
+// The mode with sorted indices is the fast one from sm_90 on. The compiler supports it since 12.5.
 #if defined(__CUDACC_VER_MAJOR__) && (__CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1205)
 #define STB_MMA_SP "mma.sp"
 #else
@@ -38,7 +37,7 @@ STB_DEVICE u32 shared_address(const void *p) {
 #endif
 }
 
-// threadIdx.x, read again: what is computed from it is not kept in registers over a loop, where there are none to spare.
+// Reads threadIdx.x again, so that values computed from it do not occupy registers throughout a loop.
 STB_DEVICE u32 thread_again() {
 #if defined(STB_EMULATED)
     return threadIdx.x;
@@ -49,8 +48,8 @@ STB_DEVICE u32 thread_again() {
 #endif
 }
 
-// Bytes of {b, a}, by nibbles of the low 16 bits of `selector`: of bits 0 to 2 the number of the byte; bit 3 repeats its
-// sign bit eight times. (__byte_perm clears bit 3, with an instruction of its own.)
+// Selects bytes of {b, a} by the nibbles of the low 16 bits of `selector`. Bits 0 to 2 are the number of the byte; bit 3
+// replicates the sign of the byte instead. (__byte_perm clears bit 3, with an extra instruction.)
 STB_DEVICE u32 permute(u32 a, u32 b, u32 selector) {
 #if defined(STB_EMULATED)
     return emulator::permute(a, b, selector);
@@ -63,8 +62,8 @@ STB_DEVICE u32 permute(u32 a, u32 b, u32 selector) {
 
 // ---- Shared memory ----------------------------------------------------------------------------
 
-// N floats (1, 2, 4) at an address as `shared_address` gives it, a multiple of their size: a look-up with no instruction
-// but its own.
+// Loads N floats (1, 2 or 4) from an address of `shared_address`, which is a multiple of their size, with a single
+// instruction.
 template <u32 N> STB_DEVICE void load_shared(float (&to)[N], u32 address) {
     static_assert(N == 1 || N == 2 || N == 4, "a vector");
 #if defined(STB_EMULATED)
@@ -161,7 +160,7 @@ STB_DEVICE u32 f16x2_mul(u32 a, u32 b) {
     return r;
 #endif
 }
-// To the nearest integer of 8 bits with saturation: cvt.rni.sat.s8.f32.
+// Rounds to the nearest 8-bit integer, with saturation: cvt.rni.sat.s8.f32.
 STB_DEVICE i32 f32_to_s8(float v) {
 #if defined(STB_EMULATED)
     const float r = std::nearbyint(v);
@@ -187,7 +186,7 @@ STB_DEVICE float exp2_approx(float v) {
 
 // ---- Asynchronous copies into shared memory --------------------------------------------------
 
-// 16 bytes past the L1 cache; of these `valid` from `from`, zeros after them.
+// Copies 16 bytes, bypassing the L1 cache: `valid` bytes from `from`, then zeros.
 STB_DEVICE void copy_async16(void *to, const void *from, u32 valid = 16) {
 #if defined(STB_EMULATED)
     emulator::copy_async(to, from, 16, valid);
@@ -197,7 +196,7 @@ STB_DEVICE void copy_async16(void *to, const void *from, u32 valid = 16) {
                  : "memory");
 #endif
 }
-// 8 or 4 bytes.
+// Copies 8 or 4 bytes.
 template <int Bytes> STB_DEVICE void copy_async(void *to, const void *from, u32 valid = Bytes) {
     static_assert(Bytes == 4 || Bytes == 8, "copy_async16 is for 16 bytes");
 #if defined(STB_EMULATED)
@@ -216,7 +215,7 @@ STB_DEVICE void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most `Pending` of this thread's groups are under way.
+// Waits until at most `Pending` of this thread's groups are in flight.
 template <int Pending> STB_DEVICE void copy_wait() {
 #if defined(STB_EMULATED)
     emulator::copy_wait(Pending, false);

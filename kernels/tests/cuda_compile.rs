@@ -5,7 +5,7 @@
 use std::io::Write as _;
 use std::{env, thread};
 
-use stb_kernels::cuda::{Arch, compile_all};
+use stb_kernels::cuda::{Arch, ModuleLog, compile_all};
 
 /// Ampere, Ada, Hopper, Blackwell.
 const ARCHITECTURES: [u32; 4] = [80, 89, 90, 120];
@@ -42,7 +42,7 @@ fn all_kernels_compile_for_all_architectures() {
     let work = ARCHITECTURES.map(|arch| thread::spawn(move || compile_all(Arch(arch))));
     let results = work.map(|t| t.join().expect("the compiler does not panic"));
     for (arch, result) in ARCHITECTURES.into_iter().zip(results) {
-        for (module, log) in result.expect("kernels compile") {
+        for ModuleLog { module, log } in result.expect("kernels compile") {
             let kernels = kernels(&log);
             assert!(!kernels.is_empty(), "{module} for {}: what is in\n{log}", Arch(arch));
             for (kernel, registers, spilled) in kernels {

@@ -6,28 +6,20 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use common::emulator::{Emulator, Launch, bytes_of, floats};
+use common::kernels::{build, module_named};
 use common::machine::simulated;
 use common::plans::{address, launch};
 use stb_format::half::f16;
-use stb_kernels::cuda::{Attend, Attention, KvCache, Module, Slots};
+use stb_kernels::cuda::{
+    Attention, AttentionAddresses, AttentionArgs, AttentionBatch, AttentionShape, KvCache,
+    RopeAddresses, ScratchAddresses, SlotMapping,
+};
 use stb_kernels::kv::KvKind;
 use stb_random::Rng;
 
-/// The kernels of a module and those that put caches in their places; `None` where there is no C++
-/// compiler.
-fn build(module: &Module) -> Option<Emulator> {
-    let slots = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/emulator/slots.cu");
-    let kernels: &[&str] = match module.file {
-        "attention.cu" => &["rotate", "attend_1", "attend_4", "attend_8"],
-        _ => &["attend_many_64", "attend_many_96", "attend_many_128", "attend_many_256"],
-    };
-    let kernels = [kernels, &["set_slot", "clear_slots"]].concat();
-    Emulator::build(&[module.file, slots], &kernels, module.defines).unwrap()
-}
-
 /// Tokens of several sequences in one step: (tokens before it, tokens in it) of each.
 struct Step<'a> {
-    a: Attention,
+    a: AttentionShape,
     sequences: &'a [(usize, usize)],
 }
 
@@ -39,7 +31,7 @@ impl Step<'_> {
 
     fn check(&self, rng: &mut Rng, emulator: &Emulator, tolerance: f64) {
         let Self { a, sequences } = *self;
-        let Attention { heads, kv_heads, width, .. } = a;
+        let AttentionShape { heads, kv_heads, width, .. } = a;
         let widths = [heads, kv_heads, kv_heads].map(|n| n * width);
         let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
         let all: Vec<Tokens> = sequences
@@ -74,19 +66,23 @@ impl Step<'_> {
                 continue;
             }
             let at = |buffer, bytes: usize| address(buffer) + (first * bytes) as u64;
-            let ends = [at(0, widths[0] * 4), at(1, widths[1] * 4), at(2, widths[2] * 4)];
-            let slots = at(5, 16);
-            let rotate = a.plan_rotate(ends, address(4), slots, Self::LAYER, tokens).unwrap();
-            launches.push(launch(&rotate));
+            let rope = RopeAddresses {
+                q: at(0, widths[0] * 4),
+                k: at(1, widths[1] * 4),
+                v: at(2, widths[2] * 4),
+                frequencies: address(4),
+                slots: at(5, 16),
+            };
+            launches.push(launch(&a.plan_rope(rope, Self::LAYER, tokens).unwrap()));
             if is_now {
-                let work = a.work(tokens, longest);
+                let size = a.decode_scratch(tokens, longest);
                 buffers[3] = vec![0xff; tokens * widths[0] * 4];
-                buffers[6] = vec![0xff; work[0] * 4];
-                buffers[7] = vec![0; work[1] * 4];
-                let work = [address(6), address(7)];
-                let ends = [ends[0], address(3)];
-                let plan = a.plan_attend(ends, slots, work, Self::LAYER, tokens, longest);
-                launches.push(launch(&plan.unwrap()));
+                buffers[6] = vec![0xff; size.partial * 4];
+                buffers[7] = vec![0; size.arrived * 4];
+                let scratch = ScratchAddresses { partial: address(6), arrived: address(7) };
+                let at = AttentionAddresses { q: rope.q, out: address(3), slots: rope.slots };
+                let batch = AttentionBatch { layer: Self::LAYER, tokens, visible: longest };
+                launches.push(launch(&a.plan_decode(at, scratch, batch).unwrap()));
             }
             first += tokens;
         }
@@ -114,7 +110,7 @@ impl Step<'_> {
 
     /// The definition, in f64.
     fn naive(&self, of: &Tokens, frequencies: &[f32], position: usize, head: usize) -> Vec<f64> {
-        let Attention { heads, kv_heads, width, interleaved, .. } = self.a;
+        let AttentionShape { heads, kv_heads, width, interleaved, .. } = self.a;
         let row = |i: usize, n: usize, at: usize, head: usize| -> Vec<f64> {
             of[i][(at * n + head) * width..][..width].iter().map(|v| f64::from(*v)).collect()
         };
@@ -164,8 +160,8 @@ fn attention(kind: KvKind, tolerance: f64) {
     // Each shape is a program of its own: all for one kind, some for the others.
     let shapes = if kind == KvKind::F16 { &shapes[..] } else { &shapes[1..3] };
     for &(heads, kv_heads, width, interleaved) in shapes {
-        let a = Attention { heads, kv_heads, width, layers: 2, kind, interleaved };
-        let Some(emulator) = build(&a.module()) else { return };
+        let a = AttentionShape { heads, kv_heads, width, layers: 2, kind, interleaved };
+        let Some(emulator) = build(&a.decode_module()) else { return };
         for sequences in [&[(0, 1)][..], &[(255, 1), (3, 1)], &[(256, 3)], &[(0, 5), (520, 2)]] {
             Step { a, sequences }.check(&mut rng, &emulator, tolerance);
         }
@@ -189,7 +185,7 @@ fn attention_over_8_bits() {
 
 /// A prompt's tokens behind those of the cache, whose rows are given as they are there.
 struct Prompt {
-    a: Attention,
+    a: AttentionShape,
     before: usize,
     now: usize,
     /// [now, heads · width].
@@ -216,7 +212,7 @@ impl Prompt {
     const LAYER: usize = 1;
 
     /// Uniform in −1..1; 8-bit rows with scales of many sizes.
-    fn random(rng: &mut Rng, a: Attention, before: usize, now: usize) -> Self {
+    fn random(rng: &mut Rng, a: AttentionShape, before: usize, now: usize) -> Self {
         let tokens = a.kv_heads * (before + now);
         let is_q8 = a.kind == KvKind::Q8;
         let mut row = || match is_q8 {
@@ -240,7 +236,7 @@ impl Prompt {
 
     /// The cache of a sequence, with room for a few more tokens. What is not written is NaN.
     fn cache(&self, capacity: usize) -> Vec<u8> {
-        let Attention { kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { kv_heads, width, kind, .. } = self.a;
         let tokens = self.before + self.now;
         let mut all = vec![0xff; self.a.cache_bytes(capacity)];
         let part = all.len() / (2 * self.a.layers);
@@ -277,7 +273,7 @@ impl Prompt {
     /// * ε of 2⁻¹¹ for a weight in f16 (2⁻²⁵ of the largest weight where it is subnormal), and 2⁻¹⁶ for exponentials;
     /// * as much for an 8-bit value that becomes f16 with its scale.
     fn naive(&self) -> Vec<[f64; 2]> {
-        let Attention { heads, kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { heads, kv_heads, width, kind, .. } = self.a;
         let scale = 1.0 / (width as f64).sqrt();
         let half = 0.5f64.powi(11) * if kind == KvKind::Q8 { 2.0 } else { 1.0 } + 0.5f64.powi(16);
         let mut all = Vec::new();
@@ -327,8 +323,8 @@ impl Prompt {
         // Buffers: queries, results, the place of the first token, the cache.
         let out = vec![0xff; self.q.len() * 4];
         let buffers = [bytes_of(&self.q), out, vec![0; 16], self.cache(capacity)];
-        let ends = [address(0), address(1)];
-        let plan = a.plan_attend_many(ends, address(2), Self::LAYER, now).unwrap().expect(&what);
+        let at = AttentionAddresses { q: address(0), out: address(1), slots: address(2) };
+        let plan = a.plan_prefill(at, Self::LAYER, now).unwrap().expect(&what);
         // What every device has for a block.
         assert!(plan.shared <= 98 << 10, "{what}");
         let set = Launch::new("set_slot").buffer(2).buffer(3);
@@ -374,13 +370,12 @@ const PROMPTS: [([usize; 3], [usize; 2]); 12] = [
     ([3, 1, 2], [200, 21]),
 ];
 
-fn prompt_shape(kind: KvKind, [heads, kv_heads, width]: [usize; 3]) -> Attention {
-    Attention { heads, kv_heads, width, layers: 2, kind, interleaved: false }
+fn prompt_shape(kind: KvKind, [heads, kv_heads, width]: [usize; 3]) -> AttentionShape {
+    AttentionShape { heads, kv_heads, width, layers: 2, kind, interleaved: false }
 }
 
 fn prompts(kind: KvKind, module: &str) {
-    let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
-    let Some(emulator) = build(module) else { return };
+    let Some(emulator) = build(&module_named(module)) else { return };
     let mut rng = Rng(5);
     for (i, (shape, [before, now])) in PROMPTS.into_iter().enumerate() {
         let a = prompt_shape(kind, shape);
@@ -402,8 +397,7 @@ fn prompts(kind: KvKind, module: &str) {
 /// Scores of ±10⁴ that rise and fall from tile to tile. Queries have few bits, so that f16 takes none and
 /// the weights can be told.
 fn outliers(kind: KvKind, module: &str) {
-    let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
-    let Some(emulator) = build(module) else { return };
+    let Some(emulator) = build(&module_named(module)) else { return };
     let mut rng = Rng(6);
     let a = prompt_shape(kind, [4, 2, 64]);
     let mut prompt = Prompt::random(&mut rng, a, 150, 70);
@@ -428,10 +422,9 @@ fn outliers(kind: KvKind, module: &str) {
     prompt.check(&emulator, &[0, 1]);
 }
 
-/// Numbers that are none reach the tokens that see them, and no others.
+/// ActivationPrecision that are none reach the tokens that see them, and no others.
 fn not_finite(kind: KvKind, module: &str) {
-    let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
-    let Some(emulator) = build(module) else { return };
+    let Some(emulator) = build(&module_named(module)) else { return };
     let mut rng = Rng(7);
     for (width, before, now) in [(64, 40, 90), (256, 0, 40), (80, 3, 30)] {
         let a = prompt_shape(kind, [4, 2, width]);
@@ -464,18 +457,19 @@ macro_rules! prompts {
 }
 
 prompts! {
-    prompts prompts_over_f16 F16 "attention many f16"
-    prompts prompts_over_8_bits Q8 "attention many q8"
-    outliers outliers_over_f16 F16 "attention many f16"
-    outliers outliers_over_8_bits Q8 "attention many q8"
-    not_finite not_finite_over_f16 F16 "attention many f16"
-    not_finite not_finite_over_8_bits Q8 "attention many q8"
+    prompts prompts_over_f16 F16 "attention prefill f16"
+    prompts prompts_over_8_bits Q8 "attention prefill q8"
+    outliers outliers_over_f16 F16 "attention prefill f16"
+    outliers outliers_over_8_bits Q8 "attention prefill q8"
+    not_finite not_finite_over_f16 F16 "attention prefill f16"
+    not_finite not_finite_over_8_bits Q8 "attention prefill q8"
 }
 
 #[test]
 fn few_tokens_wide_heads_and_exact_caches_stay_with_the_other_kernel() {
     let plan = |kind, width, tokens| {
-        prompt_shape(kind, [4, 2, width]).plan_attend_many([0, 0], 0, 0, tokens).unwrap()
+        let at = AttentionAddresses { q: 0, out: 0, slots: 0 };
+        prompt_shape(kind, [4, 2, width]).plan_prefill(at, 0, tokens).unwrap()
     };
     assert!(plan(KvKind::F16, 256, 17).is_some());
     assert!(plan(KvKind::F16, 256, 16).is_none());
@@ -502,15 +496,21 @@ fn tokens_of_several_sequences_stay_with_the_other_kernel() {
     gap[69].1 += 1;
     let mut two = run.clone();
     two[30].0 = &other;
-    let many = vec![("rotate", [8, 70, 1]), ("attend_many_64", [3, 2, 1])];
-    let few = vec![("rotate", [8, 70, 1]), ("attend_4", [1, 2, 64]), ("attend_4", [1, 2, 6])];
-    let mut slots = Slots::new(&device, 70).unwrap();
-    let mut attend = Attend::new(&device, a, &[0.0; 32]).unwrap();
+    let many = vec![("rope_kv", [8, 70, 1]), ("attention_prefill_64", [3, 2, 1])];
+    let few = vec![
+        ("rope_kv", [8, 70, 1]),
+        ("attention_decode_4", [1, 2, 64]),
+        ("attention_decode_4", [1, 2, 6]),
+    ];
+    let mut slots = SlotMapping::new(&device, 70).unwrap();
+    let mut attend = Attention::new(&device, a, &[0.0; 32]).unwrap();
     let make = |heads: usize| device.zeros("tokens", 70 * heads * 64).unwrap();
     let (mut q, k, v, mut out) = (make(4), make(2), make(2), make(4));
     for (places, expected) in [(run, many), (gap, few.clone()), (two, few)] {
         slots.set(places).unwrap();
-        attend.queue(&slots, 1, 100, &mut q, &k, &v, &mut out).unwrap();
+        let (slots, q, out) = (&slots, &mut q, &mut out);
+        let args = AttentionArgs { slots, layer: 1, visible: 100, q, k: &k, v: &v, out };
+        attend.queue(args).unwrap();
         device.synchronize().unwrap();
         assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), expected);
     }

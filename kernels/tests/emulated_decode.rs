@@ -4,30 +4,23 @@
 mod common;
 
 use common::emulator::{Emulator, bytes_of, floats};
+use common::kernels::{build, module_named};
 use common::plans::{address, launch};
 use common::random::{encodings, payload};
 use stb_format::Encoding;
-use stb_kernels::cuda::{self, Input, Limits, MatVecPlan, MatrixParams, Module, Numbers};
+use stb_kernels::cuda::{
+    self, ActivationInput, ActivationPrecision, DeviceLimits, GemvPlan, GemvProblem, MatrixParams,
+    ScratchAddresses,
+};
 use stb_random::Rng;
 
-/// The kernels of a module; `None` where there is no C++ compiler.
-fn build(module: &Module) -> Option<Emulator> {
-    let kernels: &[&str] = match module.file {
-        "gemv.cu" => {
-            &["exact_1", "exact_2", "exact_4", "rounded_1", "rounded_2", "rounded_4", "decode_rows"]
-        }
-        "gemv_nm.cu" => {
-            &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"]
-        }
-        _ => &["materialize"],
-    };
-    Emulator::build(&[module.file], kernels, module.defines).unwrap()
-}
+/// The scratch memory of all plans.
+const SCRATCH: ScratchAddresses = ScratchAddresses { partial: address(2), arrived: address(3) };
 
 /// A small device, so that small matrices are split in all ways; and a large one.
-const LIMITS: [Limits; 2] = [
-    Limits { multiprocessors: 1, shared: 98 << 10 },
-    Limits { multiprocessors: 132, shared: 226 << 10 },
+const LIMITS: [DeviceLimits; 2] = [
+    DeviceLimits { multiprocessors: 1, shared: 98 << 10 },
+    DeviceLimits { multiprocessors: 132, shared: 226 << 10 },
 ];
 
 /// Ragged rows, columns, groups, units, tiles and chunks; more columns than a slab.
@@ -39,15 +32,16 @@ struct Case<'a> {
     rows: &'a [usize],
     cols: usize,
     tokens: usize,
-    numbers: Numbers,
-    limits: Limits,
+    precision: ActivationPrecision,
+    limits: DeviceLimits,
 }
 
 impl Case<'_> {
     /// One launch for all matrices with a random kind of input, checked number by number.
     fn run(&self, rng: &mut Rng, emulator: &Emulator, seeds: &[u64]) {
-        let Self { encoding, rows, cols, tokens, numbers, limits } = *self;
-        let what = format!("{encoding} {rows:?}x{cols}, {tokens} tokens, {numbers:?}, {limits:?}");
+        let Self { encoding, rows, cols, tokens, precision, limits } = *self;
+        let what =
+            format!("{encoding} {rows:?}x{cols}, {tokens} tokens, {precision:?}, {limits:?}");
         let payloads: Vec<_> = rows.iter().map(|r| payload(rng, encoding, *r, cols)).collect();
         let mut x = rng.floats(tokens * cols);
         // Outliers, as activations have them.
@@ -57,7 +51,7 @@ impl Case<'_> {
         }
         let (eps, kind, add) = (1e-5, rng.below(3), rng.below(2) == 1);
         let with = rng.floats(if kind == 2 { tokens * cols } else { cols });
-        let input: Vec<f64> = (0..tokens * cols)
+        let inputs: Vec<f64> = (0..tokens * cols)
             .map(|i| {
                 let of = |i: usize| f64::from(x[i]);
                 let token = i / cols * cols;
@@ -75,28 +69,24 @@ impl Case<'_> {
 
         // Buffers: inputs, partial sums, counters, then payload and result of each matrix.
         let source = match kind {
-            0 => Input::Plain(address(0)),
-            1 => Input::Norm { x: address(0), weight: address(1), eps },
-            _ => Input::Silu { gate: address(0), up: address(1) },
+            0 => ActivationInput::Plain(address(0)),
+            1 => ActivationInput::RmsNorm { x: address(0), weight: address(1), eps },
+            _ => ActivationInput::SwiGlu { gate: address(0), up: address(1) },
         };
-        let matrices: Vec<(MatrixParams, u64)> = payloads
-            .iter()
-            .zip(rows)
-            .enumerate()
-            .map(|(i, (bytes, rows))| {
-                let view = encoding.view(*rows as u64, cols as u64, bytes).unwrap();
-                let at = address(4 + 2 * i);
-                (MatrixParams::new(&view, bytes, at).unwrap(), address(5 + 2 * i))
-            })
-            .collect();
-        let work = [address(2), address(3)];
-        let plan = MatVecPlan::new(limits, encoding, &matrices, source, numbers, add, tokens, work)
-            .unwrap();
+        let matrix = |(i, (bytes, rows)): (usize, (&Vec<u8>, &usize))| {
+            let view = encoding.view(*rows as u64, cols as u64, bytes).unwrap();
+            MatrixParams::new(&view, bytes, address(4 + 2 * i)).unwrap()
+        };
+        let matrices: Vec<_> = payloads.iter().zip(rows).enumerate().map(matrix).collect();
+        let out: Vec<u64> = (0..rows.len()).map(|i| address(5 + 2 * i)).collect();
+        let (matrices, out, input) = (&matrices, &out, source);
+        let problem = GemvProblem { encoding, matrices, out, input, precision, add, tokens };
+        let plan = GemvPlan::new(limits, &problem, SCRATCH).unwrap();
         let mut buffers = vec![
             bytes_of(&x),
             bytes_of(&with),
-            vec![0xff; plan.partial * 4],
-            vec![0; plan.arrived * 4],
+            vec![0xff; plan.scratch.partial * 4],
+            vec![0; plan.scratch.arrived * 4],
         ];
         let before = rng.floats(tokens * rows.iter().max().unwrap());
         for (bytes, rows) in payloads.iter().zip(rows) {
@@ -109,7 +99,7 @@ impl Case<'_> {
             let weights = encoding.view(*rows as u64, cols as u64, bytes).unwrap().decode();
             let y = floats(&found[5 + 2 * i]);
             for (t, r) in (0..tokens).flat_map(|t| (0..*rows).map(move |r| (t, r))) {
-                let (w, x) = (&weights[r * cols..][..cols], &input[t * cols..][..cols]);
+                let (w, x) = (&weights[r * cols..][..cols], &inputs[t * cols..][..cols]);
                 let mut sum = if add { f64::from(before[t * rows + r]) } else { 0.0 };
                 let (mut magnitude, mut rounding) = (sum.abs(), 0.0);
                 for (w, x) in w.chunks(32).zip(x.chunks(32)) {
@@ -120,7 +110,7 @@ impl Case<'_> {
                         rounding += largest / 254.0 * f64::from(w.abs());
                     }
                 }
-                let rounding = if numbers == Numbers::Rounded { rounding } else { 0.0 };
+                let rounding = if precision == ActivationPrecision::Q8 { rounding } else { 0.0 };
                 let tolerance = 1e-5 * magnitude + 1.0001 * rounding + 1e-30;
                 let y = y[t * rows + r];
                 let error = (f64::from(y) - sum).abs();
@@ -132,18 +122,18 @@ impl Case<'_> {
 
 /// All encodings that the module of this name computes, in all kinds of calls.
 fn products(module: &str) {
-    let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
-    let Some(emulator) = build(module) else { return };
+    let module = module_named(module);
+    let Some(emulator) = build(&module) else { return };
     let mut rng = Rng(7);
-    let mine = |e: &&Encoding| MatVecPlan::module(e).unwrap() == *module;
+    let mine = |e: &&Encoding| GemvPlan::module(e).unwrap() == module;
     for encoding in encodings().iter().filter(mine) {
         for (i, (rows, cols)) in SHAPES.into_iter().enumerate() {
-            for numbers in [Numbers::Exact, Numbers::Rounded] {
+            for precision in [ActivationPrecision::F32, ActivationPrecision::Q8] {
                 let tokens = [1, 2, 3, 4, 5][rng.below(5)];
                 let rows = [rows, 1 + rng.below(40), 16];
                 let rows = &rows[..1 + rng.below(3)];
                 let limits = LIMITS[rng.below(2)];
-                let case = Case { encoding, rows, cols, tokens, numbers, limits };
+                let case = Case { encoding, rows, cols, tokens, precision, limits };
                 case.run(&mut rng, &emulator, if i % 3 == 0 { &[0, 1] } else { &[2] });
             }
             decode_rows(&mut rng, &emulator, encoding, rows, cols);
@@ -158,7 +148,7 @@ fn decode_rows(rng: &mut Rng, emulator: &Emulator, encoding: &Encoding, rows: us
     let params = MatrixParams::new(&view, &bytes, address(0)).unwrap();
     // An id outside the matrix leaves its row alone.
     let ids: Vec<u32> = (0..4).map(|_| rng.below(rows) as u32).chain([rows as u32]).collect();
-    let plan = cuda::plan_decode(encoding, params, address(1), ids.len(), address(2)).unwrap();
+    let plan = cuda::plan_dequantize(encoding, params, address(1), ids.len(), address(2)).unwrap();
     let id_bytes = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     let buffers = [bytes.clone(), id_bytes, bytes_of(&vec![9.0; ids.len() * cols])];
     let found = floats(&emulator.run(&buffers, &[launch(&plan)], &[3]).unwrap()[2]);
@@ -205,23 +195,24 @@ products! {
 fn hostile_payloads_stay_inside_their_buffers() {
     let mut rng = Rng(11);
     for name in ["stbllm", "nm 2:8", "int3"] {
-        let module = Module::ALL.iter().find(|m| m.name == name).unwrap();
-        let Some(emulator) = build(module) else { return };
+        let module = module_named(name);
+        let Some(emulator) = build(&module) else { return };
         let all = encodings();
-        let encoding = all.iter().find(|e| MatVecPlan::module(e).unwrap() == *module).unwrap();
+        let encoding = all.iter().find(|e| GemvPlan::module(e).unwrap() == module).unwrap();
         for (rows, cols) in [(33, 172), (5, 1100)] {
             let length = payload(&mut rng, encoding, rows, cols).len();
             let bytes: Vec<u8> = (0..length).map(|_| rng.bits() as u8).collect();
             let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
             let matrix = MatrixParams::new(&view, &bytes, address(4)).unwrap();
-            for numbers in [Numbers::Exact, Numbers::Rounded] {
-                let (input, work) = (Input::Plain(address(0)), [address(2), address(3)]);
-                let matrices = [(matrix, address(1))];
-                let plan =
-                    MatVecPlan::new(LIMITS[0], encoding, &matrices, input, numbers, false, 1, work);
-                let plan = plan.unwrap();
+            for precision in [ActivationPrecision::F32, ActivationPrecision::Q8] {
+                let (matrices, out) = (&[matrix], &[address(1)]);
+                let input = ActivationInput::Plain(address(0));
+                let (add, tokens) = (false, 1);
+                let problem =
+                    GemvProblem { encoding, matrices, out, input, precision, add, tokens };
+                let plan = GemvPlan::new(LIMITS[0], &problem, SCRATCH).unwrap();
                 let x = bytes_of(&rng.floats(cols));
-                let work = [vec![0; plan.partial * 4], vec![0; plan.arrived * 4]];
+                let work = [vec![0; plan.scratch.partial * 4], vec![0; plan.scratch.arrived * 4]];
                 let [partial, arrived] = work;
                 let buffers = [x, vec![0; rows * 4], partial, arrived, bytes.clone()];
                 emulator.run(&buffers, &[launch(&plan.launch)], &[0]).unwrap();
@@ -232,23 +223,23 @@ fn hostile_payloads_stay_inside_their_buffers() {
 
 #[test]
 fn operations() {
-    let Some(emulator) = build(&Module::ALL[0]) else { return };
+    let Some(emulator) = build(&module_named("activations")) else { return };
     let mut rng = Rng(9);
     for (cols, tokens) in [(1, 1), (700, 3), (256, 2)] {
         let (x, with) = (rng.floats(tokens * cols), rng.floats(tokens * cols));
         let inputs = [
-            Input::Norm { x: address(0), weight: address(1), eps: 1e-5 },
-            Input::Silu { gate: address(0), up: address(1) },
+            ActivationInput::RmsNorm { x: address(0), weight: address(1), eps: 1e-5 },
+            ActivationInput::SwiGlu { gate: address(0), up: address(1) },
         ];
         for input in inputs {
-            let plan = cuda::plan_materialize(input, address(2), cols, tokens).unwrap();
+            let plan = cuda::plan_activations(input, address(2), cols, tokens).unwrap();
             let buffers = [bytes_of(&x), bytes_of(&with), vec![0; tokens * cols * 4]];
             let found = floats(&emulator.run(&buffers, &[launch(&plan)], &[0, 1]).unwrap()[2]);
             for (i, found) in found.iter().enumerate() {
                 let token = &x[i / cols * cols..][..cols];
                 let squares: f32 = token.iter().map(|v| v * v).sum();
                 let expected = match input {
-                    Input::Silu { .. } => x[i] / (1.0 + (-x[i]).exp()) * with[i],
+                    ActivationInput::SwiGlu { .. } => x[i] / (1.0 + (-x[i]).exp()) * with[i],
                     _ => x[i] / (squares / cols as f32 + 1e-5).sqrt() * with[i % cols],
                 };
                 assert!(

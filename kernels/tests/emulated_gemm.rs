@@ -4,14 +4,15 @@
 mod common;
 
 use common::emulator::{Emulator, bytes_of, floats};
+use common::kernels::{build_with, module_named};
 use common::plans::{address, launch};
 use common::random::{encodings, payload};
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, MatrixView, Nm};
 use stb_format::half::f16;
 use stb_kernels::cuda::{
-    GemmPlan, Limits, MatrixParams, Module, Product, PromptNumbers, gemm_prepared, gemm_scales,
-    plan_prepare,
+    DeviceLimits, GemmAddresses, GemmPlan, GemmProblem, MatrixParams, PrefillPrecision,
+    ScratchAddresses, gemm_prepared, gemm_scales, plan_prepare,
 };
 use stb_random::Rng;
 
@@ -20,19 +21,19 @@ struct Case<'a> {
     rows: usize,
     cols: usize,
     tokens: usize,
-    numbers: PromptNumbers,
+    precision: PrefillPrecision,
     /// Multiprocessors to plan for: few take the large kernels, many split the columns.
     multiprocessors: u32,
     seeds: &'a [u64],
 }
 
 /// Columns with one scale in 8 bits.
-const ROUNDED: usize = 256;
+const Q8_COLS: usize = 256;
 
 /// What a token's activations are in 8 bits, as they are multiplied with, and half a step of each.
 fn round(x: &[f32], factors: &[f32]) -> (Vec<f64>, Vec<f64>) {
     let (mut rounded, mut steps) = (Vec::new(), Vec::new());
-    for (x, factors) in x.chunks(ROUNDED).zip(factors.chunks(ROUNDED)) {
+    for (x, factors) in x.chunks(Q8_COLS).zip(factors.chunks(Q8_COLS)) {
         let x: Vec<f32> = x.iter().zip(factors).map(|(x, f)| x * f).collect();
         let most = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
         let (inverse, scale) = (127.0 / most, most / 127.0);
@@ -99,48 +100,48 @@ impl Case<'_> {
 
     /// The token with a number that is none.
     fn poisoned(&self) -> Option<usize> {
-        (self.numbers == PromptNumbers::Int8 && self.tokens > 4).then(|| self.tokens - 2)
+        (self.precision == PrefillPrecision::Int8 && self.tokens > 4).then(|| self.tokens - 2)
     }
 
     fn run(&self, rng: &mut Rng, emulator: &Emulator) {
-        let Self { encoding, rows, cols, tokens, numbers, multiprocessors, seeds } = *self;
+        let Self { encoding, rows, cols, tokens, precision, multiprocessors, seeds } = *self;
         let bytes = payload(rng, encoding, rows, cols);
         let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
         let x = self.activations(rng);
         let add = rng.below(2) == 1;
         let before = rng.floats(tokens * rows);
 
-        let shared = if numbers == PromptNumbers::Int8 { 160 << 10 } else { 98 << 10 };
-        let limits = Limits { multiprocessors, shared };
+        let shared = if precision == PrefillPrecision::Int8 { 160 << 10 } else { 98 << 10 };
+        let limits = DeviceLimits { multiprocessors, shared };
         let matrix = MatrixParams::new(&view, &bytes, address(0)).unwrap();
-        let product = Product { encoding, matrix, tokens, numbers };
-        let prepare = plan_prepare(product, address(1), address(2), address(3)).unwrap();
-        let addresses = [address(2), address(3), address(4)];
-        let work = [address(5), address(6)];
-        let plan = GemmPlan::new(limits, product, addresses, add, work).unwrap();
+        let problem = GemmProblem { encoding, matrix, tokens, precision };
+        let prepare = plan_prepare(problem, address(1), address(2), address(3)).unwrap();
+        let at = GemmAddresses { x: address(2), scale: address(3), y: address(4) };
+        let scratch = ScratchAddresses { partial: address(5), arrived: address(6) };
+        let plan = GemmPlan::new(limits, problem, at, add, scratch).unwrap();
         let buffers = [
             bytes.clone(),
             bytes_of(&x),
             vec![0xff; gemm_prepared(cols, tokens) * 2],
             vec![0xff; gemm_scales(cols, tokens) * 4],
             bytes_of(&before),
-            vec![0xff; plan.partial * 4],
-            vec![0; plan.arrived * 4],
+            vec![0xff; plan.scratch.partial * 4],
+            vec![0; plan.scratch.arrived * 4],
         ];
         let kernel = plan.launch.kernel;
         let what = format!(
-            "{encoding} {rows}x{cols}, {tokens} tokens, {numbers:?}, {kernel} {:?}, add {add}",
+            "{encoding} {rows}x{cols}, {tokens} tokens, {precision:?}, {kernel} {:?}, add {add}",
             plan.launch.blocks
         );
         let launches = [launch(&prepare), launch(&plan.launch)];
         let found = emulator.run(&buffers, &launches, seeds).expect(&what);
         assert!(found[6].iter().all(|b| *b == 0), "{what}: counters are left as they were");
         let before = if add { before } else { vec![0.0; tokens * rows] };
-        match numbers {
-            PromptNumbers::F16 => {
+        match precision {
+            PrefillPrecision::F16 => {
                 self.exact(&what, &view.decode(), &x, &floats(&found[4]), &before)
             }
-            PromptNumbers::Int8 => self.rounded(&what, &bytes, &x, &floats(&found[4]), &before),
+            PrefillPrecision::Int8 => self.rounded(&what, &bytes, &x, &floats(&found[4]), &before),
         }
     }
 
@@ -180,20 +181,14 @@ impl Case<'_> {
     }
 }
 
-/// The kernels of a module; `None` where there is no C++ compiler.
+/// The kernels of a module and those that prepare activations; `None` if there is no C++ compiler.
 fn build(module: &str) -> Option<Emulator> {
-    let module = Module::ALL.iter().find(|m| m.name == module).unwrap();
-    let kernels: &[&str] = match module.file {
-        "gemm_nm.cu" => &["gemm_prepare", "gemm_512x64", "gemm_256x64", "gemm_256x16"],
-        "gemm_nm_s8.cu" => &["gemm_round", "gemm_512x64", "gemm_256x64", "gemm_256x16"],
-        _ => &["gemm_split", "gemm_rows"],
-    };
-    Emulator::build(&["gemm_prepare.cu", module.file], kernels, module.defines).unwrap()
+    build_with(&["gemm_prepare.cu"], &module_named(module))
 }
 
 /// Joint codes N:M with all kinds of scales.
-fn joint_codes(n: usize, m: usize, numbers: PromptNumbers) {
-    let int8 = numbers == PromptNumbers::Int8;
+fn joint_codes(n: usize, m: usize, precision: PrefillPrecision) {
+    let int8 = precision == PrefillPrecision::Int8;
     let module = if int8 { "gemm s8" } else { "gemm" };
     let Some(emulator) = build(&format!("{module} {n}:{m}")) else { return };
     let mut rng = Rng(100 + (n * 10 + m) as u64);
@@ -215,7 +210,7 @@ fn joint_codes(n: usize, m: usize, numbers: PromptNumbers) {
         ] {
             let multiprocessors = [1, 132][rng.below(2)];
             let seeds: &[u64] = if rows < 20 { &[0, 1] } else { &[2] };
-            Case { encoding, rows, cols, tokens, numbers, multiprocessors, seeds }
+            Case { encoding, rows, cols, tokens, precision, multiprocessors, seeds }
                 .run(&mut rng, &emulator);
         }
     }
@@ -225,49 +220,49 @@ fn joint_codes(n: usize, m: usize, numbers: PromptNumbers) {
     for (rows, cols, tokens, multiprocessors) in
         [(530, 200, 70, 1), (520, 130, 66, 64), (18, 2600, 33, 3), (18, 1500, 7, 132)]
     {
-        Case { encoding, rows, cols, tokens, numbers, multiprocessors, seeds: &[3] }
+        Case { encoding, rows, cols, tokens, precision, multiprocessors, seeds: &[3] }
             .run(&mut rng, &emulator);
     }
 }
 
 #[test]
 fn joint_codes_1_8() {
-    joint_codes(1, 8, PromptNumbers::F16);
+    joint_codes(1, 8, PrefillPrecision::F16);
 }
 
 #[test]
 fn joint_codes_1_4() {
-    joint_codes(1, 4, PromptNumbers::F16);
+    joint_codes(1, 4, PrefillPrecision::F16);
 }
 
 #[test]
 fn joint_codes_2_8() {
-    joint_codes(2, 8, PromptNumbers::F16);
+    joint_codes(2, 8, PrefillPrecision::F16);
 }
 
 #[test]
 fn joint_codes_2_4() {
-    joint_codes(2, 4, PromptNumbers::F16);
+    joint_codes(2, 4, PrefillPrecision::F16);
 }
 
 #[test]
 fn joint_codes_1_8_in_8_bits() {
-    joint_codes(1, 8, PromptNumbers::Int8);
+    joint_codes(1, 8, PrefillPrecision::Int8);
 }
 
 #[test]
 fn joint_codes_1_4_in_8_bits() {
-    joint_codes(1, 4, PromptNumbers::Int8);
+    joint_codes(1, 4, PrefillPrecision::Int8);
 }
 
 #[test]
 fn joint_codes_2_8_in_8_bits() {
-    joint_codes(2, 8, PromptNumbers::Int8);
+    joint_codes(2, 8, PrefillPrecision::Int8);
 }
 
 #[test]
 fn joint_codes_2_4_in_8_bits() {
-    joint_codes(2, 4, PromptNumbers::Int8);
+    joint_codes(2, 4, PrefillPrecision::Int8);
 }
 
 /// Scale codes of 8 bits make weights that do not fit 8 bits: f16 is what they are multiplied in.
@@ -280,12 +275,20 @@ fn large_weights_are_not_multiplied_in_8_bits() {
         let bytes = payload(&mut rng, encoding, 16, 64);
         let view = encoding.view(16, 64, &bytes).unwrap();
         let matrix = MatrixParams::new(&view, &bytes, 0).unwrap();
-        let product = Product { encoding, matrix, tokens: 64, numbers: PromptNumbers::Int8 };
-        let limits = Limits { multiprocessors: 1, shared: 98 << 10 };
-        let plan = GemmPlan::new(limits, product, [0; 3], false, [0; 2]).unwrap();
-        assert_eq!(plan.launch.module.name, module);
-        let prepare = plan_prepare(product, 0, 0, 0).unwrap();
-        assert_eq!(prepare.kernel, if bits == 8 { "gemm_prepare" } else { "gemm_round" });
+        let problem =
+            GemmProblem { encoding, matrix, tokens: 64, precision: PrefillPrecision::Int8 };
+        let limits = DeviceLimits { multiprocessors: 1, shared: 98 << 10 };
+        let plan = GemmPlan::new(
+            limits,
+            problem,
+            GemmAddresses::default(),
+            false,
+            ScratchAddresses::default(),
+        )
+        .unwrap();
+        assert_eq!(plan.launch.module.name(), module);
+        let prepare = plan_prepare(problem, 0, 0, 0).unwrap();
+        assert_eq!(prepare.kernel, if bits == 8 { "gemm_prepare_f16" } else { "gemm_prepare_q8" });
     }
 }
 
@@ -296,8 +299,9 @@ fn rows(name: &str, mine: impl Fn(&Encoding) -> bool) {
     for (i, encoding) in encodings().iter().filter(|e| mine(e)).enumerate() {
         for (rows, cols, tokens) in [(1, 1, 1), (70, 300, 66), (17, 131, 9)] {
             let seeds: &[u64] = if rows == 17 && i == 0 { &[0, 1] } else { &[2] };
-            let numbers = PromptNumbers::F16;
-            let case = Case { encoding, rows, cols, tokens, numbers, multiprocessors: 132, seeds };
+            let precision = PrefillPrecision::F16;
+            let case =
+                Case { encoding, rows, cols, tokens, precision, multiprocessors: 132, seeds };
             case.run(&mut rng, &emulator);
         }
     }

@@ -1,6 +1,6 @@
 //! What goes through all layers together, and what shall come out.
 
-use stb_kernels::cuda::Wanted;
+use stb_kernels::cuda::TopKRequest;
 
 /// What a forward pass shall give.
 #[derive(Clone, Copy)]
@@ -12,7 +12,7 @@ pub(crate) enum Want<'a> {
     /// The logits behind every token.
     AllLogits,
     /// The most likely tokens behind the last one; the CPU gives all logits instead.
-    TopK(&'a Wanted<'a>),
+    TopK(&'a TopKRequest<'a>),
 }
 
 /// What a forward pass gives.

@@ -3,7 +3,7 @@
 use rand_core::RngCore;
 use rand_core::SeedableRng;
 use rand_pcg::Pcg64Mcg;
-use stb_kernels::cuda::{Candidates, Wanted};
+use stb_kernels::cuda::{TopK, TopKRequest};
 
 /// How tokens are chosen. Filters apply in the order of the fields.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,14 +89,14 @@ impl Sampler {
     }
 
     /// What the sampler needs of the next logits, if a device can compute it. The logits of `banned` tokens count as −∞.
-    pub(crate) fn wanted<'a>(&'a mut self, banned: &'a [u32]) -> Option<Wanted<'a>> {
+    pub(crate) fn wanted<'a>(&'a mut self, banned: &'a [u32]) -> Option<TopKRequest<'a>> {
         let greedy = self.options.temperature <= 0.0;
         let count = if greedy { 1 } else { self.options.top_k };
         let penalty = self.options.repeat_penalty;
         let penalized = if penalty == 1.0 { &[][..] } else { self.penalized() };
-        let fits = (1..=Candidates::MOST).contains(&count)
-            && penalized.len() + banned.len() <= Candidates::CHANGED;
-        fits.then_some(Wanted { count, greedy, penalty, penalized, banned })
+        let fits = (1..=TopK::MAX_COUNT).contains(&count)
+            && penalized.len() + banned.len() <= TopK::MAX_CHANGED;
+        fits.then_some(TopKRequest { count, greedy, penalty, penalized, banned })
     }
 
     /// The next token. `banned` are never chosen, unless there is nothing else.

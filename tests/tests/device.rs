@@ -12,7 +12,7 @@ use stb_convert::Recipe;
 use stb_format::Encoding;
 use stb_format::arch::LinearInput;
 use stb_format::encoding::Nm;
-use stb_kernels::cuda::{self, Gemm, Input, Matrix, PromptNumbers};
+use stb_kernels::cuda::{self, ActivationInput, Gemm, Matrix, PrefillPrecision};
 use stb_random::Rng;
 use stb_runtime::{
     DeviceLayers, Engine, KvKind, Observer, OpenOptions, SamplerOptions, State, Sublayer,
@@ -144,7 +144,7 @@ fn layers_for_calibration() {
     for sublayer in [Sublayer::Attention, Sublayer::Mlp] {
         let loaded = layers.load(layer, sublayer).unwrap();
         let mut found = Vec::new();
-        let mut observe = |which, _: &cuda::Dense, x: &cuda::Buffer<f32>| {
+        let mut observe = |which, _: &cuda::LinearAlgebra, x: &cuda::Buffer<f32>| {
             let mut values = vec![0.0; x.len()];
             x.read(&mut values)?;
             found.push((which, values));
@@ -173,7 +173,7 @@ fn layers_for_calibration() {
     }
     // Ended at the second input, the stream is as it was.
     let loaded = layers.load(layer, Sublayer::Mlp).unwrap();
-    let mut stop = |which, _: &cuda::Dense, _: &cuda::Buffer<f32>| {
+    let mut stop = |which, _: &cuda::LinearAlgebra, _: &cuda::Buffer<f32>| {
         Ok(match which {
             LinearInput::MlpDown => ControlFlow::Break(()),
             _ => ControlFlow::Continue(()),
@@ -216,7 +216,7 @@ fn tokens_are_chosen_alike() {
 #[test]
 fn prompts_in_8_bits() {
     let Some(device) = device() else { return };
-    let mut gemm = Gemm::new(&device).unwrap().with_numbers(PromptNumbers::Int8);
+    let mut gemm = Gemm::new(&device).unwrap().with_precision(PrefillPrecision::Int8);
     let (rows, cols, tokens) = (40, 300, 20);
     let mut rng = Rng(3);
     let x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
@@ -243,7 +243,7 @@ fn prompts_in_8_bits() {
     let mut out: Vec<_> = matrices.iter().map(|_| zeros()).collect();
     let mut to: Vec<_> = out.iter_mut().collect();
     let matrices: Vec<_> = matrices.iter().collect();
-    gemm.queue(&matrices, Input::Plain(&input), &mut to, false, tokens).unwrap();
+    gemm.queue(&matrices, ActivationInput::Plain(&input), &mut to, false, tokens).unwrap();
     for (out, expected) in out.iter().zip(&expected) {
         let mut found = vec![0.0; tokens * rows];
         out.read(&mut found).unwrap();

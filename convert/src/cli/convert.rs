@@ -8,7 +8,7 @@ use stb_convert::prepare::prepare;
 use stb_convert::report::Report;
 use stb_convert::{Job, Plan, Recipe, convert};
 use stb_format::Meta;
-use stb_kernels::cuda::{Dense, Device};
+use stb_kernels::cuda::{Device, LinearAlgebra};
 use stb_runtime::{Checkpoint, DeviceChoice, Error};
 
 use super::args::{ConvertArgs, usage};
@@ -68,7 +68,7 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
         DeviceChoice::Auto => 0,
         DeviceChoice::Cuda(ordinal) => ordinal,
     };
-    let usable = |device: Device| Dense::new(&device).map(|_| device);
+    let usable = |device: Device| LinearAlgebra::new(&device).map(|_| device);
     match Device::open(ordinal).and_then(usable).map_err(Error::from) {
         Ok(device) => Ok(Some(device)),
         // A defect is told, whatever was asked for.

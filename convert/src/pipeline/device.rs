@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use stb_format::arch::{InputMap, LinearInput};
-use stb_kernels::cuda::{Buffer, Dense, Operand};
+use stb_kernels::cuda::{Buffer, GemmSize, LinearAlgebra, MatrixSize, Operand, OperandMut};
 use stb_runtime::{Layer, Result, Sublayer};
 
 use super::refresh::{InputSums, LayerPair};
@@ -31,7 +31,7 @@ fn lengths(streams: &[Vec<f32>], features: usize) -> Vec<usize> {
 }
 
 /// Streams one after another on the device.
-fn send(dense: &Dense, streams: &[Vec<f32>]) -> Result<Buffer<f32>> {
+fn send(dense: &LinearAlgebra, streams: &[Vec<f32>]) -> Result<Buffer<f32>> {
     let mut to = zeros(dense, streams.iter().map(Vec::len).sum())?;
     let mut at = 0;
     for stream in streams {
@@ -67,7 +67,7 @@ impl Run<'_> {
         for streams in streams.chunks_mut(count) {
             check_interrupt()?;
             let mut hidden = send(layers.dense(), streams)?;
-            let mut nothing = |_, _: &Dense, _: &Buffer<f32>| Ok(ControlFlow::Continue(()));
+            let mut nothing = |_, _: &LinearAlgebra, _: &Buffer<f32>| Ok(ControlFlow::Continue(()));
             let lengths = lengths(streams, features);
             let _ = layers.run(&loaded, &lengths, &mut hidden, &mut nothing)?;
             fetch(&hidden, streams)?;
@@ -98,7 +98,7 @@ impl Run<'_> {
             let lengths = lengths(streams, features);
             let tokens = lengths.iter().sum();
             let mut hidden = send(layers.dense(), streams)?;
-            let mut add = |input: LinearInput, dense: &Dense, x: &Buffer<f32>| {
+            let mut add = |input: LinearInput, dense: &LinearAlgebra, x: &Buffer<f32>| {
                 summing += timed(dense, || {
                     dense.blas().add_gram(x, tokens, size(input), &mut sums[input])
                 })?;
@@ -111,7 +111,7 @@ impl Run<'_> {
         let scale = 2.0 / streams.len().max(1) as f32;
         let all = InputMap::try_from_fn(|input| -> Result<Hessian> {
             let (sum, size) = (&mut sums[input], size(input));
-            layers.dense().finish(sum, size, scale)?;
+            layers.dense().finish_hessian(sum, size, scale)?;
             Ok(Hessian::from_matrix(download(sum, size * size)?, size))
         })?;
         self.stages.moments += summing;
@@ -154,14 +154,15 @@ impl Run<'_> {
             let tokens = lengths.iter().sum();
             let mut hidden = send(layers.dense(), streams)?;
             let mut observer =
-                |which, dense: &Dense, x: &Buffer<f32>| sums.add(which, dense, x, tokens);
+                |which, dense: &LinearAlgebra, x: &Buffer<f32>| sums.add(which, dense, x, tokens);
             let _ = layers.run(&sublayer, &lengths, &mut hidden, &mut observer)?;
             let Some(original) = &original else { continue };
             let Some(streams) = wanted.next() else { continue };
             let mut wanted = send(layers.dense(), streams)?;
             sums.add_streams(layers.dense(), &wanted, &hidden, tokens)?;
-            let mut observer =
-                |which, dense: &Dense, x: &Buffer<f32>| sums.add_target(which, dense, x, tokens);
+            let mut observer = |which, dense: &LinearAlgebra, x: &Buffer<f32>| {
+                sums.add_target(which, dense, x, tokens)
+            };
             let _ = layers.run(original, &lengths, &mut wanted, &mut observer)?;
             if to_stream {
                 fetch(&wanted, streams)?;
@@ -174,13 +175,13 @@ impl Run<'_> {
     }
 }
 
-fn zeros(dense: &Dense, count: usize) -> Result<Buffer<f32>> {
+fn zeros(dense: &LinearAlgebra, count: usize) -> Result<Buffer<f32>> {
     Ok(dense.device().zeros("sums over tokens", count)?)
 }
 
 /// Seconds that the device takes for what `queue` queues.
 fn timed(
-    dense: &Dense,
+    dense: &LinearAlgebra,
     queue: impl FnOnce() -> stb_kernels::cuda::Result<()>,
 ) -> stb_kernels::cuda::Result<f64> {
     dense.device().synchronize()?;
@@ -223,7 +224,7 @@ impl DeviceSums {
     /// Zeros for an input: `widths` are those of the input and of the residual stream. With `target`, sums for
     /// targets from the dense model too; it says whether the output is added to the residual stream.
     fn new(
-        dense: &Dense,
+        dense: &LinearAlgebra,
         input: LinearInput,
         widths: [usize; 2],
         target: Option<bool>,
@@ -244,7 +245,13 @@ impl DeviceSums {
     }
 
     /// Adds the inputs of the layer as it is.
-    fn add(&mut self, which: LinearInput, dense: &Dense, x: &Buffer<f32>, tokens: usize) -> Flow {
+    fn add(
+        &mut self,
+        which: LinearInput,
+        dense: &LinearAlgebra,
+        x: &Buffer<f32>,
+        tokens: usize,
+    ) -> Flow {
         if which != self.input {
             return Ok(ControlFlow::Continue(()));
         }
@@ -260,7 +267,7 @@ impl DeviceSums {
     /// Adds how far the residual stream is from that of the dense model.
     fn add_streams(
         &mut self,
-        dense: &Dense,
+        dense: &LinearAlgebra,
         wanted: &Buffer<f32>,
         stream: &Buffer<f32>,
         tokens: usize,
@@ -280,7 +287,7 @@ impl DeviceSums {
     fn add_target(
         &mut self,
         which: LinearInput,
-        dense: &Dense,
+        dense: &LinearAlgebra,
         wanted: &Buffer<f32>,
         tokens: usize,
     ) -> Flow {
@@ -296,10 +303,10 @@ impl DeviceSums {
     }
 
     /// The finished sums, and the seconds they took.
-    fn finish(self, dense: &Dense, sequences: usize) -> Result<(InputSums, f64)> {
+    fn finish(self, dense: &LinearAlgebra, sequences: usize) -> Result<(InputSums, f64)> {
         let Self { width, summing, mut h, target, features, .. } = self;
         let scale = 2.0 / sequences.max(1) as f32;
-        dense.finish(&mut h, width, scale)?;
+        dense.finish_hessian(&mut h, width, scale)?;
         let hessian = Hessian::from_matrix(download(&h, width * width)?, width);
         let scaled = |from: &Buffer<f32>, count| -> Result<Vec<f32>> {
             let mut values = download(from, count)?;
@@ -323,7 +330,7 @@ impl DeviceSums {
 /// Adds (A − B)ᵀ X to `sum`, [rows, width]: A and B are [tokens, rows], X [tokens, width]; `difference` is
 /// scratch.
 fn add_cross(
-    dense: &Dense,
+    dense: &LinearAlgebra,
     [rows, width, tokens]: [usize; 3],
     [a, b]: [&Buffer<f32>; 2],
     x: &Buffer<f32>,
@@ -331,14 +338,19 @@ fn add_cross(
     sum: &mut Buffer<f32>,
 ) -> stb_kernels::cuda::Result<()> {
     grow(dense, difference, tokens * rows)?;
-    let whole = (0, rows);
-    dense.copy_part([tokens, rows], a, Some(b), whole, difference, whole)?;
+    let size = MatrixSize { rows: tokens, cols: rows };
+    let to = OperandMut::new(difference, 0, rows);
+    dense.copy_submatrix(size, Operand::new(a, 0, rows), Some(b), to)?;
     let left = Operand::new(difference, 0, rows).transposed();
-    let (sizes, right) = ([rows, width, tokens], Operand::new(x, 0, width));
-    dense.blas().multiply(sizes, 1.0, left, right, 1.0, sum, (0, width))
+    let (size, right) = (GemmSize { m: rows, n: width, k: tokens }, Operand::new(x, 0, width));
+    dense.blas().multiply(size, 1.0, left, right, 1.0, OperandMut::new(sum, 0, width))
 }
 
-fn grow(dense: &Dense, buffer: &mut Buffer<f32>, count: usize) -> stb_kernels::cuda::Result<()> {
+fn grow(
+    dense: &LinearAlgebra,
+    buffer: &mut Buffer<f32>,
+    count: usize,
+) -> stb_kernels::cuda::Result<()> {
     if buffer.len() < count {
         *buffer = dense.device().zeros("activations", count)?;
     }

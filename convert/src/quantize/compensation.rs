@@ -1,7 +1,7 @@
 //! Error compensation: how the error of a block of columns changes the weights that are still to be quantized.
 
 use rayon::prelude::*;
-use stb_kernels::cuda::{Buffer, Operand};
+use stb_kernels::cuda::{Buffer, GemmSize, Operand, OperandMut};
 use stb_kernels::{Isa, Panels};
 use stb_runtime::Result;
 
@@ -83,8 +83,9 @@ impl<'a> Compensation<'a> {
             let mut scaled = dense.device().zeros("errors", rows * width)?;
             let left = Operand::new(&errors, 0, width);
             let right = Operand::new(&device.m, from * cols + from, cols);
-            let sizes = [rows, width, width];
-            dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut scaled, (0, width))?;
+            let size = GemmSize { m: rows, n: width, k: width };
+            let to = OperandMut::new(&mut scaled, 0, width);
+            dense.blas().multiply(size, 1.0, left, right, 0.0, to)?;
             scaled
         } else {
             let diagonal = |j: usize| self.factor.m[j * (cols + 1)];
@@ -93,8 +94,9 @@ impl<'a> Compensation<'a> {
         };
         let left = Operand::new(&scaled, 0, width);
         let right = Operand::new(&device.u, from * cols + later, cols);
-        let sizes = [rows, cols - later, width];
-        dense.blas().multiply(sizes, -1.0, left, right, 1.0, &mut device.weights, (later, cols))?;
+        let size = GemmSize { m: rows, n: cols - later, k: width };
+        let to = OperandMut::new(&mut device.weights, later, cols);
+        dense.blas().multiply(size, -1.0, left, right, 1.0, to)?;
         fetch_columns(dense, &device.weights, weights, cols, later, ahead.min(cols - later))
     }
 }

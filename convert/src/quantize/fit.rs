@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 use stb_kernels::Panels;
-use stb_kernels::cuda::{Buffer, Operand};
+use stb_kernels::cuda::{Buffer, GemmSize, MatrixSize, Operand, OperandMut};
 use stb_runtime::Result;
 
 use super::quantizer::Input;
@@ -64,8 +64,8 @@ impl<'a> Fitting<'a> {
         let weights = upload(dense, weights)?;
         let mut out = dense.device().zeros("a product", weights.len())?;
         let (left, right) = (Operand::new(&weights, 0, cols), Operand::new(&on.h, 0, cols));
-        let sizes = [input.rows, cols, cols];
-        dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut out, (0, cols))?;
+        let size = GemmSize { m: input.rows, n: cols, k: cols };
+        dense.blas().multiply(size, 1.0, left, right, 0.0, OperandMut::new(&mut out, 0, cols))?;
         download(&out, weights.len())
     }
 
@@ -86,8 +86,15 @@ impl<'a> Fitting<'a> {
         let dense = layers.dense();
         let (weights, mut residual) = (upload(dense, weights)?, upload(dense, target)?);
         let (left, right) = (Operand::new(&weights, 0, cols), Operand::new(&on.h, 0, cols));
-        let sizes = [input.rows, cols, cols];
-        dense.blas().multiply(sizes, -1.0, left, right, 1.0, &mut residual, (0, cols))?;
+        let size = GemmSize { m: input.rows, n: cols, k: cols };
+        dense.blas().multiply(
+            size,
+            -1.0,
+            left,
+            right,
+            1.0,
+            OperandMut::new(&mut residual, 0, cols),
+        )?;
         let mut values = vec![0.0; target.len()];
         fetch_columns(dense, &residual, &mut values, cols, 0, block.min(cols))?;
         Ok(Residual { fitting: self, values, device: Some(residual) })
@@ -183,11 +190,20 @@ impl<'a> Fitting<'a> {
         let mut systems = vec![0f64; rows * blocks * blocks];
         for b in 0..blocks {
             let (start, end) = (b * span, cols.min((b + 1) * span));
-            let sizes = [rows, end, end - start];
+            let size = GemmSize { m: rows, n: end, k: end - start };
             let left = Operand::new(&units, start, cols);
             let right = Operand::new(&on.h, start * cols, cols);
-            dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut product, (0, end))?;
-            dense.block_dots([rows, end], span, (&units, cols), (&product, end), &mut sums)?;
+            dense.blas().multiply(
+                size,
+                1.0,
+                left,
+                right,
+                0.0,
+                OperandMut::new(&mut product, 0, end),
+            )?;
+            let size = MatrixSize { rows, cols: end };
+            let (left, right) = (Operand::new(&units, 0, cols), Operand::new(&product, 0, end));
+            dense.block_dots(size, span, left, right, &mut sums)?;
             let host = &mut host[..rows * (b + 1)];
             sums.read(host)?;
             systems
@@ -217,8 +233,15 @@ impl Residual<'_> {
             let changes = upload(dense, changes)?;
             let left = Operand::new(&changes, 0, width);
             let right = Operand::new(&on.h, from * cols + later, cols);
-            let sizes = [input.rows, cols - later, width];
-            dense.blas().multiply(sizes, -1.0, left, right, 1.0, residual, (later, cols))?;
+            let size = GemmSize { m: input.rows, n: cols - later, k: width };
+            dense.blas().multiply(
+                size,
+                -1.0,
+                left,
+                right,
+                1.0,
+                OperandMut::new(residual, later, cols),
+            )?;
             let next = width.min(cols - later);
             return fetch_columns(dense, residual, &mut self.values, cols, later, next);
         }
@@ -257,8 +280,8 @@ impl<'a> DeviceError<'a> {
         let mut out = dense.device().zeros("a product", self.rows * width)?;
         let left = Operand::new(&self.values, 0, self.cols);
         let right = Operand::new(&self.on.h, from, self.cols);
-        let sizes = [self.rows, width, self.cols];
-        dense.blas().multiply(sizes, 1.0, left, right, 0.0, &mut out, (0, width))?;
+        let size = GemmSize { m: self.rows, n: width, k: self.cols };
+        dense.blas().multiply(size, 1.0, left, right, 0.0, OperandMut::new(&mut out, 0, width))?;
         download(&out, self.rows * width)
     }
 
@@ -267,8 +290,9 @@ impl<'a> DeviceError<'a> {
         let mut layers = self.on.accelerator.layers();
         let dense = layers.dense();
         let values = upload(dense, values)?;
-        let (sizes, at) = ([self.rows, width], (from, self.cols));
-        Ok(dense.copy_part(sizes, &values, None, (0, width), &mut self.values, at)?)
+        let size = MatrixSize { rows: self.rows, cols: width };
+        let to = OperandMut::new(&mut self.values, from, self.cols);
+        Ok(dense.copy_submatrix(size, Operand::new(&values, 0, width), None, to)?)
     }
 }
 

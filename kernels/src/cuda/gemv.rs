@@ -1,29 +1,34 @@
-//! Products of packed matrices with a few tokens.
+//! GEMV: products of packed matrices with up to 16 tokens or so.
 
 use bytemuck::{Pod, Zeroable};
 use stb_format::encoding::Encoding;
 
 use super::device::{Buffer, Device};
-use super::launch::{Launch, Limits, to_u32};
-use super::matrix::{Kind, Matrix, MatrixParams};
-use super::{Error, Result};
+use super::encoding::{self, GemvCall, GemvKernel, MatrixParams};
+use super::error::Result;
+use super::input::ActivationInput;
+use super::launch::{
+    DeviceLimits, Launch, LaunchShape, ScratchAddresses, ScratchSize, check_grid_y, to_u32,
+};
+use super::matrix::Matrix;
+use super::module::Module;
+use super::precision::ActivationPrecision;
+use super::scratch::SplitScratch;
 
-/// Threads of a block, and the warps they are: common.cuh.
+/// Threads of a block, and its warps: common.cuh.
 const THREADS: u32 = 256;
 const WARPS: usize = 8;
 /// The most matrices of a launch.
 const MATRICES: usize = 3;
-/// Rows of a tile of joint codes.
-const TILE: usize = 16;
-/// Shared memory that leaves room for several blocks on a multiprocessor.
+/// Shared memory of a block that leaves room for several blocks on a multiprocessor.
 const SHARED: usize = 48 << 10;
-/// Blocks for each multiprocessor that a launch is split into, if there is enough work.
+/// Blocks per multiprocessor that a launch is split into, if there is enough work.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 
-/// `Gemv` of kernels/cuda/common.cuh.
+/// `GemvParams` of kernels/cuda/common.cuh.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
-struct Params {
+struct GemvParams {
     matrices: [MatrixParams; MATRICES],
     out: [u64; MATRICES],
     x: u64,
@@ -32,7 +37,7 @@ struct Params {
     arrived: u64,
     count: u32,
     tokens: u32,
-    source: u32,
+    input: u32,
     add: u32,
     slab: u32,
     slabs: u32,
@@ -40,10 +45,10 @@ struct Params {
     eps: f32,
 }
 
-/// `Decode` of kernels/cuda/common.cuh.
+/// `DequantizeParams` of kernels/cuda/common.cuh.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
-struct DecodeParams {
+struct DequantizeParams {
     matrix: MatrixParams,
     ids: u64,
     out: u64,
@@ -51,209 +56,135 @@ struct DecodeParams {
     padding: u32,
 }
 
-/// What the activations of a product are: `Source` of common.cuh. `A` is a buffer or an address.
+/// One GEMV: `out[i]` (+)= `input` · `matrices[i]`ᵀ for up to three matrices that share a module and
+/// a width.
 #[derive(Clone, Copy, Debug)]
-pub enum Input<A> {
-    /// x, [tokens, cols].
-    Plain(A),
-    /// x · weight / sqrt(mean(x²) + eps): RMSNorm, with a weight per column.
-    Norm {
-        /// [tokens, cols].
-        x: A,
-        /// `[cols]`.
-        weight: A,
-        /// Added to the mean.
-        eps: f32,
-    },
-    /// silu(gate) · up, both [tokens, cols].
-    Silu {
-        /// [tokens, cols].
-        gate: A,
-        /// [tokens, cols].
-        up: A,
-    },
+pub struct GemvProblem<'a> {
+    /// The encoding of the matrices.
+    pub encoding: &'a Encoding,
+    /// The matrices.
+    pub matrices: &'a [MatrixParams],
+    /// The address of the result of each matrix, [tokens, rows].
+    pub out: &'a [u64],
+    /// The activations.
+    pub input: ActivationInput<u64>,
+    /// The precision of activations.
+    pub precision: ActivationPrecision,
+    /// Whether the product is added to `out`.
+    pub add: bool,
+    /// Tokens.
+    pub tokens: usize,
 }
 
-impl<A> Input<A> {
-    /// The same with something else for each `A`.
-    fn map<B>(self, f: impl Fn(A) -> B) -> Input<B> {
-        match self {
-            Self::Plain(x) => Input::Plain(f(x)),
-            Self::Norm { x, weight, eps } => Input::Norm { x: f(x), weight: f(weight), eps },
-            Self::Silu { gate, up } => Input::Silu { gate: f(gate), up: f(up) },
-        }
-    }
-}
-
-impl Input<u64> {
-    /// x, the other input, its kind and epsilon, as kernels take them.
-    pub(super) fn fields(self) -> (u64, u64, u32, f32) {
-        match self {
-            Self::Plain(x) => (x, 0, 0, 0.0),
-            Self::Norm { x, weight, eps } => (x, weight, 1, eps),
-            Self::Silu { gate, up } => (gate, up, 2, 0.0),
-        }
-    }
-}
-
-impl Input<&Buffer<f32>> {
-    /// # Panics
-    /// If a buffer does not hold `tokens` tokens of `cols` numbers.
-    pub(super) fn check(self, cols: usize, tokens: usize) {
-        let fits = match self {
-            Self::Plain(x) => x.len() >= tokens * cols,
-            Self::Norm { x, weight, .. } => x.len() >= tokens * cols && weight.len() == cols,
-            Self::Silu { gate, up } => gate.len().min(up.len()) >= tokens * cols,
-        };
-        assert!(fits, "whole tokens");
-    }
-
-    pub(super) fn addresses(self) -> Input<u64> {
-        self.map(Buffer::address)
-    }
-}
-
-/// How activations enter a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numbers {
-    /// As they are: f32.
-    Exact,
-    /// Rounded to 8 bits with one scale per 32 columns, where there is a kernel for it (integer groups and
-    /// STBLLM; joint codes need none). A product differs from the exact one by at most
-    /// Σ_units max|x| / 254 · Σ|w|, and by summation in f32.
-    Rounded,
-}
-
-/// A planned product: its launch, and the memory for sums of parts that it needs.
+/// A planned GEMV: its launch, and the scratch memory that it needs.
 #[derive(Clone, Debug)]
-pub struct MatVecPlan {
-    /// The kernel.
+pub struct GemvPlan {
+    /// The launch.
     pub launch: Launch,
-    /// Floats of partial sums.
-    pub partial: usize,
-    /// Counters, which are zero before and after.
-    pub arrived: usize,
+    /// The scratch memory.
+    pub scratch: ScratchSize,
 }
 
-/// Splits of the work.
+/// How a GEMV is divided among blocks.
 #[derive(Clone, Copy, Debug)]
-struct Split {
+struct GemvSplit {
+    /// Columns of a slab.
     slab: usize,
     slabs: usize,
+    /// Rows of a block.
     block_rows: usize,
     row_blocks: usize,
+    /// Bytes of shared memory of a block.
     shared: usize,
 }
 
-impl MatVecPlan {
-    /// Where the kernels of an encoding are.
+/// The work that is divided.
+#[derive(Clone, Copy, Debug)]
+struct GemvWork<'a> {
+    kernel: &'a GemvKernel,
+    /// Tokens of a block.
+    block_tokens: usize,
+    /// Groups of that many tokens.
+    groups: usize,
+    /// The rows of each matrix.
+    rows: &'a [usize],
+    cols: usize,
+}
+
+impl GemvPlan {
+    /// The module of an encoding's GEMV kernels.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for encodings without a kernel.
-    pub fn module(encoding: &Encoding) -> Result<super::Module> {
-        Kind::of(encoding).map(|kind| kind.module)
+    /// [`super::Error::Unsupported`] for encodings without a kernel.
+    pub fn module(encoding: &Encoding) -> Result<Module> {
+        let (matrices, precision) = (&[][..], ActivationPrecision::F32);
+        encoding::gemv(encoding, GemvCall { matrices, precision, tokens: 1 }).map(|k| k.module)
     }
 
-    /// `out[i]` (+)= `input` · `matrices[i]`ᵀ for up to three matrices of one kind and width; `out` are
-    /// [tokens, rows]. `work` are the addresses of partial sums and counters.
+    /// Plans a GEMV with its scratch memory at `scratch`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for encodings without a kernel and sizes beyond what kernels count to.
+    /// [`super::Error::Unsupported`] for encodings without a kernel and sizes beyond what kernels count to.
     ///
     /// # Panics
-    /// For no or more than three matrices, or different widths or kinds.
+    /// For no or more than three matrices, another number of results, or different widths.
     pub fn new(
-        limits: Limits,
-        encoding: &Encoding,
-        matrices: &[(MatrixParams, u64)],
-        input: Input<u64>,
-        numbers: Numbers,
-        add: bool,
-        tokens: usize,
-        work: [u64; 2],
+        limits: DeviceLimits,
+        problem: &GemvProblem<'_>,
+        scratch: ScratchAddresses,
     ) -> Result<Self> {
+        let GemvProblem { encoding, matrices, out, input, precision, add, tokens } = *problem;
         assert!((1..=MATRICES).contains(&matrices.len()) && tokens > 0, "up to three matrices");
-        let cols = matrices[0].0.cols;
-        assert!(matrices.iter().all(|(m, _)| m.cols == cols), "matrices of one input");
-        let kind = Kind::of(encoding)?;
-        let rounded = numbers == Numbers::Rounded && kind.rounded;
-        let at_once = match tokens {
+        assert_eq!(matrices.len(), out.len(), "a result per matrix");
+        let cols = matrices[0].cols();
+        assert!(matrices.iter().all(|m| m.cols() == cols), "matrices of one input");
+        let block_tokens = match tokens {
             1 | 2 => tokens,
             _ => 4,
         };
-        let groups = tokens.div_ceil(at_once);
-        let rows: Vec<usize> = matrices.iter().map(|(m, _)| m.rows as usize).collect();
-        let split = Split::new(limits, kind, rounded, at_once, groups, &rows, cols as usize);
-        let (x, with, source, eps) = input.fields();
-        let mut params = Params {
-            x,
-            with,
-            partial: work[0],
-            arrived: work[1],
+        let call = GemvCall { matrices, precision, tokens: block_tokens };
+        let kernel = &encoding::gemv(encoding, call)?;
+        let groups = tokens.div_ceil(block_tokens);
+        let rows: Vec<usize> = matrices.iter().map(MatrixParams::rows).collect();
+        let work = GemvWork { kernel, block_tokens, groups, rows: &rows, cols };
+        let split = GemvSplit::new(limits, &work);
+        let input = input.fields();
+        let mut params = GemvParams {
+            x: input.x,
+            with: input.with,
+            partial: scratch.partial,
+            arrived: scratch.arrived,
             count: matrices.len() as u32,
             tokens: to_u32("a batch of tokens", tokens)?,
-            source,
+            input: input.kind,
             add: u32::from(add),
             slab: to_u32("a slab", split.slab)?,
             slabs: split.slabs as u32,
             block_rows: split.block_rows as u32,
-            eps,
-            ..Params::default()
+            eps: input.eps,
+            ..GemvParams::default()
         };
-        for (i, (matrix, out)) in matrices.iter().enumerate() {
-            params.matrices[i] = *matrix;
-            params.out[i] = *out;
-        }
-        let scaled = kind.table > 0 && matrices.iter().any(|(m, _)| m.has_block_scales());
-        let kernel = match (rounded, at_once) {
-            _ if scaled => match at_once {
-                1 => "scaled_1",
-                2 => "scaled_2",
-                _ => "scaled_4",
-            },
-            (false, 1) => "exact_1",
-            (false, 2) => "exact_2",
-            (false, _) => "exact_4",
-            (true, 1) => "rounded_1",
-            (true, 2) => "rounded_2",
-            (true, _) => "rounded_4",
+        params.matrices[..matrices.len()].copy_from_slice(matrices);
+        params.out[..out.len()].copy_from_slice(out);
+        let shape = LaunchShape {
+            blocks: [split.row_blocks, split.slabs, groups],
+            threads: THREADS,
+            shared: split.shared,
         };
-        let blocks = [split.row_blocks, split.slabs, groups];
-        let launch = Launch::new(kind.module, kernel, blocks, THREADS, split.shared, &params);
-        let parts = if split.slabs > 1 { split.row_blocks * groups } else { 0 };
-        let partial = parts * split.slabs * split.block_rows * at_once;
-        Ok(Self { launch, partial, arrived: parts })
+        let launch = Launch::new(kernel.module, kernel.name, shape, &params);
+        let arrived = if split.slabs > 1 { split.row_blocks * groups } else { 0 };
+        let partial = arrived * split.slabs * split.block_rows * block_tokens;
+        Ok(Self { launch, scratch: ScratchSize { partial, arrived } })
     }
 }
 
-impl Split {
-    fn new(
-        limits: Limits,
-        kind: Kind,
-        rounded: bool,
-        at_once: usize,
-        groups: usize,
-        rows: &[usize],
-        cols: usize,
-    ) -> Self {
-        let is_codes = kind.table > 0;
-        // A lane of joint codes takes two pieces for one token: `vectors_of` of gemv_nm.cu.
-        let pieces = if is_codes && at_once == 1 { 2 } else { 1 };
-        let step = 32 * kind.piece * pieces;
-        // Bytes of shared memory for `slab` columns: tables, or activations with their padding.
-        let bytes = |slab: usize| {
-            if is_codes {
-                // Tables of one token begin at a multiple of their size.
-                let aligned = if at_once == 1 { kind.table / kind.tables } else { 0 };
-                return slab / step * pieces * kind.table * at_once + aligned;
-            }
-            let pad = if kind.piece == 4 && !rounded { 0 } else { 4 };
-            let words = if rounded { kind.piece / 4 } else { kind.piece };
-            let scales = if rounded { slab / 32 * 8 } else { 0 };
-            at_once * (slab / kind.piece * (words + pad) * 4 + scales)
-        };
-        // Joint codes work in whole steps. Else a slab is whole pieces and units of 32, better steps.
-        let whole = if is_codes { step } else { kind.piece.max(32) };
+impl GemvSplit {
+    fn new(limits: DeviceLimits, work: &GemvWork<'_>) -> Self {
+        let GemvWork { kernel, block_tokens, groups, rows, cols } = *work;
+        let (step, whole) = (kernel.step_cols, kernel.slab_cols);
+        // Bytes of shared memory for `slab` columns, whole units of `slab_cols`.
+        let bytes = |slab: usize| slab / whole * kernel.slab_bytes + kernel.fixed_bytes;
+        // Slabs of less than a step are whole units, larger ones are whole steps.
         let fit = |slab: usize| {
             if slab >= step { slab.next_multiple_of(step) } else { slab.next_multiple_of(whole) }
         };
@@ -264,14 +195,7 @@ impl Split {
         }
         let target = BLOCKS_PER_MULTIPROCESSOR * limits.multiprocessors as usize;
         // The fewest rows that keep all warps busy.
-        let at_least = WARPS
-            * if is_codes {
-                TILE
-            } else if at_once == 1 {
-                4
-            } else {
-                2
-            };
+        let at_least = WARPS * kernel.warp_rows;
         let row_blocks = |block_rows: usize| -> usize {
             rows.iter().map(|rows| rows.div_ceil(block_rows)).sum()
         };
@@ -279,9 +203,10 @@ impl Split {
         let wanted = target.div_ceil(blocks.max(1)).max(cols.div_ceil(most));
         let slab = fit(cols.div_ceil(wanted).max(1)).min(most).max(whole);
         let slabs = cols.div_ceil(slab).max(1);
-        // More rows for a block while there are blocks enough: its tables are made once.
+        // A block takes more rows while there are enough blocks, because it fills its shared memory
+        // once for all its rows.
         let mut block_rows = at_least;
-        let shared = |block_rows: usize| bytes(slab) + block_rows * at_once * 4;
+        let shared = |block_rows: usize| bytes(slab) + block_rows * block_tokens * 4;
         while row_blocks(2 * block_rows) * groups * slabs >= target
             && block_rows < 64 * at_least
             && shared(2 * block_rows) <= limits.shared as usize
@@ -293,12 +218,12 @@ impl Split {
     }
 }
 
-/// The launch that decodes rows of a matrix: `ids` (an address, 0 for all rows in order) of `count` rows
-/// into `out`, [count, cols] floats.
+/// Plans the conversion of `count` rows of a matrix to f32. `ids` is the address of the row numbers,
+/// or 0 for all rows in order; `out` that of the result, [count, cols].
 ///
 /// # Errors
-/// As for [`MatVecPlan::new`].
-pub fn plan_decode(
+/// As for [`GemvPlan::new`].
+pub fn plan_dequantize(
     encoding: &Encoding,
     matrix: MatrixParams,
     ids: u64,
@@ -306,76 +231,67 @@ pub fn plan_decode(
     out: u64,
 ) -> Result<Launch> {
     const THREADS: usize = 128;
-    let kind = Kind::of(encoding)?;
-    let cols = matrix.cols as usize;
-    let work = match encoding {
-        Encoding::Nm(spec) => cols.div_ceil(spec.m()),
-        _ => cols.div_ceil(kind.piece),
-    };
-    if count > 65_535 {
-        let why = format!("{count} rows at once are more than a launch takes");
-        return Err(Error::Unsupported { why });
-    }
-    let params = DecodeParams { matrix, ids, out, count: count as u32, padding: 0 };
+    let kernel = encoding::dequantize(encoding)?;
+    let work = matrix.cols().div_ceil(kernel.thread_cols);
+    check_grid_y(count, count, "rows")?;
+    let params = DequantizeParams { matrix, ids, out, count: count as u32, padding: 0 };
     let blocks = [work.div_ceil(THREADS), count, 1];
-    Ok(Launch::new(kind.module, "decode_rows", blocks, THREADS as u32, 0, &params))
+    let shape = LaunchShape { blocks, threads: THREADS as u32, shared: 0 };
+    Ok(Launch::new(kernel.module, kernel.name, shape, &params))
 }
 
 impl Matrix {
-    /// Rows that [`Matrix::queue_decode`] takes at most.
-    pub const DECODED_ROWS: usize = 65_535;
+    /// The most rows that [`Matrix::queue_dequantize`] converts.
+    pub const DEQUANTIZED_ROWS: usize = 65_535;
 
-    /// Queues all weights as numbers into `out`, [rows, cols].
+    /// Queues the conversion of all weights to f32 into `out`, [rows, cols].
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for more than [`Matrix::DECODED_ROWS`] rows; [`Error::Driver`].
+    /// [`super::Error::Unsupported`] for more than [`Matrix::DEQUANTIZED_ROWS`] rows; [`super::Error::Driver`].
     ///
     /// # Panics
     /// If `out` is too small.
-    pub fn queue_decode(&self, out: &mut Buffer<f32>) -> Result<()> {
+    pub fn queue_dequantize(&self, out: &mut Buffer<f32>) -> Result<()> {
         assert!(out.len() >= self.rows() * self.cols(), "room for the rows");
-        let launch = plan_decode(&self.encoding, self.params, 0, self.rows(), out.address())?;
-        // SAFETY: the matrix' payload was validated for its shape; there is room for its rows.
+        let launch =
+            plan_dequantize(self.encoding(), self.params(), 0, self.rows(), out.address())?;
+        // SAFETY: the payload was validated for the matrix' shape, and `out` has room for its rows.
         unsafe { self.device().launch(&launch) }
     }
 }
 
-/// Matrix-vector products on one device, with the memory they need.
+/// GEMV on one device, with its scratch memory.
 #[derive(Debug)]
 pub struct Gemv {
     device: Device,
-    partial: Buffer<f32>,
-    arrived: Buffer<u32>,
+    scratch: SplitScratch,
 }
 
 impl Gemv {
-    /// Without memory yet.
+    /// A GEMV without scratch memory yet.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`super::Error::Driver`].
     pub fn new(device: &Device) -> Result<Self> {
-        Ok(Self {
-            device: device.clone(),
-            partial: device.zeros("partial sums", 0)?,
-            arrived: device.zeros("counters", 0)?,
-        })
+        Ok(Self { device: device.clone(), scratch: SplitScratch::new(device)? })
     }
 
-    /// Queues `out[i]` (+)= `input` · `matrices[i]`ᵀ. Matrices of one kind are one launch.
+    /// Queues `out[i]` (+)= `input` · `matrices[i]`ᵀ. Neighboring matrices that share a module are
+    /// one launch.
     ///
-    /// Memory grows with the first calls, so a product that is recorded in a graph has to have been computed
-    /// before.
+    /// The first calls allocate scratch memory. A GEMV has to run once before it is recorded in a
+    /// graph.
     ///
     /// # Errors
-    /// As for [`MatVecPlan::new`]; [`Error::Memory`], [`Error::Driver`].
+    /// As for [`GemvPlan::new`]; [`super::Error::Memory`], [`super::Error::Driver`].
     ///
     /// # Panics
     /// If a buffer is too small for `tokens` tokens, or matrices have different widths.
     pub fn queue(
         &mut self,
         matrices: &[&Matrix],
-        input: Input<&Buffer<f32>>,
-        numbers: Numbers,
+        input: ActivationInput<&Buffer<f32>>,
+        precision: ActivationPrecision,
         out: &mut [&mut Buffer<f32>],
         add: bool,
         tokens: usize,
@@ -384,43 +300,41 @@ impl Gemv {
         let cols = matrices[0].cols();
         input.check(cols, tokens);
         let input = input.addresses();
+        let limits = self.device.limits();
         let mut first = 0;
         while first < matrices.len() {
             let same = matrices[first..].iter().take_while(|m| m.shares_launch(matrices[first]));
             let count = same.count().min(MATRICES);
-            let parts: Vec<(MatrixParams, u64)> = matrices[first..first + count]
-                .iter()
-                .zip(&out[first..])
-                .map(|(matrix, out)| {
-                    assert_eq!(matrix.cols(), cols, "matrices of one input");
-                    assert!(out.len() >= tokens * matrix.rows(), "room for the result");
-                    (matrix.params, out.address())
-                })
-                .collect();
-            let plan = |work| {
-                let encoding = &matrices[first].encoding;
-                let limits = self.device.limits();
-                MatVecPlan::new(limits, encoding, &parts, input, numbers, add, tokens, work)
+            let pairs = matrices[first..first + count].iter().zip(&out[first..]);
+            for (matrix, out) in pairs.clone() {
+                assert_eq!(matrix.cols(), cols, "matrices of one input");
+                assert!(out.len() >= tokens * matrix.rows(), "room for the result");
+            }
+            let (params, addresses): (Vec<MatrixParams>, Vec<u64>) =
+                pairs.map(|(matrix, out)| (matrix.params(), out.address())).unzip();
+            let problem = GemvProblem {
+                encoding: matrices[first].encoding(),
+                matrices: &params,
+                out: &addresses,
+                input,
+                precision,
+                add,
+                tokens,
             };
-            let needed = plan([0, 0])?;
-            if needed.partial > self.partial.len() {
-                self.partial = self.device.zeros("partial sums", needed.partial)?;
-            }
-            if needed.arrived > self.arrived.len() {
-                self.arrived = self.device.zeros("counters", needed.arrived)?;
-            }
-            let planned = plan([self.partial.address(), self.arrived.address()])?;
-            // SAFETY: the plan is for these matrices, whose payloads were validated for their shapes;
-            // inputs and outputs have room for the tokens, and the partial sums and counters for what
-            // the plan needs, as checked above. All are on the stream of this device.
+            let needed = GemvPlan::new(limits, &problem, ScratchAddresses::default())?.scratch;
+            let scratch = self.scratch.reserve(needed)?;
+            let planned = GemvPlan::new(limits, &problem, scratch)?;
+            // SAFETY: the plan is for these matrices, whose payloads were validated for their
+            // shapes. Inputs and outputs have room for the tokens, and the scratch memory has the
+            // size that the plan needs, as checked above. All are on the stream of this device.
             unsafe { self.device.launch(&planned.launch) }?;
             first += count;
         }
         Ok(())
     }
 
-    /// Queues the rows `ids` of `matrix` as numbers into `out`, [count, cols]. Rows outside the matrix are
-    /// left as they are.
+    /// Queues the conversion of the rows `ids` of `matrix` to f32 into `out`, [count, cols]. Rows of
+    /// `out` whose id is outside the matrix are not written.
     ///
     /// # Errors
     /// As for [`Gemv::queue`].
@@ -435,9 +349,9 @@ impl Gemv {
         out: &mut Buffer<f32>,
     ) -> Result<()> {
         assert!(ids.len() >= count && out.len() >= count * matrix.cols(), "room for the rows");
-        let (encoding, params) = (&matrix.encoding, matrix.params);
-        let launch = plan_decode(encoding, params, ids.address(), count, out.address())?;
-        // SAFETY: as in `queue`; the kernel skips ids outside the matrix.
+        let (encoding, params) = (matrix.encoding(), matrix.params());
+        let launch = plan_dequantize(encoding, params, ids.address(), count, out.address())?;
+        // SAFETY: as in `queue`. The kernel skips ids outside the matrix.
         unsafe { self.device.launch(&launch) }
     }
 }
@@ -447,31 +361,30 @@ mod tests {
     use super::*;
     use stb_format::encoding::Nm;
 
-    /// No launch asks for more shared memory than a block of the device may have: an A100's, a 4090's and an
-    /// H100's, layers of 7B and 70B models and large heads.
+    /// No launch asks for more shared memory than a block of the device may have: an A100, a 4090
+    /// and an H100, layers of 7B and 70B models and large heads.
     #[test]
     fn shared_memory_stays_within_the_device() {
         let devices = [(108, 163), (128, 99), (132, 227)];
         let shapes =
             [(4096, 4096), (11_008, 4096), (28_672, 8192), (8192, 28_672), (128_256, 8192)];
         for (multiprocessors, kib) in devices {
-            let limits = Limits { multiprocessors, shared: (kib - 1) << 10 };
+            let limits = DeviceLimits { multiprocessors, shared: (kib - 1) << 10 };
             for (n, m) in [(1, 8), (1, 4), (2, 8), (2, 4)] {
-                let encoding = Encoding::Nm(Nm::new(n, m, 4, 128, false).unwrap());
+                let encoding = &Encoding::Nm(Nm::new(n, m, 4, 128, false).unwrap());
                 for ((rows, cols), count) in shapes.into_iter().flat_map(|s| [(s, 1), (s, 2)]) {
-                    let mut matrix = MatrixParams::default();
-                    (matrix.rows, matrix.cols) = (rows, cols);
+                    let matrices = &vec![MatrixParams::empty(rows, cols); count];
                     for tokens in 1..=16 {
-                        let plan = MatVecPlan::new(
-                            limits,
-                            &encoding,
-                            &vec![(matrix, 0); count],
-                            Input::Plain(0),
-                            Numbers::Rounded,
-                            false,
+                        let problem = GemvProblem {
+                            encoding,
+                            matrices,
+                            out: &vec![0; count],
+                            input: ActivationInput::Plain(0),
+                            precision: ActivationPrecision::Q8,
+                            add: false,
                             tokens,
-                            [0; 2],
-                        );
+                        };
+                        let plan = GemvPlan::new(limits, &problem, ScratchAddresses::default());
                         let shared = plan.unwrap().launch.shared;
                         let what = format!("{n}:{m}, {rows} x {cols}, {tokens} tokens, {kib} KiB");
                         assert!(shared <= limits.shared, "{what}: {shared}");

@@ -1,7 +1,7 @@
 //! NVRTC, the run-time compiler of CUDA C++, loaded by path.
 //!
-//! Not through cudarc: that panics where the library is absent, cannot take a path, and knows the names
-//! of one version only; NVRTC from a package registry lies outside the loader's path.
+//! cudarc is not used for this: it panics if the library is missing, takes no path, and knows the file
+//! names of one version only. NVRTC from a package registry is not in the loader's path.
 
 use std::env;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -10,10 +10,12 @@ use std::ptr::null_mut;
 
 use libloading::{Library, Symbol};
 
-use super::{Error, Result};
+use super::error::{Error, Result};
+use super::library_paths::folders;
+use super::module::Header;
 
-/// NVRTC's handle of a program.
-type Program = *mut c_void;
+/// `nvrtcProgram`.
+type NvrtcProgram = *mut c_void;
 /// `NVRTC_SUCCESS`.
 const SUCCESS: c_int = 0;
 
@@ -21,28 +23,28 @@ const SUCCESS: c_int = 0;
 #[derive(Debug)]
 pub struct Nvrtc {
     library: Library,
-    /// Where it was found.
+    /// The path it was loaded from.
     path: PathBuf,
     version: (u32, u32),
-    /// Its second part, kept loaded.
+    /// Its second library, kept loaded.
     _builtins: Option<Library>,
 }
 
-/// What NVRTC makes of a source.
-pub(super) struct Compiled {
+/// The output of NVRTC.
+pub(super) struct NvrtcOutput {
     pub image: Vec<u8>,
     pub log: String,
 }
 
-/// A program that is destroyed in the end.
-struct Session<'a> {
+/// A program, destroyed when dropped.
+struct NvrtcSession<'a> {
     nvrtc: &'a Nvrtc,
-    program: Program,
+    program: NvrtcProgram,
 }
 
-impl Drop for Session<'_> {
+impl Drop for NvrtcSession<'_> {
     fn drop(&mut self) {
-        type Destroy = unsafe extern "C" fn(*mut Program) -> c_int;
+        type Destroy = unsafe extern "C" fn(*mut NvrtcProgram) -> c_int;
         if let Ok(destroy) = self.nvrtc.symbol::<Destroy>(c"nvrtcDestroyProgram") {
             // SAFETY: `program` was made by nvrtcCreateProgram and is destroyed once, here.
             unsafe { destroy(&raw mut self.program) };
@@ -105,23 +107,23 @@ impl Nvrtc {
             return Err(format!("nvrtcVersion: {code}"));
         }
         nvrtc.version = (major.unsigned_abs(), minor.unsigned_abs());
-        // NVRTC opens its second part by name alone, which the loader finds only in its own path: unless it is loaded
+        // NVRTC opens its second library by name. The loader finds it in its own path, or if it is loaded
         // already.
         let builtins = format!("libnvrtc-builtins.so.{major}.{minor}");
         if let Some(folder) = nvrtc.path.parent().filter(|folder| *folder != Path::new("")) {
-            // SAFETY: as for NVRTC itself, beside which it lies.
+            // SAFETY: as for NVRTC itself, in whose folder it is.
             nvrtc._builtins = unsafe { Library::new(folder.join(builtins)) }.ok();
         }
         Ok(nvrtc)
     }
 
-    /// Major and minor number.
+    /// The version, major and minor.
     #[must_use]
     pub fn version(&self) -> (u32, u32) {
         self.version
     }
 
-    /// Where it was found.
+    /// The path it was loaded from.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -134,7 +136,7 @@ impl Nvrtc {
         })
     }
 
-    /// Architectures it has code generators for: 80 for `sm_80`.
+    /// The architectures that it compiles for: 80 for `sm_80`.
     pub(super) fn architectures(&self) -> Result<Vec<u32>> {
         type Count = unsafe extern "C" fn(*mut c_int) -> c_int;
         type List = unsafe extern "C" fn(*mut c_int) -> c_int;
@@ -144,7 +146,7 @@ impl Nvrtc {
         self.check(unsafe { get(&raw mut count) })?;
         let mut list = vec![0; usize::try_from(count).unwrap_or(0)];
         let get = self.symbol::<List>(c"nvrtcGetSupportedArchs")?;
-        // SAFETY: the list has room for as many numbers as the library has just said.
+        // SAFETY: the list has room for as many numbers as the library has just returned.
         self.check(unsafe { get(list.as_mut_ptr()) })?;
         Ok(list.into_iter().map(c_int::unsigned_abs).collect())
     }
@@ -170,44 +172,44 @@ impl Nvrtc {
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     }
 
-    /// Compiles `source` with `headers` (name, text); `ptx` for PTX, else a CUBIN.
+    /// Compiles `source` with `headers`, to PTX or else to a CUBIN.
     ///
     /// # Errors
-    /// The log of the compiler, or [`Error::Compiler`] as its text.
+    /// The log of the compiler, or the text of an [`Error::Compiler`].
     pub(super) fn compile(
         &self,
         name: &str,
         source: &str,
-        headers: &[(&str, &str)],
+        headers: &[Header],
         options: &[String],
         ptx: bool,
-    ) -> std::result::Result<Compiled, String> {
+    ) -> std::result::Result<NvrtcOutput, String> {
         let text = |s: &str| CString::new(s).map_err(|e| e.to_string());
         let (name, source) = (text(name)?, text(source)?);
         let names =
-            headers.iter().map(|h| text(h.0)).collect::<std::result::Result<Vec<_>, _>>()?;
+            headers.iter().map(|h| text(h.name)).collect::<std::result::Result<Vec<_>, _>>()?;
         let texts =
-            headers.iter().map(|h| text(h.1)).collect::<std::result::Result<Vec<_>, _>>()?;
+            headers.iter().map(|h| text(h.text)).collect::<std::result::Result<Vec<_>, _>>()?;
         let options =
             options.iter().map(|o| text(o)).collect::<std::result::Result<Vec<_>, _>>()?;
         let pointers = |v: &[CString]| v.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
         let (names, texts, options) = (pointers(&names), pointers(&texts), pointers(&options));
 
         type Create = unsafe extern "C" fn(
-            *mut Program,
+            *mut NvrtcProgram,
             *const c_char,
             *const c_char,
             c_int,
             *const *const c_char,
             *const *const c_char,
         ) -> c_int;
-        type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int;
+        type Compile = unsafe extern "C" fn(NvrtcProgram, c_int, *const *const c_char) -> c_int;
         let fail = |e: Error| e.to_string();
         let create = self.symbol::<Create>(c"nvrtcCreateProgram").map_err(fail)?;
         let compile = self.symbol::<Compile>(c"nvrtcCompileProgram").map_err(fail)?;
-        let mut session = Session { nvrtc: self, program: null_mut() };
-        // SAFETY: all strings end with zero and outlive the call, and the two arrays have as many of
-        // them as the count says. NVRTC copies what it keeps.
+        let mut session = NvrtcSession { nvrtc: self, program: null_mut() };
+        // SAFETY: all strings end with zero and outlive the call, and the two arrays have as many
+        // strings as the count says. NVRTC copies the strings that it keeps.
         let code = unsafe {
             create(
                 &raw mut session.program,
@@ -231,21 +233,21 @@ impl Nvrtc {
         } else {
             session.bytes(c"nvrtcGetCUBINSize", c"nvrtcGetCUBIN")
         };
-        Ok(Compiled { image: image.map_err(fail)?, log })
+        Ok(NvrtcOutput { image: image.map_err(fail)?, log })
     }
 }
 
-impl Session<'_> {
-    /// An output of the program, by the functions for its size and its bytes.
+impl NvrtcSession<'_> {
+    /// An output of the program, from the functions that return its size and its bytes.
     fn bytes(&self, size: &CStr, get: &CStr) -> Result<Vec<u8>> {
-        type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;
-        type Get = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
+        type Size = unsafe extern "C" fn(NvrtcProgram, *mut usize) -> c_int;
+        type Get = unsafe extern "C" fn(NvrtcProgram, *mut c_char) -> c_int;
         let (size, get) = (self.nvrtc.symbol::<Size>(size)?, self.nvrtc.symbol::<Get>(get)?);
         let mut length = 0;
         // SAFETY: the program is live and the pointer valid; all sizes have this signature.
         self.nvrtc.check(unsafe { size(self.program, &raw mut length) })?;
         let mut bytes = vec![0u8; length];
-        // SAFETY: the buffer has the size that the library has just asked for.
+        // SAFETY: the buffer has the size that the library has just returned.
         self.nvrtc.check(unsafe { get(self.program, bytes.as_mut_ptr().cast()) })?;
         Ok(bytes)
     }
@@ -263,64 +265,5 @@ fn candidates() -> Vec<PathBuf> {
         let files = names.iter().map(|name| folder.join(name));
         found.extend(files.filter(|file| file.is_file()));
     }
-    found
-}
-
-/// Folders of Python's packages with libraries: all of CUDA 13, those of CUDA 12 one by one.
-const PACKAGES: [&str; 5] = ["cu13", "cuda_nvrtc", "cublas", "cusolver", "cu12"];
-
-/// Where the toolkit and Python's packages put libraries.
-pub(super) fn folders() -> Vec<PathBuf> {
-    let mut folders = Vec::new();
-    for variable in ["CUDA_PATH", "CUDA_HOME", "CUDA_ROOT"] {
-        if let Some(root) = env::var_os(variable).map(PathBuf::from) {
-            folders.extend(["lib64", "lib", "bin"].map(|sub| root.join(sub)));
-        }
-    }
-    for root in children("/usr/local".into(), "cuda") {
-        folders.push(root.join("lib64"));
-    }
-    folders.extend(
-        [
-            "/usr/lib/x86_64-linux-gnu",
-            "/usr/lib/aarch64-linux-gnu",
-            "/usr/lib64",
-            "/opt/cuda/lib64",
-        ]
-        .map(PathBuf::from),
-    );
-    let variable = |name: &str| env::var_os(name).map(PathBuf::from);
-    let home = variable("HOME").map(|home| home.join(".local"));
-    let prefixes = [variable("VIRTUAL_ENV"), variable("CONDA_PREFIX"), home];
-    let system = ["/usr/local", "/usr"].map(PathBuf::from);
-    // Of environments that are on the path without being active.
-    let path = env::var_os("PATH").unwrap_or_default();
-    let pythons = env::split_paths(&path)
-        .filter(|bin| bin.ends_with("bin") && bin.join("python3").is_file())
-        .filter_map(|bin| bin.parent().map(Path::to_owned));
-    for prefix in prefixes.into_iter().flatten().chain(pythons).chain(system) {
-        folders.push(prefix.join("lib"));
-        for python in children(prefix.join("lib"), "python3") {
-            for packages in ["site-packages", "dist-packages"] {
-                let nvidia = python.join(packages).join("nvidia");
-                folders.extend(PACKAGES.map(|package| nvidia.join(package).join("lib")));
-            }
-        }
-        // Windows.
-        let nvidia = prefix.join("Lib").join("site-packages").join("nvidia");
-        folders.extend(PACKAGES.map(|package| nvidia.join(package).join("bin")));
-    }
-    folders
-}
-
-/// Entries of `folder` whose names start with `prefix`, in order.
-fn children(folder: PathBuf, prefix: &str) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let mut found: Vec<PathBuf> = entries
-        .flatten()
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
-        .map(|entry| entry.path())
-        .collect();
-    found.sort();
     found
 }

@@ -1,44 +1,44 @@
-//! A device in the host's memory, for tests: what it is told to do it hands to somebody who can.
+//! A simulated device for tests: its memory is the host's, and a callback runs the launches.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use super::Result;
-use super::device::lock;
+use super::error::Result;
 use super::launch::Launch;
+use super::sync::lock;
 
-/// An address in simulated memory: this, the number of the allocation, and an offset of `OFFSET_BITS`. No
-/// other field of a kernel's parameter has these first
-/// bits.
+/// The first bits of an address in simulated memory; the number of the allocation and an offset of
+/// `OFFSET_BITS` follow. No other field of a kernel's parameter starts with these bits.
 pub const TAG: u64 = 0x7a5a << 48;
 /// Bits of an offset.
 pub const OFFSET_BITS: u32 = 28;
 
-/// Does launches one after another on memory, by address.
+/// Runs launches one after another on memory, which is given by address.
 ///
 /// # Errors
-/// What is to be told to the user of the device.
-pub type Run = dyn Fn(&[Launch], &mut BTreeMap<u64, Vec<u8>>) -> Result<()> + Send + Sync;
+/// The error that the user of the device sees.
+pub type SimulatedRun = dyn Fn(&[Launch], &mut BTreeMap<u64, Vec<u8>>) -> Result<()> + Send + Sync;
 
-/// The memory and what is queued.
-pub(super) struct Simulated {
-    state: Mutex<State>,
-    run: Box<Run>,
+/// The memory of a simulated device, and the launches that are queued.
+pub(super) struct SimulatedMemory {
+    state: Mutex<SimulatedState>,
+    run: Box<SimulatedRun>,
 }
 
 #[derive(Default)]
-struct State {
+struct SimulatedState {
     memory: BTreeMap<u64, Vec<u8>>,
     allocations: u64,
     queue: Vec<Launch>,
     is_recording: bool,
 }
 
-impl Simulated {
-    pub(super) fn new(run: Box<Run>) -> Self {
+impl SimulatedMemory {
+    pub(super) fn new(run: Box<SimulatedRun>) -> Self {
         Self { state: Mutex::default(), run }
     }
 
+    /// Bytes that are allocated.
     pub(super) fn used(&self) -> u64 {
         lock(&self.state).memory.values().map(|m| m.len() as u64).sum()
     }
@@ -53,7 +53,7 @@ impl Simulated {
     }
 
     pub(super) fn release(&self, address: u64) {
-        // As on a device, work that is queued comes first.
+        // Queued work comes first, as on a device.
         let _ = self.synchronize();
         lock(&self.state).memory.remove(&address);
     }
@@ -82,18 +82,18 @@ impl Simulated {
 
     pub(super) fn write(&self, address: u64, data: &[u8]) -> Result<()> {
         self.synchronize()?;
-        self.part(address, |memory| memory[..data.len()].copy_from_slice(data));
+        self.with_memory(address, |memory| memory[..data.len()].copy_from_slice(data));
         Ok(())
     }
 
     pub(super) fn read(&self, address: u64, to: &mut [u8]) -> Result<()> {
         self.synchronize()?;
-        self.part(address, |memory| to.copy_from_slice(&memory[..to.len()]));
+        self.with_memory(address, |memory| to.copy_from_slice(&memory[..to.len()]));
         Ok(())
     }
 
-    /// The memory from an address on.
-    fn part(&self, address: u64, f: impl FnOnce(&mut [u8])) {
+    /// Calls `f` with the memory from an address on.
+    fn with_memory(&self, address: u64, f: impl FnOnce(&mut [u8])) {
         let offset = address & ((1 << OFFSET_BITS) - 1);
         let state = &mut *lock(&self.state);
         let memory = state.memory.get_mut(&(address - offset)).expect("live memory");

@@ -123,7 +123,7 @@ impl Emulator {
     ///
     /// # Errors
     /// If the compiler fails, with what it said.
-    pub fn build(sources: &[&str], kernels: &[&str], defines: &[&str]) -> Result<Option<Self>> {
+    pub fn build(sources: &[&str], kernels: &[&str], defines: &[String]) -> Result<Option<Self>> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels/cuda");
         let mut main = String::new();
         for source in sources {

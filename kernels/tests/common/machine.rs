@@ -1,5 +1,4 @@
-//! A CUDA device that is the emulator: runs what programs queue on it, from a model's file down to the kernels and
-//! their order.
+//! A simulated CUDA device whose launches the emulator runs, for tests of whole programs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
@@ -8,26 +7,28 @@ use stb_kernels::cuda::simulated::{OFFSET_BITS, TAG};
 use stb_kernels::cuda::{self, Device, DeviceInfo, Module};
 
 use super::emulator::{Emulator, Launch};
+use super::kernels::{build, is_attention, module_named};
 use super::plans::launch_at;
 
-/// Memory of a device by address.
-pub type Memory = BTreeMap<u64, Vec<u8>>;
+/// The memory of a device, by address.
+pub type DeviceMemory = BTreeMap<u64, Vec<u8>>;
 
-/// Kernels of all modules that were needed so far.
+/// Builds modules when they are needed and runs launches.
 #[derive(Default)]
 struct Machine {
     modules: Mutex<HashMap<Module, Emulator>>,
-    /// Orders of threads and blocks that have to give the same.
+    /// Seeds of the orders of threads and blocks, all of which must give the same result.
     seeds: &'static [u64],
 }
 
 impl Machine {
-    /// Runs launches in order, neighbors of one module in one process.
-    fn run(&self, launches: &[cuda::Launch], memory: &mut Memory) {
+    /// Runs launches in order. Neighboring launches of one module share a process.
+    fn run(&self, launches: &[cuda::Launch], memory: &mut DeviceMemory) {
         for same in launches.chunk_by(|a, b| a.module == b.module) {
             let mut modules = self.modules.lock().unwrap();
             let module = same[0].module;
-            let emulator = modules.entry(module).or_insert_with(|| build(&module));
+            let emulator =
+                modules.entry(module).or_insert_with(|| build(&module).expect("a C++ compiler"));
             let addresses: Vec<u64> = memory.keys().copied().collect();
             let pointer = |word: u64| {
                 if word >> 48 != TAG >> 48 {
@@ -37,99 +38,49 @@ impl Machine {
                 let buffer = addresses.binary_search(&(word - offset)).expect("live memory");
                 Some((buffer, offset as usize))
             };
-            // Addresses in memory: the places of tokens, 16 bytes each.
+            // Slots hold addresses in memory; each has 16 bytes.
             let mut run = Vec::new();
-            let mut places = Vec::new();
+            let mut slots = Vec::new();
             for (buffer, bytes) in memory.values().enumerate().filter(|_| is_attention(&module)) {
-                for (i, place) in bytes.as_chunks::<16>().0.iter().enumerate() {
-                    let word =
-                        |at: usize| u64::from_le_bytes(place[at..at + 8].try_into().unwrap());
+                for (i, slot) in bytes.as_chunks::<16>().0.iter().enumerate() {
+                    let word = |at: usize| u64::from_le_bytes(slot[at..at + 8].try_into().unwrap());
                     if bytes.len() <= 1 << 14
                         && let Some((cache, offset)) = pointer(word(0))
                     {
                         let set = Launch::new("set_slot").pointer(buffer, 16 * i);
                         let set = set.pointer(cache, offset).u32(word(8) as u32);
                         run.push(set.u32((word(8) >> 32) as u32));
-                        places.push((buffer, 16 * i, *place));
+                        slots.push((buffer, 16 * i, *slot));
                     }
                 }
             }
             run.extend(same.iter().map(|launch| launch_at(launch, pointer)));
             let buffers: Vec<Vec<u8>> = memory.values().cloned().collect();
             let mut after = emulator.run(&buffers, &run, self.seeds).unwrap();
-            for (buffer, at, place) in places {
-                after[buffer][at..at + 16].copy_from_slice(&place);
+            for (buffer, at, slot) in slots {
+                after[buffer][at..at + 16].copy_from_slice(&slot);
             }
             memory.values_mut().zip(after).for_each(|(memory, after)| *memory = after);
         }
     }
 }
 
-fn is_attention(module: &Module) -> bool {
-    matches!(module.file, "attention.cu" | "attention_many.cu")
-}
-
-fn build(module: &Module) -> Emulator {
-    let slots = concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels/tests/emulator/slots.cu");
-    let (sources, kernels): (&[&str], &[&str]) = match module.file {
-        "gemv.cu" => (
-            &["gemv.cu"],
-            &[
-                "exact_1",
-                "exact_2",
-                "exact_4",
-                "rounded_1",
-                "rounded_2",
-                "rounded_4",
-                "decode_rows",
-            ],
-        ),
-        "gemv_nm.cu" => (
-            &["gemv_nm.cu"],
-            &["exact_1", "exact_2", "exact_4", "scaled_1", "scaled_2", "scaled_4", "decode_rows"],
-        ),
-        "gemm_prepare.cu" => (&["gemm_prepare.cu"], &["gemm_prepare", "gemm_round", "gemm_split"]),
-        "gemm_rows.cu" => (&["gemm_rows.cu"], &["gemm_rows"]),
-        "gemm_nm.cu" => (&["gemm_nm.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
-        "gemm_nm_s8.cu" => (&["gemm_nm_s8.cu"], &["gemm_512x64", "gemm_256x64", "gemm_256x16"]),
-        "ops.cu" => (&["ops.cu"], &["materialize"]),
-        "candidates.cu" => (&["candidates.cu"], &["candidates"]),
-        "moments.cu" => {
-            (&["moments.cu"], &["widen", "narrow", "finish", "copy_part", "block_dots"])
-        }
-        "attention_many.cu" => (
-            &["attention_many.cu", slots],
-            &[
-                "attend_many_64",
-                "attend_many_96",
-                "attend_many_128",
-                "attend_many_256",
-                "set_slot",
-                "clear_slots",
-            ],
-        ),
-        _ => (
-            &["attention.cu", slots],
-            &["rotate", "attend_1", "attend_4", "attend_8", "set_slot", "clear_slots"],
-        ),
-    };
-    Emulator::build(sources, kernels, module.defines).unwrap().expect("a C++ compiler")
-}
-
-/// The device, or `None`, with a word why, where there is no compiler for it.
+/// The device; `None`, with a line that says why, if there is no C++ compiler.
 pub fn device() -> Option<Device> {
     device_in_orders(&[0])
 }
 
-/// The same; every launch runs once for each seed, in orders of threads and blocks of its own.
+/// The same. Every launch runs once for each seed, which decides the order of threads and blocks.
 pub fn device_in_orders(seeds: &'static [u64]) -> Option<Device> {
-    Emulator::build(&["ops.cu"], &["materialize"], &[]).unwrap()?;
+    build(&module_named("activations"))?;
     let machine = Machine { seeds, ..Machine::default() };
     Some(simulated(move |launches, memory| machine.run(launches, memory)))
 }
 
-/// A device that does `run` for what is queued.
-pub fn simulated(run: impl Fn(&[cuda::Launch], &mut Memory) + Send + Sync + 'static) -> Device {
+/// A device that calls `run` for queued launches.
+pub fn simulated(
+    run: impl Fn(&[cuda::Launch], &mut DeviceMemory) + Send + Sync + 'static,
+) -> Device {
     let info = DeviceInfo {
         ordinal: 0,
         name: "emulator".into(),
@@ -138,7 +89,7 @@ pub fn simulated(run: impl Fn(&[cuda::Launch], &mut Memory) + Send + Sync + 'sta
         multiprocessors: 2,
         shared_memory: 99 << 10,
     };
-    let run = move |launches: &[cuda::Launch], memory: &mut Memory| {
+    let run = move |launches: &[cuda::Launch], memory: &mut DeviceMemory| {
         run(launches, memory);
         Ok(())
     };

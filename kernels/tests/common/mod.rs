@@ -1,7 +1,8 @@
-//! What the tests of kernels, and those of programs on an emulated device, share; each of them uses a part.
+//! Helpers of the tests that run kernels or whole programs in the emulator. Each test uses some of them.
 #![allow(dead_code)]
 
 pub mod emulator;
+pub mod kernels;
 pub mod machine;
 pub mod plans;
 pub mod random;

@@ -9,7 +9,7 @@ use super::emulator::{Launch, Piece};
 const TAG: u64 = 0x7a5a << 48;
 
 /// The start of a buffer, by its number.
-pub fn address(buffer: usize) -> u64 {
+pub const fn address(buffer: usize) -> u64 {
     TAG | (buffer as u64) << 40
 }
 

@@ -1,6 +1,6 @@
 //! The KV caches of the sequences of a call.
 
-use stb_kernels::cuda::{Attention, Device, KvCache, Slots};
+use stb_kernels::cuda::{AttentionShape, Device, KvCache, SlotMapping};
 
 use crate::error::Result;
 
@@ -26,9 +26,9 @@ impl<'a> DeviceCaches<'a> {
     /// Makes room for `count` tokens from the `first` of the call on, and puts their places into `slots`.
     pub(super) fn place(
         &mut self,
-        slots: &mut Slots,
+        slots: &mut SlotMapping,
         device: &Device,
-        attention: Attention,
+        attention: AttentionShape,
         first: usize,
         count: usize,
     ) -> Result<()> {

@@ -1,6 +1,6 @@
 //! What the packed and the decoded layers on a device share.
 
-use stb_kernels::cuda::{Attention, Buffer, Device, Input};
+use stb_kernels::cuda::{ActivationInput, AttentionShape, Buffer, Device};
 use stb_kernels::kv::KvKind;
 
 use crate::block::BlockInput;
@@ -14,9 +14,9 @@ pub(super) fn upload_norm(device: &Device, values: &[f32]) -> Result<Buffer<f32>
 }
 
 /// The shape of attention in `layers` layers of `model`.
-pub(super) fn attention_shape(model: &Model, layers: usize, kind: KvKind) -> Attention {
+pub(super) fn attention_shape(model: &Model, layers: usize, kind: KvKind) -> AttentionShape {
     let attention = model.spec.block(0).attention;
-    Attention {
+    AttentionShape {
         heads: attention.heads as usize,
         kv_heads: attention.kv_heads as usize,
         width: attention.head_dim as usize,
@@ -30,10 +30,10 @@ pub(super) fn attention_shape(model: &Model, layers: usize, kind: KvKind) -> Att
 pub(super) fn kernel_input<'x>(
     x: BlockInput<'x, Buffer<f32>, Buffer<f32>>,
     eps: f32,
-) -> Input<&'x Buffer<f32>> {
+) -> ActivationInput<&'x Buffer<f32>> {
     match x {
-        BlockInput::Plain(x) => Input::Plain(x),
-        BlockInput::Norm { x, weight } => Input::Norm { x, weight, eps },
-        BlockInput::Gated { gate, up } => Input::Silu { gate, up },
+        BlockInput::Plain(x) => ActivationInput::Plain(x),
+        BlockInput::Norm { x, weight } => ActivationInput::RmsNorm { x, weight, eps },
+        BlockInput::Gated { gate, up } => ActivationInput::SwiGlu { gate, up },
     }
 }

@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 
 use stb_format::arch::LinearInput;
 use stb_kernels::cuda::{
-    self, Attend, Attention, Buffer, Dense, Device, Input, KvCache, Matrix, Operand, Ops, Slots,
+    self, ActivationInput, ActivationOps, Attention, AttentionArgs, AttentionShape, Buffer, Device,
+    GemmSize, KvCache, LinearAlgebra, Matrix, Operand, OperandMut, SlotMapping,
 };
 use stb_kernels::kv::KvKind;
 
@@ -22,7 +23,7 @@ use crate::weights::Weight;
 /// Sees what linear layers read, [tokens, in features], as it is on the device. To break ends the half there, before that
 /// linear layer.
 pub type DeviceObserver<'a> =
-    dyn FnMut(LinearInput, &Dense, &Buffer<f32>) -> cuda::Result<ControlFlow<()>> + 'a;
+    dyn FnMut(LinearInput, &LinearAlgebra, &Buffer<f32>) -> cuda::Result<ControlFlow<()>> + 'a;
 
 /// A weight matrix in f32, [rows, cols].
 #[derive(Debug)]
@@ -42,10 +43,10 @@ pub struct DeviceSublayer {
 
 /// Runs decoder layers of one model over whole sequences.
 pub struct DeviceLayers {
-    dense: Dense,
-    ops: Ops,
-    attention: Attention,
-    attend: Attend,
+    dense: LinearAlgebra,
+    ops: ActivationOps,
+    attention: AttentionShape,
+    attend: Attention,
     /// One for each sequence of a batch.
     caches: Vec<KvCache>,
     eps: f32,
@@ -70,10 +71,10 @@ impl DeviceLayers {
         let attention = attention_shape(model, 1, KvKind::F32);
         let make = || device.zeros("activations", 0);
         Ok(Self {
-            dense: Dense::new(device)?,
-            ops: Ops::new(device),
+            dense: LinearAlgebra::new(device)?,
+            ops: ActivationOps::new(device),
             attention,
-            attend: Attend::new(device, attention, &Rope::new(&model.spec).frequencies)?,
+            attend: Attention::new(device, attention, &Rope::new(&model.spec).frequencies)?,
             caches: Vec::new(),
             eps: model.spec.norm_eps as f32,
             input: make()?,
@@ -90,7 +91,7 @@ impl DeviceLayers {
     }
 
     /// Matrices on its device.
-    pub fn dense(&mut self) -> &mut Dense {
+    pub fn dense(&mut self) -> &mut LinearAlgebra {
         &mut self.dense
     }
 
@@ -164,7 +165,7 @@ impl DeviceLayers {
     }
 
     /// The places of sequences in their caches.
-    fn places(&mut self, lengths: &[usize]) -> Result<Slots> {
+    fn places(&mut self, lengths: &[usize]) -> Result<SlotMapping> {
         let device = self.dense.device().clone();
         while self.caches.len() < lengths.len() {
             self.caches.push(KvCache::new(&device, self.attention)?);
@@ -172,7 +173,7 @@ impl DeviceLayers {
         for (cache, length) in self.caches.iter_mut().zip(lengths) {
             cache.reserve(*length, *length)?;
         }
-        let mut slots = Slots::new(&device, lengths.iter().sum())?;
+        let mut slots = SlotMapping::new(&device, lengths.iter().sum())?;
         let tokens = self.caches.iter().zip(lengths);
         slots.set(tokens.flat_map(|(cache, length)| (0..*length).map(move |at| (cache, at))))?;
         Ok(slots)
@@ -184,17 +185,17 @@ fn decode(device: &Device, weight: &Weight) -> cuda::Result<Buffer<f32>> {
     let (rows, cols) = (weight.rows(), weight.cols());
     let matrix = Matrix::upload(device, weight.encoding(), rows, cols, weight.bytes())?;
     let mut values = device.zeros("a weight matrix", rows * cols)?;
-    matrix.queue_decode(&mut values)?;
+    matrix.queue_dequantize(&mut values)?;
     Ok(values)
 }
 
 /// The decoder layer with decoded matrices; an observer sees the inputs of the linear layers.
 struct DecodedOps<'a, 'o> {
-    dense: &'a Dense,
-    ops: &'a Ops,
-    attend: &'a mut Attend,
+    dense: &'a LinearAlgebra,
+    ops: &'a ActivationOps,
+    attend: &'a mut Attention,
     /// For attention.
-    slots: Option<&'a Slots>,
+    slots: Option<&'a SlotMapping>,
     input: &'a mut Buffer<f32>,
     eps: f32,
     tokens: usize,
@@ -213,12 +214,12 @@ impl DecodedOps<'_, '_> {
     ) -> Flow<Error> {
         let (tokens, cols) = (self.tokens, matrices.first().map_or(0, |m| m.cols));
         let x = match kernel_input(x, self.eps) {
-            Input::Plain(x) => x,
+            ActivationInput::Plain(x) => x,
             input => {
                 if self.input.len() < tokens * cols {
                     *self.input = self.dense.device().zeros("activations", tokens * cols)?;
                 }
-                self.ops.materialize(input, self.input, cols, tokens)?;
+                self.ops.compute(input, self.input, cols, tokens)?;
                 &*self.input
             }
         };
@@ -229,8 +230,9 @@ impl DecodedOps<'_, '_> {
             let Decoded { values, rows, .. } = matrix;
             let left = Operand::new(x, 0, cols);
             let right = Operand::new(values, 0, cols).transposed();
-            let sizes = [tokens, *rows, cols];
-            self.dense.blas().multiply(sizes, 1.0, left, right, before, out, (0, *rows))?;
+            let size = GemmSize { m: tokens, n: *rows, k: cols };
+            let out = OperandMut::new(out, 0, *rows);
+            self.dense.blas().multiply(size, 1.0, left, right, before, out)?;
         }
         Ok(ControlFlow::Continue(()))
     }
@@ -266,6 +268,14 @@ impl BlockOps for DecodedOps<'_, '_> {
     fn attention(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
         let AttentionBuffers { q, k, v, attn_out } = x;
         let Some(slots) = self.slots else { return Ok(()) };
-        Ok(self.attend.queue(slots, 0, slots.visible(), q, k, v, attn_out)?)
+        Ok(self.attend.queue(AttentionArgs {
+            slots,
+            layer: 0,
+            visible: slots.visible(),
+            q,
+            k,
+            v,
+            out: attn_out,
+        })?)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use stb_kernels::cuda::{self, Attention, Buffer, Device, Matrix, Numbers};
+use stb_kernels::cuda::{self, ActivationPrecision, AttentionShape, Buffer, Device, Matrix};
 use stb_kernels::kv::KvKind;
 
 use super::caches::DeviceCaches;
@@ -40,8 +40,8 @@ pub(crate) struct DeviceModel {
     pub(super) embeddings: Option<Matrix>,
     /// The lm_head, if it is not the embeddings.
     own_lm_head: Option<Matrix>,
-    pub(super) attention: Attention,
-    pub(super) numbers: Numbers,
+    pub(super) attention: AttentionShape,
+    pub(super) numbers: ActivationPrecision,
     pub(super) eps: f32,
     /// Steps run one after another.
     scratch: Mutex<StepScratch>,
@@ -71,7 +71,7 @@ impl DeviceModel {
             embeddings: (first == 0 || is_tied).then(|| upload(&model.embeddings)).transpose()?,
             own_lm_head: model.own_lm_head.as_ref().map(upload).transpose()?,
             attention,
-            numbers: if options.exact { Numbers::Exact } else { Numbers::Rounded },
+            numbers: if options.exact { ActivationPrecision::F32 } else { ActivationPrecision::Q8 },
             eps: model.spec.norm_eps as f32,
             scratch: Mutex::new(StepScratch::new(device, model, attention, options.exact)?),
             device: device.clone(),

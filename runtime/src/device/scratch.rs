@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 
-use stb_kernels::cuda::{Attend, Attention, Buffer, Candidates, Device, Gemm, Gemv, Graph, Slots};
+use stb_kernels::cuda::{
+    Attention, AttentionShape, Buffer, Device, Gemm, Gemv, Graph, SlotMapping, TopK,
+};
 
 use crate::block::BlockScratch;
 use crate::error::Result;
@@ -19,8 +21,8 @@ pub(super) const STEP_BATCH: usize = 512;
 pub(super) struct StepScratch {
     pub gemv: Gemv,
     pub gemm: Gemm,
-    pub attend: Attend,
-    pub slots: Slots,
+    pub attend: Attention,
+    pub slots: SlotMapping,
     pub ids: Buffer<u32>,
     /// The residual stream, [tokens, hidden].
     pub hidden: Buffer<f32>,
@@ -29,7 +31,7 @@ pub(super) struct StepScratch {
     pub last: Buffer<f32>,
     /// [`GEMV_BATCH`, vocabulary].
     pub logits: Buffer<f32>,
-    pub candidates: Candidates,
+    pub candidates: TopK,
     /// Recorded steps of one token by the tokens that it may see; `None` after the first such step,
     /// which has allocated everything.
     pub graphs: HashMap<usize, Option<Graph>>,
@@ -39,7 +41,7 @@ impl StepScratch {
     pub(super) fn new(
         device: &Device,
         model: &Model,
-        attention: Attention,
+        attention: AttentionShape,
         exact: bool,
     ) -> Result<Self> {
         let most = if exact { GEMV_BATCH } else { STEP_BATCH };
@@ -50,8 +52,8 @@ impl StepScratch {
         Ok(Self {
             gemv: Gemv::new(device)?,
             gemm: Gemm::new(device)?,
-            attend: Attend::new(device, attention, &Rope::new(&model.spec).frequencies)?,
-            slots: Slots::new(device, STEP_BATCH)?,
+            attend: Attention::new(device, attention, &Rope::new(&model.spec).frequencies)?,
+            slots: SlotMapping::new(device, STEP_BATCH)?,
             ids: device.zeros("tokens", STEP_BATCH)?,
             hidden: make(hidden)?,
             block: BlockScratch {
@@ -64,7 +66,7 @@ impl StepScratch {
             },
             last: device.zeros("hidden states", GEMV_BATCH * hidden)?,
             logits: device.zeros("logits", GEMV_BATCH * model.lm_head().rows())?,
-            candidates: Candidates::new(device)?,
+            candidates: TopK::new(device)?,
             graphs: HashMap::new(),
         })
     }

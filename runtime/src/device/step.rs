@@ -3,7 +3,10 @@
 use std::ops::ControlFlow;
 
 use stb_format::arch::LinearInput;
-use stb_kernels::cuda::{self, Attend, Buffer, Gemm, Gemv, Input, Matrix, Numbers, Slots};
+use stb_kernels::cuda::{
+    self, ActivationInput, ActivationPrecision, Attention, AttentionArgs, Buffer, Gemm, Gemv,
+    Matrix, SlotMapping,
+};
 
 use super::caches::DeviceCaches;
 use super::common::kernel_input;
@@ -29,7 +32,7 @@ impl DeviceModel {
     ) -> Result<()> {
         let (tokens, width) = (pass.tokens, self.norm.len());
         // Without tensor cores, whose products round to f16, there is nothing to gain from more.
-        let most = if self.numbers == Numbers::Exact { GEMV_BATCH } else { STEP_BATCH };
+        let most = if self.numbers == ActivationPrecision::F32 { GEMV_BATCH } else { STEP_BATCH };
         for first in (0..tokens.len()).step_by(most) {
             let count = most.min(tokens.len() - first);
             caches.place(&mut scratch.slots, &self.device, self.attention, first, count)?;
@@ -130,7 +133,7 @@ impl DeviceModel {
             last.copy_part(0, hidden, first * width, n * width)?;
             &*last
         };
-        let normed = Input::Norm { x, weight: &self.norm, eps: self.eps };
+        let normed = ActivationInput::RmsNorm { x, weight: &self.norm, eps: self.eps };
         Ok(gemv.queue(&[self.lm_head()], normed, self.numbers, &mut [logits], false, n)?)
     }
 }
@@ -139,9 +142,9 @@ impl DeviceModel {
 struct StepOps<'a> {
     gemv: &'a mut Gemv,
     gemm: &'a mut Gemm,
-    attend: &'a mut Attend,
-    slots: &'a Slots,
-    numbers: Numbers,
+    attend: &'a mut Attention,
+    slots: &'a SlotMapping,
+    numbers: ActivationPrecision,
     eps: f32,
     tokens: usize,
     /// Tokens that the last one sees.
@@ -199,6 +202,14 @@ impl BlockOps for StepOps<'_> {
 
     fn attention(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
         let AttentionBuffers { q, k, v, attn_out } = x;
-        Ok(self.attend.queue(self.slots, self.layer, self.visible, q, k, v, attn_out)?)
+        Ok(self.attend.queue(AttentionArgs {
+            slots: self.slots,
+            layer: self.layer,
+            visible: self.visible,
+            q,
+            k,
+            v,
+            out: attn_out,
+        })?)
     }
 }

@@ -1,7 +1,9 @@
 //! Attention of prompts and of single tokens: against the definition in f64, and how fast that of prompts is.
 
 use serde_json::{Value, json};
-use stb_kernels::cuda::{Attend, Attention, Buffer, Device, KvCache, Slots};
+use stb_kernels::cuda::{
+    Attention, AttentionArgs, AttentionShape, Buffer, Device, KvCache, SlotMapping,
+};
 use stb_kernels::kv::KvKind;
 use stb_random::Rng;
 
@@ -30,24 +32,29 @@ const CASES: [([usize; 3], [usize; 2]); 11] = [
 /// A sequence on a device, and what it is made of: queries, keys and values of all tokens, [tokens, heads ·
 /// width].
 struct Sequence {
-    a: Attention,
+    a: AttentionShape,
     frequencies: Vec<f32>,
     all: [Vec<f32>; 3],
     cache: KvCache,
-    slots: Slots,
-    attend: Attend,
+    slots: SlotMapping,
+    attend: Attention,
 }
 
 impl Sequence {
-    fn new(device: &Device, rng: &mut Rng, a: Attention, tokens: usize) -> anyhow::Result<Self> {
+    fn new(
+        device: &Device,
+        rng: &mut Rng,
+        a: AttentionShape,
+        tokens: usize,
+    ) -> anyhow::Result<Self> {
         let frequencies: Vec<f32> =
             (0..a.width / 2).map(|i| 0.01f32.powf(2.0 * i as f32 / a.width as f32)).collect();
         let mut make = |heads: usize| (0..tokens * heads * a.width).map(|_| rng.float()).collect();
         let all = [make(a.heads), make(a.kv_heads), make(a.kv_heads)];
         let mut cache = KvCache::new(device, a)?;
         cache.reserve(tokens, tokens)?;
-        let slots = Slots::new(device, STEP)?;
-        let attend = Attend::new(device, a, &frequencies)?;
+        let slots = SlotMapping::new(device, STEP)?;
+        let attend = Attention::new(device, a, &frequencies)?;
         Ok(Self { a, frequencies, all, cache, slots, attend })
     }
 
@@ -75,12 +82,13 @@ impl Sequence {
 
     /// Queues the attention of tokens that are in their places.
     fn queue(&mut self, [q, k, v, out]: &mut [Buffer<f32>; 4]) -> stb_kernels::cuda::Result<()> {
-        self.attend.queue(&self.slots, 0, self.slots.visible(), q, k, v, out)
+        let visible = self.slots.visible();
+        self.attend.queue(AttentionArgs { slots: &self.slots, layer: 0, visible, q, k, v, out })
     }
 
     /// Row `head` of token `at`: of queries, keys or values; the first two rotated by their position.
     fn row(&self, which: usize, head: usize, at: usize) -> Vec<f64> {
-        let Attention { width, heads, kv_heads, .. } = self.a;
+        let AttentionShape { width, heads, kv_heads, .. } = self.a;
         let n = if which == 0 { heads } else { kv_heads };
         let from = &self.all[which][(at * n + head) * width..][..width];
         let mut row: Vec<f64> = from.iter().map(|v| f64::from(*v)).collect();
@@ -112,7 +120,7 @@ impl Sequence {
     /// their bounds are summed as squares, and twice the root is allowed. The plain sum of the bounds would not
     /// tell whether a token sees a key too many.
     fn worst(&self, before: usize, now: usize, out: &[f32]) -> f64 {
-        let Attention { heads, kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { heads, kv_heads, width, kind, .. } = self.a;
         let half = if kind == KvKind::F32 { 2e-6 } else { 0.5f64.powi(11) };
         let scale = 1.0 / (width as f64).sqrt();
         let mut worst = 0.0f64;
@@ -149,8 +157,8 @@ impl Sequence {
     }
 }
 
-fn attention([heads, kv_heads, width]: [usize; 3], kind: KvKind) -> Attention {
-    Attention { heads, kv_heads, width, layers: 1, kind, interleaved: false }
+fn attention([heads, kv_heads, width]: [usize; 3], kind: KvKind) -> AttentionShape {
+    AttentionShape { heads, kv_heads, width, layers: 1, kind, interleaved: false }
 }
 
 /// Checks all shapes with all kinds of caches.

@@ -6,7 +6,9 @@ use serde_json::json;
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup, MatrixView, Nm, Stbllm};
 use stb_format::half::f16;
-use stb_kernels::cuda::{Device, Gemm, GemmPlan, Gemv, Input, Matrix, Numbers, PromptNumbers};
+use stb_kernels::cuda::{
+    ActivationInput, ActivationPrecision, Device, Gemm, GemmPlan, Gemv, Matrix, PrefillPrecision,
+};
 use stb_random::Rng;
 use stb_tests::random_model::random;
 
@@ -157,7 +159,7 @@ pub(crate) fn run(report: &mut Report, device: &Device, small: bool) -> anyhow::
     let mut all = Vec::new();
     let mut gemv = Gemv::new(device)?;
     let mut gemm = Gemm::new(device)?;
-    let mut gemm_int8 = Gemm::new(device)?.with_numbers(PromptNumbers::Int8);
+    let mut gemm_int8 = Gemm::new(device)?.with_precision(PrefillPrecision::Int8);
     for encoding in encodings()? {
         let shapes = if small { &SHAPES[..5] } else { &SHAPES };
         for &(rows, cols) in shapes {
@@ -181,15 +183,15 @@ pub(crate) fn run(report: &mut Report, device: &Device, small: bool) -> anyhow::
                 let mut out = device.upload("results", &vec![f32::NAN; tokens * rows])?;
                 let mut y = vec![0.0; tokens * rows];
                 if tokens <= 16 {
-                    for numbers in [Numbers::Exact, Numbers::Rounded] {
+                    for numbers in [ActivationPrecision::F32, ActivationPrecision::Q8] {
                         out.write(&vec![f32::NAN; tokens * rows])?;
-                        let input = Input::Plain(&input);
+                        let input = ActivationInput::Plain(&input);
                         gemv.queue(&[&matrix], input, numbers, &mut [&mut out], false, tokens)
                             .and_then(|()| out.read(&mut y))
                             .with_context(|| format!("gemv {numbers:?}, {}", case.what))?;
                         let rounding = match numbers {
-                            Numbers::Rounded => Rounding::Few,
-                            Numbers::Exact => Rounding::None,
+                            ActivationPrecision::Q8 => Rounding::Few,
+                            ActivationPrecision::F32 => Rounding::None,
                         };
                         let worst = case.worst(&y, 1e-5, rounding);
                         judge(report, &mut all, &case, &format!("gemv {numbers:?}"), worst);
@@ -197,7 +199,7 @@ pub(crate) fn run(report: &mut Report, device: &Device, small: bool) -> anyhow::
                 }
                 if GemmPlan::supports(&encoding) {
                     out.write(&vec![f32::NAN; tokens * rows])?;
-                    let input = Input::Plain(&input);
+                    let input = ActivationInput::Plain(&input);
                     gemm.queue(&[&matrix], input, &mut [&mut out], false, tokens)
                         .and_then(|()| out.read(&mut y))
                         .with_context(|| format!("gemm, {}", case.what))?;
@@ -208,7 +210,7 @@ pub(crate) fn run(report: &mut Report, device: &Device, small: bool) -> anyhow::
                 }
                 if matches!(&encoding, Encoding::Nm(spec) if spec.scale_bits() <= 4) {
                     out.write(&vec![f32::NAN; tokens * rows])?;
-                    let input = Input::Plain(&input);
+                    let input = ActivationInput::Plain(&input);
                     gemm_int8
                         .queue(&[&matrix], input, &mut [&mut out], false, tokens)
                         .and_then(|()| out.read(&mut y))

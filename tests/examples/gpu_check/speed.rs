@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use stb_format::Encoding;
 use stb_format::encoding::Nm;
 use stb_kernels::cuda::{
-    Blas, Buffer, Device, Gemm, Gemv, Graph, Input, Matrix, Numbers, PromptNumbers,
+    ActivationInput, ActivationPrecision, Blas, Buffer, Device, Gemm, GemmSize, Gemv, Graph,
+    Matrix, PrefillPrecision,
 };
 use stb_random::Rng;
 use stb_tests::random_model::random;
@@ -113,8 +114,15 @@ pub(crate) fn decode(report: &mut Report, device: &Device) -> anyhow::Result<()>
                 let mut out = device.zeros("results", tokens * rows)?;
                 let mut gemv = Gemv::new(device)?;
                 let mut queue = |matrix: &Matrix| {
-                    let input = Input::Plain(&x);
-                    gemv.queue(&[matrix], input, Numbers::Rounded, &mut [&mut out], false, tokens)
+                    let input = ActivationInput::Plain(&x);
+                    gemv.queue(
+                        &[matrix],
+                        input,
+                        ActivationPrecision::Q8,
+                        &mut [&mut out],
+                        false,
+                        tokens,
+                    )
                 };
                 queue(&matrices[0])?;
                 let mut graph = device.record(|| matrices.iter().try_for_each(&mut queue))?;
@@ -163,9 +171,10 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
                 let (w, x) =
                     (device.upload("weights", &half_w)?, device.upload("activations", &half_x)?);
                 let mut y = device.zeros("results", tokens * rows)?;
+                let size = GemmSize { m: tokens, n: rows, k: cols };
                 let multiply = || {
                     for _ in 0..10 {
-                        cublas.multiply_bf16(&w, &x, &mut y, [rows, cols, tokens])?;
+                        cublas.multiply_bf16(size, &x, &w, &mut y)?;
                     }
                     Ok(())
                 };
@@ -180,12 +189,20 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
             for (name, encoding) in encodings()? {
                 let bytes = random(&[rows as u64, cols as u64], &encoding);
                 let matrix = Matrix::upload(device, &encoding, rows, cols, &bytes)?;
-                for (suffix, numbers) in [("", PromptNumbers::F16), (" int8", PromptNumbers::Int8)]
+                for (suffix, numbers) in
+                    [("", PrefillPrecision::F16), (" int8", PrefillPrecision::Int8)]
                 {
                     let name = &format!("{name}{suffix}");
-                    let mut gemm = Gemm::new(device)?.with_numbers(numbers);
-                    let mut queue =
-                        || gemm.queue(&[&matrix], Input::Plain(&x), &mut [&mut y], false, tokens);
+                    let mut gemm = Gemm::new(device)?.with_precision(numbers);
+                    let mut queue = || {
+                        gemm.queue(
+                            &[&matrix],
+                            ActivationInput::Plain(&x),
+                            &mut [&mut y],
+                            false,
+                            tokens,
+                        )
+                    };
                     queue()?;
                     let mut graph = device.record(|| (0..10).try_for_each(|_| queue()))?;
                     let times = time_graph(device, &mut graph)?.map(|s| s / 10.0);

@@ -149,8 +149,15 @@ fn quantized(
     let factor = Factor::new(&hessian)?;
     let norms = vec![1.0; cols];
     let engine = Isa::detect()?.into();
-    let input =
-        Input { compute: engine, weights, rows, cols, hessian: &hessian, factor: &factor, norms: &norms };
+    let input = Input {
+        compute: engine,
+        weights,
+        rows,
+        cols,
+        hessian: &hessian,
+        factor: &factor,
+        norms: &norms,
+    };
     let packed = quantize(&input)?;
     let stored = packed.encoding.view(rows as u64, cols as u64, &packed.payload)?.decode();
     let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();

@@ -7,38 +7,40 @@ use std::sync::Arc;
 use bytemuck::Pod;
 use cudarc::driver::{CudaSlice, DevicePtr, DriverError, result, sys};
 
-use super::{Backend, Device, Keep, lock};
-use crate::cuda::{Error, Result};
+use super::driver::KeepAlive;
+use super::handle::{Device, DeviceBackend};
+use crate::cuda::error::{Error, Result};
+use crate::cuda::sync::lock;
 
-/// Bytes up to which the driver takes a copy of what is to be copied to the device before it returns ("API
+/// The driver stages copies to the device of up to this many bytes before it returns ("API
 /// synchronization behavior" of its manual).
 const COPIED_AT_ONCE: usize = 64 << 10;
 
 impl Device {
-    /// Memory for `len` elements, zero. `what` is for messages.
+    /// Allocates `len` elements, which are zero. `what` names them in messages.
     ///
     /// # Errors
     /// [`Error::Memory`] if there is too little, [`Error::Driver`].
     pub fn zeros<T: Pod>(&self, what: &str, len: usize) -> Result<Buffer<T>> {
-        // The driver knows no empty memory.
+        // The driver has no empty allocations.
         let bytes = (len * size_of::<T>()).max(16);
-        let (place, address) = match &self.shared.backend {
-            Backend::Simulated(s) => {
+        let (owner, address) = match self.backend() {
+            DeviceBackend::Simulated(s) => {
                 let address = s.allocate(bytes);
-                (Place::Simulated(address), address)
+                (AllocationOwner::Simulated(address), address)
             }
-            Backend::Driver(d) => {
+            DeviceBackend::Driver(d) => {
                 let is_full = |e: &DriverError| e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
                 let mut found = d.stream.alloc_zeros::<u8>(bytes);
                 if found.as_ref().is_err_and(is_full) {
-                    // Once more without what is kept for later.
+                    // Once more, after the pool has released its unused memory.
                     self.free_memory()?;
                     found = d.stream.alloc_zeros(bytes);
                 }
                 match found {
                     Ok(slice) => {
                         let address = slice.device_ptr(&d.stream).0;
-                        (Place::Driver(Some(slice)), address)
+                        (AllocationOwner::Driver(Some(slice)), address)
                     }
                     Err(e) if is_full(&e) => {
                         let free = self.free_memory()?;
@@ -52,11 +54,11 @@ impl Device {
                 }
             }
         };
-        let memory = Memory { place, address, device: self.clone() };
+        let memory = Allocation { owner, address, device: self.clone() };
         Ok(Buffer { memory: Arc::new(memory), len, elements: PhantomData })
     }
 
-    /// A copy of `data` on the device.
+    /// Copies `data` to new memory of the device.
     ///
     /// # Errors
     /// [`Error::Memory`] if there is too little, [`Error::Driver`].
@@ -67,38 +69,38 @@ impl Device {
     }
 }
 
-/// Memory of a device, released in the order of its stream.
-struct Memory {
-    place: Place,
+/// Memory of a device. Its release is ordered with the work on the stream.
+struct Allocation {
+    owner: AllocationOwner,
     address: u64,
     device: Device,
 }
 
-enum Place {
-    /// Held for its release.
+enum AllocationOwner {
+    /// Released when dropped.
     Driver(Option<CudaSlice<u8>>),
     Simulated(u64),
 }
 
-impl Drop for Memory {
+impl Drop for Allocation {
     fn drop(&mut self) {
-        match (&mut self.place, &self.device.shared.backend) {
-            (Place::Driver(slice), Backend::Driver(d)) => {
-                // A release on a stream that is being recorded would become part of the graph: the graph
-                // releases it.
+        match (&mut self.owner, self.device.backend()) {
+            (AllocationOwner::Driver(slice), DeviceBackend::Driver(d)) => {
+                // A release on a stream that is being recorded would become part of the graph. The
+                // graph releases the memory instead.
                 if let (Some(kept), Some(slice)) = (&mut *lock(&d.recorded), slice.take()) {
                     kept.push(Arc::new(slice));
                 }
             }
-            (Place::Simulated(at), Backend::Simulated(s)) => s.release(*at),
+            (AllocationOwner::Simulated(at), DeviceBackend::Simulated(s)) => s.release(*at),
             _ => {}
         }
     }
 }
 
-/// Elements in the memory of a device.
+/// An array in the memory of a device.
 pub struct Buffer<T> {
-    memory: Arc<Memory>,
+    memory: Arc<Allocation>,
     len: usize,
     elements: PhantomData<T>,
 }
@@ -110,38 +112,38 @@ impl<T> fmt::Debug for Buffer<T> {
 }
 
 impl<T> Buffer<T> {
-    /// Elements.
+    /// The number of elements.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether there are no elements.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Its device.
+    /// The device.
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.memory.device
     }
 
-    /// The address, for work that is queued on the device's stream: it comes before the release of the
-    /// memory. A graph that is being recorded keeps the memory.
+    /// The address, for work that is queued on the device's stream, which runs before the memory is
+    /// released. A graph that is being recorded keeps the memory alive.
     pub(in crate::cuda) fn address(&self) -> u64 {
         self.memory.device.keep(&self.keep());
         self.memory.address
     }
 
-    /// What keeps the memory.
-    pub(in crate::cuda) fn keep(&self) -> Keep {
+    /// Keeps the memory alive.
+    pub(in crate::cuda) fn keep(&self) -> KeepAlive {
         self.memory.clone()
     }
 
-    fn backend(&self) -> &Backend {
-        &self.memory.device.shared.backend
+    fn backend(&self) -> &DeviceBackend {
+        self.memory.device.backend()
     }
 }
 
@@ -163,16 +165,17 @@ impl<T: Pod> Buffer<T> {
     /// [`Error::Driver`].
     ///
     /// # Panics
-    /// If `data` goes beyond the last.
+    /// If `data` does not fit.
     pub fn write_at(&mut self, at: usize, data: &[T]) -> Result<()> {
         assert!(at <= self.len && data.len() <= self.len - at, "room for the data");
         let to = self.address() + (at * size_of::<T>()) as u64;
         match self.backend() {
-            Backend::Simulated(s) => s.write(to, bytemuck::cast_slice(data)),
-            Backend::Driver(d) => {
-                let stream = d.stream()?;
-                // SAFETY: the memory is live and has room for the data. Of little data that is not pinned the driver
-                // makes a copy of its own before it returns; more is waited for while it is borrowed.
+            DeviceBackend::Simulated(s) => s.write(to, bytemuck::cast_slice(data)),
+            DeviceBackend::Driver(d) => {
+                let stream = d.bound_stream()?;
+                // SAFETY: the memory is live and has room for the data. The driver stages small copies of
+                // pageable memory before it returns; larger ones are waited for while `data` is
+                // borrowed.
                 let copied = unsafe { result::memcpy_htod_async(to, data, stream) };
                 if size_of_val(data) > COPIED_AT_ONCE {
                     self.device().synchronize()?;
@@ -182,10 +185,10 @@ impl<T: Pod> Buffer<T> {
         }
     }
 
-    /// Waits, and copies the first elements to `to`.
+    /// Waits for queued work and copies the first elements to `to`.
     ///
     /// # Errors
-    /// [`Error::Driver`] with what went wrong in queued work.
+    /// [`Error::Driver`] with the failure of any queued work.
     ///
     /// # Panics
     /// If `to` is longer.
@@ -193,22 +196,22 @@ impl<T: Pod> Buffer<T> {
         self.read_at(0, to)
     }
 
-    /// Waits, and copies the elements from `at` on to `to`.
+    /// Waits for queued work and copies the elements from `at` on to `to`.
     ///
     /// # Errors
-    /// [`Error::Driver`] with what went wrong in queued work.
+    /// [`Error::Driver`] with the failure of any queued work.
     ///
     /// # Panics
-    /// If there are not as many.
+    /// If the buffer has fewer.
     pub fn read_at(&self, at: usize, to: &mut [T]) -> Result<()> {
         assert!(at <= self.len && to.len() <= self.len - at, "as many elements");
         let from = self.address() + (at * size_of::<T>()) as u64;
         match self.backend() {
-            Backend::Simulated(s) => s.read(from, bytemuck::cast_slice_mut(to)),
-            Backend::Driver(d) => {
-                let stream = d.stream()?;
-                // SAFETY: the memory is live and has as many elements; any bits are a `T`; and the copy is
-                // waited for while `to` is borrowed.
+            DeviceBackend::Simulated(s) => s.read(from, bytemuck::cast_slice_mut(to)),
+            DeviceBackend::Driver(d) => {
+                let stream = d.bound_stream()?;
+                // SAFETY: the memory is live and has as many elements, any bits are a valid `T`, and the
+                // copy is waited for while `to` is borrowed.
                 let copied = unsafe { result::memcpy_dtoh_async(to, from, stream) };
                 self.device().synchronize()?;
                 copied.map_err(Error::driver("copy from the device"))
@@ -229,13 +232,13 @@ impl<T: Pod> Buffer<T> {
         let to = self.address() + (at * size) as u64;
         let from = from.address() + (first * size) as u64;
         match self.backend() {
-            Backend::Simulated(s) => {
+            DeviceBackend::Simulated(s) => {
                 let mut bytes = vec![0; count * size];
                 s.read(from, &mut bytes)?;
                 s.write(to, &bytes)
             }
-            Backend::Driver(d) => {
-                let stream = d.stream()?;
+            DeviceBackend::Driver(d) => {
+                let stream = d.bound_stream()?;
                 // SAFETY: both ranges are inside live memory, as checked.
                 let copied = unsafe { result::memcpy_dtod_async(to, from, count * size, stream) };
                 copied.map_err(Error::driver("copy on the device"))

@@ -1,31 +1,32 @@
-// Attention of a few tokens over cached keys and values: -DKV=KvF16 and so on.
+// RoPE with the store to the KV cache, and attention of a few tokens: -DKV=KvF16 and so on.
 //
-// A block computes some query heads that share a key head, over a split of KEYS keys; the last block of a
-// token and head adds the splits in their order. Keys are read once for all heads of the block: with one head
-// 2 · 2 bytes per 4 operations, so memory is the limit.
-#include "attention.cuh"
+// A block computes some query heads of one key-value head over a split of SPLIT_KEYS keys (flash decoding). The last
+// block of a token and head adds the splits in their order. Keys and values are read once for all heads of a block.
+// With one head that is 2 · 2 bytes per 4 operations, so memory bandwidth is the limit.
+#include "kv_cache.cuh"
 
-// Fields as `RotateParams` of attention.rs.
-struct Rotate {
+// Fields as `RopeParams` of attention/shape.rs.
+struct RopeParams {
     // [tokens][heads · width], rotated in place.
     float *q;
     // [tokens][kv_heads · width].
     const float *k, *v;
-    // Turns per token of each pair.
+    // Radians per position of each pair.
     const float *frequencies;
-    const Slot *slots;
+    const KvSlot *slots;
     u32 heads, kv_heads, width, layer;
-    // Whether pairs are neighbors; else they are half a head apart.
+    // Whether the elements of a pair are neighbors. Otherwise they are half a head apart.
     u32 interleaved, padding;
 };
 
-// Fields as `AttendParams` of attention.rs.
-struct Attend {
+// Fields as `AttentionDecodeParams` of attention/shape.rs.
+struct AttentionDecodeParams {
     // [tokens][heads · width].
     const float *q;
     float *out;
-    const Slot *slots;
-    // By token and block of heads: [splits][heads of a block][2 + width].
+    const KvSlot *slots;
+    // For each token and block of heads, [splits][heads of a block][2 + width]: the largest score, the sum of
+    // weights, and the weighted sum of values.
     float *partial;
     u32 *arrived;
     u32 heads, kv_heads, width, layer;
@@ -33,13 +34,13 @@ struct Attend {
     float scale;
 };
 
-constexpr u32 BLOCK = 128;
+constexpr u32 BLOCK_THREADS = 128;
 // Keys of a split.
-constexpr u32 KEYS = 256;
+constexpr u32 SPLIT_KEYS = 256;
 constexpr u32 LANES_PER_KEY = 8;
 
-// Element i of a row, rotated by the position.
-STB_DEVICE float rotated(const float *x, u32 i, u32 width, const Rotate &a, float position) {
+// Returns element i of a row after RoPE.
+STB_DEVICE float rotated(const float *x, u32 i, u32 width, const RopeParams &a, float position) {
     const u32 half = width / 2;
     const u32 pair = a.interleaved ? i / 2 : i % half;
     const bool second = a.interleaved ? i % 2 : i >= half;
@@ -49,8 +50,28 @@ STB_DEVICE float rotated(const float *x, u32 i, u32 width, const Rotate &a, floa
     return second ? v * c + u * s : u * c - v * s;
 }
 
-// For up to 8 heads of a key head.
-template <u32 HEADS> STB_DEVICE void attend(const Attend &a) {
+// Converts the scores of a split to weights, and computes the largest score and the sum of weights of each head.
+STB_DEVICE void weigh(float *scores, float *most, float *total, u32 heads, u32 keys) {
+    for (u32 h = threadIdx.x / WARP; h < heads; h += BLOCK_THREADS / WARP) {
+        float *s = scores + h * SPLIT_KEYS;
+        float largest = __uint_as_float(0xff800000), sum = 0.0f;
+        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP)
+            largest = fmaxf(largest, s[i]);
+#pragma unroll
+        for (int by = 16; by > 0; by >>= 1)
+            largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, by));
+        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP) {
+            s[i] = expf(s[i] - largest);
+            sum += s[i];
+        }
+        sum = warp_sum(sum);
+        if (threadIdx.x % WARP == 0)
+            most[h] = largest, total[h] = sum;
+    }
+}
+
+// Computes up to HEADS query heads of a key-value head.
+template <u32 HEADS> STB_DEVICE void attention_decode(const AttentionDecodeParams &a) {
     STB_DYNAMIC_SHARED(shared);
     __shared__ u32 last;
     __shared__ float most[HEADS], total[HEADS];
@@ -58,25 +79,25 @@ template <u32 HEADS> STB_DEVICE void attend(const Attend &a) {
     const u32 group = a.heads / a.kv_heads, parts = ceil_div(group, HEADS);
     const u32 head = blockIdx.y / parts, first = blockIdx.y % parts * HEADS;
     const u32 heads = least(HEADS, group - first);
-    const Slot slot = a.slots[token];
-    const u32 visible = slot.position + 1, active = ceil_div(visible, KEYS);
+    const KvSlot slot = a.slots[token];
+    const u32 visible = slot.position + 1, active = ceil_div(visible, SPLIT_KEYS);
     if (split >= active)
         return;
-    const u32 from = split * KEYS, keys = least(KEYS, visible - from);
+    const u32 from = split * SPLIT_KEYS, keys = least(SPLIT_KEYS, visible - from);
     const u32 width = a.width, chunks = ceil_div(width, CHUNK), padded = chunks * CHUNK;
-    // Queries, then the sums [HEADS][padded]; scores [HEADS][KEYS].
+    // Queries, and later sums, [HEADS][padded]; scores, [HEADS][SPLIT_KEYS].
     float *q = reinterpret_cast<float *>(shared), *scores = q + HEADS * padded;
     const u64 row = u64(token) * a.heads * width + u64(head * group + first) * width;
-    for (u32 i = threadIdx.x; i < HEADS * padded; i += BLOCK) {
+    for (u32 i = threadIdx.x; i < HEADS * padded; i += BLOCK_THREADS) {
         const u32 h = i / padded, d = i % padded;
         q[i] = h < heads && d < width ? a.q[row + u64(h) * width + d] * a.scale : 0.0f;
     }
     __syncthreads();
 
-    const Rows k(slot, a.kv_heads, width, a.layer, 0, head);
+    const KvRows k(slot, a.kv_heads, width, a.layer, 0, head);
     const u32 lane = threadIdx.x % LANES_PER_KEY;
-    // All threads of a warp go round as often as one another, for the shuffles.
-    for (u32 base = 0; base < keys; base += BLOCK / LANES_PER_KEY) {
+    // All threads of a warp take the same number of rounds, for the shuffles.
+    for (u32 base = 0; base < keys; base += BLOCK_THREADS / LANES_PER_KEY) {
         const u32 key = base + threadIdx.x / LANES_PER_KEY;
         float sum[HEADS] = {};
         if (key < keys) {
@@ -100,34 +121,19 @@ template <u32 HEADS> STB_DEVICE void attend(const Attend &a) {
             for (u32 by = LANES_PER_KEY / 2; by > 0; by /= 2)
                 s += __shfl_xor_sync(ALL, s, int(by));
             if (lane == 0 && key < keys)
-                scores[h * KEYS + key] = s * scale;
+                scores[h * SPLIT_KEYS + key] = s * scale;
         }
     }
     __syncthreads();
 
-    for (u32 h = threadIdx.x / WARP; h < heads; h += BLOCK / WARP) {
-        float *s = scores + h * KEYS;
-        float largest = __uint_as_float(0xff800000), sum = 0.0f;
-        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP)
-            largest = fmaxf(largest, s[i]);
-#pragma unroll
-        for (int by = 16; by > 0; by >>= 1)
-            largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, by));
-        for (u32 i = threadIdx.x % WARP; i < keys; i += WARP) {
-            s[i] = expf(s[i] - largest);
-            sum += s[i];
-        }
-        sum = warp_sum(sum);
-        if (threadIdx.x % WARP == 0)
-            most[h] = largest, total[h] = sum;
-    }
-    for (u32 i = threadIdx.x; i < HEADS * padded; i += BLOCK)
+    weigh(scores, most, total, heads, keys);
+    for (u32 i = threadIdx.x; i < HEADS * padded; i += BLOCK_THREADS)
         q[i] = 0.0f;
     __syncthreads();
 
-    // A thread adds one chunk of every `groups`-th value; the groups then add up in order.
-    const Rows v(slot, a.kv_heads, width, a.layer, 1, head);
-    const u32 groups = BLOCK / chunks, mine = threadIdx.x / chunks, c = threadIdx.x % chunks;
+    // A thread sums one chunk of every `groups`-th value. The sums of the groups are then added in order.
+    const KvRows v(slot, a.kv_heads, width, a.layer, 1, head);
+    const u32 groups = BLOCK_THREADS / chunks, mine = threadIdx.x / chunks, c = threadIdx.x % chunks;
     float acc[HEADS][CHUNK] = {};
     if (mine < groups) {
         for (u32 key = mine; key < keys; key += groups) {
@@ -136,7 +142,7 @@ template <u32 HEADS> STB_DEVICE void attend(const Attend &a) {
             const float scale = KV::SCALED ? v.scales[from + key] : 1.0f;
 #pragma unroll
             for (u32 h = 0; h < HEADS; ++h) {
-                const float w = h < heads ? scores[h * KEYS + key] * scale : 0.0f;
+                const float w = h < heads ? scores[h * SPLIT_KEYS + key] * scale : 0.0f;
 #pragma unroll
                 for (u32 i = 0; i < CHUNK; ++i)
                     acc[h][i] = fmaf(w, x[i], acc[h][i]);
@@ -154,14 +160,14 @@ template <u32 HEADS> STB_DEVICE void attend(const Attend &a) {
     }
 
     if (active == 1) {
-        for (u32 i = threadIdx.x; i < heads * width; i += BLOCK)
+        for (u32 i = threadIdx.x; i < heads * width; i += BLOCK_THREADS)
             a.out[row + i] = q[i / width * padded + i % width] / total[i / width];
         return;
     }
     const u32 place = token * gridDim.y + blockIdx.y, stride = HEADS * (2 + width);
     float *partial = a.partial + u64(place) * a.splits * stride;
     float *own = partial + u64(split) * stride;
-    for (u32 i = threadIdx.x; i < heads * width; i += BLOCK)
+    for (u32 i = threadIdx.x; i < heads * width; i += BLOCK_THREADS)
         __stcg(&own[i / width * (2 + width) + 2 + i % width], q[i / width * padded + i % width]);
     if (threadIdx.x < heads) {
         __stcg(&own[threadIdx.x * (2 + width)], most[threadIdx.x]);
@@ -178,7 +184,7 @@ template <u32 HEADS> STB_DEVICE void attend(const Attend &a) {
     if (last == 0)
         return;
     __threadfence();
-    for (u32 i = threadIdx.x; i < heads * width; i += BLOCK) {
+    for (u32 i = threadIdx.x; i < heads * width; i += BLOCK_THREADS) {
         const u32 h = i / width;
         float largest = __uint_as_float(0xff800000);
         for (u32 s = 0; s < active; ++s)
@@ -195,10 +201,10 @@ template <u32 HEADS> STB_DEVICE void attend(const Attend &a) {
 }
 
 extern "C" {
-// A warp per token and head: queries, then keys, then values.
-__global__ void __launch_bounds__(WARP) rotate(const __grid_constant__ Rotate a) {
+// One warp per token and head: query heads, then key heads, then value heads.
+__global__ void __launch_bounds__(WARP) rope_kv(const __grid_constant__ RopeParams a) {
     const u32 token = blockIdx.y, lane = threadIdx.x, width = a.width;
-    const Slot slot = a.slots[token];
+    const KvSlot slot = a.slots[token];
     const float position = float(slot.position);
     u32 head = blockIdx.x;
     if (head < a.heads) {
@@ -217,7 +223,7 @@ __global__ void __launch_bounds__(WARP) rotate(const __grid_constant__ Rotate a)
     const u32 which = head / a.kv_heads;
     head %= a.kv_heads;
     const float *from = (which == 0 ? a.k : a.v) + u64(token) * a.kv_heads * width + u64(head) * width;
-    const Rows rows(slot, a.kv_heads, width, a.layer, which, head);
+    const KvRows rows(slot, a.kv_heads, width, a.layer, which, head);
     u8 *to = rows.rows + u64(slot.position) * rows.stride;
     float inverse = 1.0f;
     if constexpr (KV::SCALED) {
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(WARP) rotate(const __grid_constant__ Rotate a)
         for (int by = 16; by > 0; by >>= 1)
             most = fmaxf(most, __shfl_xor_sync(ALL, most, by));
         poisoned = __any_sync(ALL, poisoned);
-        // Rows so small that the inverse overflows count as zero.
+        // A row so small that the inverse overflows counts as zero.
         inverse = 127.0f / most;
         if (poisoned || !(inverse < 3.4028235e38f))
             inverse = 0.0f;
@@ -244,7 +250,7 @@ __global__ void __launch_bounds__(WARP) rotate(const __grid_constant__ Rotate a)
         KV::put(to + i * KV::BYTES, v, inverse);
     }
 }
-__global__ void __launch_bounds__(BLOCK) attend_1(const __grid_constant__ Attend a) { attend<1>(a); }
-__global__ void __launch_bounds__(BLOCK) attend_4(const __grid_constant__ Attend a) { attend<4>(a); }
-__global__ void __launch_bounds__(BLOCK) attend_8(const __grid_constant__ Attend a) { attend<8>(a); }
+__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_1(const __grid_constant__ AttentionDecodeParams a) { attention_decode<1>(a); }
+__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_4(const __grid_constant__ AttentionDecodeParams a) { attention_decode<4>(a); }
+__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_8(const __grid_constant__ AttentionDecodeParams a) { attention_decode<8>(a); }
 }

@@ -1,5 +1,5 @@
-//! Compiled kernels on disk. A file that is not what was written, or cannot be written, is as good as
-//! none: kernels are then compiled again.
+//! The disk cache of compiled kernels. A file that is damaged or cannot be written counts as absent:
+//! the kernels are then compiled again.
 
 use std::env;
 use std::fs;
@@ -12,38 +12,39 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 const MAGIC: [u8; 8] = *b"stbcuda\x01";
 /// Magic, key, checksum.
 const HEADER: usize = 8 + 16 + 8;
-/// No image of ours comes near this size.
+/// All images are far smaller than this.
 const MOST_BYTES: u64 = 64 << 20;
 
 /// A folder of images by key.
 #[derive(Clone, Debug)]
-pub(super) struct Cache {
+pub(super) struct ImageCache {
     folder: PathBuf,
 }
 
-/// What an image depends on.
+/// A hash of everything that an image depends on.
 #[derive(Default)]
-pub(super) struct Key(Xxh3);
+pub(super) struct ImageKey(Xxh3);
 
-impl Key {
-    /// Adds one part; parts are kept apart.
+impl ImageKey {
+    /// Adds one part. The hash depends on where one part ends and the next begins.
     pub(super) fn add(&mut self, part: &str) {
         self.0.update(&(part.len() as u64).to_le_bytes());
         self.0.update(part.as_bytes());
     }
 
+    /// The hash.
     pub(super) fn value(&self) -> u128 {
         self.0.digest128()
     }
 }
 
-impl Cache {
-    /// In `folder`.
+impl ImageCache {
+    /// A cache in `folder`.
     pub(super) fn new(folder: PathBuf) -> Self {
         Self { folder }
     }
 
-    /// Below the user's folder for caches (`STB_CACHE` if that is set); `None` if there is none.
+    /// The cache in `STB_CACHE`, or else in the user's cache folder; `None` if there is neither.
     pub(super) fn of_user() -> Option<Self> {
         let path = |name: &str| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         if let Some(folder) = path("STB_CACHE") {
@@ -61,7 +62,7 @@ impl Cache {
         self.folder.join(format!("{key:032x}.image"))
     }
 
-    /// The image of `key`, if there is a whole one.
+    /// The image of `key`, if the cache has a valid one.
     pub(super) fn get(&self, key: u128) -> Option<Vec<u8>> {
         let path = self.path(key);
         if fs::metadata(&path).ok()?.len() > MOST_BYTES {
@@ -72,7 +73,7 @@ impl Cache {
         (header == Self::header(key, image)).then(|| image.to_vec())
     }
 
-    /// Keeps the image of `key`. The file appears under its name when it is complete.
+    /// Stores the image of `key`. The file gets its name when it is complete.
     pub(super) fn put(&self, key: u128, image: &[u8]) -> std::io::Result<()> {
         fs::create_dir_all(&self.folder)?;
         let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
@@ -82,9 +83,9 @@ impl Cache {
         Ok(())
     }
 
-    /// Removes the image of `key`, because the driver does not take it.
+    /// Removes the image of `key`, which the driver rejected.
     pub(super) fn remove(&self, key: u128) {
-        // Where that fails, the next program compiles again too.
+        // If that fails, the next program compiles again too.
         let _ = fs::remove_file(self.path(key));
     }
 
@@ -109,7 +110,7 @@ mod tests {
     #[test]
     fn broken_files_count_as_absent() {
         let folder = tempfile::tempdir().unwrap();
-        let cache = Cache::new(folder.path().join("new"));
+        let cache = ImageCache::new(folder.path().join("new"));
         assert_eq!(cache.get(7), None);
         cache.put(7, b"image").unwrap();
         assert_eq!(cache.get(7).as_deref(), Some(&b"image"[..]));
@@ -134,7 +135,7 @@ mod tests {
     #[test]
     fn parts_of_a_key_are_kept_apart() {
         let key = |parts: &[&str]| {
-            let mut key = Key::default();
+            let mut key = ImageKey::default();
             parts.iter().for_each(|p| key.add(p));
             key.value()
         };

@@ -1,12 +1,12 @@
-// The cache of keys and values, shared by the kernels of attention: -DKV=KvF16 and so on.
+// The KV cache, shared by the attention kernels: -DKV=KvF16 and so on.
 //
-// The cache of a sequence is one piece of memory: for each layer keys, then values; [kv_heads][capacity] rows
-// of 8-element chunks; for KvQ8 then [kv_heads][capacity] scales; to a multiple of 16 bytes.
+// The cache of a sequence is one allocation. For each layer it holds the keys, then the values: [kv_heads][capacity]
+// rows of 8-element chunks, for KvQ8 followed by [kv_heads][capacity] scales, padded to a multiple of 16 bytes.
 #pragma once
 #include "common.cuh"
 
-// Where a token's sequence is and which of its tokens it is. Fields as `Slot` of attention.rs.
-struct Slot {
+// The cache of a token's sequence, and the position of the token. Fields as `KvSlot` of attention/kv_cache.rs.
+struct KvSlot {
     u8 *cache;
     u32 capacity, position;
 };
@@ -41,7 +41,7 @@ struct KvF16 {
         *reinterpret_cast<u16 *>(p) = f32_to_f16(saturated(v));
     }
 };
-// A scale per row; a row with a number that is not finite has the scale NaN.
+// One scale per row. A row with a number that is not finite has the scale NaN.
 struct KvQ8 {
     static constexpr u32 BYTES = 1;
     static constexpr bool SCALED = true;
@@ -59,12 +59,12 @@ struct KvQ8 {
 
 STB_DEVICE u32 row_bytes(u32 width) { return ceil_div(width, CHUNK) * CHUNK * KV::BYTES; }
 
-// Keys (or values, `which` 1) of a layer.
-struct Rows {
+// The keys of a head in a layer, or its values if `which` is 1.
+struct KvRows {
     u8 *rows;
     float *scales;
     u32 stride;
-    STB_DEVICE Rows(const Slot &slot, u32 kv_heads, u32 width, u32 layer, u32 which, u32 head)
+    STB_DEVICE KvRows(const KvSlot &slot, u32 kv_heads, u32 width, u32 layer, u32 which, u32 head)
         : stride(row_bytes(width)) {
         const u64 count = u64(kv_heads) * slot.capacity;
         const u64 bytes = (count * (stride + (KV::SCALED ? 4 : 0)) + 15) / 16 * 16;

@@ -1,5 +1,5 @@
-//! cuBLAS and cuSOLVER themselves, where they are installed. They are looked for where NVRTC is: cudarc's own
-//! bindings know only the loader's path, not the packages of Python.
+//! cuBLAS and cuSOLVER, loaded from the folders that NVRTC is loaded from: cudarc's bindings search only
+//! the loader's path, not Python's packages.
 
 use std::ffi::{CStr, c_int, c_void};
 use std::path::PathBuf;
@@ -7,17 +7,17 @@ use std::ptr::null_mut;
 
 use libloading::{Library as Loaded, Symbol};
 
-use super::super::device::{Buffer, Device};
-use super::super::nvrtc::folders;
-use super::super::{Error, Result};
-use super::{Columns, Number, Op};
+use super::column_major::{ColumnMajor, DataType, GemmCall, MatrixOp};
+use crate::cuda::device::{Buffer, Device};
+use crate::cuda::error::{Error, Result};
+use crate::cuda::library_paths::folders;
 
-type Handle = *mut c_void;
-type Create = unsafe extern "C" fn(*mut Handle) -> c_int;
-type Destroy = unsafe extern "C" fn(Handle) -> c_int;
-type SetStream = unsafe extern "C" fn(Handle, *mut c_void) -> c_int;
-type GemmEx = unsafe extern "C" fn(
-    Handle,
+type LibraryHandle = *mut c_void;
+type CreateFn = unsafe extern "C" fn(*mut LibraryHandle) -> c_int;
+type DestroyFn = unsafe extern "C" fn(LibraryHandle) -> c_int;
+type SetStreamFn = unsafe extern "C" fn(LibraryHandle, *mut c_void) -> c_int;
+type GemmExFn = unsafe extern "C" fn(
+    LibraryHandle,
     c_int,
     c_int,
     c_int,
@@ -37,8 +37,8 @@ type GemmEx = unsafe extern "C" fn(
     c_int,
     c_int,
 ) -> c_int;
-type Ssyrk = unsafe extern "C" fn(
-    Handle,
+type SsyrkFn = unsafe extern "C" fn(
+    LibraryHandle,
     c_int,
     c_int,
     c_int,
@@ -50,8 +50,8 @@ type Ssyrk = unsafe extern "C" fn(
     u64,
     c_int,
 ) -> c_int;
-type Dtrsm = unsafe extern "C" fn(
-    Handle,
+type DtrsmFn = unsafe extern "C" fn(
+    LibraryHandle,
     c_int,
     c_int,
     c_int,
@@ -64,8 +64,10 @@ type Dtrsm = unsafe extern "C" fn(
     u64,
     c_int,
 ) -> c_int;
-type DpotrfSize = unsafe extern "C" fn(Handle, c_int, c_int, u64, c_int, *mut c_int) -> c_int;
-type Dpotrf = unsafe extern "C" fn(Handle, c_int, c_int, u64, c_int, u64, c_int, u64) -> c_int;
+type DpotrfSizeFn =
+    unsafe extern "C" fn(LibraryHandle, c_int, c_int, u64, c_int, *mut c_int) -> c_int;
+type DpotrfFn =
+    unsafe extern "C" fn(LibraryHandle, c_int, c_int, u64, c_int, u64, c_int, u64) -> c_int;
 
 /// `CUBLAS_FILL_MODE_UPPER`.
 const UPPER: c_int = 1;
@@ -80,17 +82,17 @@ const DEFAULT: c_int = -1;
 
 /// A library with a handle for one device.
 #[derive(Debug)]
-struct Opened {
-    /// For the rest of the process: the library does not bear being unloaded while the device is in use.
+struct OpenLibrary {
+    /// Never unloaded: the library must not be unloaded while the device is in use.
     library: &'static Loaded,
-    handle: Handle,
+    handle: LibraryHandle,
     destroy: &'static CStr,
     name: &'static str,
     device: Device,
 }
 
-/// How a library is called and found.
-struct Names {
+/// The names of a library, its files and its functions.
+struct LibraryNames {
     name: &'static str,
     package: &'static str,
     files: &'static [&'static str],
@@ -99,7 +101,7 @@ struct Names {
     set_stream: &'static CStr,
 }
 
-const CUBLAS: Names = Names {
+const CUBLAS: LibraryNames = LibraryNames {
     name: "cuBLAS",
     package: "nvidia-cublas",
     files: &[
@@ -113,7 +115,7 @@ const CUBLAS: Names = Names {
     destroy: c"cublasDestroy_v2",
     set_stream: c"cublasSetStream_v2",
 };
-const CUSOLVER: Names = Names {
+const CUSOLVER: LibraryNames = LibraryNames {
     name: "cuSOLVER",
     package: "nvidia-cusolver",
     files: &[
@@ -128,9 +130,9 @@ const CUSOLVER: Names = Names {
     set_stream: c"cusolverDnSetStream",
 };
 
-impl Opened {
-    fn new(names: &Names, device: &Device) -> Result<Self> {
-        let Names { name, package, .. } = *names;
+impl OpenLibrary {
+    fn new(names: &LibraryNames, device: &Device) -> Result<Self> {
+        let LibraryNames { name, package, .. } = *names;
         let missing = |what: &str| Error::Library { why: format!("{name}: {what}") };
         let stream = device.raw_stream()?;
         let mut trouble = None;
@@ -141,7 +143,7 @@ impl Opened {
                 Ok(library) => {
                     Self::start(library, names, device, stream).map_err(|e| e.to_string())
                 }
-                // A name that the loader does not know is no news.
+                // The loader does not have to know the name.
                 Err(_) if !path.is_absolute() => continue,
                 Err(e) => Err(e.to_string()),
             };
@@ -156,7 +158,12 @@ impl Opened {
         })
     }
 
-    fn start(library: Loaded, names: &Names, device: &Device, stream: *mut c_void) -> Result<Self> {
+    fn start(
+        library: Loaded,
+        names: &LibraryNames,
+        device: &Device,
+        stream: *mut c_void,
+    ) -> Result<Self> {
         let name = names.name;
         let missing = |what: &str| Error::Library { why: format!("{name}: {what}") };
         let library = Box::leak(Box::new(library));
@@ -164,13 +171,13 @@ impl Opened {
         let mut opened = Self { library, handle: null_mut(), destroy: names.destroy, name, device };
         let mut handle = null_mut();
         // SAFETY: the signature is that of the library's header; the context of the device is bound.
-        let code = unsafe { opened.symbol::<Create>(names.create)?(&raw mut handle) };
+        let code = unsafe { opened.symbol::<CreateFn>(names.create)?(&raw mut handle) };
         if code != 0 {
             return Err(missing(&format!("error {code} at the start")));
         }
         opened.handle = handle;
-        // SAFETY: as above; the stream lives as long as the device, which whoever calls this keeps.
-        let code = unsafe { opened.symbol::<SetStream>(names.set_stream)?(handle, stream) };
+        // SAFETY: as above. The stream lives as long as the device, which this library keeps.
+        let code = unsafe { opened.symbol::<SetStreamFn>(names.set_stream)?(handle, stream) };
         match code {
             0 => Ok(opened),
             _ => Err(missing(&format!("error {code} with the stream"))),
@@ -191,11 +198,11 @@ impl Opened {
     }
 }
 
-impl Drop for Opened {
+impl Drop for OpenLibrary {
     fn drop(&mut self) {
         if !self.handle.is_null()
             && self.device.raw_stream().is_ok()
-            && let Ok(destroy) = self.symbol::<Destroy>(self.destroy)
+            && let Ok(destroy) = self.symbol::<DestroyFn>(self.destroy)
         {
             // SAFETY: the handle is of this library and is not used again.
             unsafe { destroy(self.handle) };
@@ -203,68 +210,65 @@ impl Drop for Opened {
     }
 }
 
-/// cuSOLVER with the memory it works in.
+/// cuSOLVER with its work space.
 #[derive(Debug)]
-struct Solver {
-    opened: Opened,
+struct Cusolver {
+    opened: OpenLibrary,
     work: Buffer<f64>,
     info: Buffer<i32>,
 }
 
-/// Both libraries for one device; cuSOLVER from the first time it is needed.
+/// Both libraries for one device. cuSOLVER is loaded when it is needed first.
 #[derive(Debug)]
-pub(super) struct Library {
-    cublas: Opened,
-    cusolver: Option<Solver>,
+pub(super) struct CudaLibraries {
+    cublas: OpenLibrary,
+    cusolver: Option<Cusolver>,
 }
 
-// SAFETY: the libraries' handles may be used from any thread that has bound the context, one at a time: every
-// call binds it (`raw_stream`), and what could run at once takes `&mut self` or is behind the owner's lock.
-unsafe impl Send for Library {}
+// SAFETY: one thread at a time may use the libraries' handles, if it has bound the context. Every call binds
+// it (`raw_stream`), and callers that could run at once take `&mut self` or hold the owner's lock.
+unsafe impl Send for CudaLibraries {}
 
-impl Library {
+impl CudaLibraries {
     pub(super) fn new(device: &Device) -> Result<Self> {
-        Ok(Self { cublas: Opened::new(&CUBLAS, device)?, cusolver: None })
+        Ok(Self { cublas: OpenLibrary::new(&CUBLAS, device)?, cusolver: None })
     }
 
+    /// The product that `call` describes, with A, B and C of type `data` and sums in f32.
+    ///
     /// # Safety
     /// The matrices lie in live memory of `device`, which is this library's.
     pub(super) unsafe fn gemm(
         &self,
         device: &Device,
-        number: Number,
-        [op_a, op_b]: [Op; 2],
-        [m, n, k]: [i32; 3],
-        alpha: f32,
-        a: Columns,
-        b: Columns,
-        beta: f32,
-        c: Columns,
+        data: DataType,
+        call: &GemmCall,
     ) -> Result<()> {
-        let gemm: Symbol<'_, GemmEx> = self.cublas.symbol(c"cublasGemmEx")?;
+        let gemm: Symbol<'_, GemmExFn> = self.cublas.symbol(c"cublasGemmEx")?;
         device.raw_stream()?;
         let scalar = |v: &f32| std::ptr::from_ref(v).cast::<c_void>();
-        let number = number as c_int;
-        // SAFETY: the signature is that of cublas_api.h; the matrices are the caller's promise; scalars are on
-        // the host, the default, and read before the call returns.
+        let GemmCall { m, n, k, a, b, c, .. } = *call;
+        let data = data as c_int;
+        // SAFETY: the signature is that of cublas_api.h. The caller guarantees the matrices. Scalars are
+        // on the host, which is the default, and read before the call returns.
         let code = unsafe {
             gemm(
                 self.cublas.handle,
-                op_a as c_int,
-                op_b as c_int,
+                a.op as c_int,
+                b.op as c_int,
                 m,
                 n,
                 k,
-                scalar(&alpha),
-                a.address,
-                number,
-                a.stride,
-                b.address,
-                number,
-                b.stride,
-                scalar(&beta),
+                scalar(&call.alpha),
+                a.matrix.address,
+                data,
+                a.matrix.stride,
+                b.matrix.address,
+                data,
+                b.matrix.stride,
+                scalar(&call.beta),
                 c.address,
-                number,
+                data,
                 c.stride,
                 COMPUTE_F32,
                 DEFAULT,
@@ -276,16 +280,16 @@ impl Library {
     /// The upper triangle of C [n, n] += A · Aᵀ, A [n, k], f32.
     ///
     /// # Safety
-    /// As for [`Library::gemm`].
+    /// As for [`CudaLibraries::gemm`].
     pub(super) unsafe fn syrk(
         &self,
         device: &Device,
         n: i32,
         k: i32,
-        a: Columns,
-        c: Columns,
+        a: ColumnMajor,
+        c: ColumnMajor,
     ) -> Result<()> {
-        let syrk: Symbol<'_, Ssyrk> = self.cublas.symbol(c"cublasSsyrk_v2")?;
+        let syrk: Symbol<'_, SsyrkFn> = self.cublas.symbol(c"cublasSsyrk_v2")?;
         device.raw_stream()?;
         let one = 1.0f32;
         // SAFETY: as above.
@@ -293,7 +297,7 @@ impl Library {
             syrk(
                 self.cublas.handle,
                 UPPER,
-                Op::None as c_int,
+                MatrixOp::None as c_int,
                 n,
                 k,
                 &raw const one,
@@ -304,21 +308,21 @@ impl Library {
                 c.stride,
             )
         };
-        self.cublas.check("sum second moments", code)
+        self.cublas.check("sum the Hessian", code)
     }
 
     /// B [n, n] = B · A⁻¹ with A [n, n] upper triangular, f64.
     ///
     /// # Safety
-    /// As for [`Library::gemm`].
+    /// As for [`CudaLibraries::gemm`].
     pub(super) unsafe fn trsm(
         &self,
         device: &Device,
         n: i32,
-        a: Columns,
-        b: Columns,
+        a: ColumnMajor,
+        b: ColumnMajor,
     ) -> Result<()> {
-        let trsm: Symbol<'_, Dtrsm> = self.cublas.symbol(c"cublasDtrsm_v2")?;
+        let trsm: Symbol<'_, DtrsmFn> = self.cublas.symbol(c"cublasDtrsm_v2")?;
         device.raw_stream()?;
         let one = 1.0f64;
         // SAFETY: as above.
@@ -327,7 +331,7 @@ impl Library {
                 self.cublas.handle,
                 RIGHT,
                 UPPER,
-                Op::None as c_int,
+                MatrixOp::None as c_int,
                 NON_UNIT,
                 n,
                 n,
@@ -341,15 +345,15 @@ impl Library {
         self.cublas.check("invert a triangle", code)
     }
 
-    /// The upper triangle of A [n, n] becomes that of U with Uᵀ U = A, f64. What LAPACK calls info.
+    /// Replaces the upper triangle of A [n, n] by that of U with Uᵀ U = A, f64. Returns the `info` of LAPACK.
     ///
     /// # Safety
-    /// As for [`Library::gemm`].
-    pub(super) unsafe fn potrf(&mut self, device: &Device, n: i32, a: Columns) -> Result<i32> {
+    /// As for [`CudaLibraries::gemm`].
+    pub(super) unsafe fn potrf(&mut self, device: &Device, n: i32, a: ColumnMajor) -> Result<i32> {
         let solver = match self.cusolver.take() {
             Some(solver) => solver,
-            None => Solver {
-                opened: Opened::new(&CUSOLVER, device)?,
+            None => Cusolver {
+                opened: OpenLibrary::new(&CUSOLVER, device)?,
                 work: device.zeros("a factorization", 0)?,
                 info: device.zeros("a factorization", 1)?,
             },
@@ -358,18 +362,19 @@ impl Library {
         device.raw_stream()?;
         let handle = solver.opened.handle;
         let mut work = 0;
-        let size: Symbol<'_, DpotrfSize> = solver.opened.symbol(c"cusolverDnDpotrf_bufferSize")?;
-        // SAFETY: the signature is that of cusolverDn.h; nothing of the matrix is read.
+        let size: Symbol<'_, DpotrfSizeFn> =
+            solver.opened.symbol(c"cusolverDnDpotrf_bufferSize")?;
+        // SAFETY: the signature is that of cusolverDn.h. The matrix is not read.
         let code = unsafe { size(handle, UPPER, n, a.address, a.stride, &raw mut work) };
         solver.opened.check("plan a factorization", code)?;
         let needed = usize::try_from(work).unwrap_or(0);
         if needed > solver.work.len() {
             solver.work = device.zeros("a factorization", needed)?;
         }
-        let potrf: Symbol<'_, Dpotrf> = solver.opened.symbol(c"cusolverDnDpotrf")?;
+        let potrf: Symbol<'_, DpotrfFn> = solver.opened.symbol(c"cusolverDnDpotrf")?;
         let (space, info) = (solver.work.address(), solver.info.address());
-        // SAFETY: the signature is that of cusolverDn.h; the matrix is the caller's promise; the work space is as
-        // large as was asked for, and there is room for one integer.
+        // SAFETY: the signature is that of cusolverDn.h. The caller guarantees the matrix, the work space is
+        // as large as the library asked for, and there is room for one integer.
         let code = unsafe { potrf(handle, UPPER, n, a.address, a.stride, space, work, info) };
         solver.opened.check("factorize", code)?;
         let mut found = [0];
@@ -378,6 +383,7 @@ impl Library {
     }
 }
 
+/// Names and paths to try, in order.
 fn candidates(names: &[&str]) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = names.iter().map(PathBuf::from).collect();
     for folder in folders() {

@@ -1,49 +1,50 @@
-// Attention of many tokens of one sequence, the next ones after those in the cache: -DKV=KvF16 or KvQ8.
+// Attention of many consecutive tokens of one sequence (prefill), in the manner of FlashAttention-2: -DKV=KvF16 or KvQ8.
+// The cache already holds their keys and values.
 //
-// The queries of one key head are the rows of a matrix, [token][head of the group]: heads that share keys share
-// their tiles, and a tile of rows has few tokens, so that little of the causal border is computed in vain. A
-// block has ROWS rows, a warp 16, and goes through the keys that its last token sees, KEYS at a time: scores
-// S = Q · Kᵀ, weights P = 2^(S − M) with M the largest score of the row so far, sums O = O · 2^(M before − M) + P · V.
-// Both products are mma.m16n8k16 of f16 with sums in f32; S in registers becomes P, operand A of the
-// second product, without shared memory. Scores, M and the sum of weights are f32.
+// The queries of one key-value head are the rows of a matrix, [token][query head of the group]. Heads that share keys
+// share their tiles, and a tile of rows has few tokens, so that little is computed beyond the causal border. A block has
+// ROWS rows, a warp 16 of them. The block loops over the keys that its last token attends to, KEYS at a time: scores
+// S = Q · Kᵀ, weights P = 2^(S − M) with M the largest score of the row so far, sums O = O · 2^(old M − M) + P · V. Both
+// products are mma.m16n8k16 of f16 with sums in f32. S in registers becomes P, operand A of the second product, without
+// shared memory. Scores, M and the sum of weights are f32.
 //
-// Queries become f16 by a power of two per row, which returns with the scale of the scores: no query is
-// too large or too small for f16. A row with a number that is not finite is NaN as a whole. Weights are
-// at most 1. 8-bit keys are whole numbers in f16, exactly, and their scales go to the scores; 8-bit values
-// become f16 with their scales, and saturate as in a cache of f16.
+// Queries become f16 times a power of two per row, which is multiplied back into the scores, so no query is too large or
+// too small for f16. A row with a number that is not finite becomes NaN as a whole. Weights are at most 1. 8-bit keys are
+// integers that f16 holds exactly, and their scales are applied to the scores. 8-bit values become f16 with their scales,
+// and saturate as in a cache of f16.
 //
-// A NaN in the cache makes those results NaN whose token sees it, and no others: a weight of 0 times NaN
-// would be NaN, so tiles on the causal border are searched for it.
+// A NaN in the cache makes the results of the tokens that attend to it NaN, and no others. A weight of 0 times NaN would
+// be NaN, so tiles on the causal border are searched for NaN.
 //
-// Shared memory: three stages in turn, keys and values of a tile one each, so that one part is multiplied
-// while two are on their way. 16-byte pieces of a row lie at places that differ from row to row, so that
-// the eight rows of a matrix for `ldmatrix` touch all banks. 8-bit parts are copied as they are, and expanded to f16
-// into one tile between two barriers.
+// Shared memory: three stages in turn. The keys of a tile are one stage and its values another, so that one is multiplied
+// while two are being copied. The order of the 16-byte pieces differs from row to row, so that the eight rows of a matrix
+// for `ldmatrix` touch all banks. 8-bit keys and values are copied as they are, and expanded to f16 into one tile between
+// two barriers.
 //
-// Budget for a warp, width 128, 64 keys, on an A100: 128 mma of 8 cycles of a scheduler (2048 products at 256
-// per cycle) are 1024 cycles. Beside them, on other units: 32 exponentials of 8 cycles, 256; about 210 operations for
-// maxima, differences, sums, conversions and to scale O, of 2 cycles, 420; 64 ldmatrix of 512 bytes each.
-// A multiprocessor reads 128 bytes of shared memory a cycle: 32 KiB for each of 4 warps are 1024 cycles, as much as
-// the products. An H100 doubles the products and not this: shared memory then allows at most half of the
-// dense peak, about 80 % of what mma.sync reaches there. L2 sees a tile of keys and values (32 KiB) per block for
-// 2.1 million operations: 64 a byte, 350 TFLOP/s at 5.5 TB/s. Blocks of 128 rows, two m16 to a warp, would halve
-// both for 64 more registers, but a prompt of 512 tokens of 32 heads is then 128 blocks of 4 warps, less than one
-// for each multiprocessor of an H100: to be decided on a GPU.
-#include "attention.cuh"
+// Budget for a warp with width 128 and 64 keys on an A100: 128 mma of 8 cycles of a scheduler (2048 products at 256 per
+// cycle) take 1024 cycles. Other units work beside them: 32 exponentials of 8 cycles, 256; about 210 operations of 2
+// cycles for maxima, differences, sums, conversions and scaling O, 420; 64 ldmatrix of 512 bytes each. A multiprocessor
+// reads 128 bytes of shared memory per cycle, so 32 KiB for each of 4 warps take 1024 cycles, as many as the products. An
+// H100 doubles the rate of the products only: shared memory then allows at most half of the dense peak, about 80 % of
+// what mma.sync reaches there. L2 delivers a tile of keys and values (32 KiB) per block for 2.1 million operations: 64
+// per byte, 350 TFLOP/s at 5.5 TB/s. Blocks of 128 rows, two m16 per warp, would halve both for 64 more registers, but a
+// prompt of 512 tokens with 32 heads is then 128 blocks of 4 warps, fewer than one per multiprocessor of an H100. This
+// has to be decided on a GPU.
+#include "kv_cache.cuh"
 
-// Fields as `ManyParams` of attention.rs.
-struct Many {
+// Fields as `AttentionPrefillParams` of attention/shape.rs.
+struct AttentionPrefillParams {
     // [tokens][heads · width].
     const float *q;
     float *out;
-    // Of the first token; the others follow it.
-    const Slot *slots;
+    // The slot of the first token. The other tokens follow it.
+    const KvSlot *slots;
     u32 heads, kv_heads, width, layer;
     u32 tokens;
     float scale;
 };
 
-constexpr u32 BLOCK_WARPS = 4, BLOCK = BLOCK_WARPS * WARP;
+constexpr u32 BLOCK_WARPS = 4, BLOCK_THREADS = BLOCK_WARPS * WARP;
 // Rows of a block.
 constexpr u32 ROWS = 16 * BLOCK_WARPS;
 constexpr u32 STAGES = 3;
@@ -54,7 +55,7 @@ STB_DEVICE float infinity() { return __uint_as_float(0x7f800000); }
 // The top bit of each f16 of a pair that is NaN.
 STB_DEVICE u32 nan_bits(u32 pair) { return ((pair & 0x7fff7fff) + 0x03ff03ff) & 0x80008000; }
 
-// Heads of up to WIDTH elements; what is missing is zero.
+// For heads of up to WIDTH elements; missing elements are zero.
 template <u32 WIDTH, u32 KEYS> struct Kernel {
     static constexpr u32 PIECES = WIDTH / CHUNK, STEPS = WIDTH / 16;
     // Bytes of a tile in f16, and of a stage.
@@ -62,26 +63,26 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     static constexpr u32 STAGE = KV::SCALED ? KEYS * (WIDTH + 4) : TILE;
     static constexpr u32 EXPANDED = STAGES * STAGE;
     static constexpr u32 QUERIES = EXPANDED + (KV::SCALED ? TILE : 0);
-    // Wide heads leave no registers for queries: their fragments lie in shared memory, each lane's own.
+    // The queries of wide heads do not fit registers. Their fragments are in shared memory, separately for each lane.
     static constexpr bool KEEPS = WIDTH <= 128;
 
-    const Many &a;
+    const AttentionPrefillParams &a;
     u8 *shared;
-    Slot slot;
+    KvSlot slot;
     u32 head, group, first_row, rows;
-    // Keys that the block sees, and those that all its rows see.
+    // The keys that some row of the block attends to, and those that all its rows attend to.
     u32 visible, common;
     u32 warp, lane;
-    // For a lane's two rows: the last key that they see; what scores are multiplied by; the largest
-    // score so far; this lane's part of the sum of weights.
+    // For each of a lane's two rows: the last key that it attends to, the factor of its scores, the largest score so
+    // far, and this lane's part of the sum of weights.
     u32 last[2];
     float factor[2], most[2], total[2];
     u32 q[KEEPS ? STEPS : 1][4];
     float out[2 * STEPS][4];
 
-    STB_DEVICE Kernel(const Many &a, u8 *shared) : a(a), shared(shared), slot(a.slots[0]) {
+    STB_DEVICE Kernel(const AttentionPrefillParams &a, u8 *shared) : a(a), shared(shared), slot(a.slots[0]) {
         group = a.heads / a.kv_heads, rows = a.tokens * group;
-        // The blocks with most keys come first, so that none of them is alone in the end.
+        // The blocks with the most keys come first, so that the grid does not end with a long block.
         first_row = (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y;
         visible = slot.position + (least(first_row + ROWS, rows) - 1) / group + 1;
         common = slot.position + first_row / group + 1;
@@ -98,14 +99,14 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
                 out[n][k] = 0.0f;
     }
 
-    // A lane's rows: of the fragments, lane / 4 and 8 after it.
+    // The lane's rows: row lane / 4 of the fragments and the one 8 after it.
     STB_DEVICE u32 row(u32 i) const { return first_row + warp * 16 + lane / 4 + 8 * i; }
-    // Where they begin in queries and results.
+    // The index of the first element of such a row in queries and results.
     STB_DEVICE u64 at(u32 i) const {
         const u32 token = row(i) / group, of_group = row(i) % group;
         return (u64(token) * a.heads + head * group + of_group) * a.width;
     }
-    // Bytes from the start of a tile to a piece of eight elements.
+    // Bytes from the start of a tile to a piece of eight elements of a key.
     static STB_DEVICE u32 place(u32 key, u32 piece) {
         const u32 by = PIECES % 8 == 0 ? key % 8 : key / 2 % 4;
         return (key * PIECES + (piece ^ by)) * 16;
@@ -127,7 +128,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
                 }
             largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 2));
-            // Within 2^±126 and not subnormal: the largest becomes less than 4.
+            // The power of two is within 2^±126 and not subnormal. The largest magnitude becomes less than 4.
             u32 exponent = __float_as_uint(largest) >> 23;
             exponent = exponent < 27 ? 27 : exponent > 253 ? 253 : exponent;
             inverse[i] = __uint_as_float((254 - exponent) << 23);
@@ -159,13 +160,13 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
         return reinterpret_cast<uint4 *>(shared + QUERIES) + warp * STEPS * WARP + lane;
     }
 
-    // Starts to copy the keys or values of a tile; those that do not exist are zero.
-    STB_DEVICE void load(u32 part, const Rows &from, u32 first) const {
+    // Starts to copy the keys or values of a tile. Those that do not exist become zero.
+    STB_DEVICE void load(u32 part, const KvRows &from, u32 first) const {
         u8 *to = stage(part);
         const u32 chunks = ceil_div(a.width, CHUNK);
 #pragma unroll
-        for (u32 n = 0; n < KEYS * PIECES / BLOCK; ++n) {
-            const u32 i = n * BLOCK + threadIdx.x, key = i / PIECES, piece = i % PIECES;
+        for (u32 n = 0; n < KEYS * PIECES / BLOCK_THREADS; ++n) {
+            const u32 i = n * BLOCK_THREADS + threadIdx.x, key = i / PIECES, piece = i % PIECES;
             const bool there = first + key < visible && piece < chunks;
             const u8 *chunk = there ? from.chunk(first + key, piece) : from.rows;
             if constexpr (KV::SCALED)
@@ -186,10 +187,10 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
         return reinterpret_cast<const float *>(stage(part) + KEYS * WIDTH);
     }
 
-    // Waits for a part, starts to copy the one of its kind after it, and returns it in f16.
-    template <bool VALUES> STB_DEVICE u8 *next(u32 part, const Rows &from, u32 tile) const {
+    // Waits for the keys or values of a tile, starts to copy those of the next tile, and returns the tile in f16.
+    template <bool VALUES> STB_DEVICE u8 *next(u32 part, const KvRows &from, u32 tile) const {
         copy_wait<1>();
-        // All have what was copied, and nobody reads the stage that is loaded next.
+        // After this, all threads see the copied stage, and no thread reads the stage that is loaded next.
         __syncthreads();
         if ((tile + 1) * KEYS < visible)
             load(part + 2, from, (tile + 1) * KEYS);
@@ -199,8 +200,8 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
         u8 *to = shared + EXPANDED;
         const u8 *raw = stage(part);
 #pragma unroll
-        for (u32 n = 0; n < KEYS * PIECES / BLOCK; ++n) {
-            const u32 i = n * BLOCK + threadIdx.x, key = i / PIECES, piece = i % PIECES;
+        for (u32 n = 0; n < KEYS * PIECES / BLOCK_THREADS; ++n) {
+            const u32 i = n * BLOCK_THREADS + threadIdx.x, key = i / PIECES, piece = i % PIECES;
             u32 x[4];
             if constexpr (VALUES) {
                 float v[CHUNK];
@@ -210,7 +211,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
                 for (u32 k = 0; k < 4; ++k)
                     x[k] = f16x2(KvF16::saturated(v[2 * k] * scale), KvF16::saturated(v[2 * k + 1] * scale));
             } else {
-                // 1024 + code + 128, exactly.
+                // The f16 1024 + code + 128, which is exact.
                 const uint2 codes = *reinterpret_cast<const uint2 *>(raw + i * 8);
 #pragma unroll
                 for (u32 k = 0; k < 4; ++k) {
@@ -224,7 +225,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
         return to;
     }
 
-    // s = Q · Kᵀ of a warp's rows and a tile of keys, of those that exist.
+    // s = Q · Kᵀ for a warp's rows and a tile of keys. Scores of keys that a row does not attend to are −∞.
     STB_DEVICE void scores(float (&s)[KEYS / 8][4], const u8 *keys, u32 part, u32 first) const {
 #pragma unroll
         for (u32 n = 0; n < KEYS / 8; ++n)
@@ -272,7 +273,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
                     s[n][i] = -infinity();
     }
 
-    // Scores become weights; sums so far are scaled to the new largest score.
+    // Converts scores to weights, and scales the sums so far to the new largest score.
     STB_DEVICE void weigh(float (&s)[KEYS / 8][4]) {
 #pragma unroll
         for (u32 r = 0; r < 2; ++r) {
@@ -283,7 +284,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
             largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 2));
             largest = fmaxf(most[r], largest);
-            // Where all scores are NaN or −∞ there is no largest: NaN stays NaN, and −∞ a weight of 0.
+            // If all scores are NaN or −∞ there is no largest. NaN stays NaN, and −∞ becomes a weight of 0.
             const float from = largest == -infinity() ? 0.0f : largest;
             const float share = exp2_approx((most[r] - from) * factor[r]);
             most[r] = largest;
@@ -292,8 +293,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
             for (u32 n = 0; n < KEYS / 8; ++n)
 #pragma unroll
                 for (u32 i = 2 * r; i < 2 * r + 2; ++i) {
-                    // Not s · factor − from · factor in one instruction: large scores would not be 0 there at the
-                    // largest.
+                    // A fused s · factor − from · factor would not be 0 for a large largest score.
                     s[n][i] = exp2_approx((s[n][i] - from) * factor[r]);
                     total[r] += s[n][i];
                 }
@@ -322,11 +322,11 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
         }
     }
 
-    // Values that are NaN make the sums NaN whose rows see them, and become zero for those that do not. All
-    // threads call it; values are complete before and after.
+    // Makes the sums of rows NaN that attend to a value that is NaN, and replaces such values by zero for the other
+    // rows. All threads call it. All values are visible to all threads before and after.
     STB_DEVICE void poison(u8 *values, u32 first) {
         bool found = false;
-        for (u32 i = threadIdx.x; i < TILE / 4; i += BLOCK)
+        for (u32 i = threadIdx.x; i < TILE / 4; i += BLOCK_THREADS)
             found |= nan_bits(reinterpret_cast<const u32 *>(values)[i]) != 0;
         if (!__syncthreads_or(found))
             return;
@@ -342,7 +342,7 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
                         out[n][i] = __uint_as_float(0x7fc00000);
             }
         __syncthreads();
-        for (u32 i = threadIdx.x; i < TILE / 4; i += BLOCK) {
+        for (u32 i = threadIdx.x; i < TILE / 4; i += BLOCK_THREADS) {
             u32 &pair = reinterpret_cast<u32 *>(values)[i];
             pair &= ~((nan_bits(pair) >> 15) * 0xffff);
         }
@@ -369,8 +369,8 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     }
 
     STB_DEVICE void run() {
-        const Rows keys(slot, a.kv_heads, a.width, a.layer, 0, head);
-        const Rows values(slot, a.kv_heads, a.width, a.layer, 1, head);
+        const KvRows keys(slot, a.kv_heads, a.width, a.layer, 0, head);
+        const KvRows values(slot, a.kv_heads, a.width, a.layer, 1, head);
         load(0, keys, 0);
         copy_commit();
         load(1, values, 0);
@@ -391,14 +391,15 @@ template <u32 WIDTH, u32 KEYS> struct Kernel {
     }
 };
 
-#define STB_ATTEND(name, width, keys)                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK) name(const __grid_constant__ Many a) {     \
-        STB_DYNAMIC_SHARED(shared);                                                                \
-        Kernel<width, keys> kernel(a, shared);                                                     \
-        kernel.run();                                                                              \
+#define STB_ATTENTION_PREFILL(name, width, keys)                                                                \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                                \
+        name(const __grid_constant__ AttentionPrefillParams a) {                                               \
+        STB_DYNAMIC_SHARED(shared);                                                                            \
+        Kernel<width, keys> kernel(a, shared);                                                                 \
+        kernel.run();                                                                                          \
     }
-// Widths up to 64, 96, 128 and 256; keys of a tile as `Wide` of attention.rs.
-STB_ATTEND(attend_many_64, 64, 64)
-STB_ATTEND(attend_many_96, 96, 64)
-STB_ATTEND(attend_many_128, 128, 64)
-STB_ATTEND(attend_many_256, 256, 32)
+// Widths up to 64, 96, 128 and 256; keys of a tile as `PREFILL` of attention/shape.rs.
+STB_ATTENTION_PREFILL(attention_prefill_64, 64, 64)
+STB_ATTENTION_PREFILL(attention_prefill_96, 96, 64)
+STB_ATTENTION_PREFILL(attention_prefill_128, 128, 64)
+STB_ATTENTION_PREFILL(attention_prefill_256, 256, 32)

@@ -3,7 +3,7 @@
 mod common;
 
 use common::machine::device_in_orders;
-use stb_kernels::cuda::{Candidates, Wanted};
+use stb_kernels::cuda::{TopK, TopKRequest};
 
 /// Few different numbers, so that many are equal; some special ones.
 fn logits(n: usize, seed: u32) -> Vec<f32> {
@@ -21,9 +21,9 @@ fn logits(n: usize, seed: u32) -> Vec<f32> {
 }
 
 #[test]
-fn candidates_are_the_first_of_all() {
+fn top_k_are_the_first_of_all() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let mut candidates = Candidates::new(&device).unwrap();
+    let mut top_k = TopK::new(&device).unwrap();
     for (i, (n, count)) in
         [(1, 5), (40, 40), (1000, 1), (1024, 128), (1025, 40), (5000, 64), (70_000, 128)]
             .into_iter()
@@ -57,8 +57,9 @@ fn candidates_are_the_first_of_all() {
             expected.sort_by(order);
             expected.truncate(count);
             let on = device.upload("logits", &all).unwrap();
-            let wanted = Wanted { count, greedy, penalty, penalized: &penalized, banned: &banned };
-            let found = candidates.find(&on, n, &wanted).unwrap();
+            let request =
+                TopKRequest { count, greedy, penalty, penalized: &penalized, banned: &banned };
+            let found = top_k.find(&on, n, &request).unwrap();
             assert_eq!(found.len(), expected.len(), "{n} {count}");
             for (place, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 assert_eq!(found.0, expected.0, "{n} {count} {greedy}: place {place}");
@@ -74,7 +75,7 @@ fn candidates_are_the_first_of_all() {
 #[test]
 fn the_best_is_the_first_of_equals() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let mut candidates = Candidates::new(&device).unwrap();
+    let mut top_k = TopK::new(&device).unwrap();
     for cols in [1, 700, 256] {
         let mut x = logits(cols, 9);
         x.iter_mut().for_each(|v| *v = if v.abs() <= 4.0 { *v } else { 0.5 });
@@ -87,9 +88,10 @@ fn the_best_is_the_first_of_equals() {
         for (i, v) in x.iter().enumerate() {
             best = if *v > x[best] { i } else { best };
         }
-        let wanted = Wanted { count: 1, greedy: true, penalty: 1.0, penalized: &[], banned: &[] };
+        let request =
+            TopKRequest { count: 1, greedy: true, penalty: 1.0, penalized: &[], banned: &[] };
         let on = device.upload("logits", &x).unwrap();
-        let found = candidates.find(&on, cols, &wanted).unwrap();
+        let found = top_k.find(&on, cols, &request).unwrap();
         assert_eq!(found[0].0 as usize, best);
     }
 }

@@ -1,12 +1,12 @@
-//! Second moments, their factors and products of dense matrices as conversion asks for them, on a device that
+//! Hessians, their factors and products of dense matrices as conversion asks for them, on a device that
 //! is the emulator, with libraries that follow the definitions of BLAS and LAPACK.
 
 mod common;
 
 use common::machine::device_in_orders;
-use stb_kernels::cuda::{Dense, Operand};
+use stb_kernels::cuda::{GemmSize, LinearAlgebra, MatrixSize, Operand, OperandMut};
 
-/// Numbers from −1 to 1 without a pattern.
+/// ActivationPrecision from −1 to 1 without a pattern.
 fn numbers(n: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(747_796_405) + 1;
     let mut next = || {
@@ -27,7 +27,7 @@ fn close(found: f32, expected: f64, what: &str) {
 #[test]
 fn products_of_parts_of_matrices() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let dense = Dense::new(&device).unwrap();
+    let dense = LinearAlgebra::new(&device).unwrap();
     let (m, n, k) = (5, 7, 3);
     for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
         let (first, pad) = (11, 4);
@@ -44,10 +44,8 @@ fn products_of_parts_of_matrices() {
         };
         let (left, right) =
             (operand(&on_a, a_cols, transpose_a), operand(&on_b, b_cols, transpose_b));
-        dense
-            .blas()
-            .multiply([m, n, k], -2.0, left, right, 1.0, &mut on_c, (first, n + pad))
-            .unwrap();
+        let to = OperandMut::new(&mut on_c, first, n + pad);
+        dense.blas().multiply(GemmSize { m, n, k }, -2.0, left, right, 1.0, to).unwrap();
         let mut c = vec![0.0; before.len()];
         on_c.read(&mut c).unwrap();
         let a = |i: usize, j: usize| f64::from(a[first + i * (a_cols + pad) + j]);
@@ -70,9 +68,9 @@ fn products_of_parts_of_matrices() {
 }
 
 #[test]
-fn moments_and_their_factors() {
+fn hessians_and_their_factors() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let mut dense = Dense::new(&device).unwrap();
+    let mut dense = LinearAlgebra::new(&device).unwrap();
     let (n, tokens) = (37, 90);
     let x = numbers(n * tokens, 4);
     let mut h = device.zeros("h", n * n).unwrap();
@@ -81,14 +79,14 @@ fn moments_and_their_factors() {
         let part_on = device.upload("x", part).unwrap();
         dense.blas().add_gram(&part_on, part.len() / n, n, &mut h).unwrap();
     }
-    dense.finish(&mut h, n, 0.5).unwrap();
+    dense.finish_hessian(&mut h, n, 0.5).unwrap();
     let mut matrix = vec![0.0; n * n];
     h.read(&mut matrix).unwrap();
     for i in 0..n {
         for j in 0..n {
             let sum: f64 =
                 (0..tokens).map(|t| f64::from(x[t * n + i]) * f64::from(x[t * n + j])).sum();
-            close(matrix[i * n + j], 0.5 * sum, "moments");
+            close(matrix[i * n + j], 0.5 * sum, "Hessian");
         }
     }
     let factors = dense.factor(&matrix, n).unwrap().unwrap();
@@ -109,7 +107,7 @@ fn moments_and_their_factors() {
 #[test]
 fn parts_are_copied_and_subtracted() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let dense = Dense::new(&device).unwrap();
+    let dense = LinearAlgebra::new(&device).unwrap();
     let (rows, cols, stride) = (6, 5, 9);
     let (from, minus) = (numbers(rows * stride, 5), numbers(rows * stride, 6));
     let (on_from, on_minus) =
@@ -117,7 +115,9 @@ fn parts_are_copied_and_subtracted() {
     for subtract in [false, true] {
         let mut to = device.upload("to", &vec![7.0f32; 4 + rows * 6]).unwrap();
         let minus_on = subtract.then_some(&on_minus);
-        dense.copy_part([rows, cols], &on_from, minus_on, (3, stride), &mut to, (4, 6)).unwrap();
+        let part = Operand::new(&on_from, 3, stride);
+        let out = OperandMut::new(&mut to, 4, 6);
+        dense.copy_submatrix(MatrixSize { rows, cols }, part, minus_on, out).unwrap();
         let mut out = vec![0.0; to.len()];
         to.read(&mut out).unwrap();
         for (i, found) in out.iter().enumerate() {
@@ -134,13 +134,14 @@ fn parts_are_copied_and_subtracted() {
 #[test]
 fn sums_of_products_by_blocks_of_columns() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };
-    let dense = Dense::new(&device).unwrap();
+    let dense = LinearAlgebra::new(&device).unwrap();
     for (rows, cols, span) in [(5, 130, 64), (3, 40, 100), (9, 7, 1)] {
         let (a, b) = (numbers(rows * (cols + 3), 7), numbers(rows * cols, 8));
         let (on_a, on_b) = (device.upload("a", &a).unwrap(), device.upload("b", &b).unwrap());
         let blocks = cols.div_ceil(span);
         let mut sums = device.zeros::<f64>("sums", rows * blocks).unwrap();
-        dense.block_dots([rows, cols], span, (&on_a, cols + 3), (&on_b, cols), &mut sums).unwrap();
+        let (left, right) = (Operand::new(&on_a, 0, cols + 3), Operand::new(&on_b, 0, cols));
+        dense.block_dots(MatrixSize { rows, cols }, span, left, right, &mut sums).unwrap();
         let mut found = vec![0.0; rows * blocks];
         sums.read(&mut found).unwrap();
         for (i, found) in found.into_iter().enumerate() {
