@@ -51,13 +51,12 @@ mod reader;
 mod tensors;
 mod writer;
 
-pub use arch::Activation;
+pub use arch::{Activation, ModelSpec, RopePairing, RopeScaling};
 pub use encoding::Encoding;
 pub use error::{Class, Error, Result, Rule};
 pub use half;
 pub use limits::*;
 pub use meta::{Meta, MetaView, Value, ValueRef};
-pub use profile::{ModelSpec, RopePairing, RopeScaling};
 pub use reader::{File, Section};
 pub use tensors::Tensor;
 pub use writer::{Writer, file_size};

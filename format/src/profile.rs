@@ -1,83 +1,11 @@
 //! The model profile (spec §5.2): what the metadata keys say about the network, and which tensors
 //! belong to it.
 
-use crate::arch::{Activation, Architecture, TensorSpec};
+use crate::arch::{Activation, Architecture, ModelSpec, RopePairing, RopeScaling, TensorSpec};
 use crate::error::{Error, Result, Rule};
 use crate::meta::{Meta, MetaView, Value, ValueRef};
 use crate::num::len_u64;
 use crate::reader::File;
-
-/// Which elements of a head rotate together (required, because guessing it wrong is silent).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RopePairing {
-    /// `half`: element i with element i + head_dim/2, as in Hugging Face checkpoints.
-    Half,
-    /// `interleaved`: element 2i with element 2i + 1, as in Meta's and GGUF's LLaMA.
-    Interleaved,
-}
-
-/// How rotary frequencies are stretched beyond the trained context.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// `none`.
-    None,
-    /// `linear`: every frequency divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// `llama3`: low frequencies divided by `factor`, high ones kept, smooth between.
-    Llama3 {
-        /// The divisor of low frequencies.
-        factor: f64,
-        /// Wavelengths above original context ÷ this are divided.
-        low_freq_factor: f64,
-        /// Wavelengths below original context ÷ this are kept.
-        high_freq_factor: f64,
-        /// The context before stretching.
-        original_context: u64,
-    },
-}
-
-/// A decoder as described by the `model.*` keys.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ModelSpec {
-    /// The family that it belongs to.
-    pub architecture: Architecture,
-    /// Token embeddings.
-    pub vocab_size: u64,
-    /// Width of the residual stream.
-    pub hidden_size: u64,
-    /// Width of the feed-forward network.
-    pub intermediate_size: u64,
-    /// Decoder layers.
-    pub layers: u64,
-    /// Query heads.
-    pub heads: u64,
-    /// Key and value heads; divides `heads`.
-    pub kv_heads: u64,
-    /// Width of a head; even.
-    pub head_dim: u64,
-    /// The context the model was configured for, in tokens.
-    pub context_length: u64,
-    /// The ε of RMSNorm.
-    pub norm_eps: f64,
-    /// The base of rotary frequencies.
-    pub rope_theta: f64,
-    /// Pairing of rotated elements.
-    pub rope_pairing: RopePairing,
-    /// Frequency scaling.
-    pub rope_scaling: RopeScaling,
-    /// Whether the head is the embedding matrix.
-    pub tied_embeddings: bool,
-    /// The activation.
-    pub activation: Activation,
-}
-
-/// The most decoder layers: bounds what a reader builds from the keys alone.
-const MAX_LAYERS: u64 = 4096;
-/// The largest of the other sizes.
-const MAX_SIZE: u64 = 1 << 24;
 
 impl ModelSpec {
     /// Reads and checks the profile of an open file (STB-R-060 to STB-R-064).
@@ -154,50 +82,6 @@ impl ModelSpec {
         };
         spec.check()?;
         Ok(spec)
-    }
-
-    /// STB-R-062: values that a reader may compute with.
-    ///
-    /// # Errors
-    /// STB-R-062 with the offending value.
-    pub fn check(&self) -> Result<()> {
-        let fail = |detail: String| Err(Error::new(Rule::ModelValue, detail));
-        for (what, size, most) in [
-            ("vocab_size", self.vocab_size, MAX_SIZE),
-            ("hidden_size", self.hidden_size, MAX_SIZE),
-            ("intermediate_size", self.intermediate_size, MAX_SIZE),
-            ("layers", self.layers, MAX_LAYERS),
-            ("heads", self.heads, 1 << 16),
-            ("kv_heads", self.kv_heads, 1 << 16),
-            ("head_dim", self.head_dim, 1 << 16),
-            ("context_length", self.context_length, 1 << 32),
-        ] {
-            if size == 0 || size > most {
-                return fail(format!("model.{what} is {size}, 1 to {most} are allowed"));
-            }
-        }
-        if self.heads.checked_rem(self.kv_heads) != Some(0) {
-            return fail(format!("{} heads share {} key heads", self.heads, self.kv_heads));
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            return fail(format!("heads of width {} cannot rotate in pairs", self.head_dim));
-        }
-        let mut positive = vec![("norm_eps", self.norm_eps), ("rope.theta", self.rope_theta)];
-        match self.rope_scaling {
-            RopeScaling::None => {}
-            RopeScaling::Linear { factor } => positive.push(("rope.factor", factor)),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                positive.push(("rope.factor", factor));
-                positive.push(("rope.low_freq_factor", low_freq_factor));
-                if original_context == 0 || high_freq_factor <= low_freq_factor {
-                    return fail("the llama3 frequency range is empty".into());
-                }
-            }
-        }
-        match positive.into_iter().find(|(_, v)| *v <= 0.0) {
-            Some((what, value)) => fail(format!("model.{what} is {value}")),
-            None => Ok(()),
-        }
     }
 
     /// The metadata entries that describe this model.

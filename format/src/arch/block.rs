@@ -1,6 +1,6 @@
 //! The decoder block as data.
 
-use crate::profile::ModelSpec;
+use super::spec::{Activation, ModelSpec};
 
 /// A decoder layer: attention and an MLP, each with a residual connection.
 #[derive(Clone, Debug, PartialEq)]
@@ -102,19 +102,6 @@ pub enum MlpKind {
     Gated,
     /// down(act(up(x))).
     Plain,
-}
-
-/// An activation function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `silu`: x · sigmoid(x).
-    Silu,
-    /// `relu`: max(x, 0).
-    Relu,
-    /// `gelu`: x · Φ(x).
-    Gelu,
-    /// `gelu_tanh`: the approximation of `gelu` by tanh.
-    GeluTanh,
 }
 
 /// A mixture of experts.

@@ -1,10 +1,12 @@
 //! LLaMA 1 to 3 and the models that call themselves so: TinyLlama, SmolLM, and others.
 
-use super::config::{
-    ConfigError, ConfigFields, refuse_biases, refuse_window, required_f64, required_u64, rope,
-};
-use super::{Activation, Architecture, Family, Linear, NormSite, Role};
-use crate::profile::{ModelSpec, RopePairing};
+use super::config::{ConfigError, ConfigFields};
+use super::options::{refuse_biases, refuse_window, required_f64, required_u64, rope};
+use super::roles::{Linear, NormSite, Role};
+use super::spec::{Activation, Architecture, Family, ModelSpec, RopePairing};
+
+/// See [`Architecture::LLAMA`].
+pub(super) const ARCHITECTURE: Architecture = Architecture(&FAMILY);
 
 pub(super) static FAMILY: Family = Family {
     architecture: "llama",
@@ -40,7 +42,7 @@ fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     let heads = required_u64(config, "num_attention_heads")?;
     let (rope_theta, rope_scaling) = rope(config)?;
     Ok(ModelSpec {
-        architecture: Architecture::LLAMA,
+        architecture: ARCHITECTURE,
         vocab_size: required_u64(config, "vocab_size")?,
         hidden_size,
         intermediate_size: required_u64(config, "intermediate_size")?,
