@@ -1,5 +1,5 @@
-//! The CUDA kernels of a decoded token, planned as for a device and run by the emulator, against the exact
-//! decoder of the format and sums in f64.
+//! The GEMV kernels, planned as for a device and run by the emulator, against the exact decoder of the format
+//! and sums in f64.
 
 mod common;
 
@@ -174,10 +174,10 @@ macro_rules! products {
 }
 
 products! {
-    joint_codes_1_8 "nm 1:8"
-    joint_codes_1_4 "nm 1:4"
-    joint_codes_2_8 "nm 2:8"
-    joint_codes_2_4 "nm 2:4"
+    nm_1_8 "nm 1:8"
+    nm_1_4 "nm 1:4"
+    nm_2_8 "nm 2:8"
+    nm_2_4 "nm 2:4"
     dense_f32 "f32"
     dense_f16 "f16"
     dense_bf16 "bf16"

@@ -1,5 +1,5 @@
-//! The CUDA kernels for many tokens, planned as for a device and run by the emulator, against the exact
-//! decoder of the format and sums in f64.
+//! The GEMM kernels, planned as for a device and run by the emulator, against the exact decoder of the format
+//! and sums in f64.
 
 mod common;
 
@@ -46,7 +46,7 @@ fn round(x: &[f32], factors: &[f32]) -> (Vec<f64>, Vec<f64>) {
 /// Column factors, and the matrix without them.
 fn without_factors(encoding: &Encoding, rows: usize, cols: usize, bytes: &[u8]) -> [Vec<f32>; 2] {
     let view = encoding.view(rows as u64, cols as u64, bytes).unwrap();
-    let MatrixView::Nm(m) = view else { panic!("joint codes") };
+    let MatrixView::Nm(m) = view else { panic!("an N:M encoding") };
     if m.col_factors.is_empty() {
         return [vec![1.0; cols], view.decode()];
     }
@@ -185,8 +185,8 @@ fn build(module: &str) -> Option<Emulator> {
     build_with(&["gemm_prepare.cu"], &module_named(module))
 }
 
-/// Joint codes N:M with all kinds of scales.
-fn joint_codes(n: usize, m: usize, precision: PrefillPrecision) {
+/// N:M encodings with all kinds of scales.
+fn nm(n: usize, m: usize, precision: PrefillPrecision) {
     let int8 = precision == PrefillPrecision::Int8;
     let module = if int8 { "gemm s8" } else { "gemm" };
     let Some(emulator) = build(&format!("{module} {n}:{m}")) else { return };
@@ -225,43 +225,43 @@ fn joint_codes(n: usize, m: usize, precision: PrefillPrecision) {
 }
 
 #[test]
-fn joint_codes_1_8() {
-    joint_codes(1, 8, PrefillPrecision::F16);
+fn nm_1_8() {
+    nm(1, 8, PrefillPrecision::F16);
 }
 
 #[test]
-fn joint_codes_1_4() {
-    joint_codes(1, 4, PrefillPrecision::F16);
+fn nm_1_4() {
+    nm(1, 4, PrefillPrecision::F16);
 }
 
 #[test]
-fn joint_codes_2_8() {
-    joint_codes(2, 8, PrefillPrecision::F16);
+fn nm_2_8() {
+    nm(2, 8, PrefillPrecision::F16);
 }
 
 #[test]
-fn joint_codes_2_4() {
-    joint_codes(2, 4, PrefillPrecision::F16);
+fn nm_2_4() {
+    nm(2, 4, PrefillPrecision::F16);
 }
 
 #[test]
-fn joint_codes_1_8_in_8_bits() {
-    joint_codes(1, 8, PrefillPrecision::Int8);
+fn nm_1_8_in_8_bits() {
+    nm(1, 8, PrefillPrecision::Int8);
 }
 
 #[test]
-fn joint_codes_1_4_in_8_bits() {
-    joint_codes(1, 4, PrefillPrecision::Int8);
+fn nm_1_4_in_8_bits() {
+    nm(1, 4, PrefillPrecision::Int8);
 }
 
 #[test]
-fn joint_codes_2_8_in_8_bits() {
-    joint_codes(2, 8, PrefillPrecision::Int8);
+fn nm_2_8_in_8_bits() {
+    nm(2, 8, PrefillPrecision::Int8);
 }
 
 #[test]
-fn joint_codes_2_4_in_8_bits() {
-    joint_codes(2, 4, PrefillPrecision::Int8);
+fn nm_2_4_in_8_bits() {
+    nm(2, 4, PrefillPrecision::Int8);
 }
 
 /// Scale codes of 8 bits make weights that do not fit 8 bits: f16 is what they are multiplied in.
