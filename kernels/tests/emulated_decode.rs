@@ -36,7 +36,7 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// One launch for all matrices with a random kind of input, checked number by number.
+    /// Checks every number of one launch for all matrices, with a random kind of input.
     fn run(&self, rng: &mut Rng, emulator: &Emulator, seeds: &[u64]) {
         let Self { encoding, rows, cols, tokens, precision, limits } = *self;
         let what =
@@ -140,7 +140,7 @@ fn products(module: &str) {
     }
 }
 
-/// Rows as numbers: exactly those of the format.
+/// Checks that the conversion to f32 gives exactly the numbers of the format.
 fn decode_rows(rng: &mut Rng, emulator: &Emulator, encoding: &Encoding, rows: usize, cols: usize) {
     let bytes = payload(rng, encoding, rows, cols);
     let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
@@ -189,7 +189,7 @@ products! {
     stbllm "stbllm"
 }
 
-/// Bits like the encoder makes none and a reader has to survive: no rule holds but the lengths.
+/// Payloads that no encoder writes, of random bits with the right length, must not cause accesses out of bounds.
 #[test]
 fn hostile_payloads_stay_inside_their_buffers() {
     let mut rng = Rng(11);

@@ -29,7 +29,7 @@ struct Case<'a> {
 /// Columns with one scale in 8 bits.
 const Q8_COLS: usize = 256;
 
-/// What a token's activations are in 8 bits, as they are multiplied with, and half a step of each.
+/// The activations of a token rounded to 8 bits, and half a rounding step of each.
 fn round(x: &[f32], factors: &[f32]) -> (Vec<f64>, Vec<f64>) {
     let (mut rounded, mut steps) = (Vec::new(), Vec::new());
     for (x, factors) in x.chunks(Q8_COLS).zip(factors.chunks(Q8_COLS)) {
@@ -97,7 +97,7 @@ impl Case<'_> {
         x
     }
 
-    /// The token with a number that is none.
+    /// The token with a number that is not finite.
     fn poisoned(&self) -> Option<usize> {
         (self.precision == PrefillPrecision::Int8 && self.tokens > 4).then(|| self.tokens - 2)
     }
@@ -144,7 +144,7 @@ impl Case<'_> {
         }
     }
 
-    /// Checks products of activations that count as they are.
+    /// Checks products with activations that are not rounded to 8 bits.
     fn exact(&self, what: &str, weights: &[f32], x: &[f32], y: &[f32], before: &[f32]) {
         let places = if matches!(self.encoding, Encoding::Nm(_)) { 11 } else { 14 };
         let relative = 0.5f64.powi(places) + 1e-5;
@@ -158,7 +158,8 @@ impl Case<'_> {
         }
     }
 
-    /// Checks products of activations in 8 bits: against those, to the last bits of f32, and against what they were.
+    /// Checks products with activations in 8 bits: against the rounded activations, to the last bits of f32, and against
+    /// the original ones.
     fn rounded(&self, what: &str, bytes: &[u8], x: &[f32], y: &[f32], before: &[f32]) {
         let [factors, weights] = without_factors(self.encoding, self.rows, self.cols, bytes);
         let none = vec![0.0; self.cols];
@@ -264,7 +265,7 @@ fn nm_2_4_in_8_bits() {
     nm(2, 4, PrefillPrecision::Int8);
 }
 
-/// Scale codes of 8 bits make weights that do not fit 8 bits: f16 is what they are multiplied in.
+/// Scale codes of 8 bits make weights that do not fit 8 bits, so the product is in f16.
 #[test]
 fn large_weights_are_not_multiplied_in_8_bits() {
     let mut rng = Rng(7);
@@ -291,7 +292,7 @@ fn large_weights_are_not_multiplied_in_8_bits() {
     }
 }
 
-/// All other encodings, which share a kernel.
+/// Tests the other encodings, which share a kernel.
 fn rows(name: &str, mine: impl Fn(&Encoding) -> bool) {
     let Some(emulator) = build(&format!("gemm {name}")) else { return };
     let mut rng = Rng(name.len() as u64);
