@@ -250,7 +250,13 @@ __global__ void __launch_bounds__(WARP) rope_kv(const __grid_constant__ RopePara
         KV::put(to + i * KV::BYTES, v, inverse);
     }
 }
-__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_1(const __grid_constant__ AttentionDecodeParams a) { attention_decode<1>(a); }
-__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_4(const __grid_constant__ AttentionDecodeParams a) { attention_decode<4>(a); }
-__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_8(const __grid_constant__ AttentionDecodeParams a) { attention_decode<8>(a); }
+__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_1(const __grid_constant__ AttentionDecodeParams a) {
+    attention_decode<1>(a);
+}
+__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_4(const __grid_constant__ AttentionDecodeParams a) {
+    attention_decode<4>(a);
+}
+__global__ void __launch_bounds__(BLOCK_THREADS) attention_decode_8(const __grid_constant__ AttentionDecodeParams a) {
+    attention_decode<8>(a);
+}
 }

@@ -17,7 +17,7 @@ use stb_kernels::cuda::{
 use stb_kernels::kv::KvKind;
 use stb_random::Rng;
 
-/// Tokens of several sequences in one step: (tokens before it, tokens in it) of each.
+/// A step with tokens of several sequences: for each, the tokens before the step and those in it.
 struct Step<'a> {
     a: AttentionShape,
     sequences: &'a [(usize, usize)],
@@ -183,7 +183,7 @@ fn attention_over_8_bits() {
     attention(KvKind::Q8, 2e-2);
 }
 
-/// A prompt's tokens behind those of the cache, whose rows are given as they are there.
+/// Consecutive tokens of a prompt, and the rows of the cache as they are stored.
 struct Prompt {
     a: AttentionShape,
     before: usize,
@@ -196,7 +196,7 @@ struct Prompt {
     scales: [Vec<f32>; 2],
 }
 
-/// What the numbers of a query lose as f16, scaled by a power of two.
+/// The rounding errors of a query as f16 times a power of two.
 fn lost(q: &[f32]) -> Vec<f64> {
     let largest = q.iter().fold(2e-30f32, |most, v| most.max(v.abs()));
     let power = f64::from(f32::from_bits(largest.to_bits() & 0xff80_0000));
@@ -224,7 +224,7 @@ impl Prompt {
         Self { a, before, now, q: rng.floats(now * a.heads * a.width), rows, scales }
     }
 
-    /// Number `i` of a row, as it counts.
+    /// Number `i` of a row, with its scale.
     fn value(&self, which: usize, head: usize, token: usize, i: usize) -> f64 {
         let row = head * (self.before + self.now) + token;
         let scale = match self.a.kind {
@@ -234,7 +234,7 @@ impl Prompt {
         f64::from(self.rows[which][row * self.a.width + i]) * scale
     }
 
-    /// The cache of a sequence, with room for a few more tokens. What is not written is NaN.
+    /// The cache of a sequence, with room for a few more tokens. Unwritten elements are NaN.
     fn cache(&self, capacity: usize) -> Vec<u8> {
         let AttentionShape { kv_heads, width, kind, .. } = self.a;
         let tokens = self.before + self.now;
@@ -315,7 +315,7 @@ impl Prompt {
         all
     }
 
-    /// Checks every number, and which are NaN; returns the largest error of what is allowed.
+    /// Checks every number, and which are NaN. Returns the largest error divided by its tolerance.
     fn check(&self, emulator: &Emulator, seeds: &[u64]) -> f64 {
         let Self { a, before, now, .. } = *self;
         let capacity = before + now + 3;
@@ -477,7 +477,7 @@ fn few_tokens_wide_heads_and_exact_caches_stay_with_the_other_kernel() {
     assert!(plan(KvKind::F32, 64, 512).is_none());
 }
 
-/// The kernel for many tokens only where they are one after another in one sequence.
+/// The prefill kernel runs only for consecutive tokens of one sequence.
 #[test]
 fn tokens_of_several_sequences_stay_with_the_other_kernel() {
     let seen = Arc::new(Mutex::new(Vec::new()));

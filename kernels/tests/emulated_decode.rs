@@ -1,5 +1,5 @@
-//! The CUDA kernels of a decoded token, planned as for a device and run by the emulator, against the exact
-//! decoder of the format and sums in f64.
+//! The GEMV kernels, planned as for a device and run by the emulator, against the exact decoder of the format
+//! and sums in f64.
 
 mod common;
 
@@ -37,7 +37,7 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// One launch for all matrices with a random kind of input, checked number by number.
+    /// Checks every number of one launch for all matrices, with a random kind of input.
     fn run(&self, rng: &mut Rng, emulator: &Emulator, seeds: &[u64]) {
         let Self { encoding, rows, cols, tokens, precision, limits } = *self;
         let what =
@@ -141,7 +141,7 @@ fn products(module: &str) {
     }
 }
 
-/// Rows as numbers: exactly those of the format.
+/// Checks that the conversion to f32 gives exactly the numbers of the format.
 fn decode_rows(rng: &mut Rng, emulator: &Emulator, encoding: &Encoding, rows: usize, cols: usize) {
     let bytes = payload(rng, encoding, rows, cols);
     let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
@@ -175,10 +175,10 @@ macro_rules! products {
 }
 
 products! {
-    joint_codes_1_8 "nm 1:8"
-    joint_codes_1_4 "nm 1:4"
-    joint_codes_2_8 "nm 2:8"
-    joint_codes_2_4 "nm 2:4"
+    nm_1_8 "nm 1:8"
+    nm_1_4 "nm 1:4"
+    nm_2_8 "nm 2:8"
+    nm_2_4 "nm 2:4"
     dense_f32 "f32"
     dense_f16 "f16"
     dense_bf16 "bf16"
@@ -190,7 +190,7 @@ products! {
     stbllm "stbllm"
 }
 
-/// Bits like the encoder makes none and a reader has to survive: no rule holds but the lengths.
+/// Payloads that no encoder writes, of random bits with the right length, must not cause accesses out of bounds.
 #[test]
 fn hostile_payloads_stay_inside_their_buffers() {
     let mut rng = Rng(11);

@@ -1,5 +1,5 @@
-//! The CUDA kernels for many tokens, planned as for a device and run by the emulator, against the exact
-//! decoder of the format and sums in f64.
+//! The GEMM kernels, planned as for a device and run by the emulator, against the exact decoder of the format
+//! and sums in f64.
 
 mod common;
 
@@ -30,7 +30,7 @@ struct Case<'a> {
 /// Columns with one scale in 8 bits.
 const Q8_COLS: usize = 256;
 
-/// What a token's activations are in 8 bits, as they are multiplied with, and half a step of each.
+/// The activations of a token rounded to 8 bits, and half a rounding step of each.
 fn round(x: &[f32], factors: &[f32]) -> (Vec<f64>, Vec<f64>) {
     let (mut rounded, mut steps) = (Vec::new(), Vec::new());
     for (x, factors) in x.chunks(Q8_COLS).zip(factors.chunks(Q8_COLS)) {
@@ -47,7 +47,7 @@ fn round(x: &[f32], factors: &[f32]) -> (Vec<f64>, Vec<f64>) {
 /// Column factors, and the matrix without them.
 fn without_factors(encoding: &Encoding, rows: usize, cols: usize, bytes: &[u8]) -> [Vec<f32>; 2] {
     let view = encoding.view(rows as u64, cols as u64, bytes).unwrap();
-    let MatrixView::Nm(m) = view else { panic!("joint codes") };
+    let MatrixView::Nm(m) = view else { panic!("an N:M encoding") };
     if m.col_factors.is_empty() {
         return [vec![1.0; cols], view.decode()];
     }
@@ -98,7 +98,7 @@ impl Case<'_> {
         x
     }
 
-    /// The token with a number that is none.
+    /// The token with a number that is not finite.
     fn poisoned(&self) -> Option<usize> {
         (self.precision == PrefillPrecision::Int8 && self.tokens > 4).then(|| self.tokens - 2)
     }
@@ -145,7 +145,7 @@ impl Case<'_> {
         }
     }
 
-    /// Checks products of activations that count as they are.
+    /// Checks products with activations that are not rounded to 8 bits.
     fn exact(&self, what: &str, weights: &[f32], x: &[f32], y: &[f32], before: &[f32]) {
         let places = if matches!(self.encoding, Encoding::Nm(_)) { 11 } else { 14 };
         let relative = 0.5f64.powi(places) + 1e-5;
@@ -159,7 +159,8 @@ impl Case<'_> {
         }
     }
 
-    /// Checks products of activations in 8 bits: against those, to the last bits of f32, and against what they were.
+    /// Checks products with activations in 8 bits: against the rounded activations, to the last bits of f32, and against
+    /// the original ones.
     fn rounded(&self, what: &str, bytes: &[u8], x: &[f32], y: &[f32], before: &[f32]) {
         let [factors, weights] = without_factors(self.encoding, self.rows, self.cols, bytes);
         let none = vec![0.0; self.cols];
@@ -186,8 +187,8 @@ fn build(module: &str) -> Option<Emulator> {
     build_with(&["gemm_prepare.cu"], &module_named(module))
 }
 
-/// Joint codes N:M with all kinds of scales.
-fn joint_codes(n: usize, m: usize, precision: PrefillPrecision) {
+/// N:M encodings with all kinds of scales.
+fn nm(n: usize, m: usize, precision: PrefillPrecision) {
     let int8 = precision == PrefillPrecision::Int8;
     let module = if int8 { "gemm s8" } else { "gemm" };
     let Some(emulator) = build(&format!("{module} {n}:{m}")) else { return };
@@ -226,46 +227,46 @@ fn joint_codes(n: usize, m: usize, precision: PrefillPrecision) {
 }
 
 #[test]
-fn joint_codes_1_8() {
-    joint_codes(1, 8, PrefillPrecision::F16);
+fn nm_1_8() {
+    nm(1, 8, PrefillPrecision::F16);
 }
 
 #[test]
-fn joint_codes_1_4() {
-    joint_codes(1, 4, PrefillPrecision::F16);
+fn nm_1_4() {
+    nm(1, 4, PrefillPrecision::F16);
 }
 
 #[test]
-fn joint_codes_2_8() {
-    joint_codes(2, 8, PrefillPrecision::F16);
+fn nm_2_8() {
+    nm(2, 8, PrefillPrecision::F16);
 }
 
 #[test]
-fn joint_codes_2_4() {
-    joint_codes(2, 4, PrefillPrecision::F16);
+fn nm_2_4() {
+    nm(2, 4, PrefillPrecision::F16);
 }
 
 #[test]
-fn joint_codes_1_8_in_8_bits() {
-    joint_codes(1, 8, PrefillPrecision::Int8);
+fn nm_1_8_in_8_bits() {
+    nm(1, 8, PrefillPrecision::Int8);
 }
 
 #[test]
-fn joint_codes_1_4_in_8_bits() {
-    joint_codes(1, 4, PrefillPrecision::Int8);
+fn nm_1_4_in_8_bits() {
+    nm(1, 4, PrefillPrecision::Int8);
 }
 
 #[test]
-fn joint_codes_2_8_in_8_bits() {
-    joint_codes(2, 8, PrefillPrecision::Int8);
+fn nm_2_8_in_8_bits() {
+    nm(2, 8, PrefillPrecision::Int8);
 }
 
 #[test]
-fn joint_codes_2_4_in_8_bits() {
-    joint_codes(2, 4, PrefillPrecision::Int8);
+fn nm_2_4_in_8_bits() {
+    nm(2, 4, PrefillPrecision::Int8);
 }
 
-/// Scale codes of 8 bits make weights that do not fit 8 bits: f16 is what they are multiplied in.
+/// Scale codes of 8 bits make weights that do not fit 8 bits, so the product is in f16.
 #[test]
 fn large_weights_are_not_multiplied_in_8_bits() {
     let mut rng = Rng(7);
@@ -292,7 +293,7 @@ fn large_weights_are_not_multiplied_in_8_bits() {
     }
 }
 
-/// All other encodings, which share a kernel.
+/// Tests the other encodings, which share a kernel.
 fn rows(name: &str, mine: impl Fn(&Encoding) -> bool) {
     let Some(emulator) = build(&format!("gemm {name}")) else { return };
     let mut rng = Rng(name.len() as u64);

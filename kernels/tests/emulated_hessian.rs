@@ -23,7 +23,7 @@ fn close(found: f32, expected: f64, what: &str) {
     );
 }
 
-/// Both operands as they are and transposed, parts of larger matrices, added to a part of a third.
+/// Products of parts of matrices, with each operand plain and transposed, added to a part of a third matrix.
 #[test]
 fn products_of_parts_of_matrices() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };

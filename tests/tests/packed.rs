@@ -9,8 +9,8 @@ use stb_kernels::{
     GemvInput, GemvScratch, Isa, PackedMatrix, Panels, Pool, UnpackBlock, gemm, gemv, gemv_batch,
     packed,
 };
+use stb_random::Rng;
 use stb_runtime::{LinearScratch, LinearWeight, Threads, apply_packed};
-use stb_tests::random::Rng;
 use stb_tests::random_model::random;
 
 /// Weights of −1, 0 or 1, five in a byte as digits of base 3, times one scale per row: the scale of a row

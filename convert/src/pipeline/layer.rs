@@ -1,4 +1,4 @@
-//! One decoder layer: statistics, its tensors, tuning, and what the next layer sees.
+//! One decoder layer: Hessians, its tensors, distillation, and the inputs of the next layer.
 
 use std::time::Instant;
 
@@ -19,9 +19,18 @@ use crate::quantize::{Input, Pruned, decode, relative_error};
 use crate::report::{LayerReport, Stages};
 use crate::resume::{SavedLayer, States};
 
+/// A decoder layer while it is quantized.
+struct LayerInProgress {
+    /// As it is in the checkpoint.
+    dense: Layer,
+    /// With the linear layers that have been quantized so far.
+    now: Layer,
+    streams: StreamProgress,
+}
+
 impl<'r> Run<'r> {
-    /// One decoder layer: statistics with its weights as they are, all its tensors, then the hidden
-    /// states that the next layer will really see.
+    /// Converts one decoder layer: Hessians, all its tensors, distillation if the recipe says so, then
+    /// the hidden states that the next layer will really get.
     pub(super) fn layer(
         &mut self,
         index: usize,
@@ -39,22 +48,58 @@ impl<'r> Run<'r> {
             progress.step(index as u64 * units + done, layers as u64 * units, &text);
         };
         step(0, "calibration");
-        let linear = tensors.iter().any(|t| matches!(t.treatment, TensorMethod::Linear(_)));
         for tensor in tensors {
             finite(&self.job.checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
         }
+        let is_quantized = tensors.iter().any(|t| matches!(t.treatment, TensorMethod::Linear(_)));
+        let distilled = is_quantized && self.job.recipe.calibration.distill_layers.is_some();
         let dense = self.engine.model.layers[index].clone();
-        let mut layer = dense.clone();
-        let pruned = self.prune_first(tensors, &mut layer, &mut hidden.pruned)?;
-        let refreshed = linear && self.job.recipe.calibration.refreshed;
-        let mut progress_of = StreamProgress::default();
-        let tuned = linear && self.job.recipe.calibration.distill_layers.is_some();
-        // Streams advance while the layer is quantized; tuning starts from its inputs.
-        let inputs = if tuned { hidden.quantized.clone() } else { States::new() };
+        let streams = StreamProgress::default();
+        let mut work = LayerInProgress { now: dense.clone(), dense, streams };
+        // Streams advance while the layer is quantized; distillation starts from its inputs.
+        let inputs = if distilled { hidden.quantized.clone() } else { States::new() };
+        let mut finished = self.quantize_layer(tensors, &mut work, hidden, &step)?;
+        let LayerInProgress { dense, mut now, mut streams } = work;
+        if index + 1 < layers || distilled {
+            self.advance(ALL_SUBLAYERS, &dense, &mut hidden.dense, &mut streams.dense)?;
+        }
+        if distilled {
+            step(units - 2, "distillation");
+            self.distill_layer(tensors, &mut now, &mut finished, &inputs, &hidden.dense)?;
+            (hidden.quantized, streams.quantized) = (inputs, StreamPosition::default());
+        }
+        let (error, payloads) = self.write_layer(tensors, finished)?;
+        step(units - 1, "next inputs");
+        if index + 1 < layers {
+            self.advance(ALL_SUBLAYERS, &now, &mut hidden.quantized, &mut streams.quantized)?;
+        } else {
+            *hidden = Hidden::default();
+        }
+        let encoding = tensors
+            .iter()
+            .find(|t| t.linear().is_some())
+            .map_or(String::new(), |t| t.treatment.encoding().to_string());
+        if self.job.plan.needs_calibration() {
+            self.keep(index, error, payloads, hidden, started)?;
+        }
+        progress.layer(index, layers, error, &encoding, started.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// All tensors of a layer, in their order. `step` hears how many are done and which is next.
+    fn quantize_layer(
+        &mut self,
+        tensors: &[&TensorPlan],
+        work: &mut LayerInProgress,
+        hidden: &mut Hidden,
+        step: &dyn Fn(u64, &str),
+    ) -> anyhow::Result<Vec<Done>> {
+        let is_quantized = tensors.iter().any(|t| matches!(t.treatment, TensorMethod::Linear(_)));
+        let pruned = self.prune_first(tensors, &mut work.now, &mut hidden.pruned)?;
+        let refreshed = is_quantized && self.job.recipe.calibration.refreshed;
         let mut hessians: InputMap<Option<InputHessian>> = InputMap::default();
-        if linear && !refreshed {
-            let all = self.hessians(&layer, &hidden.quantized)?;
-            hessians = all.map(Some);
+        if is_quantized && !refreshed {
+            hessians = self.hessians(&work.now, &hidden.quantized)?.map(Some);
         }
         let mut finished: Vec<Option<Done>> = tensors.iter().map(|_| None).collect();
         // In the order of computation, so that each input comes from what has been quantized.
@@ -69,25 +114,25 @@ impl<'r> Run<'r> {
             if let Some(input) = input.filter(|input| refreshed && hessians[*input].is_none()) {
                 // One at a time in memory.
                 hessians = InputMap::default();
-                let layers = LayerPair { now: &layer, dense: &dense };
+                let layers = LayerPair { now: &work.now, dense: &work.dense };
                 hessians[input] =
-                    Some(self.refreshed_hessian(input, layers, hidden, &mut progress_of)?);
+                    Some(self.refreshed_hessian(input, layers, hidden, &mut work.streams)?);
             }
             let hessian = input.and_then(|input| hessians[input].as_ref());
             let pruned = linear.and_then(|linear| pruned.get(linear));
-            finished[i] = Some(self.layer_tensor(tensors[i], hessian, pruned, &mut layer)?);
+            finished[i] = Some(self.layer_tensor(tensors[i], hessian, pruned, &mut work.now)?);
         }
-        drop((hessians, pruned));
-        if index + 1 < layers || tuned {
-            self.advance(ALL_SUBLAYERS, &dense, &mut hidden.dense, &mut progress_of.dense)?;
-        }
-        if tuned {
-            step(units - 2, "tuning");
-            self.tune(tensors, &mut layer, &mut finished, &inputs, &hidden.dense)?;
-            (hidden.quantized, progress_of.quantized) = (inputs, StreamPosition::default());
-        }
+        Ok(finished.into_iter().flatten().collect())
+    }
+
+    /// Writes the tensors of a layer; the mean error of the quantized ones, and all payloads.
+    fn write_layer(
+        &mut self,
+        tensors: &[&TensorPlan],
+        finished: Vec<Done>,
+    ) -> anyhow::Result<(f64, Vec<Vec<u8>>)> {
         let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
-        for (tensor, done) in tensors.iter().zip(finished.into_iter().flatten()) {
+        for (tensor, done) in tensors.iter().zip(finished) {
             self.write(tensor, &done)?;
             if let TensorMethod::Linear(_) = tensor.treatment {
                 error += done.error;
@@ -95,30 +140,15 @@ impl<'r> Run<'r> {
             }
             payloads.push(done.packed.payload);
         }
-        step(units - 1, "next inputs");
-        if index + 1 < layers {
-            self.advance(ALL_SUBLAYERS, &layer, &mut hidden.quantized, &mut progress_of.quantized)?;
-        } else {
-            *hidden = Hidden::default();
-        }
-        let encoding = tensors
-            .iter()
-            .find(|t| t.linear().is_some())
-            .map_or(String::new(), |t| t.treatment.encoding().to_string());
-        let mean = error / f64::from(count.max(1));
-        if self.job.plan.needs_calibration() {
-            self.keep(index, mean, payloads, hidden, started)?;
-        }
-        progress.layer(index, layers, mean, &encoding, started.elapsed().as_secs_f64());
-        Ok(())
+        Ok((error / f64::from(count.max(1)), payloads))
     }
 
-    /// Tunes the layer as a whole, if the recipe says so, and takes over what has changed.
-    fn tune(
+    /// Distills the layer as a whole, if the recipe says so, and takes over what has changed.
+    fn distill_layer(
         &mut self,
         tensors: &[&TensorPlan],
         layer: &mut Layer,
-        finished: &mut [Option<Done>],
+        finished: &mut [Done],
         inputs: &States,
         targets: &States,
     ) -> anyhow::Result<()> {
@@ -127,7 +157,7 @@ impl<'r> Run<'r> {
         distill::layer::distill_layer(&self.engine, layer, inputs, targets, options)?;
         check_interrupt()?;
         for (tensor, done) in tensors.iter().zip(finished) {
-            let Some(Done { packed, .. }) = done else { continue };
+            let packed = &mut done.packed;
             match (tensor.tensor.role, tensor.treatment) {
                 (Role::Norm(site), TensorMethod::Keep(kind)) => {
                     let norm = layer.norm_mut(site);

@@ -3,15 +3,15 @@
 use super::config::{ConfigError, ConfigFields};
 use super::spec::RopeScaling;
 
-type Result<T> = std::result::Result<T, ConfigError>;
+type ConfigResult<T> = Result<T, ConfigError>;
 
 /// A whole number that must be there.
-pub(super) fn required_u64(config: &dyn ConfigFields, name: &str) -> Result<u64> {
+pub(super) fn required_u64(config: &dyn ConfigFields, name: &str) -> ConfigResult<u64> {
     config.u64(name).ok_or_else(|| missing(name))
 }
 
 /// A number that must be there.
-pub(super) fn required_f64(config: &dyn ConfigFields, name: &str) -> Result<f64> {
+pub(super) fn required_f64(config: &dyn ConfigFields, name: &str) -> ConfigResult<f64> {
     config.f64(name).ok_or_else(|| missing(name))
 }
 
@@ -20,7 +20,7 @@ fn missing(name: &str) -> ConfigError {
 }
 
 /// Refuses checkpoints whose weights are packed already.
-pub(super) fn refuse_quantized(config: &dyn ConfigFields) -> Result<()> {
+pub(super) fn refuse_quantized(config: &dyn ConfigFields) -> ConfigResult<()> {
     match config.object("quantization_config") {
         Some(_) => Err(ConfigError::Unsupported(
             "a checkpoint that is already quantized is not supported; convert the original".into(),
@@ -30,7 +30,7 @@ pub(super) fn refuse_quantized(config: &dyn ConfigFields) -> Result<()> {
 }
 
 /// Refuses biases in linear layers.
-pub(super) fn refuse_biases(config: &dyn ConfigFields) -> Result<()> {
+pub(super) fn refuse_biases(config: &dyn ConfigFields) -> ConfigResult<()> {
     for name in ["attention_bias", "mlp_bias"] {
         if config.bool(name) == Some(true) {
             let what = format!("{name}: biases in linear layers are not supported");
@@ -41,7 +41,7 @@ pub(super) fn refuse_biases(config: &dyn ConfigFields) -> Result<()> {
 }
 
 /// Refuses a sliding window that is shorter than the context.
-pub(super) fn refuse_window(config: &dyn ConfigFields) -> Result<()> {
+pub(super) fn refuse_window(config: &dyn ConfigFields) -> ConfigResult<()> {
     match (config.u64("sliding_window"), config.u64("max_position_embeddings")) {
         (Some(window), Some(context)) if window < context => {
             Err(ConfigError::Unsupported(format!("a sliding window of {window} is not supported")))
@@ -52,7 +52,7 @@ pub(super) fn refuse_window(config: &dyn ConfigFields) -> Result<()> {
 
 /// The base θ and the scaling of RoPE, from `rope_parameters` (transformers 5) or from `rope_theta`
 /// and `rope_scaling`.
-pub(super) fn rope(config: &dyn ConfigFields) -> Result<(f64, RopeScaling)> {
+pub(super) fn rope(config: &dyn ConfigFields) -> ConfigResult<(f64, RopeScaling)> {
     let scaling = config.object("rope_parameters").or_else(|| config.object("rope_scaling"));
     let number = |name: &str| scaling.as_ref().and_then(|s| s.f64(name));
     let theta = number("rope_theta").or_else(|| config.f64("rope_theta")).unwrap_or(10_000.0);

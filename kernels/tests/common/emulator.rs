@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs, thread};
 
-/// What went wrong, in words.
+/// The result of building or running a program; the error is text.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// A program with kernels.
@@ -30,7 +30,7 @@ pub struct Launch {
 /// Part of an argument.
 #[derive(Clone, Debug)]
 pub enum Piece {
-    /// A number; its length is its alignment.
+    /// A number. Its length is its alignment.
     Bytes(Vec<u8>),
     /// The address of a byte of a buffer.
     Pointer {
@@ -39,12 +39,12 @@ pub enum Piece {
         /// Bytes from its start.
         offset: usize,
     },
-    /// No address.
+    /// A null pointer.
     Null,
 }
 
 impl Launch {
-    /// One block of one thread, no shared memory, no arguments yet.
+    /// A launch of one block of one thread, without shared memory and arguments.
     #[must_use]
     pub fn new(kernel: &str) -> Self {
         let kernel = kernel.to_owned();
@@ -118,11 +118,11 @@ impl Launch {
 
 impl Emulator {
     /// Compiles `kernels`, functions in `sources` (files of `kernels/cuda`), with `defines`
-    /// (`NAME=VALUE`). Nothing, and a line that says so, where there is no C++ compiler and
-    /// `STB_REQUIRE_CXX` is not set.
+    /// (`NAME=VALUE`). Without a C++ compiler it returns `None` and prints a line that says so, unless
+    /// `STB_REQUIRE_CXX` is set.
     ///
     /// # Errors
-    /// If the compiler fails, with what it said.
+    /// The output of the compiler if it fails.
     pub fn build(sources: &[&str], kernels: &[&str], defines: &[String]) -> Result<Option<Self>> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels/cuda");
         let mut main = String::new();

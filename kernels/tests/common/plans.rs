@@ -1,19 +1,19 @@
-//! Plans of launches, with buffers of the emulator for addresses.
+//! Runs planned launches in the emulator: addresses in plans stand for its buffers.
 
 use stb_kernels::cuda;
 
 use super::emulator::{Launch, Piece};
 
-/// Addresses of buffers in plans: a tag that no other field of a parameter has, the number of the
-/// buffer, the offset.
+/// The first bits of an address in a plan, which no other field of a parameter has. The number of the
+/// buffer and the offset follow.
 const TAG: u64 = 0x7a5a << 48;
 
-/// The start of a buffer, by its number.
+/// The address of the start of a buffer.
 pub const fn address(buffer: usize) -> u64 {
     TAG | (buffer as u64) << 40
 }
 
-/// A plan with its addresses as pointers into buffers.
+/// Converts a plan to a launch whose addresses are pointers into buffers.
 pub fn launch(plan: &cuda::Launch) -> Launch {
     launch_at(plan, |word| {
         let is_address = word & 0xffff << 48 == TAG;
@@ -21,7 +21,7 @@ pub fn launch(plan: &cuda::Launch) -> Launch {
     })
 }
 
-/// The same with other addresses: `pointer` gives the buffer and the offset of a word that is one.
+/// The same for other addresses: `pointer` returns the buffer and the offset of a word that is an address.
 pub fn launch_at(plan: &cuda::Launch, pointer: impl Fn(u64) -> Option<(usize, usize)>) -> Launch {
     let piece = |word: &u64| match pointer(*word) {
         Some((buffer, offset)) => Piece::Pointer { buffer, offset },

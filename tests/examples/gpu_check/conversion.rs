@@ -1,5 +1,5 @@
-//! Conversion with its large products on the GPU: the same as on the CPU within rounding, and the time of a decoder
-//! layer of a large model.
+//! Conversion with its large products on the GPU: compared with the CPU within rounding, and the time of a
+//! decoder layer of a large model.
 
 use std::path::Path;
 
@@ -46,7 +46,7 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
             100.0 * most
         ));
         all.push(json!({"recipe": recipe, "cpu": a, "gpu": b, "largest_difference": most}));
-        // Choices that rounding turns change others; the sum of them all stays.
+        // Rounding may change single choices, which change others, but not the sum of errors.
         if !most.is_finite() || (a - b).abs() > 0.05 * a {
             failed.push(recipe);
         }

@@ -1,4 +1,5 @@
-//! Every kernel on random and adversarial shapes, against the exact decoder of the format and sums in f64.
+//! GEMV and GEMM of all encodings on random and adversarial shapes, against the exact decoder of the format and sums
+//! in f64.
 
 use anyhow::{Context, bail};
 use rayon::prelude::*;
@@ -46,22 +47,37 @@ const SHAPES: [(usize, usize); 9] = [
     (257, 11_008),
 ];
 
-/// What activations are rounded to.
+/// How a kernel rounds activations.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Rounding {
-    /// What the relative error says.
-    None,
-    /// 8 bits by 32 columns.
-    Few,
-    /// 8 bits by 256 columns, times column factors.
-    Many,
+    /// No further than the relative error says.
+    Relative,
+    /// To 8 bits with a scale per 32 columns.
+    Q8Gemv,
+    /// To 8 bits with a scale per 256 columns, times column factors.
+    Q8Gemm,
 }
 
-/// What a product has to be: for each token and row the sum, Σ|w·x|, and for 8 bits by few and many columns half a step of
-/// activations times Σ|w|.
+/// The exact result for a token and a row, and the terms of its tolerance.
+struct Expected {
+    sum: f64,
+    /// Σ|w·x|.
+    magnitude: f64,
+    /// Half a step of activations times Σ|w|, for each kind of rounding.
+    gemv_step: f64,
+    gemm_step: f64,
+}
+
+/// A product and its exact results, [tokens, rows].
 struct Case {
     what: String,
-    exact: Vec<[f64; 4]>,
+    expected: Vec<Expected>,
+}
+
+/// A matrix of an N:M encoding as column factors, [cols], and the weights without them, [rows, cols].
+struct Factored {
+    factors: Vec<f32>,
+    weights: Vec<f32>,
 }
 
 /// Half a step of `x` times `factors`, rounded to 8 bits by `columns`, times Σ|w|.
@@ -76,60 +92,57 @@ fn step(w: &[f32], x: &[f32], factors: Option<&[f32]>, columns: usize) -> f64 {
     step
 }
 
-/// Of joint codes: column factors, and the weights without them.
-fn without_factors(
+/// The column factors of a matrix; `None` for other encodings than N:M.
+fn factored(
     view: &MatrixView<'_>,
     encoding: &Encoding,
     bytes: &[u8],
-) -> anyhow::Result<Option<(Vec<f32>, Vec<f32>)>> {
+) -> anyhow::Result<Option<Factored>> {
     let MatrixView::Nm(m) = view else { return Ok(None) };
     let (rows, cols) = (view.rows(), view.cols());
     if m.col_factors.is_empty() {
-        return Ok(Some((vec![1.0; cols], view.decode())));
+        return Ok(Some(Factored { factors: vec![1.0; cols], weights: view.decode() }));
     }
     let factors = m.col_factors.iter().map(|f| f16::from_le_bytes(*f).to_f32()).collect();
     let at = m.col_factors.as_ptr().addr() - bytes.as_ptr().addr();
     let mut plain = bytes.to_vec();
     plain[at..at + 2 * cols].copy_from_slice(&f16::ONE.to_le_bytes().repeat(cols));
-    Ok(Some((factors, encoding.view(rows as u64, cols as u64, &plain)?.decode())))
+    let weights = encoding.view(rows as u64, cols as u64, &plain)?.decode();
+    Ok(Some(Factored { factors, weights }))
 }
 
 impl Case {
-    /// `plain` are column factors and weights without them, if there is a kernel that applies them to activations.
-    fn new(
-        what: String,
-        weights: &[f32],
-        plain: Option<&(Vec<f32>, Vec<f32>)>,
-        cols: usize,
-        x: &[f32],
-    ) -> Self {
-        let rows = weights.len() / cols;
-        let exact = (0..x.len() / cols * rows)
+    fn new(what: String, matrix: &CheckedMatrix, x: &[f32]) -> Self {
+        let (rows, cols) = (matrix.packed.rows(), matrix.packed.cols());
+        let expected = (0..x.len() / cols * rows)
             .into_par_iter()
             .map(|i| {
                 let (r, x) = (i % rows, &x[i / rows * cols..][..cols]);
-                let w = &weights[r * cols..][..cols];
+                let w = &matrix.weights[r * cols..][..cols];
                 let terms = || w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
-                let many = plain.map_or(0.0, |(factors, weights)| {
-                    step(&weights[r * cols..][..cols], x, Some(factors), 256)
+                let gemm_step = matrix.factored.as_ref().map_or(0.0, |factored| {
+                    let w = &factored.weights[r * cols..][..cols];
+                    step(w, x, Some(&factored.factors), 256)
                 });
                 let magnitude = terms().map(f64::abs).sum();
-                [terms().sum(), magnitude, step(w, x, None, 32), many]
+                let gemv_step = step(w, x, None, 32);
+                Expected { sum: terms().sum(), magnitude, gemv_step, gemm_step }
             })
             .collect();
-        Self { what, exact }
+        Self { what, expected }
     }
 
-    /// The largest error of `y` over what is allowed: `relative` · Σ|w·x|, and the steps of rounded activations.
+    /// The largest error of `y` divided by its tolerance: `relative` · Σ|w·x|, and the steps of rounded activations.
     fn worst(&self, y: &[f32], relative: f64, rounding: Rounding) -> f64 {
         let mut worst = 0.0f64;
-        for (y, [sum, magnitude, few, many]) in y.iter().zip(&self.exact) {
+        for (y, expected) in y.iter().zip(&self.expected) {
             let step = match rounding {
-                Rounding::None => 0.0,
-                Rounding::Few => 1.0001 * few,
-                Rounding::Many => 1.0001 * many,
+                Rounding::Relative => 0.0,
+                Rounding::Q8Gemv => 1.0001 * expected.gemv_step,
+                Rounding::Q8Gemm => 1.0001 * expected.gemm_step,
             };
-            let error = (f64::from(*y) - sum).abs() / (relative * magnitude + step + 1e-30);
+            let tolerance = relative * expected.magnitude + step + 1e-30;
+            let error = (f64::from(*y) - expected.sum).abs() / tolerance;
             // A NaN is the worst.
             worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
         }
@@ -137,95 +150,135 @@ impl Case {
     }
 }
 
-fn judge(
-    report: &mut Report,
-    all: &mut Vec<serde_json::Value>,
-    case: &Case,
-    kernel: &str,
-    worst: f64,
-) {
-    let right = worst <= 1.0;
-    if !right {
-        report.wrong(kernel, &format!("{}: {worst:.3} of what is allowed", case.what));
-    }
-    all.push(
-        json!({"kernel": kernel, "case": case.what, "error_of_allowed": worst, "right": right}),
-    );
+/// A matrix on the device and on the host.
+struct CheckedMatrix {
+    packed: Matrix,
+    weights: Vec<f32>,
+    factored: Option<Factored>,
 }
 
-/// Checks all kernels.
+impl CheckedMatrix {
+    /// A random matrix.
+    fn random(
+        device: &Device,
+        encoding: &Encoding,
+        rows: usize,
+        cols: usize,
+    ) -> anyhow::Result<Self> {
+        let bytes = random(&[rows as u64, cols as u64], encoding);
+        let view = encoding.view(rows as u64, cols as u64, &bytes)?;
+        Ok(Self {
+            packed: Matrix::upload(device, encoding, rows, cols, &bytes)?,
+            weights: view.decode(),
+            factored: factored(&view, encoding, &bytes)?,
+        })
+    }
+}
+
+/// The kernels that are checked, and the results so far.
+struct ProductCheck<'a> {
+    report: &'a mut Report,
+    device: &'a Device,
+    gemv: Gemv,
+    gemm: Gemm,
+    gemm_int8: Gemm,
+    results: Vec<serde_json::Value>,
+}
+
+impl ProductCheck<'_> {
+    fn judge(&mut self, case: &Case, kernel: &str, worst: f64) {
+        let right = worst <= 1.0;
+        if !right {
+            let text = format!("{}: {worst:.3} of what is allowed", case.what);
+            self.report.wrong(kernel, &text);
+        }
+        self.results.push(
+            json!({"kernel": kernel, "case": case.what, "error_of_allowed": worst, "right": right}),
+        );
+    }
+
+    /// Checks all kernels that can multiply `matrix` with `x`, [tokens, cols].
+    fn check(&mut self, matrix: &CheckedMatrix, x: &[f32]) -> anyhow::Result<()> {
+        let encoding = matrix.packed.encoding();
+        let (rows, cols) = (matrix.packed.rows(), matrix.packed.cols());
+        let tokens = x.len() / cols;
+        let what = format!("{encoding} {rows}x{cols}, {tokens} tokens");
+        let case = Case::new(what, matrix, x);
+        let input = self.device.upload("activations", x)?;
+        let input = ActivationInput::Plain(&input);
+        // What is not written stays NaN.
+        let nan = vec![f32::NAN; tokens * rows];
+        let mut out = self.device.upload("results", &nan)?;
+        let mut y = vec![0.0; tokens * rows];
+        let matrices = &[&matrix.packed];
+        if tokens <= 16 {
+            for (precision, name, rounding) in [
+                (ActivationPrecision::F32, "gemv F32", Rounding::Relative),
+                (ActivationPrecision::Q8, "gemv Q8", Rounding::Q8Gemv),
+            ] {
+                out.write(&nan)?;
+                self.gemv
+                    .queue(matrices, input, precision, &mut [&mut out], false, tokens)
+                    .and_then(|()| out.read(&mut y))
+                    .with_context(|| format!("{name}, {}", case.what))?;
+                self.judge(&case, name, case.worst(&y, 1e-5, rounding));
+            }
+        }
+        if GemmPlan::supports(encoding) {
+            out.write(&nan)?;
+            self.gemm
+                .queue(matrices, input, &mut [&mut out], false, tokens)
+                .and_then(|()| out.read(&mut y))
+                .with_context(|| format!("gemm, {}", case.what))?;
+            // Activations in f16, or activations and weights in two bf16.
+            let places = if matches!(encoding, Encoding::Nm(_)) { 11 } else { 14 };
+            let relative = 0.5f64.powi(places) + 1e-5;
+            self.judge(&case, "gemm", case.worst(&y, relative, Rounding::Relative));
+        }
+        if matches!(encoding, Encoding::Nm(spec) if spec.scale_bits() <= 4) {
+            out.write(&nan)?;
+            self.gemm_int8
+                .queue(matrices, input, &mut [&mut out], false, tokens)
+                .and_then(|()| out.read(&mut y))
+                .with_context(|| format!("gemm int8, {}", case.what))?;
+            self.judge(&case, "gemm int8", case.worst(&y, 1e-5, Rounding::Q8Gemm));
+        }
+        Ok(())
+    }
+}
+
+/// Checks all encodings, shapes and kernels.
 pub(crate) fn run(report: &mut Report, device: &Device, small: bool) -> anyhow::Result<()> {
     let mut rng = Rng(11);
-    let mut all = Vec::new();
-    let mut gemv = Gemv::new(device)?;
-    let mut gemm = Gemm::new(device)?;
-    let mut gemm_int8 = Gemm::new(device)?.with_precision(PrefillPrecision::Int8);
+    let mut check = ProductCheck {
+        report,
+        device,
+        gemv: Gemv::new(device)?,
+        gemm: Gemm::new(device)?,
+        gemm_int8: Gemm::new(device)?.with_precision(PrefillPrecision::Int8),
+        results: Vec::new(),
+    };
     for encoding in encodings()? {
         let shapes = if small { &SHAPES[..5] } else { &SHAPES };
         for &(rows, cols) in shapes {
-            let bytes = random(&[rows as u64, cols as u64], &encoding);
-            let view = encoding.view(rows as u64, cols as u64, &bytes)?;
+            let matrix = CheckedMatrix::random(device, &encoding, rows, cols)?;
             let most = if rows * cols > 1_000_000 { 33 } else { 130 };
-            let counts = [1, 2, 3, 7, 16, 1 + rng.below(most), most];
-            let weights = view.decode();
-            let plain = without_factors(&view, &encoding, &bytes)?;
-            let matrix = Matrix::upload(device, &encoding, rows, cols, &bytes)?;
-            for tokens in counts {
+            for tokens in [1, 2, 3, 7, 16, 1 + rng.below(most), most] {
                 let mut x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
                 for _ in 0..cols / 50 {
                     let at = rng.below(x.len());
                     x[at] *= 300.0;
                 }
-                let what = format!("{encoding} {rows}x{cols}, {tokens} tokens");
-                let case = Case::new(what, &weights, plain.as_ref(), cols, &x);
-                let input = device.upload("activations", &x)?;
-                // What is not written stays NaN.
-                let mut out = device.upload("results", &vec![f32::NAN; tokens * rows])?;
-                let mut y = vec![0.0; tokens * rows];
-                if tokens <= 16 {
-                    for numbers in [ActivationPrecision::F32, ActivationPrecision::Q8] {
-                        out.write(&vec![f32::NAN; tokens * rows])?;
-                        let input = ActivationInput::Plain(&input);
-                        gemv.queue(&[&matrix], input, numbers, &mut [&mut out], false, tokens)
-                            .and_then(|()| out.read(&mut y))
-                            .with_context(|| format!("gemv {numbers:?}, {}", case.what))?;
-                        let rounding = match numbers {
-                            ActivationPrecision::Q8 => Rounding::Few,
-                            ActivationPrecision::F32 => Rounding::None,
-                        };
-                        let worst = case.worst(&y, 1e-5, rounding);
-                        judge(report, &mut all, &case, &format!("gemv {numbers:?}"), worst);
-                    }
-                }
-                if GemmPlan::supports(&encoding) {
-                    out.write(&vec![f32::NAN; tokens * rows])?;
-                    let input = ActivationInput::Plain(&input);
-                    gemm.queue(&[&matrix], input, &mut [&mut out], false, tokens)
-                        .and_then(|()| out.read(&mut y))
-                        .with_context(|| format!("gemm, {}", case.what))?;
-                    // Activations in f16, or both in two bf16.
-                    let places = if matches!(encoding, Encoding::Nm(_)) { 11 } else { 14 };
-                    let worst = case.worst(&y, 0.5f64.powi(places) + 1e-5, Rounding::None);
-                    judge(report, &mut all, &case, "gemm", worst);
-                }
-                if matches!(&encoding, Encoding::Nm(spec) if spec.scale_bits() <= 4) {
-                    out.write(&vec![f32::NAN; tokens * rows])?;
-                    let input = ActivationInput::Plain(&input);
-                    gemm_int8
-                        .queue(&[&matrix], input, &mut [&mut out], false, tokens)
-                        .and_then(|()| out.read(&mut y))
-                        .with_context(|| format!("gemm int8, {}", case.what))?;
-                    let worst = case.worst(&y, 1e-5, Rounding::Many);
-                    judge(report, &mut all, &case, "gemm int8", worst);
-                }
+                check.check(&matrix, &x)?;
             }
         }
-        // What was found so far is kept, whatever comes.
-        report.put("correctness", all.clone().into())?;
+        // The results so far are kept if a later kernel crashes.
+        check.report.put("correctness", check.results.clone().into())?;
     }
-    let right = all.iter().filter(|c| c["right"] == true).count();
-    report.line(&format!("  {right} of {} products are within their tolerance", all.len()));
-    if all.is_empty() {
+    let ProductCheck { report, results, .. } = check;
+    let right = results.iter().filter(|c| c["right"] == true).count();
+    report.line(&format!("  {right} of {} products are within their tolerance", results.len()));
+    if results.is_empty() {
         bail!("nothing was checked");
     }
     Ok(())

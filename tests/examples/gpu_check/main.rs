@@ -1,11 +1,12 @@
-//! Checks and measures the CUDA kernels on this machine's GPU, in one run: correctness of every kernel
-//! against the exact decoder, the output of a model on the GPU and the CPU, bandwidth, products, whole
-//! models, conversion, memory. Prints a table and writes JSON.
+//! Checks and measures the CUDA kernels on this machine's GPU in one run: every kernel against the exact
+//! decoder, the output of a model on the GPU and the CPU, bandwidth, products, whole models, conversion and
+//! memory. Prints a table and writes JSON.
 //!
-//! Each part is a process of its own: one that fails, crashes or hangs leaves the others as they are. The JSON
-//! is complete after each.
+//! Each part is a process of its own, so that a failure, crash or hang does not affect the other parts. The
+//! JSON is complete after each part.
 //!
-//! A copy of the program needs nothing else but the driver, NVRTC, and cuBLAS and cuSOLVER to compare and to convert with.
+//! A copy of the program needs only the driver and NVRTC, and cuBLAS and cuSOLVER for comparisons and
+//! conversions.
 
 mod attention;
 mod conversion;
@@ -44,7 +45,7 @@ struct Cli {
     json: PathBuf,
     /// Only these parts
     #[arg(long, value_name = "PART", value_delimiter = ',')]
-    part: Vec<Part>,
+    part: Vec<GpuCheck>,
     /// Only check, do not measure
     #[arg(long, conflicts_with_all = ["only_measure", "part"])]
     only_check: bool,
@@ -74,12 +75,12 @@ struct Cli {
     length: usize,
     /// Run this part here
     #[arg(long, hide = true)]
-    here: Option<Part>,
+    here: Option<GpuCheck>,
 }
 
-/// What there is to check and to measure.
+/// A part of the run: a check or a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Part {
+enum GpuCheck {
     /// Products against the exact decoder
     Products,
     /// Attention against its definition
@@ -104,7 +105,7 @@ enum Part {
     Memory,
 }
 
-impl Part {
+impl GpuCheck {
     fn is_check(self) -> bool {
         matches!(self, Self::Products | Self::Attention | Self::Output | Self::Conversion)
     }
@@ -166,8 +167,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// One part, in this process; what is in the JSON stays.
-fn here(cli: &Cli, part: Part) -> ExitCode {
+/// Runs one part in this process and adds its results to the JSON.
+fn here(cli: &Cli, part: GpuCheck) -> ExitCode {
     let done = Report::open(&cli.json).and_then(|mut report| {
         if let Err(e) = part.run(cli, &mut report) {
             report.line(&format!("  FAILED: {e:#}"));
@@ -187,7 +188,7 @@ fn here(cli: &Cli, part: Part) -> ExitCode {
     }
 }
 
-/// All parts; how many checks failed.
+/// Runs all parts. Returns the number of failed checks.
 fn check(cli: &Cli, all: &[stb_kernels::cuda::DeviceInfo]) -> anyhow::Result<usize> {
     let count = all.len();
     let unusable = |why: String| anyhow::Error::from(Error::Unsupported { why });
@@ -208,9 +209,9 @@ fn check(cli: &Cli, all: &[stb_kernels::cuda::DeviceInfo]) -> anyhow::Result<usi
             "version": env!("CARGO_PKG_VERSION"),
         }),
     )?;
-    let parts = Part::value_variants().iter().copied().filter(|part| match &cli.part[..] {
-        // Computed, and the same everywhere.
-        [] if *part == Part::Memory => false,
+    let parts = GpuCheck::value_variants().iter().copied().filter(|part| match &cli.part[..] {
+        // Memory is computed, and the same on every machine.
+        [] if *part == GpuCheck::Memory => false,
         [] if cli.only_check => part.is_check(),
         [] if cli.only_measure => !part.is_check(),
         [] => true,
@@ -224,9 +225,9 @@ fn check(cli: &Cli, all: &[stb_kernels::cuda::DeviceInfo]) -> anyhow::Result<usi
         report = Report::open(&cli.json)?;
         failures += std::mem::take(&mut report.failures);
         let wrong = match ended {
-            Ended::Done(status) if status.code().is_some_and(|code| code < 2) => None,
-            Ended::Done(status) => Some(format!("ended with {status}")),
-            Ended::Killed => Some(format!("took more than {} s (--limit)", cli.limit)),
+            PartEnd::Done(status) if status.code().is_some_and(|code| code < 2) => None,
+            PartEnd::Done(status) => Some(format!("ended with {status}")),
+            PartEnd::Killed => Some(format!("took more than {} s (--limit)", cli.limit)),
         };
         if let Some(wrong) = wrong {
             failures += 1;
@@ -241,14 +242,14 @@ fn check(cli: &Cli, all: &[stb_kernels::cuda::DeviceInfo]) -> anyhow::Result<usi
     Ok(failures)
 }
 
-/// How a part ended.
-enum Ended {
+/// How the process of a part ended.
+enum PartEnd {
     Done(ExitStatus),
     Killed,
 }
 
 /// Runs a part in a process of its own, with the arguments of this one.
-fn run_part(part: Part, limit: Duration) -> anyhow::Result<Ended> {
+fn run_part(part: GpuCheck, limit: Duration) -> anyhow::Result<PartEnd> {
     let program = std::env::current_exe().context("the program's own path")?;
     let mut child: Child = Command::new(program)
         .args(std::env::args_os().skip(1))
@@ -258,12 +259,12 @@ fn run_part(part: Part, limit: Duration) -> anyhow::Result<Ended> {
     let started = Instant::now();
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(Ended::Done(status));
+            return Ok(PartEnd::Done(status));
         }
         if started.elapsed() > limit {
             child.kill()?;
             child.wait()?;
-            return Ok(Ended::Killed);
+            return Ok(PartEnd::Killed);
         }
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -38,7 +38,7 @@ pub(crate) fn small(folder: &Path) -> anyhow::Result<PathBuf> {
     Ok(file)
 }
 
-/// Tokens that are chosen from what the device finds, and from all of its logits: the same.
+/// Checks that tokens chosen from the top-k of the device are those chosen from all of its logits.
 fn compare_choices(report: &mut Report, gpu: &Engine) -> anyhow::Result<()> {
     let mut wrong = 0;
     let cases = [(0.0, 0), (1.0, 40), (0.7, 128)];
@@ -59,9 +59,8 @@ fn compare_choices(report: &mut Report, gpu: &Engine) -> anyhow::Result<()> {
     report.put("candidates", json!({"tokens": 40 * cases.len(), "wrong": wrong}))
 }
 
-/// The greedy text of `file` on the CPU, exactly computed, and what the GPU would say at each of its places: exactly
-/// computed too, then with rounded activations. Rounding may turn a choice between two tokens that are nearly as likely;
-/// nothing else may.
+/// Compares the greedy text of `file` on the CPU, in f32, with the GPU's choice at each of its positions, in f32 and
+/// with rounded activations. Rounding may only change a choice between two tokens that are almost equally likely.
 pub(crate) fn compare(report: &mut Report, file: &Path, device: usize) -> anyhow::Result<()> {
     let cpu = open(file, DeviceChoice::Cpu, true)?;
     for (name, exact, allowed) in [("exact", true, 1e-3), ("rounded", false, 0.05)] {
@@ -77,7 +76,7 @@ pub(crate) fn compare(report: &mut Report, file: &Path, device: usize) -> anyhow
             let found = gpu.forward(&mut on_gpu, &tokens)?;
             let (a, b) = (best(&expected), best(found));
             same += usize::from(a == b);
-            // How much less likely the GPU's choice is, exactly computed.
+            // By how much the logit of the GPU's choice is lower, in f32.
             gap = gap.max(expected[a as usize] - expected[b as usize]);
             let span = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
             for (x, y) in expected.iter().zip(found) {
@@ -127,7 +126,7 @@ pub(crate) fn measure(
             Ok(())
         })?;
         let generated = 64;
-        // As generation does: a sampler asks for the most likely tokens.
+        // As in generation, the sampler requests the most likely tokens.
         let mut sampler = Sampler::new(SamplerOptions::default());
         let mut next = SamplerInput::default();
         let [decode, low, high] = time(5, || {
@@ -160,8 +159,8 @@ pub(crate) fn measure(
     Ok(())
 }
 
-/// The paper's Figure 11: bytes of weights, of keys and values of 2048 tokens (f16) and of the activations of a prompt's part of
-/// 512 tokens, computed.
+/// Computes Figure 11 of the paper: bytes of weights, of the KV cache of 2048 tokens (f16) and of the activations of 512
+/// tokens of a prompt.
 pub(crate) fn memory(report: &mut Report) -> anyhow::Result<()> {
     let mut all: Vec<Value> = Vec::new();
     for name in ["llama-7b", "llama-13b"] {

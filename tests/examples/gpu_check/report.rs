@@ -1,4 +1,4 @@
-//! What is printed and written.
+//! The printed and written results.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -7,26 +7,26 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::{Map, Value};
 
-/// Wrong results of one kernel that are printed; all are in the JSON.
+/// The most wrong results of one kernel that are printed. The JSON has all of them.
 const PRINTED: usize = 3;
 
 /// Figures by name, kept in a file.
 pub(crate) struct Report {
     pub json: Map<String, Value>,
-    /// Of this process.
+    /// Failures of this process.
     pub failures: usize,
     file: PathBuf,
     wrong: HashMap<String, usize>,
 }
 
 impl Report {
-    /// Empty.
+    /// An empty report.
     pub(crate) fn new(file: &Path) -> Self {
         let (json, wrong) = (Map::new(), HashMap::new());
         Self { json, failures: 0, file: file.to_owned(), wrong }
     }
 
-    /// With what the file has, if it is there; failures are those of the process that wrote it.
+    /// The report in a file, if it exists; failures are those of the process that wrote it.
     pub(crate) fn open(file: &Path) -> anyhow::Result<Self> {
         let name = || file.display().to_string();
         let mut report = Self::new(file);
@@ -43,7 +43,7 @@ impl Report {
     }
 
     pub(crate) fn line(&self, text: &str) {
-        // A reader that has left is no reason to stop: the file is written anyway.
+        // A closed pipe is no reason to stop: the file is written anyway.
         let _ = writeln!(std::io::stdout(), "{text}");
     }
 
@@ -59,7 +59,7 @@ impl Report {
         }
     }
 
-    /// Adds a figure, to the file too.
+    /// Adds a figure and writes the file.
     pub(crate) fn put(&mut self, key: &str, value: Value) -> anyhow::Result<()> {
         self.json.insert(key.to_owned(), value);
         self.save()
@@ -72,7 +72,7 @@ impl Report {
             json.insert("failures of the last part".into(), self.failures.into());
         }
         let text = serde_json::to_string_pretty(&Value::Object(json))?;
-        // Whole or not at all: this process may be killed.
+        // The rename is atomic, because this process may be killed.
         let mut new = self.file.clone().into_os_string();
         new.push(".new");
         std::fs::write(&new, text + "\n")

@@ -1,6 +1,6 @@
-//! Bandwidth, products with one and with many tokens. Times are of recorded graphs, as many in a row as take 20 ms,
-//! from start to the end of synchronization: median and spread of nine. Products with many tokens include
-//! the preparation of activations in f32 and results in f32; those of cuBLAS are of bf16 throughout.
+//! Bandwidth, GEMV and GEMM. A time is that of recorded graphs, as many in a row as take 20 ms, from the start to the
+//! end of the synchronization: the median and spread of nine. A GEMM includes the preparation of f32 activations and
+//! writes f32 results; the GEMM of cuBLAS is bf16 throughout.
 
 use std::time::Instant;
 
@@ -17,9 +17,9 @@ use stb_tests::random_model::random;
 
 use crate::report::Report;
 
-/// Bytes of matrices that are used in turn: several times the caches.
+/// Bytes of the matrices that are used in turn, several times the size of the caches.
 const CYCLE: usize = 400 << 20;
-/// Seconds of a sample at least.
+/// The fewest seconds of a sample.
 const SAMPLE: f64 = 0.02;
 /// Rows and columns.
 const SHAPES: [(usize, usize); 3] = [(4096, 4096), (4096, 11_008), (4096, 14_336)];
@@ -29,8 +29,8 @@ pub(crate) fn time(n: usize, run: impl FnMut() -> anyhow::Result<()>) -> anyhow:
     time_queued(n, run, || Ok(()))
 }
 
-/// The same for work that `queue` queues and `wait` waits for: as often in a row as makes a sample long enough for
-/// the host not to matter, after the device has had time to reach its clock.
+/// The same for work that `queue` queues and `wait` waits for. It is repeated until a sample is long enough for the
+/// host not to matter, after the device has had time to reach its clock.
 fn time_queued(
     n: usize,
     mut queue: impl FnMut() -> anyhow::Result<()>,
@@ -75,7 +75,7 @@ fn encodings() -> anyhow::Result<Vec<(&'static str, Encoding)>> {
     ])
 }
 
-/// Bytes per second that a copy on the device reads and writes.
+/// Measures the bytes per second that a copy on the device reads and writes.
 pub(crate) fn copy(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     let floats = 256 << 20;
     let from: Buffer<f32> = device.zeros("a copy", floats)?;
@@ -96,7 +96,7 @@ pub(crate) fn copy(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Products with one token: share of the bandwidth of a copy.
+/// Measures GEMV, as a share of the bandwidth of a copy.
 pub(crate) fn decode(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     let copy = report.json.get("copy").and_then(|c| c["gb_per_s"].as_f64()).unwrap_or(f64::NAN);
     let mut all: Vec<Value> = Vec::new();
@@ -149,8 +149,8 @@ pub(crate) fn decode(report: &mut Report, device: &Device) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Products with many tokens, with activations in f16 and in 8 bits: the rate counted as if all weights were there, and
-/// that of cuBLAS in bf16.
+/// Measures GEMM with activations in f16 and in 8 bits, counting operations as if the weights were dense, and the GEMM of
+/// cuBLAS in bf16.
 pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     let cublas = Blas::new(device);
     if let Err(e) = &cublas {
@@ -160,7 +160,7 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
     let mut rng = Rng(6);
     for (rows, cols) in SHAPES {
         for tokens in [512, 2048, 8192] {
-            let operations = 2.0 * rows as f64 * cols as f64 * tokens as f64;
+            let size = GemmSize { m: tokens, n: rows, k: cols };
             let x: Vec<f32> = (0..tokens * cols).map(|_| rng.float()).collect();
             let mut dense = None;
             if let Ok(cublas) = &cublas {
@@ -171,7 +171,6 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
                 let (w, x) =
                     (device.upload("weights", &half_w)?, device.upload("activations", &half_x)?);
                 let mut y = device.zeros("results", tokens * rows)?;
-                let size = GemmSize { m: tokens, n: rows, k: cols };
                 let multiply = || {
                     for _ in 0..10 {
                         cublas.multiply_bf16(size, &x, &w, &mut y)?;
@@ -181,8 +180,10 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
                 let times = time_queued(9, multiply, || Ok(device.synchronize()?))?;
                 let times = times.map(|s| s / 10.0);
                 dense = Some(times[0]);
-                report.line(&line("cuBLAS bf16", rows, cols, tokens, times, operations, None));
-                all.push(entry("cuBLAS bf16", rows, cols, tokens, times, operations, None));
+                let timing =
+                    GemmTiming { kernel: "cuBLAS bf16", size, seconds: times, dense: None };
+                report.line(&timing.line());
+                all.push(timing.entry());
             }
             let x = device.upload("activations", &x)?;
             let mut y = device.zeros("results", tokens * rows)?;
@@ -206,8 +207,9 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
                     queue()?;
                     let mut graph = device.record(|| (0..10).try_for_each(|_| queue()))?;
                     let times = time_graph(device, &mut graph)?.map(|s| s / 10.0);
-                    report.line(&line(name, rows, cols, tokens, times, operations, dense));
-                    all.push(entry(name, rows, cols, tokens, times, operations, dense));
+                    let timing = GemmTiming { kernel: name, size, seconds: times, dense };
+                    report.line(&timing.line());
+                    all.push(timing.entry());
                 }
             }
             report.put("prefill", all.clone().into())?;
@@ -216,38 +218,41 @@ pub(crate) fn prefill(report: &mut Report, device: &Device) -> anyhow::Result<()
     Ok(())
 }
 
-fn line(
-    name: &str,
-    rows: usize,
-    cols: usize,
-    tokens: usize,
-    [median, low, high]: [f64; 3],
-    operations: f64,
+/// The measurement of a GEMM.
+struct GemmTiming<'a> {
+    kernel: &'a str,
+    size: GemmSize,
+    /// Seconds: the median, the smallest and the largest.
+    seconds: [f64; 3],
+    /// The seconds of cuBLAS, if it was measured.
     dense: Option<f64>,
-) -> String {
-    let against = dense.map_or(String::new(), |d| format!(", {:.2} x cuBLAS", d / median));
-    format!(
-        "  {name:<12} {rows}x{cols}, {tokens:>4} tokens: {:8.1} us ({:.1} to {:.1}), {:6.0} TFLOP/s{against}",
-        median * 1e6,
-        low * 1e6,
-        high * 1e6,
-        operations / median / 1e12,
-    )
 }
 
-fn entry(
-    name: &str,
-    rows: usize,
-    cols: usize,
-    tokens: usize,
-    [median, low, high]: [f64; 3],
-    operations: f64,
-    dense: Option<f64>,
-) -> Value {
-    json!({
-        "kernel": name, "rows": rows, "cols": cols, "tokens": tokens,
-        "seconds": median, "fastest": low, "slowest": high,
-        "dense_tflops": operations / median / 1e12,
-        "times_cublas": dense.map(|d| d / median),
-    })
+impl GemmTiming<'_> {
+    /// Operations per second, counted as if the weights were dense.
+    fn tflops(&self) -> f64 {
+        let GemmSize { m, n, k } = self.size;
+        2.0 * n as f64 * k as f64 * m as f64 / self.seconds[0] / 1e12
+    }
+
+    fn line(&self) -> String {
+        let Self { kernel, size: GemmSize { m, n, k }, seconds, dense } = self;
+        let [median, low, high] = seconds.map(|s| s * 1e6);
+        let rate = self.tflops();
+        let against = dense.map_or(String::new(), |d| format!(", {:.2} x cuBLAS", d / seconds[0]));
+        format!(
+            "  {kernel:<12} {n}x{k}, {m:>4} tokens: {median:8.1} us ({low:.1} to {high:.1}), \
+             {rate:6.0} TFLOP/s{against}"
+        )
+    }
+
+    fn entry(&self) -> Value {
+        let Self { kernel, size: GemmSize { m, n, k }, seconds: [median, low, high], dense } = self;
+        json!({
+            "kernel": kernel, "rows": n, "cols": k, "tokens": m,
+            "seconds": median, "fastest": low, "slowest": high,
+            "dense_tflops": self.tflops(),
+            "times_cublas": dense.map(|d| d / median),
+        })
+    }
 }
