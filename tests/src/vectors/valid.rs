@@ -192,9 +192,9 @@ fn empty() -> Vec<u8> {
 pub(super) fn changed_model(changes: &[(&str, Option<Value>)]) -> Vec<u8> {
     let (tensors, meta, _) = model();
     let base = file(&tensors, &meta);
-    let file = File::open(&base).expect("a valid model");
+    let parsed = File::open(&base).expect("a valid model");
     let mut changed = Meta::new();
-    for (key, value) in file.meta().iter() {
+    for (key, value) in parsed.meta().iter() {
         match changes.iter().find(|(k, _)| *k == key) {
             Some((_, Some(value))) => changed.set(key, value.clone()),
             Some((_, None)) => Ok(()),
