@@ -119,7 +119,7 @@ pub(super) struct ConvertArgs {
     #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
     pub threads: Option<u16>,
     /// Where calibration and large products are computed: cpu, cuda, cuda:N, or auto for a CUDA device if
-    /// there is one; tuning and --bits use the CPU [default: cpu, until this has been proven on devices]
+    /// there is one; distillation and --bits use the CPU [default: cpu, until this has been proven on devices]
     #[arg(long, value_name = "DEVICE", help_heading = "Output")]
     pub device: Option<DeviceChoice>,
 }
