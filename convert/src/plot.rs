@@ -230,8 +230,7 @@ impl Chart {
             "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{height}\" \
              fill=\"white\" fill-opacity=\"0.85\" stroke=\"#ccc\"/>"
         );
-        for (i, (series, color)) in self.series.iter().zip(COLORS.into_iter().cycle()).enumerate()
-        {
+        for (i, (series, color)) in self.series.iter().zip(COLORS.into_iter().cycle()).enumerate() {
             let y = top + 14.0 + 18.0 * i as f64;
             let x = left + 12.0;
             let _ =
