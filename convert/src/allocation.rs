@@ -49,7 +49,7 @@ pub fn allocate(
     };
     for tensor in &mut plan.tensors {
         let layer = tensor.tensor.layer;
-        if let (Some(i), TensorMethod::Linear(mut method)) = (layer, tensor.treatment) {
+        if let (Some(i), TensorMethod::Linear(mut method)) = (layer, tensor.method) {
             if !method.quantizer_mut().keep_of_8(counts[i]) {
                 return Err(Error::Internal { what: format!("N is {}", counts[i]) });
             }

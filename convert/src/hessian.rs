@@ -138,14 +138,14 @@ pub fn factoring_memory(size: u64) -> u64 {
 /// (2/n) Σ Aᵀ X over n calibration sequences, A [tokens, rows] and X [tokens, cols]: the cross
 /// term of the inputs X of a layer and another quantity A.
 #[derive(Clone, Debug)]
-pub struct CrossMoments {
+pub struct CrossHessian {
     /// [rows, cols].
     matrix: Vec<f32>,
     cols: usize,
     sequences: usize,
 }
 
-impl CrossMoments {
+impl CrossHessian {
     /// Zero, [rows, cols].
     #[must_use]
     pub fn new(rows: usize, cols: usize) -> Self {

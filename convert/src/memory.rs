@@ -43,7 +43,7 @@ impl Plan {
 
     /// The most that quantizing a linear layer takes.
     fn quantizing_memory(&self, checkpoint: &Checkpoint) -> u64 {
-        let scratch = self.tensors.iter().map(|t| match t.treatment {
+        let scratch = self.tensors.iter().map(|t| match t.method {
             TensorMethod::Linear(method) => method.quantizer().scratch_memory(t.tensor.shape[1]),
             TensorMethod::Keep(_) | TensorMethod::Round(_) => 0,
         });
@@ -53,7 +53,7 @@ impl Plan {
 
     /// Codes and scales of all tensors that move while the model is distilled.
     fn moving_memory(&self) -> u64 {
-        let moving = self.tensors.iter().map(|t| match t.treatment {
+        let moving = self.tensors.iter().map(|t| match t.method {
             TensorMethod::Linear(method) => {
                 method.quantizer().distill_memory(t.tensor.shape[0], t.tensor.shape[1])
             }

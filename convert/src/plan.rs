@@ -37,19 +37,19 @@ pub struct TensorPlan {
     /// Its name, shape and role.
     pub tensor: TensorSpec,
     /// What is done.
-    pub treatment: TensorMethod,
+    pub method: TensorMethod,
     /// Stored bytes.
     pub bytes: u64,
 }
 
 impl TensorPlan {
-    fn new(tensor: TensorSpec, treatment: TensorMethod) -> Result<Self> {
-        let bytes = treatment
+    fn new(tensor: TensorSpec, method: TensorMethod) -> Result<Self> {
+        let bytes = method
             .encoding()
             .payload_len(&tensor.shape)
             .map_err(|e| Error::Internal { what: e.to_string() })?
             .unwrap_or(0);
-        Ok(Self { tensor, treatment, bytes })
+        Ok(Self { tensor, method, bytes })
     }
 
     /// The number of weights.
@@ -64,12 +64,12 @@ impl TensorPlan {
         self.bytes as f64 * 8.0 / self.elements() as f64
     }
 
-    /// Changes the treatment, and the stored bytes with it.
+    /// Changes the method, and the stored bytes with it.
     ///
     /// # Errors
-    /// None for a treatment that allows the shape.
-    pub fn set(&mut self, treatment: TensorMethod) -> Result<()> {
-        *self = Self::new(self.tensor.clone(), treatment)?;
+    /// None for a method that allows the shape.
+    pub fn set(&mut self, method: TensorMethod) -> Result<()> {
+        *self = Self::new(self.tensor.clone(), method)?;
         Ok(())
     }
 
@@ -92,7 +92,7 @@ pub struct Plan {
 /// # Errors
 /// None in practice: the tensors of a checkpoint exist and are dense.
 pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
-    let method = recipe.linear.method();
+    let linear = recipe.linear.method();
     let mut tensors = Vec::new();
     for tensor in checkpoint.spec.tensors() {
         let name = &tensor.name;
@@ -100,13 +100,13 @@ pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
             return Err(Error::Internal { what: format!("{name} of a checkpoint is not dense") });
         };
         let keep = TensorMethod::Keep(kind);
-        let treatment = match tensor.role {
+        let method = match tensor.role {
             Role::TokenEmbedding => recipe.embeddings.map_or(keep, TensorMethod::Round),
             Role::LmHead => recipe.head.map_or(keep, TensorMethod::Round),
-            Role::Linear(_) => method.map_or(keep, TensorMethod::Linear),
+            Role::Linear(_) => linear.map_or(keep, TensorMethod::Linear),
             _ => keep,
         };
-        tensors.push(TensorPlan::new(tensor, treatment)?);
+        tensors.push(TensorPlan::new(tensor, method)?);
     }
     Ok(Plan { tensors })
 }
@@ -144,7 +144,7 @@ impl Plan {
 
     /// The tensors that are quantized against their calibrated inputs.
     fn methods(&self) -> impl Iterator<Item = (&TensorPlan, Method)> {
-        self.tensors.iter().filter_map(|t| match t.treatment {
+        self.tensors.iter().filter_map(|t| match t.method {
             TensorMethod::Linear(method) => Some((t, method)),
             TensorMethod::Keep(_) | TensorMethod::Round(_) => None,
         })
@@ -163,7 +163,7 @@ impl Plan {
     pub fn nominal_bits(&self, salient: f64) -> Option<f64> {
         let (mut bits, mut weights) = (0.0, 0u64);
         for tensor in self.tensors.iter().filter(|t| t.linear().is_some()) {
-            let TensorMethod::Linear(method) = tensor.treatment else { return None };
+            let TensorMethod::Linear(method) = tensor.method else { return None };
             let kept = method.quantizer().nominal_kept()?;
             let n = tensor.elements();
             bits += n as f64 * kept as f64 / 8.0 * (1.0 + salient);

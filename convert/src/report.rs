@@ -33,7 +33,7 @@ pub struct Stages {
     /// Forward passes of the calibration, with the dense and the quantized layer.
     pub forward: f64,
     /// Sums for the Hessian.
-    pub moments: f64,
+    pub hessian: f64,
     /// Its factorization.
     pub factors: f64,
     /// The steps of the quantizers.
@@ -41,10 +41,10 @@ pub struct Stages {
     pub quantizer: Seconds,
     /// Distilling the layer.
     #[serde(default)]
-    pub tuning: f64,
+    pub distill_layers: f64,
     /// Distilling the model.
     #[serde(default)]
-    pub fine_tuning: f64,
+    pub distill: f64,
     /// Measuring the error of what is stored.
     pub check: f64,
     /// Writing, and keeping what a later run resumes from.
@@ -55,11 +55,11 @@ impl Stages {
     /// Adds another layer.
     pub fn add(&mut self, other: &Self) {
         self.forward += other.forward;
-        self.moments += other.moments;
+        self.hessian += other.hessian;
         self.factors += other.factors;
         self.quantizer.add(&other.quantizer);
-        self.tuning += other.tuning;
-        self.fine_tuning += other.fine_tuning;
+        self.distill_layers += other.distill_layers;
+        self.distill += other.distill;
         self.check += other.check;
         self.output += other.output;
     }

@@ -260,16 +260,16 @@ fn what_is_left_of_another_or_damaged_conversion_is_discarded() {
     }
 }
 
-/// Fine-tuning changes scales and norms and nothing else: no size, no encoding, no code.
+/// Distillation changes scales and norms and nothing else: no size, no encoding, no code.
 /// It comes closer to the dense model, whatever holds the weights, and goes on after a kill.
 #[test]
-fn fine_tuning_moves_scales_and_norms_only() {
+fn distillation_moves_scales_and_norms_only() {
     let folder = folder();
     for recipe in ["nm-1of4", "int2"] {
         let plain = folder.path().join(format!("{recipe}.stb"));
         let _ = finished(&plain, &["--recipe", recipe]).success();
         let out = folder.path().join(format!("{recipe}-tuned.stb"));
-        let options = ["--recipe", recipe, "--fine-tuning", "1"];
+        let options = ["--recipe", recipe, "--distill", "1"];
         let work = folder.path().join(format!(".{recipe}-tuned.stb.unfinished"));
         killed(&out, &options, || work.join("layer-00003").exists());
         let run = finished(&out, &options);
@@ -300,9 +300,9 @@ fn fine_tuning_moves_scales_and_norms_only() {
     }
 }
 
-/// What a fine-tuned conversion says about the distance from the dense model, before and after.
+/// What a distilled conversion says about the distance from the dense model, before and after.
 fn divergences(err: &str) -> [f64; 2] {
-    let line = err.lines().find(|line| line.contains("fine-tuning: from")).unwrap();
+    let line = err.lines().find(|line| line.contains("distillation: from")).unwrap();
     let numbers: Vec<f64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
     numbers.try_into().unwrap()
 }

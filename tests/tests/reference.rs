@@ -42,7 +42,7 @@ impl Dump {
     }
 }
 
-/// Second moments ready for use.
+/// A Hessian, damped and factored.
 struct Moments {
     hessian: Hessian,
     factor: Factor,

@@ -7,16 +7,16 @@ use crate::plan::{TensorMethod, TensorPlan};
 /// A way to store a tensor.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate {
-    pub(super) treatment: TensorMethod,
+    pub(super) method: TensorMethod,
     pub(super) bytes: u64,
     /// Its cost, see [`super::cost`].
     pub(super) error: f64,
 }
 
 impl Candidate {
-    pub(super) fn new(tensor: &TensorPlan, treatment: TensorMethod, error: f64) -> Result<Self> {
+    pub(super) fn new(tensor: &TensorPlan, method: TensorMethod, error: f64) -> Result<Self> {
         let mut copy = tensor.clone();
-        copy.set(treatment)?;
-        Ok(Self { treatment, bytes: copy.bytes, error })
+        copy.set(method)?;
+        Ok(Self { method, bytes: copy.bytes, error })
     }
 }

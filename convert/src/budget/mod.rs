@@ -15,7 +15,7 @@ use crate::calibration::CalibrationText;
 use crate::plan::Plan;
 use crate::recipe::Recipe;
 
-/// Replaces the treatments in `plan` so that the file with `meta` has at most `bits` true bits per
+/// Replaces the methods in `plan` so that the file with `meta` has at most `bits` true bits per
 /// parameter.
 ///
 /// # Errors
@@ -36,7 +36,7 @@ pub fn fit(
     let mut level = vec![0; hulls.len()];
     for (tensor, hull) in plan.tensors.iter_mut().zip(&hulls) {
         if let Some(smallest) = hull.first() {
-            tensor.set(smallest.treatment)?;
+            tensor.set(smallest.method)?;
         }
     }
     let smallest = plan.file_bytes(meta);
@@ -61,8 +61,8 @@ pub fn fit(
         if level[t] + 1 != k {
             continue;
         }
-        let before = plan.tensors[t].treatment;
-        plan.tensors[t].set(hulls[t][k].treatment)?;
+        let before = plan.tensors[t].method;
+        plan.tensors[t].set(hulls[t][k].method)?;
         if plan.file_bytes(meta) > budget {
             plan.tensors[t].set(before)?;
         } else {
@@ -96,8 +96,8 @@ fn fill(
         better.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         let mut changed = false;
         for (_, t, candidate) in better {
-            let before = plan.tensors[t].treatment;
-            plan.tensors[t].set(candidate.treatment)?;
+            let before = plan.tensors[t].method;
+            plan.tensors[t].set(candidate.method)?;
             if plan.file_bytes(meta) <= budget {
                 chosen[t] = Some(candidate);
                 changed = true;
@@ -139,9 +139,9 @@ mod tests {
     #[test]
     fn hulls_fall_ever_more_slowly() {
         let points = [(10, 1.0), (20, 0.9), (30, 0.2), (30, 0.3), (40, 0.25), (50, 0.1), (90, 0.0)];
-        let treatment = TensorMethod::Keep(Dense::F32);
+        let method = TensorMethod::Keep(Dense::F32);
         let candidates =
-            points.map(|(bytes, error)| Candidate { treatment, bytes, error }).to_vec();
+            points.map(|(bytes, error)| Candidate { method, bytes, error }).to_vec();
         let hull: Vec<u64> = lower_hull(candidates).iter().map(|c| c.bytes).collect();
         assert_eq!(hull, [10, 30, 50, 90]);
     }

@@ -141,7 +141,7 @@ fn dry_run(
             "{:<width$}  {:>14}  {:<18} {:>6.3}  {:>12}",
             t.tensor.name,
             shape.join(" x "),
-            t.treatment.encoding().to_string(),
+            t.method.encoding().to_string(),
             t.stored_bits(),
             t.bytes
         ))?;

@@ -70,7 +70,7 @@ impl MovingTable {
     }
 }
 
-/// A quantized model that has been fine-tuned.
+/// A quantized model that has been distilled.
 pub(crate) struct Distilled<'a> {
     embeddings: MovingTable,
     layers: Vec<DistilledLayer<'a>>,
@@ -101,7 +101,7 @@ impl Distilled<'_> {
     }
 }
 
-/// Fine-tunes `model`, quantized, to what `dense` says about `sequences`, all of one length. The rate is that
+/// Distills `engine`, quantized, from `dense` on `sequences`, all of one length. The rate is that
 /// of a model at least one nat per token away and falls with the root of the distance. `progress` hears
 /// steps done, all steps, and the loss of the last.
 ///
@@ -162,7 +162,7 @@ fn dense_states(dense: &Engine, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Ve
     Ok(all)
 }
 
-/// Fine-tuning on its way.
+/// A distillation on its way.
 struct Distillation<'a, 'b> {
     pass: Pass<'a>,
     dense: &'b Engine,

@@ -95,7 +95,7 @@ fn convert_in(
     }
     output.commit()?;
     stages.output += writing.elapsed().as_secs_f64() - distilling;
-    stages.fine_tuning = distilling;
+    stages.distill = distilling;
     let mut report = make_report(job, reports, calibration_tokens, meta);
     layers.iter().for_each(|layer| stages.add(&layer.stages));
     report.stages = stages;
@@ -111,7 +111,7 @@ fn key(job: &Job<'_>, meta: &Meta, engine: &Engine, accelerator: Option<&Acceler
     let mut text = format!("{meta:?}\n{} {device}\n", engine.isa.name());
     for tensor in &job.plan.tensors {
         text +=
-            &format!("{} {:?} {:?}\n", tensor.tensor.name, tensor.tensor.shape, tensor.treatment);
+            &format!("{} {:?} {:?}\n", tensor.tensor.name, tensor.tensor.shape, tensor.method);
     }
     text
 }
@@ -249,7 +249,7 @@ impl Run<'_> {
         }
         for (part, layer) in parts.iter().zip(saved) {
             for ((tensor, payload), report) in part.iter().zip(&layer.payloads).zip(layer.tensors) {
-                let encoding = tensor.treatment.encoding();
+                let encoding = tensor.method.encoding();
                 self.writer
                     .tensor(&tensor.tensor.name, &tensor.tensor.shape, &encoding, payload)
                     .map_err(|e| Error::io(self.job.target, e))?;

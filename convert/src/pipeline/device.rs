@@ -114,7 +114,7 @@ impl Run<'_> {
             layers.dense().finish_hessian(sum, size, scale)?;
             Ok(Hessian::from_matrix(download(sum, size * size)?, size))
         })?;
-        self.stages.moments += summing;
+        self.stages.hessian += summing;
         self.stages.forward += started.elapsed().as_secs_f64() - summing;
         Ok(all)
     }
@@ -169,7 +169,7 @@ impl Run<'_> {
             }
         }
         let (summed, seconds) = sums.finish(layers.dense(), streams.len())?;
-        self.stages.moments += seconds;
+        self.stages.hessian += seconds;
         self.stages.forward += started.elapsed().as_secs_f64() - seconds;
         Ok(summed)
     }

@@ -51,7 +51,7 @@ impl<'r> Run<'r> {
         for tensor in tensors {
             finite(&self.job.checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
         }
-        let is_quantized = tensors.iter().any(|t| matches!(t.treatment, TensorMethod::Linear(_)));
+        let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
         let distilled = is_quantized && self.job.recipe.calibration.distill_layers.is_some();
         let dense = self.engine.model.layers[index].clone();
         let streams = StreamProgress::default();
@@ -78,7 +78,7 @@ impl<'r> Run<'r> {
         let encoding = tensors
             .iter()
             .find(|t| t.linear().is_some())
-            .map_or(String::new(), |t| t.treatment.encoding().to_string());
+            .map_or(String::new(), |t| t.method.encoding().to_string());
         if self.job.plan.needs_calibration() {
             self.keep(index, error, payloads, hidden, started)?;
         }
@@ -94,7 +94,7 @@ impl<'r> Run<'r> {
         hidden: &mut Hidden,
         step: &dyn Fn(u64, &str),
     ) -> anyhow::Result<Vec<Done>> {
-        let is_quantized = tensors.iter().any(|t| matches!(t.treatment, TensorMethod::Linear(_)));
+        let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
         let pruned = self.prune_first(tensors, &mut work.now, &mut hidden.pruned)?;
         let refreshed = is_quantized && self.job.recipe.calibration.refreshed;
         let mut hessians: InputMap<Option<InputHessian>> = InputMap::default();
@@ -134,7 +134,7 @@ impl<'r> Run<'r> {
         let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
         for (tensor, done) in tensors.iter().zip(finished) {
             self.write(tensor, &done)?;
-            if let TensorMethod::Linear(_) = tensor.treatment {
+            if let TensorMethod::Linear(_) = tensor.method {
                 error += done.error;
                 count += 1;
             }
@@ -158,7 +158,7 @@ impl<'r> Run<'r> {
         check_interrupt()?;
         for (tensor, done) in tensors.iter().zip(finished) {
             let packed = &mut done.packed;
-            match (tensor.tensor.role, tensor.treatment) {
+            match (tensor.tensor.role, tensor.method) {
                 (Role::Norm(site), TensorMethod::Keep(kind)) => {
                     let norm = layer.norm_mut(site);
                     packed.payload = kind.encode(norm);
@@ -174,7 +174,7 @@ impl<'r> Run<'r> {
                 _ => {}
             }
         }
-        self.stages.tuning += started.elapsed().as_secs_f64();
+        self.stages.distill_layers += started.elapsed().as_secs_f64();
         Ok(())
     }
 
@@ -219,7 +219,7 @@ impl<'r> Run<'r> {
         let hessians = self.hessians(layer, states)?;
         for tensor in tensors {
             check_interrupt()?;
-            let TensorMethod::Linear(method) = tensor.treatment else { continue };
+            let TensorMethod::Linear(method) = tensor.method else { continue };
             let Some((_, linear)) = tensor.linear() else { continue };
             let clock = Instant::now();
             let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
@@ -261,12 +261,12 @@ impl<'r> Run<'r> {
         let started = Instant::now();
         let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
         let mut values = weight.decode();
-        let (packed, error) = match (tensor.treatment, hessian) {
+        let (packed, error) = match (tensor.method, hessian) {
             (TensorMethod::Linear(method), Some(hessian)) => {
                 if let Some(target) = &hessian.target {
                     let clock = Instant::now();
                     target.apply(self.compute(), &mut values)?;
-                    self.stages.moments += clock.elapsed().as_secs_f64();
+                    self.stages.hessian += clock.elapsed().as_secs_f64();
                 }
                 clear_dead(&mut values, &hessian.norms);
                 let input = self.input(&values, &weight, hessian);
@@ -343,12 +343,12 @@ impl<'r> Run<'r> {
                 hessian.add(self.engine.isa, &x);
                 captured.iter().for_each(|_| hessian.count_sequence());
             }
-            self.stages.moments += started.elapsed().as_secs_f64();
+            self.stages.hessian += started.elapsed().as_secs_f64();
         }
         let started = Instant::now();
         let all: Vec<&mut Hessian> = hessians.iter_mut().map(|(_, hessian)| hessian).collect();
         all.into_par_iter().for_each(Hessian::finish);
-        self.stages.moments += started.elapsed().as_secs_f64();
+        self.stages.hessian += started.elapsed().as_secs_f64();
         Ok(hessians)
     }
 }

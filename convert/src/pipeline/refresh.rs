@@ -12,7 +12,7 @@ use stb_runtime::{Layer, Observer, Result, Sublayer};
 use super::limits::{BATCH, KEPT_BYTES};
 use super::run::{Hidden, Run};
 use crate::compute::{Compute, Right};
-use crate::hessian::{CrossMoments, Factor, Hessian};
+use crate::hessian::{CrossHessian, Factor, Hessian};
 use crate::interrupt::check_interrupt;
 use crate::resume::States;
 
@@ -139,8 +139,8 @@ fn with_ridge(hessian: &Hessian, ridge: f64, tokens: usize) -> Hessian {
 
 /// Sums for [`DenseTarget`].
 struct TargetSums {
-    inputs: CrossMoments,
-    stream: Option<CrossMoments>,
+    inputs: CrossHessian,
+    stream: Option<CrossHessian>,
 }
 
 impl TargetSums {
@@ -153,7 +153,7 @@ impl TargetSums {
     }
 
     fn finish(self) -> (Vec<f32>, Option<Vec<f32>>) {
-        (self.inputs.finish(), self.stream.map(CrossMoments::finish))
+        (self.inputs.finish(), self.stream.map(CrossHessian::finish))
     }
 }
 
@@ -212,8 +212,8 @@ impl Run<'_> {
         let features = self.engine.model.hidden_size();
         let mut hessian = Hessian::new(width);
         let mut sums = targets.then(|| TargetSums {
-            inputs: CrossMoments::new(width, width),
-            stream: to_stream.then(|| CrossMoments::new(features, width)),
+            inputs: CrossHessian::new(width, width),
+            stream: to_stream.then(|| CrossHessian::new(features, width)),
         });
         let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / features;
         let keep = to_stream && tokens * width * size_of::<f32>() <= KEPT_BYTES;
@@ -237,12 +237,12 @@ impl Run<'_> {
             if keep {
                 progress.quantized.kept.extend(pairs.into_iter().map(|s| s.x));
             }
-            self.stages.moments += started.elapsed().as_secs_f64();
+            self.stages.hessian += started.elapsed().as_secs_f64();
         }
         let started = Instant::now();
         hessian.finish();
         let target = sums.map(TargetSums::finish);
-        self.stages.moments += started.elapsed().as_secs_f64();
+        self.stages.hessian += started.elapsed().as_secs_f64();
         Ok(InputSums { hessian, target })
     }
 
@@ -344,9 +344,9 @@ mod tests {
         hessian.finish();
         hessian.add_ridge(0.1);
         let cross = |a: &[f32], rows: usize| {
-            let mut moments = CrossMoments::new(rows, n);
-            moments.add(isa, a, &x, 1);
-            moments.finish()
+            let mut cross = CrossHessian::new(rows, n);
+            cross.add(isa, a, &x, 1);
+            cross.finish()
         };
         let difference: Vec<f32> = wanted.iter().zip(&x).map(|(w, x)| w - x).collect();
         let (e, d) = (cross(&difference, n), cross(&stream, rows));

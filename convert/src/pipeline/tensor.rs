@@ -29,7 +29,7 @@ pub(super) fn without_inputs(tensor: &TensorPlan, weight: &Weight, values: &[f32
         salient: None,
         seconds: Default::default(),
     };
-    match tensor.treatment {
+    match tensor.method {
         TensorMethod::Keep(kind) => keep(kind),
         TensorMethod::Round(spec) => round(spec),
         // Only reached for parts that are not linear layers, which plans keep.

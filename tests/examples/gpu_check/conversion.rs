@@ -80,7 +80,7 @@ pub(crate) fn measure(
             samples,
             length,
             s.forward,
-            s.moments,
+            s.hessian,
             s.factors,
             s.check,
             s.output,

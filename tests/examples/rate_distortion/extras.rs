@@ -137,7 +137,7 @@ pub fn column_sizes(layer: &Layer) -> [Vec<f32>; 2] {
     [weights.into_iter().map(root).collect(), inputs]
 }
 
-/// What a quantizer makes of `weights`, [rows, n], with second moments [n, n], and tr(ΔW H ΔWᵀ).
+/// What a quantizer makes of `weights`, [rows, n], with the Hessian [n, n], and tr(ΔW H ΔWᵀ).
 fn quantized(
     weights: &[f32],
     rows: usize,

@@ -24,7 +24,7 @@ use stb_tests::programs::print;
 ///
 /// Codes N of M are listed whether the format has them or not: *kept* is a code of its own, the N largest of
 /// M weights at one scale per 128 columns (not rounded); *encoder* is our quantizer. Its last column is the
-/// error of the output of linear layers, by the second moments of calibrated inputs.
+/// error of the output of linear layers, by the Hessian of calibrated inputs.
 #[derive(Parser)]
 struct Cli {
     /// A dense checkpoint; default: the bundled model
