@@ -12,9 +12,9 @@ AXES = {"true_bits": "bits per parameter, whole file", "body_bits": "bits per we
 # Name, color, which rows, whether they are joined.
 FAMILIES: list[tuple[str, str, Callable[[dict], bool], bool]] = [
     ("llama.cpp", "#c0392b", lambda row: row["program"] == "llama.cpp", False),
-    ("--bits, fine-tuned", "#6c3483", lambda row: re.match("bits-.*fine-tuned", row["type"]) is not None, True),
+    ("--bits, distilled", "#6c3483", lambda row: re.match("bits-.*(fine-tuned|distilled)", row["type"]) is not None, True),
     ("--bits", "#1f4e9c", lambda row: row["type"].startswith("bits-") and "," not in row["type"], True),
-    ("nm, fine-tuned", "#d16ba5", lambda row: re.match("nm-.*fine-tuned", row["type"]) is not None, True),
+    ("nm, distilled", "#d16ba5", lambda row: re.match("nm-.*(fine-tuned|distilled)", row["type"]) is not None, True),
     ("nm", "#2e86de", lambda row: row["type"].startswith("nm-") and "," not in row["type"], True),
     ("int, sign", "#10898d", lambda row: re.match(r"int\d|sign", row["type"]) is not None, True),
     ("stbllm", "#e08e0b", lambda row: row["type"].startswith("stbllm-"), True),

@@ -19,7 +19,7 @@ TRAINED = {"Q1_0", "Q2_0", "TQ1_0", "TQ2_0"}
 # Names in the chart, by the family's name in quality_chart.
 SHOWN = {
     "llama.cpp": "llama.cpp types",
-    "--bits, fine-tuned": "--bits X --distill 4",
+    "--bits, distilled": "--bits X --distill 4",
     "--bits": "--bits X",
     "nm": "nm-1of8, 1of4, 2of8, 2of4",
     "int, sign": "sign, int2, int3, int4",
