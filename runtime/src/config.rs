@@ -36,6 +36,10 @@ pub fn parse_config(json: &str) -> Result<(ModelSpec, TokenConfig)> {
 struct Fields<'a>(&'a Value);
 
 impl ConfigFields for Fields<'_> {
+    fn has(&self, name: &str) -> bool {
+        self.0.get(name).is_some()
+    }
+
     fn u64(&self, name: &str) -> Option<u64> {
         let value = self.0.get(name)?;
         // Some files write whole numbers as 8192.0.

@@ -2,6 +2,8 @@
 
 /// The fields of a `config.json`. The crate that parses JSON implements this.
 pub trait ConfigFields {
+    /// Whether the field is there; null counts.
+    fn has(&self, name: &str) -> bool;
     /// A whole number.
     fn u64(&self, name: &str) -> Option<u64>;
     /// A number.

@@ -29,7 +29,7 @@ pub(super) static FAMILY: Family = Family {
     from_config,
 };
 
-fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
+pub(super) fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     match config.text("hidden_act").as_deref() {
         None | Some("silu" | "swish") => {}
         Some(other) => {
@@ -37,7 +37,7 @@ fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
         }
     }
     refuse_biases(config)?;
-    refuse_window(config)?;
+    refuse_window(config, config.u64("sliding_window"))?;
     let hidden_size = required_u64(config, "hidden_size")?;
     let heads = required_u64(config, "num_attention_heads")?;
     let (rope_theta, rope_scaling) = rope(config)?;

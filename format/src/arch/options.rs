@@ -16,7 +16,7 @@ pub(super) fn required_f64(config: &dyn ConfigFields, name: &str) -> ConfigResul
 }
 
 fn missing(name: &str) -> ConfigError {
-    ConfigError::Invalid(format!("config.json has no {name}"))
+    ConfigError::Invalid(format!("config.json has no {name}, or its type is wrong"))
 }
 
 /// Refuses checkpoints whose weights are packed already.
@@ -40,12 +40,12 @@ pub(super) fn refuse_biases(config: &dyn ConfigFields) -> ConfigResult<()> {
     Ok(())
 }
 
-/// Refuses a sliding window that is shorter than the context.
-pub(super) fn refuse_window(config: &dyn ConfigFields) -> ConfigResult<()> {
-    match (config.u64("sliding_window"), config.u64("max_position_embeddings")) {
-        (Some(window), Some(context)) if window < context => {
-            Err(ConfigError::Unsupported(format!("a sliding window of {window} is not supported")))
-        }
+/// Refuses a sliding window of `window` tokens if that is shorter than the context.
+pub(super) fn refuse_window(config: &dyn ConfigFields, window: Option<u64>) -> ConfigResult<()> {
+    match (window, config.u64("max_position_embeddings")) {
+        (Some(window), Some(context)) if window < context => Err(ConfigError::Unsupported(
+            format!("a sliding window of {window} tokens is not supported"),
+        )),
         _ => Ok(()),
     }
 }
