@@ -214,7 +214,8 @@ impl KvHead {
         attn_out.clear();
         attn_out.resize(group * padded, 0.0);
         for from in (0..visible).step_by(CACHED_KEYS) {
-            for (row, attn_out) in score_rows.chunks_exact(visible).zip(attn_out.chunks_exact_mut(padded))
+            for (row, attn_out) in
+                score_rows.chunks_exact(visible).zip(attn_out.chunks_exact_mut(padded))
             {
                 let to = from + CACHED_KEYS.min(visible - from);
                 mix(isa, &row[from..to], values, from, attn_out);
@@ -245,7 +246,9 @@ impl KvHead {
         value_panels.pack_transposed(decoded, width, seen, width);
         let scale = 1.0 / (width as f32).sqrt();
         let HeadScratch { queries, scores, attn_out, out } = scratch;
-        for (h, from) in (0..group).flat_map(|h| (0..tokens).step_by(QUERY_BLOCK).map(move |t| (h, t))) {
+        for (h, from) in
+            (0..group).flat_map(|h| (0..tokens).step_by(QUERY_BLOCK).map(move |t| (h, t)))
+        {
             let count = QUERY_BLOCK.min(tokens - from);
             // The number of keys that the last query of the block attends to.
             let visible = seen - tokens + from + count;

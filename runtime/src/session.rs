@@ -69,12 +69,12 @@ impl Session {
     /// # Errors
     /// [`Error::Invalid`] if the tokenizer or the template of the model is missing or broken.
     pub fn new(engine: Arc<Engine>, options: SessionOptions) -> Result<Self> {
-        let tokenizer = Arc::new(engine.tokenizer()?);
+        let tokenizer = Arc::new(engine.model.tokenizer()?);
         let template = match options.template {
-            true => engine.chat_template(&tokenizer)?.map(Arc::new),
+            true => engine.model.chat_template(&tokenizer)?.map(Arc::new),
             false => None,
         };
-        let context = options.context.unwrap_or(engine.spec.context_length as usize);
+        let context = options.context.unwrap_or(engine.model.spec.context_length as usize);
         let state = State::new(&engine, context);
         Ok(Self { engine, tokenizer, template, state, cached: Vec::new() })
     }
@@ -120,7 +120,7 @@ impl Session {
     #[must_use]
     pub fn suggested_sampling(&self) -> SamplerOptions {
         let default = SamplerOptions::default();
-        let file = |key: &str| self.engine.sampling_default(key);
+        let file = |key: &str| self.engine.model.sampling_default(key);
         let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
         SamplerOptions {
             repeat_penalty: number("repetition_penalty", default.repeat_penalty),
