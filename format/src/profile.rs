@@ -1,5 +1,5 @@
-//! The model profile (spec, metadata §2): conversion between the `model.*` metadata keys and [`ModelSpec`], and
-//! a check of the tensors.
+//! The model profile (spec, metadata §2): conversion between the `model.*` metadata keys and
+//! [`ModelSpec`], and a check of the tensors.
 
 use crate::arch::{Activation, Architecture, ModelSpec, RopePairing, RopeScaling, TensorSpec};
 use crate::error::{Error, Result, Rule};

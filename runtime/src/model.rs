@@ -156,9 +156,8 @@ impl Model {
         layers.map(|(_, weight)| weight).chain([self.lm_head()])
     }
 
-    /// Bytes of weights that a forward pass of one token reads: all matrices of
-    /// [`Model::matrices`] and the norms, which are f32 in memory. One row of the embeddings is not
-    /// counted.
+    /// Bytes of weights that a forward pass of one token reads: the matrices and the norms (f32), without
+    /// the row of the embeddings.
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
         let matrices: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();

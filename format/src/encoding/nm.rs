@@ -1,5 +1,5 @@
-//! Id 48: N:M sparse signs (spec, encodings §5). A group of M columns in one row keeps at most N weights of equal
-//! magnitude. One code has their positions and signs. Codes are stored in bit planes by tile.
+//! Id 48: N:M sparse signs (spec, encodings §5). A group of M columns in one row keeps at most N weights
+//! of equal magnitude. One code has their positions and signs. Codes are stored in bit planes by tile.
 
 use std::fmt;
 

@@ -1,4 +1,5 @@
-//! Segments of payloads with zero padding between them (spec, encodings §1), and binary16 numbers in place.
+//! Segments of payloads with zero padding between them (spec, encodings §1), and binary16 numbers in
+//! place.
 
 use crate::error::{Error, Result, Rule};
 use crate::limits::TENSOR_ALIGN;

@@ -1,5 +1,5 @@
-//! Id 32: the structure of the STBLLM paper (spec, encodings §4): N:8 mask, signs, three magnitude regions,
-//! salient columns with a residual sign, and five scales per row and block.
+//! Id 32: the structure of the STBLLM paper (spec, encodings §4): N:8 mask, signs, three magnitude
+//! regions, salient columns with a residual sign, and five scales per row and block.
 
 use std::fmt;
 
