@@ -155,7 +155,10 @@ impl ModelSpec {
 }
 
 fn unknown(key: &str, value: &str) -> Error {
-    Error::new(Rule::ModelArchitecture, format!("{key} is {value:?}, which this reader lacks"))
+    Error::new(
+        Rule::ModelArchitecture,
+        format!("{key} is {value:?}, which this reader does not support"),
+    )
 }
 
 /// Typed access to required keys (STB-R-060).

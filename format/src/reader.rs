@@ -207,7 +207,7 @@ fn check_head(bytes: &[u8]) -> Result<&Header> {
     }
     if header.file_size.get() != len_u64(bytes.len()) {
         let detail = format!(
-            "the header says {} bytes, the file has {}: it is truncated or has grown",
+            "the header states {} bytes, but the file has {}: it was truncated or extended",
             header.file_size.get(),
             bytes.len()
         );

@@ -73,7 +73,7 @@ impl<W: Write + Seek> Writer<W> {
     /// Writes tensor table, metadata and head, flushes the output and returns it.
     ///
     /// # Errors
-    /// As for [`Writer::tensor`].
+    /// The errors of [`Writer::tensor`].
     pub fn finish(mut self, meta: &Meta) -> io::Result<W> {
         if self.entries.is_empty() {
             return Err(invalid(Error::new(Rule::TensorTable, "a file needs a tensor")));

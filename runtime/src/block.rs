@@ -51,7 +51,7 @@ pub trait BlockOps {
     /// observers. If an observer returns `Break`, no product is computed.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn linear<const N: usize>(
         &mut self,
         input: LinearInput,
@@ -63,7 +63,7 @@ pub trait BlockOps {
     /// `residual += x · matrixᵀ`, [tokens, hidden]. Otherwise like [`BlockOps::linear`].
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn linear_residual(
         &mut self,
         input: LinearInput,
@@ -76,7 +76,7 @@ pub trait BlockOps {
     /// attention.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn attention(&mut self, x: AttentionBuffers<'_, Self::Buffer>) -> Result<(), Self::Error>;
 }
 
@@ -113,7 +113,7 @@ pub struct BlockScratch<B> {
 /// Runs one sublayer of `layer` and updates `residual`, [tokens, hidden].
 ///
 /// # Errors
-/// Those of the backend.
+/// Errors of the backend.
 pub fn run_sublayer<O: BlockOps>(
     ops: &mut O,
     sublayer: Sublayer,
@@ -130,7 +130,7 @@ pub fn run_sublayer<O: BlockOps>(
 /// Runs both sublayers of `layer` and updates `residual`, [tokens, hidden].
 ///
 /// # Errors
-/// Those of the backend.
+/// Errors of the backend.
 pub fn run_block<O: BlockOps>(
     ops: &mut O,
     layer: &Layer<O::Matrix, O::Vector>,

@@ -221,7 +221,7 @@ fn read_weights(
     for TensorSpec { name, shape, .. } in spec.tensors() {
         let Some((bytes, range, kind, found)) = stored.remove(&name) else {
             return Err(Error::invalid(format!(
-                "{} has no tensor {name}, which config.json asks for",
+                "{} has no tensor {name}, which config.json requires",
                 folder.display()
             )));
         };

@@ -121,7 +121,7 @@ impl Engine {
     /// an index of shards.
     ///
     /// # Errors
-    /// As for [`Engine::open_stb`] and [`Checkpoint::open`].
+    /// The errors of [`Engine::open_stb`] and [`Checkpoint::open`].
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         let dense =
             path.is_dir() || path.extension().is_some_and(|e| e == "safetensors" || e == "json");
@@ -203,7 +203,7 @@ impl Engine {
     fn on_device(mut self, options: &OpenOptions) -> Result<Self> {
         let ordinal = match options.device {
             DeviceChoice::Cpu if options.device_layers.is_some_and(|n| n > 0) => {
-                return Err(Error::usage("layers for a device (-ngl) need one: --device cuda"));
+                return Err(Error::usage("-ngl needs a device: add --device cuda"));
             }
             DeviceChoice::Cpu => return Ok(self),
             _ if options.device_layers == Some(0) => return Ok(self),

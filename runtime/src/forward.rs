@@ -44,7 +44,7 @@ impl Engine {
     /// tokens if a device can select them, else all logits. Top-k tokens exclude `banned`.
     ///
     /// # Errors
-    /// As for [`Engine::forward`].
+    /// The errors of [`Engine::forward`].
     pub fn next(
         &self,
         state: &mut State,
@@ -68,7 +68,7 @@ impl Engine {
     /// logits, [sequences, vocab], stored in the first state.
     ///
     /// # Errors
-    /// As for [`Engine::forward`]; [`Error::Usage`] if `states` is empty or `tokens` has another
+    /// The errors of [`Engine::forward`]; [`Error::Usage`] if `states` is empty or `tokens` has another
     /// length.
     pub fn forward_batch<'s>(&self, states: &'s mut [State], tokens: &[u32]) -> Result<&'s [f32]> {
         if states.is_empty() || states.len() != tokens.len() {
@@ -90,7 +90,7 @@ impl Engine {
     /// them in batches: the index of the first token and [n, vocab].
     ///
     /// # Errors
-    /// As for [`Engine::forward`].
+    /// The errors of [`Engine::forward`].
     pub fn forward_all(
         &self,
         state: &mut State,
@@ -289,7 +289,7 @@ impl Engine {
     /// Checks that `tokens` can be appended.
     fn check_tokens(&self, states: &[State], tokens: &[u32]) -> Result<()> {
         if tokens.is_empty() {
-            return Err(Error::usage("there is no token to continue from; give a prompt"));
+            return Err(Error::usage("there are no tokens to continue from; give a prompt"));
         }
         match states {
             [state] => state.check_room(tokens.len())?,

@@ -23,7 +23,7 @@ impl<M, V> Layer<M, V> {
     /// Builds a layer: `matrix` loads the linear layers and `vector` the norms among `tensors`.
     ///
     /// # Errors
-    /// Those of `matrix` and `vector`.
+    /// Errors of `matrix` and `vector`.
     pub fn load<E>(
         tensors: impl Iterator<Item = TensorSpec>,
         mut matrix: impl FnMut(&TensorSpec) -> Result<M, E>,
@@ -128,7 +128,7 @@ impl<M, V> Layer<M, V> {
     /// Like [`Layer::map`], but stops at the first error.
     ///
     /// # Errors
-    /// Those of `matrix` and `vector`.
+    /// Errors of `matrix` and `vector`.
     pub fn try_map<M2, V2, E>(
         &self,
         mut matrix: impl FnMut(&M) -> Result<M2, E>,

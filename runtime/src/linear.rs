@@ -82,7 +82,7 @@ pub struct Threads<'a> {
 /// [`apply`] for matrices that are not a [`Weight`].
 ///
 /// # Panics
-/// As for [`apply`].
+/// The errors of [`apply`].
 pub fn apply_packed<const N: usize>(
     threads: Threads<'_>,
     scratch: &mut LinearScratch,

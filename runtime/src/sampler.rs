@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn filters_keep_what_they_should() {
+    fn filters_keep_the_expected_number_of_tokens() {
         let logits = [5f32.ln(), 3f32.ln(), 1.5f32.ln(), 0.5f32.ln()];
         let kept = |change: fn(&mut SamplerOptions)| {
             let counts = counts(&mut sampler(change), &logits, 2000);
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn greedy_takes_the_first_of_equals_and_penalty_moves_on() {
+    fn greedy_breaks_ties_by_index_and_penalty_changes_the_choice() {
         assert_eq!(argmax(&[f32::NAN, 1.0, 3.0, 3.0]), 2);
         let mut greedy = sampler(|o| {
             o.temperature = 0.0;

@@ -195,13 +195,13 @@ impl Session {
     fn check_length(&self, prompt: &[u32]) -> Result<()> {
         if prompt.len() >= self.state.context() {
             return Err(Error::usage(format!(
-                "the prompt has {} tokens, the context {}: shorten it or raise -c",
+                "the prompt has {} tokens, but the context only {}: shorten it or raise -c",
                 prompt.len(),
                 self.state.context()
             )));
         }
         if prompt.is_empty() {
-            return Err(Error::usage("the prompt is empty; give some text"));
+            return Err(Error::usage("the prompt is empty"));
         }
         Ok(())
     }

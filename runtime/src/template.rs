@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_that_of_python() {
+    fn json_matches_python() {
         let text = render("{{ messages | tojson }}", &[Message::new("user", "<a & 'b'> é")]);
         assert_eq!(text.unwrap(), r#"[{"role": "user", "content": "<a & 'b'> é"}]"#);
     }

@@ -51,7 +51,7 @@ impl Tokenizer {
     /// text does not start with it, then the text.
     ///
     /// # Errors
-    /// As for [`Tokenizer::encode`].
+    /// The errors of [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(text)?;
         // A begin token in the text is not repeated (spec, metadata §2.3).
@@ -139,7 +139,7 @@ impl<'t> TextStream<'t> {
     /// Appends `id` and returns the text that it completes; empty if it ends inside a character.
     ///
     /// # Errors
-    /// As for [`Tokenizer::decode`].
+    /// The errors of [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.pending()?;
@@ -154,7 +154,7 @@ impl<'t> TextStream<'t> {
     /// The rest of the text, with replacement characters for incomplete characters.
     ///
     /// # Errors
-    /// As for [`Tokenizer::decode`].
+    /// The errors of [`Tokenizer::decode`].
     pub fn finish(&mut self) -> Result<String> {
         let text = self.pending()?;
         self.done = self.ids.len();

@@ -159,7 +159,7 @@ impl<T> InputMap<T> {
     /// Like [`InputMap::from_fn`], but stops at the first error.
     ///
     /// # Errors
-    /// Those of `f`.
+    /// Errors of `f`.
     pub fn try_from_fn<E>(mut f: impl FnMut(LinearInput) -> Result<T, E>) -> Result<Self, E> {
         Ok(Self {
             attention: f(LinearInput::Attention)?,

@@ -32,7 +32,7 @@ impl<'a> Answerer<'a> {
         let trained = session.engine().model.spec.context_length as usize;
         if args.ctx > trained {
             terminal::note(format_args!(
-                "note: the model was made for a context of {trained} tokens"
+                "note: the model has a context length of {trained} tokens"
             ));
         }
         let sampler = Sampler::new(sampling(&args.sampling, session.suggested_sampling()));

@@ -230,7 +230,7 @@ impl<'a> Report<'a> {
             self.prefill,
             "",
             self.products() / 1e9,
-            of_ceiling(self.products(), &self.multiply, "G/s of multiplying every weight", 0),
+            of_ceiling(self.products(), &self.multiply, "G products/s peak", 0),
             args.tokens,
             self.decode.median,
             self.decode,
@@ -239,7 +239,7 @@ impl<'a> Report<'a> {
             self.decode.median * self.weights / 1e9,
             "",
             self.bandwidth / 1e9,
-            of_ceiling(self.bandwidth, &self.read, "GB/s at which the threads can read", 2),
+            of_ceiling(self.bandwidth, &self.read, "GB/s memory bandwidth", 2),
             terminal::bytes(engine.model.bytes_per_token()),
             terminal::bytes(self.cache_bytes as u64 * u64::from(args.batch)),
         )
@@ -253,6 +253,7 @@ struct Spread {
 }
 
 impl Spread {
+    /// The spread of `all` runs; the median is NaN if there are none.
     fn of(mut all: Vec<f64>) -> Self {
         all.sort_by(f64::total_cmp);
         let at = |i: usize| all.get(i).copied().unwrap_or(f64::NAN);

@@ -50,7 +50,7 @@ pub(super) fn chat(mut answerer: Answerer<'_>, instructions: Option<String>) -> 
     let mode = if template {
         "chatting with the model's template"
     } else {
-        "no chat template: your text is continued as it is"
+        "no chat template: the model continues your text"
     };
     let source = &answerer.session.engine().model.source;
     let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -109,7 +109,9 @@ fn turn(answerer: &mut Answerer<'_>, messages: &mut Vec<Message>) -> anyhow::Res
         Ok(answer) => {
             terminal::print("\n")?;
             match answer.finish {
-                Finish::Context => terminal::note("(the context is full; /clear starts anew)"),
+                Finish::Context => {
+                    terminal::note("(the context is full; /clear starts a new conversation)")
+                }
                 Finish::Interrupted => terminal::note("(stopped)"),
                 Finish::Stop | Finish::Length => {}
             }

@@ -53,8 +53,8 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
         print_divergence(divergence)?;
     }
     terminal::line(format_args!(
-        "{} windows of {} tokens, not overlapping, from a text of {} tokens ({}); loss over the \
-         {} tokens of a window that have one before them; ± is one standard error over windows\n\
+        "{} windows of {} tokens without overlap, from a text of {} tokens ({}); loss over the last \
+         {} tokens of each window; ± is one standard error over windows\n\
          {} bytes, {bits:.3} true bits per parameter",
         result.windows,
         result.context,
@@ -71,7 +71,7 @@ fn print_divergence(found: &Divergence) -> std::io::Result<()> {
         |e: Estimate| Estimate { value: e.value * 100.0, standard_error: e.standard_error * 100.0 };
     terminal::line(format_args!(
         "reference  {}\n\
-         loss above the reference {} nats\n\
+         loss minus reference loss {} nats\n\
          KL divergence {} nats\n\
          same best token {} %",
         plus_minus(found.reference_perplexity, 4),
@@ -172,7 +172,7 @@ fn print_tasks(results: &[(&PathBuf, TaskResult)]) -> std::io::Result<()> {
     };
     terminal::line(format_args!(
         "{:<14} {:>9}  {:<15} {:<15} {}",
-        "task", "questions", "acc %", "acc_norm %", "cut to fit"
+        "task", "questions", "acc %", "acc_norm %", "truncated"
     ))?;
     for (_, result) in results {
         terminal::line(format_args!(

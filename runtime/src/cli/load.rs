@@ -23,8 +23,7 @@ pub(super) fn in_pool(
 /// Opens the model for evaluation.
 pub(super) fn open_exact(file: &Path, args: &LoadArgs) -> Result<Engine, Error> {
     if matches!(args.kv, Some(KvArg::F16 | KvArg::Q8)) {
-        let text =
-            "evaluation is exact: keys and values are kept in f32, so leave out --kv (STB_KV)";
+        let text = "evaluation is exact and uses an f32 KV cache: omit --kv (STB_KV)";
         return Err(Error::usage(text));
     }
     let threads = args.threads.map_or_else(default_threads, usize::from);

@@ -27,7 +27,7 @@ impl<'a> Distribution<'a> {
         let log_sum = largest + sum.ln();
         if !logits.iter().all(|l| l.is_finite()) {
             return Err(Error::invalid(
-                "the model computes logits that are not finite; its weights are damaged",
+                "the model computes logits that are not finite; its weights may be damaged",
             ));
         }
         Ok(Self { logits, log_sum, best })

@@ -14,7 +14,7 @@ const SMALL_MODEL: u64 = 50_000_000;
 /// question per thread; larger models use all threads for each window or question.
 ///
 /// # Errors
-/// As for [`Engine::open`].
+/// The errors of [`Engine::open`].
 pub fn open_to_measure(path: &Path, options: &OpenOptions) -> Result<Engine> {
     let one = OpenOptions { exact: true, kv: KvKind::F32, threads: Some(1), ..*options };
     let engine = Engine::open(path, &one)?;

@@ -264,8 +264,8 @@ fn accumulate(
     }
 }
 
-/// Splits a window into equal pieces whose logits take at most 64 MiB, but of at most 32 tokens at the
-/// least. No piece is a single token, because single tokens use other kernels.
+/// Splits a window into nearly equal pieces. Each has up to 32 tokens, or more if their logits take at
+/// most 64 MiB. No piece is a single token, because single tokens use other kernels.
 fn pieces(window: &[u32], vocab: usize) -> impl Iterator<Item = &[u32]> {
     const BYTES: usize = 64 << 20;
     let most = (BYTES / (4 * vocab)).max(32);

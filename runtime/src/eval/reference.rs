@@ -87,7 +87,7 @@ impl ReferenceWindow<'_> {
     /// The logits of the next tokens of `window`, [tokens, vocab].
     ///
     /// # Errors
-    /// As for [`Engine::forward_all`].
+    /// The errors of [`Engine::forward_all`].
     pub(super) fn next(&mut self, window: &[u32], tokens: usize) -> Result<&[f32]> {
         let Self { reference, kept, state, logits, done } = self;
         let vocab = reference.model.model.embeddings.rows();

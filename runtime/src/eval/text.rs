@@ -23,7 +23,7 @@ impl TextLayout {
     /// All tokens of `text`.
     ///
     /// # Errors
-    /// As for [`Tokenizer::encode_prompt`].
+    /// The errors of [`Tokenizer::encode_prompt`].
     pub fn tokenize(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
         match self {
             Self::Whole => tokenizer.encode_prompt(text),

@@ -108,7 +108,7 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
 /// The scores of all choices of a question. A prefix that consecutive prompts share is computed once.
 ///
 /// # Errors
-/// As for [`zero_shot`].
+/// The errors of [`zero_shot`].
 pub fn score_question(
     engine: &Engine,
     state: &mut State,
@@ -184,7 +184,7 @@ fn encode(
     let whole = format!("{}{}", prompt.context, prompt.continuation);
     let (context, continuation) = if context.is_empty() {
         let first = tokenizer.bos.or(tokenizer.eos.first().copied()).ok_or_else(|| {
-            Error::invalid("a question has no context, and the model neither begin nor end token")
+            Error::invalid("a question has no context, and the model has no begin or end token")
         })?;
         (vec![first], tokenizer.encode(&whole)?)
     } else {
@@ -194,7 +194,7 @@ fn encode(
     };
     if continuation.is_empty() {
         return Err(Error::invalid(format!(
-            "the tokenizer makes no token of {:?} after the question",
+            "the tokenizer gives no tokens for {:?} after the question",
             prompt.continuation
         )));
     }
