@@ -16,8 +16,7 @@ fuzz_target!(|data: &[u8]| {
     let Ok(encoding) = Encoding::parse(id, params) else { return };
     let Ok(Some(length)) = encoding.payload_len(&[rows, cols]) else { return };
     // The input is repeated up to the payload length.
-    let payload: Vec<u8> =
-        rest.iter().chain(&[0]).cycle().take(length as usize).copied().collect();
+    let payload: Vec<u8> = rest.iter().chain(&[0]).cycle().take(length as usize).copied().collect();
     let view = encoding.view(rows, cols, &payload).expect("the length is right");
     let weights = view.decode();
     let valid = encoding.check_payload(rows, cols, &payload).is_ok();

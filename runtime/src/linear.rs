@@ -79,10 +79,10 @@ pub struct Threads<'a> {
     pub pool: &'a Pool,
 }
 
-/// [`apply`] for matrices that are not a [`Weight`].
+/// [`apply`] for packed matrices of any type.
 ///
 /// # Panics
-/// The errors of [`apply`].
+/// Under the conditions of [`apply`].
 pub fn apply_packed<const N: usize>(
     threads: Threads<'_>,
     scratch: &mut LinearScratch,

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 pub enum Bytes {
     /// Pages of the file, loaded when touched and shared between processes.
     Mapped(memmap2::Mmap),
-    /// A copy in memory and its length in bytes. [`Line`] elements align its tensors to 64 bytes, as
+    /// A copy in memory and its length in bytes. Its elements align tensors to 64 bytes, as
     /// in a mapping.
     Read(Vec<Line>, usize),
     /// Values in memory, such as dequantized weights.

@@ -217,7 +217,7 @@ impl<'a> Report<'a> {
              decode  {:>6} tokens   {:>10.1} tokens/s {}{}\n\
              {:24}{:>10.1} G weights/s\n\
              {:24}{:>10.2} GB/s{}\n\
-             per pass                {:>10} of weights, {} of keys and values",
+             per pass                {:>10} of weights, {} of KV cache",
             terminal::bytes(engine.model.file_bytes),
             engine.model.parameters(),
             engine.device_name().unwrap_or_else(|| engine.isa.name().to_owned()),
