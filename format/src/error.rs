@@ -1,20 +1,20 @@
-//! Errors that name the violated rule of the spec, the place and the tensor.
+//! Errors with the broken rule of the spec, the offset and the tensor.
 
 use std::fmt;
 
-/// What kind of failure a rule describes, by who can act on it.
+/// The kind of failure that a broken rule means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
     /// The file breaks the format: damaged, truncated or written by a faulty program.
     Invalid,
-    /// The file may be fine, but this reader cannot use it: newer version, unknown encoding or
-    /// architecture.
+    /// The file may be valid, but this reader cannot use it: a newer version, an unknown encoding or
+    /// an unknown architecture.
     Unsupported,
 }
 
 macro_rules! rules {
     ($($name:ident $id:literal $class:ident $title:literal,)*) => {
-        /// The rules of the spec that a file can break. `id()` is the identifier in the text.
+        /// The rules of the spec that a file can break.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum Rule {
@@ -25,19 +25,19 @@ macro_rules! rules {
             /// Every rule, in the order of the spec.
             pub const ALL: &'static [Rule] = &[$(Rule::$name),*];
 
-            /// The identifier used in the spec and in the manifest of test vectors.
+            /// The id in the spec and in the manifest of test vectors.
             #[must_use]
             pub fn id(self) -> &'static str {
                 match self { $(Rule::$name => $id,)* }
             }
 
-            /// The requirement in a few words.
+            /// The requirement in one sentence.
             #[must_use]
             pub fn title(self) -> &'static str {
                 match self { $(Rule::$name => $title,)* }
             }
 
-            /// Who can act on a violation.
+            /// The kind of failure that breaking the rule means.
             #[must_use]
             pub fn class(self) -> Class {
                 match self { $(Rule::$name => Class::$class,)* }
@@ -91,7 +91,7 @@ rules! {
     ModelParameters "STB-R-064" Invalid "the parameter count is the number of tensor elements",
 }
 
-/// Why a file was refused: the rule, where, which tensor and what was found.
+/// The broken rule, with a description, and the offset and tensor if known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     // Boxed so that a `Result` on the hot path stays one word wide.
@@ -106,51 +106,51 @@ struct Inner {
     detail: String,
 }
 
-/// The result of reading a file.
+/// The result of operations on a file.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// An error for `rule`; `detail` says what was found.
+    /// An error for `rule`. `detail` describes the violation.
     #[must_use]
     pub fn new(rule: Rule, detail: impl Into<String>) -> Self {
         let detail = detail.into();
         Self { inner: Box::new(Inner { rule, offset: None, tensor: None, detail }) }
     }
 
-    /// The same error with the byte offset in the file.
+    /// Adds the byte offset in the file, unless the error has one.
     #[must_use]
     pub fn at(mut self, offset: u64) -> Self {
         self.inner.offset.get_or_insert(offset);
         self
     }
 
-    /// The same error with its byte offset moved by `base`, for checks that see only a part.
+    /// Adds `base` to the byte offset, for checks of a part of the file.
     #[must_use]
     pub fn shifted(mut self, base: u64) -> Self {
         self.inner.offset = Some(self.inner.offset.unwrap_or(0).saturating_add(base));
         self
     }
 
-    /// The same error with the name of the tensor.
+    /// Adds the name of the tensor.
     #[must_use]
     pub fn in_tensor(mut self, name: &str) -> Self {
         self.inner.tensor = Some(name.to_owned());
         self
     }
 
-    /// The violated rule.
+    /// The broken rule.
     #[must_use]
     pub fn rule(&self) -> Rule {
         self.inner.rule
     }
 
-    /// Byte offset in the file, where one is known.
+    /// The byte offset in the file, if known.
     #[must_use]
     pub fn offset(&self) -> Option<u64> {
         self.inner.offset
     }
 
-    /// The tensor concerned, if any.
+    /// The name of the tensor, if the error is about one.
     #[must_use]
     pub fn tensor(&self) -> Option<&str> {
         self.inner.tensor.as_deref()

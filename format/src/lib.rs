@@ -1,9 +1,8 @@
 //! The `.stb` container and its weight encodings.
 //!
-//! This crate turns bytes into validated views and values into bytes. It holds the *exact* scalar
-//! encoder and decoder of every registered encoding; faster code elsewhere is checked against it.
-//! The normative text is `spec/README.md` and the files beside it; each rule there has an id
-//! (`STB-R-nnn`), which the errors of this crate carry.
+//! This crate reads and writes files and has the exact scalar encoder and decoder of every registered
+//! encoding, against which the kernels are tested. The normative text is `spec/README.md` and the
+//! other files in that folder. Each rule there has an id (`STB-R-nnn`), which errors include.
 //!
 //! ```no_run
 //! let bytes = std::fs::read("model.stb")?;
@@ -14,9 +13,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A file is hostile until proven otherwise: there is no `unsafe` here, no indexing, no unchecked
-//! arithmetic, and nothing is allocated from a count that has not been compared with the number of
-//! bytes that are really there.
+//! Files are untrusted: there is no `unsafe` here, no indexing, no unchecked arithmetic, and no
+//! allocation from a count that has not been compared with the number of bytes present.
 
 #![forbid(unsafe_code)]
 #![deny(
@@ -61,7 +59,7 @@ pub use reader::{File, Section};
 pub use tensors::Tensor;
 pub use writer::{Writer, file_size};
 
-/// XXH3-64 with seed 0 over `bytes`: the checksum of heads, sections and tensors (spec §3.4).
+/// XXH3-64 with seed 0 over `bytes`: the checksum of heads, sections and tensors (spec, container §3.4).
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> u64 {
     xxhash_rust::xxh3::xxh3_64(bytes)

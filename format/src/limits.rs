@@ -1,30 +1,29 @@
-//! The limits of spec §3.6. A reader refuses what exceeds them before it allocates.
+//! The limits of spec, container §3.6. A reader rejects files that exceed them before it allocates memory.
 
-/// The first eight bytes of every file (STB-R-002): a byte no text file starts with, the letters,
-/// then CR LF, ^Z and LF, so that line-ending translation and text tools damage it visibly.
+/// The first eight bytes of every file (STB-R-002): a byte that no text file starts with, `STB`,
+/// CR LF, ^Z and LF. Tools that convert line endings damage it visibly.
 pub const MAGIC: [u8; 8] = *b"\x8fSTB\r\n\x1a\n";
 /// The version of the format that this crate writes and the newest it reads.
 pub const VERSION: u16 = 1;
 /// Bytes of the head: header, section directory, zero padding and checksum.
 pub const HEAD_BYTES: usize = 4096;
-/// Sections start at multiples of this many bytes, so that each can be mapped on its own.
+/// Alignment of sections in bytes: one page, so that each section can be mapped separately.
 pub const SECTION_ALIGN: u64 = 4096;
-/// Tensors and the segments inside them start at multiples of this: a cache line and an AVX-512
-/// register.
+/// Alignment of tensors and their segments in bytes: a cache line or an AVX-512 register.
 pub const TENSOR_ALIGN: u64 = 64;
-/// The most sections a file may hold.
+/// The largest number of sections of a file.
 pub const MAX_SECTIONS: u32 = 64;
-/// The most tensors a file may hold.
+/// The largest number of tensors of a file.
 pub const MAX_TENSORS: u32 = 1 << 20;
-/// The most bytes in a tensor's name or a metadata key.
+/// The largest length of a tensor name or a metadata key in bytes.
 pub const MAX_NAME_BYTES: usize = 255;
-/// The most dimensions of a tensor.
+/// The largest number of dimensions of a tensor.
 pub const MAX_DIMS: usize = 4;
 /// The largest single dimension.
 pub const MAX_DIM: u64 = 0xFFFF_FFFF;
-/// The most elements of a tensor.
+/// The largest number of elements of a tensor.
 pub const MAX_ELEMENTS: u64 = 1 << 48;
-/// The most metadata entries.
+/// The largest number of metadata entries.
 pub const MAX_META_ENTRIES: u32 = 4096;
-/// The most bytes in one metadata value.
+/// The largest length of a metadata value in bytes.
 pub const MAX_META_VALUE_BYTES: u32 = 1 << 28;

@@ -1,4 +1,4 @@
-//! The META section: typed key-value pairs in ascending key order (spec §5).
+//! The META section: typed key-value pairs in ascending key order (spec, metadata §1).
 
 use std::collections::BTreeMap;
 
@@ -12,13 +12,13 @@ use crate::raw::{MetaEntry, MetaHeader};
 /// A metadata value, owned.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
-    /// Type 1: UTF-8 text; whole files (`config.json`, `tokenizer.json`) are stored verbatim.
+    /// Type 1: UTF-8 text. Files such as `tokenizer.json` are stored verbatim.
     Text(String),
     /// Type 2: an unsigned integer.
     U64(u64),
     /// Type 3: a finite binary64 number.
     F64(f64),
-    /// Type 4: a truth value.
+    /// Type 4: a boolean.
     Bool(bool),
     /// Type 5: a list of unsigned integers.
     U64List(Vec<u64>),
@@ -40,7 +40,7 @@ pub enum ValueRef<'a> {
 }
 
 impl ValueRef<'_> {
-    /// A copy that no longer borrows from the file.
+    /// An owned copy.
     #[must_use]
     pub fn to_value(self) -> Value {
         match self {
@@ -55,14 +55,14 @@ impl ValueRef<'_> {
     }
 }
 
-/// The metadata of a file, in place and validated.
+/// The validated metadata of a file, in place.
 #[derive(Clone, Debug, Default)]
 pub struct MetaView<'a> {
     entries: Vec<(&'a str, ValueRef<'a>)>,
 }
 
 impl<'a> MetaView<'a> {
-    /// Reads a META section whose first byte is at `base` in the file.
+    /// Parses a META section at file offset `base`.
     pub(crate) fn parse(section: &'a [u8], base: u64) -> Result<Self> {
         let total = len_u64(section.len());
         let fail = |rule, detail: String, rest: &[u8]| {
@@ -169,7 +169,7 @@ impl<'a> MetaView<'a> {
     }
 }
 
-/// Metadata to be written.
+/// Metadata for a [`Writer`](crate::Writer).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Meta {
     entries: BTreeMap<String, Value>,
@@ -185,7 +185,7 @@ impl Meta {
     /// Sets `key`, replacing an earlier value.
     ///
     /// # Errors
-    /// The rule that key or value would break in the file.
+    /// The rule that the key or the value would break.
     pub fn set(&mut self, key: &str, value: Value) -> Result<()> {
         if key.is_empty() || key.len() > MAX_NAME_BYTES {
             return Err(Error::new(Rule::MetaLimits, format!("key of {} bytes", key.len())));

@@ -1,23 +1,23 @@
-//! Arithmetic and slicing that cannot panic, for numbers that come out of a file.
+//! Arithmetic and slicing that cannot panic, for values from a file.
 
-/// `len` bytes of `bytes` from `offset`, or `None` if that range is not inside.
+/// `len` bytes of `bytes` from `offset`; `None` if the range is out of bounds.
 pub(crate) fn slice(bytes: &[u8], offset: u64, len: u64) -> Option<&[u8]> {
     let end = usize::try_from(offset.checked_add(len)?).ok()?;
     bytes.get(usize::try_from(offset).ok()?..end)
 }
 
-/// The smallest multiple of `align` (a power of two) that is not below `n`.
+/// Rounds `n` up to a multiple of `align`, a power of two; `None` on overflow.
 pub(crate) fn align_up(n: u64, align: u64) -> Option<u64> {
     let mask = align.checked_sub(1)?;
     Some(n.checked_add(mask)? & !mask)
 }
 
-/// The offset of the first byte of `bytes` that is not zero.
+/// The offset of the first nonzero byte.
 pub(crate) fn first_nonzero(bytes: &[u8]) -> Option<usize> {
     bytes.iter().position(|&b| b != 0)
 }
 
-/// A length that was already compared with bytes in memory, as `u64`.
+/// A length as `u64`.
 pub(crate) fn len_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }

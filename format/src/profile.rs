@@ -1,5 +1,5 @@
-//! The model profile (spec §5.2): what the metadata keys say about the network, and which tensors
-//! belong to it.
+//! The model profile (spec, metadata §2): conversion between the `model.*` metadata keys and
+//! [`ModelSpec`], and a check of the tensors.
 
 use crate::arch::{Activation, Architecture, ModelSpec, RopePairing, RopeScaling, TensorSpec};
 use crate::error::{Error, Result, Rule};
@@ -11,7 +11,7 @@ impl ModelSpec {
     /// Reads and checks the profile of an open file (STB-R-060 to STB-R-064).
     ///
     /// # Errors
-    /// The first rule that is broken.
+    /// The first broken rule.
     pub fn from_file(file: &File<'_>) -> Result<Self> {
         let spec = Self::from_meta(file.meta())?;
         spec.check_tensors(file)?;
@@ -34,7 +34,7 @@ impl ModelSpec {
         Ok(spec)
     }
 
-    /// Reads the `model.*` keys.
+    /// Reads and checks the `model.*` keys.
     fn from_meta(meta: &MetaView<'_>) -> Result<Self> {
         let keys = Keys(meta);
         let known = |key: &str, allowed: &str| {
@@ -84,7 +84,7 @@ impl ModelSpec {
         Ok(spec)
     }
 
-    /// The metadata entries that describe this model.
+    /// Writes the `model.*` keys of this model to `meta`.
     ///
     /// # Errors
     /// None for a spec that passes [`ModelSpec::check`].
@@ -129,7 +129,7 @@ impl ModelSpec {
         }
     }
 
-    /// STB-R-063: exactly the tensors of the model, in any order.
+    /// STB-R-063: the file has exactly the tensors of the model, in any order.
     fn check_tensors(&self, file: &File<'_>) -> Result<()> {
         let stored: std::collections::HashMap<&str, &[u64]> =
             file.tensors().iter().map(|t| (t.name(), t.shape())).collect();
@@ -155,10 +155,13 @@ impl ModelSpec {
 }
 
 fn unknown(key: &str, value: &str) -> Error {
-    Error::new(Rule::ModelArchitecture, format!("{key} is {value:?}, which this reader lacks"))
+    Error::new(
+        Rule::ModelArchitecture,
+        format!("{key} is {value:?}, which this reader does not support"),
+    )
 }
 
-/// Required keys with their types (STB-R-060).
+/// Typed access to required keys (STB-R-060).
 struct Keys<'m, 'a>(&'m MetaView<'a>);
 
 impl<'a> Keys<'_, 'a> {

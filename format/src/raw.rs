@@ -1,4 +1,4 @@
-//! The fixed-size records of the container, read in place (spec §3.1 to §3.3).
+//! The fixed-size records of the container, read in place (spec, container §3.1 to §3.3).
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

@@ -1,4 +1,4 @@
-//! Opening a file: the normative validation order of spec §4.
+//! Opens and validates a file in the normative order of spec, container §4.
 
 use zerocopy::FromBytes;
 
@@ -15,24 +15,24 @@ pub(crate) const DATA: u32 = 1;
 pub(crate) const TENSORS: u32 = 2;
 /// Section type of the metadata.
 pub(crate) const META: u32 = 3;
-/// Flag bit of a section that a reader has to understand.
+/// Flag bit: readers that do not know the section type must reject the file.
 pub(crate) const CRITICAL: u32 = 1;
 
 /// A section of an open file.
 #[derive(Clone, Copy, Debug)]
 pub struct Section<'a> {
-    /// The registered type (spec §3.2): 1 DATA, 2 TENSORS, 3 META.
+    /// The registered type (spec, container §3.2): 1 DATA, 2 TENSORS, 3 META.
     pub kind: u32,
-    /// Whether readers that do not know the type must refuse the file.
+    /// Whether readers that do not know the type must reject the file.
     pub critical: bool,
-    /// Where the section starts, in bytes from the start of the file.
+    /// Offset in the file in bytes.
     pub offset: u64,
-    /// Its bytes, without the padding that follows.
+    /// The content, without the padding after it.
     pub bytes: &'a [u8],
     checksum: u64,
 }
 
-/// An open file: everything but the content of the tensors is validated.
+/// An open file. Everything is validated except the content of the tensors.
 #[derive(Clone, Debug)]
 pub struct File<'a> {
     bytes: &'a [u8],
@@ -44,11 +44,11 @@ pub struct File<'a> {
 }
 
 impl<'a> File<'a> {
-    /// Validates head, sections, tensor table and metadata of `bytes`, in the order of spec §4.
-    /// No tensor payload is touched; [`File::verify`] checks those.
+    /// Validates head, sections, tensor table and metadata of `bytes` in the order of spec, container §4.
+    /// Tensor payloads are not read; [`File::verify`] checks them.
     ///
     /// # Errors
-    /// The first rule that is broken, with its offset and tensor.
+    /// The first broken rule, with its offset and tensor.
     pub fn open(bytes: &'a [u8]) -> Result<Self> {
         let header = check_head(bytes)?;
         let sections = check_sections(bytes, header)?;
@@ -68,10 +68,10 @@ impl<'a> File<'a> {
         Ok(Self { bytes, min_reader, written, sections, tensors, meta })
     }
 
-    /// Validates all payloads too: checksums, padding, numbers, masks. Reads every byte.
+    /// Validates all payloads: checksums, padding, finite values, masks. Reads every byte.
     ///
     /// # Errors
-    /// The first rule that is broken, in the order of spec §4.
+    /// The first broken rule in the order of spec, container §4.
     pub fn verify(&self) -> Result<()> {
         self.verify_padding()?;
         for tensor in &self.tensors {
@@ -84,7 +84,7 @@ impl<'a> File<'a> {
     /// Checks that the gaps between tensors are zero (STB-R-039).
     ///
     /// # Errors
-    /// STB-R-039 with the offset of the first byte that is not.
+    /// STB-R-039 with the offset of the first nonzero byte.
     pub fn verify_padding(&self) -> Result<()> {
         let mut end = self.sections.iter().find(|s| s.kind == DATA).map_or(0, |s| s.offset);
         for tensor in &self.tensors {
@@ -105,13 +105,13 @@ impl<'a> File<'a> {
         self.bytes
     }
 
-    /// The oldest format version whose readers can read this file.
+    /// The oldest reader version that can read this file.
     #[must_use]
     pub fn min_reader(&self) -> u16 {
         self.min_reader
     }
 
-    /// The format version of the writer.
+    /// The format version that the file was written with.
     #[must_use]
     pub fn written(&self) -> u16 {
         self.written
@@ -141,13 +141,13 @@ impl<'a> File<'a> {
         &self.meta
     }
 
-    /// The number of model parameters: elements of all tensors.
+    /// The number of model parameters, which is the number of elements of all tensors.
     #[must_use]
     pub fn parameters(&self) -> u64 {
         self.tensors.iter().fold(0, |n, t| n.saturating_add(t.elements()))
     }
 
-    /// True bits per parameter: 8 × file bytes ÷ parameters, nothing left out.
+    /// True bits per parameter: 8 × file bytes ÷ parameters.
     #[must_use]
     #[allow(clippy::as_conversions, reason = "a ratio for display")]
     pub fn true_bits(&self) -> f64 {
@@ -207,7 +207,7 @@ fn check_head(bytes: &[u8]) -> Result<&Header> {
     }
     if header.file_size.get() != len_u64(bytes.len()) {
         let detail = format!(
-            "the header says {} bytes, the file has {}: it is truncated or has grown",
+            "the header states {} bytes, but the file has {}: it was truncated or extended",
             header.file_size.get(),
             bytes.len()
         );

@@ -1,4 +1,4 @@
-//! The TENSORS section: names, shapes, encodings and where each payload lies (spec §3.3).
+//! The TENSORS section: names, shapes, encodings and payload offsets (spec, container §3.3).
 
 use std::collections::HashSet;
 
@@ -10,7 +10,7 @@ use crate::limits::{MAX_DIM, MAX_DIMS, MAX_ELEMENTS, MAX_TENSORS, TENSOR_ALIGN};
 use crate::num::{align_up, len_u64, slice};
 use crate::raw::{TENSOR_ENTRY_BYTES, TableHeader, TensorEntry};
 
-/// One tensor of a file: its description and its bytes, in place.
+/// One tensor of a file: its table entry, and its payload in place.
 #[derive(Clone, Debug)]
 pub struct Tensor<'a> {
     name: &'a str,
@@ -34,7 +34,7 @@ impl<'a> Tensor<'a> {
         &self.shape
     }
 
-    /// How the weights are stored.
+    /// The encoding of the weights.
     #[must_use]
     pub fn encoding(&self) -> &Encoding {
         &self.encoding
@@ -46,13 +46,13 @@ impl<'a> Tensor<'a> {
         self.payload
     }
 
-    /// The XXH3-64 of the payload as stored in the file.
+    /// The stored XXH3-64 checksum of the payload.
     #[must_use]
     pub fn checksum(&self) -> u64 {
         self.checksum
     }
 
-    /// Where the payload starts, in bytes from the start of the file.
+    /// Offset of the payload in the file in bytes.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
@@ -64,14 +64,15 @@ impl<'a> Tensor<'a> {
         self.shape.iter().product()
     }
 
-    /// Rows and columns: a vector of n elements counts as one row.
+    /// Rows and columns of the tensor as a matrix: the last dimension gives the columns, the product of
+    /// the others the rows. A vector is one row.
     #[must_use]
     pub fn matrix_shape(&self) -> (u64, u64) {
         let cols = self.shape.last().copied().unwrap_or(1);
         (self.elements().checked_div(cols).unwrap_or(0), cols)
     }
 
-    /// Stored bits per weight: everything in the payload.
+    /// Stored bits per weight: 8 × payload bytes ÷ elements.
     #[must_use]
     #[allow(clippy::as_conversions, reason = "a ratio for display")]
     pub fn stored_bits(&self) -> f64 {
@@ -81,7 +82,7 @@ impl<'a> Tensor<'a> {
     /// Compares the payload with its checksum (STB-R-040).
     ///
     /// # Errors
-    /// STB-R-040 if they differ.
+    /// STB-R-040 if the checksums differ.
     pub fn verify_checksum(&self) -> Result<()> {
         let found = crate::checksum(self.payload);
         if found == self.checksum {
@@ -91,10 +92,10 @@ impl<'a> Tensor<'a> {
         Err(Error::new(Rule::TensorChecksum, detail).at(self.offset).in_tensor(self.name))
     }
 
-    /// Checks the content of the payload: padding, finite numbers, masks (STB-R-041 to 044).
+    /// Checks the content of the payload: padding, finite values, masks (STB-R-041 to STB-R-044).
     ///
     /// # Errors
-    /// The first rule that is broken.
+    /// The first broken rule.
     pub fn verify_payload(&self) -> Result<()> {
         let (rows, cols) = self.matrix_shape();
         self.encoding
@@ -102,7 +103,7 @@ impl<'a> Tensor<'a> {
             .map_err(|e| e.shifted(self.offset).in_tensor(self.name))
     }
 
-    /// The payload as a matrix in place: what kernels compute with.
+    /// The payload as a matrix in place, the form that kernels use.
     ///
     /// # Errors
     /// STB-R-050 if the encoding is unknown to this reader.
@@ -113,7 +114,7 @@ impl<'a> Tensor<'a> {
             .map_err(|e| e.at(self.offset).in_tensor(self.name))
     }
 
-    /// Decodes the whole tensor, row by row.
+    /// Decodes the whole tensor, row-major.
     ///
     /// # Errors
     /// STB-R-050 if the encoding is unknown to this reader.
@@ -122,7 +123,7 @@ impl<'a> Tensor<'a> {
     }
 }
 
-/// Reads the TENSORS section at `base`; `data` is the DATA section at `data_base`.
+/// Parses the TENSORS section at file offset `base`. `data` is the DATA section at `data_base`.
 pub(crate) fn parse_table<'a>(
     section: &'a [u8],
     base: u64,
@@ -162,7 +163,7 @@ pub(crate) fn parse_table<'a>(
     Ok(tensors)
 }
 
-/// STB-R-030: the header, then `count` entries, then the names, and nothing else.
+/// STB-R-030: the section consists of the header, `count` entries and the names.
 fn split_table(section: &[u8], base: u64) -> Result<(&[TensorEntry], &[u8])> {
     let fail = |detail: String| Error::new(Rule::TensorTable, detail).at(base);
     let (header, rest) = TableHeader::ref_from_prefix(section)

@@ -1,4 +1,4 @@
-//! Writing a file front to back: tensors as they come, then the table, the metadata, the head.
+//! [`Writer`]: writes tensors in sequence, then the tensor table, the metadata and the head.
 
 use std::collections::HashSet;
 use std::io::{self, Seek, SeekFrom, Write};
@@ -16,10 +16,10 @@ use crate::num::{align_up, len_u64};
 use crate::raw::{Header, SectionEntry, TENSOR_ENTRY_BYTES, TableHeader, TensorEntry};
 use crate::reader::{CRITICAL, DATA, META, TENSORS};
 
-/// Writes one `.stb` file. The same calls give the same bytes.
+/// Writes one `.stb` file. Equal calls give equal bytes.
 ///
-/// The head is written last, so an interrupted file never looks valid. Write to a temporary file
-/// and rename it to make the whole operation atomic.
+/// The head is written last, so that an incomplete file is invalid. For an atomic operation, write to
+/// a temporary file and rename it.
 pub struct Writer<W> {
     out: W,
     /// Bytes written so far.
@@ -33,7 +33,7 @@ impl<W: Write + Seek> Writer<W> {
     /// Starts a file at the beginning of `out`.
     ///
     /// # Errors
-    /// Whatever `out` reports.
+    /// I/O errors of `out`.
     pub fn new(mut out: W) -> io::Result<Self> {
         out.seek(SeekFrom::Start(0))?;
         out.write_all(&[0; HEAD_BYTES])?;
@@ -41,11 +41,10 @@ impl<W: Write + Seek> Writer<W> {
         Ok(Self { out, position, entries: Vec::new(), names: Vec::new(), seen: HashSet::new() })
     }
 
-    /// Appends a tensor. `payload` comes from the encoder of `encoding`.
+    /// Appends a tensor. `payload` is the packed content in `encoding`.
     ///
     /// # Errors
-    /// `InvalidInput` around the broken [`Rule`] for what no reader would accept; otherwise what
-    /// `out` reports.
+    /// `InvalidInput` with the broken [`Rule`] if readers would reject the tensor; I/O errors of `out`.
     pub fn tensor(
         &mut self,
         name: &str,
@@ -65,16 +64,16 @@ impl<W: Write + Seek> Writer<W> {
         Ok(())
     }
 
-    /// Bytes written so far, head and padding included.
+    /// Bytes written so far, including head and padding.
     #[must_use]
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Writes table, metadata and head, and returns the output, flushed.
+    /// Writes tensor table, metadata and head, flushes the output and returns it.
     ///
     /// # Errors
-    /// As for [`Writer::tensor`].
+    /// The errors of [`Writer::tensor`].
     pub fn finish(mut self, meta: &Meta) -> io::Result<W> {
         if self.entries.is_empty() {
             return Err(invalid(Error::new(Rule::TensorTable, "a file needs a tensor")));
@@ -180,7 +179,8 @@ impl<W: Write + Seek> Writer<W> {
     }
 }
 
-/// The size of the file that a [`Writer`] makes of tensors with these names and payload lengths.
+/// The size in bytes of the file that a [`Writer`] writes for tensors with these names and payload
+/// lengths.
 #[must_use]
 pub fn file_size<'a>(tensors: impl Iterator<Item = (&'a str, u64)>, meta: &Meta) -> u64 {
     let align = |n, to| align_up(n, to).unwrap_or(u64::MAX);

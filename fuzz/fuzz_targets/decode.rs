@@ -1,5 +1,5 @@
-//! Any payload for any encoding and shape: decoding and every kernel stay inside their buffers, and
-//! a payload that passes the content check is the canonical form of what it decodes to.
+//! Fuzzes payloads of any encoding and shape. Decoding and all kernels must stay within their buffers,
+//! and a payload that passes the content check must be canonical.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -15,9 +15,8 @@ fuzz_target!(|data: &[u8]| {
     params[..6].copy_from_slice(&head[3..9]);
     let Ok(encoding) = Encoding::parse(id, params) else { return };
     let Ok(Some(length)) = encoding.payload_len(&[rows, cols]) else { return };
-    // The input again and again, up to the length that the shape needs.
-    let payload: Vec<u8> =
-        rest.iter().chain(&[0]).cycle().take(length as usize).copied().collect();
+    // The input is repeated up to the payload length.
+    let payload: Vec<u8> = rest.iter().chain(&[0]).cycle().take(length as usize).copied().collect();
     let view = encoding.view(rows, cols, &payload).expect("the length is right");
     let weights = view.decode();
     let valid = encoding.check_payload(rows, cols, &payload).is_ok();
@@ -34,6 +33,7 @@ fuzz_target!(|data: &[u8]| {
     kernels(&view, &weights, valid);
 });
 
+/// Runs GEMV and GEMM on all instruction sets and compares valid results with `weights`.
 fn kernels(view: &MatrixView<'_>, weights: &[f32], valid: bool) {
     let (matrix, rows, cols) = (packed(view), view.rows(), view.cols());
     let x: Vec<f32> = (0..cols).map(|i| (i % 5) as f32 - 2.0).collect();
@@ -44,17 +44,18 @@ fn kernels(view: &MatrixView<'_>, weights: &[f32], valid: bool) {
         let (mut y, mut z) = (vec![0.0; rows], vec![0.0; rows * panels.all().row_stride()]);
         gemv(isa, matrix, matrix.prepare(isa, &x, &mut scratch), 0, &mut y);
         gemm(isa, matrix, panels.all(), 0, &mut z);
-        let mut rounded = vec![0.0; rows];
-        gemv(isa, matrix, matrix.prepare_q8(isa, &x, &mut scratch), 0, &mut rounded);
+        // Results with quantized activations are not compared.
+        let mut y_q8 = vec![0.0; rows];
+        gemv(isa, matrix, matrix.prepare_q8(isa, &x, &mut scratch), 0, &mut y_q8);
         if !valid {
             continue;
         }
         for (r, w) in weights.chunks_exact(cols).enumerate() {
             let terms = || w.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x));
-            let (sum, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+            let (sum, magnitude) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
             for found in [y[r], z[r * panels.all().row_stride()]] {
-                let off = (f64::from(found) - sum).abs();
-                assert!(off <= 1e-4 * size + 1e-30 || size > 1e38, "{found} for {sum}");
+                let error = (f64::from(found) - sum).abs();
+                assert!(error <= 1e-4 * magnitude + 1e-30 || magnitude > 1e38, "{found} for {sum}");
             }
         }
     }

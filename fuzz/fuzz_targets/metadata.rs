@@ -1,5 +1,5 @@
-//! Any META section in an otherwise valid file: a named error, or entries that are written back as
-//! the same bytes.
+//! Fuzzes the META section of an otherwise valid file. The result must be an error, or entries that are
+//! written back as the same bytes.
 #![no_main]
 
 use std::io::Cursor;
@@ -19,9 +19,9 @@ fuzz_target!(|data: &[u8]| {
     let mut meta = Meta::new();
     for (key, value) in file.meta().iter() {
         assert_eq!(file.meta().get(key), Some(value));
-        meta.set(key, value.to_value()).expect("what was read can be written");
+        meta.set(key, value.to_value()).expect("metadata that was read can be written");
     }
-    assert!(write(&meta) == bytes, "another form of the same metadata");
+    assert!(write(&meta) == bytes, "the metadata is not canonical");
 });
 
 fn write(meta: &Meta) -> Vec<u8> {
@@ -31,6 +31,7 @@ fn write(meta: &Meta) -> Vec<u8> {
     writer.finish(meta).unwrap().into_inner()
 }
 
+/// Sets file size, and length and checksum of META, and the checksum of the head.
 fn seal(b: &mut [u8], meta: &[u8]) {
     let (length, meta_length) = (b.len() as u64, meta.len() as u64);
     b[16..24].copy_from_slice(&length.to_le_bytes());

@@ -1,25 +1,26 @@
-//! Any bytes: a named error or a file whose every weight can be decoded. The head is sealed first,
-//! so that changes get past its checksum.
+//! Fuzzes whole files. The result must be an error, or a file whose weights can be decoded. Inputs are
+//! also tried with corrected sizes and checksums, so that mutations get past these checks.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use stb_format::{File, ModelSpec, checksum};
 
 fuzz_target!(|data: &[u8]| {
-    look(data);
+    check(data);
     if data.len() >= 4096 {
         let mut sealed = data.to_vec();
         seal(&mut sealed);
-        look(&sealed);
+        check(&sealed);
     }
 });
 
-fn look(bytes: &[u8]) {
+/// Opens and decodes `bytes`.
+fn check(bytes: &[u8]) {
     let Ok(file) = File::open(bytes) else { return };
     let _ = ModelSpec::from_file(&file);
     let verified = file.verify().is_ok();
     for tensor in file.tensors() {
-        // Claims are bounded by what is really there.
+        // Payloads are inside the file.
         assert!(tensor.payload().len() <= bytes.len());
         if let Ok(view) = tensor.view() {
             let mut row = vec![0.0; view.cols()];
@@ -31,7 +32,7 @@ fn look(bytes: &[u8]) {
     }
 }
 
-/// Makes file size, section checksums and head checksum right.
+/// Corrects file size, section checksums and head checksum.
 fn seal(b: &mut [u8]) {
     let length = b.len() as u64;
     b[16..24].copy_from_slice(&length.to_le_bytes());

@@ -1,7 +1,7 @@
-//! The forward pass of a decoder layer, once for all backends.
+//! The forward pass of a decoder layer, written once for all backends.
 //!
-//! [`attention`] and [`mlp`] are the two sublayers. They call a [`BlockOps`]: the CPU, a GPU, the
-//! calibration pass of a conversion, and the backward pass, which records what it needs.
+//! The functions [`attention`] and [`mlp`] are the two sublayers. They call the operations of a
+//! [`BlockOps`]. The CPU, the GPU and the calibration and backward passes of a conversion implement it.
 
 use std::ops::ControlFlow;
 
@@ -10,28 +10,28 @@ use stb_format::arch::{Linear, LinearInput, NormSite};
 use crate::layer::Layer;
 use crate::sublayer::Sublayer;
 
-/// What a linear layer reads; `B` are activations, [tokens, width].
+/// The input of a linear layer. `B` is a buffer of activations, [tokens, width].
 #[derive(Debug)]
 pub enum BlockInput<'a, B, V, R: ?Sized = B> {
-    /// The activations as they are.
+    /// Activations without an operation before the linear layer.
     Plain(&'a B),
-    /// The norm of `x` with the weight `weight`.
+    /// `x`, normalized with `weight`.
     Norm {
         /// The residual stream, [tokens, hidden].
         x: &'a R,
-        /// `[hidden]`.
+        /// The weight of the norm, `[hidden]`.
         weight: &'a V,
     },
     /// act(gate) ∘ up, both [tokens, intermediate].
     Gated {
-        /// May be overwritten with the result.
+        /// The gate. May be overwritten with the result.
         gate: &'a mut B,
         /// The other factor.
         up: &'a B,
     },
 }
 
-/// Whether the layer goes on; `Break` ends it where an observer asked for that.
+/// `Break` if an observer stopped the layer.
 pub type Flow<E> = Result<ControlFlow<()>, E>;
 
 /// The operations of a decoder layer on one backend.
@@ -44,14 +44,14 @@ pub trait BlockOps {
     type Buffer;
     /// The residual stream, [tokens, hidden].
     type Residual: ?Sized;
-    /// What can go wrong.
+    /// The error of an operation.
     type Error;
 
-    /// `out[i] = x · matrices[i]ᵀ`, [tokens, out]. `input` says which activations x are. `Break` is
-    /// returned before the products.
+    /// `out[i] = x · matrices[i]ᵀ`, [tokens, out]. `input` identifies the activations `x` for
+    /// observers. If an observer returns `Break`, no product is computed.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn linear<const N: usize>(
         &mut self,
         input: LinearInput,
@@ -60,10 +60,10 @@ pub trait BlockOps {
         out: [&mut Self::Buffer; N],
     ) -> Flow<Self::Error>;
 
-    /// `residual += x · matrixᵀ`, [tokens, hidden]. As [`BlockOps::linear`] otherwise.
+    /// `residual += x · matrixᵀ`, [tokens, hidden]. Otherwise like [`BlockOps::linear`].
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn linear_residual(
         &mut self,
         input: LinearInput,
@@ -76,11 +76,11 @@ pub trait BlockOps {
     /// attention.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn attention(&mut self, x: AttentionBuffers<'_, Self::Buffer>) -> Result<(), Self::Error>;
 }
 
-/// The activations of attention.
+/// The inputs and the output of attention.
 #[derive(Debug)]
 pub struct AttentionBuffers<'a, B> {
     /// Queries, [tokens, heads · head_dim].
@@ -93,7 +93,7 @@ pub struct AttentionBuffers<'a, B> {
     pub attn_out: &'a mut B,
 }
 
-/// Buffers for what a decoder layer computes in between.
+/// Reusable buffers for the intermediate activations of a decoder layer.
 #[derive(Debug, Default)]
 pub struct BlockScratch<B> {
     /// Queries, [tokens, heads · head_dim].
@@ -110,10 +110,10 @@ pub struct BlockScratch<B> {
     pub up: B,
 }
 
-/// One sublayer of `layer`: `residual`, [tokens, hidden], is changed in place.
+/// Runs one sublayer of `layer` and updates `residual`, [tokens, hidden].
 ///
 /// # Errors
-/// Those of the backend.
+/// Errors of the backend.
 pub fn run_sublayer<O: BlockOps>(
     ops: &mut O,
     sublayer: Sublayer,
@@ -127,10 +127,10 @@ pub fn run_sublayer<O: BlockOps>(
     }
 }
 
-/// Both sublayers of `layer`: `residual`, [tokens, hidden], is changed in place.
+/// Runs both sublayers of `layer` and updates `residual`, [tokens, hidden].
 ///
 /// # Errors
-/// Those of the backend.
+/// Errors of the backend.
 pub fn run_block<O: BlockOps>(
     ops: &mut O,
     layer: &Layer<O::Matrix, O::Vector>,

@@ -1,5 +1,5 @@
-//! Dense checkpoints in the Hugging Face layout: one or more safetensors files with `config.json`
-//! and tokenizer files beside them.
+//! Dense checkpoints in the Hugging Face layout: a folder with safetensors files, `config.json` and
+//! tokenizer files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,22 +16,22 @@ use crate::error::{Error, Result};
 use crate::map::Bytes;
 use crate::weights::Weight;
 
-/// An open dense checkpoint: validated configuration, mapped weights, companion files.
+/// An open dense checkpoint: validated configuration, weights in place, texts of the other files.
 #[derive(Debug)]
 pub struct Checkpoint {
     /// The folder.
     pub folder: PathBuf,
     /// The architecture.
     pub spec: ModelSpec,
-    /// Token ids of the configuration files.
+    /// Token ids from `config.json` and `generation_config.json`.
     pub tokens: TokenConfig,
     /// The text of `config.json`.
     pub config: String,
-    /// The text of `generation_config.json`, if there.
+    /// The text of `generation_config.json`, if it exists.
     pub generation_config: Option<String>,
-    /// The text of `tokenizer.json`, if there.
+    /// The text of `tokenizer.json`, if it exists.
     pub tokenizer: Option<String>,
-    /// The text of `tokenizer_config.json`, if there.
+    /// The text of `tokenizer_config.json`, if it exists.
     pub tokenizer_config: Option<String>,
     /// The chat template, from its own file or from `tokenizer_config.json`.
     pub chat_template: Option<String>,
@@ -43,13 +43,13 @@ pub struct Checkpoint {
 /// A safetensors file of a checkpoint.
 #[derive(Clone, Debug)]
 pub struct SourceFile {
-    /// The name without the folder.
+    /// The file name without the folder.
     pub name: String,
-    /// Its bytes.
+    /// The content.
     pub bytes: Arc<Bytes>,
 }
 
-/// The part of `model.safetensors.index.json` that counts.
+/// The relevant part of `model.safetensors.index.json`.
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
@@ -59,12 +59,13 @@ const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 
 impl Checkpoint {
-    /// Opens `source`: a folder, a `.safetensors` file or an index of shards.
+    /// Opens `source`: a folder, a `.safetensors` file or an index of shards. With `map`, weight
+    /// files are mapped instead of read.
     ///
     /// # Errors
-    /// [`Error::Io`] for files that cannot be read; [`Error::Invalid`] for broken ones, tensors
-    /// that are missing or do not fit the configuration; [`Error::Unsupported`] for architectures
-    /// and number types that are not known.
+    /// [`Error::Io`] for unreadable files; [`Error::Invalid`] for broken files and for tensors that
+    /// are missing or contradict the configuration; [`Error::Unsupported`] for unknown architectures,
+    /// element types and tensors.
     pub fn open(source: &Path, map: bool) -> Result<Self> {
         let (folder, files) = locate(source)?;
         let config = read_text(&folder.join("config.json"))?.ok_or_else(|| {
@@ -107,10 +108,11 @@ impl Checkpoint {
         })
     }
 
-    /// The weight called `name`; a vector is one row.
+    /// The weight called `name`. A vector is a matrix of one row.
     ///
     /// # Errors
-    /// [`Error::Internal`] if the model has no such tensor: all were checked when opening.
+    /// [`Error::Internal`] if the architecture has no such tensor. [`Checkpoint::open`] checks that
+    /// all others exist.
     pub fn weight(&self, name: &str) -> Result<Weight> {
         self.weights
             .get(name)
@@ -119,7 +121,7 @@ impl Checkpoint {
     }
 }
 
-/// The folder and the names of the weight files for what the user gave.
+/// The folder and the names of the weight files of `source`.
 fn locate(source: &Path) -> Result<(PathBuf, Vec<String>)> {
     let metadata = std::fs::metadata(source).map_err(|e| Error::io(source, e))?;
     if metadata.is_dir() {
@@ -158,7 +160,7 @@ fn locate(source: &Path) -> Result<(PathBuf, Vec<String>)> {
     Ok((folder, names.into_iter().collect()))
 }
 
-/// The text of a file; `None` if there is none.
+/// The text of a file; `None` if it does not exist.
 fn read_text(path: &Path) -> Result<Option<String>> {
     match std::fs::read(path) {
         Ok(bytes) => String::from_utf8(bytes)
@@ -175,7 +177,7 @@ fn generation_eos(json: &str) -> Result<Vec<u64>> {
     Ok(token_ids(value.get("eos_token_id")))
 }
 
-/// `chat_template` of `tokenizer_config.json`: a text, or a list with one named `default`.
+/// `chat_template` of `tokenizer_config.json`: a string, or the entry `default` of a list.
 fn template_in_config(json: &str) -> Option<String> {
     let config: serde_json::Value = serde_json::from_str(json).ok()?;
     match config.get("chat_template")? {
@@ -188,7 +190,7 @@ fn template_in_config(json: &str) -> Option<String> {
     }
 }
 
-/// Every tensor that the specification names, with its shape; nothing else.
+/// The tensors of `spec` with their shapes. Other tensors are an error unless they are redundant.
 fn read_weights(
     folder: &Path,
     files: &[SourceFile],
@@ -219,7 +221,7 @@ fn read_weights(
     for TensorSpec { name, shape, .. } in spec.tensors() {
         let Some((bytes, range, kind, found)) = stored.remove(&name) else {
             return Err(Error::invalid(format!(
-                "{} has no tensor {name}, which config.json asks for",
+                "{} has no tensor {name}, which config.json requires",
                 folder.display()
             )));
         };

@@ -1,4 +1,4 @@
-//! `config.json` and its companions of a Hugging Face checkpoint, as a [`ModelSpec`].
+//! Reads the `config.json` of a Hugging Face checkpoint into a [`ModelSpec`].
 
 use serde_json::Value;
 use stb_format::ModelSpec;
@@ -6,20 +6,20 @@ use stb_format::arch::{ConfigError, ConfigFields};
 
 use crate::error::{Error, Result};
 
-/// Token ids that `config.json` and `generation_config.json` give.
+/// Token ids from `config.json` and `generation_config.json`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TokenConfig {
-    /// The token before every text, if any.
+    /// The begin token, if any.
     pub bos: Option<u64>,
-    /// Tokens that end a text.
+    /// End tokens.
     pub eos: Vec<u64>,
 }
 
-/// Reads `config.json`.
+/// Parses the text of a `config.json`.
 ///
 /// # Errors
 /// [`Error::Invalid`] for missing or contradictory fields, [`Error::Unsupported`] for an
-/// architecture or option that the forward pass does not have.
+/// architecture or option that this version lacks.
 pub fn parse_config(json: &str) -> Result<(ModelSpec, TokenConfig)> {
     let config: Value =
         serde_json::from_str(json).map_err(|e| Error::invalid(format!("config.json: {e}")))?;
@@ -42,7 +42,7 @@ impl ConfigFields for Fields<'_> {
 
     fn u64(&self, name: &str) -> Option<u64> {
         let value = self.0.get(name)?;
-        // Some files write whole numbers as 8192.0.
+        // Some files contain integers as floating-point numbers, such as 8192.0.
         let whole = |v: &f64| (0.0..9e15).contains(v) && v.fract() == 0.0;
         value.as_u64().or_else(|| value.as_f64().filter(whole).map(|v| v as u64))
     }
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_graph_lacks_is_refused_by_name() {
+    fn unsupported_options_are_named_in_the_error() {
         for (extra, word) in [
             (r#", "hidden_act": "gelu""#, "gelu"),
             (r#", "attention_bias": true"#, "bias"),

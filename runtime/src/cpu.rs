@@ -1,4 +1,4 @@
-//! The decoder layer on the CPU.
+//! [`BlockOps`] on the CPU.
 
 use std::convert::Infallible;
 use std::ops::ControlFlow;
@@ -12,26 +12,26 @@ use crate::linear::{LinearScratch, apply};
 use crate::rope::RopeAngles;
 use crate::weights::Weight;
 
-/// Up to so many numbers, operations between the linear layers stay on one thread.
+/// Elementwise operations on at most this many values run on one thread.
 pub(crate) const SERIAL: usize = 1 << 15;
-/// Numbers per task above that.
+/// Values per task of elementwise operations.
 const CHUNK: usize = 1 << 14;
 
-/// Sees the inputs of the linear layers as they are computed: calibration collects statistics so.
+/// Observes the inputs of linear layers. Calibration collects its statistics this way.
 pub trait Observer {
-    /// `x` is [tokens, in features]. `Break` ends the layer before the linear layers that read x
-    /// run; the residual stream stays as it is then.
+    /// Called with each input `x`, [tokens, in features], before the linear layers that read it.
+    /// `Break` stops before these linear layers run; the residual stream stays unchanged.
     fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()>;
 }
 
-/// Sees nothing.
+/// Ignores all inputs.
 impl Observer for () {
     fn observe(&mut self, _: LinearInput, _: &[f32]) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
 }
 
-/// What the CPU needs beside the weights of a layer. `A` appends keys and values to the KV cache and
+/// The operations of a decoder layer on the CPU. `attend` appends keys and values to the KV cache and
 /// computes attention.
 pub(crate) struct CpuOps<'a, A> {
     pub isa: Isa,
@@ -44,20 +44,20 @@ pub(crate) struct CpuOps<'a, A> {
     pub observer: &'a mut dyn Observer,
 }
 
-/// Reusable memory for the inputs and outputs of linear layers.
+/// Reusable buffers for the inputs and outputs of linear layers.
 #[derive(Debug, Default)]
 pub(crate) struct CpuScratch {
     pub linear: LinearScratch,
-    /// The input of a linear layer behind a norm, [tokens, hidden].
+    /// The output of a norm, [tokens, hidden].
     normed: Vec<f32>,
-    /// What is added to the residual stream, [tokens, hidden].
+    /// The output of a sublayer before it is added to the residual stream, [tokens, hidden].
     out: Vec<f32>,
 }
 
 impl CpuScratch {
-    /// For linear layers whose activations may be quantized to 8 bits, or not.
-    pub(crate) fn new(quantized: bool) -> Self {
-        Self { linear: LinearScratch::new(quantized), ..Self::default() }
+    /// With `q8`, linear layers may quantize their activations to 8 bits.
+    pub(crate) fn new(q8: bool) -> Self {
+        Self { linear: LinearScratch::new(q8), ..Self::default() }
     }
 }
 
@@ -76,7 +76,7 @@ impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
         out: [&mut Vec<f32>; N],
     ) -> Flow<Infallible> {
         let CpuScratch { linear, normed, .. } = &mut *self.scratch;
-        let x = computed(self.isa, self.pool, self.eps, x, normed);
+        let x = compute_input(self.isa, self.pool, self.eps, x, normed);
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
         }
@@ -92,7 +92,7 @@ impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
         residual: &mut [f32],
     ) -> Flow<Infallible> {
         let CpuScratch { linear, normed, out } = &mut *self.scratch;
-        let x = computed(self.isa, self.pool, self.eps, x, normed);
+        let x = compute_input(self.isa, self.pool, self.eps, x, normed);
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
         }
@@ -114,9 +114,9 @@ impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
     }
 }
 
-/// What a linear layer reads, computed where it has to be: norms into `normed`, the product of gate
-/// and up in place.
-fn computed<'x>(
+/// Computes the activations that a linear layer reads: a norm into `normed`, the product of gate and
+/// up in place.
+fn compute_input<'x>(
     isa: Isa,
     pool: &Pool,
     eps: f32,

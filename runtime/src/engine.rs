@@ -1,4 +1,5 @@
-//! What runs a model: threads, instruction set, precision, KV cache type, device.
+//! [`Engine`]: a model with the threads, instruction set, precision, KV cache type and device that
+//! run it.
 
 use std::ops::Deref;
 use std::path::Path;
@@ -17,19 +18,20 @@ use crate::model::Model;
 use crate::rope::Rope;
 use crate::threads::default_threads;
 
-/// How much of a file is checked before it is used. Structure, table and metadata always are.
+/// How much of a file is checked when it is opened. Structure, tensor table and metadata are always
+/// checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
-    /// Checksums of all tensors if the file has at most 1 GiB.
+    /// Checksums of all tensors in files of at most 1 GiB.
     #[default]
     Auto,
     /// Checksums and content of all tensors.
     Full,
-    /// No tensor.
+    /// No tensors.
     Off,
 }
 
-/// The largest file whose checksums `Verify::Auto` compares: a fraction of a second's work.
+/// The largest file whose checksums `Verify::Auto` compares. It takes a fraction of a second.
 const AUTO_VERIFY_BYTES: usize = 1 << 30;
 
 /// Options of [`Engine::open`].
@@ -39,22 +41,22 @@ pub struct OpenOptions {
     pub map: bool,
     /// What to check.
     pub verify: Verify,
-    /// Never round activations; see [`Engine::exact`].
+    /// Never quantize activations; see [`Engine::exact`].
     pub exact: bool,
     /// The type of the KV cache.
     pub kv: KvKind,
-    /// Threads that compute; `None` for [`crate::default_threads`].
+    /// The number of threads; `None` for [`crate::default_threads`].
     pub threads: Option<usize>,
     /// Lock the file in memory, so that it is never paged out.
     pub lock: bool,
     /// Where to compute.
     pub device: DeviceChoice,
-    /// With a GPU: how many decoder layers it computes, the last ones; `None` for all.
+    /// Decoder layers on the GPU, counted from the last; `None` for all.
     pub device_layers: Option<usize>,
 }
 
 impl OpenOptions {
-    /// Computes with what the file holds, without the approximations that make it fast.
+    /// Options without approximations: activations are not quantized and the KV cache is f32.
     #[must_use]
     pub fn exact() -> Self {
         Self { exact: true, kv: KvKind::F32, ..Self::default() }
@@ -76,33 +78,33 @@ impl Default for OpenOptions {
     }
 }
 
-/// A model and what runs it.
+/// Runs a [`Model`] on the CPU, or with its last layers on a GPU.
 #[derive(Debug)]
 pub struct Engine {
     /// Architecture and weights.
     pub model: Model,
     /// The instruction set of the kernels.
     pub isa: Isa,
-    /// Whether products with packed weights use activations as they are. If not, activations are
-    /// quantized to 8 bits, one scale per 128 columns, where there is a kernel for that: several
+    /// Whether products with packed weights use unquantized activations. Otherwise activations are
+    /// quantized to 8 bits with one scale per 128 columns if a kernel supports it, which is several
     /// times faster.
     pub exact: bool,
     /// The type of the KV cache.
     pub kv: KvKind,
-    /// The threads that compute.
+    /// The worker threads.
     pub pool: Pool,
-    /// Why no GPU computes though one was wanted if possible.
+    /// Why [`DeviceChoice::Auto`] fell back to the CPU.
     pub device_note: Option<String>,
     pub(crate) rope: Rope,
     pub(crate) tail: Tail,
 }
 
-/// What computes the last decoder layers and the logits.
+/// The backend of the last decoder layers and the logits.
 #[derive(Debug)]
 pub(crate) enum Tail {
-    /// The CPU, which computes all layers then.
+    /// The CPU computes all layers.
     Cpu,
-    /// A GPU, with the layers that are there.
+    /// A GPU with the layers that are loaded on it.
     Cuda(DeviceModel),
 }
 
@@ -119,7 +121,7 @@ impl Engine {
     /// an index of shards.
     ///
     /// # Errors
-    /// As for [`Engine::open_stb`] and [`Checkpoint::open`].
+    /// The errors of [`Engine::open_stb`] and [`Checkpoint::open`].
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         let dense =
             path.is_dir() || path.extension().is_some_and(|e| e == "safetensors" || e == "json");
@@ -131,11 +133,13 @@ impl Engine {
         }
     }
 
-    /// Opens an `.stb` file. Weights stay where they are in the file.
+    /// Opens an `.stb` file. Weights are used in place.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Format`] with the broken rule; [`Error::Unsupported`] if a weight
-    /// has an encoding that this version lacks.
+    /// [`Error::Io`] if the file cannot be read or locked; [`Error::Format`] with the broken rule;
+    /// [`Error::Unsupported`] for a block or an encoding that this version lacks; [`Error::Usage`] if
+    /// `STB_ISA`, the threads or the device options are wrong; [`Error::Device`] if the device cannot
+    /// be used.
     pub fn open_stb(path: &Path, options: &OpenOptions) -> Result<Self> {
         let isa = detect_isa()?;
         let bytes = Arc::new(Bytes::open(path, options.map)?);
@@ -154,11 +158,11 @@ impl Engine {
         Self { exact: options.exact, kv: options.kv, pool, ..engine }.on_device(options)
     }
 
-    /// Runs a dense checkpoint on the calling thread with an exact KV cache: what a conversion
-    /// needs.
+    /// Runs a dense checkpoint on the calling thread with an f32 KV cache, as conversions need it.
     ///
     /// # Errors
-    /// [`Error::Usage`] if `STB_ISA` is wrong, [`Error::Invalid`] for a broken tokenizer.
+    /// [`Error::Usage`] if `STB_ISA` is wrong, [`Error::Invalid`] for a broken tokenizer,
+    /// [`Error::Unsupported`] for a block that this version lacks.
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
         Ok(Self::on_cpu(Model::from_checkpoint(checkpoint)?, detect_isa()?))
     }
@@ -176,10 +180,10 @@ impl Engine {
         }
     }
 
-    /// The same with the last `layers` decoder layers (all, if `None`) and the lm_head on a device.
+    /// Moves the last `layers` decoder layers (`None` for all) and the lm_head to a device.
     ///
     /// # Errors
-    /// [`Error::Device`] if there is too little memory, or no kernel for an encoding or a shape.
+    /// [`Error::Device`] if the device has too little memory, or no kernel for an encoding or a shape.
     pub fn use_device(mut self, device: &Device, layers: Option<usize>) -> Result<Self> {
         self.tail = Tail::Cuda(self.load_device(device, layers)?);
         Ok(self)
@@ -190,15 +194,16 @@ impl Engine {
         DeviceModel::load(device, &self.model, options)
     }
 
-    /// The same with the last layers on the device that the options ask for.
+    /// Moves the last layers to the device in `options`. [`DeviceChoice::Auto`] falls back to the
+    /// CPU.
     ///
     /// # Errors
-    /// [`Error::Device`] if a device was asked for and cannot be used, [`Error::Usage`] for layers
-    /// on the CPU.
+    /// [`Error::Device`] if a requested device cannot be used, [`Error::Usage`] if `options` has
+    /// device layers without a device.
     fn on_device(mut self, options: &OpenOptions) -> Result<Self> {
         let ordinal = match options.device {
             DeviceChoice::Cpu if options.device_layers.is_some_and(|n| n > 0) => {
-                return Err(Error::usage("layers for a device (-ngl) need one: --device cuda"));
+                return Err(Error::usage("-ngl needs a device: add --device cuda"));
             }
             DeviceChoice::Cpu => return Ok(self),
             _ if options.device_layers == Some(0) => return Ok(self),
@@ -208,7 +213,7 @@ impl Engine {
         let load = |device| self.load_device(&device, options.device_layers);
         match Device::open(ordinal).map_err(Error::from).and_then(load) {
             Ok(loaded) => self.tail = Tail::Cuda(loaded),
-            // A defect is told, whatever was asked for.
+            // Device failures are errors even with `Auto`.
             Err(e) if options.device == DeviceChoice::Auto && e.kind().is_unsupported() => {
                 self.device_note = Some(e.to_string());
             }
@@ -217,7 +222,7 @@ impl Engine {
         Ok(self)
     }
 
-    /// The GPU that computes, and which part; `None` for the CPU.
+    /// The name of the GPU and, unless it computes all layers, its first layer; `None` for the CPU.
     #[must_use]
     pub fn device_name(&self) -> Option<String> {
         match &self.tail {
@@ -237,9 +242,9 @@ fn detect_isa() -> Result<Isa> {
     Isa::detect().map_err(|e| Error::usage(e.to_string()))
 }
 
-/// Compares tensors with their checksums, in parallel; returns whether it did.
-fn verify(file: &File<'_>, what: Verify, pool: &Pool) -> stb_format::Result<bool> {
-    match what {
+/// Compares tensors with their checksums in parallel. Returns whether checksums were compared.
+fn verify(file: &File<'_>, level: Verify, pool: &Pool) -> stb_format::Result<bool> {
+    match level {
         Verify::Off => return Ok(false),
         Verify::Auto if file.bytes().len() > AUTO_VERIFY_BYTES => return Ok(false),
         Verify::Auto => {}
@@ -247,9 +252,9 @@ fn verify(file: &File<'_>, what: Verify, pool: &Pool) -> stb_format::Result<bool
     }
     let check = |tensor: &stb_format::Tensor<'_>| {
         tensor.verify_checksum()?;
-        if what == Verify::Full { tensor.verify_payload() } else { Ok(()) }
+        if level == Verify::Full { tensor.verify_payload() } else { Ok(()) }
     };
-    // The first failure in file order, whichever thread finds one first.
+    // All results are kept so that the error is the first one in file order.
     let tensors = file.tensors();
     let mut results: Vec<_> = tensors.iter().map(|_| Ok(())).collect();
     pool.run_chunks(&mut results, 1, |first, results| {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 /// The result of runtime operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong. Messages say what to do where something can be done.
+/// An error of the runtime. Messages include a remedy if there is one.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,42 +17,42 @@ pub enum Error {
         /// The error of the operating system.
         error: std::io::Error,
     },
-    /// A file is not a valid `.stb` file, or not one that this version can use.
+    /// A file is not a valid `.stb` file, or needs a newer version.
     #[error("{}: {error}", path.display())]
     Format {
         /// The file.
         path: PathBuf,
-        /// The rule that is broken, with offset and tensor.
+        /// The broken rule, with offset and tensor.
         error: stb_format::Error,
     },
-    /// A file has the wrong content: a checkpoint, configuration, tokenizer or template.
+    /// A checkpoint, configuration, tokenizer or template has invalid content.
     #[error("{what}")]
     Invalid {
-        /// What is wrong, and what to do.
+        /// The problem and its remedy.
         what: String,
     },
-    /// The content is fine, but this version has no support for it.
+    /// The content may be valid, but this version does not support it.
     #[error("{what}")]
     Unsupported {
-        /// What is not supported, and what to do.
+        /// The missing feature and its remedy.
         what: String,
     },
-    /// The request makes no sense: wrong option, prompt too long.
+    /// The request is wrong: an invalid option, or a prompt that is too long.
     #[error("{what}")]
     Usage {
-        /// What to change.
+        /// The problem and its remedy.
         what: String,
     },
     /// A device cannot be used, or failed.
     #[error("{error}")]
     Device {
-        /// What is wrong, and what to do.
+        /// The error of the device.
         error: stb_kernels::cuda::Error,
     },
-    /// A defect of this crate.
+    /// A bug in this crate.
     #[error("internal error: {what}; please report it")]
     Internal {
-        /// What happened.
+        /// The violated assumption.
         what: String,
     },
 }
@@ -68,17 +68,17 @@ impl Error {
         Self::Format { path: path.to_owned(), error }
     }
 
-    /// Wrong content.
+    /// An [`Error::Invalid`].
     pub fn invalid(what: impl Into<String>) -> Self {
         Self::Invalid { what: what.into() }
     }
 
-    /// Missing support.
+    /// An [`Error::Unsupported`].
     pub fn unsupported(what: impl Into<String>) -> Self {
         Self::Unsupported { what: what.into() }
     }
 
-    /// A request that makes no sense.
+    /// An [`Error::Usage`].
     pub fn usage(what: impl Into<String>) -> Self {
         Self::Usage { what: what.into() }
     }
@@ -104,30 +104,30 @@ impl Error {
         }
     }
 
-    /// The exit code of the programs for this error.
+    /// The exit code of `stb-run` and `stb-convert` for this error.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         self.kind().exit_code()
     }
 }
 
-/// Kinds of errors, by who can act on them.
+/// Kinds of errors. Each has an exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The request makes no sense.
+    /// The request is wrong.
     Usage,
     /// A file cannot be read or written.
     Io,
-    /// A file has the wrong content.
+    /// A file has invalid content.
     Invalid,
-    /// This version does not support what is asked for.
+    /// This version does not support the content.
     Unsupported,
-    /// There is no such device, or it lacks something that is needed.
+    /// The device does not exist, or lacks memory or a feature.
     DeviceUnavailable,
     /// A device failed.
     DeviceFailed,
-    /// A defect of this crate.
+    /// A bug in this crate.
     Internal,
 }
 
@@ -144,7 +144,7 @@ impl ErrorKind {
         }
     }
 
-    /// Whether the CPU can do what was asked of a device: the device is not there, or lacks support.
+    /// Whether a missing device or feature caused the error, so that the CPU may be used instead.
     #[must_use]
     pub fn is_unsupported(self) -> bool {
         matches!(self, Self::Unsupported | Self::DeviceUnavailable)
@@ -157,7 +157,8 @@ impl From<stb_kernels::cuda::Error> for Error {
     }
 }
 
-/// The exit code for an error of any type: that of the first error in its chain of sources that has one, else 1.
+/// The exit code for an error of any type: the code of the first error in its chain of sources that has
+/// one, else 1.
 #[must_use]
 pub fn exit_code(error: &(dyn std::error::Error + 'static)) -> u8 {
     let mut next = Some(error);

@@ -1,4 +1,4 @@
-//! The path of tokens through a model, top to bottom: embeddings, decoder layers, last norm, lm_head.
+//! The forward pass of a model: embeddings, decoder layers, last norm, lm_head.
 
 use stb_kernels::packed;
 
@@ -9,24 +9,25 @@ use crate::engine::{Engine, Tail};
 use crate::error::{Error, Result};
 use crate::kv_cache::{AttentionScratch, Heads, QkvRows};
 use crate::linear::apply;
-use crate::pass::{Output, Pass, Want};
+use crate::pass::{Output, OutputKind, Pass};
 use crate::sampler::{Sampler, SamplerInput};
 use crate::state::{ForwardScratch, State};
 use crate::weights::Weight;
 
-/// The largest prefill batch where weights are unpacked: enough tokens to share that work.
+/// The largest prefill batch. It amortizes unpacking the weights where no q8 GEMM kernel exists.
 const MAX_PREFILL_BATCH: usize = 512;
-/// Prefill batches are multiples of this: GEMM kernels work on so many tokens at a time.
+/// Prefill batches are multiples of this number of tokens, which GEMM kernels process together.
 const PREFILL_GROUP: usize = 32;
 /// Tokens whose logits are computed at a time.
 const LOGITS_BATCH: usize = 64;
 
 impl Engine {
-    /// Appends `tokens` and returns the logits behind the last of them, `[vocab]`.
+    /// Appends `tokens` and returns the logits after the last one, `[vocab]`.
     ///
     /// # Errors
-    /// [`Error::Usage`] if they do not fit into the context or are none; [`Error::Invalid`] if a
-    /// token is not in the vocabulary.
+    /// [`Error::Usage`] if `tokens` is empty or does not fit into the context; [`Error::Invalid`] if a
+    /// token is not in the vocabulary; [`Error::Device`] if the device fails. After an error the
+    /// sequence is unchanged.
     pub fn forward<'s>(&self, state: &'s mut State, tokens: &[u32]) -> Result<&'s [f32]> {
         let mut kept = std::mem::take(&mut state.logits);
         let keep = &mut |output: Output<'_>| {
@@ -34,16 +35,16 @@ impl Engine {
                 std::mem::swap(&mut kept, logits);
             }
         };
-        self.run(std::slice::from_mut(state), tokens, Want::LastLogits, keep)?;
+        self.run(std::slice::from_mut(state), tokens, OutputKind::LastLogits, keep)?;
         state.logits = kept;
         Ok(&state.logits)
     }
 
-    /// Appends `tokens` and puts what a sampler needs of the logits behind the last one into `next`.
-    /// `banned` tokens are not for it to choose.
+    /// Appends `tokens` and stores the input of `sampler` for the next token in `next`: the top-k
+    /// tokens if a device can select them, else all logits. Top-k tokens exclude `banned`.
     ///
     /// # Errors
-    /// As for [`Engine::forward`].
+    /// The errors of [`Engine::forward`].
     pub fn next(
         &self,
         state: &mut State,
@@ -52,9 +53,9 @@ impl Engine {
         banned: &[u32],
         next: &mut SamplerInput,
     ) -> Result<()> {
-        let wanted = sampler.wanted(banned);
-        let want = wanted.as_ref().map_or(Want::LastLogits, Want::TopK);
-        self.run(std::slice::from_mut(state), tokens, want, &mut |output| match output {
+        let top_k = sampler.top_k_request(banned);
+        let kind = top_k.as_ref().map_or(OutputKind::LastLogits, OutputKind::TopK);
+        self.run(std::slice::from_mut(state), tokens, kind, &mut |output| match output {
             Output::TopK(best) => *next = SamplerInput::TopK(best),
             Output::Logits { logits, .. } => match next {
                 SamplerInput::Logits(kept) => std::mem::swap(kept, logits),
@@ -63,12 +64,12 @@ impl Engine {
         })
     }
 
-    /// Appends one token to each of several sequences, which share one pass over the weights, and
-    /// returns the logits, [sequences, vocab], in the memory of the first.
+    /// Appends one token to each of several sequences in one pass over the weights. Returns the
+    /// logits, [sequences, vocab], stored in the first state.
     ///
     /// # Errors
-    /// As for [`Engine::forward`], before anything is changed; [`Error::Usage`] for no sequence or
-    /// another number of tokens.
+    /// The errors of [`Engine::forward`]; [`Error::Usage`] if `states` is empty or `tokens` has another
+    /// length.
     pub fn forward_batch<'s>(&self, states: &'s mut [State], tokens: &[u32]) -> Result<&'s [f32]> {
         if states.is_empty() || states.len() != tokens.len() {
             return Err(Error::usage("a batch takes one token for each of its sequences"));
@@ -80,37 +81,37 @@ impl Engine {
                 all.extend_from_slice(logits);
             }
         };
-        self.run(states, tokens, Want::AllLogits, keep)?;
+        self.run(states, tokens, OutputKind::AllLogits, keep)?;
         states[0].logits = all;
         Ok(&states[0].logits)
     }
 
-    /// Appends `tokens` and hands the logits behind each of them to `sink`, some tokens at a time:
-    /// the index of the first token and [n, vocab].
+    /// Appends `tokens` and computes the logits after each of them. `sink(first, logits)` receives
+    /// them in batches: the index of the first token and [n, vocab].
     ///
     /// # Errors
-    /// As for [`Engine::forward`].
+    /// The errors of [`Engine::forward`].
     pub fn forward_all(
         &self,
         state: &mut State,
         tokens: &[u32],
         mut sink: impl FnMut(usize, &[f32]),
     ) -> Result<()> {
-        let hand_on = &mut |output: Output<'_>| {
+        let forward_logits = &mut |output: Output<'_>| {
             if let Output::Logits { first, logits } = output {
                 sink(first, logits);
             }
         };
-        self.run(std::slice::from_mut(state), tokens, Want::AllLogits, hand_on)
+        self.run(std::slice::from_mut(state), tokens, OutputKind::AllLogits, forward_logits)
     }
 
     /// Appends `tokens` to one sequence, or one token to each of several. After an error the
-    /// sequences are as they were.
+    /// sequences have their former length.
     fn run(
         &self,
         states: &mut [State],
         tokens: &[u32],
-        want: Want<'_>,
+        output: OutputKind<'_>,
         sink: &mut dyn FnMut(Output<'_>),
     ) -> Result<()> {
         self.check_tokens(states, tokens)?;
@@ -118,8 +119,9 @@ impl Engine {
         let size = if states.len() == 1 { self.prefill_size(tokens.len()) } else { tokens.len() };
         for (i, piece) in tokens.chunks(size).enumerate() {
             let is_last = (i + 1) * size >= tokens.len();
-            let want = if is_last || matches!(want, Want::AllLogits) { want } else { Want::Cache };
-            let pass = Pass { tokens: piece, first: i * size, want };
+            let is_needed = is_last || matches!(output, OutputKind::AllLogits);
+            let output = if is_needed { output } else { OutputKind::CacheOnly };
+            let pass = Pass { tokens: piece, first: i * size, output };
             let before = states[0].tokens - i * size;
             if let Err(e) = self.run_pass(states, pass, sink) {
                 for state in states {
@@ -139,7 +141,7 @@ impl Engine {
         pass: Pass<'_>,
         sink: &mut dyn FnMut(Output<'_>),
     ) -> Result<()> {
-        // The scratch memory is that of the first sequence.
+        // A batch uses the scratch of its first sequence.
         let mut scratch = std::mem::take(&mut states[0].scratch);
         let on_host = self.host_layers() > 0;
         if on_host && let Err(e) = self.run_host_layers(states, pass.tokens, &mut scratch) {
@@ -165,7 +167,8 @@ impl Engine {
         done
     }
 
-    /// Embeds the tokens and runs the layers of the CPU; the result is in `scratch.hidden`.
+    /// Embeds `tokens` and runs the layers on the CPU. The result, [tokens, hidden], is in
+    /// `scratch.hidden`.
     fn run_host_layers(
         &self,
         states: &mut [State],
@@ -173,7 +176,6 @@ impl Engine {
         scratch: &mut ForwardScratch,
     ) -> Result<()> {
         let ForwardScratch { hidden, angles, attention, block, cpu, .. } = scratch;
-        // [tokens, hidden]
         self.embed(tokens, hidden)?;
         match &*states {
             [state] => self.rope.angles(state.tokens..state.tokens + tokens.len(), angles),
@@ -194,7 +196,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Attention in decoder layer `layer`: of one sequence, or of one token of each of several.
+    /// Attention in decoder layer `layer`, for all tokens of one sequence or for one token of each
+    /// sequence.
     fn attend(
         &self,
         states: &mut [State],
@@ -214,7 +217,8 @@ impl Engine {
         }
     }
 
-    /// Last norm and lm_head on the CPU: `scratch.hidden`, [tokens, hidden], to logits.
+    /// Applies last norm and lm_head on the CPU to `scratch.hidden`, [tokens, hidden]. `sink` receives
+    /// the logits.
     fn run_lm_head(
         &self,
         pass: Pass<'_>,
@@ -223,22 +227,22 @@ impl Engine {
     ) {
         let ForwardScratch { hidden, normed, logits, cpu, .. } = scratch;
         let width = self.model.hidden_size();
-        let wanted = match pass.want {
-            Want::Cache => return,
-            Want::AllLogits => &hidden[..],
-            Want::LastLogits | Want::TopK(_) => &hidden[hidden.len() - width..],
+        let selected = match pass.output {
+            OutputKind::CacheOnly => return,
+            OutputKind::AllLogits => &hidden[..],
+            OutputKind::LastLogits | OutputKind::TopK(_) => &hidden[hidden.len() - width..],
         };
         let eps = self.model.spec.norm_eps as f32;
-        for (i, hidden) in wanted.chunks(LOGITS_BATCH * width).enumerate() {
+        for (i, hidden) in selected.chunks(LOGITS_BATCH * width).enumerate() {
             norm_rows(self.isa, &self.pool, hidden, &self.model.norm, eps, normed);
-            // [n, hidden] · [vocab, hidden]ᵀ
+            // [n, vocab] = [n, hidden] · [vocab, hidden]ᵀ
             let lm_head = self.model.lm_head();
             apply(self.isa, &self.pool, &mut cpu.linear, [lm_head], normed, [&mut *logits]);
             sink(Output::Logits { first: pass.first + i * LOGITS_BATCH, logits });
         }
     }
 
-    /// The embeddings of `tokens`, [tokens, hidden], into `hidden`.
+    /// Writes the embeddings of `tokens`, [tokens, hidden], to `hidden`, which is resized.
     ///
     /// # Errors
     /// [`Error::Invalid`] if a token is not in the vocabulary.
@@ -256,25 +260,25 @@ impl Engine {
         Ok(())
     }
 
-    /// How many of `tokens` tokens go through all layers together: as many as share work, but no
-    /// more, so that activations stay in cache.
+    /// The prefill batch for `tokens` tokens: large enough for the q8 GEMM kernels, small enough to
+    /// keep the activations in cache.
     fn prefill_size(&self, tokens: usize) -> usize {
-        let shared = |w: &Weight| {
+        let kernel_batch = |w: &Weight| {
             let view = w.view();
             let kernel = packed(&view).gemm_q8().filter(|_| !self.exact)?;
             Some(kernel.prefill_batch(self.isa))
         };
         let layers = &self.model.layers[..self.host_layers()];
         let mut matrices = layers.iter().flat_map(|layer| layer.linears().iter());
-        let fewest = matrices
-            .try_fold(MAX_PREFILL_BATCH, |most, (_, weight)| Some(most.min(shared(weight)?)));
-        let most = fewest.unwrap_or(MAX_PREFILL_BATCH);
-        // Batches of nearly one size: a few tokens alone cost as much as many.
+        let smallest = matrices
+            .try_fold(MAX_PREFILL_BATCH, |most, (_, weight)| Some(most.min(kernel_batch(weight)?)));
+        let most = smallest.unwrap_or(MAX_PREFILL_BATCH);
+        // Batches of nearly equal size: a small last batch would cost almost as much as a full one.
         let count = tokens.div_ceil(most).max(1);
         tokens.div_ceil(count).next_multiple_of(PREFILL_GROUP)
     }
 
-    /// Layers that the CPU computes: all, or those before the layers on a device.
+    /// The number of layers that the CPU computes: all, or those before the layers on a device.
     pub(crate) fn host_layers(&self) -> usize {
         match &self.tail {
             Tail::Cpu => self.model.layers.len(),
@@ -282,10 +286,10 @@ impl Engine {
         }
     }
 
-    /// Whether `tokens` can be appended.
+    /// Checks that `tokens` can be appended.
     fn check_tokens(&self, states: &[State], tokens: &[u32]) -> Result<()> {
         if tokens.is_empty() {
-            return Err(Error::usage("there is no token to continue from; give a prompt"));
+            return Err(Error::usage("there are no tokens to continue from; give a prompt"));
         }
         match states {
             [state] => state.check_room(tokens.len())?,

@@ -1,4 +1,4 @@
-//! What a [`Session`](crate::Session) is asked for, and what it answers.
+//! Requests to a [`Session`](crate::Session) and its answers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,46 +6,46 @@ use std::time::Duration;
 
 use crate::template::Message;
 
-/// The text before an answer.
+/// The input that an answer continues.
 #[derive(Clone, Copy, Debug)]
 pub enum PromptInput<'a> {
-    /// A conversation. The model's chat template turns it into text; without a template the contents are joined by
-    /// line breaks and continued.
+    /// A conversation. The model's chat template turns it into text. Without a template, the contents
+    /// are joined by line breaks.
     Messages(&'a [Message]),
-    /// A text to continue. A begin token is added if the model wants one.
+    /// A text to continue. A begin token is added if the model uses one.
     Text(&'a str),
     /// Token ids, used unchanged.
     Tokens(&'a [u32]),
 }
 
-/// A prompt, and when to stop.
+/// A prompt with stopping conditions.
 #[derive(Clone, Copy, Debug)]
 pub struct GenerateRequest<'a> {
-    /// The text before the answer.
+    /// The input that the answer continues.
     pub prompt: PromptInput<'a>,
-    /// The most tokens to generate; `None` for as many as fit into the context.
+    /// The largest number of tokens to generate; `None` for as many as fit into the context.
     pub max_tokens: Option<usize>,
-    /// Texts that end the answer. They are not part of it.
+    /// Texts that end the answer and are not part of it.
     pub stop: &'a [String],
-    /// Never choose an end token: only the other limits end the answer.
+    /// Never choose an end token.
     pub ignore_end: bool,
-    /// Another thread can stop the answer with this token.
+    /// Lets another thread stop the answer.
     pub cancel: Option<&'a CancelToken>,
 }
 
 impl<'a> GenerateRequest<'a> {
-    /// A request without limits of its own.
+    /// A request that ends with an end token or a full context.
     #[must_use]
     pub fn new(prompt: PromptInput<'a>) -> Self {
         Self { prompt, max_tokens: None, stop: &[], ignore_end: false, cancel: None }
     }
 
-    /// Whether another thread has stopped the answer.
+    /// Whether the cancel token has stopped the answer.
     pub(crate) fn is_canceled(&self) -> bool {
         self.cancel.is_some_and(CancelToken::is_canceled)
     }
 
-    /// Whether an answer of `tokens` tokens is as long as the request allows.
+    /// Whether an answer of `tokens` tokens has reached `max_tokens`.
     pub(crate) fn is_full(&self, tokens: usize) -> bool {
         self.max_tokens.is_some_and(|most| tokens >= most)
     }
@@ -56,7 +56,7 @@ impl<'a> GenerateRequest<'a> {
 pub struct CancelToken(Arc<AtomicBool>);
 
 impl CancelToken {
-    /// Asks to stop, and returns whether that had been asked before.
+    /// Stops the answer. Returns whether the token was already canceled.
     pub fn cancel(&self) -> bool {
         self.0.swap(true, Ordering::SeqCst)
     }
@@ -67,7 +67,7 @@ impl CancelToken {
         self.0.load(Ordering::SeqCst)
     }
 
-    /// Makes the token ready for the next answer.
+    /// Clears the flag for the next answer.
     pub fn reset(&self) {
         self.0.store(false, Ordering::SeqCst);
     }
@@ -78,7 +78,7 @@ impl CancelToken {
 pub struct Piece<'a> {
     /// The token of this step; `None` for text that remains after the last token.
     pub token: Option<u32>,
-    /// The text that can be shown now. It is empty inside a character, and inside what may become a stop text.
+    /// The text that can be shown now; empty inside a character or a possible stop text.
     pub text: &'a str,
 }
 
@@ -87,35 +87,35 @@ pub struct Piece<'a> {
 pub enum Finish {
     /// An end token, a special token or a stop text.
     Stop,
-    /// The number of tokens asked for.
+    /// The answer has [`GenerateRequest::max_tokens`] tokens.
     Length,
     /// The context is full.
     Context,
-    /// The sink or the cancel token asked to stop.
+    /// The sink or the cancel token stopped the answer.
     Interrupted,
 }
 
 /// Token counts and times of an answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Timings {
-    /// Prompt tokens computed. Tokens that were in the KV cache do not count.
+    /// Prompt tokens computed, without tokens that were in the KV cache.
     pub prefill_tokens: usize,
-    /// Time for the prompt.
+    /// Time of the prefill.
     pub prefill: Duration,
     /// Tokens generated.
     pub decode_tokens: usize,
-    /// Time for them. The logits of the first one come from the prompt.
+    /// Time of the decoding. The prefill computes the logits of the first token.
     pub decode: Duration,
 }
 
 /// An answer.
 #[derive(Clone, Debug)]
 pub struct Generated {
-    /// The tokens, without the one that ended it.
+    /// The generated tokens, without the end token.
     pub tokens: Vec<u32>,
-    /// The text as it was streamed.
+    /// The streamed text.
     pub text: String,
-    /// Why it ended.
+    /// Why the answer ended.
     pub finish: Finish,
     /// Token counts and times.
     pub timings: Timings,

@@ -6,30 +6,30 @@ use stb_format::ModelSpec;
 use stb_kernels::kv::{KvKind, KvRows, mix, scores};
 use stb_kernels::{Isa, Panels, Pool, dense, gemm, ops};
 
-/// Queries that share a pass over the keys when there are many.
-const BLOCK: usize = 64;
-/// Fewer tokens than this are computed one by one.
-const SMALL_BATCH: usize = 4;
-/// Keys or values of a head that stay in cache while all its queries use them.
-const CACHED: usize = 256;
-/// Below this many numbers, they are copied by one thread.
+/// Queries per GEMM over the keys.
+const QUERY_BLOCK: usize = 64;
+/// The smallest number of tokens for which attention uses GEMM.
+const GEMM_MIN_TOKENS: usize = 4;
+/// Keys or values of a head that fit into the cache while all queries of the head use them.
+const CACHED_KEYS: usize = 256;
+/// Below this many values, one thread copies the output.
 const SERIAL_COPY: usize = 1 << 16;
 /// Below this many multiplications, threads cost more than they save.
 const SERIAL_WORK: usize = 1 << 15;
 
-/// Widths of the tensors of attention.
+/// Widths of queries, keys and heads.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heads {
-    /// heads · head width.
+    /// Query heads · head width.
     pub q_width: usize,
-    /// key heads · head width.
+    /// KV heads · head width.
     pub kv_width: usize,
-    /// head width.
+    /// Head width.
     pub width: usize,
 }
 
 impl Heads {
-    /// Those of `spec`.
+    /// The widths of a model with this `spec`.
     pub(crate) fn of(spec: &ModelSpec) -> Self {
         let attention = spec.block(0).attention;
         let width = attention.head_dim as usize;
@@ -40,67 +40,71 @@ impl Heads {
         }
     }
 
-    /// Query heads that share a key head.
+    /// Query heads that share a KV head.
     fn group(self) -> usize {
         self.q_width / self.kv_width
     }
 }
 
-/// The queries, keys and values of some tokens, q and k rotated, and the attention output.
+/// Queries, keys and values of a batch of tokens after RoPE, and the attention output.
 #[derive(Debug)]
 pub(crate) struct QkvRows<'a> {
-    /// [tokens, q_width].
+    /// Queries, [tokens, q_width].
     pub q: &'a [f32],
-    /// [tokens, kv_width].
+    /// Keys, [tokens, kv_width].
     pub k: &'a [f32],
-    /// [tokens, kv_width].
+    /// Values, [tokens, kv_width].
     pub v: &'a [f32],
-    /// [tokens, q_width].
+    /// Attention output, [tokens, q_width].
     pub out: &'a mut [f32],
 }
 
-/// Keys and values of the tokens so far in one decoder layer.
+/// The KV cache of one decoder layer.
 #[derive(Clone, Debug)]
 pub(crate) struct KvCache {
     heads: Heads,
-    /// By key head: keys (rotated), values, and what is computed with them.
+    /// One entry per KV head.
     by_head: Vec<KvHead>,
 }
 
+/// Keys (after RoPE) and values of one KV head.
 #[derive(Clone, Debug)]
 struct KvHead {
     keys: KvRows,
     values: KvRows,
-    /// Lent by [`AttentionScratch`] while it is needed.
+    /// Borrowed from [`AttentionScratch`] during [`KvCache::attend`], else empty.
     scratch: HeadScratch,
 }
 
-/// Reusable buffers for the attention of one layer at a time, by key head.
+/// Reusable buffers for the attention of one layer at a time, by KV head.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct AttentionScratch(Vec<HeadScratch>);
 
+/// Reusable buffers for the query heads of one KV head.
 #[derive(Clone, Debug, Default)]
 struct HeadScratch {
-    /// Queries of the group, padded, [group, padded width].
+    /// Queries: of one token, [group, padded width], or of a block, [block, width].
     queries: Vec<f32>,
-    /// [group, keys], or by block of queries.
+    /// Attention scores: of one token, [group, keys], or of a block, [block, padded keys].
     scores: Vec<f32>,
+    /// Padded attention output of one token or block.
     attn_out: Vec<f32>,
-    /// [tokens, group · width].
+    /// Attention output of all tokens, [tokens, group · width].
     out: Vec<f32>,
 }
 
-/// Keys and values of one head in the form that products with many queries need.
+/// Keys and values of one KV head, packed for GEMM.
 #[derive(Default)]
-struct Packed {
-    numbers: Vec<f32>,
+struct HeadPanels {
+    /// The decoded keys or values, [tokens, width].
+    decoded: Vec<f32>,
     keys: Panels,
     values: Panels,
 }
 
 thread_local! {
-    /// Of the head that a thread works on.
-    static PACKED: RefCell<Packed> = RefCell::default();
+    /// The panels of the head that the thread computes.
+    static HEAD_PANELS: RefCell<HeadPanels> = RefCell::default();
 }
 
 impl KvCache {
@@ -117,13 +121,13 @@ impl KvCache {
         }
     }
 
-    /// Bytes in use.
+    /// Bytes of the keys and values.
     pub(crate) fn bytes(&self) -> usize {
         self.by_head.iter().map(|head| head.keys.bytes() + head.values.bytes()).sum()
     }
 
-    /// Appends the keys and values of some tokens and computes the attention of their queries over
-    /// all tokens so far.
+    /// Appends the keys and values of a batch of tokens and computes causal attention of their queries
+    /// over all cached tokens.
     pub(crate) fn attend(
         &mut self,
         isa: Isa,
@@ -132,7 +136,7 @@ impl KvCache {
         x: QkvRows<'_>,
     ) {
         let QkvRows { q, k, v, out } = x;
-        self.swap(scratch);
+        self.swap_scratch(scratch);
         let heads = self.heads;
         let tokens = q.len() / heads.q_width;
         let seen = self.by_head.first().map_or(0, |head| head.keys.len()) + tokens;
@@ -143,21 +147,22 @@ impl KvCache {
                 head.attend(isa, heads, index, q);
             }
         });
-        let wide = heads.group() * heads.width;
+        let group_width = heads.group() * heads.width;
         let by_head = &self.by_head;
         pool.or_serial(q.len() >= SERIAL_COPY).run_chunks(out, heads.q_width, |first, out| {
             let t = first / heads.q_width;
-            for (out, head) in out.chunks_exact_mut(wide).zip(by_head) {
-                out.copy_from_slice(&head.scratch.out[t * wide..][..wide]);
+            for (out, head) in out.chunks_exact_mut(group_width).zip(by_head) {
+                out.copy_from_slice(&head.scratch.out[t * group_width..][..group_width]);
             }
         });
-        self.swap(scratch);
+        self.swap_scratch(scratch);
     }
 
-    fn swap(&mut self, scratch: &mut AttentionScratch) {
+    /// Moves the buffers of `scratch` into the heads, or back.
+    fn swap_scratch(&mut self, scratch: &mut AttentionScratch) {
         scratch.0.resize_with(self.by_head.len().max(scratch.0.len()), HeadScratch::default);
-        for (head, lent) in self.by_head.iter_mut().zip(&mut scratch.0) {
-            std::mem::swap(&mut head.scratch, lent);
+        for (head, buffers) in self.by_head.iter_mut().zip(&mut scratch.0) {
+            std::mem::swap(&mut head.scratch, buffers);
         }
     }
 }
@@ -175,42 +180,44 @@ impl KvHead {
         let tokens = q.len() / heads.q_width;
         self.scratch.out.clear();
         self.scratch.out.resize(tokens * heads.group() * heads.width, 0.0);
-        if tokens < SMALL_BATCH {
+        if tokens < GEMM_MIN_TOKENS {
             for token in 0..tokens {
-                self.one_token(isa, heads, index, token, q);
+                self.attend_token(isa, heads, index, token, q);
             }
         } else {
-            PACKED.with_borrow_mut(|packed| self.many_tokens(isa, heads, index, q, packed));
+            HEAD_PANELS.with_borrow_mut(|panels| self.attend_batch(isa, heads, index, q, panels));
         }
     }
 
-    /// Scores, softmax and mixture for the queries of one token, some keys at a time.
-    fn one_token(&mut self, isa: Isa, heads: Heads, index: usize, token: usize, q: &[f32]) {
+    /// Attention of one token of `q`: scores, softmax, weighted sum of the values. All query heads of
+    /// the group use a block of keys or values while it is in cache.
+    fn attend_token(&mut self, isa: Isa, heads: Heads, index: usize, token: usize, q: &[f32]) {
         let Self { keys, values, scratch } = self;
-        let HeadScratch { queries, scores: all, attn_out, out } = scratch;
+        let HeadScratch { queries, scores: score_rows, attn_out, out } = scratch;
         let (group, width, padded) = (heads.group(), heads.width, keys.padded_width());
         let visible = keys.len() - (q.len() / heads.q_width - 1 - token);
         let scale = 1.0 / (width as f32).sqrt();
         let q = &q[token * heads.q_width + index * group * width..][..group * width];
         queries.clear();
         queries.resize(group * padded, 0.0);
-        for (to, q) in queries.chunks_exact_mut(padded).zip(q.chunks_exact(width)) {
-            to[..width].copy_from_slice(q);
+        for (query, q) in queries.chunks_exact_mut(padded).zip(q.chunks_exact(width)) {
+            query[..width].copy_from_slice(q);
         }
-        all.resize(group * visible, 0.0);
-        for from in (0..visible).step_by(CACHED) {
-            for (q, row) in queries.chunks_exact(padded).zip(all.chunks_exact_mut(visible)) {
-                let to = from + CACHED.min(visible - from);
+        score_rows.resize(group * visible, 0.0);
+        for from in (0..visible).step_by(CACHED_KEYS) {
+            for (q, row) in queries.chunks_exact(padded).zip(score_rows.chunks_exact_mut(visible)) {
+                let to = from + CACHED_KEYS.min(visible - from);
                 scores(isa, q, keys, from, scale, &mut row[from..to]);
             }
         }
-        all.chunks_exact_mut(visible).for_each(|row| ops::softmax(isa, row));
+        score_rows.chunks_exact_mut(visible).for_each(|row| ops::softmax(isa, row));
         attn_out.clear();
         attn_out.resize(group * padded, 0.0);
-        for from in (0..visible).step_by(CACHED) {
-            for (row, attn_out) in all.chunks_exact(visible).zip(attn_out.chunks_exact_mut(padded))
+        for from in (0..visible).step_by(CACHED_KEYS) {
+            for (row, attn_out) in
+                score_rows.chunks_exact(visible).zip(attn_out.chunks_exact_mut(padded))
             {
-                let to = from + CACHED.min(visible - from);
+                let to = from + CACHED_KEYS.min(visible - from);
                 mix(isa, &row[from..to], values, from, attn_out);
             }
         }
@@ -220,28 +227,30 @@ impl KvHead {
         }
     }
 
-    /// Many queries as two matrix products per head and block of queries.
-    fn many_tokens(
+    /// Attention of all tokens of `q`, with two GEMMs per query head and block of queries.
+    fn attend_batch(
         &mut self,
         isa: Isa,
         heads: Heads,
         index: usize,
         q: &[f32],
-        packed: &mut Packed,
+        panels: &mut HeadPanels,
     ) {
         let Self { keys, values, scratch } = self;
         let (group, width, seen) = (heads.group(), heads.width, keys.len());
         let tokens = q.len() / heads.q_width;
-        let Packed { numbers, keys: key_panels, values: value_panels } = packed;
-        keys.read(isa, numbers);
-        key_panels.pack_strided(numbers, seen, width, width);
-        values.read(isa, numbers);
-        value_panels.pack_transposed(numbers, width, seen, width);
+        let HeadPanels { decoded, keys: key_panels, values: value_panels } = panels;
+        keys.read(isa, decoded);
+        key_panels.pack_strided(decoded, seen, width, width);
+        values.read(isa, decoded);
+        value_panels.pack_transposed(decoded, width, seen, width);
         let scale = 1.0 / (width as f32).sqrt();
         let HeadScratch { queries, scores, attn_out, out } = scratch;
-        for (h, from) in (0..group).flat_map(|h| (0..tokens).step_by(BLOCK).map(move |t| (h, t))) {
-            let count = BLOCK.min(tokens - from);
-            // The last query of the block sees this many keys.
+        for (h, from) in
+            (0..group).flat_map(|h| (0..tokens).step_by(QUERY_BLOCK).map(move |t| (h, t)))
+        {
+            let count = QUERY_BLOCK.min(tokens - from);
+            // The number of keys that the last query of the block attends to.
             let visible = seen - tokens + from + count;
             queries.clear();
             for q in q[from * heads.q_width..].chunks_exact(heads.q_width).take(count) {
@@ -252,13 +261,13 @@ impl KvHead {
             let stride = visible_keys.row_stride();
             scores.resize(count * stride, 0.0);
             gemm(isa, &dense(queries, count, width), visible_keys, 0, scores);
-            // Softmax over what each query may see; the future gets weight zero.
+            // Causal mask: softmax over past keys, weight zero for future keys.
             for (i, row) in scores.chunks_exact_mut(stride).enumerate() {
                 let (past, future) = row.split_at_mut(visible - count + i + 1);
                 ops::softmax(isa, past);
                 future.fill(0.0);
             }
-            // Panels need rows without padding.
+            // `dense` takes rows without padding.
             for i in 1..count {
                 scores.copy_within(i * stride..i * stride + visible, i * visible);
             }
@@ -277,11 +286,11 @@ impl KvHead {
 mod tests {
     use super::*;
 
-    fn numbers(n: usize, k: usize) -> Vec<f32> {
+    fn test_values(n: usize, k: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * k) % 97) as f32 / 48.0 - 1.0).collect()
     }
 
-    /// The definition, in f64.
+    /// softmax(q · kᵀ / √width) · v with a causal mask, in f64.
     fn naive(heads: Heads, q: &[f32], keys: &[f32], values: &[f32]) -> Vec<f64> {
         let (tokens, seen) = (q.len() / heads.q_width, keys.len() / heads.kv_width);
         let mut out = Vec::new();
@@ -308,7 +317,7 @@ mod tests {
         out
     }
 
-    /// Prompt and single tokens, with and without earlier tokens, for every kind of cache.
+    /// Batches and single tokens, with and without cached tokens, for every KV cache type.
     #[test]
     fn attention_matches_its_definition() {
         let heads = Heads { q_width: 4 * 24, kv_width: 2 * 24, width: 24 };
@@ -317,9 +326,9 @@ mod tests {
         for (kind, tolerance) in [(KvKind::F32, 1e-5), (KvKind::F16, 2e-3), (KvKind::Q8, 3e-2)] {
             for (earlier, tokens) in [(0, 5), (0, 70), (70, 130), (1, 64), (300, 1), (0, 1), (9, 3)]
             {
-                let q = numbers((earlier + tokens) * heads.q_width, 7);
-                let keys = numbers((earlier + tokens) * heads.kv_width, 11);
-                let values = numbers((earlier + tokens) * heads.kv_width, 13);
+                let q = test_values((earlier + tokens) * heads.q_width, 7);
+                let keys = test_values((earlier + tokens) * heads.kv_width, 11);
+                let values = test_values((earlier + tokens) * heads.kv_width, 13);
                 let mut cache = KvCache::new(kind, heads);
                 let mut out = vec![0.0; q.len()];
                 let (q_split, kv_split) = (earlier * heads.q_width, earlier * heads.kv_width);

@@ -1,12 +1,12 @@
-//! The weights of a decoder layer, by what they do.
+//! The weights of a decoder layer, by role.
 
 use stb_format::arch::{Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
 
 use crate::sublayer::Sublayer;
 use crate::weights::Weight;
 
-/// The weights of one decoder layer: matrices `M` as [out, in], and vectors `V` of norms. Every
-/// backend has its own `M` and `V`; gradients have the same form.
+/// The weights of one decoder layer: matrices `M`, [out, in], and norm weights `V`. Every backend
+/// has its own `M` and `V`. Gradients use this type too.
 #[derive(Clone, Debug)]
 pub struct Layer<M = Weight, V = Vec<f32>> {
     linears: LinearMap<M>,
@@ -20,10 +20,10 @@ impl<M, V> Default for Layer<M, V> {
 }
 
 impl<M, V> Layer<M, V> {
-    /// The layer whose tensors `tensors` describes, made by `matrix` and `vector`.
+    /// Builds a layer: `matrix` loads the linear layers and `vector` the norms among `tensors`.
     ///
     /// # Errors
-    /// Those of `matrix` and `vector`.
+    /// Errors of `matrix` and `vector`.
     pub fn load<E>(
         tensors: impl Iterator<Item = TensorSpec>,
         mut matrix: impl FnMut(&TensorSpec) -> Result<M, E>,
@@ -34,7 +34,7 @@ impl<M, V> Layer<M, V> {
             match tensor.role {
                 Role::Linear(linear) => linears.push((linear, matrix(&tensor)?)),
                 Role::Norm(site) => norms.push((site, vector(&tensor)?)),
-                // `crate::model` refuses blocks with anything else.
+                // `crate::model` rejects blocks with other tensors.
                 _ => {}
             }
         }
@@ -50,7 +50,7 @@ impl<M, V> Layer<M, V> {
         self.linears.get(linear).expect("a linear layer of the block")
     }
 
-    /// As [`Layer::linear`], to replace it.
+    /// Mutable form of [`Layer::linear`].
     ///
     /// # Panics
     /// If the decoder layer does not have it.
@@ -64,7 +64,7 @@ impl<M, V> Layer<M, V> {
         &self.linears
     }
 
-    /// As [`Layer::linears`], to change them.
+    /// Mutable form of [`Layer::linears`].
     pub fn linears_mut(&mut self) -> &mut LinearMap<M> {
         &mut self.linears
     }
@@ -79,7 +79,7 @@ impl<M, V> Layer<M, V> {
         found.map(|(_, norm)| norm).expect("a norm of the block")
     }
 
-    /// As [`Layer::norm`], to replace it.
+    /// Mutable form of [`Layer::norm`].
     ///
     /// # Panics
     /// If the decoder layer does not have it.
@@ -93,12 +93,12 @@ impl<M, V> Layer<M, V> {
         self.norms.iter().map(|(site, norm)| (*site, norm))
     }
 
-    /// As [`Layer::norms`], to change them.
+    /// Mutable form of [`Layer::norms`].
     pub fn norms_mut(&mut self) -> impl ExactSizeIterator<Item = (NormSite, &mut V)> {
         self.norms.iter_mut().map(|(site, norm)| (*site, norm))
     }
 
-    /// Only what `sublayer` needs.
+    /// A layer with only the weights of `sublayer`.
     #[must_use]
     pub fn part(&self, sublayer: Sublayer) -> Self
     where
@@ -113,7 +113,7 @@ impl<M, V> Layer<M, V> {
         }
     }
 
-    /// The same layer with other matrices and vectors.
+    /// Converts each matrix with `matrix` and each norm weight with `vector`.
     pub fn map<M2, V2>(
         &self,
         matrix: impl FnMut(Linear, &M) -> M2,
@@ -125,10 +125,10 @@ impl<M, V> Layer<M, V> {
         }
     }
 
-    /// As [`Layer::map`], up to the first error.
+    /// Like [`Layer::map`], but stops at the first error.
     ///
     /// # Errors
-    /// Those of `matrix` and `vector`.
+    /// Errors of `matrix` and `vector`.
     pub fn try_map<M2, V2, E>(
         &self,
         mut matrix: impl FnMut(&M) -> Result<M2, E>,
@@ -144,7 +144,7 @@ impl<M, V> Layer<M, V> {
 }
 
 impl<V> Layer<Weight, V> {
-    /// The features of the activations `input`.
+    /// The number of features of the activations `input`; 0 if no linear layer reads them.
     #[must_use]
     pub fn input_width(&self, input: LinearInput) -> usize {
         let mut readers = self.linears.iter().filter(|(linear, _)| linear.input() == input);

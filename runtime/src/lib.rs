@@ -1,5 +1,5 @@
-//! Runs `.stb` models and dense LLaMA checkpoints: memory map, decoder graph, tokenizer, chat
-//! template, sampling and evaluation. The program `stb-run` is a thin layer over this crate.
+//! Runs `.stb` models and dense LLaMA checkpoints: memory mapping, forward pass, tokenizer, chat
+//! templates, sampling and evaluation. The program `stb-run` is a thin layer over this crate.
 //!
 //! ```no_run
 //! use stb_runtime::{Engine, OpenOptions, State};

@@ -7,50 +7,53 @@ use stb_kernels::{
 
 use crate::weights::Weight;
 
-/// Stored bytes per task of matrix-vector products: enough work to pay for taking the task.
+/// Stored bytes per GEMV task: enough to outweigh the cost of scheduling the task.
 const GEMV_TASK_BYTES: usize = 64 << 10;
-/// Rows per task of a matrix × matrix product.
+/// Rows per GEMM task.
 const GEMM_TASK_ROWS: usize = 64;
-/// Tasks per thread of a q8 GEMM, at least: each computes what its rows share.
+/// The smallest number of tasks per thread of a q8 GEMM. Few tasks are better, because each one
+/// repeats the setup that its rows share.
 const GEMM_TASKS: usize = 2;
 /// Below this many multiplications, threads cost more than they save.
 const SERIAL_WORK: usize = 1 << 15;
 
-/// Reusable memory of linear layers.
+/// Reusable buffers of linear layers.
 #[derive(Default, Debug)]
 pub struct LinearScratch {
-    /// Whether activations are quantized to 8 bits where there is a kernel for it.
+    /// Whether activations are quantized to 8 bits if a kernel supports it.
     q8: bool,
-    /// Activations for matrix-vector products: for each matrix, for each token.
+    /// Prepared activations for GEMV, by matrix and token.
     inputs: Vec<GemvScratch>,
     panels: Panels,
     batch: ActivationsQ8,
-    /// Outputs by rows, [rows, tokens padded], before they are transposed.
+    /// Outputs before they are transposed to [tokens, rows]: [rows, padded tokens] of a GEMM, or by
+    /// matrix and task of a small batch.
     by_rows: Vec<f32>,
 }
 
-/// A packed matrix and the bytes that it takes in memory.
+/// A packed matrix with its size.
 #[derive(Clone, Copy)]
 pub struct LinearWeight<'a> {
     /// The matrix with its kernels.
     pub matrix: &'a dyn PackedMatrix,
-    /// Stored bytes, by which work is split.
+    /// Stored bytes. The split into tasks depends on them.
     pub bytes: usize,
 }
 
 impl LinearScratch {
-    /// Memory for products whose activations may be quantized (`q8`), or not.
+    /// Empty scratch. With `q8`, activations are quantized to 8 bits if a kernel supports it.
     #[must_use]
     pub fn new(q8: bool) -> Self {
         Self { q8, ..Self::default() }
     }
 }
 
-/// `out[i] = x · weights[i]ᵀ` for matrices that share their input: `x` is [tokens, in], each output
-/// [tokens, out], resized as needed. For a small batch, one parallel region serves all of them.
+/// `outputs[i] = x · weights[i]ᵀ` for matrices that share their input: `x` is [tokens, in], each
+/// output [tokens, out], resized as needed. A small batch needs only one parallel region for all
+/// matrices.
 ///
 /// # Panics
-/// If `x` is not whole tokens of the matrices' width.
+/// If the matrices have different widths or `x` is not a whole number of tokens.
 pub fn apply<const N: usize>(
     isa: Isa,
     pool: &Pool,
@@ -76,10 +79,10 @@ pub struct Threads<'a> {
     pub pool: &'a Pool,
 }
 
-/// [`apply`] for matrices of any origin.
+/// [`apply`] for packed matrices of any type.
 ///
 /// # Panics
-/// As [`apply`].
+/// Under the conditions of [`apply`].
 pub fn apply_packed<const N: usize>(
     threads: Threads<'_>,
     scratch: &mut LinearScratch,
@@ -110,7 +113,7 @@ pub fn apply_packed<const N: usize>(
         quantize(threads, kernels[0], x, &mut scratch.batch);
         return batch_q8(threads, &scratch.batch, &kernels, outputs);
     }
-    // The matrix that activations were quantized for last.
+    // The matrix for which the activations in `scratch.batch` were quantized.
     let mut last: Option<&dyn PackedMatrix> = None;
     for ((weight, kernel), out) in weights.into_iter().zip(kernels).zip(outputs) {
         if let Some(kernel) = kernel {
@@ -127,13 +130,13 @@ pub fn apply_packed<const N: usize>(
     }
 }
 
-/// All of them, if there are all.
+/// All items, if none is missing.
 fn all<T: Copy, const N: usize>(items: [Option<T>; N]) -> Option<[T; N]> {
     let first = items.first().copied().flatten()?;
     items.iter().all(Option::is_some).then(|| items.map(|item| item.unwrap_or(first)))
 }
 
-/// A matrix-vector product for each token, all on one piece of the weights while it is in cache.
+/// GEMV for each token. All tokens use a piece of the weights while it is in cache.
 fn small_batch<const N: usize>(
     threads: Threads<'_>,
     scratch: &mut LinearScratch,
@@ -168,7 +171,7 @@ fn small_batch<const N: usize>(
         });
         return;
     }
-    // With several tokens the results of a piece lie together, and are spread afterwards.
+    // Several tokens: the outputs of a piece are contiguous and are reordered afterwards.
     by_rows.resize(total * tokens, 0.0);
     let mut rest = &mut by_rows[..];
     let parts: [&mut [f32]; N] = std::array::from_fn(|i| {
@@ -191,8 +194,8 @@ fn small_batch<const N: usize>(
     }
 }
 
-/// Prepares the activations of each token for each matrix; returns whose activations each matrix uses,
-/// as column factors differ from matrix to matrix.
+/// Prepares the activations of each token. Matrices share prepared activations unless their column
+/// factors differ. Returns for each matrix the index of the matrix whose activations it uses.
 fn prepare<const N: usize>(
     threads: Threads<'_>,
     weights: &[LinearWeight<'_>; N],
@@ -204,8 +207,8 @@ fn prepare<const N: usize>(
     let cols = weights[0].matrix.cols();
     let tokens = x.len() / cols;
     let source = std::array::from_fn(|i| {
-        let serves = |j: &usize| shares_activations(weights[*j].matrix, weights[i].matrix, q8);
-        (0..i).find(serves).unwrap_or(i)
+        let shares = |j: &usize| shares_activations(weights[*j].matrix, weights[i].matrix, q8);
+        (0..i).find(shares).unwrap_or(i)
     });
     let prepare = |first: usize, inputs: &mut [GemvScratch]| {
         let (i, t) = (first / tokens, first % tokens);
@@ -225,7 +228,7 @@ fn prepare<const N: usize>(
     source
 }
 
-/// From pieces of up to `chunk` rows, [piece][token][row], to [token][row].
+/// Reorders [piece][token][row], with pieces of up to `chunk` rows, to [token][row].
 fn spread(pieces: &[f32], rows: usize, chunk: usize, out: &mut Vec<f32>) {
     let tokens = pieces.len() / rows.max(1);
     out.resize(pieces.len(), 0.0);
@@ -241,16 +244,16 @@ fn spread(pieces: &[f32], rows: usize, chunk: usize, out: &mut Vec<f32>) {
 }
 
 /// Quantizes `x` for the q8 GEMM.
-fn quantize(threads: Threads<'_>, kernel: &dyn PackedGemmQ8, x: &[f32], to: &mut ActivationsQ8) {
+fn quantize(threads: Threads<'_>, kernel: &dyn PackedGemmQ8, x: &[f32], out: &mut ActivationsQ8) {
     let Threads { isa, pool } = threads;
     let cols = kernel.cols();
-    let mut chunks = to.chunks(kernel.layout(isa, x.len() / cols), x, cols);
+    let mut chunks = out.chunks(kernel.layout(isa, x.len() / cols), x, cols);
     pool.run_chunks(&mut chunks, 1, |_, chunks| {
         chunks.iter_mut().for_each(|chunk| kernel.quantize(isa, chunk));
     });
 }
 
-/// Products with quantized activations that all matrices share.
+/// q8 GEMM of matrices that share their quantized activations.
 fn batch_q8<const N: usize>(
     threads: Threads<'_>,
     x: &ActivationsQ8,
@@ -258,18 +261,18 @@ fn batch_q8<const N: usize>(
     outputs: [&mut Vec<f32>; N],
 ) {
     let Threads { isa, pool } = threads;
-    // Tasks of nearly one size, as many for each thread.
+    // Tasks of nearly equal size, and the same number for each thread.
     let group = x.group();
-    let wanted = (GEMM_TASKS * pool.threads()).div_ceil(x.groups());
+    let min_tasks = (GEMM_TASKS * pool.threads()).div_ceil(x.groups());
     let task_rows = kernels.map(|kernel| {
         let tiles = kernel.rows().div_ceil(ROW_TILE);
         let most = tiles.div_ceil(GEMM_TASK_ROWS / ROW_TILE);
-        let tasks = kernel.rows().div_ceil(x.task_rows()).max(wanted);
+        let tasks = kernel.rows().div_ceil(x.task_rows()).max(min_tasks);
         tiles.div_ceil(tasks.next_multiple_of(pool.threads()).min(most)) * ROW_TILE
     });
     let mut all = outputs.into_iter().enumerate().map(|(i, out)| {
         let (rows, task) = (kernels[i].rows(), task_rows[i]);
-        // By group, by task: what it gives of each token; tokens past the last have nothing.
+        // By group and task: the part of each token's output. Tokens past the last get empty slices.
         let mut pieces: Vec<&mut [f32]> = Vec::new();
         for out in out.chunks_mut(group * rows) {
             let mut rest: Vec<_> = out.chunks_exact_mut(rows).map(|y| y.chunks_mut(task)).collect();
@@ -288,6 +291,7 @@ fn batch_q8<const N: usize>(
     });
 }
 
+/// GEMM with f32 activations.
 fn batch_exact(
     threads: Threads<'_>,
     scratch: &mut LinearScratch,

@@ -1,4 +1,4 @@
-//! `stb-run`: chats with an `.stb` model, measures its perplexity and its speed.
+//! `stb-run`: runs an `.stb` model and measures its quality and speed.
 
 mod cli;
 

@@ -1,4 +1,4 @@
-//! The one place where files are mapped into memory.
+//! [`Bytes`]: memory-mapped or owned bytes. Only this module maps files.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,27 +7,28 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// The bytes of a file, mapped or read, or values made in memory.
+/// Bytes of a mapped file, or of a buffer in memory.
 #[derive(Debug)]
 pub enum Bytes {
     /// Pages of the file, loaded when touched and shared between processes.
     Mapped(memmap2::Mmap),
-    /// A copy in memory. Cache-line-sized elements give the alignment of a mapping's tensors.
+    /// A copy in memory and its length in bytes. Its elements align tensors to 64 bytes, as
+    /// in a mapping.
     Read(Vec<Line>, usize),
-    /// Numbers made in memory, such as dequantized weights.
+    /// Values in memory, such as dequantized weights.
     Floats(Vec<f32>),
 }
 
-/// A cache line: what buffers of copied files are made of, for the alignment of 64 bytes.
+/// A cache line. Buffers of copied files consist of these for an alignment of 64 bytes.
 #[derive(Clone, Copy, Debug, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C, align(64))]
 pub struct Line([u8; 64]);
 
 impl Bytes {
-    /// Opens `path`, mapped if `map` is set, else copied into memory.
+    /// Opens `path`: maps it if `map` is set, else copies it into memory.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read or is not a regular file.
+    /// [`Error::Io`] if the file cannot be read or is not a regular file.
     pub fn open(path: &Path, map: bool) -> Result<Self> {
         let fail = |e| Error::io(path, e);
         let mut file = File::open(path).map_err(fail)?;
@@ -39,10 +40,10 @@ impl Bytes {
         let length = usize::try_from(metadata.len())
             .map_err(|_| fail(std::io::ErrorKind::FileTooLarge.into()))?;
         if map && length != 0 {
-            // SAFETY: the mapping is private to this value and read-only. That the file is not
-            // changed or cut while it is mapped is asked of the user in the documentation: no
-            // operating system call can guarantee it. All values read from it are validated or
-            // plain numbers, and no reference to it outlives `Self`.
+            // SAFETY: the mapping is private to this value and read-only, and no reference to it
+            // outlives `Self`. All values read from it are validated or plain numbers. No system call
+            // can prevent another process from changing or truncating the file while it is mapped;
+            // the documentation makes that the user's responsibility.
             return Ok(Self::Mapped(unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?));
         }
         let mut lines = vec![Line([0; 64]); length.div_ceil(64)];
@@ -51,10 +52,10 @@ impl Bytes {
         Ok(Self::Read(lines, length))
     }
 
-    /// Locks mapped pages in memory: they are loaded now and never paged out.
+    /// Locks mapped pages in memory: they are loaded immediately and never paged out.
     ///
     /// # Errors
-    /// If the system refuses (see `ulimit -l`), or it is no mapping.
+    /// If the system refuses (see `ulimit -l`), or the bytes are not a mapping.
     pub fn lock(&self) -> std::io::Result<()> {
         match self {
             #[cfg(unix)]

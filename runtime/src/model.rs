@@ -1,4 +1,4 @@
-//! A model: architecture, weights in place, companion texts. An [`crate::Engine`] runs it.
+//! [`Model`]: architecture, weights in place, tokenizer and chat template. A [`crate::Engine`] runs it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,9 +25,9 @@ pub struct Model {
     pub layers: Vec<Layer>,
     /// The weight of the last norm, `[hidden]`.
     pub norm: Vec<f32>,
-    /// The lm_head, [vocab, hidden]; `None` if it is the embeddings ([`Model::lm_head`] gives either).
+    /// The lm_head, [vocab, hidden]; `None` with tied embeddings ([`Model::lm_head`] returns either).
     pub own_lm_head: Option<Weight>,
-    /// Where it was loaded from.
+    /// The file or folder that the model was loaded from.
     pub source: PathBuf,
     /// Bytes of the file, or of all weight files.
     pub file_bytes: u64,
@@ -36,7 +36,7 @@ pub struct Model {
     texts: Texts,
 }
 
-/// Companion texts and token ids.
+/// Tokenizer, chat template, token ids and sampling defaults as stored.
 #[derive(Clone, Debug, Default)]
 struct Texts {
     tokenizer: Option<String>,
@@ -50,7 +50,7 @@ struct Texts {
 /// Sampling defaults that a model file may carry.
 const SAMPLING_KEYS: [&str; 5] = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"];
 
-/// Where a model is from.
+/// The source of a model.
 struct Origin<'a> {
     source: &'a Path,
     file_bytes: u64,
@@ -58,10 +58,10 @@ struct Origin<'a> {
 }
 
 impl Model {
-    /// A model with the weights of an `.stb` file, which stay where they are in `bytes`.
+    /// A model from an `.stb` file. Its weights point into `bytes`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if a weight has an encoding that this version lacks.
+    /// [`Error::Unsupported`] for a block or an encoding that this version lacks.
     pub(crate) fn from_stb(
         path: &Path,
         bytes: &Arc<Bytes>,
@@ -84,10 +84,11 @@ impl Model {
         Self::assemble(spec, texts, origin, find)
     }
 
-    /// A model with the weights of a dense checkpoint, in place.
+    /// A model from a dense checkpoint. Weights are used in place.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a broken tokenizer.
+    /// [`Error::Invalid`] for a broken tokenizer, [`Error::Unsupported`] for a block that this version
+    /// lacks.
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
         let texts = Texts::from_checkpoint(checkpoint)?;
         let file_bytes = checkpoint.files.iter().map(|f| f.bytes.len() as u64).sum();
@@ -149,13 +150,14 @@ impl Model {
         self.norm.len()
     }
 
-    /// All matrices that every token is multiplied with, in order.
+    /// The matrices of all linear layers and the lm_head, in the order of a forward pass.
     pub fn matrices(&self) -> impl Iterator<Item = &Weight> {
         let layers = self.layers.iter().flat_map(|layer| layer.linears().iter());
         layers.map(|(_, weight)| weight).chain([self.lm_head()])
     }
 
-    /// Bytes of weights that one decoded token reads: all matrices, one row of the embeddings.
+    /// Bytes of weights that a forward pass of one token reads: the matrices and the norms (f32), without
+    /// the row of the embeddings.
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
         let matrices: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();
@@ -167,7 +169,7 @@ impl Model {
     /// The tokenizer.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the model has none or a broken one.
+    /// [`Error::Invalid`] if the model has no tokenizer or a broken one.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let json = self.texts.tokenizer.as_deref().ok_or_else(|| {
             Error::invalid(format!(
@@ -181,10 +183,10 @@ impl Model {
         Tokenizer::new(json, bos, eos, self.embeddings.rows())
     }
 
-    /// The compiled chat template; `None` if the model has none.
+    /// The compiled chat template, if the model has one.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it does not compile.
+    /// [`Error::Invalid`] if the template does not compile.
     pub fn chat_template(&self, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
         let Some(source) = &self.texts.template else { return Ok(None) };
         let text = |id: Option<u64>| {
@@ -194,20 +196,21 @@ impl Model {
         ChatTemplate::new(source, &text(self.texts.bos), &text(eos)).map(Some)
     }
 
-    /// A sampling default that the model carries: `temperature`, `top_k`, `top_p`, `min_p` or
-    /// `repetition_penalty`.
+    /// The value that the model file recommends for a sampling parameter: `temperature`, `top_k`,
+    /// `top_p`, `min_p` or `repetition_penalty`.
     #[must_use]
     pub fn sampling_default(&self, key: &str) -> Option<f64> {
         self.texts.sampling.iter().find(|(k, _)| *k == key).map(|(_, v)| *v)
     }
 }
 
-/// Refuses blocks that the forward pass ([`crate::block`]) does not have, by what they need.
+/// Rejects blocks with features that the forward pass ([`crate::block`]) lacks. The error names the
+/// feature.
 fn require_supported(spec: &ModelSpec, layer: u64) -> Result<()> {
     let block = spec.block(layer);
     let missing = [
         (block.norm.kind != NormKind::Rms, "norms other than RMSNorm"),
-        (block.norm.placement != NormPlacement::Pre, "norms behind a sublayer"),
+        (block.norm.placement != NormPlacement::Pre, "norms after a sublayer"),
         (block.attention.position != Position::Rope, "positions without RoPE"),
         (block.attention.qkv_bias || block.attention.output_bias || block.mlp.bias, "biases"),
         (block.attention.qk_norm, "norms of queries and keys"),
@@ -219,8 +222,8 @@ fn require_supported(spec: &ModelSpec, layer: u64) -> Result<()> {
     ];
     match missing.into_iter().find(|(is_missing, _)| *is_missing) {
         None => Ok(()),
-        Some((_, what)) => Err(Error::unsupported(format!(
-            "{:?} models need {what}, which this version cannot run",
+        Some((_, feature)) => Err(Error::unsupported(format!(
+            "{:?} models need {feature}, which this version cannot run",
             spec.architecture
         ))),
     }
@@ -262,8 +265,8 @@ impl Texts {
 }
 
 impl Checkpoint {
-    /// The begin token and whether texts start with it: what the tokenizer itself does, else what
-    /// `add_bos_token` of `tokenizer_config.json` says.
+    /// The begin token, and whether texts start with it. The post-processor of the tokenizer decides,
+    /// else `add_bos_token` in `tokenizer_config.json`.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a broken tokenizer.
@@ -277,8 +280,8 @@ impl Checkpoint {
         let config = self.tokenizer_config.as_deref().unwrap_or("{}");
         let config: serde_json::Value = serde_json::from_str(config)
             .map_err(|e| Error::invalid(format!("tokenizer_config.json: {e}")))?;
-        let asked = config.get("add_bos_token") == Some(&serde_json::Value::Bool(true));
-        Ok((configured, asked && configured.is_some()))
+        let add_bos = config.get("add_bos_token") == Some(&serde_json::Value::Bool(true));
+        Ok((configured, add_bos && configured.is_some()))
     }
 
     /// Sampling parameters of `generation_config.json`.

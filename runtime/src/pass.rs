@@ -1,25 +1,25 @@
-//! What goes through all layers together, and what shall come out.
+//! One pass over the weights: its tokens and the outputs that its caller requests.
 
 use stb_kernels::cuda::TopKRequest;
 
-/// What a forward pass shall give.
+/// The output that the caller of a pass requests.
 #[derive(Clone, Copy)]
-pub(crate) enum Want<'a> {
-    /// Nothing but keys and values.
-    Cache,
-    /// The logits behind the last token.
+pub(crate) enum OutputKind<'a> {
+    /// No output: the pass only fills the KV cache.
+    CacheOnly,
+    /// The logits after the last token.
     LastLogits,
-    /// The logits behind every token.
+    /// The logits after every token.
     AllLogits,
-    /// The most likely tokens behind the last one; the CPU gives all logits instead.
+    /// The most likely tokens after the last one. The CPU returns all logits instead.
     TopK(&'a TopKRequest<'a>),
 }
 
-/// What a forward pass gives.
+/// An output of a pass.
 pub(crate) enum Output<'a> {
-    /// Logits of some tokens. The receiver may keep the vector and leave another.
+    /// Logits of a batch of tokens. The receiver may swap the vector for another.
     Logits {
-        /// Index of the first token in the call.
+        /// Index of the first token in the tokens of the call.
         first: usize,
         /// [n, vocab].
         logits: &'a mut Vec<f32>,
@@ -28,11 +28,11 @@ pub(crate) enum Output<'a> {
     TopK(Vec<(u32, f32)>),
 }
 
-/// Tokens that go through all layers together.
+/// A batch of tokens that goes through all layers together.
 #[derive(Clone, Copy)]
 pub(crate) struct Pass<'a> {
     pub tokens: &'a [u32],
-    /// Index of the first token in the call.
+    /// Index of the first token in the tokens of the call.
     pub first: usize,
-    pub want: Want<'a>,
+    pub output: OutputKind<'a>,
 }

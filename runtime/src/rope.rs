@@ -1,12 +1,13 @@
-//! RoPE: pairs of elements of each head are rotated by angles that grow with the position.
+//! RoPE (Su et al., 2021): pairs of elements of each head are rotated by angles proportional to the
+//! position.
 
 use stb_format::{ModelSpec, RopePairing, RopeScaling};
 use stb_kernels::Pool;
 
-/// Up to so many numbers, one thread rotates all.
+/// At most this many values are rotated on one thread.
 const SERIAL: usize = 1 << 15;
 
-/// 1 / θ^(2i/head_dim) for each pair, scaled.
+/// The scaled frequency 1 / θ^(2i/head_dim) of each pair i, in radians per position, `[head_dim / 2]`.
 pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScaling) -> Vec<f32> {
     let pairs = head_dim / 2;
     let frequency = |i: usize| 1.0 / theta.powf(2.0 * i as f64 / head_dim as f64);
@@ -16,24 +17,24 @@ pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScal
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
             let turns = original_context as f64 * frequency / (2.0 * std::f64::consts::PI);
             let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-            let kept = smooth.clamp(0.0, 1.0);
-            frequency * (kept + (1.0 - kept) / factor)
+            let unscaled = smooth.clamp(0.0, 1.0);
+            frequency * (unscaled + (1.0 - unscaled) / factor)
         }
     };
     (0..pairs).map(|i| scale(frequency(i)) as f32).collect()
 }
 
-/// The rotation of a model: frequencies and pairing.
+/// The RoPE of a model: frequencies and pairing.
 #[derive(Clone, Debug)]
 pub(crate) struct Rope {
     /// Radians per position of each pair, `[head_dim / 2]`.
     pub frequencies: Vec<f32>,
-    /// Whether pairs are neighbors; else they are half a head apart.
+    /// Whether the elements of a pair are neighbors; otherwise they are half a head apart.
     pub interleaved: bool,
 }
 
 impl Rope {
-    /// That of `spec`.
+    /// The RoPE of a model with this `spec`.
     pub(crate) fn new(spec: &ModelSpec) -> Self {
         let head_dim = spec.head_dim as usize;
         Self {
@@ -43,29 +44,30 @@ impl Rope {
     }
 
     /// Computes the angles of `positions`.
-    pub(crate) fn angles(&self, positions: impl Iterator<Item = usize>, to: &mut RopeAngles) {
-        to.cos.clear();
-        to.sin.clear();
+    pub(crate) fn angles(&self, positions: impl Iterator<Item = usize>, out: &mut RopeAngles) {
+        out.cos.clear();
+        out.sin.clear();
         for position in positions {
             for frequency in &self.frequencies {
                 // The angle is rounded to f32, as the reference implementations do.
                 let angle = f64::from(position as f32 * frequency);
-                to.cos.push(angle.cos() as f32);
-                to.sin.push(angle.sin() as f32);
+                out.cos.push(angle.cos() as f32);
+                out.sin.push(angle.sin() as f32);
             }
         }
-        to.pairs = self.frequencies.len();
-        to.interleaved = self.interleaved;
+        out.pairs = self.frequencies.len();
+        out.interleaved = self.interleaved;
     }
 }
 
-/// Cosine and sine for each position and pair.
+/// Cosine and sine of the rotation angle of each position and pair.
 #[derive(Default, Debug)]
 pub(crate) struct RopeAngles {
     /// [positions, pairs].
     cos: Vec<f32>,
+    /// [positions, pairs].
     sin: Vec<f32>,
-    /// head_dim / 2.
+    /// Pairs per head: head_dim / 2.
     pairs: usize,
     interleaved: bool,
 }
@@ -76,7 +78,7 @@ impl RopeAngles {
         self.cos.len() / self.pairs.max(1)
     }
 
-    /// The angles of the inverse rotation, which is its transpose.
+    /// Inverts the rotation. The inverse is the transpose.
     pub(crate) fn invert(&mut self) {
         self.sin.iter_mut().for_each(|sin| *sin = -*sin);
     }
@@ -112,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn llama3_scaling_keeps_fast_and_stretches_slow_turns() {
+    fn llama3_scaling_keeps_high_and_divides_low_frequencies() {
         let scaling = RopeScaling::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,

@@ -5,22 +5,22 @@ use rand_core::SeedableRng;
 use rand_pcg::Pcg64Mcg;
 use stb_kernels::cuda::{TopK, TopKRequest};
 
-/// How tokens are chosen. Filters apply in the order of the fields.
+/// Sampling parameters, in the order in which they apply.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplerOptions {
-    /// Divides the logits of recent tokens if positive, multiplies if negative; 1 does nothing.
+    /// Positive logits of recent tokens are divided by the penalty, negative ones multiplied; 1 is off.
     pub repeat_penalty: f32,
-    /// How many recent tokens the penalty looks at.
+    /// The number of recent tokens that are penalized.
     pub repeat_last: usize,
-    /// 0 takes the most likely token and ignores the rest.
+    /// Divides the logits. 0 selects the most likely token and ignores the fields below.
     pub temperature: f32,
-    /// Keep this many tokens; 0 keeps all.
+    /// Keep the K most likely tokens; 0 keeps all.
     pub top_k: usize,
     /// Keep the most likely tokens that together have this probability; 1 keeps all.
     pub top_p: f32,
-    /// Keep tokens with at least this share of the probability of the best one; 0 keeps all.
+    /// Keep tokens with at least this fraction of the probability of the best one; 0 keeps all.
     pub min_p: f32,
-    /// The same seed gives the same text.
+    /// Seed of the random generator.
     pub seed: u64,
 }
 
@@ -38,12 +38,13 @@ impl Default for SamplerOptions {
     }
 }
 
-/// The logits that a [`Sampler`] chooses the next token from.
+/// The input of a [`Sampler`] for the next token.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SamplerInput {
     /// The logits of all tokens, `[vocab]`.
     Logits(Vec<f32>),
-    /// Token ids and logits of the most likely tokens, with penalties applied, best first. As many as the sampler asked for.
+    /// Token ids and logits of the most likely tokens, as many as the sampler requests, with
+    /// penalties applied, best first.
     TopK(Vec<(u32, f32)>),
 }
 
@@ -81,15 +82,16 @@ impl Sampler {
         }
     }
 
-    /// Notes a token of the prompt for the repeat penalty.
+    /// Records a token for the repeat penalty.
     pub fn accept(&mut self, token: u32) {
         self.recent.push(token);
         let surplus = self.recent.len().saturating_sub(self.options.repeat_last);
         self.recent.drain(..surplus);
     }
 
-    /// What the sampler needs of the next logits, if a device can compute it. The logits of `banned` tokens count as −∞.
-    pub(crate) fn wanted<'a>(&'a mut self, banned: &'a [u32]) -> Option<TopKRequest<'a>> {
+    /// The top-k selection that gives the next input of the sampler, if a device can compute it. The
+    /// logits of `banned` tokens count as −∞.
+    pub(crate) fn top_k_request<'a>(&'a mut self, banned: &'a [u32]) -> Option<TopKRequest<'a>> {
         let greedy = self.options.temperature <= 0.0;
         let count = if greedy { 1 } else { self.options.top_k };
         let penalty = self.options.repeat_penalty;
@@ -99,10 +101,11 @@ impl Sampler {
         fits.then_some(TopKRequest { count, greedy, penalty, penalized, banned })
     }
 
-    /// The next token. `banned` are never chosen, unless there is nothing else.
+    /// Chooses the next token. `banned` tokens are never chosen unless all tokens are banned; top-k
+    /// input already excludes them.
     ///
     /// # Panics
-    /// If there is nothing to choose from.
+    /// If `next` is empty.
     pub fn choose(&mut self, next: &mut SamplerInput, banned: &[u32]) -> u32 {
         match next {
             SamplerInput::Logits(logits) => {
@@ -122,7 +125,7 @@ impl Sampler {
         }
     }
 
-    /// The next token after `logits`, `[vocab]`. Ties go to the lower id.
+    /// Chooses the next token from `logits`, `[vocab]`. Ties go to the lower id.
     ///
     /// # Panics
     /// If `logits` is empty.
@@ -164,7 +167,7 @@ impl Sampler {
         }
     }
 
-    /// Puts the most likely tokens into `best`, as many as the options keep, best first.
+    /// Writes the tokens that top-k keeps to `best`, best first.
     fn find_best(&mut self, best: &mut Vec<(u32, f32)>) {
         let Self { options, logits, order, .. } = self;
         let by_logit = |a: &u32, b: &u32| {
@@ -183,7 +186,7 @@ impl Sampler {
         best.extend(order.iter().map(|id| (*id, logits[*id as usize])));
     }
 
-    /// Draws one of `order`, which is sorted with the best first.
+    /// Applies top-p and min-p to `order`, sorted best first, and draws a token.
     fn draw(&mut self, order: &[(u32, f32)]) -> u32 {
         let Self { options, random, .. } = self;
         let best = order[0].1;
@@ -200,7 +203,7 @@ impl Sampler {
             kept += share;
             end += 1;
         }
-        // 53 random bits, uniform in 0..1.
+        // 53 random bits give a uniform number in 0..1.
         let mut rest = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * kept;
         for (id, logit) in &order[..end] {
             rest -= weight(*logit);
@@ -212,7 +215,7 @@ impl Sampler {
     }
 }
 
-/// The index of the largest value; the first of equals. NaN never wins.
+/// The index of the largest value, ignoring NaN; ties go to the lower index.
 fn argmax(values: &[f32]) -> u32 {
     let mut best = 0;
     for (i, v) in values.iter().enumerate() {
@@ -257,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn filters_keep_what_they_should() {
+    fn filters_keep_the_expected_number_of_tokens() {
         let logits = [5f32.ln(), 3f32.ln(), 1.5f32.ln(), 0.5f32.ln()];
         let kept = |change: fn(&mut SamplerOptions)| {
             let counts = counts(&mut sampler(change), &logits, 2000);
@@ -272,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn greedy_takes_the_first_of_equals_and_penalty_moves_on() {
+    fn greedy_breaks_ties_by_index_and_penalty_changes_the_choice() {
         assert_eq!(argmax(&[f32::NAN, 1.0, 3.0, 3.0]), 2);
         let mut greedy = sampler(|o| {
             o.temperature = 0.0;

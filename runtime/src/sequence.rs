@@ -1,5 +1,5 @@
-//! Decoder layers over whole sequences, exactly and on the calling thread: what calibration and the
-//! backward pass need.
+//! Decoder layers over whole sequences in f32 on the calling thread, for calibration and the backward
+//! pass.
 
 use std::ops::ControlFlow;
 
@@ -16,15 +16,15 @@ use crate::sublayer::Sublayer;
 use crate::weights::Weight;
 
 impl Engine {
-    /// Runs one decoder layer over a whole sequence from its start: `hidden` is [tokens, hidden],
-    /// changed in place. `observer` sees the inputs of the linear layers.
+    /// Runs one decoder layer over a whole sequence and updates `hidden`, [tokens, hidden]. `observer`
+    /// sees the inputs of the linear layers.
     pub fn run_layer(&self, layer: &Layer, hidden: &mut [f32], observer: &mut dyn Observer) {
         if self.run_sublayer(Sublayer::Attention, layer, hidden, observer).is_continue() {
             let _ = self.run_sublayer(Sublayer::Mlp, layer, hidden, observer);
         }
     }
 
-    /// One sublayer of [`Engine::run_layer`].
+    /// Like [`Engine::run_layer`], for one sublayer. Returns `Break` if `observer` does.
     pub fn run_sublayer(
         &self,
         sublayer: Sublayer,
@@ -53,20 +53,20 @@ impl Engine {
         flow
     }
 
-    /// Adds `x` [tokens, in] · `weight`ᵀ to `hidden` [tokens, out], as the last linear layer of a
-    /// sublayer does.
+    /// `hidden += x · weightᵀ`, as in the last linear layer of a sublayer: `x` is [tokens, in],
+    /// `hidden` [tokens, out].
     pub fn add_linear(&self, weight: &Weight, x: &[f32], hidden: &mut [f32]) {
         let (pool, mut out) = (self.pool.or_serial(false), Vec::new());
         apply(self.isa, pool, &mut LinearScratch::default(), [weight], x, [&mut out]);
         add(pool, hidden, &out);
     }
 
-    /// Rotates the heads of `x`, [tokens, width] from the start of a sequence, as those of queries
-    /// and keys, or, with `back`, the other way: the transpose.
-    pub fn rotate(&self, x: &mut [f32], width: usize, back: bool) {
+    /// Applies RoPE in place to the heads of `x`, [tokens, width], at the start of a sequence. With
+    /// `inverse`, applies the inverse rotation, which is the transpose.
+    pub fn rotate(&self, x: &mut [f32], width: usize, inverse: bool) {
         let mut angles = RopeAngles::default();
         self.rope.angles(0..x.len() / width, &mut angles);
-        if back {
+        if inverse {
             angles.invert();
         }
         angles.rotate(self.pool.or_serial(false), x, width);

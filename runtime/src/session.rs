@@ -1,4 +1,4 @@
-//! A conversation with a model.
+//! [`Session`]: generates text with a model and keeps the KV cache between requests.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -13,15 +13,15 @@ use crate::stop::StopFilter;
 use crate::template::{ChatTemplate, Message};
 use crate::tokenizer::{TextStream, Tokenizer};
 
-/// Prompt tokens per pass: bounds memory and the wait after a cancellation.
+/// Prompt tokens per call: bounds the memory and the delay of a cancellation.
 const PREFILL_CHUNK: usize = 512;
 
-/// How a [`Session`] is set up.
+/// Options of a [`Session`].
 #[derive(Clone, Copy, Debug)]
 pub struct SessionOptions {
-    /// Tokens of the KV cache; `None` for the context length of the model.
+    /// The largest number of tokens in the KV cache; `None` for the context length of the model.
     pub context: Option<usize>,
-    /// Use the chat template of the model, if it has one.
+    /// Whether to use the chat template of the model, if it has one.
     pub template: bool,
 }
 
@@ -33,7 +33,7 @@ impl Default for SessionOptions {
 
 /// A model with its tokenizer, chat template and KV cache.
 ///
-/// The start that a prompt shares with the cached tokens is not computed again.
+/// The prefix that a prompt shares with the cached tokens is reused.
 ///
 /// ```no_run
 /// use std::ops::ControlFlow;
@@ -67,19 +67,19 @@ impl Session {
     /// A session without cached tokens.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if tokenizer or template of the model cannot be used.
+    /// [`Error::Invalid`] if the tokenizer or the template of the model is missing or broken.
     pub fn new(engine: Arc<Engine>, options: SessionOptions) -> Result<Self> {
-        let tokenizer = Arc::new(engine.tokenizer()?);
+        let tokenizer = Arc::new(engine.model.tokenizer()?);
         let template = match options.template {
-            true => engine.chat_template(&tokenizer)?.map(Arc::new),
+            true => engine.model.chat_template(&tokenizer)?.map(Arc::new),
             false => None,
         };
-        let context = options.context.unwrap_or(engine.spec.context_length as usize);
+        let context = options.context.unwrap_or(engine.model.spec.context_length as usize);
         let state = State::new(&engine, context);
         Ok(Self { engine, tokenizer, template, state, cached: Vec::new() })
     }
 
-    /// A session without cached tokens that shares model, tokenizer and template with this one.
+    /// A session without cached tokens that shares the engine, tokenizer and template of this one.
     #[must_use]
     pub fn fork(&self) -> Self {
         Self {
@@ -91,7 +91,7 @@ impl Session {
         }
     }
 
-    /// The model and what runs it.
+    /// The engine with its model.
     #[must_use]
     pub fn engine(&self) -> &Engine {
         &self.engine
@@ -103,7 +103,7 @@ impl Session {
         &self.tokenizer
     }
 
-    /// Whether messages are turned into text by a chat template.
+    /// Whether a chat template formats messages.
     #[must_use]
     pub fn has_template(&self) -> bool {
         self.template.is_some()
@@ -115,11 +115,12 @@ impl Session {
         &self.cached
     }
 
-    /// The sampling that the model file suggests; our defaults where it suggests nothing.
+    /// Sampling parameters from the model file, with the values of [`SamplerOptions::default`] for
+    /// missing ones.
     #[must_use]
     pub fn suggested_sampling(&self) -> SamplerOptions {
         let default = SamplerOptions::default();
-        let file = |key: &str| self.engine.sampling_default(key);
+        let file = |key: &str| self.engine.model.sampling_default(key);
         let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
         SamplerOptions {
             repeat_penalty: number("repetition_penalty", default.repeat_penalty),
@@ -135,7 +136,7 @@ impl Session {
     /// The token ids of a prompt.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the template refuses the messages or the tokenizer fails.
+    /// [`Error::Invalid`] if the template rejects the messages or the tokenizer fails.
     pub fn encode(&self, prompt: PromptInput<'_>) -> Result<Vec<u32>> {
         match prompt {
             PromptInput::Tokens(tokens) => Ok(tokens.to_vec()),
@@ -156,11 +157,11 @@ impl Session {
         }
     }
 
-    /// Answers `request`. `sink` gets every piece of the answer when it is ready, and can stop it.
+    /// Answers `request`. `sink` is called with every piece of the answer; `Break` stops the answer.
     ///
     /// # Errors
     /// [`Error::Usage`] if the prompt is empty or does not fit into the context; [`Error::Invalid`] as for
-    /// [`Session::encode`]; errors of a device.
+    /// [`Session::encode`]; [`Error::Device`] if the device fails.
     pub fn generate(
         &mut self,
         request: &GenerateRequest<'_>,
@@ -194,18 +195,19 @@ impl Session {
     fn check_length(&self, prompt: &[u32]) -> Result<()> {
         if prompt.len() >= self.state.context() {
             return Err(Error::usage(format!(
-                "the prompt has {} tokens, the context {}: shorten it or raise -c",
+                "the prompt has {} tokens, but the context only {}: shorten it or raise -c",
                 prompt.len(),
                 self.state.context()
             )));
         }
         if prompt.is_empty() {
-            return Err(Error::usage("the prompt is empty; give some text"));
+            return Err(Error::usage("the prompt is empty"));
         }
         Ok(())
     }
 
-    /// Computes what the KV cache lacks of `prompt`; breaks if the request was canceled.
+    /// Computes the tokens of `prompt` that are not in the KV cache. Returns `Break` if the request was
+    /// canceled.
     fn prefill<S>(
         &mut self,
         prompt: &[u32],
@@ -231,7 +233,7 @@ impl Session {
         Ok(flow)
     }
 
-    /// Generates tokens until something ends the answer.
+    /// Generates tokens until the answer ends.
     fn decode<S: FnMut(Piece<'_>) -> ControlFlow<()>>(
         &mut self,
         tokenizer: &Tokenizer,
@@ -267,7 +269,7 @@ impl Session {
         Ok(finish)
     }
 
-    /// Appends tokens to the KV cache and keeps what the sampler needs to choose the next one.
+    /// Appends tokens to the KV cache and stores the input of the sampler for the next token.
     fn append<S>(&mut self, tokens: &[u32], answer: &mut Answer<'_, S>) -> Result<()> {
         let Answer { sampler, banned, input, .. } = answer;
         self.engine.next(&mut self.state, tokens, sampler, banned, input)?;
@@ -291,18 +293,18 @@ struct Answer<'a, S> {
 }
 
 impl<S: FnMut(Piece<'_>) -> ControlFlow<()>> Answer<'_, S> {
-    /// Hands a token and the text that it completes to the sink.
+    /// Sends a token and the text that it completes to the sink.
     fn push(&mut self, token: u32) -> Result<ControlFlow<()>> {
         self.tokens.push(token);
         let text = self.text.push(&self.stream.push(token)?);
         Ok((self.sink)(Piece { token: Some(token), text: &text }))
     }
 
-    /// Hands the text to the sink that was held back.
+    /// Sends the text that was held back to the sink.
     fn finish(&mut self) -> Result<()> {
         let mut rest = self.text.push(&self.stream.finish()?);
         rest.push_str(&self.text.flush());
-        // The answer ends here, whatever the sink says.
+        // The answer has ended, so `Break` has no effect.
         let _ = (self.sink)(Piece { token: None, text: &rest });
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! One sequence of tokens: its position and its KV caches.
+//! [`State`]: the position and the KV caches of one sequence.
 
 use stb_kernels::cuda;
 
@@ -10,28 +10,28 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{AttentionScratch, Heads, KvCache};
 use crate::rope::RopeAngles;
 
-/// One sequence: its position, its KV caches and reusable memory.
+/// One sequence of tokens: its position, its KV caches and scratch.
 #[derive(Debug)]
 pub struct State {
-    /// Of the layers that the CPU computes.
+    /// KV caches of the layers that the CPU computes.
     pub(crate) caches: Vec<KvCache>,
-    /// Of the layers on a GPU, once there is a token.
+    /// KV cache of the layers on a GPU; allocated with the first token.
     device: Option<cuda::KvCache>,
     pub(crate) tokens: usize,
     context: usize,
     pub(crate) scratch: ForwardScratch,
-    /// [vocab], or [tokens, vocab].
+    /// Logits of the last call, [vocab], or [sequences, vocab] in a batch.
     pub(crate) logits: Vec<f32>,
 }
 
-/// Reusable memory of a forward pass.
+/// Reusable buffers of a forward pass.
 #[derive(Debug, Default)]
 pub(crate) struct ForwardScratch {
     /// The residual stream, [tokens, hidden].
     pub hidden: Vec<f32>,
-    /// The residual stream behind the last norm, [tokens, hidden].
+    /// The residual stream after the last norm, [tokens, hidden].
     pub normed: Vec<f32>,
-    /// [tokens, vocab].
+    /// Logits of a batch, [tokens, vocab].
     pub logits: Vec<f32>,
     pub angles: RopeAngles,
     pub attention: AttentionScratch,
@@ -54,25 +54,25 @@ impl State {
         }
     }
 
-    /// Tokens so far.
+    /// The number of tokens in the KV cache.
     #[must_use]
     pub fn len(&self) -> usize {
         self.tokens
     }
 
-    /// Whether there are none.
+    /// Whether the sequence has no tokens.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.tokens == 0
     }
 
-    /// The most tokens it may hold.
+    /// The largest number of tokens that the sequence may hold.
     #[must_use]
     pub fn context(&self) -> usize {
         self.context
     }
 
-    /// Forgets all but the first `tokens` tokens.
+    /// Drops all but the first `tokens` tokens.
     pub fn truncate(&mut self, tokens: usize) {
         if tokens <= self.tokens {
             self.caches.iter_mut().for_each(|cache| cache.truncate(tokens));
@@ -80,19 +80,19 @@ impl State {
         }
     }
 
-    /// Bytes of keys and values.
+    /// Bytes of the KV caches in use.
     #[must_use]
     pub fn cache_bytes(&self) -> usize {
         let host: usize = self.caches.iter().map(KvCache::bytes).sum();
         host + self.device.as_ref().map_or(0, cuda::KvCache::bytes)
     }
 
-    /// Its part on a device.
+    /// The part of the sequence on a device.
     pub(crate) fn device_cache(&mut self) -> DeviceCache<'_> {
         DeviceCache { cache: &mut self.device, tokens: self.tokens, limit: self.context }
     }
 
-    /// Whether `count` more tokens fit.
+    /// Checks that `count` more tokens fit into the context.
     pub(crate) fn check_room(&self, count: usize) -> Result<()> {
         if self.tokens + count > self.context {
             return Err(Error::usage(format!(

@@ -1,12 +1,12 @@
-//! Stop texts: found across the pieces of a stream, and never shown.
+//! [`StopFilter`] finds stop texts across the pieces of a stream.
 
-/// Holds back text that may turn out to be the beginning of a stop text.
+/// Removes stop texts from a stream. Text that may be the beginning of a stop text is held back.
 pub(crate) struct StopFilter<'a> {
     stops: &'a [String],
     held: String,
-    /// All text that was shown.
+    /// All text that was returned.
     pub released: String,
-    /// A stop text has been found.
+    /// Whether a stop text has been found.
     pub stopped: bool,
 }
 
@@ -15,7 +15,7 @@ impl<'a> StopFilter<'a> {
         Self { stops, held: String::new(), released: String::new(), stopped: false }
     }
 
-    /// The text that can be shown after `new` has come in.
+    /// Appends `new` and returns the text that can be shown now.
     pub fn push(&mut self, new: &str) -> String {
         if self.stopped {
             return String::new();
@@ -27,16 +27,16 @@ impl<'a> StopFilter<'a> {
             self.held.truncate(at);
             return self.release(at);
         }
-        let risky = |at: &usize| {
+        let may_start_stop = |at: &usize| {
             let tail = &self.held[*at..];
             self.stops.iter().any(|s| s.starts_with(tail))
         };
         let starts = self.held.char_indices().map(|(at, _)| at);
-        let safe = starts.into_iter().find(risky).unwrap_or(self.held.len());
+        let safe = starts.into_iter().find(may_start_stop).unwrap_or(self.held.len());
         self.release(safe)
     }
 
-    /// The text that was held back and is no stop text.
+    /// Returns the text that was held back, at the end of the stream.
     pub fn flush(&mut self) -> String {
         self.release(self.held.len())
     }

@@ -21,8 +21,7 @@ impl Sublayer {
         }
     }
 
-    /// The sublayer that a norm belongs to; the last norm of a model belongs to none and counts as
-    /// one of the MLP.
+    /// The sublayer of a norm. The final norm of a model is assigned to the MLP.
     pub(crate) fn of_norm(site: NormSite) -> Self {
         match site {
             NormSite::Attention | NormSite::AttentionOutput | NormSite::Query | NormSite::Key => {

@@ -1,4 +1,4 @@
-//! Chat templates: Jinja programs from the model file, run with a limit on their steps.
+//! Chat templates: Jinja programs from the model file, executed with a step limit.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The most steps of a template. Real templates take far fewer.
+/// The step limit of a template. Real templates take far fewer steps.
 const FUEL: u64 = 2_000_000;
 
 /// One turn of a conversation.
@@ -20,7 +20,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// A turn.
+    /// A message of `role` with this text.
     #[must_use]
     pub fn new(role: &str, content: &str) -> Self {
         Self { role: role.to_owned(), content: content.to_owned() }
@@ -41,11 +41,11 @@ impl std::fmt::Debug for ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Compiles `source` with the settings that transformers uses. `bos` and `eos` are the written
-    /// forms of those tokens.
+    /// Compiles `source` with the settings of transformers. `bos` and `eos` are the texts of the begin
+    /// and end tokens.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it is no valid template.
+    /// [`Error::Invalid`] if `source` is not a valid template.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
         let mut environment = Environment::new();
         environment.set_fuel(Some(FUEL));
@@ -71,10 +71,10 @@ impl ChatTemplate {
         Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 
-    /// The prompt for `messages`, ready for the assistant's answer.
+    /// The prompt for `messages`, up to the start of the assistant's answer.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the template fails, refuses the messages or runs too long.
+    /// [`Error::Invalid`] if the template fails, rejects the messages or exceeds the step limit.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         let fail = |e: minijinja::Error| Error::invalid(format!("the chat template failed: {e:#}"));
         let template = self.environment.get_template("chat").map_err(fail)?;
@@ -89,7 +89,7 @@ impl ChatTemplate {
     }
 }
 
-/// Today's date in the format of a template. An invalid format is an error.
+/// The current date in the `strftime` format of a template.
 fn strftime(format: &str) -> std::result::Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut out = String::new();
@@ -102,7 +102,7 @@ fn strftime(format: &str) -> std::result::Result<String, minijinja::Error> {
     Ok(out)
 }
 
-/// The filter `tojson` of transformers: plain JSON, nothing escaped for HTML.
+/// The filter `tojson` of transformers: JSON without HTML escapes.
 fn tojson(value: Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
     let fail =
         |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
@@ -123,7 +123,7 @@ fn tojson(value: Value, options: Kwargs) -> std::result::Result<Value, minijinja
     Ok(Value::from_safe_string(text))
 }
 
-/// JSON with Python's separators: `", "` and `": "`.
+/// JSON with the separators of Python's `json.dumps`: `", "` and `": "`.
 fn python_json(value: &Value) -> std::result::Result<String, serde_json::Error> {
     struct Spaced;
     impl serde_json::ser::Formatter for Spaced {
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_that_of_python() {
+    fn json_matches_python() {
         let text = render("{{ messages | tojson }}", &[Message::new("user", "<a & 'b'> é")]);
         assert_eq!(text.unwrap(), r#"[{"role": "user", "content": "<a & 'b'> é"}]"#);
     }

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// One thread per physical core that this process may run on, but no more than the CPU quota of the container. Two
-/// threads on one core would share the vector units, which one thread keeps busy.
+/// One thread per physical core that this process may use, limited by the CPU quota of its container.
+/// A second thread per core does not help, because one thread saturates the vector units.
 #[must_use]
 pub fn default_threads() -> usize {
     let allowed = std::thread::available_parallelism().map_or(1, usize::from);
@@ -14,7 +14,8 @@ pub fn default_threads() -> usize {
     }
 }
 
-/// The number of physical cores among the processors that the process may use; `None` on systems other than Linux.
+/// The number of physical cores among the processors that the process may use; `None` on systems
+/// other than Linux.
 fn physical_cores(cpus: &Path, status: &Path) -> Option<usize> {
     let status = std::fs::read_to_string(status).ok()?;
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
@@ -26,7 +27,8 @@ fn physical_cores(cpus: &Path, status: &Path) -> Option<usize> {
     Some(cores.len())
 }
 
-/// The numbers of a list like `0-3,8`; `None` if the text is no such list, or is longer than that of any machine.
+/// The numbers of a list such as `0-3,8`; `None` if the text is not such a list or has a number of
+/// 65,536 or more.
 fn parse_list(list: &str) -> Option<Vec<usize>> {
     let mut all = Vec::new();
     for part in list.split(',') {

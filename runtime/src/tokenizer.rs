@@ -5,23 +5,23 @@ use crate::error::{Error, Result};
 /// The tokenizer of a model, with its begin and end tokens.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The token that starts every text, if the model wants one.
+    /// The begin token, if texts of this model start with one.
     pub bos: Option<u32>,
-    /// Tokens that end a text.
+    /// End tokens.
     pub eos: Vec<u32>,
     special: Vec<u32>,
     vocab_size: usize,
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`. `vocab_size` is the model's number of embeddings.
+    /// Parses the text of a `tokenizer.json`. `vocab_size` is the model's number of embeddings.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the text is no tokenizer or can produce ids the model lacks.
+    /// [`Error::Invalid`] if `json` is not a tokenizer or has a token id without an embedding.
     pub fn new(json: &str, bos: Option<u32>, eos: Vec<u32>, vocab_size: usize) -> Result<Self> {
         let mut inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
             .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
-        // Training scripts leave settings that would cut or pad a prompt.
+        // Training scripts leave padding and truncation settings, which would change prompts.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
         let highest = inner.get_vocab(true).into_values().max().unwrap_or(0);
@@ -35,7 +35,7 @@ impl Tokenizer {
         Ok(Self { inner, bos, eos, special, vocab_size })
     }
 
-    /// The ids of `text` without a begin token. Special tokens written out in it are recognized.
+    /// The ids of `text` without a begin token. Special tokens in the text are recognized.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the tokenizer fails.
@@ -47,14 +47,14 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The ids of a text that starts a context: the begin token, if the model wants one and the text
-    /// does not have it, then the text.
+    /// The ids of a text at the start of a context: the begin token, if the model uses one and the
+    /// text does not start with it, then the text.
     ///
     /// # Errors
-    /// As for [`Tokenizer::encode`].
+    /// The errors of [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(text)?;
-        // A begin token that is written out in the text is not repeated (spec, metadata §2.3).
+        // A begin token in the text is not repeated (spec, metadata §2.3).
         if let Some(bos) = self.bos.filter(|bos| ids.first() != Some(bos)) {
             ids.insert(0, bos);
         }
@@ -77,7 +77,7 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
-    /// Whether a token is a control token instead of text.
+    /// Whether a token is a special token, such as `<s>`.
     #[must_use]
     pub fn is_special(&self, id: u32) -> bool {
         self.special.contains(&id)
@@ -96,10 +96,10 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// Whether the tokenizer itself puts a begin token before a text, and which.
+/// The begin token that the post-processor of the tokenizer adds, if it adds one.
 ///
 /// # Errors
-/// [`Error::Invalid`] if the text is no tokenizer.
+/// [`Error::Invalid`] if `json` is not a tokenizer.
 pub(crate) fn own_begin_token(json: &str) -> Result<Option<u32>> {
     let inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
         .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
@@ -114,16 +114,16 @@ pub(crate) fn own_begin_token(json: &str) -> Result<Option<u32>> {
     Ok(with_special.first().copied().filter(|_| added))
 }
 
-/// Decodes a growing sequence of tokens into text that is valid at every step. Bytes of an
-/// unfinished character are held back until the character is complete.
+/// Decodes tokens incrementally. Bytes of an incomplete character are held back until the character
+/// is complete.
 #[derive(Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
     ids: Vec<u32>,
-    /// Start of the tokens that are decoded together. Some tokenizers decode the first token of a text
-    /// differently, so a few old tokens stay in front.
+    /// The first token that is decoded again with new ones. Some tokenizers decode the first token of a
+    /// text differently, so a few earlier tokens are included.
     context: usize,
-    /// Tokens whose text has been returned.
+    /// The number of tokens whose text has been returned.
     done: usize,
 }
 
@@ -136,10 +136,10 @@ impl<'t> TextStream<'t> {
         Self { tokenizer, ids, context: 0, done }
     }
 
-    /// The text that `id` completes; empty if it ends inside a character.
+    /// Appends `id` and returns the text that it completes; empty if it ends inside a character.
     ///
     /// # Errors
-    /// As for [`Tokenizer::decode`].
+    /// The errors of [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.pending()?;
@@ -151,10 +151,10 @@ impl<'t> TextStream<'t> {
         Ok(text)
     }
 
-    /// The rest of the text, with replacement characters for unfinished ones.
+    /// The rest of the text, with replacement characters for incomplete characters.
     ///
     /// # Errors
-    /// As for [`Tokenizer::decode`].
+    /// The errors of [`Tokenizer::decode`].
     pub fn finish(&mut self) -> Result<String> {
         let text = self.pending()?;
         self.done = self.ids.len();

@@ -1,4 +1,4 @@
-//! A weight matrix somewhere in mapped or owned memory.
+//! [`Weight`]: a weight matrix in mapped or owned memory.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use stb_format::encoding::{Dense, Encoding, MatrixView};
 use crate::error::{Error, Result};
 use crate::map::Bytes;
 
-/// A matrix of a model: encoding, shape and where its bytes are. Cheap to clone.
+/// A weight matrix: encoding, shape and a shared reference to its bytes. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Weight {
     bytes: Arc<Bytes>,
@@ -41,7 +41,7 @@ impl Weight {
         Ok(Self { bytes, range, encoding, rows, cols })
     }
 
-    /// Dense weights made in memory, `rows` × `cols`.
+    /// A dense f32 matrix in memory; `values` is [rows, cols].
     ///
     /// # Errors
     /// [`Error::Invalid`] if the number of values is wrong.
@@ -51,10 +51,11 @@ impl Weight {
         Self::new(bytes, range, Encoding::Dense(Dense::F32), rows, cols)
     }
 
-    /// A packed payload in memory.
+    /// A matrix with a copy of the packed `payload`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if its length is wrong.
+    /// [`Error::Invalid`] if the payload has the wrong length, [`Error::Unsupported`] if the encoding
+    /// is unknown.
     pub fn from_payload(payload: &[u8], encoding: Encoding, rows: u64, cols: u64) -> Result<Self> {
         let bytes = Arc::new(Bytes::copied(payload));
         Self::new(bytes, 0..payload.len(), encoding, rows, cols)
@@ -63,32 +64,32 @@ impl Weight {
     /// The matrix in place.
     ///
     /// # Panics
-    /// Never: the constructor has made this view.
+    /// Never: the constructor has validated the payload.
     #[must_use]
     pub fn view(&self) -> MatrixView<'_> {
         let payload = &self.bytes[self.range.clone()];
         self.encoding.view(self.rows, self.cols, payload).expect("validated when made")
     }
 
-    /// Output features.
+    /// The number of rows (output features).
     #[must_use]
     pub fn rows(&self) -> usize {
         self.rows as usize
     }
 
-    /// Input features.
+    /// The number of columns (input features).
     #[must_use]
     pub fn cols(&self) -> usize {
         self.cols as usize
     }
 
-    /// How the weights are stored.
+    /// The encoding of the weights.
     #[must_use]
     pub fn encoding(&self) -> &Encoding {
         &self.encoding
     }
 
-    /// Stored bytes.
+    /// The number of stored bytes.
     #[must_use]
     pub fn byte_len(&self) -> usize {
         self.range.len()
@@ -100,7 +101,7 @@ impl Weight {
         &self.bytes[self.range.clone()]
     }
 
-    /// All weights, decoded.
+    /// Decodes all weights, [rows, cols].
     #[must_use]
     pub fn decode(&self) -> Vec<f32> {
         self.view().decode()

@@ -1,4 +1,4 @@
-//! The decoder block as data.
+//! [`Block`]: a description of a decoder layer.
 
 use super::spec::{Activation, ModelSpec};
 
@@ -13,12 +13,12 @@ pub struct Block {
     pub mlp: Mlp,
 }
 
-/// How a layer normalizes.
+/// The norms of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
     /// The formula.
     pub kind: NormKind,
-    /// Where the norms stand.
+    /// The positions of the norms.
     pub placement: NormPlacement,
     /// The ε under the root.
     pub eps: f64,
@@ -35,12 +35,12 @@ pub enum NormKind {
     Layer,
 }
 
-/// Where norms stand in a layer.
+/// The positions of the norms in a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormPlacement {
     /// Before attention and before the MLP: most models.
     Pre,
-    /// Behind each residual sum: OPT-350M.
+    /// After each residual sum: OPT-350M.
     Post,
     /// Before each sublayer and again before its output is added: Gemma 2 and 3.
     Sandwich,
@@ -55,7 +55,7 @@ pub struct Attention {
     pub kv_heads: u64,
     /// Width of a head.
     pub head_dim: u64,
-    /// How tokens know their positions.
+    /// The position encoding.
     pub position: Position,
     /// Whether q, k and v have biases: Qwen2, OPT.
     pub qkv_bias: bool,
@@ -63,20 +63,21 @@ pub struct Attention {
     pub output_bias: bool,
     /// Whether each head of q and k is normalized before RoPE: Qwen3, Gemma 3.
     pub qk_norm: bool,
-    /// How many tokens a token sees, itself included, if not all: Mistral, Gemma.
+    /// The size of the sliding window, including the token itself: Mistral, Gemma. `None` for full
+    /// causal attention.
     pub window: Option<u64>,
-    /// Scores s become c · tanh(s / c): Gemma 2.
+    /// The soft cap c: scores s become c · tanh(s / c), as in Gemma 2.
     pub soft_cap: Option<f64>,
 }
 
-/// How tokens know their positions.
+/// A position encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Position {
-    /// Queries and keys are rotated (RoPE); the model has pairing, base and scaling.
+    /// RoPE on queries and keys. [`ModelSpec`] has its pairing, base and scaling.
     Rope,
-    /// Embeddings of positions are added to those of tokens: OPT, GPT-2.
+    /// Learned position embeddings are added to the token embeddings: OPT, GPT-2.
     Learned,
-    /// Not at all: every fourth layer of SmolLM3.
+    /// None: every fourth layer of SmolLM3.
     None,
 }
 
@@ -87,11 +88,11 @@ pub struct Mlp {
     pub kind: MlpKind,
     /// The activation function.
     pub activation: Activation,
-    /// Width between the linear layers; with experts, of each.
+    /// Width between the linear layers, per expert in a mixture of experts.
     pub intermediate_size: u64,
-    /// Whether its linear layers have biases: OPT, GPT-2.
+    /// Whether the linear layers have biases: OPT, GPT-2.
     pub bias: bool,
-    /// A mixture of experts, if it is one: Mixtral, Qwen3-MoE, OLMoE.
+    /// The mixture of experts, if the MLP is one: Mixtral, Qwen3-MoE, OLMoE.
     pub experts: Option<Experts>,
 }
 
@@ -107,15 +108,15 @@ pub enum MlpKind {
 /// A mixture of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Experts {
-    /// Experts of a layer.
+    /// Experts per layer.
     pub count: u64,
-    /// Experts that a token uses.
+    /// Experts per token.
     pub active: u64,
 }
 
 impl ModelSpec {
-    /// Layer `layer` as data, from the keys of the model. The families that this version reads use
-    /// the same block in all layers.
+    /// The description of decoder layer `layer`. All layers are equal in the families that this
+    /// version supports.
     #[must_use]
     pub fn block(&self, _layer: u64) -> Block {
         Block {

@@ -4,13 +4,13 @@
 pub trait ConfigFields {
     /// Whether the field is there; null counts.
     fn has(&self, name: &str) -> bool;
-    /// A whole number.
+    /// An integer.
     fn u64(&self, name: &str) -> Option<u64>;
     /// A number.
     fn f64(&self, name: &str) -> Option<f64>;
-    /// A truth value.
+    /// A boolean.
     fn bool(&self, name: &str) -> Option<bool>;
-    /// A text.
+    /// A string.
     fn text(&self, name: &str) -> Option<String>;
     /// An object; `None` if it is missing or null.
     fn object(&self, name: &str) -> Option<Box<dyn ConfigFields + '_>>;
@@ -21,7 +21,7 @@ pub trait ConfigFields {
 /// Why a `config.json` cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConfigError {
-    /// A family or an option that this version does not have.
+    /// A family or an option that this version lacks.
     Unsupported(String),
     /// A field is missing or has an impossible value.
     Invalid(String),

@@ -1,4 +1,4 @@
-//! LLaMA 1 to 3 and the models that call themselves so: TinyLlama, SmolLM, and others.
+//! LLaMA 1 to 3 and models with `model_type` `llama`, such as TinyLlama and SmolLM.
 
 use super::config::{ConfigError, ConfigFields};
 use super::options::{refuse_biases, refuse_window, required_f64, required_u64, rope};

@@ -1,7 +1,7 @@
-//! Model architectures as data (spec §5.2): the decoder block, the tensors of a model with their
-//! roles, and one file per family with the names of its tensors and the fields of its `config.json`.
+//! Descriptions of model architectures (spec, metadata §2): the decoder block, the tensors of a model with
+//! their roles, and one file per family with its tensor names and the fields of its `config.json`.
 //!
-//! Everything outside this module asks these descriptions. No other code knows the name of a tensor.
+//! Tensor names appear only in this module. Other code uses roles.
 
 mod block;
 mod config;

@@ -5,12 +5,12 @@ use super::spec::RopeScaling;
 
 type ConfigResult<T> = Result<T, ConfigError>;
 
-/// A whole number that must be there.
+/// A required integer.
 pub(super) fn required_u64(config: &dyn ConfigFields, name: &str) -> ConfigResult<u64> {
     config.u64(name).ok_or_else(|| missing(name))
 }
 
-/// A number that must be there.
+/// A required number.
 pub(super) fn required_f64(config: &dyn ConfigFields, name: &str) -> ConfigResult<f64> {
     config.f64(name).ok_or_else(|| missing(name))
 }
@@ -19,7 +19,7 @@ fn missing(name: &str) -> ConfigError {
     ConfigError::Invalid(format!("config.json has no {name}, or its type is wrong"))
 }
 
-/// Refuses checkpoints whose weights are packed already.
+/// Rejects quantized checkpoints.
 pub(super) fn refuse_quantized(config: &dyn ConfigFields) -> ConfigResult<()> {
     match config.object("quantization_config") {
         Some(_) => Err(ConfigError::Unsupported(
@@ -29,7 +29,7 @@ pub(super) fn refuse_quantized(config: &dyn ConfigFields) -> ConfigResult<()> {
     }
 }
 
-/// Refuses biases in linear layers.
+/// Rejects biases in linear layers.
 pub(super) fn refuse_biases(config: &dyn ConfigFields) -> ConfigResult<()> {
     for name in ["attention_bias", "mlp_bias"] {
         if config.bool(name) == Some(true) {
@@ -40,7 +40,7 @@ pub(super) fn refuse_biases(config: &dyn ConfigFields) -> ConfigResult<()> {
     Ok(())
 }
 
-/// Refuses a sliding window of `window` tokens if that is shorter than the context.
+/// Rejects a sliding window of `window` tokens if that is shorter than the context.
 pub(super) fn refuse_window(config: &dyn ConfigFields, window: Option<u64>) -> ConfigResult<()> {
     match (window, config.u64("max_position_embeddings")) {
         (Some(window), Some(context)) if window < context => Err(ConfigError::Unsupported(
@@ -50,7 +50,7 @@ pub(super) fn refuse_window(config: &dyn ConfigFields, window: Option<u64>) -> C
     }
 }
 
-/// The base θ and the scaling of RoPE, from `rope_parameters` (transformers 5) or from `rope_theta`
+/// The base θ and the scaling of RoPE, from `rope_parameters` (transformers 5), or from `rope_theta`
 /// and `rope_scaling`.
 pub(super) fn rope(config: &dyn ConfigFields) -> ConfigResult<(f64, RopeScaling)> {
     let scaling = config.object("rope_parameters").or_else(|| config.object("rope_scaling"));

@@ -1,23 +1,23 @@
-//! All families that a checkpoint can belong to.
+//! The registry of supported model families.
 
 use super::config::{ConfigError, ConfigFields};
 use super::spec::{Architecture, Family, ModelSpec};
 use super::{llama, options};
 
-/// A new family gets its line here.
+/// All supported families. Add new families here.
 static FAMILIES: &[&Family] = &[&llama::FAMILY];
 
 impl Architecture {
     /// The LLaMA family: RMSNorm before each sublayer, RoPE, a gated MLP with SiLU, no biases.
     pub const LLAMA: Self = llama::ARCHITECTURE;
 
-    /// The architecture that a file names; `None` if this version does not have it.
+    /// The architecture with this `model.architecture` value; `None` if this version lacks it.
     #[must_use]
     pub fn by_name(name: &str) -> Option<Self> {
         FAMILIES.iter().copied().find(|f| f.architecture == name).map(Self)
     }
 
-    /// The values of `model_type` in `config.json` that this version reads, in alphabetical order.
+    /// The supported values of `model_type` in `config.json`, in alphabetical order.
     #[must_use]
     pub fn supported_model_types() -> Vec<&'static str> {
         let mut all: Vec<_> = FAMILIES.iter().flat_map(|f| f.model_types).copied().collect();
@@ -30,7 +30,7 @@ impl ModelSpec {
     /// The model that a `config.json` describes.
     ///
     /// # Errors
-    /// [`ConfigError::Unsupported`] for a family or an option that this version does not have,
+    /// [`ConfigError::Unsupported`] for a family or an option that this version lacks,
     /// [`ConfigError::Invalid`] for a field that is missing or has an impossible value.
     pub fn from_config(config: &dyn ConfigFields) -> Result<Self, ConfigError> {
         let model_type = config.text("model_type").unwrap_or_else(|| "(none)".to_owned());

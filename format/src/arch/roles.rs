@@ -1,4 +1,4 @@
-//! What tensors do, and maps by linear layer or by its input.
+//! Roles of tensors, and maps by linear layer or linear input.
 
 /// A linear layer of a decoder layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -13,9 +13,9 @@ pub enum Linear {
     O,
     /// The gate of a gated MLP, [intermediate, hidden].
     Gate,
-    /// The first matrix of an MLP, [intermediate, hidden].
+    /// The up projection of an MLP, [intermediate, hidden].
     Up,
-    /// The last matrix of an MLP, [hidden, intermediate].
+    /// The down projection of an MLP, [hidden, intermediate].
     Down,
 }
 
@@ -31,7 +31,7 @@ impl Linear {
         }
     }
 
-    /// Its short name in messages: `q`, `down`.
+    /// A short name for messages, such as `q` or `down`.
     #[must_use]
     pub fn short_name(self) -> &'static str {
         match self {
@@ -49,13 +49,13 @@ impl Linear {
 /// The activations that linear layers of a decoder layer read, in the order of computation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LinearInput {
-    /// What q, k and v read: [tokens, hidden].
+    /// Input of q, k and v, [tokens, hidden].
     Attention,
-    /// What o reads: [tokens, heads · head_dim].
+    /// Input of o, [tokens, heads · head_dim].
     AttentionOutput,
-    /// What gate and up read: [tokens, hidden].
+    /// Input of gate and up, [tokens, hidden].
     Mlp,
-    /// What down reads: [tokens, intermediate].
+    /// Input of down, [tokens, intermediate].
     MlpDown,
 }
 
@@ -63,7 +63,7 @@ impl LinearInput {
     /// All inputs in the order of computation.
     pub const ALL: [Self; 4] = [Self::Attention, Self::AttentionOutput, Self::Mlp, Self::MlpDown];
 
-    /// Whether the linear layer behind this input adds its output to the residual stream.
+    /// Whether the linear layer with this input adds its output to the residual stream.
     #[must_use]
     pub fn writes_residual(self) -> bool {
         matches!(self, Self::AttentionOutput | Self::MlpDown)
@@ -75,26 +75,26 @@ impl LinearInput {
 pub enum NormSite {
     /// Before attention.
     Attention,
-    /// Behind attention.
+    /// After attention.
     AttentionOutput,
-    /// Each head of the queries.
+    /// On each head of the queries.
     Query,
-    /// Each head of the keys.
+    /// On each head of the keys.
     Key,
     /// Before the MLP.
     Mlp,
-    /// Behind the MLP.
+    /// After the MLP.
     MlpOutput,
-    /// Behind the last layer.
+    /// After the last layer.
     Final,
 }
 
-/// What a tensor does.
+/// The role of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// Embeddings of tokens.
+    /// Token embeddings.
     TokenEmbedding,
-    /// Embeddings of positions.
+    /// Position embeddings.
     PositionEmbedding,
     /// The weight of a norm.
     Norm(NormSite),
@@ -108,25 +108,25 @@ pub enum Role {
     Router,
     /// The weights of a linear layer of one expert.
     Expert(u32, Linear),
-    /// The matrix that turns hidden states into logits.
+    /// The lm_head, which maps hidden states to logits.
     LmHead,
 }
 
 /// A tensor of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// Its name in a file, which is that of the Hugging Face checkpoint.
+    /// The name in the file and in the Hugging Face checkpoint.
     pub name: String,
-    /// Its shape in PyTorch's order.
+    /// The dimensions in PyTorch order.
     pub shape: Vec<u64>,
-    /// The decoder layer, if it belongs to one.
+    /// The index of the decoder layer, if the tensor belongs to one.
     pub layer: Option<usize>,
-    /// What it does.
+    /// The role of the tensor.
     pub role: Role,
 }
 
 impl TensorSpec {
-    /// The linear layer whose weights it holds, if it does.
+    /// The linear layer, if the tensor is the weight matrix of one.
     #[must_use]
     pub fn linear(&self) -> Option<Linear> {
         match self.role {
@@ -146,7 +146,7 @@ pub struct InputMap<T> {
 }
 
 impl<T> InputMap<T> {
-    /// The value that `f` gives for each input.
+    /// A map with the values of `f`.
     pub fn from_fn(mut f: impl FnMut(LinearInput) -> T) -> Self {
         Self {
             attention: f(LinearInput::Attention),
@@ -156,10 +156,10 @@ impl<T> InputMap<T> {
         }
     }
 
-    /// As [`InputMap::from_fn`], up to the first error.
+    /// Like [`InputMap::from_fn`], but stops at the first error.
     ///
     /// # Errors
-    /// Those of `f`.
+    /// Errors of `f`.
     pub fn try_from_fn<E>(mut f: impl FnMut(LinearInput) -> Result<T, E>) -> Result<Self, E> {
         Ok(Self {
             attention: f(LinearInput::Attention)?,
@@ -169,7 +169,7 @@ impl<T> InputMap<T> {
         })
     }
 
-    /// A map with the results of `f`.
+    /// Applies `f` to each value.
     pub fn map<U>(self, mut f: impl FnMut(T) -> U) -> InputMap<U> {
         InputMap {
             attention: f(self.attention),
@@ -179,14 +179,14 @@ impl<T> InputMap<T> {
         }
     }
 
-    /// The values in the order of [`LinearInput::ALL`], by themselves.
+    /// The owned values in the order of [`LinearInput::ALL`].
     #[must_use]
     pub fn into_entries(self) -> Vec<(LinearInput, T)> {
         let values = [self.attention, self.attention_output, self.mlp, self.mlp_down];
         LinearInput::ALL.into_iter().zip(values).collect()
     }
 
-    /// The values in the order of [`LinearInput::ALL`], to change them.
+    /// Mutable form of [`InputMap::iter`].
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (LinearInput, &mut T)> {
         let Self { attention, attention_output, mlp, mlp_down } = self;
         LinearInput::ALL.into_iter().zip([attention, attention_output, mlp, mlp_down])
@@ -239,22 +239,22 @@ impl<T> LinearMap<T> {
         self.0.iter().find(|(l, _)| *l == linear).map(|(_, value)| value)
     }
 
-    /// As [`LinearMap::get`], to change it.
+    /// Mutable form of [`LinearMap::get`].
     pub fn get_mut(&mut self, linear: Linear) -> Option<&mut T> {
         self.0.iter_mut().find(|(l, _)| *l == linear).map(|(_, value)| value)
     }
 
-    /// All values.
+    /// All values, in the order of the tensors.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (Linear, &T)> {
         self.0.iter().map(|(linear, value)| (*linear, value))
     }
 
-    /// All values, to change them.
+    /// Mutable form of [`LinearMap::iter`].
     pub fn iter_mut(&mut self) -> impl ExactSizeIterator<Item = (Linear, &mut T)> {
         self.0.iter_mut().map(|(linear, value)| (*linear, value))
     }
 
-    /// A map with the results of `f`.
+    /// Applies `f` to each value.
     pub fn map<U>(&self, mut f: impl FnMut(Linear, &T) -> U) -> LinearMap<U> {
         self.iter().map(|(linear, value)| (linear, f(linear, value))).collect()
     }

@@ -1,4 +1,4 @@
-//! A model as data: sizes, and the family that it belongs to.
+//! [`ModelSpec`]: the sizes and options of a model, and its family.
 
 use std::fmt;
 
@@ -19,7 +19,8 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// Which elements of a head rotate together (required, because guessing it wrong is silent).
+/// The pairs of elements of a head that RoPE rotates. Files must state it, because a wrong guess would
+/// go unnoticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopePairing {
     /// `half`: element i with element i + head_dim/2, as in Hugging Face checkpoints.
@@ -28,39 +29,40 @@ pub enum RopePairing {
     Interleaved,
 }
 
-/// How rotary frequencies are stretched beyond the trained context.
+/// The scaling of RoPE frequencies for contexts beyond the trained one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RopeScaling {
     /// `none`.
     None,
-    /// `linear`: every frequency divided by `factor`.
+    /// `linear`: all frequencies are divided by `factor`.
     Linear {
         /// The divisor.
         factor: f64,
     },
-    /// `llama3`: low frequencies divided by `factor`, high ones kept, smooth between.
+    /// `llama3`: low frequencies are divided by `factor` and high ones unchanged, with a smooth
+    /// transition.
     Llama3 {
         /// The divisor of low frequencies.
         factor: f64,
-        /// Wavelengths above original context ÷ this are divided.
+        /// Frequencies with wavelengths above `original_context / low_freq_factor` are divided.
         low_freq_factor: f64,
-        /// Wavelengths below original context ÷ this are kept.
+        /// Frequencies with wavelengths below `original_context / high_freq_factor` are unchanged.
         high_freq_factor: f64,
-        /// The context before stretching.
+        /// The trained context in tokens.
         original_context: u64,
     },
 }
 
-/// A decoder as described by the `model.*` keys.
+/// A decoder model, as described by the `model.*` keys.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
-    /// The family that it belongs to.
+    /// The family of the model.
     pub architecture: Architecture,
-    /// Token embeddings.
+    /// The number of token embeddings.
     pub vocab_size: u64,
     /// Width of the residual stream.
     pub hidden_size: u64,
-    /// Width of the feed-forward network.
+    /// Width of the MLP.
     pub intermediate_size: u64,
     /// Decoder layers.
     pub layers: u64,
@@ -70,29 +72,29 @@ pub struct ModelSpec {
     pub kv_heads: u64,
     /// Width of a head; even.
     pub head_dim: u64,
-    /// The context the model was configured for, in tokens.
+    /// The largest context in tokens.
     pub context_length: u64,
     /// The ε of RMSNorm.
     pub norm_eps: f64,
-    /// The base of rotary frequencies.
+    /// The base θ of RoPE.
     pub rope_theta: f64,
-    /// Pairing of rotated elements.
+    /// The pairing of RoPE.
     pub rope_pairing: RopePairing,
-    /// Frequency scaling.
+    /// The frequency scaling of RoPE.
     pub rope_scaling: RopeScaling,
-    /// Whether the head is the embedding matrix.
+    /// Whether the lm_head is the matrix of token embeddings.
     pub tied_embeddings: bool,
-    /// The activation.
+    /// The activation function of the MLP.
     pub activation: Activation,
 }
 
-/// The most decoder layers: bounds what a reader builds from the keys alone.
+/// The largest number of decoder layers: bounds what a reader allocates from the keys alone.
 const MAX_LAYERS: u64 = 4096;
-/// The largest of the other sizes.
+/// The largest vocabulary and width.
 const MAX_SIZE: u64 = 1 << 24;
 
 impl ModelSpec {
-    /// STB-R-062: values that a reader may compute with.
+    /// Checks that the values are consistent and within limits (STB-R-062).
     ///
     /// # Errors
     /// STB-R-062 with the offending value.
@@ -137,7 +139,7 @@ impl ModelSpec {
     }
 }
 
-/// A family of models: what a checkpoint calls its tensors, and what its `config.json` means.
+/// A family of models: its tensor names and the reader of its `config.json`.
 pub struct Family {
     /// The value of `model.architecture` in a file.
     pub(super) architecture: &'static str,
@@ -145,14 +147,14 @@ pub struct Family {
     pub(super) model_types: &'static [&'static str],
     /// The token embeddings, [vocab, hidden].
     pub(super) token_embedding: &'static str,
-    /// What stands before the number of a decoder layer.
+    /// The part of a tensor name before the index of a decoder layer.
     pub(super) layer_prefix: &'static str,
-    /// The tensors of a decoder layer in the order in which a forward pass uses them, with their
-    /// names behind the number of the layer. A tensor that the block does not have is left out.
+    /// The tensors of a decoder layer in the order of a forward pass: role, and the part of the name
+    /// after the index of the layer. Tensors that the block lacks are skipped.
     pub(super) layer: &'static [(Role, &'static str)],
-    /// The norm behind the last layer.
+    /// The norm after the last layer.
     pub(super) final_norm: &'static str,
-    /// The matrix that turns hidden states into logits, if it is not the embeddings.
+    /// The lm_head, unless it is tied to the embeddings.
     pub(super) lm_head: &'static str,
     /// Reads `config.json`.
     pub(super) from_config: fn(&dyn ConfigFields) -> std::result::Result<ModelSpec, ConfigError>,
@@ -169,7 +171,7 @@ impl Architecture {
         self.0.architecture
     }
 
-    /// Names of tensors.
+    /// The family with its tensor names.
     pub(super) fn family(self) -> &'static Family {
         self.0
     }

@@ -5,7 +5,7 @@ use super::roles::{Linear, LinearInput, NormSite, Role, TensorSpec};
 use super::spec::ModelSpec;
 
 impl Block {
-    /// Whether a layer of this kind has a tensor of this role.
+    /// Whether the layer has a tensor of this role.
     fn has(&self, role: Role) -> bool {
         match role {
             Role::Norm(NormSite::Query | NormSite::Key) => self.attention.qk_norm,
@@ -28,7 +28,7 @@ impl Block {
 }
 
 impl ModelSpec {
-    /// All tensors of the model, in the order in which a forward pass uses them.
+    /// All tensors of the model, in the order of a forward pass.
     pub fn tensors(&self) -> impl Iterator<Item = TensorSpec> + '_ {
         let family = self.architecture.family();
         let outside = move |name: &str, role: Role| TensorSpec {
@@ -44,7 +44,7 @@ impl ModelSpec {
             .chain(head)
     }
 
-    /// The tensors of decoder layer `layer`, in the order in which a forward pass uses them.
+    /// The tensors of decoder layer `layer`, in the order of a forward pass.
     pub fn layer_tensors(&self, layer: u64) -> impl Iterator<Item = TensorSpec> + '_ {
         let family = self.architecture.family();
         let block = self.block(layer);
@@ -57,8 +57,8 @@ impl ModelSpec {
         })
     }
 
-    /// Whether a checkpoint may hold a tensor of this name although the model does without: a copy
-    /// of tied embeddings, or tables that RoPE can compute.
+    /// Whether a checkpoint may have a tensor of this name that the model does not need: a copy of tied
+    /// embeddings, or RoPE frequencies.
     #[must_use]
     pub fn is_redundant(&self, name: &str) -> bool {
         let copy_of_tied = name == self.architecture.family().lm_head && self.tied_embeddings;

@@ -1,4 +1,4 @@
-//! Ids 1 to 3: f32, f16 and bf16, row-major (spec §6.2).
+//! Ids 1 to 3: f32, f16 and bf16, row-major (spec, encodings §2).
 
 use std::fmt;
 

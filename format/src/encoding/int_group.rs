@@ -12,7 +12,7 @@ use super::traits::{WeightEncoding, WeightView};
 use crate::error::Result;
 use crate::num::first_nonzero;
 
-/// Columns whose codes lie together: 4 bytes for each bit of a code.
+/// Columns per unit of codes. A unit takes 4 bytes for each bit of a code.
 pub const UNIT: usize = 32;
 
 /// Parameters of the integer group encodings.
@@ -28,7 +28,8 @@ impl IntGroup {
     /// The registered id for 1, 2 and 3 bits.
     pub const ODD_ID: u32 = 17;
 
-    /// `bits` 1, 2, 3, 4 or 8; `group` 32, 64 or 128 columns per scale.
+    /// `bits` per code: 1, 2, 3, 4 or 8. `group` columns per scale: 32, 64 or 128. `None` for other
+    /// values.
     #[must_use]
     pub fn new(bits: u8, group: u16) -> Option<Self> {
         let valid = matches!(bits, 1..=4 | 8) && matches!(group, 32 | 64 | 128);
@@ -42,7 +43,7 @@ impl IntGroup {
         self.bits
     }
 
-    /// Whether the codes are the odd integers (1 to 3 bits): ±1; ±1, ±3; or ±1, ±3, ±5, ±7.
+    /// Whether the codes are odd integers, as with 1 to 3 bits: ±1; ±1, ±3; or ±1, ±3, ±5, ±7.
     #[must_use]
     #[inline]
     pub fn is_odd(self) -> bool {
@@ -61,7 +62,7 @@ impl IntGroup {
         }
     }
 
-    /// Widths of the planes of a row: 3 bits are stored as 2 and 1.
+    /// Bits of each plane of a row. Codes of 3 bits are stored in planes of 2 bits and 1 bit.
     #[inline]
     fn planes(self) -> &'static [u8] {
         match self.bits {
@@ -73,7 +74,7 @@ impl IntGroup {
         }
     }
 
-    /// The code that is stored as the number `field`.
+    /// The code that is stored as the bits `field`.
     #[inline]
     fn code_of(self, field: u8) -> i8 {
         match self.bits {
@@ -161,9 +162,9 @@ pub struct IntGroupParts {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Signed codes, rows × cols: all between [`IntGroup::limits`], the odd ones for 1 to 3 bits.
+    /// Signed codes within [`IntGroup::limits`], [rows, cols]; odd for 1 to 3 bits.
     pub codes: Vec<i8>,
-    /// Scales, rows × ceil(cols / group).
+    /// Scales, [rows, ceil(cols / group)].
     pub scales: Vec<f16>,
 }
 
@@ -197,8 +198,8 @@ fn unit_bytes(width: u8) -> usize {
     usize::from(width).saturating_mul(4)
 }
 
-/// Byte k holds the fields of columns k, k + n, k + 2n, … where n is the number of bytes. Columns
-/// that do not exist are zero bits, not the code of weight 0.
+/// Packs the fields of one unit into n bytes: byte k has the fields of columns k, k + n, k + 2n, …
+/// Bits of columns past the last one are zero.
 fn pack_unit(mut fields: impl Iterator<Item = u8>, width: u8) -> Vec<u8> {
     let mut bytes = vec![0u8; unit_bytes(width)];
     let mut shift = 0;
@@ -262,8 +263,8 @@ impl<'a> IntGroupView<'a> {
         self.scales.get(start..start.saturating_add(self.groups())).unwrap_or_default()
     }
 
-    /// The planes of row `row`: all bits of its codes, or the low two and the third of 3 bits. The
-    /// second is empty unless there are 3 bits.
+    /// The planes of row `row`. Codes of 3 bits have a plane of the low two bits and one of the third.
+    /// Other codes have one plane, and the second is empty.
     #[must_use]
     #[inline]
     pub fn row_planes(&self, row: usize) -> [&'a [u8]; 2] {
@@ -272,7 +273,7 @@ impl<'a> IntGroupView<'a> {
         codes.split_at_checked(first).map_or([codes, &[]], |(low, high)| [low, high])
     }
 
-    /// Bytes of the low plane of a row of 3 bits: two thirds.
+    /// Bytes of the low plane of a row of 3-bit codes.
     #[inline]
     fn low_plane_bytes(&self) -> usize {
         self.row_bytes.wrapping_div(3).saturating_mul(2)
@@ -283,17 +284,17 @@ impl<'a> IntGroupView<'a> {
         self.spec.code_of(self.field(planes, col))
     }
 
-    /// The number that is stored for column `col` of a row with these planes.
+    /// The stored bits of column `col` of a row with these planes.
     fn field(&self, planes: [&[u8]; 2], col: usize) -> u8 {
         let (mut field, mut shift) = (0u8, 0u32);
         for (&width, plane) in self.spec.planes().iter().zip(planes) {
             let n = unit_bytes(width);
             let (unit, place) = (col.wrapping_div(UNIT), col.wrapping_rem(UNIT));
             let at = unit.saturating_mul(n).saturating_add(place.checked_rem(n).unwrap_or(0));
-            let turn = place.checked_div(n).unwrap_or(0).saturating_mul(usize::from(width));
+            let offset = place.checked_div(n).unwrap_or(0).saturating_mul(usize::from(width));
             let byte = plane.get(at).copied().unwrap_or(0);
             let mask = u8::MAX.wrapping_shr(8u32.saturating_sub(width.into()));
-            let bits = byte.wrapping_shr(u32::try_from(turn).unwrap_or(0)) & mask;
+            let bits = byte.wrapping_shr(u32::try_from(offset).unwrap_or(0)) & mask;
             field |= bits.wrapping_shl(shift);
             shift = shift.saturating_add(u32::from(width));
         }
@@ -313,8 +314,8 @@ impl<'a> IntGroupView<'a> {
         IntGroupParts { spec, rows, cols, codes, scales: f16_vec(self.scales) }
     }
 
-    /// Whether the columns that fill the last group of each row, and the bytes before the scales, are
-    /// zero: what packing the content again would show, without the time that takes.
+    /// Whether the padding columns of the last group of each row and the padding before the scales are
+    /// zero. Faster than [`check_canonical`], with the same result.
     fn unused_is_zero(&self, payload: &[u8]) -> bool {
         let scales = self.scales.as_flattened().len();
         let padding = payload.len().saturating_sub(scales);

@@ -1,10 +1,10 @@
-//! The registered weight encodings: parameters, layout, exact decoding and packing (spec §6).
+//! The registered weight encodings: parameters, layout, exact decoding and packing (spec, encodings).
 //!
-//! Each encoding has a submodule with the same parts: a parameter struct that implements
-//! [`WeightEncoding`] (the 16 bytes of a tensor entry), a view of the payload in place that implements
-//! [`WeightView`] (with `decode_row`, the definition of the weights), a `Parts` struct with the logical
-//! content, and `pack` and `unpack` between parts and bytes. One line of the registry in this file makes
-//! it a variant of [`Encoding`] and of [`MatrixView`].
+//! Each encoding has a submodule with the same items: a parameter struct that implements
+//! [`WeightEncoding`], a view of the payload in place that implements [`WeightView`], a `Parts` struct
+//! with the logical content, and `pack` and `unpack` to convert between parts and bytes. `decode_row`
+//! defines the weights. A line in the registry of this file makes the encoding a variant of
+//! [`Encoding`] and of [`MatrixView`].
 
 pub mod dense;
 pub mod int_group;
@@ -23,15 +23,16 @@ pub use nm::{Nm, NmParts, NmRate, NmView};
 pub use stbllm::{Stbllm, StbllmParts, StbllmView};
 pub use traits::{WeightEncoding, WeightView};
 
-/// Defines [`Encoding`] and [`MatrixView`] with a variant for each line: documentation, name, type of
-/// the parameters, type of the view.
+/// Defines [`Encoding`] and [`MatrixView`]. Each line is a variant: documentation, name, parameter type
+/// and view type.
 macro_rules! registry {
     ($($(#[doc = $doc:literal])+ $name:ident: $spec:ident => $view:ident,)+) => {
-        /// How the weights of one tensor are stored, with the parameters of its tensor entry.
+        /// The encoding of a tensor with its parameters.
         #[derive(Clone, Debug, PartialEq, Eq)]
         pub enum Encoding {
             $($(#[doc = $doc])+ $name($spec),)+
-            /// Not known to this reader. The tensor cannot be decoded; the rest of the file can.
+            /// An encoding that this reader does not know. The other tensors of the file can be
+            /// decoded.
             Unknown {
                 /// The id in the file.
                 id: u32,
@@ -83,7 +84,7 @@ macro_rules! registry {
                 }
             }
 
-            /// Bytes that a tensor of `shape` takes; `None` for an unknown encoding.
+            /// The length in bytes of a tensor of `shape`; `None` for an unknown encoding.
             ///
             /// # Errors
             /// STB-R-037 if the encoding does not allow the shape, STB-R-031 if the size overflows.
@@ -159,16 +160,16 @@ registry! {
     IntGroup: IntGroup => IntGroupView,
     /// Id 32: the N:8 structure of STBLLM with three regions and salient columns.
     Stbllm: Stbllm => StbllmView,
-    /// Id 48: positions and signs of N:M groups, packed together.
+    /// Id 48: N:M sparse signs, with positions and signs of a group packed together.
     Nm: Nm => NmView,
 }
 
 impl Encoding {
-    /// Checks the content of a payload (STB-R-041 to STB-R-044); offsets are within the payload.
-    /// An unknown encoding passes.
+    /// Checks the content of a payload (STB-R-041 to STB-R-044). Unknown encodings are not checked.
     ///
     /// # Errors
-    /// The first rule that is broken.
+    /// The first broken rule, with its offset in the payload; STB-R-038 if the payload has the wrong
+    /// length.
     pub fn check_payload(&self, rows: u64, cols: u64, payload: &[u8]) -> Result<()> {
         if let Self::Unknown { .. } = self {
             return Ok(());
@@ -211,12 +212,12 @@ impl MatrixView<'_> {
         WeightView::cols(self)
     }
 
-    /// Decodes row `row` into `out`, see [`WeightView::decode_row`].
+    /// Decodes row `row` into `out`; see [`WeightView::decode_row`].
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
         WeightView::decode_row(self, row, out);
     }
 
-    /// Decodes the matrix, rows × cols, row-major.
+    /// Decodes the whole matrix, [rows, cols].
     #[must_use]
     pub fn decode(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows().saturating_mul(self.cols())];

@@ -1,5 +1,5 @@
-//! Id 48: N:M sparse-sign groups (spec §6.5). A group of M columns in one row keeps at most N
-//! weights of one magnitude; positions and signs are one code, stored in bit planes of tiles.
+//! Id 48: N:M sparse signs (spec, encodings §5). A group of M columns in one row keeps at most N weights
+//! of equal magnitude. One code has their positions and signs. Codes are stored in bit planes by tile.
 
 use std::fmt;
 
@@ -13,17 +13,17 @@ use super::traits::{WeightEncoding, WeightView};
 use crate::error::Result;
 use crate::num::len_u64;
 
-/// Rows of a tile: the 16 bytes of one SIMD lane.
+/// Rows per tile: the 16 bytes of a SIMD lane.
 pub const TILE: usize = 16;
-/// Groups of a quad: the four lanes of a 64-byte vector.
+/// Groups per quad: the four lanes of a 64-byte vector.
 pub const QUAD: usize = 4;
-/// Quads of a chunk: after so many, every plane has filled whole vectors.
+/// Quads per chunk. Every plane of a chunk fills whole vectors.
 pub const CHUNK_QUADS: usize = 8;
-/// Bytes of a vector: one quad of groups for the 16 rows of a tile.
+/// Bytes per vector: one quad of groups for the 16 rows of a tile.
 pub const VECTOR: usize = 64;
 
-/// Compiles an expression for each rate of the format and evaluates that of the rate of `spec`, an
-/// [`Nm`]. The three names are constants of type `usize` in it: N, M and the bits of a code.
+/// Compiles an expression for each N:M rate of the format and evaluates the one for the rate of `spec`,
+/// an [`Nm`]. In the expression, the three names are `usize` constants: N, M and the bits of a code.
 ///
 /// ```
 /// use stb_format::encoding::Nm;
@@ -37,7 +37,7 @@ pub const VECTOR: usize = 64;
 /// ```
 #[macro_export]
 macro_rules! nm_rates {
-    // The table.
+    // All rates of the format.
     (@table $rule:ident $arguments:tt) => {
         $crate::nm_rates!(@$rule $arguments (1, 4), (1, 8), (2, 4), (2, 8))
     };
@@ -66,7 +66,7 @@ macro_rules! nm_rates {
     };
 }
 
-/// How many weights of how many columns an N:M group keeps.
+/// An N:M rate: groups of M columns keep at most N weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NmRate {
     n: u8,
@@ -74,7 +74,7 @@ pub struct NmRate {
 }
 
 impl NmRate {
-    /// The rates that the format has.
+    /// All rates of the format.
     pub const ALL: &'static [Self] = nm_rates!(list);
 
     /// Bits of a position: log2 M.
@@ -114,8 +114,9 @@ impl Nm {
     /// The registered id.
     pub const ID: u32 = 48;
 
-    /// `n`:`m` is one of [`NmRate::ALL`]. `scale_bits` 0, 4 or 8 per row and `block`
-    /// columns; `block` is 0 exactly if `scale_bits` is, else a multiple of 32.
+    /// `n`:`m` is one of [`NmRate::ALL`]. Each row has a scale code of `scale_bits` bits, 0, 4 or 8, per
+    /// `block` columns. `block` is a multiple of 32, or 0 if and only if `scale_bits` is 0. `None` for
+    /// other values.
     #[must_use]
     pub fn new(n: u8, m: u8, scale_bits: u8, block: u16, col_factors: bool) -> Option<Self> {
         let rate = NmRate::ALL.iter().copied().find(|rate| (rate.n, rate.m) == (n, m))?;
@@ -125,7 +126,7 @@ impl Nm {
         valid.then_some(Self { rate, scale_bits, col_factors, block })
     }
 
-    /// The most weights kept in a group.
+    /// The largest number of weights kept in a group.
     #[must_use]
     #[inline]
     pub fn n(self) -> usize {
@@ -139,14 +140,14 @@ impl Nm {
         usize::from(self.rate.m)
     }
 
-    /// Bits of a block scale code: 0, 4 or 8.
+    /// Bits of a block scale code: 4 or 8, or 0 without block scales.
     #[must_use]
     #[inline]
     pub fn scale_bits(self) -> u8 {
         self.scale_bits
     }
 
-    /// Columns that share a block scale code; 0 if there are none.
+    /// Columns that share a block scale code; 0 without block scales.
     #[must_use]
     #[inline]
     pub fn block(self) -> usize {
@@ -173,14 +174,15 @@ impl Nm {
         self.rate.code_bits()
     }
 
-    /// Widths of the bit planes of a code, low bits first: its binary digits from 8 down to 1.
+    /// Widths of the bit planes of a code, low bits first: the powers of two that sum to
+    /// [`Nm::code_bits`], largest first.
     pub fn planes(self) -> impl Iterator<Item = u32> {
         let bits = self.code_bits();
         [8, 4, 2, 1].into_iter().filter(move |w| bits & w != 0)
     }
 
-    /// The kept weights of `code` as (position, negative); the second is absent in 1:M and in
-    /// codes of 2:M that keep one weight.
+    /// The kept weights of `code` as (position, negative). The second is `None` for 1:M, and for codes
+    /// of 2:M that keep one weight.
     #[must_use]
     #[inline]
     pub fn pattern(self, code: u16) -> [Option<(usize, bool)>; 2] {
@@ -197,9 +199,8 @@ impl Nm {
         [first, second]
     }
 
-    /// The code that keeps `first` and `second`, in any order: the inverse of [`Nm::pattern`].
-    /// `None` if a position is outside the group, or if two equal positions or a second weight in
-    /// 1:M are asked for.
+    /// The code that keeps `first` and `second`, in any order. The inverse of [`Nm::pattern`]. `None` if
+    /// a position is outside the group, the positions are equal, or 1:M gets a second weight.
     #[must_use]
     pub fn code(self, first: (usize, bool), second: Option<(usize, bool)>) -> Option<u16> {
         let bits = self.position_bits();
@@ -214,8 +215,8 @@ impl Nm {
         if self.rate.n == 1 || a == b {
             return None;
         }
-        // Equal signs put the lower position first, different signs the higher; the first one's
-        // sign is stored.
+        // Equal signs put the lower position first, different signs the higher. The sign of the first
+        // is stored.
         let swap = (first.1 == negative_b) != (a < b);
         let (i, j, negative) = if swap { (b, a, negative_b) } else { (a, b, first.1) };
         Some(i | j << bits | sign(negative))
@@ -226,7 +227,7 @@ impl Nm {
         cols.div_ceil(u64::from(self.rate.m))
     }
 
-    /// Bytes of the vectors of one chunk with `quads` quads, 1 to 8.
+    /// Bytes of the codes of a chunk with `quads` quads, 0 to 8.
     fn chunk_bytes(self, quads: u64) -> u64 {
         let vectors = |w: u32| quads.saturating_mul(u64::from(w)).div_ceil(8);
         self.planes().map(vectors).sum::<u64>().saturating_mul(len_u64(VECTOR))
@@ -299,7 +300,7 @@ impl fmt::Display for Nm {
     }
 }
 
-/// The logical content of a N:M sparse-sign tensor.
+/// The logical content of an N:M sparse-sign tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NmParts {
     /// Parameters.
@@ -308,13 +309,13 @@ pub struct NmParts {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Column factors, cols; empty if the encoding has none.
+    /// Column factors, `[cols]`; empty if the encoding has none.
     pub col_factors: Vec<f16>,
-    /// Row scales, rows.
+    /// Row scales, `[rows]`.
     pub row_scales: Vec<f16>,
-    /// Block scale codes, rows × blocks; empty if the encoding has none.
+    /// Block scale codes, [rows, blocks]; empty if the encoding has none.
     pub block_codes: Vec<u8>,
-    /// Codes, rows × ceil(cols / M).
+    /// Codes, [rows, ceil(cols / M)].
     pub codes: Vec<u16>,
 }
 
@@ -338,7 +339,8 @@ impl NmParts {
         ])
     }
 
-    /// Block scale codes by tile and block, 16 rows together; 4-bit codes pair rows k and k + 8.
+    /// Packs block scale codes by tile and block, the 16 rows of a tile together. A byte of 4-bit codes
+    /// has those of rows k and k + 8.
     fn pack_block_codes(&self) -> Vec<u8> {
         let blocks = usize::try_from(self.spec.blocks(len_u64(self.cols))).unwrap_or(0);
         if blocks == 0 {
@@ -360,7 +362,7 @@ impl NmParts {
         bytes
     }
 
-    /// The vectors of one chunk of a tile: each plane in turn, 64 bytes per vector.
+    /// Appends the vectors of one chunk of a tile to `out`, plane by plane.
     fn pack_chunk(&self, tile: &[&[u16]], chunk: usize, groups: usize, out: &mut Vec<u8>) {
         let first_quad = chunk.saturating_mul(CHUNK_QUADS);
         let quads = groups.div_ceil(QUAD).saturating_sub(first_quad).min(CHUNK_QUADS);
@@ -396,7 +398,7 @@ impl NmParts {
     }
 }
 
-/// A N:M sparse-sign matrix in place.
+/// An N:M sparse-sign matrix in place.
 #[derive(Clone, Copy, Debug)]
 pub struct NmView<'a> {
     /// Parameters.
@@ -463,7 +465,7 @@ impl<'a> NmView<'a> {
         self.codes.get(start..start.saturating_add(self.tile_bytes)).unwrap_or_default()
     }
 
-    /// The scale code of a row and block.
+    /// The block scale code of a row and block.
     #[must_use]
     pub fn block_code(&self, row: usize, block: usize) -> u8 {
         let (tile, r) = (row.wrapping_div(TILE), row.wrapping_rem(TILE));
@@ -480,7 +482,7 @@ impl<'a> NmView<'a> {
         }
     }
 
-    /// The multiplier of a scale code: (code + 1) / 2^bits, exact in binary32.
+    /// The multiplier of a block scale code: (code + 1) / 2^bits, exact in binary32.
     #[must_use]
     pub fn multiplier(&self, code: u8) -> f32 {
         let step = if self.spec.scale_bits == 8 { 1.0 / 256.0 } else { 1.0 / 16.0 };
@@ -569,7 +571,7 @@ impl WeightView for NmView<'_> {
                 } else {
                     1.0
                 };
-                // Positions past the last column of a ragged group keep nothing.
+                // Positions past the last column are ignored.
                 if let Some(w) = weights.get_mut(position) {
                     *w = signed(scale * factor, negative);
                 }

@@ -1,17 +1,17 @@
-//! What the layouts of all encodings are made of: segments with zero padding between them (spec §6.1),
-//! and binary16 numbers in place.
+//! Segments of payloads with zero padding between them (spec, encodings §1), and binary16 numbers in
+//! place.
 
 use crate::error::{Error, Result, Rule};
 use crate::limits::TENSOR_ALIGN;
 use crate::num::{align_up, first_nonzero, len_u64, slice};
 
-/// The length of a payload whose segments have these lengths (spec §6.1).
+/// The length of a payload with segments of these lengths; `None` on overflow.
 pub(crate) fn total<const N: usize>(lengths: [u64; N]) -> Option<u64> {
     let add = |end, len| align_up(end, TENSOR_ALIGN)?.checked_add(len);
     lengths.into_iter().try_fold(0, add)
 }
 
-/// Splits a payload into its segments; `None` if it does not have exactly their total length.
+/// Splits a payload into segments of these lengths; `None` if the total length differs.
 pub(crate) fn split<const N: usize>(payload: &[u8], lengths: [u64; N]) -> Option<[&[u8]; N]> {
     if total(lengths)? != len_u64(payload.len()) {
         return None;
@@ -26,7 +26,7 @@ pub(crate) fn split<const N: usize>(payload: &[u8], lengths: [u64; N]) -> Option
     Some(parts)
 }
 
-/// Joins segments with zero padding: the inverse of [`split`].
+/// Joins segments with zero padding. The inverse of [`split`].
 pub(crate) fn join<const N: usize>(parts: [&[u8]; N]) -> Vec<u8> {
     let mut out: Vec<u8> = Vec::new();
     for part in parts {
@@ -36,7 +36,8 @@ pub(crate) fn join<const N: usize>(parts: [&[u8]; N]) -> Vec<u8> {
     out
 }
 
-/// STB-R-041: a payload equals what its own content packs to, so every unused bit is zero.
+/// STB-R-041: the payload equals `packed`, its content unpacked and packed again, so that all unused
+/// bits are zero.
 pub(crate) fn check_canonical(payload: &[u8], packed: &[u8]) -> Result<()> {
     let differs = payload.iter().zip(packed).map(|(a, b)| a ^ b).collect::<Vec<u8>>();
     match first_nonzero(&differs) {
@@ -48,7 +49,7 @@ pub(crate) fn check_canonical(payload: &[u8], packed: &[u8]) -> Result<()> {
     }
 }
 
-/// STB-R-042: every binary16 number of a segment is finite.
+/// STB-R-042: all binary16 numbers of `segment` are finite. `what` names them in the error.
 pub(crate) fn check_finite_f16(payload: &[u8], segment: &[[u8; 2]], what: &str) -> Result<()> {
     match segment.iter().position(|b| !half::f16::from_le_bytes(*b).is_finite()) {
         None => Ok(()),
@@ -67,23 +68,23 @@ pub(crate) fn as_f16(bytes: &[u8]) -> &[[u8; 2]] {
     bytemuck::cast_slice(bytes.as_chunks::<2>().0)
 }
 
-/// A binary16 number of a segment as binary32; zero outside, which validated views never reach.
+/// A binary16 number of a segment as binary32; zero if out of bounds, which validated views never are.
 #[inline]
 pub(crate) fn f16_at(segment: &[[u8; 2]], index: usize) -> f32 {
     segment.get(index).map_or(0.0, |b| half::f16::from_le_bytes(*b).to_f32())
 }
 
-/// The bytes of binary16 numbers.
+/// The little-endian bytes of binary16 numbers.
 pub(crate) fn f16_bytes(values: &[half::f16]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// Binary16 numbers of a segment.
+/// The binary16 numbers of a segment.
 pub(crate) fn f16_vec(segment: &[[u8; 2]]) -> Vec<half::f16> {
     segment.iter().map(|b| half::f16::from_le_bytes(*b)).collect()
 }
 
-/// IEEE 754 negation if `negative`: keeps the sign of zero exact across implementations.
+/// Negates `value` if `negative`. IEEE 754 negation keeps the sign of zero equal in all implementations.
 pub(crate) fn signed(value: f32, negative: bool) -> f32 {
     if negative { -value } else { value }
 }

@@ -1,5 +1,5 @@
-//! Id 32: the strict STBLLM structure (spec §6.4): N:8 mask, signs, three magnitude regions,
-//! salient columns with a residual sign, and five scales per row and block.
+//! Id 32: the structure of the STBLLM paper (spec, encodings §4): N:8 mask, signs, three magnitude
+//! regions, salient columns with a residual sign, and five scales per row and block.
 
 use std::fmt;
 
@@ -29,14 +29,15 @@ impl Stbllm {
     /// The registered id.
     pub const ID: u32 = 32;
 
-    /// `n` weights of 8 are kept, 1 to 8; `block` columns share scales, a multiple of 32.
+    /// Keeps `n` of 8 weights, 1 to 8. `block` columns, a multiple of 32, share scales. `None` for
+    /// other values.
     #[must_use]
     pub fn new(n: u8, block: u16) -> Option<Self> {
         let valid = (1..=8).contains(&n) && block != 0 && block.is_multiple_of(32);
         valid.then_some(Self { n, block })
     }
 
-    /// Weights kept of each 8.
+    /// Weights kept of each group of 8.
     #[must_use]
     #[inline]
     pub fn n(self) -> usize {
@@ -114,20 +115,21 @@ pub struct StbllmParts {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Whether each column is salient, cols.
+    /// Whether each column is salient, `[cols]`.
     pub salient: Vec<bool>,
-    /// State of each weight, rows × cols: 0 pruned; 1 dense, 2 intermediate, 3 sparse region;
-    /// in salient columns 1 residual sign +, 2 residual sign −.
+    /// State of each weight, [rows, cols]. 0 is pruned. In other than salient columns, 1 is the dense, 2
+    /// the intermediate and 3 the sparse region. In salient columns, 1 is a positive and 2 a negative
+    /// residual.
     pub states: Vec<u8>,
-    /// Whether each kept weight is negative, rows × cols; false where pruned.
+    /// Whether each weight is negative, [rows, cols]; false for pruned weights.
     pub negative: Vec<bool>,
-    /// Scales, rows × blocks × 5: dense, intermediate, sparse, salient, residual.
+    /// Scales, [rows, blocks, 5]: dense, intermediate, sparse, salient, residual.
     pub scales: Vec<f16>,
 }
 
 impl StbllmParts {
-    /// The payload. States and signs must keep [`Stbllm::kept`] weights in every group; surplus
-    /// signs are dropped.
+    /// The payload. `states` must keep [`Stbllm::kept`] weights in every group; signs of surplus weights
+    /// are dropped.
     #[must_use]
     pub fn pack(&self) -> Vec<u8> {
         let cols = self.cols.max(1);
@@ -151,7 +153,7 @@ impl StbllmParts {
         join([&salient, &states, &signs, &f16_bytes(&self.scales)])
     }
 
-    /// N bytes for one unit: sign k of group g is bit g·N + k.
+    /// The signs of one unit, N bytes. Bit g·N + k is the sign of kept weight k of group g.
     fn pack_signs(&self, states: &[u8], negative: &[bool]) -> Vec<u8> {
         let mut bits = 0u64;
         let mut base = 0u32;
@@ -166,9 +168,9 @@ impl StbllmParts {
     }
 }
 
-/// Bit i of the word is `set` of element i.
-fn word<T>(elements: &[T], set: impl Fn(&T) -> bool) -> [u8; 8] {
-    let bit = |word: u64, (i, e): (u32, &T)| word | u64::from(set(e)).wrapping_shl(i);
+/// A word whose bit i is `is_set` of element i.
+fn word<T>(elements: &[T], is_set: impl Fn(&T) -> bool) -> [u8; 8] {
+    let bit = |word: u64, (i, e): (u32, &T)| word | u64::from(is_set(e)).wrapping_shl(i);
     (0..64).zip(elements).fold(0, bit).to_le_bytes()
 }
 
@@ -181,7 +183,7 @@ pub struct StbllmView<'a> {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Salient columns, one bit each, words of 64.
+    /// Salient columns, one bit each, in words of 64.
     pub salient: &'a [[u8; 8]],
     /// State planes: rows × units × (low word, high word).
     pub states: &'a [[[u8; 8]; 2]],
@@ -221,14 +223,14 @@ impl<'a> StbllmView<'a> {
         self.cols.div_ceil(self.spec.block())
     }
 
-    /// Salient mask of unit `unit`: bit c is column 64·unit + c.
+    /// The mask of salient columns of unit `unit`. Bit c is column 64·unit + c.
     #[must_use]
     #[inline]
     pub fn salient_word(&self, unit: usize) -> u64 {
         u64::from_le_bytes(self.salient.get(unit).copied().unwrap_or_default())
     }
 
-    /// Low and high state words of a unit.
+    /// The low and high bits of the states of a unit.
     #[must_use]
     #[inline]
     pub fn state_words(&self, row: usize, unit: usize) -> (u64, u64) {
@@ -237,7 +239,7 @@ impl<'a> StbllmView<'a> {
         (u64::from_le_bytes(low), u64::from_le_bytes(high))
     }
 
-    /// Sign word of a unit: sign k of its group g is bit g·N + k.
+    /// The signs of a unit. Bit g·N + k is the sign of kept weight k of group g.
     #[must_use]
     #[inline]
     pub fn sign_word(&self, row: usize, unit: usize) -> u64 {
@@ -263,7 +265,7 @@ impl<'a> StbllmView<'a> {
         scales
     }
 
-    /// Whether each weight of a unit is negative, as a mask over its 64 columns.
+    /// The mask of negative weights over the 64 columns of a unit.
     #[must_use]
     pub fn negative_word(&self, row: usize, unit: usize) -> u64 {
         let (low, high) = self.state_words(row, unit);
@@ -326,7 +328,7 @@ impl<'a> StbllmView<'a> {
         Ok(())
     }
 
-    /// A bit for every column of the unit that exists.
+    /// The mask of columns of the unit that are inside the matrix.
     fn used_columns(&self, unit: usize) -> u64 {
         match self.cols.saturating_sub(unit.saturating_mul(UNIT)) {
             width @ 0..UNIT => (1u64 << width).saturating_sub(1),
@@ -334,10 +336,11 @@ impl<'a> StbllmView<'a> {
         }
     }
 
+    /// STB-R-043 for one unit.
     fn check_counts(&self, row: usize, unit: usize, kept: u64) -> Result<()> {
         for (group, byte) in kept.to_le_bytes().into_iter().enumerate() {
             let first = unit.saturating_mul(UNIT).saturating_add(group.saturating_mul(8));
-            // Columns past the last one are unused bits: STB-R-041 looks at those.
+            // STB-R-041 covers the bits of columns past the last one.
             let width = self.cols.saturating_sub(first).min(8);
             let used = byte & u8::try_from((1u16 << width).saturating_sub(1)).unwrap_or(255);
             let expected = self.spec.kept(width);

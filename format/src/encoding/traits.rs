@@ -1,18 +1,18 @@
-//! What an encoding has to provide.
+//! The traits of weight encodings.
 
 use std::fmt;
 
 use crate::error::Result;
 
-/// The parameters of an encoding: what the tensor entry of a file says beside the shape.
+/// The parameters of an encoding, as stored in a tensor entry.
 pub trait WeightEncoding: Copy + fmt::Display {
-    /// A matrix of this encoding in place.
+    /// The view of a matrix in place.
     type View<'a>: WeightView;
 
     /// The registered ids.
     const IDS: &'static [u32];
 
-    /// Whether tensors of any number of dimensions can be stored, not only matrices.
+    /// Whether the encoding can store tensors of any number of dimensions, not only matrices.
     const ANY_SHAPE: bool = false;
 
     /// The encoding with this id (one of [`WeightEncoding::IDS`]) and these parameter bytes; `None` if
@@ -25,14 +25,14 @@ pub trait WeightEncoding: Copy + fmt::Display {
     /// The 16 parameter bytes of a tensor entry.
     fn params(self) -> [u8; 16];
 
-    /// Bytes of the payload of a `rows` × `cols` matrix; `None` on overflow.
+    /// The payload length of a `rows` × `cols` matrix in bytes; `None` on overflow.
     fn payload_len(self, rows: u64, cols: u64) -> Option<u64>;
 
     /// The payload of a `rows` × `cols` matrix in place; `None` if it has the wrong length.
     fn view(self, rows: u64, cols: u64, payload: &[u8]) -> Option<Self::View<'_>>;
 }
 
-/// A matrix of some encoding in place.
+/// A packed matrix in place.
 pub trait WeightView: Copy + fmt::Debug {
     /// The number of rows (output features).
     fn rows(&self) -> usize;
@@ -40,13 +40,13 @@ pub trait WeightView: Copy + fmt::Debug {
     /// The number of columns (input features).
     fn cols(&self) -> usize;
 
-    /// Decodes row `row` into `out` (one element per column): the exact weights of the spec.
-    /// Rows outside the matrix and surplus elements of `out` are left as they are.
+    /// Decodes row `row` into `out`, `[cols]`, exactly as the spec defines the weights. If the matrix
+    /// has no such row, `out` is unchanged.
     fn decode_row(&self, row: usize, out: &mut [f32]);
 
-    /// Checks the content of `payload`, which this is a view of (STB-R-041 to STB-R-044).
+    /// Checks the content of `payload`, the payload of this view (STB-R-041 to STB-R-044).
     ///
     /// # Errors
-    /// The first rule that is broken; offsets are within the payload.
+    /// The first broken rule, with its offset in the payload.
     fn check(&self, payload: &[u8]) -> Result<()>;
 }

@@ -13,7 +13,7 @@ use stb_runtime::{
 use super::args::{RunArgs, SamplingArgs};
 use super::{load, terminal};
 
-/// A session with the arguments that apply to each of its answers.
+/// A session with the command-line arguments of its answers.
 pub(super) struct Answerer<'a> {
     pub session: Session,
     sampler: Sampler,
@@ -23,14 +23,16 @@ pub(super) struct Answerer<'a> {
 
 impl<'a> Answerer<'a> {
     pub fn open(file: &Path, args: &'a RunArgs) -> Result<Self, Error> {
-        let (model, load) = load::open(file, &args.load)?;
+        let (engine, load) = load::open(file, &args.load)?;
         let context = Some(args.ctx).filter(|n| *n > 0);
-        let session =
-            Session::new(Arc::new(model), SessionOptions { context, template: !args.no_template })?;
-        let trained = session.engine().spec.context_length as usize;
+        let session = Session::new(
+            Arc::new(engine),
+            SessionOptions { context, template: !args.no_template },
+        )?;
+        let trained = session.engine().model.spec.context_length as usize;
         if args.ctx > trained {
             terminal::note(format_args!(
-                "note: the model was made for a context of {trained} tokens"
+                "note: the model has a context length of {trained} tokens"
             ));
         }
         let sampler = Sampler::new(sampling(&args.sampling, session.suggested_sampling()));
@@ -58,7 +60,7 @@ impl<'a> Answerer<'a> {
     /// Prints timings to standard error.
     pub fn report(&self, answer: &Generated) {
         let timings = &answer.timings;
-        let model = self.session.engine();
+        let engine = self.session.engine();
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         let prefill = rate(timings.prefill_tokens, timings.prefill);
         let decode = rate(timings.decode_tokens, timings.decode);
@@ -66,11 +68,11 @@ impl<'a> Answerer<'a> {
         if self.args.json_stats {
             let stats = serde_json::json!({
                 "load_seconds": self.load.as_secs_f64(),
-                "checksums_verified": model.verified,
-                "file_bytes": model.file_bytes,
-                "device": model.device_name().unwrap_or_else(|| "cpu".into()),
-                "isa": model.isa.name(),
-                "threads": model.pool.threads(),
+                "checksums_verified": engine.model.verified,
+                "file_bytes": engine.model.file_bytes,
+                "device": engine.device_name().unwrap_or_else(|| "cpu".into()),
+                "isa": engine.isa.name(),
+                "threads": engine.pool.threads(),
                 "prefill_tokens": timings.prefill_tokens,
                 "prefill_seconds": timings.prefill.as_secs_f64(),
                 "prefill_tokens_per_second": prefill,
@@ -82,12 +84,12 @@ impl<'a> Answerer<'a> {
             });
             terminal::note(stats);
         } else if !self.args.quiet {
-            let checked = if model.verified { "checked" } else { "not checked" };
+            let checked = if engine.model.verified { "checked" } else { "not checked" };
             terminal::note(format_args!(
                 "\n[load {:.0} ms, {} {checked} | prompt {} tokens, {prefill:.0}/s | answer {} tokens, \
                  {decode:.1}/s, ended by {} | memory {}]",
                 self.load.as_secs_f64() * 1e3,
-                terminal::bytes(model.file_bytes),
+                terminal::bytes(engine.model.file_bytes),
                 timings.prefill_tokens,
                 timings.decode_tokens,
                 finish_name(answer.finish),
@@ -97,7 +99,7 @@ impl<'a> Answerer<'a> {
     }
 }
 
-/// Flags win over what the model file suggests.
+/// Flags override the values of the model file.
 fn sampling(args: &SamplingArgs, suggested: SamplerOptions) -> SamplerOptions {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     SamplerOptions {

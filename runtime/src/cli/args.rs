@@ -19,7 +19,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3
 pub(super) struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// Print the devices of this machine
+    /// List the devices of this machine
     #[arg(long)]
     pub list_devices: bool,
     #[command(flatten)]
@@ -28,9 +28,9 @@ pub(super) struct Cli {
 
 #[derive(Subcommand)]
 pub(super) enum Command {
-    /// Measure the perplexity of a model on a text, and its distance to another model
+    /// Measure perplexity on a text, and KL divergence from another model
     Perplexity(PerplexityArgs),
-    /// Measure the accuracy of a model on multiple-choice tasks
+    /// Measure accuracy on multiple-choice tasks
     ZeroShot(ZeroShotArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
@@ -42,7 +42,7 @@ pub(super) enum Command {
     },
 }
 
-/// How a model is loaded.
+/// Options for loading a model.
 #[derive(Args, Clone)]
 pub(super) struct LoadArgs {
     /// Threads; default: one per physical core that this process may use
@@ -58,18 +58,18 @@ pub(super) struct LoadArgs {
     /// and metadata only
     #[arg(long, value_name = "WHAT", env = "STB_VERIFY", default_value = "auto")]
     pub verify: VerifyArg,
-    /// Do not round activations to 8 bits; slower
+    /// Do not quantize activations to 8 bits; slower
     #[arg(long, env = "STB_EXACT")]
     pub exact: bool,
-    /// How keys and values of earlier tokens are kept [default: f16; f32 with --exact]
+    /// Type of the KV cache [default: f16; f32 with --exact]
     #[arg(long, value_name = "TYPE", env = "STB_KV")]
     pub kv: Option<KvArg>,
     /// Where to compute: cpu, cuda, cuda:N, or auto for a CUDA device if there is one [default: cpu,
     /// until the kernels have been proven on devices]
     #[arg(long, value_name = "DEVICE", env = "STB_DEVICE")]
     pub device: Option<DeviceChoice>,
-    /// Decoder layers that the device computes, the last ones; the CPU computes the rest. Also -ngl N.
-    /// Without --device it means --device auto [default: all]
+    /// Decoder layers on the device, counted from the last; the CPU computes the rest. Also -ngl N.
+    /// Implies --device auto unless --device is given [default: all]
     #[arg(long, value_name = "N", env = "STB_NGL")]
     pub gpu_layers: Option<usize>,
 }
@@ -94,16 +94,16 @@ pub(super) struct RunArgs {
     pub file: Option<PathBuf>,
     #[command(flatten)]
     pub load: LoadArgs,
-    /// Text to send; without it, from a pipe or an interactive chat
+    /// Prompt text; without it, read from a pipe or start a chat
     #[arg(short, long, value_name = "TEXT", help_heading = "Prompt")]
     pub prompt: Option<String>,
-    /// Instructions before the conversation
+    /// System instructions
     #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
     pub system: Option<String>,
-    /// Continue the prompt as it is, without the model's chat template
+    /// Continue the prompt without the model's chat template
     #[arg(long, help_heading = "Prompt")]
     pub no_template: bool,
-    /// Tokens of context; 0 for all the model has
+    /// Context length in tokens; 0 for the context length of the model
     #[arg(
         short,
         long,
@@ -123,14 +123,14 @@ pub(super) struct RunArgs {
     pub quiet: bool,
 }
 
-/// How tokens are chosen. Flags win over what the model file suggests.
+/// Sampling options. Flags override the values of the model file.
 #[derive(Args)]
 #[command(next_help_heading = "Sampling")]
 pub(super) struct SamplingArgs {
-    /// The most tokens to generate; default: until the model ends or the context is full
+    /// Largest number of tokens to generate; default: until an end token or a full context
     #[arg(short = 'n', long = "tokens", value_name = "N")]
     pub tokens: Option<usize>,
-    /// Temperature; 0 always takes the most likely token [default: 0.8]
+    /// Temperature; 0 selects the most likely token [default: 0.8]
     #[arg(long, value_name = "T", value_parser = non_negative)]
     pub temp: Option<f32>,
     /// Keep the K most likely tokens; 0 keeps all [default: 40]
@@ -139,10 +139,10 @@ pub(super) struct SamplingArgs {
     /// Keep the most likely tokens that together have this probability [default: 0.95]
     #[arg(long, value_name = "P", value_parser = share)]
     pub top_p: Option<f32>,
-    /// Keep tokens with this share of the best one's probability [default: 0.05]
+    /// Keep tokens with at least this fraction of the probability of the best one [default: 0.05]
     #[arg(long, value_name = "P", value_parser = share)]
     pub min_p: Option<f32>,
-    /// Make the last 64 tokens less likely; 1 is off [default: 1]
+    /// Penalty on the logits of the last 64 tokens; 1 is off [default: 1]
     #[arg(long, value_name = "X", value_parser = positive)]
     pub repeat_penalty: Option<f32>,
     /// Seed of the random choices; default: a new one each time
@@ -151,7 +151,7 @@ pub(super) struct SamplingArgs {
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
-    /// Never choose the end token: go on to -n or the end of the context
+    /// Never choose an end token: continue to -n or the end of the context
     #[arg(long)]
     pub ignore_eos: bool,
 }
@@ -165,20 +165,20 @@ pub(super) struct PerplexityArgs {
     /// The text, a UTF-8 file
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// A model to compare with, usually the dense checkpoint: KL divergence from it, share of
-    /// tokens with the same best prediction
+    /// A model to compare with, usually the dense checkpoint: reports KL divergence and the
+    /// fraction of tokens with the same best prediction
     #[arg(long, value_name = "PATH")]
     pub reference: Option<PathBuf>,
     /// Tokens per window; default: the context of the model
     #[arg(long, value_name = "N")]
     pub ctx: Option<usize>,
-    /// The most windows to use; default: all
+    /// Largest number of windows to use; default: all
     #[arg(long, value_name = "N")]
     pub windows: Option<usize>,
-    /// Split the text at this string into documents; each is stripped and gets a begin token
+    /// Split the text at this string into documents; each is trimmed and starts with a begin token
     #[arg(long, value_name = "TEXT")]
     pub separator: Option<String>,
-    /// The lines are rows of a data set, to be joined by two newlines: for wiki.test.raw
+    /// Treat lines as rows of a data set and join them by two newlines, as for wiki.test.raw
     #[arg(long, conflicts_with = "separator")]
     pub rows: bool,
     /// Print JSON
@@ -195,17 +195,17 @@ pub(super) struct ZeroShotArgs {
     pub tasks: Vec<PathBuf>,
     #[command(flatten)]
     pub load: LoadArgs,
-    /// A file of questions for this task, whatever its name; may be given several times
+    /// A file of questions for this task, with any name; may be given several times
     #[arg(long = "task", value_name = "NAME=FILE", value_parser = named_task)]
     pub named: Vec<(Task, PathBuf)>,
     /// Only the first N questions of each file
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
-    /// The most tokens that the model sees; default: its context
+    /// Largest number of input tokens; default: the context of the model
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub ctx: Option<u32>,
-    /// Do not put the begin token before questions even if the tokenizer does so, as old versions of
-    /// the harness
+    /// Do not start questions with a begin token even if the tokenizer adds one, as in old versions
+    /// of the harness
     #[arg(long)]
     pub no_begin_token: bool,
     /// Print JSON
@@ -213,7 +213,7 @@ pub(super) struct ZeroShotArgs {
     pub json: bool,
 }
 
-/// The largest number of tokens of a benchmark. It is above every context length.
+/// The largest number of tokens of a benchmark, above all context lengths.
 const MOST_TOKENS: i64 = 1 << 20;
 
 #[derive(Args)]
@@ -231,10 +231,10 @@ pub(super) struct BenchArgs {
     /// Tokens in the cache before generation is measured
     #[arg(short, long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=MOST_TOKENS))]
     pub depth: u32,
-    /// Sequences that generate side by side
+    /// Sequences that decode in one batch
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub batch: u32,
-    /// Runs; one more before them is not counted
+    /// Measured runs, after one warm-up run
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub runs: u16,
     /// Print JSON
@@ -284,7 +284,7 @@ pub(super) fn task_names() -> String {
     format!("use one of {}", Task::ALL.map(Task::name).join(", "))
 }
 
-/// Replaces `-ngl`, the name of llama.cpp, which clap cannot parse as a short option.
+/// Replaces `-ngl`, the option of llama.cpp, which clap cannot parse as a short option.
 pub(super) fn long_names(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
     args.map(|arg| if arg == "-ngl" { "--gpu-layers".into() } else { arg })
 }

@@ -1,4 +1,4 @@
-//! `stb-run bench`: prefill and decode speed with their spread, beside the limits of the machine.
+//! `stb-run bench`: prefill and decode speed with their spread, and the limits of the machine.
 
 use std::fmt;
 use std::time::Instant;
@@ -12,19 +12,19 @@ use super::terminal;
 
 pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let started = Instant::now();
-    let (model, load) = open(&args.file, &args.load)?;
+    let (engine, load) = open(&args.file, &args.load)?;
     let [prompt, tokens, depth, batch] =
         [args.prompt, args.tokens, args.depth, args.batch].map(|n| n as usize);
-    let mut state = State::new(&model, 1);
-    model.forward(&mut state, &[token(&model, 0)])?;
+    let mut state = State::new(&engine, 1);
+    engine.forward(&mut state, &[token(&engine, 0)])?;
     let first_token = started.elapsed().as_secs_f64();
     let mut runs = Runs::default();
     for run in 0..=args.runs {
-        let prefill = time_prefill(&model, prompt)?;
-        let (decode, cache) = time_decode(&model, depth, tokens, batch)?;
-        // The ceilings are those of the CPU.
-        let on_cpu = model.device_name().is_none();
-        let ceilings = on_cpu.then(|| (time_read(&model), time_multiply(&model)));
+        let prefill = time_prefill(&engine, prompt)?;
+        let (decode, cache) = time_decode(&engine, depth, tokens, batch)?;
+        // The probes measure the CPU.
+        let on_cpu = engine.device_name().is_none();
+        let ceilings = on_cpu.then(|| (time_read(&engine), time_multiply(&engine)));
         if terminal::interrupted() {
             return Ok(());
         }
@@ -36,7 +36,7 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
             runs.multiply.extend(ceilings.map(|c| c.1));
         }
     }
-    let report = Report::new(&model, args, runs, load.as_secs_f64(), first_token);
+    let report = Report::new(&engine, args, runs, load.as_secs_f64(), first_token);
     if args.json {
         terminal::line(report.json(args))?;
     } else {
@@ -46,70 +46,71 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 /// Token ids spread over the vocabulary. Their meaning does not affect speed.
-fn token(model: &Engine, i: usize) -> u32 {
-    ((i * 7919 + 1) % model.embeddings.rows()) as u32
+fn token(engine: &Engine, i: usize) -> u32 {
+    ((i * 7919 + 1) % engine.model.embeddings.rows()) as u32
 }
 
-fn time_prefill(model: &Engine, count: usize) -> Result<f64, Error> {
-    let tokens: Vec<u32> = (0..count).map(|i| token(model, i)).collect();
-    let mut state = State::new(model, count);
+fn time_prefill(engine: &Engine, count: usize) -> Result<f64, Error> {
+    let tokens: Vec<u32> = (0..count).map(|i| token(engine, i)).collect();
+    let mut state = State::new(engine, count);
     let started = Instant::now();
-    model.forward(&mut state, &tokens)?;
+    engine.forward(&mut state, &tokens)?;
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// Seconds for `count` tokens in each of `batch` sequences with `depth` tokens before them, and the
-/// bytes of keys and values of one sequence at the end.
+/// Decodes `count` tokens in each of `batch` sequences after `depth` tokens. Returns the seconds, and
+/// the bytes of the KV cache of one sequence at the end.
 fn time_decode(
-    model: &Engine,
+    engine: &Engine,
     depth: usize,
     count: usize,
     batch: usize,
 ) -> Result<(f64, usize), Error> {
     /// Prompt tokens per pass, as for a real prompt.
     const CHUNK: usize = 512;
-    let mut states: Vec<State> = (0..batch).map(|_| State::new(model, depth + count)).collect();
-    let prompt: Vec<u32> = (0..depth).map(|i| token(model, i)).collect();
+    let mut states: Vec<State> = (0..batch).map(|_| State::new(engine, depth + count)).collect();
+    let prompt: Vec<u32> = (0..depth).map(|i| token(engine, i)).collect();
     for state in &mut states {
         for chunk in prompt.chunks(CHUNK) {
-            model.forward(state, chunk)?;
+            engine.forward(state, chunk)?;
         }
     }
     let started = Instant::now();
     for i in 0..count {
         if let [state] = &mut states[..] {
-            model.forward(state, &[token(model, depth + i)])?;
+            engine.forward(state, &[token(engine, depth + i)])?;
         } else {
-            let tokens: Vec<u32> = (0..batch).map(|b| token(model, depth + i + b)).collect();
-            model.forward_batch(&mut states, &tokens)?;
+            let tokens: Vec<u32> = (0..batch).map(|b| token(engine, depth + i + b)).collect();
+            engine.forward_batch(&mut states, &tokens)?;
         }
     }
     Ok((started.elapsed().as_secs_f64(), states[0].cache_bytes()))
 }
 
-/// Memory bandwidth: bytes per second at which the threads read the weights without computing anything.
-fn time_read(model: &Engine) -> f64 {
+/// Memory bandwidth in bytes per second: the threads read the weights without computing.
+fn time_read(engine: &Engine) -> f64 {
     const PIECE: usize = 1 << 18;
-    let pieces: Vec<&[u8]> = model.matrices().flat_map(|w| w.bytes().chunks(PIECE)).collect();
+    let pieces: Vec<&[u8]> =
+        engine.model.matrices().flat_map(|w| w.bytes().chunks(PIECE)).collect();
     let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
-    // Small models are read several times, so that the time can be measured.
+    // Small models are read several times for a measurable duration.
     let rounds = ((64 << 20) / bytes.max(1)).max(1);
     let started = Instant::now();
     for _ in 0..rounds {
-        model.pool.run(pieces.len(), |i| {
-            std::hint::black_box(probe::read(model.isa, pieces[i]));
+        engine.pool.run(pieces.len(), |i| {
+            std::hint::black_box(probe::read(engine.isa, pieces[i]));
         });
     }
     (rounds * bytes) as f64 / started.elapsed().as_secs_f64()
 }
 
-/// 8-bit multiplications per second of all threads, from cache.
-fn time_multiply(model: &Engine) -> f64 {
+/// 8-bit multiplications per second of all threads, with operands in registers or cache.
+fn time_multiply(engine: &Engine) -> f64 {
     const COUNT: u64 = 1 << 30;
     let started = Instant::now();
-    let threads = model.pool.threads();
-    model.pool.run(threads, |_| {
-        std::hint::black_box(probe::multiply(model.isa, COUNT));
+    let threads = engine.pool.threads();
+    engine.pool.run(threads, |_| {
+        std::hint::black_box(probe::multiply(engine.isa, COUNT));
     });
     (threads as u64 * COUNT) as f64 / started.elapsed().as_secs_f64()
 }
@@ -124,7 +125,7 @@ struct Runs {
 }
 
 struct Report<'a> {
-    model: &'a Engine,
+    engine: &'a Engine,
     load: f64,
     first_token: f64,
     prefill: Spread,
@@ -132,22 +133,24 @@ struct Report<'a> {
     read: Spread,
     multiply: Spread,
     cache_bytes: usize,
-    /// Weights of all linear layers, without and with lm_head.
-    body: f64,
+    /// Number of weights of all linear layers, without lm_head.
+    layer_weights: f64,
+    /// Number of weights of all linear layers and lm_head.
     weights: f64,
-    /// Bytes per second of weights and cache that decoding reads.
+    /// Bytes per second of weights and KV cache that decoding reads.
     bandwidth: f64,
 }
 
 impl<'a> Report<'a> {
-    fn new(model: &'a Engine, args: &BenchArgs, runs: Runs, load: f64, first_token: f64) -> Self {
+    fn new(engine: &'a Engine, args: &BenchArgs, runs: Runs, load: f64, first_token: f64) -> Self {
         let size = |w: &stb_runtime::Weight| (w.rows() * w.cols()) as f64;
-        let weights: f64 = model.matrices().map(size).sum();
+        let weights: f64 = engine.model.matrices().map(size).sum();
         let decode = Spread::of(runs.decode);
         let passes = decode.median / f64::from(args.batch);
-        let read = model.bytes_per_token() as f64 + f64::from(args.batch) * runs.cache_bytes as f64;
+        let read =
+            engine.model.bytes_per_token() as f64 + f64::from(args.batch) * runs.cache_bytes as f64;
         Self {
-            model,
+            engine,
             load,
             first_token,
             prefill: Spread::of(runs.prefill),
@@ -156,26 +159,27 @@ impl<'a> Report<'a> {
             read: Spread::of(runs.read),
             multiply: Spread::of(runs.multiply),
             cache_bytes: runs.cache_bytes,
-            body: weights - size(model.lm_head()),
+            layer_weights: weights - size(engine.model.lm_head()),
             weights,
         }
     }
 
-    /// Multiplications per second of the prompt, counting one per weight. lm_head is not counted: it runs once per prompt.
+    /// Multiplications per second of the prefill, one per weight and token. The lm_head is not counted
+    /// because it runs once per prompt.
     fn products(&self) -> f64 {
-        self.prefill.median * self.body
+        self.prefill.median * self.layer_weights
     }
 
     fn json(&self, args: &BenchArgs) -> serde_json::Value {
-        let model = self.model;
+        let engine = self.engine;
         serde_json::json!({
-            "file_bytes": model.file_bytes,
-            "parameters": model.parameters(),
-            "device": model.device_name().unwrap_or_else(|| "cpu".into()),
-            "isa": model.isa.name(),
-            "threads": model.pool.threads(),
-            "exact": model.exact,
-            "kv": format!("{:?}", model.kv).to_lowercase(),
+            "file_bytes": engine.model.file_bytes,
+            "parameters": engine.model.parameters(),
+            "device": engine.device_name().unwrap_or_else(|| "cpu".into()),
+            "isa": engine.isa.name(),
+            "threads": engine.pool.threads(),
+            "exact": engine.exact,
+            "kv": format!("{:?}", engine.kv).to_lowercase(),
             "load_seconds": self.load,
             "first_token_seconds": self.first_token,
             "prompt_tokens": args.prompt,
@@ -188,7 +192,7 @@ impl<'a> Report<'a> {
             "machine_products_per_second": self.multiply.json(),
             "decode_tokens_per_second": self.decode.json(),
             "decode_weights_per_second": self.decode.median * self.weights,
-            "weight_bytes_per_token": model.bytes_per_token(),
+            "weight_bytes_per_token": engine.model.bytes_per_token(),
             "cache_bytes": self.cache_bytes,
             "decode_gigabytes_per_second": self.bandwidth / 1e9,
             "machine_read_bytes_per_second": self.read.json(),
@@ -197,7 +201,7 @@ impl<'a> Report<'a> {
     }
 
     fn text(&self, args: &BenchArgs) -> String {
-        let model = self.model;
+        let engine = self.engine;
         let of_ceiling = |part: f64, ceiling: &Spread, what: &str, digits: usize| {
             if ceiling.all.is_empty() {
                 return String::new();
@@ -213,11 +217,11 @@ impl<'a> Report<'a> {
              decode  {:>6} tokens   {:>10.1} tokens/s {}{}\n\
              {:24}{:>10.1} G weights/s\n\
              {:24}{:>10.2} GB/s{}\n\
-             per pass                {:>10} of weights, {} of keys and values",
-            terminal::bytes(model.file_bytes),
-            model.parameters(),
-            model.device_name().unwrap_or_else(|| model.isa.name().to_owned()),
-            model.pool.threads(),
+             per pass                {:>10} of weights, {} of KV cache",
+            terminal::bytes(engine.model.file_bytes),
+            engine.model.parameters(),
+            engine.device_name().unwrap_or_else(|| engine.isa.name().to_owned()),
+            engine.pool.threads(),
             args.runs,
             self.load * 1e3,
             self.first_token * 1e3,
@@ -226,7 +230,7 @@ impl<'a> Report<'a> {
             self.prefill,
             "",
             self.products() / 1e9,
-            of_ceiling(self.products(), &self.multiply, "G/s of multiplying every weight", 0),
+            of_ceiling(self.products(), &self.multiply, "G products/s peak", 0),
             args.tokens,
             self.decode.median,
             self.decode,
@@ -235,8 +239,8 @@ impl<'a> Report<'a> {
             self.decode.median * self.weights / 1e9,
             "",
             self.bandwidth / 1e9,
-            of_ceiling(self.bandwidth, &self.read, "GB/s at which the threads can read", 2),
-            terminal::bytes(model.bytes_per_token()),
+            of_ceiling(self.bandwidth, &self.read, "GB/s memory bandwidth", 2),
+            terminal::bytes(engine.model.bytes_per_token()),
             terminal::bytes(self.cache_bytes as u64 * u64::from(args.batch)),
         )
     }
@@ -249,6 +253,7 @@ struct Spread {
 }
 
 impl Spread {
+    /// The spread of `all` runs; the median is NaN if there are none.
     fn of(mut all: Vec<f64>) -> Self {
         all.sort_by(f64::total_cmp);
         let at = |i: usize| all.get(i).copied().unwrap_or(f64::NAN);

@@ -16,7 +16,7 @@ const HELP: &str = "\
 \"\"\"              begins and ends a message of several lines
 Ctrl-C           stops an answer; twice at the prompt, leaves";
 
-/// The messages so far, and the instructions that each new conversation starts with.
+/// The messages so far, and the system instructions of each new conversation.
 struct Conversation {
     instructions: Option<String>,
     messages: Vec<Message>,
@@ -34,12 +34,13 @@ impl Conversation {
     }
 }
 
-/// What follows a line of the user.
-enum Reply {
+/// The action after a line of the user.
+enum Action {
     /// Answer the messages.
     Answer,
-    /// Show this, and ask for the next line.
+    /// Show a note and read the next line.
     Note(String),
+    /// Leave the chat.
     Leave,
 }
 
@@ -49,28 +50,28 @@ pub(super) fn chat(mut answerer: Answerer<'_>, instructions: Option<String>) -> 
     let mode = if template {
         "chatting with the model's template"
     } else {
-        "no chat template: your text is continued as it is"
+        "no chat template: the model continues your text"
     };
-    let source = &answerer.session.engine().source;
+    let source = &answerer.session.engine().model.source;
     let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
     terminal::note(format_args!("{name}: {mode}. /help shows the commands."));
     let mut conversation = Conversation::new(instructions);
     while let Some(line) = read_message(&mut editor)? {
-        match reply(&line, &mut conversation, template) {
-            Reply::Answer => turn(&mut answerer, &mut conversation.messages)?,
-            Reply::Note(text) => terminal::note(text),
-            Reply::Leave => break,
+        match handle_line(&line, &mut conversation, template) {
+            Action::Answer => turn(&mut answerer, &mut conversation.messages)?,
+            Action::Note(text) => terminal::note(text),
+            Action::Leave => break,
         }
     }
     Ok(())
 }
 
-/// Carries out a command, or adds a message to the conversation.
-fn reply(line: &str, conversation: &mut Conversation, template: bool) -> Reply {
-    let new = || Reply::Note("(new conversation)".into());
+/// Executes a command, or adds a message to the conversation.
+fn handle_line(line: &str, conversation: &mut Conversation, template: bool) -> Action {
+    let new = || Action::Note("(new conversation)".into());
     let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
     match command {
-        "/help" | "/?" => Reply::Note(HELP.into()),
+        "/help" | "/?" => Action::Note(HELP.into()),
         "/clear" => {
             conversation.clear();
             new()
@@ -79,24 +80,24 @@ fn reply(line: &str, conversation: &mut Conversation, template: bool) -> Reply {
             *conversation = Conversation::new(Some(rest.to_owned()).filter(|t| !t.is_empty()));
             new()
         }
-        "/exit" | "/bye" | "/quit" => Reply::Leave,
+        "/exit" | "/bye" | "/quit" => Action::Leave,
         "/regen" => {
             let messages = &mut conversation.messages;
             messages.pop_if(|m| m.role == "assistant");
             match messages.last() {
-                Some(last) if last.role == "user" => Reply::Answer,
-                _ => Reply::Note("(there is no message to answer)".into()),
+                Some(last) if last.role == "user" => Action::Answer,
+                _ => Action::Note("(there is no message to answer)".into()),
             }
         }
         _ if command.starts_with('/') => {
-            Reply::Note(format!("(unknown command {command}; /help lists them)"))
+            Action::Note(format!("(unknown command {command}; /help lists them)"))
         }
         _ => {
             if !template {
                 conversation.clear();
             }
             conversation.messages.push(Message::new("user", line));
-            Reply::Answer
+            Action::Answer
         }
     }
 }
@@ -108,7 +109,9 @@ fn turn(answerer: &mut Answerer<'_>, messages: &mut Vec<Message>) -> anyhow::Res
         Ok(answer) => {
             terminal::print("\n")?;
             match answer.finish {
-                Finish::Context => terminal::note("(the context is full; /clear starts anew)"),
+                Finish::Context => {
+                    terminal::note("(the context is full; /clear starts a new conversation)")
+                }
                 Finish::Interrupted => terminal::note("(stopped)"),
                 Finish::Stop | Finish::Length => {}
             }
@@ -125,7 +128,7 @@ fn turn(answerer: &mut Answerer<'_>, messages: &mut Vec<Message>) -> anyhow::Res
     Ok(())
 }
 
-/// The next message that is not empty; `None` at the end of input.
+/// Reads the next non-empty message; `None` at the end of input.
 fn read_message(editor: &mut DefaultEditor) -> anyhow::Result<Option<String>> {
     let mut warned = false;
     loop {
@@ -154,7 +157,7 @@ fn read_message(editor: &mut DefaultEditor) -> anyhow::Result<Option<String>> {
     }
 }
 
-/// The rest of a message in triple quotes; `None` if it is abandoned.
+/// Reads the rest of a message in triple quotes; `None` if the user cancels it.
 fn read_block(editor: &mut DefaultEditor, first: &str) -> anyhow::Result<Option<String>> {
     let mut text = first.to_owned();
     loop {

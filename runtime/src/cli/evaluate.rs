@@ -19,23 +19,23 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let text = std::fs::read(&args.text).map_err(|e| Error::io(&args.text, e))?;
     let text = String::from_utf8(text)
         .map_err(|_| Error::invalid(format!("{} is not UTF-8 text", args.text.display())))?;
-    let model = open_exact(&args.file, &args.load)?;
+    let engine = open_exact(&args.file, &args.load)?;
     let reference =
         args.reference.as_deref().map(|path| open_exact(path, &args.load)).transpose()?;
-    let tokenizer = model.tokenizer()?;
+    let tokenizer = engine.model.tokenizer()?;
     let layout = match &args.separator {
         Some(separator) => TextLayout::Documents(separator.clone()),
         None if args.rows => TextLayout::Rows,
         None => TextLayout::Whole,
     };
     let options = PerplexityOptions {
-        context: args.ctx.unwrap_or(model.spec.context_length as usize),
+        context: args.ctx.unwrap_or(engine.model.spec.context_length as usize),
         windows: args.windows,
         layout,
     };
     let progress = Progress::new("window");
     let result = measure(
-        &model,
+        &engine,
         reference.as_ref().map(Reference::new),
         &tokenizer,
         &text,
@@ -45,23 +45,23 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
         },
     )?;
     if args.json {
-        return Ok(terminal::line(perplexity_json(args, &model, &text, &result))?);
+        return Ok(terminal::line(perplexity_json(args, &engine, &text, &result))?);
     }
-    let bits = true_bits(&model);
+    let bits = true_bits(&engine);
     terminal::line(format_args!("perplexity {}", plus_minus(result.perplexity, 4)))?;
     if let Some(divergence) = &result.divergence {
         print_divergence(divergence)?;
     }
     terminal::line(format_args!(
-        "{} windows of {} tokens, not overlapping, from a text of {} tokens ({}); loss over the \
-         {} tokens of a window that have one before them; ± is one standard error over windows\n\
+        "{} windows of {} tokens without overlap, from a text of {} tokens ({}); loss over the last \
+         {} tokens of each window; ± is one standard error over windows\n\
          {} bytes, {bits:.3} true bits per parameter",
         result.windows,
         result.context,
         result.tokens,
         options.layout.describe(),
         result.context - 1,
-        model.file_bytes
+        engine.model.file_bytes
     ))?;
     Ok(())
 }
@@ -71,7 +71,7 @@ fn print_divergence(found: &Divergence) -> std::io::Result<()> {
         |e: Estimate| Estimate { value: e.value * 100.0, standard_error: e.standard_error * 100.0 };
     terminal::line(format_args!(
         "reference  {}\n\
-         loss above the reference {} nats\n\
+         loss minus reference loss {} nats\n\
          KL divergence {} nats\n\
          same best token {} %",
         plus_minus(found.reference_perplexity, 4),
@@ -81,7 +81,12 @@ fn print_divergence(found: &Divergence) -> std::io::Result<()> {
     ))
 }
 
-fn perplexity_json(args: &PerplexityArgs, model: &Engine, text: &str, result: &Perplexity) -> Json {
+fn perplexity_json(
+    args: &PerplexityArgs,
+    engine: &Engine,
+    text: &str,
+    result: &Perplexity,
+) -> Json {
     let mut json = json!({
         "perplexity": result.perplexity.value,
         "perplexity_standard_error": result.perplexity.standard_error,
@@ -93,10 +98,10 @@ fn perplexity_json(args: &PerplexityArgs, model: &Engine, text: &str, result: &P
         "text_bytes": text.len(),
         "separator": args.separator,
         "rows": args.rows,
-        "parameters": model.parameters(),
-        "file_bytes": model.file_bytes,
-        "true_bits_per_parameter": true_bits(model),
-        "isa": model.isa.name(),
+        "parameters": engine.model.parameters(),
+        "file_bytes": engine.model.file_bytes,
+        "true_bits_per_parameter": true_bits(engine),
+        "isa": engine.isa.name(),
     });
     if let Some(found) = &result.divergence {
         json["reference"] = json!({
@@ -128,26 +133,26 @@ pub(super) fn zero_shot(args: &ZeroShotArgs) -> anyhow::Result<()> {
     if tasks.is_empty() {
         return Err(Error::usage("give a file of questions").into());
     }
-    // All files are read before anything is computed: a mistake in the last one must not cost hours.
+    // All files are read first, so that a mistake in the last one does not cost hours.
     let limit = args.limit.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
     let mut questions = Vec::new();
     for (task, file) in &tasks {
         questions.push(task.read(file, limit)?);
     }
-    let model = open_exact(&args.file, &args.load)?;
-    let tokenizer = model.tokenizer()?;
-    let context = args.ctx.map_or(model.spec.context_length as usize, |n| n as usize);
+    let engine = open_exact(&args.file, &args.load)?;
+    let tokenizer = engine.model.tokenizer()?;
+    let context = args.ctx.map_or(engine.model.spec.context_length as usize, |n| n as usize);
     let begin = tokenizer.bos.is_some() && !args.no_begin_token;
     let options = ZeroShotOptions { context, begin };
     let mut results = Vec::new();
     for ((task, file), items) in tasks.iter().zip(&questions) {
         let progress = Progress::new(task.name());
         let step = |done, all| progress.step(done, all);
-        let found = answer(&model, &tokenizer, *task, items, &options, &step)?;
+        let found = answer(&engine, &tokenizer, *task, items, &options, &step)?;
         results.push((file, found));
     }
     if args.json {
-        return Ok(terminal::line(zero_shot_json(args, &model, &options, &results))?);
+        return Ok(terminal::line(zero_shot_json(args, &engine, &options, &results))?);
     }
     print_tasks(&results)?;
     let begin = if begin { "a" } else { "no" };
@@ -155,8 +160,8 @@ pub(super) fn zero_shot(args: &ZeroShotArgs) -> anyhow::Result<()> {
         "prompts and scores of lm-evaluation-harness 0.4.13, no examples, {begin} begin token, context \
          {context}; acc: highest likelihood, acc_norm: highest per character; ± is one standard \
          error\n{} bytes, {:.3} true bits per parameter",
-        model.file_bytes,
-        true_bits(&model)
+        engine.model.file_bytes,
+        true_bits(&engine)
     ))?;
     Ok(())
 }
@@ -167,7 +172,7 @@ fn print_tasks(results: &[(&PathBuf, TaskResult)]) -> std::io::Result<()> {
     };
     terminal::line(format_args!(
         "{:<14} {:>9}  {:<15} {:<15} {}",
-        "task", "questions", "acc %", "acc_norm %", "cut to fit"
+        "task", "questions", "acc %", "acc_norm %", "truncated"
     ))?;
     for (_, result) in results {
         terminal::line(format_args!(
@@ -188,7 +193,7 @@ fn print_tasks(results: &[(&PathBuf, TaskResult)]) -> std::io::Result<()> {
 
 fn zero_shot_json(
     args: &ZeroShotArgs,
-    model: &Engine,
+    engine: &Engine,
     options: &ZeroShotOptions,
     results: &[(&PathBuf, TaskResult)],
 ) -> Json {
@@ -212,15 +217,15 @@ fn zero_shot_json(
         "context": options.context,
         "begin_token": options.begin,
         "limit": args.limit,
-        "parameters": model.parameters(),
-        "file_bytes": model.file_bytes,
-        "true_bits_per_parameter": true_bits(model),
-        "isa": model.isa.name(),
+        "parameters": engine.model.parameters(),
+        "file_bytes": engine.model.file_bytes,
+        "true_bits_per_parameter": true_bits(engine),
+        "isa": engine.isa.name(),
     })
 }
 
-fn true_bits(model: &Engine) -> f64 {
-    model.file_bytes as f64 * 8.0 / model.parameters() as f64
+fn true_bits(engine: &Engine) -> f64 {
+    engine.model.file_bytes as f64 * 8.0 / engine.model.parameters() as f64
 }
 
 /// `value ± standard error`; without the error if it is unknown.
@@ -231,7 +236,7 @@ fn plus_minus(e: Estimate, digits: usize) -> String {
     }
 }
 
-/// Progress on standard error: a line that is rewritten on a terminal, a line per minute elsewhere.
+/// Progress on standard error: one rewritten line on a terminal, otherwise a line per minute.
 struct Progress {
     what: &'static str,
     terminal: bool,

@@ -1,4 +1,4 @@
-//! Opening models as the arguments say.
+//! Opens models with the options of the command line.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,36 +10,35 @@ use stb_runtime::{
 use super::args::{KvArg, LoadArgs, VerifyArg};
 use super::devices;
 
-/// Runs `work` on a pool of `threads` threads. Evaluation computes whole windows in parallel.
+/// Runs `f` in a Rayon pool of `threads` threads. Evaluation computes whole windows in parallel.
 pub(super) fn in_pool(
     threads: Option<u16>,
-    work: impl FnOnce() -> anyhow::Result<()> + Send,
+    f: impl FnOnce() -> anyhow::Result<()> + Send,
 ) -> anyhow::Result<()> {
     let threads = threads.map_or_else(default_threads, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-    pool.install(work)
+    pool.install(f)
 }
 
 /// Opens the model for evaluation.
 pub(super) fn open_exact(file: &Path, args: &LoadArgs) -> Result<Engine, Error> {
     if matches!(args.kv, Some(KvArg::F16 | KvArg::Q8)) {
-        let text =
-            "evaluation is exact: keys and values are kept in f32, so leave out --kv (STB_KV)";
+        let text = "evaluation is exact and uses an f32 KV cache: omit --kv (STB_KV)";
         return Err(Error::usage(text));
     }
     let threads = args.threads.map_or_else(default_threads, usize::from);
     let options = OpenOptions { threads: Some(threads), ..open_options(args) };
-    let model = open_to_measure(file, &options)?;
-    devices::explain(&model);
-    Ok(model)
+    let engine = open_to_measure(file, &options)?;
+    devices::explain(&engine);
+    Ok(engine)
 }
 
-/// Opens the model and says how long it took.
+/// Opens the model and returns the time it took.
 pub(super) fn open(file: &Path, args: &LoadArgs) -> Result<(Engine, Duration), Error> {
     let started = Instant::now();
-    let model = Engine::open(file, &open_options(args))?;
-    devices::explain(&model);
-    Ok((model, started.elapsed()))
+    let engine = Engine::open(file, &open_options(args))?;
+    devices::explain(&engine);
+    Ok((engine, started.elapsed()))
 }
 
 fn open_options(args: &LoadArgs) -> OpenOptions {
@@ -62,7 +61,7 @@ fn open_options(args: &LoadArgs) -> OpenOptions {
         kv,
         threads: args.threads.map(usize::from),
         lock: args.mlock,
-        // --gpu-layers asks for a device.
+        // --gpu-layers implies --device auto.
         device: args.device.unwrap_or(match args.gpu_layers {
             Some(_) => DeviceChoice::Auto,
             None => DeviceChoice::Cpu,

@@ -42,7 +42,7 @@ pub(crate) fn main() -> ExitCode {
     match result {
         Ok(()) if terminal::interrupted() => ExitCode::from(130),
         Ok(()) => ExitCode::SUCCESS,
-        // Nobody reads our output any more: this is no error.
+        // The reader closed the pipe, which is not an error.
         Err(e) if terminal::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
             terminal::note(format_args!("stb-run: {e:#}"));

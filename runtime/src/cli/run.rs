@@ -1,4 +1,4 @@
-//! One answer to one prompt, or a chat.
+//! `stb-run MODEL`: answers one prompt or starts a chat.
 
 use std::io::{IsTerminal, Read};
 use std::path::Path;

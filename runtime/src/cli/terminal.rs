@@ -1,4 +1,4 @@
-//! Ctrl-C, broken pipes, control characters and memory figures.
+//! Output to the terminal, Ctrl-C, and memory figures.
 
 use std::io::{IsTerminal, Write};
 use std::sync::LazyLock;
@@ -7,19 +7,19 @@ use stb_runtime::CancelToken;
 
 static CANCEL: LazyLock<CancelToken> = LazyLock::new(CancelToken::default);
 
-/// What Ctrl-C cancels.
+/// The token that Ctrl-C cancels.
 pub(crate) fn cancel_token() -> &'static CancelToken {
     &CANCEL
 }
 
-/// Turns Ctrl-C into a cancellation. A second one before the first is noticed ends the program.
+/// Makes Ctrl-C cancel [`cancel_token`]. A second Ctrl-C before the token is reset ends the program.
 pub(crate) fn catch_interrupts() {
     let handler = || {
         if CANCEL.cancel() {
             std::process::exit(130);
         }
     };
-    // Without a handler Ctrl-C simply ends the program.
+    // If no handler can be set, Ctrl-C ends the program.
     let _ = ctrlc::set_handler(handler);
 }
 
@@ -28,15 +28,15 @@ pub(crate) fn interrupted() -> bool {
     CANCEL.is_canceled()
 }
 
-/// Whether the error says that nobody reads our output any more.
+/// Whether the error is a closed output pipe.
 pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<std::io::Error>()
         .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Writes model text to standard output at once. On a terminal, control characters other than
-/// line breaks and tabs are shown as �: a model must not move the cursor or change the title.
+/// Writes model text to standard output and flushes it. On a terminal, control characters other than
+/// line breaks and tabs are shown as �, so that a model cannot move the cursor or change the title.
 pub(crate) fn print(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     if out.is_terminal() {
@@ -61,7 +61,7 @@ pub(crate) fn line(text: impl std::fmt::Display) -> std::io::Result<()> {
     writeln!(std::io::stdout().lock(), "{text}")
 }
 
-/// Writes a line to standard error. If nobody can read it, nothing is lost.
+/// Writes a line to standard error, ignoring errors.
 pub(crate) fn note(text: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }

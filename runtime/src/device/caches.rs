@@ -1,20 +1,20 @@
-//! The KV caches of the sequences of a call.
+//! KV caches on a device.
 
 use stb_kernels::cuda::{AttentionShape, Device, KvCache, SlotMapping};
 
 use crate::error::Result;
 
-/// The part of a sequence that is on the device.
+/// The part of a sequence on the device.
 pub(crate) struct DeviceCache<'a> {
-    /// The KV cache, once there is a token.
+    /// The KV cache; allocated with the first token.
     pub cache: &'a mut Option<KvCache>,
-    /// Tokens before the call.
+    /// The number of cached tokens before the pass.
     pub tokens: usize,
-    /// The most tokens it may hold.
+    /// The largest number of tokens in the cache.
     pub limit: usize,
 }
 
-/// The caches of a call: that of one sequence, which gets all tokens, or of several, which get one each.
+/// The caches of a pass: one sequence that receives all tokens, or several that receive one token each.
 pub(crate) struct DeviceCaches<'a>(Vec<DeviceCache<'a>>);
 
 impl<'a> DeviceCaches<'a> {
@@ -23,8 +23,8 @@ impl<'a> DeviceCaches<'a> {
         Self(sequences.collect())
     }
 
-    /// Makes room for `count` tokens from the `first` of the call on, and puts their places into `slots`.
-    pub(super) fn place(
+    /// Reserves cache slots for tokens `first..first + count` of the pass and writes them to `slots`.
+    pub(super) fn assign_slots(
         &mut self,
         slots: &mut SlotMapping,
         device: &Device,

@@ -1,17 +1,17 @@
-//! Where to compute.
+//! [`DeviceChoice`]: the `--device` option.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Where a model computes.
+/// The device that runs a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The first CUDA device if there is one that can, else the CPU.
+    /// The first CUDA device if it can run the model, else the CPU.
     Auto,
     /// The CPU.
     #[default]
     Cpu,
-    /// A CUDA device, or an error.
+    /// The CUDA device with this ordinal.
     Cuda(usize),
 }
 

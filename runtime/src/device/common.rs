@@ -1,4 +1,4 @@
-//! What the packed and the decoded layers on a device share.
+//! Helpers that packed and decoded layers on a device share.
 
 use stb_kernels::cuda::{ActivationInput, AttentionShape, Buffer, Device};
 use stb_kernels::kv::KvKind;
@@ -13,7 +13,7 @@ pub(super) fn upload_norm(device: &Device, values: &[f32]) -> Result<Buffer<f32>
     device.upload("a norm", values).map_err(Error::from)
 }
 
-/// The shape of attention in `layers` layers of `model`.
+/// The shape of attention for `layers` layers of `model`.
 pub(super) fn attention_shape(model: &Model, layers: usize, kind: KvKind) -> AttentionShape {
     let attention = model.spec.block(0).attention;
     AttentionShape {
@@ -26,7 +26,7 @@ pub(super) fn attention_shape(model: &Model, layers: usize, kind: KvKind) -> Att
     }
 }
 
-/// The input of a product as the kernels take it.
+/// Converts the input of a linear layer to the type of the kernels.
 pub(super) fn kernel_input<'x>(
     x: BlockInput<'x, Buffer<f32>, Buffer<f32>>,
     eps: f32,

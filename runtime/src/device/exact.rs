@@ -1,5 +1,5 @@
-//! Decoder layers on a device as calibration wants them: weights decoded, everything in f32, and what the linear
-//! layers read in sight, without leaving the device.
+//! Decoder layers on a device for calibration: weights are decoded, everything is f32, and observers
+//! see the inputs of the linear layers on the device.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -20,8 +20,8 @@ use crate::rope::Rope;
 use crate::sublayer::Sublayer;
 use crate::weights::Weight;
 
-/// Sees what linear layers read, [tokens, in features], as it is on the device. To break ends the half there, before that
-/// linear layer.
+/// Observes the inputs of linear layers, [tokens, in features], on the device. `Break` stops the
+/// sublayer before the linear layers that read the input.
 pub type DeviceObserver<'a> =
     dyn FnMut(LinearInput, &LinearAlgebra, &Buffer<f32>) -> cuda::Result<ControlFlow<()>> + 'a;
 
@@ -33,11 +33,11 @@ struct Decoded {
     cols: usize,
 }
 
-/// A sublayer of a decoder layer on a device, decoded.
+/// A sublayer of a decoder layer with decoded weights on a device.
 #[derive(Debug)]
 pub struct DeviceSublayer {
     which: Sublayer,
-    /// Only the matrices of the sublayer hold anything.
+    /// Only the weights of the sublayer.
     layer: Layer<Decoded, Buffer<f32>>,
 }
 
@@ -47,10 +47,10 @@ pub struct DeviceLayers {
     ops: ActivationOps,
     attention: AttentionShape,
     attend: Attention,
-    /// One for each sequence of a batch.
+    /// One cache per sequence of a batch.
     caches: Vec<KvCache>,
     eps: f32,
-    /// Products of the norm or of gate and up.
+    /// The input of a linear layer: a norm, or the product of gate and up.
     input: Buffer<f32>,
     scratch: BlockScratch<Buffer<f32>>,
     intermediate: usize,
@@ -63,10 +63,10 @@ impl fmt::Debug for DeviceLayers {
 }
 
 impl DeviceLayers {
-    /// For layers of the shapes of `model`.
+    /// Prepares to run layers with the shapes of `model`.
     ///
     /// # Errors
-    /// [`Error::Device`] if the vendor's libraries are missing or a shape has no kernel.
+    /// [`Error::Device`] if cuBLAS is missing or a shape has no kernel.
     pub fn new(device: &Device, model: &Model) -> Result<Self> {
         let attention = attention_shape(model, 1, KvKind::F32);
         let make = || device.zeros("activations", 0);
@@ -90,7 +90,7 @@ impl DeviceLayers {
         })
     }
 
-    /// Matrices on its device.
+    /// Linear algebra on the device.
     pub fn dense(&mut self) -> &mut LinearAlgebra {
         &mut self.dense
     }
@@ -105,7 +105,7 @@ impl DeviceLayers {
             let (rows, cols) = (weight.rows(), weight.cols());
             let values = match decode(device, weight) {
                 Ok(values) => values,
-                // Of encodings that only the CPU has a decoder for.
+                // The encoding has no decoder on the device.
                 Err(cuda::Error::Unsupported { .. }) => {
                     device.upload("a weight matrix", &weight.decode())?
                 }
@@ -117,12 +117,11 @@ impl DeviceLayers {
         Ok(DeviceSublayer { which, layer })
     }
 
-    /// Queues a sublayer for sequences of these lengths, from their starts, one after another in
-    /// `hidden`, [tokens, hidden], which is changed in place. `observer` sees the inputs of the
-    /// linear layers.
+    /// Queues a sublayer for whole sequences with these lengths, concatenated in `hidden`, [tokens,
+    /// hidden], which is updated. `observer` sees the inputs of the linear layers.
     ///
     /// # Errors
-    /// [`Error::Device`] if there is too little memory, or what `observer` returns.
+    /// [`Error::Device`] if there is too little memory, or the error of `observer`.
     ///
     /// # Panics
     /// If `hidden` is too small.
@@ -136,7 +135,7 @@ impl DeviceLayers {
         let tokens = lengths.iter().sum();
         self.reserve(sublayer.which, tokens)?;
         let slots = match sublayer.which {
-            Sublayer::Attention => Some(self.places(lengths)?),
+            Sublayer::Attention => Some(self.slots(lengths)?),
             Sublayer::Mlp => None,
         };
         let Self { dense, ops, attend, input, scratch, eps, .. } = self;
@@ -145,7 +144,7 @@ impl DeviceLayers {
         run_sublayer(&mut ops, sublayer.which, &sublayer.layer, scratch, hidden)
     }
 
-    /// Makes room for the activations of `tokens` tokens.
+    /// Allocates buffers for the activations of `tokens` tokens.
     fn reserve(&mut self, which: Sublayer, tokens: usize) -> Result<()> {
         let BlockScratch { q, k, v, attn_out, gate, up } = &mut self.scratch;
         let q_width = self.attention.heads * self.attention.width;
@@ -164,8 +163,8 @@ impl DeviceLayers {
         Ok(())
     }
 
-    /// The places of sequences in their caches.
-    fn places(&mut self, lengths: &[usize]) -> Result<SlotMapping> {
+    /// The cache slots of sequences with these lengths.
+    fn slots(&mut self, lengths: &[usize]) -> Result<SlotMapping> {
         let device = self.dense.device().clone();
         while self.caches.len() < lengths.len() {
             self.caches.push(KvCache::new(&device, self.attention)?);
@@ -180,7 +179,7 @@ impl DeviceLayers {
     }
 }
 
-/// Decodes a matrix on the device, from its stored bytes.
+/// Uploads the stored bytes of a matrix and decodes them on the device.
 fn decode(device: &Device, weight: &Weight) -> cuda::Result<Buffer<f32>> {
     let (rows, cols) = (weight.rows(), weight.cols());
     let matrix = Matrix::upload(device, weight.encoding(), rows, cols, weight.bytes())?;
@@ -189,12 +188,12 @@ fn decode(device: &Device, weight: &Weight) -> cuda::Result<Buffer<f32>> {
     Ok(values)
 }
 
-/// The decoder layer with decoded matrices; an observer sees the inputs of the linear layers.
+/// [`BlockOps`] with decoded matrices. An observer sees the inputs of the linear layers.
 struct DecodedOps<'a, 'o> {
     dense: &'a LinearAlgebra,
     ops: &'a ActivationOps,
     attend: &'a mut Attention,
-    /// For attention.
+    /// The cache slots; `None` in the MLP.
     slots: Option<&'a SlotMapping>,
     input: &'a mut Buffer<f32>,
     eps: f32,
@@ -203,14 +202,14 @@ struct DecodedOps<'a, 'o> {
 }
 
 impl DecodedOps<'_, '_> {
-    /// Queues `out[i]` = `before` · `out[i]` + `x` · `matrices[i]`ᵀ, once the observer has seen x.
+    /// Calls the observer with `x`, then queues `out[i] = beta · out[i] + x · matrices[i]ᵀ`.
     fn queue(
         &mut self,
         which: LinearInput,
         x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
         matrices: &[&Decoded],
         out: &mut [&mut Buffer<f32>],
-        before: f32,
+        beta: f32,
     ) -> Flow<Error> {
         let (tokens, cols) = (self.tokens, matrices.first().map_or(0, |m| m.cols));
         let x = match kernel_input(x, self.eps) {
@@ -232,7 +231,7 @@ impl DecodedOps<'_, '_> {
             let right = Operand::new(values, 0, cols).transposed();
             let size = GemmSize { m: tokens, n: *rows, k: cols };
             let out = OperandMut::new(out, 0, *rows);
-            self.dense.blas().multiply(size, 1.0, left, right, before, out)?;
+            self.dense.blas().multiply(size, 1.0, left, right, beta, out)?;
         }
         Ok(ControlFlow::Continue(()))
     }

@@ -1,8 +1,8 @@
-//! The last layers of a model, the lm_head, and with all layers the embeddings, on a GPU.
+//! Runs the last layers of a model and the lm_head on a GPU; with all layers, the embeddings too.
 //!
-//! The block is that of [`crate::block`]. Norm and SiLU happen at the input of a product, the
-//! residual sum at its output: six launches per layer. A step of one token is recorded once as a CUDA
-//! graph and replayed from then on.
+//! The forward pass is [`crate::block`]. Kernels of linear layers fuse norm and SwiGLU into their input
+//! and the residual sum into their output, so a layer takes six launches. A step of one token is
+//! recorded as a CUDA graph and replayed.
 
 mod caches;
 mod choice;

@@ -1,4 +1,4 @@
-//! The part of a model that is on a device.
+//! [`DeviceModel`]: the part of a model on a device.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -11,39 +11,40 @@ use super::scratch::StepScratch;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
 use crate::model::Model;
-use crate::pass::{Output, Pass, Want};
+use crate::pass::{Output, OutputKind, Pass};
 use crate::weights::Weight;
 
-/// Memory beside the weights that a model needs at least: activations, the first keys and values.
+/// Memory that a model needs in addition to its weights: activations and the first blocks of the KV
+/// cache.
 const SPARE_BYTES: u64 = 256 << 20;
 
-/// What is loaded, and how it computes.
+/// Options of [`DeviceModel::load`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DeviceOptions {
-    /// How many decoder layers, the last ones; `None` for all.
+    /// Decoder layers on the device, counted from the last; `None` for all.
     pub layers: Option<usize>,
     /// The type of the KV cache.
     pub kv: KvKind,
-    /// Whether activations are used as they are.
+    /// Whether activations stay f32.
     pub exact: bool,
 }
 
-/// The part of a model that is on a device.
+/// The last layers and the lm_head of a model on a device.
 #[derive(Debug)]
 pub(crate) struct DeviceModel {
     pub(super) device: Device,
-    /// The first layer that is there.
+    /// The first layer on the device.
     pub(super) first: usize,
     pub(super) layers: Vec<Layer<Matrix, Buffer<f32>>>,
     pub(super) norm: Buffer<f32>,
-    /// The table of embeddings, if all layers are there.
+    /// The embeddings, if all layers are on the device or the lm_head is tied to them.
     pub(super) embeddings: Option<Matrix>,
-    /// The lm_head, if it is not the embeddings.
+    /// The lm_head, unless it is tied to the embeddings.
     own_lm_head: Option<Matrix>,
     pub(super) attention: AttentionShape,
-    pub(super) numbers: ActivationPrecision,
+    pub(super) precision: ActivationPrecision,
     pub(super) eps: f32,
-    /// Steps run one after another.
+    /// Only one pass runs at a time.
     scratch: Mutex<StepScratch>,
 }
 
@@ -51,8 +52,8 @@ impl DeviceModel {
     /// Copies the last layers and the lm_head of `model` to the device.
     ///
     /// # Errors
-    /// [`Error::Device`] if there is too little memory, with how much is needed, or an encoding or a
-    /// shape has no kernel.
+    /// [`Error::Device`] if there is too little memory (the message includes the size), or an encoding
+    /// or a shape has no kernel.
     pub(crate) fn load(device: &Device, model: &Model, options: DeviceOptions) -> Result<Self> {
         let all = model.layers.len();
         let first = all - options.layers.unwrap_or(all).min(all);
@@ -71,7 +72,10 @@ impl DeviceModel {
             embeddings: (first == 0 || is_tied).then(|| upload(&model.embeddings)).transpose()?,
             own_lm_head: model.own_lm_head.as_ref().map(upload).transpose()?,
             attention,
-            numbers: if options.exact { ActivationPrecision::F32 } else { ActivationPrecision::Q8 },
+            precision: match options.exact {
+                true => ActivationPrecision::F32,
+                false => ActivationPrecision::Q8,
+            },
             eps: model.spec.norm_eps as f32,
             scratch: Mutex::new(StepScratch::new(device, model, attention, options.exact)?),
             device: device.clone(),
@@ -79,12 +83,12 @@ impl DeviceModel {
         })
     }
 
-    /// Layers that are not on the device: the first ones.
+    /// The number of layers before those on the device.
     pub(crate) fn host_layers(&self) -> usize {
         self.first
     }
 
-    /// Its name, with the layers if not all are there.
+    /// The name of the device, and the first layer on it unless it has all layers.
     pub(crate) fn describe(&self) -> String {
         let name = &self.device.info().name;
         match self.first {
@@ -93,9 +97,9 @@ impl DeviceModel {
         }
     }
 
-    /// Appends the tokens of `pass` to the sequences and hands to `sink` what is wanted of them.
-    /// `hidden` is what enters the first layer on the device, [tokens, hidden], if that is not the
-    /// first of all.
+    /// Runs `pass`: appends its tokens to the sequences and sends its outputs to `sink`. `hidden` is the
+    /// residual stream before the first layer on the device, [tokens, hidden], or `None` if the device
+    /// has all layers.
     ///
     /// # Errors
     /// [`Error::Device`] if the device has too little memory, or failed.
@@ -110,8 +114,8 @@ impl DeviceModel {
         let vocabulary = self.lm_head().rows();
         let mut logits = Vec::new();
         self.steps(scratch, caches, pass, hidden, &mut |scratch, first, count| {
-            if let Want::TopK(wanted) = pass.want {
-                let best = scratch.candidates.find(&scratch.logits, vocabulary, wanted)?;
+            if let OutputKind::TopK(request) = pass.output {
+                let best = scratch.candidates.find(&scratch.logits, vocabulary, request)?;
                 sink(Output::TopK(best));
                 return Ok(());
             }
@@ -127,7 +131,7 @@ impl DeviceModel {
     }
 }
 
-/// Says how much memory is needed if there is too little, and what fits.
+/// Checks the free memory of the device. The error includes the size needed and how many layers fit.
 fn check_memory(device: &Device, model: &Model, first: usize) -> Result<()> {
     let bytes = |w: &Weight| w.byte_len() as u64;
     let layer = |layer: &Layer| layer.linears().iter().map(|(_, w)| bytes(w)).sum::<u64>();

@@ -1,4 +1,4 @@
-//! Reusable memory of steps on a device.
+//! Reusable buffers of steps on a device.
 
 use std::collections::HashMap;
 
@@ -11,29 +11,30 @@ use crate::error::Result;
 use crate::model::Model;
 use crate::rope::Rope;
 
-/// Tokens that the GEMV kernels compute at most, and that get logits at a time.
+/// The largest batch of the GEMV kernels, and of the lm_head.
 pub(super) const GEMV_BATCH: usize = 16;
-/// Tokens of a step at most: bounds the memory for activations.
+/// The largest number of tokens of a step: bounds the memory for activations.
 pub(super) const STEP_BATCH: usize = 512;
 
-/// Reusable memory of steps.
+/// Kernels and reusable buffers of steps.
 #[derive(Debug)]
 pub(super) struct StepScratch {
     pub gemv: Gemv,
     pub gemm: Gemm,
     pub attend: Attention,
     pub slots: SlotMapping,
+    /// Token ids.
     pub ids: Buffer<u32>,
     /// The residual stream, [tokens, hidden].
     pub hidden: Buffer<f32>,
     pub block: BlockScratch<Buffer<f32>>,
-    /// Rows of `hidden` that get logits, [`GEMV_BATCH`, hidden].
+    /// A copy of the rows of `hidden` for which logits are computed, [`GEMV_BATCH`, hidden].
     pub last: Buffer<f32>,
-    /// [`GEMV_BATCH`, vocabulary].
+    /// Logits, [`GEMV_BATCH`, vocabulary].
     pub logits: Buffer<f32>,
     pub candidates: TopK,
-    /// Recorded steps of one token by the tokens that it may see; `None` after the first such step,
-    /// which has allocated everything.
+    /// Recorded steps of one token, by the number of visible tokens. `None` after the first such step,
+    /// which runs unrecorded because it allocates memory.
     pub graphs: HashMap<usize, Option<Graph>>,
 }
 

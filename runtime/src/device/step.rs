@@ -1,4 +1,4 @@
-//! Steps of the decoder on a device: up to [`STEP_BATCH`] tokens through its layers.
+//! Steps on a device: batches of up to [`STEP_BATCH`] tokens.
 
 use std::ops::ControlFlow;
 
@@ -14,14 +14,14 @@ use super::model::DeviceModel;
 use super::scratch::{GEMV_BATCH, STEP_BATCH, StepScratch};
 use crate::block::{AttentionBuffers, BlockInput, BlockOps, Flow, run_block};
 use crate::error::{Error, Result};
-use crate::pass::{Pass, Want};
+use crate::pass::{OutputKind, Pass};
 
-/// Called when the logits of `count` tokens from token `first` of the pass on are ready:
-/// `(scratch, first, count)`.
+/// `ready(scratch, first, count)` is called when the logits of tokens `first..first + count` of the
+/// pass are in `scratch`.
 pub(super) type LogitsReady<'a> = dyn FnMut(&mut StepScratch, usize, usize) -> Result<()> + 'a;
 
 impl DeviceModel {
-    /// All steps of a pass.
+    /// Runs all steps of a pass.
     pub(super) fn steps(
         &self,
         scratch: &mut StepScratch,
@@ -31,11 +31,11 @@ impl DeviceModel {
         ready: &mut LogitsReady<'_>,
     ) -> Result<()> {
         let (tokens, width) = (pass.tokens, self.norm.len());
-        // Without tensor cores, whose products round to f16, there is nothing to gain from more.
-        let most = if self.numbers == ActivationPrecision::F32 { GEMV_BATCH } else { STEP_BATCH };
+        // Larger batches use tensor cores, which round to f16.
+        let most = if self.precision == ActivationPrecision::F32 { GEMV_BATCH } else { STEP_BATCH };
         for first in (0..tokens.len()).step_by(most) {
             let count = most.min(tokens.len() - first);
-            caches.place(&mut scratch.slots, &self.device, self.attention, first, count)?;
+            caches.assign_slots(&mut scratch.slots, &self.device, self.attention, first, count)?;
             match hidden {
                 Some(hidden) => {
                     scratch.hidden.write(&hidden[first * width..(first + count) * width])?;
@@ -43,28 +43,31 @@ impl DeviceModel {
                 None => scratch.ids.write(&tokens[first..first + count])?,
             }
             let is_end = first + count == tokens.len();
-            let wanted = match pass.want {
-                Want::AllLogits => 0..count,
-                Want::LastLogits | Want::TopK(_) if is_end => count - 1..count,
-                Want::LastLogits | Want::TopK(_) | Want::Cache => count..count,
+            let with_logits = match pass.output {
+                OutputKind::AllLogits => 0..count,
+                OutputKind::LastLogits | OutputKind::TopK(_) if is_end => count - 1..count,
+                OutputKind::LastLogits | OutputKind::TopK(_) | OutputKind::CacheOnly => {
+                    count..count
+                }
             };
-            if count == 1 && wanted == (0..1) {
+            if count == 1 && with_logits == (0..1) {
                 self.run_single(scratch)?;
             } else {
                 self.queue_layers(scratch, count, scratch.slots.visible())?;
             }
-            for from in wanted.clone().step_by(GEMV_BATCH) {
-                let some = GEMV_BATCH.min(wanted.end - from);
+            for from in with_logits.clone().step_by(GEMV_BATCH) {
+                let batch = GEMV_BATCH.min(with_logits.end - from);
                 if count > 1 || from > 0 {
-                    self.queue_logits(scratch, from, some)?;
+                    self.queue_logits(scratch, from, batch)?;
                 }
-                ready(scratch, first + from, some)?;
+                ready(scratch, first + from, batch)?;
             }
         }
         Ok(())
     }
 
-    /// A step of one token: a graph, recorded at the second step with as many tokens to see (rounded up).
+    /// Runs a step of one token. Its graph is recorded at the second step with the same number of
+    /// visible tokens, rounded up to a power of two.
     fn run_single(&self, scratch: &mut StepScratch) -> Result<()> {
         let visible = scratch.slots.visible().next_power_of_two().max(256);
         match scratch.graphs.remove(&visible) {
@@ -76,7 +79,7 @@ impl DeviceModel {
                 let mut graph = self.device.record(|| {
                     self.queue_single(scratch, visible).map_err(|e| match e {
                         Error::Device { error } => error,
-                        // Nothing else can fail in a step.
+                        // Steps return no other errors.
                         other => cuda::Error::Unsupported { why: other.to_string() },
                     })
                 })?;
@@ -97,7 +100,7 @@ impl DeviceModel {
         self.queue_logits(scratch, 0, 1)
     }
 
-    /// Queues the layers for `tokens` tokens, of which the last sees `visible`.
+    /// Queues the layers for `tokens` tokens. The last one attends to `visible` tokens.
     fn queue_layers(&self, scratch: &mut StepScratch, tokens: usize, visible: usize) -> Result<()> {
         let StepScratch { gemv, gemm, attend, slots, ids, hidden, block, .. } = scratch;
         if self.first == 0
@@ -110,7 +113,7 @@ impl DeviceModel {
             gemm,
             attend,
             slots,
-            numbers: self.numbers,
+            precision: self.precision,
             eps: self.eps,
             tokens,
             visible,
@@ -123,7 +126,7 @@ impl DeviceModel {
         Ok(())
     }
 
-    /// Queues the logits of `n` tokens of the step from token `first` on, at most [`GEMV_BATCH`].
+    /// Queues the logits of tokens `first..first + n` of the step; `n` is at most [`GEMV_BATCH`].
     fn queue_logits(&self, scratch: &mut StepScratch, first: usize, n: usize) -> Result<()> {
         let StepScratch { gemv, hidden, last, logits, .. } = scratch;
         let width = self.norm.len();
@@ -134,28 +137,28 @@ impl DeviceModel {
             &*last
         };
         let normed = ActivationInput::RmsNorm { x, weight: &self.norm, eps: self.eps };
-        Ok(gemv.queue(&[self.lm_head()], normed, self.numbers, &mut [logits], false, n)?)
+        Ok(gemv.queue(&[self.lm_head()], normed, self.precision, &mut [logits], false, n)?)
     }
 }
 
-/// The decoder layer with packed matrices.
+/// [`BlockOps`] with packed matrices.
 struct StepOps<'a> {
     gemv: &'a mut Gemv,
     gemm: &'a mut Gemm,
     attend: &'a mut Attention,
     slots: &'a SlotMapping,
-    numbers: ActivationPrecision,
+    precision: ActivationPrecision,
     eps: f32,
     tokens: usize,
-    /// Tokens that the last one sees.
+    /// The number of tokens that the last one attends to.
     visible: usize,
-    /// Which of the layers on the device this is.
+    /// Index among the layers on the device.
     layer: usize,
 }
 
 impl StepOps<'_> {
-    /// Queues `out[i]` (+)= `x` · `matrices[i]`ᵀ: for a few tokens with kernels that read the weights
-    /// once, for many on tensor cores.
+    /// Queues `out[i] = x · matrices[i]ᵀ`, or `+=` with `add`: GEMV kernels for up to [`GEMV_BATCH`]
+    /// tokens, GEMM on tensor cores for more.
     fn queue(
         &mut self,
         x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
@@ -165,7 +168,7 @@ impl StepOps<'_> {
     ) -> Flow<Error> {
         let input = kernel_input(x, self.eps);
         if self.tokens <= GEMV_BATCH {
-            self.gemv.queue(matrices, input, self.numbers, out, add, self.tokens)?;
+            self.gemv.queue(matrices, input, self.precision, out, add, self.tokens)?;
         } else {
             self.gemm.queue(matrices, input, out, add, self.tokens)?;
         }

@@ -1,9 +1,9 @@
-//! Probabilities from logits. Everything is summed in f64: a loss of 1e-5 nats must not drown in the
-//! rounding of a hundred thousand f32 terms.
+//! Probabilities from logits. Sums are in f64: rounding of a hundred thousand f32 terms would hide
+//! differences of 1e-5 nats.
 
 use crate::error::{Error, Result};
 
-/// What a model predicts for one next token.
+/// The output distribution of a model for one token.
 pub(super) struct Distribution<'a> {
     logits: &'a [f32],
     log_sum: f64,
@@ -14,7 +14,7 @@ impl<'a> Distribution<'a> {
     /// The softmax of `logits`, [vocab].
     ///
     /// # Errors
-    /// [`Error::Invalid`] if they are not finite: no number computed from them would mean anything.
+    /// [`Error::Invalid`] if a logit is not finite.
     pub fn new(logits: &'a [f32]) -> Result<Self> {
         let mut best = 0;
         for (i, logit) in logits.iter().enumerate() {
@@ -27,7 +27,7 @@ impl<'a> Distribution<'a> {
         let log_sum = largest + sum.ln();
         if !logits.iter().all(|l| l.is_finite()) {
             return Err(Error::invalid(
-                "the model computes logits that are not finite; its weights are damaged",
+                "the model computes logits that are not finite; its weights may be damaged",
             ));
         }
         Ok(Self { logits, log_sum, best })
@@ -38,7 +38,7 @@ impl<'a> Distribution<'a> {
         f64::from(self.logits[token as usize]) - self.log_sum
     }
 
-    /// The most likely token; the lowest of equals.
+    /// The most likely token; ties go to the lower id.
     pub fn best(&self) -> usize {
         self.best
     }
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn divergence_is_that_of_the_definition() {
+    fn divergence_matches_its_definition() {
         // p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2), shifted by constants.
         let ln = |x: f32| x.ln();
         let p = [ln(0.5) + 90.0, ln(0.25) + 90.0, ln(0.25) + 90.0];
@@ -73,7 +73,7 @@ mod tests {
         assert!((p.log_probability(1) - 0.25f64.ln()).abs() < 1e-5);
     }
 
-    /// Distributions that differ by a hair: f32 sums would return noise, even negative values.
+    /// Nearly equal distributions, for which f32 sums would give noise and even negative values.
     #[test]
     fn small_divergences_survive() {
         let vocab = 100_000;

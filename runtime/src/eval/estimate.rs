@@ -25,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn estimates_are_those_of_the_textbook() {
+    fn mean_and_standard_error() {
         // Mean 2.5, sample variance 5/3.
         let e = Estimate::of([1.0, 2.0, 3.0, 4.0].into_iter());
         assert_eq!(e.value, 2.5);

@@ -1,4 +1,4 @@
-//! Evaluation: perplexity and distance to a reference on a text, accuracy on tasks.
+//! Evaluation: perplexity and KL divergence from a reference on a text, accuracy on tasks.
 
 mod distribution;
 mod estimate;

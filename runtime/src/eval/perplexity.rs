@@ -1,4 +1,4 @@
-//! Perplexity, and the distance to a reference model on the same tokens.
+//! Perplexity, and KL divergence from a reference model on the same tokens.
 //!
 //! Protocol: the text is tokenized once ([`TextLayout`]) and cut into windows of equal length that do not
 //! overlap. An incomplete last window is dropped. No begin token is put before a window. The loss of a
@@ -17,46 +17,45 @@ use crate::error::{Error, Result};
 use crate::state::State;
 use crate::tokenizer::Tokenizer;
 
-/// How a text is cut and read.
+/// Options of [`perplexity`].
 #[derive(Clone, Debug)]
 pub struct PerplexityOptions {
-    /// Tokens per window; windows do not overlap, an incomplete last one is dropped.
+    /// Tokens per window.
     pub context: usize,
-    /// The most windows to use; `None` for all.
+    /// The largest number of windows to use; `None` for all.
     pub windows: Option<usize>,
-    /// What the text consists of.
+    /// The layout of the text.
     pub layout: TextLayout,
 }
 
-/// A perplexity, and how it was measured.
+/// The result of [`perplexity`].
 #[derive(Clone, Debug)]
 pub struct Perplexity {
-    /// exp of the mean over windows of the mean loss of their predicted tokens. The error is that
-    /// of the mean loss times the perplexity.
+    /// exp of `nll`. Its standard error is that of `nll` times the perplexity.
     pub perplexity: Estimate,
-    /// The mean loss in nats per token.
+    /// The mean over windows of their mean loss, in nats per token.
     pub nll: Estimate,
-    /// Tokens of the whole text.
+    /// The number of tokens of the whole text.
     pub tokens: usize,
-    /// Windows used.
+    /// The number of windows used.
     pub windows: usize,
     /// Tokens per window.
     pub context: usize,
-    /// The distance to the reference, if there is one.
+    /// The comparison with the reference, if there is one.
     pub divergence: Option<Divergence>,
 }
 
-/// How far a model is from a reference on the same tokens.
+/// The comparison of a model with a reference on the same tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Divergence {
     /// The perplexity of the reference.
     pub reference_perplexity: Estimate,
     /// Mean over predicted tokens of KL(reference ‖ model), in nats.
     pub kl: Estimate,
-    /// Share of predicted tokens for which both models have the same most likely token.
+    /// Fraction of predicted tokens for which both models have the same most likely token.
     pub top1: Estimate,
-    /// Loss of the model minus loss of the reference, in nats per token. Its error is far below
-    /// that of either, because both see the same windows.
+    /// Loss of the model minus loss of the reference, in nats per token. Its standard error is far
+    /// below the error of either loss, because both models see the same windows.
     pub nll_difference: Estimate,
 }
 
@@ -77,26 +76,28 @@ impl WindowLosses {
         self.agree += other.agree;
     }
 
-    fn divide(self, by: f64) -> Self {
+    fn divide(self, count: f64) -> Self {
         Self {
-            nll: self.nll / by,
-            reference_nll: self.reference_nll / by,
-            kl: self.kl / by,
-            agree: self.agree / by,
+            nll: self.nll / count,
+            reference_nll: self.reference_nll / count,
+            kl: self.kl / count,
+            agree: self.agree / count,
         }
     }
 }
 
-/// Measures the perplexity of `model` on `text` and its distance to `reference`. `progress` is
-/// called with windows done and all.
+/// Measures the perplexity of a model on `text` and compares it with `reference`.
+/// `progress(done, total)` is called after each window.
 ///
-/// At most the logits of one piece of a window are in memory, besides what the reference keeps.
+/// Windows are computed in pieces, so that only the logits of one piece are in memory, besides those
+/// that [`Reference::kept`] holds.
 ///
 /// # Errors
-/// [`Error::Usage`] if the text is shorter than one window; [`Error::Invalid`] if the models do not
-/// have the same tokens, or compute logits that are not finite.
+/// [`Error::Usage`] if the text is shorter than one window or a window than 2 tokens;
+/// [`Error::Invalid`] if the vocabularies or tokenizers differ, or logits are not finite;
+/// [`Error::Device`] if the device fails.
 pub fn perplexity(
-    model: &Engine,
+    engine: &Engine,
     reference: Option<Reference<'_>>,
     tokenizer: &Tokenizer,
     text: &str,
@@ -117,15 +118,15 @@ pub fn perplexity(
         )));
     }
     if let Some(reference) = reference {
-        same_tokens(model, reference.model, text, options, &tokens)?;
+        same_tokens(engine, reference.model, text, options, &tokens)?;
     }
     let windows: Vec<&[u32]> = tokens.chunks_exact(context).take(count).collect();
     let done = std::sync::atomic::AtomicUsize::new(0);
-    let small = is_small(model) && reference.is_none_or(|r| is_small(r.model));
+    let small = is_small(engine) && reference.is_none_or(|r| is_small(r.model));
     let measure = |window: &&[u32]| {
         let found = match reference {
-            None => window_loss(model, window, small),
-            Some(reference) => window_divergence(model, reference, window, small),
+            None => window_loss(engine, window, small),
+            Some(reference) => window_divergence(engine, reference, window, small),
         };
         progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, count);
         found
@@ -153,44 +154,45 @@ pub fn perplexity(
     })
 }
 
-/// exp, with the error to first order.
+/// exp of an estimate. The standard error is propagated to first order.
 fn exponential(loss: Estimate) -> Estimate {
     let value = loss.value.exp();
     Estimate { value, standard_error: value * loss.standard_error }
 }
 
-/// Checks that both models have the same tokens for the text, since they are compared token by token.
+/// Checks that both models split the text into the same tokens, because they are compared token by
+/// token.
 fn same_tokens(
-    model: &Engine,
+    engine: &Engine,
     reference: &Engine,
     text: &str,
     options: &PerplexityOptions,
     tokens: &[u32],
 ) -> Result<()> {
-    let (own, other) = (model.embeddings.rows(), reference.embeddings.rows());
+    let (own, other) = (engine.model.embeddings.rows(), reference.model.embeddings.rows());
     if own != other {
         return Err(Error::invalid(format!(
             "{} has {own} tokens and the reference {} has {other}: they cannot be compared",
-            model.source.display(),
-            reference.source.display()
+            engine.model.source.display(),
+            reference.model.source.display()
         )));
     }
-    if options.layout.tokenize(&reference.tokenizer()?, text)? != tokens {
+    if options.layout.tokenize(&reference.model.tokenizer()?, text)? != tokens {
         return Err(Error::invalid(format!(
             "the reference {} has another tokenizer than {}: they cannot be compared",
-            reference.source.display(),
-            model.source.display()
+            reference.model.source.display(),
+            engine.model.source.display()
         )));
     }
     Ok(())
 }
 
-/// The mean loss of the tokens after the first.
-fn window_loss(model: &Engine, window: &[u32], serial: bool) -> Result<WindowLosses> {
-    let mut state = State::new(model, window.len());
-    let vocab = model.embeddings.rows();
+/// The mean loss of the tokens of a window after the first.
+fn window_loss(engine: &Engine, window: &[u32], serial: bool) -> Result<WindowLosses> {
+    let mut state = State::new(engine, window.len());
+    let vocab = engine.model.embeddings.rows();
     let mut sum = Ok(WindowLosses::default());
-    model.forward_all(&mut state, window, |first, logits| {
+    engine.forward_all(&mut state, window, |first, logits| {
         let row = |i: usize| match window.get(first + i + 1) {
             None => Ok(WindowLosses::default()),
             Some(target) => {
@@ -203,27 +205,27 @@ fn window_loss(model: &Engine, window: &[u32], serial: bool) -> Result<WindowLos
     Ok(sum?.divide((window.len() - 1) as f64))
 }
 
-/// The losses of both models and their distance, piece by piece, so that the logits of the
-/// reference for a whole window need not be in memory.
+/// The mean losses and the comparison on one window. It is computed in pieces, so that the logits of
+/// the reference for the whole window need not be in memory.
 fn window_divergence(
-    model: &Engine,
+    engine: &Engine,
     reference: Reference<'_>,
     window: &[u32],
     serial: bool,
 ) -> Result<WindowLosses> {
-    let vocab = model.embeddings.rows();
-    let mut state = State::new(model, window.len());
+    let vocab = engine.model.embeddings.rows();
+    let mut state = State::new(engine, window.len());
     let mut reference = reference.begin(window);
     let mut sum = Ok(WindowLosses::default());
     let mut start = 0;
     for piece in pieces(window, vocab) {
         let expected = reference.next(window, piece.len())?;
-        model.forward_all(&mut state, piece, |first, logits| {
+        engine.forward_all(&mut state, piece, |first, logits| {
             let row = |i: usize| match window.get(start + first + i + 1) {
                 None => Ok(WindowLosses::default()),
                 Some(target) => {
-                    let place = (first + i) * vocab..(first + i + 1) * vocab;
-                    let expected = Distribution::new(&expected[place])?;
+                    let row = (first + i) * vocab..(first + i + 1) * vocab;
+                    let expected = Distribution::new(&expected[row])?;
                     compare(&expected, &logits[i * vocab..(i + 1) * vocab], *target)
                 }
             };
@@ -244,7 +246,7 @@ fn compare(expected: &Distribution<'_>, logits: &[f32], target: u32) -> Result<W
     })
 }
 
-/// Adds `rows` results to `sum` in their order, or keeps the first error.
+/// Adds the results of `row` for `0..rows` to `sum` in order, or stores the first error.
 fn accumulate(
     sum: &mut Result<WindowLosses>,
     rows: usize,
@@ -262,8 +264,8 @@ fn accumulate(
     }
 }
 
-/// Equal pieces of a window whose logits take at most 64 MiB, but at least 32 tokens each. No piece is a
-/// single token: single tokens take another path through the model.
+/// Splits a window into nearly equal pieces. Each has up to 32 tokens, or more if their logits take at
+/// most 64 MiB. No piece is a single token, because single tokens use other kernels.
 fn pieces(window: &[u32], vocab: usize) -> impl Iterator<Item = &[u32]> {
     const BYTES: usize = 64 << 20;
     let most = (BYTES / (4 * vocab)).max(32);

@@ -1,4 +1,4 @@
-//! A model to compare with, and its logits that are kept for the next comparison.
+//! The reference model of a comparison, with a cache of its logits.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,23 +7,23 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::state::State;
 
-/// A model that others are compared with.
+/// A model that other models are compared with.
 #[derive(Clone, Copy, Debug)]
 pub struct Reference<'a> {
-    /// The model, usually the dense checkpoint.
+    /// The engine of the reference model, usually a dense checkpoint.
     pub model: &'a Engine,
-    /// Its logits on windows that were measured before; `None` if they are not kept.
+    /// Logits of the reference on earlier windows; `None` to keep none.
     pub kept: Option<&'a KeptLogits>,
 }
 
 impl<'a> Reference<'a> {
     /// A reference whose logits are not kept.
     #[must_use]
-    pub fn new(model: &'a Engine) -> Self {
-        Self { model, kept: None }
+    pub fn new(engine: &'a Engine) -> Self {
+        Self { model: engine, kept: None }
     }
 
-    /// Starts a window.
+    /// Starts a window of tokens.
     pub(super) fn begin(&self, window: &[u32]) -> ReferenceWindow<'a> {
         let kept = self.kept.and_then(|kept| kept.get(window));
         let fresh = kept.is_none().then(|| State::new(self.model, window.len()));
@@ -31,10 +31,10 @@ impl<'a> Reference<'a> {
     }
 }
 
-/// The logits of one model on windows of tokens, [tokens, vocab] for each, up to a number of bytes.
+/// A cache of the logits of one model, [tokens, vocab] per window, with a limit in bytes.
 #[derive(Debug)]
 pub struct KeptLogits {
-    most: usize,
+    max_bytes: usize,
     windows: Mutex<Windows>,
 }
 
@@ -45,10 +45,10 @@ struct Windows {
 }
 
 impl KeptLogits {
-    /// Keeps up to `most` bytes.
+    /// An empty cache of up to `max_bytes` bytes.
     #[must_use]
-    pub fn new(most: usize) -> Self {
-        Self { most, windows: Mutex::default() }
+    pub fn new(max_bytes: usize) -> Self {
+        Self { max_bytes, windows: Mutex::default() }
     }
 
     fn get(&self, window: &[u32]) -> Option<Arc<[f32]>> {
@@ -58,13 +58,13 @@ impl KeptLogits {
 
     fn has_room(&self, more: usize) -> bool {
         let windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
-        windows.bytes + more <= self.most
+        windows.bytes + more <= self.max_bytes
     }
 
     fn put(&self, window: &[u32], logits: &[f32]) {
         let bytes = size_of_val(logits);
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
-        if windows.bytes + bytes <= self.most {
+        if windows.bytes + bytes <= self.max_bytes {
             let before = windows.logits.insert(window.to_vec(), logits.into());
             windows.bytes += bytes;
             windows.bytes -= before.map_or(0, |old| size_of_val(&*old));
@@ -72,14 +72,14 @@ impl KeptLogits {
     }
 }
 
-/// A window of a reference, piece by piece.
+/// Computes the logits of the reference for a window piece by piece.
 pub(super) struct ReferenceWindow<'a> {
     reference: Reference<'a>,
     kept: Option<Arc<[f32]>>,
     state: Option<State>,
-    /// Logits of the last piece; of all pieces so far if they are to be kept.
+    /// Logits of the last piece, or of all pieces so far if they will be kept.
     logits: Vec<f32>,
-    /// Tokens so far.
+    /// The number of tokens computed so far.
     done: usize,
 }
 
@@ -87,10 +87,10 @@ impl ReferenceWindow<'_> {
     /// The logits of the next tokens of `window`, [tokens, vocab].
     ///
     /// # Errors
-    /// As for [`Engine::forward_all`].
+    /// The errors of [`Engine::forward_all`].
     pub(super) fn next(&mut self, window: &[u32], tokens: usize) -> Result<&[f32]> {
         let Self { reference, kept, state, logits, done } = self;
-        let vocab = reference.model.embeddings.rows();
+        let vocab = reference.model.model.embeddings.rows();
         let piece = *done..*done + tokens;
         *done = piece.end;
         let Some(state) = state else {
@@ -106,7 +106,7 @@ impl ReferenceWindow<'_> {
         reference.model.forward_all(state, &window[piece], |_, new| {
             logits.extend_from_slice(new);
         })?;
-        // The logits are incomplete if there was no room for some of them.
+        // The logits are incomplete if the cache was full during an earlier piece.
         if let Some(kept) = keep.filter(|_| logits.len() == whole) {
             kept.put(window, logits);
         }

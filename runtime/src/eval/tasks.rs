@@ -1,5 +1,5 @@
-//! Multiple-choice tasks: files of questions, and the prompts that lm-evaluation-harness makes of
-//! them (version 0.4.13, `lm_eval/tasks/*`, no examples before the question).
+//! Multiple-choice tasks: reads files of questions and builds the prompts of lm-evaluation-harness
+//! (version 0.4.13, `lm_eval/tasks/*`, zero-shot).
 
 use std::path::Path;
 
@@ -12,15 +12,15 @@ use crate::error::{Error, Result};
 pub enum Task {
     /// Which of two names fits into the blank. The text after the blank is scored.
     Winogrande,
-    /// `OpenBookQA` without the book.
+    /// Elementary science questions (`OpenBookQA`), without the facts.
     OpenBookQa,
-    /// How a scene goes on.
+    /// How a scene continues.
     HellaSwag,
-    /// Yes or no about a passage.
+    /// Yes-or-no questions about a passage.
     BoolQ,
-    /// AI2 reasoning challenge, easy.
+    /// AI2 reasoning challenge, easy set.
     ArcEasy,
-    /// AI2 reasoning challenge, hard.
+    /// AI2 reasoning challenge, challenge set.
     ArcChallenge,
     /// Whether one sentence entails another.
     Rte,
@@ -29,7 +29,7 @@ pub enum Task {
 }
 
 impl Task {
-    /// All tasks, in the order of the paper's Table 4, and PIQA.
+    /// All tasks: those of Table 4 of the STBLLM paper in its order, then PIQA.
     pub const ALL: [Self; 8] = [
         Self::Winogrande,
         Self::OpenBookQa,
@@ -41,7 +41,7 @@ impl Task {
         Self::Piqa,
     ];
 
-    /// The name that the harness uses.
+    /// The name of the task in the harness.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -56,7 +56,8 @@ impl Task {
         }
     }
 
-    /// The task called so; `-` for `_`, `obqa`, `arc-e` and `arc-c` are understood too.
+    /// The task called `name`, ignoring case. Accepts `-` for `_`, and the short names `obqa`, `arc_e`
+    /// and `arc_c`.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         let name = name.to_ascii_lowercase().replace('-', "_");
@@ -68,7 +69,7 @@ impl Task {
         }
     }
 
-    /// The task whose name the file's name starts with.
+    /// The task whose name is a prefix of the file name.
     #[must_use]
     pub fn from_file(path: &Path) -> Option<Self> {
         let name = path.file_stem()?.to_str()?.to_ascii_lowercase().replace('-', "_");
@@ -79,8 +80,7 @@ impl Task {
         Self::ALL.into_iter().find(starts)
     }
 
-    /// Whether the harness also reports the accuracy of likelihoods divided by the length of the
-    /// choice.
+    /// Whether the harness reports `acc_norm`, the accuracy by likelihood per character.
     #[must_use]
     pub fn has_acc_norm(self) -> bool {
         matches!(
@@ -89,11 +89,11 @@ impl Task {
         )
     }
 
-    /// The questions of a jsonl file, at most `limit` of them.
+    /// Reads the questions of a JSON Lines file, at most `limit`.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Invalid`] with the number of the line that is not a question of this
-    /// task; [`Error::Invalid`] if there is none.
+    /// [`Error::Io`] if the file cannot be read; [`Error::Invalid`] with the line number if a line is not
+    /// a question of this task, or if the file has no questions.
     pub fn read(self, path: &Path, limit: Option<usize>) -> Result<Vec<Question>> {
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         let text = String::from_utf8(bytes)
@@ -113,7 +113,7 @@ impl Task {
     /// Parses one line of a file.
     ///
     /// # Errors
-    /// What is wrong with the line, without its number.
+    /// A description of the problem, without the line number.
     pub fn item(self, line: &str) -> std::result::Result<Question, String> {
         let row: TaskLine = serde_json::from_str(line).map_err(|e| e.to_string())?;
         let choices = row.choices.as_deref().ok_or("there is no field \"choices\"")?;
@@ -163,13 +163,13 @@ impl Task {
                 after(&without_markup(field(&row.query, "query")?), &choices)
             }
             Self::BoolQ => {
-                one_of(choices, &["no", "yes"])?;
+                check_words(choices, &["no", "yes"])?;
                 let (passage, question) =
                     (field(&row.passage, "passage")?, field(&row.question, "question")?);
                 after(&format!("{passage}\nQuestion: {question}?\nAnswer:"), choices)
             }
             Self::Rte => {
-                one_of(choices, &["entailment", "not_entailment"])?;
+                check_words(choices, &["entailment", "not_entailment"])?;
                 let answer = |c: &String| if c == "entailment" { "True" } else { "False" }.into();
                 let choices: Vec<String> = choices.iter().map(answer).collect();
                 let (first, second) =
@@ -186,19 +186,19 @@ impl Task {
     }
 }
 
-/// A question: as many prompts as choices, one of them right.
+/// A question with one prompt per choice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// What is scored for each choice.
+    /// The prompts of the choices.
     pub prompts: Vec<ChoicePrompt>,
-    /// The index of the right choice.
+    /// The index of the correct choice.
     pub gold: usize,
 }
 
-/// A continuation whose likelihood after a context is a choice's score.
+/// The prompt of a choice. The likelihood of the continuation after the context is its score.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChoicePrompt {
-    /// What the model is given.
+    /// The text before the continuation.
     pub context: String,
     /// The continuation that is scored. It begins with a space.
     pub continuation: String,
@@ -233,13 +233,14 @@ fn field<'a>(value: &'a Option<String>, name: &str) -> std::result::Result<&'a s
     value.as_deref().ok_or_else(|| format!("there is no field {name:?}"))
 }
 
-/// Both words, in either order.
-fn one_of(choices: &[String], words: &[&str; 2]) -> std::result::Result<(), String> {
-    let right = choices.len() == 2 && words.iter().all(|word| choices.iter().any(|c| c == word));
-    if right { Ok(()) } else { Err(format!("\"choices\" has to be {words:?}")) }
+/// Checks that `choices` are these two words, in either order.
+fn check_words(choices: &[String], words: &[&str; 2]) -> std::result::Result<(), String> {
+    let matches = choices.len() == 2 && words.iter().all(|word| choices.iter().any(|c| c == word));
+    if matches { Ok(()) } else { Err(format!("\"choices\" has to be {words:?}")) }
 }
 
-/// The harness's preparation of `HellaSwag`: `WikiHow` texts have marks in square brackets.
+/// The preprocessing of `HellaSwag` in the harness: removes the marks in square brackets of `WikiHow`
+/// texts.
 fn without_markup(text: &str) -> String {
     let text = text.trim().replace(" [title]", ". ");
     let mut out = String::new();
@@ -268,9 +269,9 @@ mod tests {
         item.prompts.into_iter().map(|p| (p.context, p.continuation, p.choice_length)).collect()
     }
 
-    /// Written out by hand from the harness's task definitions.
+    /// Expected prompts are written by hand from the task definitions of the harness.
     #[test]
-    fn prompts_are_those_of_the_harness() {
+    fn prompts_match_the_harness() {
         let line = r#"{"sentence": "The cup is in the box so _ is small.", "choices": ["cup", "box"], "gold": 0}"#;
         assert_eq!(
             prompts(Task::Winogrande, line),
@@ -305,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_found() {
+    fn tasks_are_found_by_name() {
         for (file, task) in [
             ("arc_easy_test.jsonl", Some(Task::ArcEasy)),
             ("data/ARC-Challenge.jsonl", Some(Task::ArcChallenge)),
@@ -357,7 +358,7 @@ mod tests {
         let line = r#"{"sentence1": "a", "choices": ["entailment", "not_entailment"], "gold": 1}"#;
         refuse(Task::Rte, line, "sentence2");
         refuse(Task::Piqa, &"[".repeat(100_000), "invalid type");
-        // Fields without a use are skipped, however deep, without recursion.
+        // Unused fields are skipped without recursion, at any depth.
         refuse(Task::Piqa, &format!("{{\"id\": {}", "[".repeat(100_000)), "EOF");
     }
 }

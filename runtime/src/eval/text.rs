@@ -1,22 +1,21 @@
-//! Turns a text into the tokens that are predicted.
+//! [`TextLayout`]: tokenizes an evaluation text.
 
 use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 
-/// What a text file consists of.
+/// The layout of an evaluation text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum TextLayout {
-    /// One document: a begin token, if the model wants one, then all of the text.
+    /// One document: a begin token, if the model uses one, then the whole text.
     #[default]
     Whole,
-    /// Documents with this text between them. Each document is stripped of white space at its ends and starts
-    /// with the begin token. Empty documents are left out.
+    /// Documents separated by this text. Each document is trimmed and starts with the begin token.
+    /// Empty documents are skipped.
     Documents(String),
-    /// One row of a data set per line, as in `wiki.test.raw`: rows are joined by two newlines, a
-    /// blank line being an empty row, as in the evaluation of GPTQ and of the paper. The result is
-    /// one document.
+    /// One row of a data set per line, as in `wiki.test.raw`. Rows are joined by two newlines into one
+    /// document, and a blank line is an empty row, as in the evaluations of GPTQ and STBLLM.
     Rows,
 }
 
@@ -24,7 +23,7 @@ impl TextLayout {
     /// All tokens of `text`.
     ///
     /// # Errors
-    /// As for [`Tokenizer::encode_prompt`].
+    /// The errors of [`Tokenizer::encode_prompt`].
     pub fn tokenize(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
         match self {
             Self::Whole => tokenizer.encode_prompt(text),
@@ -42,7 +41,7 @@ impl TextLayout {
         }
     }
 
-    /// A few words for a description of the protocol.
+    /// A short description for reports.
     #[must_use]
     pub fn describe(&self) -> String {
         match self {
@@ -55,8 +54,8 @@ impl TextLayout {
     }
 }
 
-/// The rows of the Hugging Face data set, line and newline or nothing for a blank line, joined by
-/// two newlines.
+/// The rows of the Hugging Face data set, joined by two newlines. A row is a line with its newline, or
+/// empty for a blank line.
 fn join_rows(text: &str) -> String {
     let mut lines: Vec<&str> = text.split('\n').collect();
     if lines.last().is_some_and(|line| line.is_empty()) {
@@ -71,7 +70,7 @@ mod tests {
     use super::join_rows;
 
     #[test]
-    fn rows_are_those_of_the_data_set() {
+    fn rows_match_the_data_set() {
         assert_eq!(join_rows(" \n = A = \n \nText .\n"), "\n\n = A = \n\n\n\n\nText .\n");
         assert_eq!(join_rows(""), "");
         assert_eq!(join_rows("no newline at the end"), "no newline at the end\n");

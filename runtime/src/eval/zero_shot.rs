@@ -1,7 +1,7 @@
-//! Multiple choice by likelihood, by the rules of lm-evaluation-harness (version 0.4.13,
-//! `output_type: multiple_choice`): a choice's score is ln p(continuation | context). `acc` takes the
-//! highest score, `acc_norm` the highest score per character of the choice; the first of equals wins.
-//! Text that does not fit into the context is cut off at the left.
+//! Multiple-choice accuracy with the rules of lm-evaluation-harness (version 0.4.13,
+//! `output_type: multiple_choice`). The score of a choice is ln p(continuation | context). `acc` selects
+//! the highest score, `acc_norm` the highest score per character of the choice; ties go to the first
+//! choice. Text that does not fit into the context is truncated at the left.
 
 use rayon::prelude::*;
 
@@ -14,13 +14,13 @@ use crate::error::{Error, Result};
 use crate::state::State;
 use crate::tokenizer::Tokenizer;
 
-/// How questions are read.
+/// Options of [`zero_shot`].
 #[derive(Clone, Copy, Debug)]
 pub struct ZeroShotOptions {
-    /// The most tokens that the model sees.
+    /// The largest number of input tokens.
     pub context: usize,
-    /// Whether a begin token is put before each context, if the model's tokenizer does so: the
-    /// default of the harness since it asks the tokenizer (0.4.13 does, early 0.4 never put one).
+    /// Whether each context starts with a begin token, if texts of the model do. This is the default
+    /// of harness version 0.4.13; early 0.4 versions never added one.
     pub begin: bool,
 }
 
@@ -29,7 +29,7 @@ pub struct ZeroShotOptions {
 pub struct Score {
     /// ln p(continuation | context).
     pub log_likelihood: f64,
-    /// Whether some of the context was cut off.
+    /// Whether the context was truncated.
     pub truncated: bool,
 }
 
@@ -38,24 +38,25 @@ pub struct Score {
 pub struct TaskResult {
     /// The task.
     pub task: Task,
-    /// Questions.
+    /// The number of questions.
     pub items: usize,
-    /// Share answered right by likelihood.
+    /// Fraction of correct answers by likelihood.
     pub acc: Estimate,
-    /// Share answered right by likelihood per character; `None` for tasks whose `acc_norm` the harness does not report.
+    /// Fraction of correct answers by likelihood per character; `None` for tasks without `acc_norm` in
+    /// the harness.
     pub acc_norm: Option<Estimate>,
-    /// Questions whose context was cut off to fit.
+    /// The number of questions whose context was truncated.
     pub truncated: usize,
 }
 
-/// Measures the accuracy of `model` on the questions of a task. `progress` is called with questions
-/// done and all.
+/// Measures the accuracy of a model on the questions of a task. `progress(done, total)` is called
+/// after each question.
 ///
 /// # Errors
-/// [`Error::Usage`] if a choice does not fit into the context; [`Error::Invalid`] if the model computes
-/// logits that are not finite.
+/// [`Error::Usage`] if a choice does not fit into the context; [`Error::Invalid`] if logits are not
+/// finite or the tokenizer fails; [`Error::Device`] if the device fails.
 pub fn zero_shot(
-    model: &Engine,
+    engine: &Engine,
     tokenizer: &Tokenizer,
     task: Task,
     items: &[Question],
@@ -64,19 +65,19 @@ pub fn zero_shot(
 ) -> Result<TaskResult> {
     let done = std::sync::atomic::AtomicUsize::new(0);
     let measure = |state: &mut State, item: &Question| {
-        let scores = score_question(model, state, tokenizer, item, options)?;
+        let scores = score_question(engine, state, tokenizer, item, options)?;
         progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, items.len());
         Ok(scores)
     };
-    let new_state = || State::new(model, options.context);
-    let found: Vec<Vec<Score>> = if is_small(model) {
+    let new_state = || State::new(engine, options.context);
+    let found: Vec<Vec<Score>> = if is_small(engine) {
         items.par_iter().map_init(new_state, measure).collect::<Result<_>>()?
     } else {
         let mut state = new_state();
         items.iter().map(|item| measure(&mut state, item)).collect::<Result<_>>()?
     };
     let correct = |per_character: bool| {
-        let right = items.iter().zip(&found).map(move |(item, scores)| {
+        let outcomes = items.iter().zip(&found).map(move |(item, scores)| {
             let value = |(score, prompt): (&Score, &ChoicePrompt)| match per_character {
                 true => score.log_likelihood / prompt.choice_length as f64,
                 false => score.log_likelihood,
@@ -84,7 +85,7 @@ pub fn zero_shot(
             let best = first_largest(scores.iter().zip(&item.prompts).map(value));
             f64::from(u8::from(best == item.gold))
         });
-        Estimate::of(right)
+        Estimate::of(outcomes)
     };
     Ok(TaskResult {
         task,
@@ -95,6 +96,7 @@ pub fn zero_shot(
     })
 }
 
+/// The index of the largest value; ties go to the first.
 fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     let best = |best: Option<(usize, f64)>, (i, value): (usize, f64)| match best {
         Some((_, largest)) if value <= largest => best,
@@ -103,56 +105,56 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     values.enumerate().fold(None, best).map_or(0, |(i, _)| i)
 }
 
-/// The scores of all choices of a question. Tokens at the start that prompts share are computed once.
+/// The scores of all choices of a question. A prefix that consecutive prompts share is computed once.
 ///
 /// # Errors
-/// As for [`zero_shot`].
+/// The errors of [`zero_shot`].
 pub fn score_question(
-    model: &Engine,
+    engine: &Engine,
     state: &mut State,
     tokenizer: &Tokenizer,
     item: &Question,
     options: &ZeroShotOptions,
 ) -> Result<Vec<Score>> {
-    // Each question starts with an empty cache, so that its result does not depend on the question before.
+    // The cache starts empty, so that the result does not depend on the previous question.
     state.truncate(0);
     let mut seen = Vec::new();
     let score = |prompt: &ChoicePrompt| {
         let (context, continuation) = encode(tokenizer, prompt, options.begin)?;
-        let most = options.context;
-        if continuation.len() > most {
+        let limit = options.context;
+        if continuation.len() > limit {
             return Err(Error::usage(format!(
-                "a choice has {} tokens, the context only {most}: give a larger --ctx",
+                "a choice has {} tokens, the context only {limit}: give a larger --ctx",
                 continuation.len()
             )));
         }
         let all = [&context[..], &continuation].concat();
-        // The last token is predicted, but it is no input.
-        let input = &all[all.len().saturating_sub(most + 1)..all.len() - 1];
-        let log_likelihood = score(model, state, &mut seen, input, &continuation)?;
-        Ok(Score { log_likelihood, truncated: all.len() > most + 1 })
+        // The last token is predicted but is not an input.
+        let input = &all[all.len().saturating_sub(limit + 1)..all.len() - 1];
+        let log_likelihood = score(engine, state, &mut seen, input, &continuation)?;
+        Ok(Score { log_likelihood, truncated: all.len() > limit + 1 })
     };
     item.prompts.iter().map(score).collect()
 }
 
-/// ln p of `continuation`. All its tokens but the last are the end of `input`. `seen` are the tokens in `state`.
+/// ln p(`continuation`). `input` ends with all its tokens but the last. `seen` are the tokens in `state`.
 fn score(
-    model: &Engine,
+    engine: &Engine,
     state: &mut State,
     seen: &mut Vec<u32>,
     input: &[u32],
     continuation: &[u32],
 ) -> Result<f64> {
-    let vocab = model.embeddings.rows();
-    // The logits after this token predict the first one of the continuation.
+    let vocab = engine.model.embeddings.rows();
+    // The logits after this token predict the first token of the continuation.
     let start = input.len() - continuation.len();
     let common = seen.iter().zip(input).take_while(|(a, b)| a == b).count().min(start);
     state.truncate(common);
     if common < start {
-        model.forward(state, &input[common..start])?;
+        engine.forward(state, &input[common..start])?;
     }
     let mut sum = Ok(0.0);
-    model.forward_all(state, &input[start..], |first, logits| {
+    engine.forward_all(state, &input[start..], |first, logits| {
         for (logits, token) in logits.chunks_exact(vocab).zip(&continuation[first..]) {
             if let Ok(so_far) = &mut sum {
                 match Distribution::new(logits) {
@@ -167,9 +169,9 @@ fn score(
     sum
 }
 
-/// Tokens of context and continuation. The boundary is where the context alone ends, even if the
-/// tokenizer would put a token across it; spaces at the end of the context belong to the
-/// continuation (`TemplateLM._encode_pair`).
+/// The tokens of context and continuation. As in `TemplateLM._encode_pair` of the harness, the context
+/// has as many tokens as it has without the continuation, even if the tokenizer merges across the
+/// boundary, and spaces at the end of the context belong to the continuation.
 fn encode(
     tokenizer: &Tokenizer,
     prompt: &ChoicePrompt,
@@ -182,7 +184,7 @@ fn encode(
     let whole = format!("{}{}", prompt.context, prompt.continuation);
     let (context, continuation) = if context.is_empty() {
         let first = tokenizer.bos.or(tokenizer.eos.first().copied()).ok_or_else(|| {
-            Error::invalid("a question has no context, and the model neither begin nor end token")
+            Error::invalid("a question has no context, and the model has no begin or end token")
         })?;
         (vec![first], tokenizer.encode(&whole)?)
     } else {
@@ -192,7 +194,7 @@ fn encode(
     };
     if continuation.is_empty() {
         return Err(Error::invalid(format!(
-            "the tokenizer makes no token of {:?} after the question",
+            "the tokenizer gives no tokens for {:?} after the question",
             prompt.continuation
         )));
     }
@@ -204,7 +206,7 @@ mod tests {
     use super::first_largest;
 
     #[test]
-    fn the_first_of_equals_wins() {
+    fn ties_go_to_the_first() {
         assert_eq!(first_largest([-2.0, -1.0, -1.0].into_iter()), 1);
         assert_eq!(first_largest([f64::NEG_INFINITY; 2].into_iter()), 0);
     }
