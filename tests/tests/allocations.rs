@@ -22,14 +22,14 @@ fn decoding_does_not_allocate() {
         convert(&quill(), &file, &["--recipe", recipe, "--calib-samples", "2"]);
         for kv in [KvKind::F16, KvKind::Q8, KvKind::F32] {
             let options = OpenOptions { kv, threads: Some(2), ..OpenOptions::default() };
-            let model = Engine::open(&file, &options).unwrap();
-            let mut state = State::new(&model, TOKENS as usize);
+            let engine = Engine::open(&file, &options).unwrap();
+            let mut state = State::new(&engine, TOKENS as usize);
             let mut sampler =
                 Sampler::new(SamplerOptions { repeat_penalty: 1.1, ..SamplerOptions::default() });
             let mut answer = || {
                 state.truncate(0);
                 for token in 0..TOKENS {
-                    let logits = model.forward(&mut state, &[token]).unwrap();
+                    let logits = engine.forward(&mut state, &[token]).unwrap();
                     let _ = sampler.sample(logits);
                 }
             };

@@ -27,8 +27,8 @@ fn open(path: &Path) -> Engine {
 }
 
 /// ln p of every token at every position, from one forward pass over all of `tokens`.
-fn log_probabilities(model: &Engine, tokens: &[u32]) -> Vec<Vec<f64>> {
-    let mut state = State::new(model, tokens.len());
+fn log_probabilities(engine: &Engine, tokens: &[u32]) -> Vec<Vec<f64>> {
+    let mut state = State::new(engine, tokens.len());
     let mut rows = Vec::new();
     let softmax = |logits: &[f32]| -> Vec<f64> {
         let all: Vec<f64> = logits.iter().map(|l| f64::from(*l)).collect();
@@ -37,9 +37,9 @@ fn log_probabilities(model: &Engine, tokens: &[u32]) -> Vec<Vec<f64>> {
         all.iter().map(|l| l - largest - sum.ln()).collect()
     };
     let sink = |_: usize, logits: &[f32]| {
-        rows.extend(logits.chunks_exact(model.embeddings.rows()).map(softmax));
+        rows.extend(logits.chunks_exact(engine.model.embeddings.rows()).map(softmax));
     };
-    model.forward_all(&mut state, tokens, sink).unwrap();
+    engine.forward_all(&mut state, tokens, sink).unwrap();
     rows
 }
 
@@ -53,8 +53,8 @@ fn sample_tasks() -> Vec<(Task, PathBuf)> {
 }
 
 /// Context and continuation as the harness would encode them, the whole input cut at the left.
-fn oracle_score(model: &Engine, item: &Question, choice: usize, most: usize) -> (f64, bool) {
-    let tokenizer = model.tokenizer().unwrap();
+fn oracle_score(engine: &Engine, item: &Question, choice: usize, most: usize) -> (f64, bool) {
+    let tokenizer = engine.model.tokenizer().unwrap();
     let prompt = &item.prompts[choice];
     let context = tokenizer.encode(prompt.context.trim_end()).unwrap();
     let whole = tokenizer.encode(&format!("{}{}", prompt.context, prompt.continuation)).unwrap();
@@ -62,7 +62,7 @@ fn oracle_score(model: &Engine, item: &Question, choice: usize, most: usize) -> 
     let mut all = [&context[..], continuation].concat();
     let cut = all.len().saturating_sub(most + 1);
     all.drain(..cut);
-    let rows = log_probabilities(model, &all[..all.len() - 1]);
+    let rows = log_probabilities(engine, &all[..all.len() - 1]);
     let first = all.len() - continuation.len();
     let sum = (first..all.len()).map(|i| rows[i - 1][all[i] as usize]).sum();
     (sum, cut > 0)
@@ -70,21 +70,21 @@ fn oracle_score(model: &Engine, item: &Question, choice: usize, most: usize) -> 
 
 #[test]
 fn choices_score_as_if_each_were_computed_alone() {
-    let model = open(&quill());
-    let tokenizer = model.tokenizer().unwrap();
+    let engine = open(&quill());
+    let tokenizer = engine.model.tokenizer().unwrap();
     for (task, file) in sample_tasks() {
         let items = task.read(&file, None).unwrap();
         assert!(items.len() >= 2, "{}", file.display());
         // All of the context, and so little that questions are cut.
         for context in [512, 24] {
             let options = ZeroShotOptions { context, begin: false };
-            let mut state = State::new(&model, context);
+            let mut state = State::new(&engine, context);
             let (mut acc, mut acc_norm, mut truncated) = (0, 0, 0);
             for item in &items {
-                let found = score_question(&model, &mut state, &tokenizer, item, &options).unwrap();
+                let found = score_question(&engine, &mut state, &tokenizer, item, &options).unwrap();
                 let mut scores = Vec::new();
                 for (choice, found) in found.iter().enumerate() {
-                    let (expected, cut) = oracle_score(&model, item, choice, context);
+                    let (expected, cut) = oracle_score(&engine, item, choice, context);
                     let difference = (found.log_likelihood - expected).abs();
                     assert!(difference < 1e-3, "{} {choice}: {found:?}, {expected}", task.name());
                     assert_eq!(found.truncated, cut);
@@ -97,7 +97,7 @@ fn choices_score_as_if_each_were_computed_alone() {
                 acc_norm += usize::from(best(&per_character) == item.gold);
                 truncated += usize::from(found.iter().any(|s| s.truncated));
             }
-            let result = zero_shot(&model, &tokenizer, task, &items, &options, &|_, _| {}).unwrap();
+            let result = zero_shot(&engine, &tokenizer, task, &items, &options, &|_, _| {}).unwrap();
             let n = items.len() as f64;
             assert_eq!(result.acc.value, acc as f64 / n, "{}", task.name());
             assert_eq!(result.truncated, truncated, "{}", task.name());
@@ -114,13 +114,13 @@ fn choices_score_as_if_each_were_computed_alone() {
 
 #[test]
 fn begin_tokens_are_put_before_questions_on_request() {
-    let model = open(&quill());
-    let tokenizer = model.tokenizer().unwrap();
+    let engine = open(&quill());
+    let tokenizer = engine.model.tokenizer().unwrap();
     let items = Task::OpenBookQa.read(&sample_tasks()[1].1, Some(1)).unwrap();
     let score = |begin: bool| {
-        let mut state = State::new(&model, 64);
+        let mut state = State::new(&engine, 64);
         let options = ZeroShotOptions { context: 64, begin };
-        score_question(&model, &mut state, &tokenizer, &items[0], &options).unwrap()[0]
+        score_question(&engine, &mut state, &tokenizer, &items[0], &options).unwrap()[0]
             .log_likelihood
     };
     assert!(tokenizer.bos.is_some());
@@ -150,21 +150,21 @@ fn divergences_are_those_of_the_definition() {
             values.iter_mut().step_by(3).for_each(|v| *v *= 1.2);
         }
     });
-    let (model, reference) = (open(&one), open(&other));
-    let tokenizer = model.tokenizer().unwrap();
+    let (engine, reference) = (open(&one), open(&other));
+    let tokenizer = engine.model.tokenizer().unwrap();
     let sample = "the quick brown fox jumps over the lazy dog ".repeat(8);
     let layout = TextLayout::Documents("lazy".into());
     let tokens = layout.tokenize(&tokenizer, &sample).unwrap();
     let options = PerplexityOptions { context: 33, windows: Some(6), layout };
     let measure = |reference: Reference<'_>| {
-        perplexity(&model, Some(reference), &tokenizer, &sample, &options, &|_, _| {}).unwrap()
+        perplexity(&engine, Some(reference), &tokenizer, &sample, &options, &|_, _| {}).unwrap()
     };
     let found = measure(Reference::new(&reference));
     let divergence = found.divergence.as_ref().unwrap();
 
     let mut windows = Vec::new();
     for window in tokens.chunks_exact(33).take(6) {
-        let (p, q) = (log_probabilities(&reference, window), log_probabilities(&model, window));
+        let (p, q) = (log_probabilities(&reference, window), log_probabilities(&engine, window));
         let mean = |f: &dyn Fn(usize) -> f64| (0..32).map(f).sum::<f64>() / 32.0;
         let kl = |t: usize| p[t].iter().zip(&q[t]).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
         let target = |t: usize| window[t + 1] as usize;
@@ -194,7 +194,7 @@ fn divergences_are_those_of_the_definition() {
     close(divergence.nll_difference.value, estimate(0).0 - estimate(1).0);
 
     // With room for all windows, for some, and for none.
-    let window = 33 * model.embeddings.rows() * 4;
+    let window = 33 * engine.model.embeddings.rows() * 4;
     for room in [6 * window, 5 * window / 2, window - 1] {
         let kept = KeptLogits::new(room);
         for _ in 0..3 {
@@ -204,7 +204,7 @@ fn divergences_are_those_of_the_definition() {
     }
 
     // A model is at no distance from itself.
-    let same = measure(Reference::new(&model)).divergence.unwrap();
+    let same = measure(Reference::new(&engine)).divergence.unwrap();
     assert_eq!((same.kl.value, same.top1.value, same.nll_difference.value), (0.0, 1.0, 0.0));
 
     // Other tokens cannot be compared.
@@ -313,11 +313,11 @@ fn story_perplexities_equal_the_reference() {
         let Some(folder) = shared(&format!("data/models/{name}")) else {
             return skip("third-party models are not here");
         };
-        let model = open(&folder);
-        let tokenizer = model.tokenizer().unwrap();
+        let engine = open(&folder);
+        let tokenizer = engine.model.tokenizer().unwrap();
         let layout = TextLayout::Documents("<|endoftext|>".into());
         let options = PerplexityOptions { context, windows: None, layout };
-        let found = perplexity(&model, None, &tokenizer, &stories, &options, &|_, _| {}).unwrap();
+        let found = perplexity(&engine, None, &tokenizer, &stories, &options, &|_, _| {}).unwrap();
         assert_eq!((found.tokens, found.windows), (tokens, windows), "{name}");
         let difference = (found.perplexity.value - expected).abs();
         assert!(difference < 1e-4, "{name}: {} for {expected}", found.perplexity.value);
@@ -330,7 +330,7 @@ fn rows_of_wikitext_are_joined_as_in_the_reference() {
         ["raw", "joined.txt"].map(|n| shared(&format!("data/text/wikitext-2/wiki.test.{n}")));
     let [Some(raw), Some(joined)] = files else { return skip("WikiText-2 is not here") };
     let read = |path: &Path| std::fs::read_to_string(path).unwrap();
-    let tokenizer = open(&quill()).tokenizer().unwrap();
+    let tokenizer = open(&quill()).model.tokenizer().unwrap();
     let rows = TextLayout::Rows.tokenize(&tokenizer, &read(&raw)).unwrap();
     assert!(rows == TextLayout::Whole.tokenize(&tokenizer, &read(&joined)).unwrap());
     assert_eq!(rows.len(), 537_544);

@@ -315,13 +315,13 @@ fn rounded_activations_cost_little() {
         convert(&quill(), &file, &[&QUICK[..], &["--recipe", recipe, "--force"]].concat());
         let loss = |exact: bool, step: usize| {
             let options = OpenOptions { exact, ..OpenOptions::default() };
-            let model = Engine::open(&file, &options).unwrap();
-            let tokenizer = model.tokenizer().unwrap();
+            let engine = Engine::open(&file, &options).unwrap();
+            let tokenizer = engine.model.tokenizer().unwrap();
             let start: String = text.chars().take(1500).collect();
             let ids = tokenizer.encode_prompt(&start).unwrap();
             let ids = &ids[..200];
-            let vocab = model.embeddings.rows();
-            let mut state = State::new(&model, ids.len());
+            let vocab = engine.model.embeddings.rows();
+            let mut state = State::new(&engine, ids.len());
             let mut sum = 0.0;
             for (i, part) in ids.chunks(step).enumerate() {
                 let add = |first: usize, logits: &[f32]| {
@@ -333,7 +333,7 @@ fn rounded_activations_cost_little() {
                         }
                     }
                 };
-                model.forward_all(&mut state, part, add).unwrap();
+                engine.forward_all(&mut state, part, add).unwrap();
             }
             sum / (ids.len() - 1) as f64
         };

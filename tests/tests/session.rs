@@ -10,8 +10,8 @@ use stb_runtime::{
 use stb_tests::paths::quill;
 
 fn session() -> Session {
-    let model = Engine::open(&quill(), &OpenOptions::exact()).unwrap();
-    Session::new(Arc::new(model), SessionOptions::default()).unwrap()
+    let engine = Engine::open(&quill(), &OpenOptions::exact()).unwrap();
+    Session::new(Arc::new(engine), SessionOptions::default()).unwrap()
 }
 
 fn greedy() -> Sampler {

@@ -67,7 +67,7 @@ pub(crate) fn compare(report: &mut Report, file: &Path, device: usize) -> anyhow
         let gpu = open(file, DeviceChoice::Cuda(device), exact)?;
         compare_choices(report, &gpu)?;
         let mut tokens = vec![1];
-        let context = cpu.spec.context_length.min(1024) as usize;
+        let context = cpu.model.spec.context_length.min(1024) as usize;
         let steps = COMPARED.min(context - tokens.len());
         let (mut on_cpu, mut on_gpu) = (State::new(&cpu, context), State::new(&gpu, context));
         let (mut same, mut gap, mut worst) = (0, 0.0f32, 0.0f32);
@@ -116,13 +116,13 @@ pub(crate) fn measure(
         write(&spec, &Recipe::load(recipe)?, BufWriter::new(File::create(&file)?))?;
         let bytes = file.metadata()?.len();
         let before = device.free_memory()?;
-        let model = open(&file, DeviceChoice::Cuda(device.info().ordinal), false)?;
+        let engine = open(&file, DeviceChoice::Cuda(device.info().ordinal), false)?;
         let context = 2048;
-        let mut state = State::new(&model, context);
+        let mut state = State::new(&engine, context);
         let prompt: Vec<u32> = (0..512).map(|i| i % 1000).collect();
         let [prefill, ..] = time(3, || {
             state.truncate(0);
-            model.forward(&mut state, &prompt)?;
+            engine.forward(&mut state, &prompt)?;
             Ok(())
         })?;
         let generated = 64;
@@ -132,7 +132,7 @@ pub(crate) fn measure(
         let [decode, low, high] = time(5, || {
             state.truncate(prompt.len());
             for i in 0..generated {
-                model.next(&mut state, &[i], &mut sampler, &[], &mut next)?;
+                engine.next(&mut state, &[i], &mut sampler, &[], &mut next)?;
                 sampler.choose(&mut next, &[]);
             }
             Ok(())

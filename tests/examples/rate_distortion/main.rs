@@ -136,20 +136,20 @@ impl Observer for InputHessians<'_> {
 /// All linear layers of the decoder with the Hessians of their inputs.
 fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     let checkpoint = Checkpoint::open(&cli.model.clone().unwrap_or_else(quill), true)?;
-    let model = Engine::from_checkpoint(&checkpoint)?;
+    let engine = Engine::from_checkpoint(&checkpoint)?;
     let length = 256.min(checkpoint.spec.context_length as usize);
     let options = Calibration { samples: cli.tokens.div_ceil(length), ..Calibration::default() };
     let mut hidden = Vec::new();
-    for window in CalibrationText::built_in().windows(&model.tokenizer()?, &options, length)? {
+    for window in CalibrationText::built_in().windows(&engine.model.tokenizer()?, &options, length)? {
         let mut states = Vec::new();
-        model.embed(&window, &mut states)?;
+        engine.embed(&window, &mut states)?;
         hidden.push(states);
     }
     let mut all = Vec::new();
-    for layer in &model.layers {
+    for layer in &engine.model.layers {
         let mut hessians = InputMap::from_fn(|input| Hessian::new(layer.input_width(input)));
         for states in &mut hidden {
-            model.run_layer(layer, states, &mut InputHessians(&mut hessians));
+            engine.run_layer(layer, states, &mut InputHessians(&mut hessians));
         }
         hessians.iter_mut().for_each(|(_, hessian)| hessian.finish());
         for (linear, weight) in layer.linears().iter() {
