@@ -1,5 +1,5 @@
-//! The CUDA kernels of attention, planned as for a device and run by the emulator, against the definition in
-//! f64.
+//! Compares the CUDA kernels of attention, planned as for a device and run by the emulator, with the definition
+//! in f64.
 
 mod common;
 
@@ -38,7 +38,7 @@ impl Step<'_> {
             .iter()
             .map(|(before, now)| widths.map(|n| rng.floats((before + now) * n)))
             .collect();
-        // Buffers: q, k, v, out, frequencies, places, partial, counters; then the caches.
+        // Buffers: q, k, v, out, frequencies, slots, partial, counters; then the caches.
         let longest = sequences.iter().map(|(before, now)| before + now).max().unwrap();
         let capacity = longest + 3;
         let mut buffers = vec![Vec::new(); 8];
@@ -108,7 +108,7 @@ impl Step<'_> {
         }
     }
 
-    /// The definition, in f64.
+    /// The attention output of a head by definition, in f64.
     fn naive(&self, of: &Tokens, frequencies: &[f32], position: usize, head: usize) -> Vec<f64> {
         let AttentionShape { heads, kv_heads, width, interleaved, .. } = self.a;
         let row = |i: usize, n: usize, at: usize, head: usize| -> Vec<f64> {
@@ -157,7 +157,7 @@ fn attention(kind: KvKind, tolerance: f64) {
         (6, 2, 6, false),
         (1, 1, 2, false),
     ];
-    // Each shape is a program of its own: all for one kind, some for the others.
+    // Each shape is compiled as a program of its own, so only one kind runs all of them.
     let shapes = if kind == KvKind::F16 { &shapes[..] } else { &shapes[1..3] };
     for &(heads, kv_heads, width, interleaved) in shapes {
         let a = AttentionShape { heads, kv_heads, width, layers: 2, kind, interleaved };
@@ -183,7 +183,7 @@ fn attention_over_8_bits() {
     attention(KvKind::Q8, 2e-2);
 }
 
-/// Consecutive tokens of a prompt, and the rows of the cache as they are stored.
+/// Consecutive tokens of a prompt, and the rows of the cache as stored.
 struct Prompt {
     a: AttentionShape,
     before: usize,
@@ -224,7 +224,7 @@ impl Prompt {
         Self { a, before, now, q: rng.floats(now * a.heads * a.width), rows, scales }
     }
 
-    /// Number `i` of a row, with its scale.
+    /// Element `i` of a row, times its scale.
     fn value(&self, which: usize, head: usize, token: usize, i: usize) -> f64 {
         let row = head * (self.before + self.now) + token;
         let scale = match self.a.kind {
@@ -265,13 +265,14 @@ impl Prompt {
         all
     }
 
-    /// Results and what they may be off, [now, heads · width]. To first order, with weights w whose sum is 1, a
-    /// weight that is off by a share ε moves a result by w · ε · (v − result). There are
+    /// Expected results and tolerances, [now, heads · width]. To first order, with weights w whose sum is 1, a
+    /// relative error ε of a weight moves a result by w · ε · (v − result). The errors are:
     ///
-    /// * errors δ of the scores: what f16 takes from each query, times the key; 2⁻²⁰ of Σ|q·k| for sums and scales in
-    ///   f32. Against the key with the largest score a weight is off by e^(δ + δ of that key) − 1 at most;
+    /// * errors δ of the scores: the rounding error of each query in f16, times the key; 2⁻²⁰ of Σ|q·k| for
+    ///   sums and scales in f32. Relative to the key with the largest score a weight is off by at most e^(δ + δ
+    ///   of that key) − 1;
     /// * ε of 2⁻¹¹ for a weight in f16 (2⁻²⁵ of the largest weight where it is subnormal), and 2⁻¹⁶ for exponentials;
-    /// * as much for an 8-bit value that becomes f16 with its scale.
+    /// * as much for an 8-bit value that is converted to f16 with its scale.
     fn naive(&self) -> Vec<[f64; 2]> {
         let AttentionShape { heads, kv_heads, width, kind, .. } = self.a;
         let scale = 1.0 / (width as f64).sqrt();
@@ -304,7 +305,7 @@ impl Prompt {
                 let each = || weights.iter().zip(&off).zip(values.clone());
                 let result = each().map(|((w, _), v)| w * v).sum::<f64>() / total;
                 let share = |((w, off), v): ((&f64, &f64), f64)| {
-                    // The key with the largest score is all there is: off by nothing, however much.
+                    // If one key has all the weight, the result is exact, and `off` may be infinite.
                     let moved = if v == result { 0.0 } else { off * (v - result).abs() };
                     let rounded = w * half * (v.abs() + result.abs());
                     (moved + rounded) / total + 0.5f64.powi(25) * (v.abs() + w)
@@ -315,17 +316,17 @@ impl Prompt {
         all
     }
 
-    /// Checks every number, and which are NaN. Returns the largest error divided by its tolerance.
+    /// Checks every element, including NaN. Returns the largest error divided by its tolerance.
     fn check(&self, emulator: &Emulator, seeds: &[u64]) -> f64 {
         let Self { a, before, now, .. } = *self;
         let capacity = before + now + 3;
         let what = format!("{a:?}, {now} tokens after {before}");
-        // Buffers: queries, results, the place of the first token, the cache.
+        // Buffers: queries, results, the slot of the first token, the cache.
         let out = vec![0xff; self.q.len() * 4];
         let buffers = [bytes_of(&self.q), out, vec![0; 16], self.cache(capacity)];
         let at = AttentionAddresses { q: address(0), out: address(1), slots: address(2) };
         let plan = a.plan_prefill(at, Self::LAYER, now).unwrap().expect(&what);
-        // What every device has for a block.
+        // Every device has this much for a block.
         assert!(plan.shared <= 98 << 10, "{what}");
         let set = Launch::new("set_slot").buffer(2).buffer(3);
         let set = set.u32(capacity as u32).u32(before as u32);
@@ -382,8 +383,8 @@ fn prompts(kind: KvKind, module: &str) {
         let seeds: &[u64] = if i % 3 == 0 { &[0, 1, 2] } else { &[0, 3] };
         let mut prompt = Prompt::random(&mut rng, a, before, now);
         prompt.check(&emulator, seeds);
-        // Queries far beyond f16 on both sides, so that a row has one key or all of them; with few bits, so that
-        // f16 takes none and the one can be told.
+        // Queries far outside the range of f16 on both sides, so that a row attends to one key or to all of
+        // them. They have few bits, so that f16 is exact and the one key is certain.
         for q in prompt.q.chunks_mut(a.width) {
             let size = [1e-30, 1e-6, 30.0, 1e6, 3e30][rng.below(5)];
             q.iter_mut().for_each(|v| *v = (*v * 32.0).round() * size);
@@ -394,8 +395,8 @@ fn prompts(kind: KvKind, module: &str) {
     }
 }
 
-/// Scores of ±10⁴ that rise and fall from tile to tile. Queries have few bits, so that f16 takes none and
-/// the weights can be told.
+/// Scores of ±10⁴ that rise and fall from tile to tile. Queries have few bits, so that f16 is exact and the
+/// weights are certain.
 fn outliers(kind: KvKind, module: &str) {
     let Some(emulator) = build(&module_named(module)) else { return };
     let mut rng = Rng(6);
@@ -422,7 +423,7 @@ fn outliers(kind: KvKind, module: &str) {
     prompt.check(&emulator, &[0, 1]);
 }
 
-/// ActivationPrecision that are none reach the tokens that see them, and no others.
+/// Values that are not finite reach the tokens that attend to them, and no others.
 fn not_finite(kind: KvKind, module: &str) {
     let Some(emulator) = build(&module_named(module)) else { return };
     let mut rng = Rng(7);
@@ -431,7 +432,7 @@ fn not_finite(kind: KvKind, module: &str) {
         let heads = 4 * width;
         let mut prompt = Prompt::random(&mut rng, a, before, now);
         let tokens = before + now;
-        // Of the first key head values late in the prompt, of the second a key.
+        // Two values late in the prompt for the first KV head, and a key for the second.
         for (which, head, token) in [(1, 0, tokens - 9), (1, 0, tokens - 3), (0, 1, tokens - 12)] {
             let row = head * tokens + token;
             match kind {
@@ -466,7 +467,7 @@ prompts! {
 }
 
 #[test]
-fn few_tokens_wide_heads_and_exact_caches_stay_with_the_other_kernel() {
+fn few_tokens_wide_heads_and_exact_caches_use_the_decode_kernel() {
     let plan = |kind, width, tokens| {
         let at = AttentionAddresses { q: 0, out: 0, slots: 0 };
         prompt_shape(kind, [4, 2, width]).plan_prefill(at, 0, tokens).unwrap()
@@ -479,7 +480,7 @@ fn few_tokens_wide_heads_and_exact_caches_stay_with_the_other_kernel() {
 
 /// The prefill kernel runs only for consecutive tokens of one sequence.
 #[test]
-fn tokens_of_several_sequences_stay_with_the_other_kernel() {
+fn tokens_of_several_sequences_use_the_decode_kernel() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let kernels = seen.clone();
     let device = simulated(move |launches, _| {

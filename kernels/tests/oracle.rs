@@ -1,5 +1,5 @@
-//! Every kernel, on every instruction set of this machine, against one naive oracle: the exact
-//! decoder of the format and a product in f64. All instruction sets must agree bit for bit.
+//! Compares every kernel, on every instruction set of this machine, with one naive oracle: the exact decoder of
+//! the format and a product in f64. All instruction sets must agree bit for bit.
 
 mod common;
 
@@ -71,8 +71,8 @@ fn products_match_the_oracle_on_every_isa() {
 /// Activations of a block whose largest is below 127 / `f32::MAX` have no 8-bit codes.
 const COUNTS_AS_ZERO: f64 = 3.74e-37;
 
-/// Activations of 8 bits: within the bound that is stated, the same bits on every set, whatever the
-/// split, for outliers and zeros too.
+/// Products with 8-bit activations stay within the documented bound and have the same bits on every set and for
+/// every split, also for outliers and zeros.
 #[test]
 fn q8_products_keep_their_bound_on_every_isa() {
     let mut rng = Rng(6);
@@ -136,7 +136,7 @@ fn q8_products_keep_their_bound_on_every_isa() {
             }
         }
     }
-    // An activation that is not finite is not lost.
+    // An activation that is not finite makes the result NaN.
     for encoding in encodings() {
         let bytes = payload(&mut rng, &encoding, 16, 300);
         let view = encoding.view(16, 300, &bytes).unwrap();
@@ -157,7 +157,7 @@ fn q8_products_keep_their_bound_on_every_isa() {
     assert!(kernels > 100, "most N:M codes and all integer groups have a kernel");
 }
 
-/// A small batch gives what each of its tokens gives alone.
+/// Tokens of a small batch have the same results as alone.
 #[test]
 fn tokens_of_a_small_batch_do_not_depend_on_each_other() {
     let mut rng = Rng(8);
@@ -194,8 +194,8 @@ fn quantize(isa: Isa, kernel: &dyn PackedGemmQ8, x: &[f32], to: &mut Activations
     chunks.into_iter().for_each(|mut chunk| kernel.quantize(isa, &mut chunk));
 }
 
-/// What the portable kernels give for each of some tokens: for N:M codes those for one token, for
-/// integers those for many, which add in another order but hardly differ.
+/// The results of the portable kernels for each token alone: of GEMV for N:M codes, of GEMM for integers, whose
+/// GEMM adds in another order (checked to be close to GEMV).
 fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     let (rows, scalar) = (view.rows(), Isa::scalar());
     let mut all = vec![0.0; x.len() / view.cols() * rows];
@@ -221,10 +221,9 @@ fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     all
 }
 
-/// Integers add in another order when there are few tokens, so all sets must call the same number few,
-/// and split prompts alike.
+/// GEMV and GEMM of integers add in different orders, so all sets must have the same batch sizes.
 #[test]
-fn few_integers_are_as_many_on_every_set() {
+fn batch_sizes_of_integers_are_the_same_on_every_set() {
     let mut rng = Rng(11);
     for encoding in encodings() {
         let bytes = payload(&mut rng, &encoding, 16, 64);
@@ -236,7 +235,7 @@ fn few_integers_are_as_many_on_every_set() {
     }
 }
 
-/// Many tokens at once give what each gives alone, bit for bit, on every set and for every split.
+/// Tokens of a GEMM have the same results as alone, bit for bit, on every set and for every split.
 #[test]
 fn tokens_of_a_q8_gemm_do_not_depend_on_each_other() {
     let mut rng = Rng(7);
@@ -312,7 +311,7 @@ fn results_do_not_depend_on_the_split() {
     }
 }
 
-/// Strided, transposed and partial panels give what a naive product gives.
+/// Products with strided, transposed and partial panels equal a naive product.
 #[test]
 fn panels_of_every_kind() {
     let mut rng = Rng(5);

@@ -1,4 +1,4 @@
-//! GEMV: products of packed matrices with up to 16 tokens or so.
+//! GEMV: products of packed matrices with about up to 16 tokens.
 
 use bytemuck::{Pod, Zeroable};
 use stb_format::encoding::Encoding;
@@ -124,7 +124,7 @@ impl GemvPlan {
     /// Plans a GEMV with its scratch memory at `scratch`.
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for encodings without a kernel and sizes beyond what kernels count to.
+    /// [`super::Error::Unsupported`] for encodings without a kernel and sizes beyond the 31 bits of kernel indices.
     ///
     /// # Panics
     /// For no or more than three matrices, another number of results, or different widths.

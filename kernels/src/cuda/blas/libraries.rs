@@ -143,7 +143,7 @@ impl OpenLibrary {
                 Ok(library) => {
                     Self::start(library, names, device, stream).map_err(|e| e.to_string())
                 }
-                // The loader does not have to know the name.
+                // The loader may not find this name; the next one is tried.
                 Err(_) if !path.is_absolute() => continue,
                 Err(e) => Err(e.to_string()),
             };
@@ -210,7 +210,7 @@ impl Drop for OpenLibrary {
     }
 }
 
-/// cuSOLVER with its work space.
+/// cuSOLVER with its workspace.
 #[derive(Debug)]
 struct Cusolver {
     opened: OpenLibrary,
@@ -218,7 +218,7 @@ struct Cusolver {
     info: Buffer<i32>,
 }
 
-/// Both libraries for one device. cuSOLVER is loaded when it is needed first.
+/// Both libraries for one device. cuSOLVER is loaded on first use.
 #[derive(Debug)]
 pub(super) struct CudaLibraries {
     cublas: OpenLibrary,
