@@ -81,7 +81,8 @@ fn choices_score_as_if_each_were_computed_alone() {
             let mut state = State::new(&engine, context);
             let (mut acc, mut acc_norm, mut truncated) = (0, 0, 0);
             for item in &items {
-                let found = score_question(&engine, &mut state, &tokenizer, item, &options).unwrap();
+                let found =
+                    score_question(&engine, &mut state, &tokenizer, item, &options).unwrap();
                 let mut scores = Vec::new();
                 for (choice, found) in found.iter().enumerate() {
                     let (expected, cut) = oracle_score(&engine, item, choice, context);
@@ -97,7 +98,8 @@ fn choices_score_as_if_each_were_computed_alone() {
                 acc_norm += usize::from(best(&per_character) == item.gold);
                 truncated += usize::from(found.iter().any(|s| s.truncated));
             }
-            let result = zero_shot(&engine, &tokenizer, task, &items, &options, &|_, _| {}).unwrap();
+            let result =
+                zero_shot(&engine, &tokenizer, task, &items, &options, &|_, _| {}).unwrap();
             let n = items.len() as f64;
             assert_eq!(result.acc.value, acc as f64 / n, "{}", task.name());
             assert_eq!(result.truncated, truncated, "{}", task.name());
