@@ -1,4 +1,4 @@
-//! Writes the logits of a model after each of the given tokens, for the comparison with other frameworks.
+//! Writes the logits of a model after each of the given tokens, for comparisons with other frameworks.
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -2,8 +2,8 @@
 
 use stb_runtime::{Engine, Result, Sampler, SamplerInput, SamplerOptions, State};
 
-/// Generates `steps` tokens after `prompt` both ways, with a model on a device. Returns how many differ, and how many were
-/// chosen from the top-k of the device.
+/// Generates `steps` tokens after `prompt` both ways, with an engine on a device. Returns the number of tokens
+/// that differ, and the number chosen from the top-k of the device.
 ///
 /// # Errors
 /// As for [`Engine::forward`].

@@ -11,7 +11,7 @@ use stb_tests::programs::convert;
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// Long enough for attention to go over several pieces of the cache.
+/// Enough for attention over several pieces of the KV cache.
 const TOKENS: u32 = 300;
 
 #[test]
@@ -34,7 +34,7 @@ fn decoding_does_not_allocate() {
                 }
             };
             answer();
-            // The first answer has reserved all memory that the second one needs.
+            // The first answer has allocated all memory that the second one needs.
             let region = Region::new(ALLOCATOR);
             answer();
             let change = region.change();

@@ -1,5 +1,5 @@
-//! The forward pass, tokenizer and evaluation on dense checkpoints equal the reference
-//! implementation (transformers on PyTorch, f32), whose figures lie beside the models.
+//! The forward pass, tokenizer and evaluation on dense checkpoints equal the reference implementation
+//! (transformers on PyTorch, f32), whose figures are next to the models.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -27,7 +27,7 @@ fn floats(json: &Json) -> Vec<f64> {
     json.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
 }
 
-/// Logits, losses and best tokens of a prompt.
+/// Checks logits, losses and best tokens of a prompt.
 fn check_prompt(engine: &Engine, prompt: &[u32], argmax: &[u32], nll: &[f64], last: &[f64]) {
     let mut state = State::new(engine, prompt.len());
     let vocab = engine.model.embeddings.rows();
@@ -52,8 +52,7 @@ fn check_prompt(engine: &Engine, prompt: &[u32], argmax: &[u32], nll: &[f64], la
     }
 }
 
-/// The most likely continuation; the reference may have gone on to the end token, which is not part
-/// of an answer.
+/// Checks the greedy continuation. The reference may end with an end token, which is not part of an answer.
 fn check_greedy(engine: &Arc<Engine>, prompt: &[u32], expected: &[u32]) {
     let count = expected.len();
     let options = SessionOptions { context: Some(prompt.len() + count + 1), template: false };
@@ -130,7 +129,7 @@ fn third_party_models_equal_their_references() {
     }
 }
 
-/// Perplexities on WikiText-2 within 0.1 % of the reference.
+/// Perplexities on WikiText-2 are within 0.1 % of the reference.
 #[test]
 fn perplexities_equal_the_reference() {
     let Some(text) = shared("data/text/wikitext-2/wiki.test.joined.txt") else {

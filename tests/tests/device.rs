@@ -1,5 +1,5 @@
-//! A whole model on a CUDA device that is the emulator: the same results as on the CPU, from the
-//! model's file down to the kernels and their order.
+//! A whole model on an emulated CUDA device gives the same results as on the CPU, from the model's file down to
+//! the kernels and their order.
 
 #[path = "../../kernels/tests/common/mod.rs"]
 mod common;
@@ -28,8 +28,8 @@ fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
     assert!(error <= tolerance, "{what}: relative error {error}");
 }
 
-/// Prompts of several steps, tokens one by one (at first, recorded, and from the recording), several
-/// sequences side by side, logits of all tokens, going back.
+/// Compares prompts of several steps, single tokens (the first, the recorded and replayed ones), several
+/// sequences in a batch, logits of all tokens, and truncation.
 fn same_as_on_the_cpu(recipe: &str, options: OpenOptions, layers: Option<usize>, tolerance: f32) {
     let Some(device) = device() else { return };
     let folder = tempfile::tempdir().unwrap();
@@ -77,12 +77,12 @@ fn same_as_on_the_cpu(recipe: &str, options: OpenOptions, layers: Option<usize>,
 }
 
 #[test]
-fn joint_codes_with_an_exact_cache() {
+fn nm_with_an_exact_cache() {
     same_as_on_the_cpu("nm-1of8", OpenOptions::exact(), None, 1e-4);
 }
 
 #[test]
-fn the_published_structure_with_a_cache_of_16_bits() {
+fn stbllm_with_a_cache_of_16_bits() {
     let options = OpenOptions { exact: true, kv: KvKind::F16, ..OpenOptions::default() };
     same_as_on_the_cpu("stbllm-4of8", options, None, 2e-2);
 }
@@ -109,7 +109,7 @@ fn rounded_activations_of_few_and_many_tokens() {
     }
 }
 
-/// What an observer on the host saw last.
+/// The inputs that an observer on the host saw.
 #[derive(Default)]
 struct Seen(Vec<(LinearInput, Vec<f32>)>);
 
@@ -120,8 +120,8 @@ impl Observer for Seen {
     }
 }
 
-/// The sublayers of a decoder layer over several sequences at once, and what its linear layers read: as the CPU has
-/// them one by one.
+/// The sublayers of a decoder layer over several sequences at once, and the inputs of its linear layers, equal
+/// those of the CPU for each sequence.
 #[test]
 fn layers_for_calibration() {
     let Some(device) = device() else { return };
@@ -171,7 +171,7 @@ fn layers_for_calibration() {
         hidden.read(&mut after).unwrap();
         close(&after, &host.concat(), 1e-5, "residual stream");
     }
-    // Ended at the second input, the stream is as it was.
+    // A break at the second input leaves the residual stream unchanged.
     let loaded = layers.load(layer, Sublayer::Mlp).unwrap();
     let mut stop = |which, _: &cuda::LinearAlgebra, _: &cuda::Buffer<f32>| {
         Ok(match which {
@@ -187,7 +187,7 @@ fn layers_for_calibration() {
     assert_eq!(after, before);
 }
 
-/// Tokens chosen from what the device found are those chosen from all of its logits.
+/// Tokens chosen from the device's top-k equal those chosen from all of its logits.
 #[test]
 fn tokens_are_chosen_alike() {
     let Some(device) = device() else { return };
@@ -212,7 +212,8 @@ fn tokens_are_chosen_alike() {
     }
 }
 
-/// Matrices of one input that take it in other orders of columns, with their own factors, or not in 8 bits.
+/// Matrices with a common input that need it in different orders of columns, with their own factors, or not in
+/// 8 bits.
 #[test]
 fn prompts_in_8_bits() {
     let Some(device) = device() else { return };

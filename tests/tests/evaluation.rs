@@ -1,5 +1,5 @@
-//! Perplexity, divergence and zero-shot accuracy against oracles that know nothing of caches,
-//! pieces and shared prefixes; and the commands that measure.
+//! Compares perplexity, divergence and zero-shot accuracy with oracles without caches, pieces and shared
+//! prefixes, and tests the commands that measure.
 
 use std::path::{Path, PathBuf};
 
@@ -75,7 +75,7 @@ fn choices_score_as_if_each_were_computed_alone() {
     for (task, file) in sample_tasks() {
         let items = task.read(&file, None).unwrap();
         assert!(items.len() >= 2, "{}", file.display());
-        // All of the context, and so little that questions are cut.
+        // A context for whole questions, and one so short that questions are cut.
         for context in [512, 24] {
             let options = ZeroShotOptions { context, begin: false };
             let mut state = State::new(&engine, context);
@@ -141,7 +141,7 @@ fn a_choice_longer_than_the_context_is_an_error() {
     assert!(error.contains("--ctx"), "{error}");
 }
 
-/// Two random models that share a tokenizer; every figure recomputed from whole windows.
+/// Two random models that share a tokenizer. Every figure is recomputed from whole windows.
 #[test]
 fn divergences_are_those_of_the_definition() {
     let folder = folder();
@@ -195,7 +195,7 @@ fn divergences_are_those_of_the_definition() {
     close(divergence.reference_perplexity.value, estimate(1).0.exp());
     close(divergence.nll_difference.value, estimate(0).0 - estimate(1).0);
 
-    // With room for all windows, for some, and for none.
+    // Logits are kept for all windows, for some, and for none.
     let window = 33 * engine.model.embeddings.rows() * 4;
     for room in [6 * window, 5 * window / 2, window - 1] {
         let kept = KeptLogits::new(room);
@@ -205,11 +205,11 @@ fn divergences_are_those_of_the_definition() {
         }
     }
 
-    // A model is at no distance from itself.
+    // The divergence of a model from itself is zero.
     let same = measure(Reference::new(&engine)).divergence.unwrap();
     assert_eq!((same.kl.value, same.top1.value, same.nll_difference.value), (0.0, 1.0, 0.0));
 
-    // Other tokens cannot be compared.
+    // Models with different vocabularies cannot be compared.
     let mut config = tiny::config();
     config["vocab_size"] = 48.into();
     let larger = folder.path().join("larger");
@@ -225,7 +225,7 @@ fn divergences_are_those_of_the_definition() {
     assert!(json["reference"]["top1_standard_error"].as_f64().unwrap() > 0.0);
 }
 
-/// Weights that are broken must not become a number.
+/// A model with NaN weights must not get a perplexity.
 #[test]
 fn logits_that_are_not_finite_are_an_error() {
     let folder = folder();
@@ -260,7 +260,7 @@ fn wrong_questions_are_named_by_line() {
         let error = run("stb-run", &["zero-shot", text(&quill), text(&file)]).failure(4);
         assert!(error.contains("piqa.jsonl, line 3") && error.contains(word), "{error}");
         assert_eq!(error.trim_end().lines().count(), 1, "{error}");
-        // Lines that are not asked for are not looked at.
+        // Lines beyond `--limit` are not read.
         let args = ["zero-shot", text(&quill), text(&file), "--limit", "1"];
         let _ = run("stb-run", &args).success();
     }
@@ -300,7 +300,7 @@ fn zero_shot_prints_tables_and_json() {
     assert!(task["acc_norm"].as_f64().is_some() && json["begin_token"] == true);
 }
 
-/// The figures that transformers on PyTorch found (data/README.md beside the models).
+/// Perplexities of transformers on PyTorch (data/README.md next to the models).
 #[test]
 fn story_perplexities_equal_the_reference() {
     let Some(stories) = shared("data/text/tinystories/eval.txt") else {
@@ -368,7 +368,7 @@ impl SmallStudy {
         std::fs::read_to_string(self.folder.path().join(name)).unwrap()
     }
 
-    /// The table without times and builds.
+    /// The rows of the table without times and builds.
     fn figures(&self, out: &str) -> Vec<Vec<String>> {
         let csv = self.file(&format!("{out}/small.csv"));
         let fields = |line: &str| line.split(',').take(19).map(str::to_owned).collect();
@@ -393,7 +393,7 @@ fn studies_measure_every_cell_once() {
     assert_eq!(figures[1][..3], ["tiny", "dense", "fox"]);
     assert_eq!((figures[1][13].as_str(), figures[1][15].as_str()), ("0", "1"));
     assert!(figures[3][13].parse::<f64>().unwrap() > 0.0);
-    // The same as the commands find.
+    // The commands give the same figures.
     let file = study.folder.path().join("m.stb");
     let sample = study.folder.path().join("sample.txt");
     let options = ["--calib-samples", "6", "--calib-len", "48", "--calib", text(&sample)];
@@ -419,7 +419,7 @@ fn studies_measure_every_cell_once() {
     assert_eq!(left.count(), 1, "only the lock stays beside the cells");
 }
 
-/// A study that was killed goes on where it was, and ends with the same figures.
+/// A killed study resumes and ends with the same figures.
 #[cfg(unix)]
 #[test]
 fn killed_studies_resume() {
@@ -456,7 +456,7 @@ fn cells_that_fail_do_not_stop_a_study() {
     let error = run.failure(2);
     assert!(error.contains("smallest file"), "{error}");
     assert!(study.file("out/small.csv").contains("smallest file"));
-    // Without a definition of what its paths need there is nothing to do.
+    // Without definitions for the variables of its paths the study ends with an error.
     let path = study.folder.path().join("study.toml");
     let definition = study.file("study.toml").replace("path = 'model'", "path = '{m}/model'");
     std::fs::write(&path, definition).unwrap();
@@ -471,7 +471,7 @@ fn cells_that_fail_do_not_stop_a_study() {
     assert!(run.err.contains("0 of 8 cells measured now"), "{}", run.err);
 }
 
-/// The studies in the repository name recipes and options that exist, for models that can have them.
+/// The studies in the repository use recipes and options that exist and that suit their models.
 #[test]
 fn shipped_studies_can_be_run() {
     let folder = root().join("tests/bench/studies");
@@ -522,7 +522,7 @@ fn flipped_signs_cost_perplexity() {
     assert_eq!(rows.len(), 1 + 3 * 3);
     let start = found("none", "", "0");
     for (order, seed) in [("random", "0"), ("random", "1"), ("least-important", "")] {
-        // Decoded weights give what packed ones give, up to the order of sums.
+        // Decoded weights give the same as packed ones, up to the order of sums.
         assert!((found(order, seed, "0") / start - 1.0).abs() < 1e-4);
         assert!(found(order, seed, "0.5") > 1.5 * start, "{order}");
     }

@@ -30,7 +30,7 @@ struct ActivationParams {
 /// do not compute them themselves.
 ///
 /// # Errors
-/// [`super::Error::Unsupported`] for sizes beyond the 31 bits of kernel indices.
+/// [`super::Error::Unsupported`] for sizes above 2^30.
 ///
 /// # Panics
 /// For [`ActivationInput::Plain`], which needs no operation.

@@ -134,7 +134,7 @@ pub fn gemm_scales(cols: usize, tokens: usize) -> usize {
 /// For other encodings every activation is the sum of two bf16.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for encodings without a kernel and sizes beyond the 31 bits of kernel indices.
+/// [`Error::Unsupported`] for encodings without a kernel and sizes above 2^30.
 pub fn plan_prepare(problem: GemmProblem<'_>, x: u64, out: u64, scale: u64) -> Result<Launch> {
     let kernels = problem.kernels()?;
     let Preparation { kernel, group, .. } = kernels.preparation;
@@ -214,8 +214,7 @@ impl GemmPlan {
     /// 2^-14 · Σ|w·x| (other encodings).
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if there is no kernel for the encoding, or for sizes beyond the 31 bits of kernel
-    /// indices.
+    /// [`Error::Unsupported`] if there is no kernel for the encoding, or for sizes above 2^30.
     pub fn new(
         limits: DeviceLimits,
         problem: GemmProblem<'_>,

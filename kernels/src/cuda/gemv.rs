@@ -124,7 +124,7 @@ impl GemvPlan {
     /// Plans a GEMV with its scratch memory at `scratch`.
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for encodings without a kernel and sizes beyond the 31 bits of kernel indices.
+    /// [`super::Error::Unsupported`] for encodings without a kernel and sizes above 2^30.
     ///
     /// # Panics
     /// For no or more than three matrices, another number of results, or different widths.

@@ -109,7 +109,7 @@ impl LinearAlgebra {
     /// Queues scaling the lower triangle of `h`, [n, n], and copying it to the upper one.
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for sizes beyond the 31 bits of kernel indices, [`super::Error::Driver`].
+    /// [`super::Error::Unsupported`] for sizes above 2^30, [`super::Error::Driver`].
     ///
     /// # Panics
     /// If the buffer is too small.

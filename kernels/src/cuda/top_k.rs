@@ -86,7 +86,7 @@ impl TopK {
     /// queued work.
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for sizes beyond the 31 bits of kernel indices, [`super::Error::Driver`].
+    /// [`super::Error::Unsupported`] for sizes above 2^30, [`super::Error::Driver`].
     ///
     /// # Panics
     /// If a buffer is too small, or for more tokens than the constants allow.

@@ -1,4 +1,4 @@
-//! Attention of prompts and of single tokens: against the definition in f64, and how fast that of prompts is.
+//! Attention of prompts and of single tokens, compared with the definition in f64, and the speed of prompts.
 
 use serde_json::{Value, json};
 use stb_kernels::cuda::{
@@ -13,8 +13,8 @@ use crate::speed::time_graph;
 /// Tokens of a step.
 const STEP: usize = 512;
 
-/// Heads, key heads, width; tokens in the cache, and those of the step: groups of 1 to 8, every kernel for
-/// prompts, ragged ends; a token and a few.
+/// Heads, KV heads, width; tokens in the cache and in the step. Covers groups of 1 to 8 heads, every prefill
+/// kernel, ragged ends, one token and a few.
 const CASES: [([usize; 3], [usize; 2]); 11] = [
     ([32, 8, 128], [300, 1]),
     ([32, 8, 128], [300, 9]),
@@ -29,7 +29,7 @@ const CASES: [([usize; 3], [usize; 2]); 11] = [
     ([2, 2, 258], [10, 70]),
 ];
 
-/// A sequence on a device, and what it is made of: queries, keys and values of all tokens, [tokens, heads ·
+/// A sequence on a device, and the queries, keys and values of all its tokens on the host, [tokens, heads ·
 /// width].
 struct Sequence {
     a: AttentionShape,
@@ -58,7 +58,7 @@ impl Sequence {
         Ok(Self { a, frequencies, all, cache, slots, attend })
     }
 
-    /// Puts the next `now` tokens in their places; their queries, keys, values, and room for results.
+    /// Sets the slots of the next `now` tokens. Returns their queries, keys and values, and room for results.
     fn place(
         &mut self,
         device: &Device,
@@ -70,7 +70,7 @@ impl Sequence {
             let row = heads * self.a.width;
             device.upload("tokens", &self.all[i][before * row..(before + now) * row])
         };
-        // What is not written stays NaN.
+        // Elements that are not written stay NaN.
         let out = device.upload("results", &vec![f32::NAN; now * self.a.heads * self.a.width])?;
         Ok([
             upload(0, self.a.heads)?,
@@ -80,13 +80,14 @@ impl Sequence {
         ])
     }
 
-    /// Queues the attention of tokens that are in their places.
+    /// Queues the attention of the tokens whose slots are set.
     fn queue(&mut self, [q, k, v, out]: &mut [Buffer<f32>; 4]) -> stb_kernels::cuda::Result<()> {
         let visible = self.slots.visible();
         self.attend.queue(AttentionArgs { slots: &self.slots, layer: 0, visible, q, k, v, out })
     }
 
-    /// Row `head` of token `at`: of queries, keys or values; the first two rotated by their position.
+    /// Row `head` of token `at` in the queries (0), keys (1) or values (2). Queries and keys are rotated by
+    /// their position.
     fn row(&self, which: usize, head: usize, at: usize) -> Vec<f64> {
         let AttentionShape { width, heads, kv_heads, .. } = self.a;
         let n = if which == 0 { heads } else { kv_heads };
@@ -103,7 +104,7 @@ impl Sequence {
         row
     }
 
-    /// A row of the cache, and by how much each number may be off there.
+    /// A row of the cache, and the tolerance of each element.
     fn kept(&self, which: usize, head: usize, at: usize) -> (Vec<f64>, f64) {
         let row = self.row(which, head, at);
         let most = row.iter().fold(0.0f64, |most, v| most.max(v.abs()));
@@ -115,10 +116,10 @@ impl Sequence {
         (row, off * 1.01)
     }
 
-    /// The largest error of what is allowed: errors of keys and queries in the scores, of weights and
-    /// values in the sums, to first order. Numbers are random, so that errors add up like steps of a random walk:
-    /// their bounds are summed as squares, and twice the root is allowed. The plain sum of the bounds would not
-    /// tell whether a token sees a key too many.
+    /// The largest error divided by its tolerance. The tolerance has the errors of keys and queries in the
+    /// scores and of weights and values in the sums, to first order. The data is random, so errors add up like
+    /// steps of a random walk: the tolerance is twice the root of the sum of squared bounds. The plain sum of
+    /// the bounds would be too loose to detect that a token attends to a key too many.
     fn worst(&self, before: usize, now: usize, out: &[f32]) -> f64 {
         let AttentionShape { heads, kv_heads, width, kind, .. } = self.a;
         let half = if kind == KvKind::F32 { 2e-6 } else { 0.5f64.powi(11) };
@@ -148,7 +149,7 @@ impl Sequence {
                 for (found, sum) in found.iter().zip(sum) {
                     let allowed = 2.0 * off.sqrt() / total;
                     let error = (f64::from(*found) - sum / total).abs() / allowed;
-                    // A NaN is the worst.
+                    // NaN counts as an infinite error.
                     worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
                 }
             }
@@ -161,7 +162,7 @@ fn attention([heads, kv_heads, width]: [usize; 3], kind: KvKind) -> AttentionSha
     AttentionShape { heads, kv_heads, width, layers: 1, kind, interleaved: false }
 }
 
-/// Checks all shapes with all kinds of caches.
+/// Checks all shapes with all types of KV cache.
 pub(crate) fn check(report: &mut Report, device: &Device, small: bool) -> anyhow::Result<()> {
     let mut rng = Rng(12);
     let mut all: Vec<Value> = Vec::new();
@@ -193,8 +194,9 @@ pub(crate) fn check(report: &mut Report, device: &Device, small: bool) -> anyhow
     Ok(())
 }
 
-/// A prompt's part of 512 tokens of 32 heads of 128 with 8 key heads, at the start and after 3584 tokens: operations of
-/// the two products with keys that tokens see, 4 · width for each; rotation is in the time.
+/// Measures 512 tokens of a prompt with 32 heads of width 128 and 8 KV heads, at the start and after 3584
+/// tokens. Counts 4 · width operations per head for each key that a token attends to. The time includes the
+/// rotation.
 pub(crate) fn measure(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     let mut all: Vec<Value> = Vec::new();
     for kind in [KvKind::F16, KvKind::Q8] {

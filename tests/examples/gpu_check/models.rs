@@ -76,7 +76,7 @@ pub(crate) fn compare(report: &mut Report, file: &Path, device: usize) -> anyhow
             let found = gpu.forward(&mut on_gpu, &tokens)?;
             let (a, b) = (best(&expected), best(found));
             same += usize::from(a == b);
-            // By how much the logit of the GPU's choice is lower, in f32.
+            // The difference between the best logit and that of the GPU's choice, both from the CPU.
             gap = gap.max(expected[a as usize] - expected[b as usize]);
             let span = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
             for (x, y) in expected.iter().zip(found) {
@@ -167,7 +167,7 @@ pub(crate) fn memory(report: &mut Report) -> anyhow::Result<()> {
         let spec = shape(name, None)?;
         let parameters: u64 = spec.tensors().map(|t| t.shape.iter().product::<u64>()).sum();
         let cache = 2 * spec.layers * spec.kv_heads * spec.head_dim * 2048 * 2;
-        // The buffers of a step in f32, and the widest input for tensor cores in twice 16 bits.
+        // The buffers of a step in f32, and the widest GEMM input as two 16-bit floats.
         let (q, k) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let wide = spec.intermediate_size;
         let step = 512 * 4 * (spec.hidden_size + 2 * q + 2 * k + 2 * wide + wide);
@@ -187,7 +187,7 @@ pub(crate) fn memory(report: &mut Report) -> anyhow::Result<()> {
         put(report, "W8A8", parameters);
         put(report, "2 bits", parameters / 4);
         for recipe in ["nm-1of8", "nm-1of4", "nm-2of8", "nm-2of4", "stbllm-4of8"] {
-            // The file is what is loaded.
+            // A file is loaded as a whole.
             let file = write(&spec, &Recipe::load(recipe)?, tempfile::tempfile()?)?;
             put(report, recipe, file.metadata()?.len());
         }

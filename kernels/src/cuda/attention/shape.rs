@@ -317,7 +317,7 @@ impl AttentionShape {
     /// which are for exact results; [`AttentionShape::plan_decode`] serves those.
     ///
     /// # Errors
-    /// As for [`AttentionShape::check`]; [`Error::Unsupported`] for more rows than kernel indices hold.
+    /// As for [`AttentionShape::check`]; [`Error::Unsupported`] for more than 2^30 rows.
     pub fn plan_prefill(
         &self,
         at: AttentionAddresses,

@@ -32,7 +32,7 @@ pub(in crate::cuda) trait PackedView {
     /// rows and columns.
     ///
     /// # Errors
-    /// [`crate::cuda::Error::Unsupported`] for sizes beyond the 31 bits of kernel indices.
+    /// [`crate::cuda::Error::Unsupported`] for sizes above 2^30.
     fn layout(&self, payload: PayloadStart) -> Result<MatrixLayout>;
 }
 
