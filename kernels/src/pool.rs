@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn every_task_runs_once_whatever_the_pauses() {
+    fn every_task_runs_once_with_and_without_pauses() {
         for threads in [1, 2, 5] {
             let pool = Pool::new(threads).unwrap();
             assert_eq!(pool.threads(), threads);

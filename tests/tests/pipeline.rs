@@ -244,7 +244,7 @@ fn sources_of_every_form() {
 
 /// Real models whose widths are no multiples of 8, 32 or 128.
 #[test]
-fn third_party_models_convert_and_speak() {
+fn third_party_models_convert_and_generate() {
     let folder = folder();
     for name in ["stories260k", "babyllama-105"] {
         let Some(source) = shared(&format!("data/models/{name}")) else {

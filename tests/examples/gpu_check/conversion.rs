@@ -75,7 +75,7 @@ pub(crate) fn measure(
         let quantizer = q.prune + q.search + q.quantize + q.propagate + q.refit + q.pack;
         let seconds = done.layers.iter().map(|l| l.seconds).sum::<f64>();
         report.line(&format!(
-            "  {name} {recipe}, {} x {} tokens: a layer {seconds:.1} s (forward {:.1}, moments {:.1}, factors {:.1}, \
+            "  {name} {recipe}, {} x {} tokens: a layer {seconds:.1} s (forward {:.1}, Hessians {:.1}, factors {:.1}, \
              quantizer {quantizer:.1}, check {:.1}, output {:.1}); {layers} layers {:.1} min",
             samples,
             length,
