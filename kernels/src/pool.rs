@@ -132,7 +132,7 @@ impl Pool {
     /// # Errors
     /// If the system cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        let mut pool = Self::of(threads.max(1));
+        let mut pool = Self::without_workers(threads.max(1));
         for i in 1..threads {
             let shared = pool.shared.clone();
             let name = format!("stb-{i}");
@@ -145,11 +145,11 @@ impl Pool {
     /// A pool without threads of its own.
     #[must_use]
     pub fn serial() -> Self {
-        Self::of(1)
+        Self::without_workers(1)
     }
 
     /// A pool for `threads` threads, with no worker started.
-    fn of(threads: usize) -> Self {
+    fn without_workers(threads: usize) -> Self {
         let shared = PoolShared {
             generation: AtomicU32::new(0),
             gate: AtomicU32::new(0),

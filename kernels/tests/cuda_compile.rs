@@ -39,8 +39,8 @@ fn all_kernels_compile_for_all_architectures() {
         writeln!(out, "skipped: tests/cuda.sh compiles the CUDA kernels").unwrap();
         return;
     }
-    let work = ARCHITECTURES.map(|arch| thread::spawn(move || compile_all(Arch(arch))));
-    let results = work.map(|t| t.join().expect("the compiler does not panic"));
+    let compilers = ARCHITECTURES.map(|arch| thread::spawn(move || compile_all(Arch(arch))));
+    let results = compilers.map(|t| t.join().expect("the compiler does not panic"));
     for (arch, result) in ARCHITECTURES.into_iter().zip(results) {
         for ModuleLog { module, log } in result.expect("kernels compile") {
             let kernels = kernels(&log);

@@ -212,8 +212,8 @@ fn hostile_payloads_stay_inside_their_buffers() {
                     GemvProblem { encoding, matrices, out, input, precision, add, tokens };
                 let plan = GemvPlan::new(LIMITS[0], &problem, SCRATCH).unwrap();
                 let x = bytes_of(&rng.floats(cols));
-                let work = [vec![0; plan.scratch.partial * 4], vec![0; plan.scratch.arrived * 4]];
-                let [partial, arrived] = work;
+                let [partial, arrived] =
+                    [plan.scratch.partial, plan.scratch.arrived].map(|n| vec![0; 4 * n]);
                 let buffers = [x, vec![0; rows * 4], partial, arrived, bytes.clone()];
                 emulator.run(&buffers, &[launch(&plan.launch)], &[0]).unwrap();
             }

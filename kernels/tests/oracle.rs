@@ -42,8 +42,8 @@ fn products_match_the_oracle_on_every_isa() {
             let mut reference: Option<(Vec<u32>, Vec<u32>)> = None;
             for isa in Isa::available() {
                 let what = format!("{encoding} {rows}x{cols} {}", isa.name());
-                let mut work = GemvScratch::default();
-                let prepared = packed(&view).prepare(isa, &x[..cols], &mut work);
+                let mut scratch = GemvScratch::default();
+                let prepared = packed(&view).prepare(isa, &x[..cols], &mut scratch);
                 let mut y = vec![f32::NAN; rows];
                 gemv(isa, packed(&view), prepared, 0, &mut y);
                 for r in 0..rows {
@@ -106,8 +106,8 @@ fn q8_products_keep_their_bound_on_every_isa() {
                 let mut reference: Option<Vec<u32>> = None;
                 for isa in Isa::available() {
                     let what = format!("{encoding} {rows}x{cols} {} {kind}", isa.name());
-                    let mut work = GemvScratch::default();
-                    let prepared = packed(&view).prepare_q8(isa, &x, &mut work);
+                    let mut scratch = GemvScratch::default();
+                    let prepared = packed(&view).prepare_q8(isa, &x, &mut scratch);
                     let mut y = vec![f32::NAN; rows];
                     for (i, y) in y.chunks_mut(3 * ROW_TILE).enumerate() {
                         gemv(isa, packed(&view), prepared, i * 3 * ROW_TILE, y);
@@ -144,8 +144,8 @@ fn q8_products_keep_their_bound_on_every_isa() {
             let mut x = rng.floats(300);
             x[130] = bad;
             for isa in Isa::available() {
-                let mut work = GemvScratch::default();
-                let prepared = packed(&view).prepare_q8(isa, &x, &mut work);
+                let mut scratch = GemvScratch::default();
+                let prepared = packed(&view).prepare_q8(isa, &x, &mut scratch);
                 if format!("{prepared:?}").contains("Some") {
                     let mut y = vec![0.0; 16];
                     gemv(isa, packed(&view), prepared, 0, &mut y);
@@ -168,16 +168,16 @@ fn tokens_of_a_small_batch_do_not_depend_on_each_other() {
             for tokens in [1, 3, 4, 6, 9] {
                 let x = rng.floats(tokens * cols);
                 for isa in Isa::available() {
-                    let mut works: Vec<GemvScratch> = Vec::new();
-                    works.resize_with(tokens, GemvScratch::default);
+                    let mut scratches: Vec<GemvScratch> = Vec::new();
+                    scratches.resize_with(tokens, GemvScratch::default);
                     let mut alone = vec![0.0; tokens * rows];
-                    for ((work, x), y) in
-                        works.iter_mut().zip(x.chunks(cols)).zip(alone.chunks_mut(rows))
+                    for ((scratch, x), y) in
+                        scratches.iter_mut().zip(x.chunks(cols)).zip(alone.chunks_mut(rows))
                     {
-                        let x = packed(&view).prepare_q8(isa, x, work);
+                        let x = packed(&view).prepare_q8(isa, x, scratch);
                         gemv(isa, packed(&view), x, 0, y);
                     }
-                    let prepared: Vec<_> = works.iter().map(GemvScratch::input).collect();
+                    let prepared: Vec<_> = scratches.iter().map(GemvScratch::input).collect();
                     let mut together = vec![f32::NAN; tokens * rows];
                     gemv_batch(isa, packed(&view), &prepared, 0, &mut together);
                     assert!(together == alone, "{encoding} {rows}x{cols} {tokens} {}", isa.name());
@@ -200,9 +200,9 @@ fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     let (rows, scalar) = (view.rows(), Isa::scalar());
     let mut all = vec![0.0; x.len() / view.cols() * rows];
     for (x, y) in x.chunks(view.cols()).zip(all.chunks_mut(rows)) {
-        let mut work = GemvScratch::default();
+        let mut scratch = GemvScratch::default();
         let matrix = packed(view);
-        gemv(scalar, matrix, matrix.prepare_q8(scalar, x, &mut work), 0, y);
+        gemv(scalar, matrix, matrix.prepare_q8(scalar, x, &mut scratch), 0, y);
         if let (MatrixView::IntGroup(_), Some(kernel)) = (view, matrix.gemm_q8()) {
             let mut many = vec![0.0; rows];
             let mut tokens = ActivationsQ8::default();
@@ -290,8 +290,8 @@ fn results_do_not_depend_on_the_split() {
         let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
         let x = rng.floats(5 * cols);
         let isa = Isa::available().next().unwrap();
-        let mut work = GemvScratch::default();
-        let prepared = packed(&view).prepare(isa, &x[..cols], &mut work);
+        let mut scratch = GemvScratch::default();
+        let prepared = packed(&view).prepare(isa, &x[..cols], &mut scratch);
         let mut panels = Panels::default();
         panels.pack(&x, cols);
         let stride = panels.all().row_stride();

@@ -211,32 +211,32 @@ fn a_killed_conversion_resumes_and_gives_the_same_bytes() {
         let whole = std::fs::read(&whole).unwrap();
         let name = format!("{recipe}.stb");
         let out = folder.path().join(&name);
-        let work = folder.path().join(format!(".{name}.unfinished"));
+        let unfinished = folder.path().join(format!(".{name}.unfinished"));
         // Killed before the first layer and after each layer but the last two. These leave a busy machine
         // enough time to notice.
-        killed(&out, &options, || work.join("output").exists());
+        killed(&out, &options, || unfinished.join("output").exists());
         for layer in 0..2 {
-            killed(&out, &options, || work.join(format!("layer-{layer:05}")).exists());
+            killed(&out, &options, || unfinished.join(format!("layer-{layer:05}")).exists());
         }
         let run = finished(&out, &options);
         assert!(run.err.contains("going on after"), "{}", run.err);
         let _ = run.success();
         assert!(std::fs::read(&out).unwrap() == whole, "{recipe}: other bytes");
-        assert!(!work.exists(), "{recipe}: the folder was left");
+        assert!(!unfinished.exists(), "{recipe}: the folder was left");
     }
 }
 
 #[test]
 fn files_of_another_or_damaged_conversion_are_discarded() {
     let folder = folder();
-    let (out, work) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
+    let (out, unfinished) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
     let expected = |recipe: &str| {
         let out = folder.path().join(format!("{recipe}.stb"));
         let _ = finished(&out, &["--recipe", recipe]).success();
         std::fs::read(out).unwrap()
     };
     // Another recipe.
-    killed(&out, &["--recipe", "nm-2of8"], || work.join("states").exists());
+    killed(&out, &["--recipe", "nm-2of8"], || unfinished.join("states").exists());
     let run = finished(&out, &["--recipe", "nm-1of8"]);
     assert!(run.err.contains("discarded"), "{}", run.err);
     let _ = run.success();
@@ -246,8 +246,8 @@ fn files_of_another_or_damaged_conversion_are_discarded() {
     // A changed byte in any of the files.
     let whole = expected("nm-2of8");
     for damaged in ["states", "layer-00000", "key"] {
-        killed(&out, &["--recipe", "nm-2of8"], || work.join("states").exists());
-        let path = work.join(damaged);
+        killed(&out, &["--recipe", "nm-2of8"], || unfinished.join("states").exists());
+        let path = unfinished.join(damaged);
         let mut bytes = std::fs::read(&path).unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
@@ -270,8 +270,8 @@ fn distillation_moves_scales_and_norms_only() {
         let _ = finished(&plain, &["--recipe", recipe]).success();
         let out = folder.path().join(format!("{recipe}-tuned.stb"));
         let options = ["--recipe", recipe, "--distill", "1"];
-        let work = folder.path().join(format!(".{recipe}-tuned.stb.unfinished"));
-        killed(&out, &options, || work.join("layer-00003").exists());
+        let unfinished = folder.path().join(format!(".{recipe}-tuned.stb.unfinished"));
+        killed(&out, &options, || unfinished.join("layer-00003").exists());
         let run = finished(&out, &options);
         assert!(run.err.contains("going on after"), "{}", run.err);
         let divergences = divergences(&run.err);
@@ -311,12 +311,12 @@ fn divergences(err: &str) -> [f64; 2] {
 #[test]
 fn one_conversion_at_a_time() {
     let folder = folder();
-    let (out, work) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
+    let (out, unfinished) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
     let source = quill();
     let mut first = command("stb-convert", &[&SLOW[..], &[text(&source), text(&out)]].concat());
     let mut first = first.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let started = Instant::now();
-    while !work.join("output").exists() && started.elapsed() < Duration::from_secs(60) {
+    while !unfinished.join("output").exists() && started.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(2));
     }
     let error = finished(&out, &[]).failure(2);

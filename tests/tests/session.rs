@@ -64,7 +64,7 @@ fn answers_are_canceled_from_another_thread() {
     // The session runs on its own thread; this thread cancels after the first piece.
     let (first_piece, waiting) = std::sync::mpsc::channel();
     let answer = std::thread::scope(|scope| {
-        let work = scope.spawn(|| {
+        let worker = scope.spawn(|| {
             session.generate(&request, &mut greedy(), |_| {
                 let _ = first_piece.send(());
                 ControlFlow::Continue(())
@@ -72,7 +72,7 @@ fn answers_are_canceled_from_another_thread() {
         });
         waiting.recv().unwrap();
         assert!(!cancel.cancel());
-        work.join().unwrap().unwrap()
+        worker.join().unwrap().unwrap()
     });
     assert_eq!(answer.finish, Finish::Interrupted);
     assert!(!answer.tokens.is_empty());

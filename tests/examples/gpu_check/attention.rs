@@ -32,7 +32,7 @@ const CASES: [([usize; 3], [usize; 2]); 11] = [
 /// A sequence on a device, and the queries, keys and values of all its tokens on the host, [tokens, heads ·
 /// width].
 struct Sequence {
-    a: AttentionShape,
+    shape: AttentionShape,
     frequencies: Vec<f32>,
     all: [Vec<f32>; 3],
     cache: KvCache,
@@ -44,22 +44,24 @@ impl Sequence {
     fn new(
         device: &Device,
         rng: &mut Rng,
-        a: AttentionShape,
+        shape: AttentionShape,
         tokens: usize,
     ) -> anyhow::Result<Self> {
-        let frequencies: Vec<f32> =
-            (0..a.width / 2).map(|i| 0.01f32.powf(2.0 * i as f32 / a.width as f32)).collect();
-        let mut make = |heads: usize| (0..tokens * heads * a.width).map(|_| rng.float()).collect();
-        let all = [make(a.heads), make(a.kv_heads), make(a.kv_heads)];
-        let mut cache = KvCache::new(device, a)?;
+        let frequencies: Vec<f32> = (0..shape.width / 2)
+            .map(|i| 0.01f32.powf(2.0 * i as f32 / shape.width as f32))
+            .collect();
+        let mut make =
+            |heads: usize| (0..tokens * heads * shape.width).map(|_| rng.float()).collect();
+        let all = [make(shape.heads), make(shape.kv_heads), make(shape.kv_heads)];
+        let mut cache = KvCache::new(device, shape)?;
         cache.reserve(tokens, tokens)?;
         let slots = SlotMapping::new(device, STEP)?;
-        let attend = Attention::new(device, a, &frequencies)?;
-        Ok(Self { a, frequencies, all, cache, slots, attend })
+        let attend = Attention::new(device, shape, &frequencies)?;
+        Ok(Self { shape, frequencies, all, cache, slots, attend })
     }
 
     /// Sets the slots of the next `now` tokens. Returns their queries, keys and values, and room for results.
-    fn place(
+    fn upload_step(
         &mut self,
         device: &Device,
         before: usize,
@@ -67,15 +69,16 @@ impl Sequence {
     ) -> anyhow::Result<[Buffer<f32>; 4]> {
         self.slots.set((before..before + now).map(|at| (&self.cache, at)))?;
         let upload = |i: usize, heads: usize| {
-            let row = heads * self.a.width;
+            let row = heads * self.shape.width;
             device.upload("tokens", &self.all[i][before * row..(before + now) * row])
         };
         // Elements that are not written stay NaN.
-        let out = device.upload("results", &vec![f32::NAN; now * self.a.heads * self.a.width])?;
+        let out =
+            device.upload("results", &vec![f32::NAN; now * self.shape.heads * self.shape.width])?;
         Ok([
-            upload(0, self.a.heads)?,
-            upload(1, self.a.kv_heads)?,
-            upload(2, self.a.kv_heads)?,
+            upload(0, self.shape.heads)?,
+            upload(1, self.shape.kv_heads)?,
+            upload(2, self.shape.kv_heads)?,
             out,
         ])
     }
@@ -89,7 +92,7 @@ impl Sequence {
     /// Row `head` of token `at` in the queries (0), keys (1) or values (2). Queries and keys are rotated by
     /// their position.
     fn row(&self, which: usize, head: usize, at: usize) -> Vec<f64> {
-        let AttentionShape { width, heads, kv_heads, .. } = self.a;
+        let AttentionShape { width, heads, kv_heads, .. } = self.shape;
         let n = if which == 0 { heads } else { kv_heads };
         let from = &self.all[which][(at * n + head) * width..][..width];
         let mut row: Vec<f64> = from.iter().map(|v| f64::from(*v)).collect();
@@ -108,7 +111,7 @@ impl Sequence {
     fn kept(&self, which: usize, head: usize, at: usize) -> (Vec<f64>, f64) {
         let row = self.row(which, head, at);
         let most = row.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-        let off = match self.a.kind {
+        let off = match self.shape.kind {
             KvKind::F32 => most * 1e-6,
             KvKind::F16 => most * 0.5f64.powi(11),
             KvKind::Q8 => most / 254.0 + most * 0.5f64.powi(11),
@@ -121,7 +124,7 @@ impl Sequence {
     /// steps of a random walk: the tolerance is twice the root of the sum of squared bounds. The plain sum of
     /// the bounds would be too loose to detect that a token attends to a key too many.
     fn worst(&self, before: usize, now: usize, out: &[f32]) -> f64 {
-        let AttentionShape { heads, kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { heads, kv_heads, width, kind, .. } = self.shape;
         let half = if kind == KvKind::F32 { 2e-6 } else { 0.5f64.powi(11) };
         let scale = 1.0 / (width as f64).sqrt();
         let mut worst = 0.0f64;
@@ -167,23 +170,26 @@ pub(crate) fn check(report: &mut Report, device: &Device, small: bool) -> anyhow
     let mut rng = Rng(12);
     let mut all: Vec<Value> = Vec::new();
     let cases = if small { &CASES[5..] } else { &CASES };
-    for &(shape, [before, now]) in cases {
+    for &(sizes, [before, now]) in cases {
         for kind in [KvKind::F32, KvKind::F16, KvKind::Q8] {
-            let a = attention(shape, kind);
-            let mut sequence = Sequence::new(device, &mut rng, a, before + now)?;
+            let shape = attention(sizes, kind);
+            let mut sequence = Sequence::new(device, &mut rng, shape, before + now)?;
             for first in (0..before).step_by(STEP) {
                 let count = STEP.min(before - first);
-                let mut buffers = sequence.place(device, first, count)?;
+                let mut buffers = sequence.upload_step(device, first, count)?;
                 sequence.queue(&mut buffers)?;
             }
-            let mut buffers = sequence.place(device, before, now)?;
+            let mut buffers = sequence.upload_step(device, before, now)?;
             sequence.queue(&mut buffers)?;
-            let mut out = vec![0.0; now * a.heads * a.width];
+            let mut out = vec![0.0; now * shape.heads * shape.width];
             buffers[3].read(&mut out)?;
             let worst = sequence.worst(before, now, &out);
-            let case = format!("{shape:?} {kind:?}, {now} tokens after {before}");
+            let case = format!("{sizes:?} {kind:?}, {now} tokens after {before}");
             if worst > 1.0 {
-                report.wrong("attention", &format!("{case}: {worst:.3} of what is allowed"));
+                report.wrong(
+                    "attention",
+                    &format!("{case}: the error is {worst:.3} times the tolerance"),
+                );
             }
             all.push(json!({"case": case, "error_of_allowed": worst, "right": worst <= 1.0}));
             report.put("attention correctness", all.clone().into())?;
@@ -201,20 +207,20 @@ pub(crate) fn measure(report: &mut Report, device: &Device) -> anyhow::Result<()
     let mut all: Vec<Value> = Vec::new();
     for kind in [KvKind::F16, KvKind::Q8] {
         for before in [0, 3584] {
-            let a = attention([32, 8, 128], kind);
+            let shape = attention([32, 8, 128], kind);
             let now = STEP;
-            let mut sequence = Sequence::new(device, &mut Rng(13), a, before + now)?;
+            let mut sequence = Sequence::new(device, &mut Rng(13), shape, before + now)?;
             for first in (0..before).step_by(STEP) {
-                let mut buffers = sequence.place(device, first, STEP)?;
+                let mut buffers = sequence.upload_step(device, first, STEP)?;
                 sequence.queue(&mut buffers)?;
             }
-            let mut buffers = sequence.place(device, before, now)?;
+            let mut buffers = sequence.upload_step(device, before, now)?;
             sequence.queue(&mut buffers)?;
             let mut graph =
                 device.record(|| (0..10).try_for_each(|_| sequence.queue(&mut buffers)))?;
             let [median, low, high] = time_graph(device, &mut graph)?.map(|s| s / 10.0);
             let seen: usize = (before + 1..=before + now).sum();
-            let rate = 4.0 * (a.heads * a.width * seen) as f64 / median / 1e12;
+            let rate = 4.0 * (shape.heads * shape.width * seen) as f64 / median / 1e12;
             report.line(&format!(
                 "  {kind:?}, {now} tokens after {before:>4}: {:8.1} us ({:.1} to {:.1}), {rate:6.1} TFLOP/s",
                 median * 1e6,
@@ -222,8 +228,8 @@ pub(crate) fn measure(report: &mut Report, device: &Device) -> anyhow::Result<()
                 high * 1e6,
             ));
             all.push(json!({
-                "cache": format!("{kind:?}"), "heads": a.heads, "kv_heads": a.kv_heads,
-                "width": a.width, "before": before, "tokens": now,
+                "cache": format!("{kind:?}"), "heads": shape.heads, "kv_heads": shape.kv_heads,
+                "width": shape.width, "before": before, "tokens": now,
                 "seconds": median, "fastest": low, "slowest": high, "tflops": rate,
             }));
         }

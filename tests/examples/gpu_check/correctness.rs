@@ -189,7 +189,7 @@ impl ProductCheck<'_> {
     fn judge(&mut self, case: &Case, kernel: &str, worst: f64) {
         let right = worst <= 1.0;
         if !right {
-            let text = format!("{}: {worst:.3} of what is allowed", case.what);
+            let text = format!("{}: the error is {worst:.3} times the tolerance", case.what);
             self.report.wrong(kernel, &text);
         }
         self.results.push(

@@ -171,17 +171,17 @@ pub(crate) fn memory(report: &mut Report) -> anyhow::Result<()> {
         let (q, k) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let wide = spec.intermediate_size;
         let step = 512 * 4 * (spec.hidden_size + 2 * q + 2 * k + 2 * wide + wide);
-        let work = step + 16 * 4 * (spec.vocab_size + spec.hidden_size);
+        let activations = step + 16 * 4 * (spec.vocab_size + spec.hidden_size);
         let mut put = |report: &Report, kind: &str, bytes: u64| {
             report.line(&format!(
                 "  {name:<9} {kind:<12} {:6} MB of weights, {:5} MB of keys and values, {:3} MB of \
                  activations, {:5.2} bits per parameter",
                 bytes / 1_000_000,
                 cache / 1_000_000,
-                work / 1_000_000,
+                activations / 1_000_000,
                 8.0 * bytes as f64 / parameters as f64
             ));
-            all.push(json!({"shape": name, "kind": kind, "weights": bytes, "cache": cache, "activations": work}));
+            all.push(json!({"shape": name, "kind": kind, "weights": bytes, "cache": cache, "activations": activations}));
         };
         put(report, "fp16", 2 * parameters);
         put(report, "W8A8", parameters);
