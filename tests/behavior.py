@@ -5,17 +5,17 @@
         --out NEW.json [--compare OLD.json] [--quick] tests/models/quill-4m [MODEL ...]
     python3 tests/behavior.py --out NEW.json --compare OLD.json         # compares only
 
-On the best instruction set of the machine, each model is converted with every recipe that is not only for comparison, with
-the options of EXTRAS, and with the calibration that a recipe asks for (with --quick only those of FAMILIES). On each other instruction set it is converted with
-the recipes of FAMILIES and few calibration windows. Recorded for each file: the SHA-256 of the file, and that of its content
-(name, shape, encoding, parameters and payload of every tensor, and all metadata but the recipe and the converter's version).
-Every file of the best instruction set also runs on every instruction set: recorded are TOKENS greedy tokens after PROMPT and
-the perplexity of a short text to the last digit.
+On the best instruction set of the machine, each model is converted with every recipe that is not only for comparison, and with
+the options of EXTRAS. Conversions use the calibration of the recipe; with --quick only the recipes of FAMILIES do, and the others
+16 windows. On each other instruction set, models are converted with the recipes of FAMILIES and few calibration windows. The
+record has for each file the SHA-256 of the file and that of its content (name, shape, encoding, parameters and payload of every
+tensor, and all metadata but the recipe and the converter's version). Every file of the best instruction set also runs on every
+instruction set: the record has TOKENS greedy tokens after PROMPT and the perplexity of a short text to the last digit.
 
-A comparison lists what differs and what is missing from NEW, and the exit code is 1 if there is any. Files whose content is
-equal but whose SHA-256 is not are only counted: their recipe or converter has another text.
+A comparison lists results that differ or are missing from NEW, and the exit code is 1 if there are any. Files with equal content
+but a different SHA-256 are only counted: the text of their recipe or the converter's version has changed.
 
-Needs the Python standard library only. Ends early and goes on where it stopped if the same command is given again.
+Needs only the Python standard library. After an interruption, the same command continues with the next conversion.
 """
 
 import argparse
@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT / "spec/reader"))
 from metadata import read_metadata  # noqa: E402
 
 SMALL = ["--calib-samples", "8", "--calib-len", "64"]
+# Old names of --distill-layers and --distill, which builds before and after the renaming accept.
 EXTRAS = {
     "bits-2": ["--bits", "2"],
     "bits-3": ["--bits", "3"],
@@ -59,7 +60,7 @@ SECTION = struct.Struct("<IIQQQ16s")
 
 
 def content(data: bytes) -> str:
-    """The SHA-256 of tensors and metadata of a valid file, without what names the recipe and the program."""
+    """The SHA-256 of tensors and metadata of a valid file, without the keys of LEFT_OUT."""
     (count,) = struct.unpack_from("<I", data, 24)
     sections = {}
     for number in range(count):
@@ -88,7 +89,7 @@ class Programs:
 
     def __init__(self, convert: str, run: str, quick: bool):
         self.convert, self.run, self.quick = convert, run, quick
-        # A setting of the user must not change the results.
+        # The user's settings must not change the results.
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("STB_")}
         self.isas = re.search(r"here: ([^)]*)\)", self.call([run, "--version"])).group(1).split(", ")
         recipes = [line.split(None, 1) for line in self.call([convert, "recipes"]).splitlines()]
@@ -153,7 +154,7 @@ def perplexity(programs: Programs, file: Path, text: Path, isa: str) -> float:
 
 
 def differences(old: dict, new: dict):
-    """What differs, as lines, and the number of files that only differ in what names the recipe."""
+    """The differences, as lines, and the number of files that only differ in the keys of LEFT_OUT."""
     lines, renamed = [], 0
     for key, before in old.items():
         after = new.get(key)
@@ -174,7 +175,7 @@ def main() -> int:
     parser.add_argument("models", type=Path, nargs="*", help="dense checkpoints")
     parser.add_argument("--convert", help="stb-convert")
     parser.add_argument("--run", help="stb-run")
-    parser.add_argument("--quick", action="store_true", help="16 calibration windows but for FAMILIES")
+    parser.add_argument("--quick", action="store_true", help="16 calibration windows, except for FAMILIES")
     parser.add_argument("--out", type=Path, required=True, help="the record, JSON")
     parser.add_argument("--compare", type=Path, help="an earlier record")
     arguments = parser.parse_args()
@@ -190,7 +191,7 @@ def main() -> int:
     old = json.loads(arguments.compare.read_text())
     lines, renamed = differences(old, found)
     print("\n".join(lines))
-    print(f"{len(old)} files compared, {len(lines)} differences, {renamed} equal but for the names of recipe or converter")
+    print(f"{len(old)} files compared, {len(lines)} differences, {renamed} equal except for recipe or converter")
     return 1 if lines else 0
 
 

@@ -1,8 +1,8 @@
 #!/bin/sh
-# All CUDA kernels compile for every generation of GPUs they are for: tests/cuda.sh
+# Checks that all CUDA kernels compile for every supported generation of GPUs: tests/cuda.sh
 #
-# The compiler (NVRTC) comes from the Python package registry; no toolkit and no GPU is needed. Where it
-# cannot be had, this says so and passes, unless STB_REQUIRE_NVRTC is set.
+# The compiler (NVRTC) comes from the Python package registry; no toolkit and no GPU is needed. If it is not
+# available, the script says so and passes, unless STB_REQUIRE_NVRTC is set.
 set -eu
 cd "$(dirname "$0")/.."
 here=$PWD/target/cuda
@@ -28,7 +28,7 @@ if ! [ -e "$here/$version" ]; then
 fi
 library=$(find "$here/venv" -name 'libnvrtc.so.*' | head -n 1)
 [ -n "$library" ] || skip "skipped: the package has no library"
-# NVRTC looks for its second part in the loader's path.
+# NVRTC searches its second library in the loader's path.
 LD_LIBRARY_PATH=$(dirname "$library")${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export LD_LIBRARY_PATH STB_NVRTC="$library" STB_REQUIRE_NVRTC=1
 cargo test --quiet -p stb-kernels --test cuda_compile -- --nocapture

@@ -2,11 +2,11 @@
 # The tests of the kernels and of the programs on aarch64, with NEON, under emulation: tests/neon.sh
 #
 # Needs qemu's user-mode emulator, a C cross compiler and the standard library of Rust for aarch64.
-# As root on Debian it installs what is missing; elsewhere it says what that is.
+# As root on Debian it installs missing packages; elsewhere it prints their names.
 #
 # The standard library has to come from the same release as the compiler. If the toolchain in use
 # has none for aarch64, both are taken from Debian's packages (of the first release that has Rust
-# 1.95 or later), unpacked under target/neon: nothing of the machine's own toolchain is touched.
+# 1.95 or later), unpacked under target/neon. The machine's own toolchain is not changed.
 set -eu
 cd "$(dirname "$0")/.."
 triple=aarch64-unknown-linux-gnu
@@ -17,7 +17,7 @@ say() { echo "tests/neon.sh: $*" >&2; }
 can_install() { [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; }
 
 if [ "$(uname -m)" = aarch64 ]; then
-    say "this machine has NEON itself: cargo test is enough"
+    say "this machine has NEON: cargo test is enough"
     exit 0
 fi
 
@@ -36,8 +36,8 @@ if ! tools; then
     DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install $packages
 fi
 
-# Unpacks Debian's compiler with the standard library for both architectures, and all that the
-# compiler loads, into $here/toolchain, with package lists and a cache of its own.
+# Unpacks Debian's compiler with the standard library for both architectures and the libraries that the
+# compiler loads into $here/toolchain, with separate package lists and a separate cache.
 fetch_toolchain() {
     rm -rf "$here/toolchain" "$here/apt"
     mkdir -p "$here/apt/lists/partial" "$here/apt/cache/archives/partial" "$here/toolchain"
@@ -66,7 +66,7 @@ END
     (
         export APT_CONFIG="$here/apt/conf"
         apt-get -q update
-        # With what it depends on; the two others depend on more than is used here.
+        # With its dependencies; the two others depend on packages that are not used here.
         apt-get -q -y --download-only install libstd-rust-dev:amd64
         cd "$here/apt/cache/archives"
         apt-get -q download rustc:amd64 libstd-rust-dev:arm64
@@ -75,7 +75,7 @@ END
         done
     )
     rm -rf "$here/apt"
-    # Its C library is newer than the machine's, so the loader is called by name.
+    # The toolchain needs a newer C library than the machine's, so its own loader is called by name.
     cat > "$here/rustc" << END
 #!/bin/sh
 root=$here/toolchain/usr
@@ -103,12 +103,12 @@ say "the programs build for aarch64"
 cargo build -p stb-runtime -p stb-convert --bins
 say "format and kernels, with dot products of bytes and without"
 cargo test -p stb-format --tests
-# Not those of CUDA kernels, which are the same everywhere.
+# Without the tests of CUDA kernels, which do not depend on the architecture.
 kernels() { cargo test -p stb-kernels --lib --test oracle --test kv; }
 kernels
 QEMU_CPU=cortex-a53 kernels
 
-# The programs do the same as those of this machine: files with the same bytes, the same text.
+# The programs write the same bytes and the same text as on this machine.
 unset RUSTC CARGO_BUILD_TARGET CARGO_TARGET_DIR
 say "conversion and generation as on this machine"
 cargo build --quiet -p stb-runtime -p stb-convert --bins
@@ -123,7 +123,7 @@ model=tests/models/quill-4m
 quick="--quiet --force --calib-samples 2 --calib-len 64"
 # shellcheck disable=SC2086
 for side in native emulated; do
-    # Without fits to the output, which take minutes under emulation.
+    # A recipe without fits to the output, which take minutes under emulation.
     $side stb-convert $model "$work/$side.stb" --recipe gptq-4bit $quick
 done
 cmp "$work/native.stb" "$work/emulated.stb"

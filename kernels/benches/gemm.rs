@@ -1,6 +1,6 @@
 //! Products of a 2048 × 4096 matrix with 512 tokens and with 8, on every instruction set of the machine.
-//! Throughput is in multiplications (weights × tokens), below it in weights and as shares of what this
-//! machine can do; `STB_ISA` limits it to one set.
+//! Criterion reports multiplications (weights × tokens) per second; the line after it has weights per second
+//! and shares of the machine's limits. `STB_ISA` selects one set.
 //!
 //! `cargo bench -p stb-kernels --bench gemm -- nm`
 
@@ -33,7 +33,7 @@ fn benches(c: &mut Criterion) {
     for encoding in encodings() {
         let shape = [ROWS as u64, COLS as u64];
         let bytes = encoding.payload_len(&shape).expect("a valid shape").expect("known");
-        // Any bits are codes; what they decode to does not matter for speed.
+        // Any bits are valid codes, and speed does not depend on their values.
         let payload: Vec<u8> = (0..bytes).map(|i| ((i * 2654435761) >> 7) as u8 & 0x3b).collect();
         let view = encoding.view(shape[0], shape[1], &payload).expect("the right length");
         let kernel = packed(&view).gemm_q8().expect("an encoding with a q8 GEMM");

@@ -1,6 +1,6 @@
-//! Matrix-vector products at 4096 × 4096, weights in cache and from memory, on every instruction set
-//! of the machine. Throughput is in stored bytes, below it in weights and as shares
-//! of what this machine can do; `STB_ISA` limits it to one set.
+//! Matrix-vector products at 4096 × 4096, weights in cache and from memory, on every instruction set of the
+//! machine. Criterion reports stored bytes per second; the line after it has weights per second and shares of
+//! the machine's limits. `STB_ISA` selects one set.
 //!
 //! `cargo bench -p stb-kernels --bench gemv -- nm`
 
@@ -27,11 +27,11 @@ fn benches(c: &mut Criterion) {
     let x: Vec<f32> = (0..COLS).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
     let sets = Limits::all();
     for encoding in encodings() {
-        // 256 rows stay in the second-level cache; the large one does not fit any cache.
+        // 256 rows stay in the L2 cache; 65,536 rows fit no cache.
         for (place, rows) in [("cache", 256), ("memory", 65536)] {
             let shape = [rows as u64, COLS as u64];
             let bytes = encoding.payload_len(&shape).expect("a valid shape").expect("known");
-            // Any bits are codes; what they decode to does not matter for speed.
+            // Any bits are valid codes, and speed does not depend on their values.
             let payload: Vec<u8> =
                 (0..bytes).map(|i| ((i * 2654435761) >> 7) as u8 & 0x3b).collect();
             let view = encoding.view(shape[0], shape[1], &payload).expect("the right length");

@@ -36,7 +36,7 @@ enum InstructionSet {
 /// `STB_ISA` names a set that does not exist or that this machine lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IsaError {
-    asked: String,
+    requested: String,
 }
 
 impl fmt::Display for IsaError {
@@ -45,7 +45,7 @@ impl fmt::Display for IsaError {
         write!(
             f,
             "STB_ISA={} is not available on this machine; use one of: {}",
-            self.asked.escape_debug(),
+            self.requested.escape_debug(),
             names.join(", ")
         )
     }
@@ -62,7 +62,7 @@ impl Isa {
         static CHOICE: OnceLock<Result<Isa, IsaError>> = OnceLock::new();
         let choose = || match std::env::var("STB_ISA") {
             Ok(name) if !name.is_empty() => {
-                Self::available().find(|isa| isa.name() == name).ok_or(IsaError { asked: name })
+                Self::available().find(|isa| isa.name() == name).ok_or(IsaError { requested: name })
             }
             _ => Ok(Self::available().next().unwrap_or(Self::scalar())),
         };
@@ -97,7 +97,7 @@ impl Isa {
         simd.into_iter().flatten().chain([InstructionSet::Scalar]).map(Self)
     }
 
-    /// The name that `STB_ISA` takes.
+    /// The name, as in `STB_ISA`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self.0 {

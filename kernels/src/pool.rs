@@ -17,9 +17,9 @@ const YIELD: Duration = Duration::from_millis(5);
 /// If the caller waits this long for a worker, and several times as long as a task takes, the worker has
 /// lost its core to another program, and sharing work would mean waiting for the scheduler again and again.
 const LATE: Duration = Duration::from_millis(1);
-/// The caller then works alone for this many times as long as it waited.
+/// The caller then works alone for this many times the time that it waited.
 const SERIAL_FACTOR: u32 = 20;
-/// The longest time for which it works alone.
+/// The longest time for which the caller works alone.
 const SERIAL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Threads for parallel regions. The caller of [`Pool::run`] works too, so a pool of one thread
@@ -28,8 +28,8 @@ const SERIAL_LIMIT: Duration = Duration::from_secs(1);
 pub struct Pool {
     shared: Arc<PoolShared>,
     workers: Vec<JoinHandle<()>>,
-    /// Held during a region: another caller works alone then. The time is until when this caller works
-    /// alone, too.
+    /// Locked during a region; other callers then work alone. Holds the time until which regions run on their
+    /// caller only.
     busy: Mutex<Option<Instant>>,
 }
 
@@ -61,7 +61,7 @@ struct PoolShared {
 struct TaskRange(AtomicU64);
 
 impl TaskRange {
-    /// No thread may take tasks at the same time.
+    /// Sets the range. No thread may take tasks at the same time.
     fn set(&self, first: u32, end: u32) {
         self.0.store(u64::from(first) << 32 | u64::from(end), Ordering::Relaxed);
     }
@@ -81,14 +81,14 @@ impl TaskRange {
             let less = if from_end { packed.wrapping_sub(1) } else { packed.wrapping_add(1 << 32) };
             (first < end).then_some(less)
         };
-        // The gate orders what tasks read and write.
+        // The gate orders the reads and writes of tasks.
         let packed = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shorter).ok()?;
         let (first, end) = Self::bounds(packed);
         Some(if from_end { end - 1 } else { first } as usize)
     }
 }
 
-/// A slice that several threads use disjoint pieces of.
+/// A slice whose disjoint pieces several threads use.
 struct SplitSlice<T> {
     start: *mut T,
     len: usize,
@@ -132,7 +132,7 @@ impl Pool {
     /// # Errors
     /// If the system cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        let mut pool = Self::of(threads.max(1));
+        let mut pool = Self::without_workers(threads.max(1));
         for i in 1..threads {
             let shared = pool.shared.clone();
             let name = format!("stb-{i}");
@@ -145,11 +145,11 @@ impl Pool {
     /// A pool without threads of its own.
     #[must_use]
     pub fn serial() -> Self {
-        Self::of(1)
+        Self::without_workers(1)
     }
 
     /// A pool for `threads` threads, with no worker started.
-    fn of(threads: usize) -> Self {
+    fn without_workers(threads: usize) -> Self {
         let shared = PoolShared {
             generation: AtomicU32::new(0),
             gate: AtomicU32::new(0),
@@ -207,13 +207,13 @@ impl Pool {
         self.run_parts([data], chunk, |_, first, piece| task(first, piece));
     }
 
-    /// How many threads work, including the caller.
+    /// The number of threads, including the caller.
     #[must_use]
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// This pool if `worth`, else a pool without workers.
+    /// This pool if `worth` is true, else a pool without workers.
     #[must_use]
     pub fn or_serial(&self, worth: bool) -> &Self {
         static SERIAL: OnceLock<Pool> = OnceLock::new();
@@ -288,7 +288,7 @@ impl<'a> ParallelRegion<'a> {
         let threads = shared.ranges.len() as u64;
         let mut first = 0;
         for (range, i) in shared.ranges.iter().zip(1..) {
-            // At most `tasks`.
+            // At most `tasks`, so it fits 32 bits.
             let end = (u64::from(tasks) * i / threads) as u32;
             range.set(first, end);
             first = end;
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn every_task_runs_once_whatever_the_pauses() {
+    fn every_task_runs_once_with_and_without_pauses() {
         for threads in [1, 2, 5] {
             let pool = Pool::new(threads).unwrap();
             assert_eq!(pool.threads(), threads);
@@ -464,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_of_other_threads_and_inner_ones_work_alone() {
+    fn nested_and_concurrent_regions_run_on_their_caller() {
         let pool = Pool::new(3).unwrap();
         let count = AtomicUsize::new(0);
         std::thread::scope(|scope| {
@@ -480,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_is_late_is_left_out_for_a_while() {
+    fn a_late_worker_is_skipped_for_a_while() {
         let pool = Pool::new(2).unwrap();
         let caller = std::thread::current().id();
         let is_caller = || std::thread::current().id() == caller;
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
+    fn a_panic_reaches_the_caller_and_the_pool_still_works() {
         let pool = Pool::new(2).unwrap();
         for bad in [0, 7] {
             let run = || pool.run(8, |i| assert!(i != bad, "task {i}"));

@@ -1,6 +1,6 @@
-//! All CUDA kernels compile for every generation of GPUs, without arrays in local memory; prints the
-//! registers of each, and how many bytes of them are spilled. `tests/cuda.sh` brings the compiler and runs this; it takes
-//! minutes, so that nothing else does.
+//! Checks that all CUDA kernels compile for every generation of GPUs without arrays in local memory, and prints
+//! the registers and spilled bytes of each. `tests/cuda.sh` installs the compiler and runs this test, which
+//! takes minutes. It is skipped elsewhere.
 
 use std::io::Write as _;
 use std::{env, thread};
@@ -13,7 +13,7 @@ const ARCHITECTURES: [u32; 4] = [80, 89, 90, 120];
 /// Bytes that may be spilled: a few registers outside the loops, not an array.
 const SPILLED: u32 = 64;
 
-/// What the assembler says of the kernels of a module: name, registers, bytes of spills.
+/// The assembler's report on the kernels of a module: name, registers, bytes of spills.
 fn kernels(log: &str) -> Vec<(String, u32, u32)> {
     let number = |line: &str, before: &str| -> Option<u32> {
         let end = line.find(before)?;
@@ -39,8 +39,8 @@ fn all_kernels_compile_for_all_architectures() {
         writeln!(out, "skipped: tests/cuda.sh compiles the CUDA kernels").unwrap();
         return;
     }
-    let work = ARCHITECTURES.map(|arch| thread::spawn(move || compile_all(Arch(arch))));
-    let results = work.map(|t| t.join().expect("the compiler does not panic"));
+    let compilers = ARCHITECTURES.map(|arch| thread::spawn(move || compile_all(Arch(arch))));
+    let results = compilers.map(|t| t.join().expect("the compiler does not panic"));
     for (arch, result) in ARCHITECTURES.into_iter().zip(results) {
         for ModuleLog { module, log } in result.expect("kernels compile") {
             let kernels = kernels(&log);

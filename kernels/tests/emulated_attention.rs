@@ -1,5 +1,5 @@
-//! The CUDA kernels of attention, planned as for a device and run by the emulator, against the definition in
-//! f64.
+//! Compares the CUDA kernels of attention, planned as for a device and run by the emulator, with the definition
+//! in f64.
 
 mod common;
 
@@ -19,7 +19,7 @@ use stb_random::Rng;
 
 /// A step with tokens of several sequences: for each, the tokens before the step and those in it.
 struct Step<'a> {
-    a: AttentionShape,
+    shape: AttentionShape,
     sequences: &'a [(usize, usize)],
 }
 
@@ -30,20 +30,20 @@ impl Step<'_> {
     const LAYER: usize = 1;
 
     fn check(&self, rng: &mut Rng, emulator: &Emulator, tolerance: f64) {
-        let Self { a, sequences } = *self;
-        let AttentionShape { heads, kv_heads, width, .. } = a;
+        let Self { shape, sequences } = *self;
+        let AttentionShape { heads, kv_heads, width, .. } = shape;
         let widths = [heads, kv_heads, kv_heads].map(|n| n * width);
         let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
         let all: Vec<Tokens> = sequences
             .iter()
             .map(|(before, now)| widths.map(|n| rng.floats((before + now) * n)))
             .collect();
-        // Buffers: q, k, v, out, frequencies, places, partial, counters; then the caches.
+        // Buffers: q, k, v, out, frequencies, slots, partial, counters; then the caches.
         let longest = sequences.iter().map(|(before, now)| before + now).max().unwrap();
         let capacity = longest + 3;
         let mut buffers = vec![Vec::new(); 8];
         buffers[4] = bytes_of(&frequencies);
-        buffers.extend(sequences.iter().map(|_| vec![0; a.cache_bytes(capacity)]));
+        buffers.extend(sequences.iter().map(|_| vec![0; shape.cache_bytes(capacity)]));
         let mut launches = Vec::new();
         let mut first = 0;
         for is_now in [false, true] {
@@ -73,22 +73,22 @@ impl Step<'_> {
                 frequencies: address(4),
                 slots: at(5, 16),
             };
-            launches.push(launch(&a.plan_rope(rope, Self::LAYER, tokens).unwrap()));
+            launches.push(launch(&shape.plan_rope(rope, Self::LAYER, tokens).unwrap()));
             if is_now {
-                let size = a.decode_scratch(tokens, longest);
+                let size = shape.decode_scratch(tokens, longest);
                 buffers[3] = vec![0xff; tokens * widths[0] * 4];
                 buffers[6] = vec![0xff; size.partial * 4];
                 buffers[7] = vec![0; size.arrived * 4];
                 let scratch = ScratchAddresses { partial: address(6), arrived: address(7) };
                 let at = AttentionAddresses { q: rope.q, out: address(3), slots: rope.slots };
                 let batch = AttentionBatch { layer: Self::LAYER, tokens, visible: longest };
-                launches.push(launch(&a.plan_decode(at, scratch, batch).unwrap()));
+                launches.push(launch(&shape.plan_decode(at, scratch, batch).unwrap()));
             }
             first += tokens;
         }
         let clear = Launch::new("clear_slots").block(1024, 1, 1).buffer(5).u32(first as u32);
         launches.push(clear);
-        let what = format!("{a:?} {sequences:?}");
+        let what = format!("{shape:?} {sequences:?}");
         let found = emulator.run(&buffers, &launches, &[0, 5]).expect(&what);
         assert!(found[7].iter().all(|b| *b == 0), "{what}: counters are left as they were");
         let out = floats(&found[3]);
@@ -108,11 +108,17 @@ impl Step<'_> {
         }
     }
 
-    /// The definition, in f64.
-    fn naive(&self, of: &Tokens, frequencies: &[f32], position: usize, head: usize) -> Vec<f64> {
-        let AttentionShape { heads, kv_heads, width, interleaved, .. } = self.a;
+    /// The attention output of a head by definition, in f64.
+    fn naive(
+        &self,
+        tokens: &Tokens,
+        frequencies: &[f32],
+        position: usize,
+        head: usize,
+    ) -> Vec<f64> {
+        let AttentionShape { heads, kv_heads, width, interleaved, .. } = self.shape;
         let row = |i: usize, n: usize, at: usize, head: usize| -> Vec<f64> {
-            of[i][(at * n + head) * width..][..width].iter().map(|v| f64::from(*v)).collect()
+            tokens[i][(at * n + head) * width..][..width].iter().map(|v| f64::from(*v)).collect()
         };
         let rotated = |x: Vec<f64>, at: usize| -> Vec<f64> {
             let mut out = x.clone();
@@ -157,13 +163,13 @@ fn attention(kind: KvKind, tolerance: f64) {
         (6, 2, 6, false),
         (1, 1, 2, false),
     ];
-    // Each shape is a program of its own: all for one kind, some for the others.
+    // Each shape is compiled as a program of its own, so only one kind runs all of them.
     let shapes = if kind == KvKind::F16 { &shapes[..] } else { &shapes[1..3] };
     for &(heads, kv_heads, width, interleaved) in shapes {
-        let a = AttentionShape { heads, kv_heads, width, layers: 2, kind, interleaved };
-        let Some(emulator) = build(&a.decode_module()) else { return };
+        let shape = AttentionShape { heads, kv_heads, width, layers: 2, kind, interleaved };
+        let Some(emulator) = build(&shape.decode_module()) else { return };
         for sequences in [&[(0, 1)][..], &[(255, 1), (3, 1)], &[(256, 3)], &[(0, 5), (520, 2)]] {
-            Step { a, sequences }.check(&mut rng, &emulator, tolerance);
+            Step { shape, sequences }.check(&mut rng, &emulator, tolerance);
         }
     }
 }
@@ -183,9 +189,9 @@ fn attention_over_8_bits() {
     attention(KvKind::Q8, 2e-2);
 }
 
-/// Consecutive tokens of a prompt, and the rows of the cache as they are stored.
+/// Consecutive tokens of a prompt, and the rows of the cache as stored.
 struct Prompt {
-    a: AttentionShape,
+    shape: AttentionShape,
     before: usize,
     now: usize,
     /// [now, heads · width].
@@ -212,34 +218,34 @@ impl Prompt {
     const LAYER: usize = 1;
 
     /// Uniform in −1..1; 8-bit rows with scales of many sizes.
-    fn random(rng: &mut Rng, a: AttentionShape, before: usize, now: usize) -> Self {
-        let tokens = a.kv_heads * (before + now);
-        let is_q8 = a.kind == KvKind::Q8;
+    fn random(rng: &mut Rng, shape: AttentionShape, before: usize, now: usize) -> Self {
+        let tokens = shape.kv_heads * (before + now);
+        let is_q8 = shape.kind == KvKind::Q8;
         let mut row = || match is_q8 {
             true => (127.0 * rng.float()).round(),
             false => f16::from_f32(rng.float()).to_f32(),
         };
-        let rows = [0, 1].map(|_| (0..tokens * a.width).map(|_| row()).collect());
+        let rows = [0, 1].map(|_| (0..tokens * shape.width).map(|_| row()).collect());
         let scales = [0, 1].map(|_| (0..tokens).map(|_| rng.float() / 127.0).collect());
-        Self { a, before, now, q: rng.floats(now * a.heads * a.width), rows, scales }
+        Self { shape, before, now, q: rng.floats(now * shape.heads * shape.width), rows, scales }
     }
 
-    /// Number `i` of a row, with its scale.
+    /// Element `i` of a row, times its scale.
     fn value(&self, which: usize, head: usize, token: usize, i: usize) -> f64 {
         let row = head * (self.before + self.now) + token;
-        let scale = match self.a.kind {
+        let scale = match self.shape.kind {
             KvKind::Q8 => f64::from(self.scales[which][row]),
             _ => 1.0,
         };
-        f64::from(self.rows[which][row * self.a.width + i]) * scale
+        f64::from(self.rows[which][row * self.shape.width + i]) * scale
     }
 
     /// The cache of a sequence, with room for a few more tokens. Unwritten elements are NaN.
     fn cache(&self, capacity: usize) -> Vec<u8> {
-        let AttentionShape { kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { kv_heads, width, kind, .. } = self.shape;
         let tokens = self.before + self.now;
-        let mut all = vec![0xff; self.a.cache_bytes(capacity)];
-        let part = all.len() / (2 * self.a.layers);
+        let mut all = vec![0xff; self.shape.cache_bytes(capacity)];
+        let part = all.len() / (2 * self.shape.layers);
         let size = if kind == KvKind::Q8 { 1 } else { 2 };
         let stride = width.next_multiple_of(8) * size;
         for which in 0..2 {
@@ -265,15 +271,16 @@ impl Prompt {
         all
     }
 
-    /// Results and what they may be off, [now, heads · width]. To first order, with weights w whose sum is 1, a
-    /// weight that is off by a share ε moves a result by w · ε · (v − result). There are
+    /// Expected results and tolerances, [now, heads · width]. To first order, with weights w whose sum is 1, a
+    /// relative error ε of a weight moves a result by w · ε · (v − result). The errors are:
     ///
-    /// * errors δ of the scores: what f16 takes from each query, times the key; 2⁻²⁰ of Σ|q·k| for sums and scales in
-    ///   f32. Against the key with the largest score a weight is off by e^(δ + δ of that key) − 1 at most;
+    /// * errors δ of the scores: the rounding error of each query in f16, times the key; 2⁻²⁰ of Σ|q·k| for
+    ///   sums and scales in f32. Relative to the key with the largest score a weight is off by at most e^(δ + δ
+    ///   of that key) − 1;
     /// * ε of 2⁻¹¹ for a weight in f16 (2⁻²⁵ of the largest weight where it is subnormal), and 2⁻¹⁶ for exponentials;
-    /// * as much for an 8-bit value that becomes f16 with its scale.
+    /// * as much for an 8-bit value that is converted to f16 with its scale.
     fn naive(&self) -> Vec<[f64; 2]> {
-        let AttentionShape { heads, kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { heads, kv_heads, width, kind, .. } = self.shape;
         let scale = 1.0 / (width as f64).sqrt();
         let half = 0.5f64.powi(11) * if kind == KvKind::Q8 { 2.0 } else { 1.0 } + 0.5f64.powi(16);
         let mut all = Vec::new();
@@ -304,7 +311,7 @@ impl Prompt {
                 let each = || weights.iter().zip(&off).zip(values.clone());
                 let result = each().map(|((w, _), v)| w * v).sum::<f64>() / total;
                 let share = |((w, off), v): ((&f64, &f64), f64)| {
-                    // The key with the largest score is all there is: off by nothing, however much.
+                    // If one key has all the weight, the result is exact, and `off` may be infinite.
                     let moved = if v == result { 0.0 } else { off * (v - result).abs() };
                     let rounded = w * half * (v.abs() + result.abs());
                     (moved + rounded) / total + 0.5f64.powi(25) * (v.abs() + w)
@@ -315,17 +322,17 @@ impl Prompt {
         all
     }
 
-    /// Checks every number, and which are NaN. Returns the largest error divided by its tolerance.
+    /// Checks every element, including NaN. Returns the largest error divided by its tolerance.
     fn check(&self, emulator: &Emulator, seeds: &[u64]) -> f64 {
-        let Self { a, before, now, .. } = *self;
+        let Self { shape, before, now, .. } = *self;
         let capacity = before + now + 3;
-        let what = format!("{a:?}, {now} tokens after {before}");
-        // Buffers: queries, results, the place of the first token, the cache.
+        let what = format!("{shape:?}, {now} tokens after {before}");
+        // Buffers: queries, results, the slot of the first token, the cache.
         let out = vec![0xff; self.q.len() * 4];
         let buffers = [bytes_of(&self.q), out, vec![0; 16], self.cache(capacity)];
         let at = AttentionAddresses { q: address(0), out: address(1), slots: address(2) };
-        let plan = a.plan_prefill(at, Self::LAYER, now).unwrap().expect(&what);
-        // What every device has for a block.
+        let plan = shape.plan_prefill(at, Self::LAYER, now).unwrap().expect(&what);
+        // Every device has this much for a block.
         assert!(plan.shared <= 98 << 10, "{what}");
         let set = Launch::new("set_slot").buffer(2).buffer(3);
         let set = set.u32(capacity as u32).u32(before as u32);
@@ -337,8 +344,8 @@ impl Prompt {
             let place = || {
                 format!(
                     "{what}: token {}, number {}",
-                    i / (a.heads * a.width),
-                    i % (a.heads * a.width)
+                    i / (shape.heads * shape.width),
+                    i % (shape.heads * shape.width)
                 )
             };
             if expected.is_nan() {
@@ -377,14 +384,14 @@ fn prompt_shape(kind: KvKind, [heads, kv_heads, width]: [usize; 3]) -> Attention
 fn prompts(kind: KvKind, module: &str) {
     let Some(emulator) = build(&module_named(module)) else { return };
     let mut rng = Rng(5);
-    for (i, (shape, [before, now])) in PROMPTS.into_iter().enumerate() {
-        let a = prompt_shape(kind, shape);
+    for (i, (sizes, [before, now])) in PROMPTS.into_iter().enumerate() {
+        let shape = prompt_shape(kind, sizes);
         let seeds: &[u64] = if i % 3 == 0 { &[0, 1, 2] } else { &[0, 3] };
-        let mut prompt = Prompt::random(&mut rng, a, before, now);
+        let mut prompt = Prompt::random(&mut rng, shape, before, now);
         prompt.check(&emulator, seeds);
-        // Queries far beyond f16 on both sides, so that a row has one key or all of them; with few bits, so that
-        // f16 takes none and the one can be told.
-        for q in prompt.q.chunks_mut(a.width) {
+        // Queries far outside the range of f16 on both sides, so that a row attends to one key or to all of
+        // them. They have few bits, so that f16 is exact and the one key is certain.
+        for q in prompt.q.chunks_mut(shape.width) {
             let size = [1e-30, 1e-6, 30.0, 1e6, 3e30][rng.below(5)];
             q.iter_mut().for_each(|v| *v = (*v * 32.0).round() * size);
         }
@@ -394,15 +401,15 @@ fn prompts(kind: KvKind, module: &str) {
     }
 }
 
-/// Scores of ±10⁴ that rise and fall from tile to tile. Queries have few bits, so that f16 takes none and
-/// the weights can be told.
+/// Scores of ±10⁴ that rise and fall from tile to tile. Queries have few bits, so that f16 is exact and the
+/// weights are certain.
 fn outliers(kind: KvKind, module: &str) {
     let Some(emulator) = build(&module_named(module)) else { return };
     let mut rng = Rng(6);
-    let a = prompt_shape(kind, [4, 2, 64]);
-    let mut prompt = Prompt::random(&mut rng, a, 150, 70);
+    let shape = prompt_shape(kind, [4, 2, 64]);
+    let mut prompt = Prompt::random(&mut rng, shape, 150, 70);
     prompt.q.iter_mut().for_each(|v| *v = (*v * 32.0).round() * 96.0);
-    for (row, keys) in prompt.rows[0].chunks_mut(a.width).enumerate() {
+    for (row, keys) in prompt.rows[0].chunks_mut(shape.width).enumerate() {
         let size = [0.0, 1.0 / 1024.0, 1.0, 4.0][rng.below(4)];
         match kind {
             KvKind::Q8 => prompt.scales[0][row] *= size,
@@ -410,7 +417,7 @@ fn outliers(kind: KvKind, module: &str) {
         }
     }
     let (mut most, mut least) = (0.0f64, 0.0f64);
-    for q in prompt.q.chunks(a.width).step_by(4) {
+    for q in prompt.q.chunks(shape.width).step_by(4) {
         for at in 0..150 {
             let dot = |(i, q): (usize, &f32)| f64::from(*q) * prompt.value(0, 0, at, i) / 8.0;
             let score: f64 = q.iter().enumerate().map(dot).sum();
@@ -422,16 +429,16 @@ fn outliers(kind: KvKind, module: &str) {
     prompt.check(&emulator, &[0, 1]);
 }
 
-/// ActivationPrecision that are none reach the tokens that see them, and no others.
+/// Values that are not finite reach the tokens that attend to them, and no others.
 fn not_finite(kind: KvKind, module: &str) {
     let Some(emulator) = build(&module_named(module)) else { return };
     let mut rng = Rng(7);
     for (width, before, now) in [(64, 40, 90), (256, 0, 40), (80, 3, 30)] {
-        let a = prompt_shape(kind, [4, 2, width]);
+        let shape = prompt_shape(kind, [4, 2, width]);
         let heads = 4 * width;
-        let mut prompt = Prompt::random(&mut rng, a, before, now);
+        let mut prompt = Prompt::random(&mut rng, shape, before, now);
         let tokens = before + now;
-        // Of the first key head values late in the prompt, of the second a key.
+        // Two values late in the prompt for the first KV head, and a key for the second.
         for (which, head, token) in [(1, 0, tokens - 9), (1, 0, tokens - 3), (0, 1, tokens - 12)] {
             let row = head * tokens + token;
             match kind {
@@ -466,7 +473,7 @@ prompts! {
 }
 
 #[test]
-fn few_tokens_wide_heads_and_exact_caches_stay_with_the_other_kernel() {
+fn few_tokens_wide_heads_and_exact_caches_use_the_decode_kernel() {
     let plan = |kind, width, tokens| {
         let at = AttentionAddresses { q: 0, out: 0, slots: 0 };
         prompt_shape(kind, [4, 2, width]).plan_prefill(at, 0, tokens).unwrap()
@@ -479,15 +486,15 @@ fn few_tokens_wide_heads_and_exact_caches_stay_with_the_other_kernel() {
 
 /// The prefill kernel runs only for consecutive tokens of one sequence.
 #[test]
-fn tokens_of_several_sequences_stay_with_the_other_kernel() {
+fn tokens_of_several_sequences_use_the_decode_kernel() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let kernels = seen.clone();
     let device = simulated(move |launches, _| {
         kernels.lock().unwrap().extend(launches.iter().map(|l| (l.kernel, l.blocks)));
     });
-    let a = prompt_shape(KvKind::F16, [4, 2, 64]);
+    let shape = prompt_shape(KvKind::F16, [4, 2, 64]);
     let [one, other] = [0, 1].map(|_| {
-        let mut cache = KvCache::new(&device, a).unwrap();
+        let mut cache = KvCache::new(&device, shape).unwrap();
         cache.reserve(100, 100).unwrap();
         cache
     });
@@ -503,7 +510,7 @@ fn tokens_of_several_sequences_stay_with_the_other_kernel() {
         ("attention_decode_4", [1, 2, 6]),
     ];
     let mut slots = SlotMapping::new(&device, 70).unwrap();
-    let mut attend = Attention::new(&device, a, &[0.0; 32]).unwrap();
+    let mut attend = Attention::new(&device, shape, &[0.0; 32]).unwrap();
     let make = |heads: usize| device.zeros("tokens", 70 * heads * 64).unwrap();
     let (mut q, k, v, mut out) = (make(4), make(2), make(2), make(4));
     for (places, expected) in [(run, many), (gap, few.clone()), (two, few)] {

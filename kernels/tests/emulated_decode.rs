@@ -1,5 +1,5 @@
-//! The GEMV kernels, planned as for a device and run by the emulator, against the exact decoder of the format
-//! and sums in f64.
+//! Compares the GEMV kernels, planned as for a device and run by the emulator, with the exact decoder of the
+//! format and sums in f64.
 
 mod common;
 
@@ -37,14 +37,14 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// Checks every number of one launch for all matrices, with a random kind of input.
+    /// Checks every result of one launch for all matrices, with a random kind of input.
     fn run(&self, rng: &mut Rng, emulator: &Emulator, seeds: &[u64]) {
         let Self { encoding, rows, cols, tokens, precision, limits } = *self;
         let what =
             format!("{encoding} {rows:?}x{cols}, {tokens} tokens, {precision:?}, {limits:?}");
         let payloads: Vec<_> = rows.iter().map(|r| payload(rng, encoding, *r, cols)).collect();
         let mut x = rng.floats(tokens * cols);
-        // Outliers, as activations have them.
+        // Outliers like those of activations.
         for _ in 0..cols / 50 {
             let at = rng.below(x.len());
             x[at] *= 300.0;
@@ -120,7 +120,7 @@ impl Case<'_> {
     }
 }
 
-/// All encodings that the module of this name computes, in all kinds of calls.
+/// Checks all encodings of the module of this name, in all kinds of calls.
 fn products(module: &str) {
     let module = module_named(module);
     let Some(emulator) = build(&module) else { return };
@@ -141,12 +141,12 @@ fn products(module: &str) {
     }
 }
 
-/// Checks that the conversion to f32 gives exactly the numbers of the format.
+/// Checks that the conversion to f32 gives exactly the weights that the format defines.
 fn decode_rows(rng: &mut Rng, emulator: &Emulator, encoding: &Encoding, rows: usize, cols: usize) {
     let bytes = payload(rng, encoding, rows, cols);
     let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
     let params = MatrixParams::new(&view, &bytes, address(0)).unwrap();
-    // An id outside the matrix leaves its row alone.
+    // An id outside the matrix leaves its row unchanged.
     let ids: Vec<u32> = (0..4).map(|_| rng.below(rows) as u32).chain([rows as u32]).collect();
     let plan = cuda::plan_dequantize(encoding, params, address(1), ids.len(), address(2)).unwrap();
     let id_bytes = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
@@ -212,8 +212,8 @@ fn hostile_payloads_stay_inside_their_buffers() {
                     GemvProblem { encoding, matrices, out, input, precision, add, tokens };
                 let plan = GemvPlan::new(LIMITS[0], &problem, SCRATCH).unwrap();
                 let x = bytes_of(&rng.floats(cols));
-                let work = [vec![0; plan.scratch.partial * 4], vec![0; plan.scratch.arrived * 4]];
-                let [partial, arrived] = work;
+                let [partial, arrived] =
+                    [plan.scratch.partial, plan.scratch.arrived].map(|n| vec![0; 4 * n]);
                 let buffers = [x, vec![0; rows * 4], partial, arrived, bytes.clone()];
                 emulator.run(&buffers, &[launch(&plan.launch)], &[0]).unwrap();
             }

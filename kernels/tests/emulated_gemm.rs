@@ -1,5 +1,5 @@
-//! The GEMM kernels, planned as for a device and run by the emulator, against the exact decoder of the format
-//! and sums in f64.
+//! Compares the GEMM kernels, planned as for a device and run by the emulator, with the exact decoder of the
+//! format and sums in f64.
 
 mod common;
 
@@ -22,12 +22,12 @@ struct Case<'a> {
     cols: usize,
     tokens: usize,
     precision: PrefillPrecision,
-    /// Multiprocessors to plan for: few take the large kernels, many split the columns.
+    /// Multiprocessors to plan for: plans for few use the large kernels, plans for many split the columns.
     multiprocessors: u32,
     seeds: &'a [u64],
 }
 
-/// Columns with one scale in 8 bits.
+/// Columns that share a scale in 8 bits.
 const Q8_COLS: usize = 256;
 
 /// The activations of a token rounded to 8 bits, and half a rounding step of each.
@@ -58,7 +58,7 @@ fn without_factors(encoding: &Encoding, rows: usize, cols: usize, bytes: &[u8]) 
     [factors, encoding.view(rows as u64, cols as u64, &bytes).unwrap().decode()]
 }
 
-/// Whether `y` is start + Σ w·x but for `relative` of the magnitudes and the errors `steps` of x.
+/// Checks that `y` is start + Σ w·x within `relative` times the sum of magnitudes, and the errors `steps` of x.
 fn check(
     what: &str,
     y: f32,
@@ -83,7 +83,7 @@ impl Case<'_> {
     fn activations(&self, rng: &mut Rng) -> Vec<f32> {
         let Self { cols, tokens, .. } = *self;
         let mut x = rng.floats(tokens * cols);
-        // Outliers, as activations have them; a token of zeros.
+        // Outliers like those of activations; a token of zeros.
         for _ in 0..cols / 50 {
             let at = rng.below(x.len());
             x[at] *= 30000.0;
@@ -98,7 +98,7 @@ impl Case<'_> {
         x
     }
 
-    /// The token with a number that is not finite.
+    /// The token with an activation that is not finite, if the case has one.
     fn poisoned(&self) -> Option<usize> {
         (self.precision == PrefillPrecision::Int8 && self.tokens > 4).then(|| self.tokens - 2)
     }
@@ -194,7 +194,7 @@ fn nm(n: usize, m: usize, precision: PrefillPrecision) {
     let Some(emulator) = build(&format!("{module} {n}:{m}")) else { return };
     let mut rng = Rng(100 + (n * 10 + m) as u64);
     let mine = |e: &&Encoding| match e {
-        // Larger scale codes than of 4 bits do not fit 8 bits.
+        // Weights with scale codes of more than 4 bits do not fit 8 bits.
         Encoding::Nm(s) => (s.n(), s.m()) == (n, m) && !(int8 && s.scale_bits() > 4),
         _ => false,
     };
@@ -293,7 +293,7 @@ fn large_weights_are_not_multiplied_in_8_bits() {
     }
 }
 
-/// Tests the other encodings, which share a kernel.
+/// Checks the other encodings, which share a kernel.
 fn rows(name: &str, mine: impl Fn(&Encoding) -> bool) {
     let Some(emulator) = build(&format!("gemm {name}")) else { return };
     let mut rng = Rng(name.len() as u64);

@@ -1,12 +1,12 @@
-//! Hessians, their factors and products of dense matrices as conversion asks for them, on a device that
-//! is the emulator, with libraries that follow the definitions of BLAS and LAPACK.
+//! Hessians, their factors and products of dense matrices as in a conversion, on an emulated device with
+//! libraries that follow the definitions of BLAS and LAPACK.
 
 mod common;
 
 use common::machine::device_in_orders;
 use stb_kernels::cuda::{GemmSize, LinearAlgebra, MatrixSize, Operand, OperandMut};
 
-/// ActivationPrecision from −1 to 1 without a pattern.
+/// Values from −1 to 1 without a pattern.
 fn numbers(n: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(747_796_405) + 1;
     let mut next = || {
@@ -74,7 +74,7 @@ fn hessians_and_their_factors() {
     let (n, tokens) = (37, 90);
     let x = numbers(n * tokens, 4);
     let mut h = device.zeros("h", n * n).unwrap();
-    // In two parts, as batches come.
+    // In two parts, like two batches.
     for part in x.chunks(n * 40) {
         let part_on = device.upload("x", part).unwrap();
         dense.blas().add_gram(&part_on, part.len() / n, n, &mut h).unwrap();

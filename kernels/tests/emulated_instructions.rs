@@ -1,5 +1,5 @@
-//! The emulator of CUDA kernels: its matrix instructions against naive products with the index
-//! formulas of the PTX ISA, its built-in functions, and the misuse it has to find.
+//! The emulator of CUDA kernels: its matrix instructions against naive products with the index formulas of the
+//! PTX ISA, its built-in functions, and the misuse that it has to detect.
 
 mod common;
 
@@ -110,7 +110,7 @@ fn check(kernel: &str, kind: Type, selector: Option<usize>) {
             let row = thread * per + i % per + i / per * half;
             put(&mut right, kind, i, b[row][group]);
         }
-        // The figures of the metadata operand.
+        // The metadata operand, as in the figures of the PTX ISA.
         let metadata = match (selector, kind) {
             (None, _) => 0,
             (Some(_), Type::S8) => {
@@ -125,7 +125,7 @@ fn check(kernel: &str, kind: Type, selector: Option<usize>) {
                         | indices[group + 8][first + q] << (16 + 4 * q)
                 })
             }
-            _ => 0xdead_beef, // Nobody looks at it.
+            _ => 0xdead_beef, // Not read.
         };
         ra.extend(left);
         rb.extend(right);
@@ -167,7 +167,7 @@ fn matrix_instructions_match_naive_products() {
 }
 
 #[test]
-fn indices_that_are_not_in_order_are_found() {
+fn indices_out_of_order_are_detected() {
     let Some(emulator) = emulator() else { return };
     let buffers = [vec![0; 512], vec![0; 512], vec![0; 512], vec![0x11; 128]];
     let launch = Launch::new("run_mma_sp_f16_0").block(32, 1, 1);
@@ -187,7 +187,7 @@ fn blocks_and_barriers_work() {
     assert_eq!(floats(&out[0]), sums);
 }
 
-/// What the emulator says of a kernel with 64 threads.
+/// The emulator's error for a kernel with 64 threads.
 fn misuse(kernel: &str, seeds: &[u64]) -> Option<String> {
     let buffers = [vec![0; 256], bytes_of(&[1.0; 64])];
     let launch = Launch::new(kernel).block(64, 1, 1).shared(256).buffer(0).buffer(1);
@@ -195,7 +195,7 @@ fn misuse(kernel: &str, seeds: &[u64]) -> Option<String> {
 }
 
 #[test]
-fn misuse_is_found() {
+fn misuse_is_detected() {
     for (kernel, says) in [
         ("divergent_barrier", "different barriers"),
         ("lanes_that_stay_away", "has ended"),
@@ -231,7 +231,7 @@ fn conversions_round_to_nearest_even() {
     let Some(emulator) = emulator() else { return };
     let mut rng = Rng(3);
     let mut x: Vec<f32> = (0..30000).map(|_| f32::from_bits(rng.below(1 << 32) as u32)).collect();
-    // Around the borders of f16, where ties and subnormals are.
+    // Near the limits of f16, with ties and subnormals.
     x.extend((0..30000).map(|_| f32::from_bits(0x3300_0000 + rng.below(0x1500_0000) as u32)));
     x.extend((0..4000).map(|i| f32::from_bits(0x3380_0000 + i * 0x1000)));
     x.retain(|x| !x.is_nan());
@@ -246,7 +246,7 @@ fn conversions_round_to_nearest_even() {
         assert_eq!(halves[i], f16::from_f32(*v).to_bits(), "{v:e}");
         let bits = v.to_bits();
         let exact = f32::from_bits(u32::from(halves[n + i]) << 16);
-        // No bf16 is nearer.
+        // No other bf16 is nearer.
         for other in [bits & 0xffff_0000, (bits & 0xffff_0000).saturating_add(0x1_0000)] {
             let other = f32::from_bits(other);
             if other.is_finite() && exact.is_finite() {

@@ -1,11 +1,11 @@
-//! Top-k on a device whose launches the emulator runs, against a sort of all logits.
+//! Compares top-k on a device whose launches the emulator runs with a sort of all logits.
 
 mod common;
 
 use common::machine::device_in_orders;
 use stb_kernels::cuda::{TopK, TopKRequest};
 
-/// Few different numbers, so that many are equal, and some special ones.
+/// Few different values, so that many are equal, and some special ones.
 fn logits(n: usize, seed: u32) -> Vec<f32> {
     let special = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1e-40];
     let mut state = seed.wrapping_mul(747_796_405) + 1;
@@ -71,7 +71,7 @@ fn top_k_are_the_first_of_all() {
     }
 }
 
-/// A greedy sampler gets the first of equal numbers, and never NaN.
+/// A greedy request returns the first of equal logits, and never NaN.
 #[test]
 fn the_best_is_the_first_of_equals() {
     let Some(device) = device_in_orders(&[0, 1, 2]) else { return };

@@ -1,4 +1,4 @@
-//! Cached keys and values on every instruction set, against f64 and the conversions of `half`.
+//! Compares cached keys and values on every instruction set with f64 and the conversions of `half`.
 
 use stb_format::half::f16;
 use stb_kernels::Isa;
@@ -8,9 +8,9 @@ fn numbers(n: usize, k: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * k) % 997) as f32 / 498.0 - 1.0).collect()
 }
 
-/// What is read back: exactly the input, its nearest binary16, or within half a step of 8 bits.
+/// Rows read back are exactly the input, its nearest binary16, or within half a step of 8 bits.
 #[test]
-fn rows_keep_their_numbers_on_every_isa() {
+fn rows_read_back_within_their_precision_on_every_isa() {
     for width in [1, 8, 16, 20, 64, 128, 200] {
         let rows = numbers(width * 9, 37);
         for kind in [KvKind::F32, KvKind::F16, KvKind::Q8] {
@@ -43,14 +43,14 @@ fn rows_keep_their_numbers_on_every_isa() {
     }
 }
 
-/// binary16 of every kind of number: subnormal, on a tie, too large, not a number.
+/// Conversion of all kinds of floats to binary16: subnormal, on a tie, too large, NaN.
 #[test]
 fn conversion_to_half_matches_the_reference() {
     let mut values: Vec<f32> = (0..1 << 16)
         .map(|bits| f16::from_bits(bits as u16).to_f32())
         .flat_map(|v| {
             let next = |by: i32| f32::from_bits(v.to_bits().wrapping_add_signed(by));
-            // Between two neighbors, and just beside the middle.
+            // Midway between two neighbors, and just off the middle.
             [v, next(1), next(-1), next(1 << 12), next((1 << 12) + 1), next((1 << 12) - 1)]
         })
         .collect();
@@ -116,9 +116,9 @@ fn products_match_f64_on_every_isa() {
     }
 }
 
-/// What is not finite stays visible.
+/// A NaN in a row is still a NaN when read back.
 #[test]
-fn broken_numbers_are_not_hidden() {
+fn nan_is_kept() {
     let isa = Isa::available().next().unwrap();
     for kind in [KvKind::F32, KvKind::F16, KvKind::Q8] {
         let mut kept = KvRows::new(kind, 16);

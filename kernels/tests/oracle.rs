@@ -1,5 +1,5 @@
-//! Every kernel, on every instruction set of this machine, against one naive oracle: the exact
-//! decoder of the format and a product in f64. All instruction sets must agree bit for bit.
+//! Compares every kernel, on every instruction set of this machine, with one naive oracle: the exact decoder of
+//! the format and a product in f64. All instruction sets must agree bit for bit.
 
 mod common;
 
@@ -42,8 +42,8 @@ fn products_match_the_oracle_on_every_isa() {
             let mut reference: Option<(Vec<u32>, Vec<u32>)> = None;
             for isa in Isa::available() {
                 let what = format!("{encoding} {rows}x{cols} {}", isa.name());
-                let mut work = GemvScratch::default();
-                let prepared = packed(&view).prepare(isa, &x[..cols], &mut work);
+                let mut scratch = GemvScratch::default();
+                let prepared = packed(&view).prepare(isa, &x[..cols], &mut scratch);
                 let mut y = vec![f32::NAN; rows];
                 gemv(isa, packed(&view), prepared, 0, &mut y);
                 for r in 0..rows {
@@ -71,8 +71,8 @@ fn products_match_the_oracle_on_every_isa() {
 /// Activations of a block whose largest is below 127 / `f32::MAX` have no 8-bit codes.
 const COUNTS_AS_ZERO: f64 = 3.74e-37;
 
-/// Activations of 8 bits: within the bound that is stated, the same bits on every set, whatever the
-/// split, for outliers and zeros too.
+/// Products with 8-bit activations stay within the documented bound and have the same bits on every set and for
+/// every split, also for outliers and zeros.
 #[test]
 fn q8_products_keep_their_bound_on_every_isa() {
     let mut rng = Rng(6);
@@ -106,8 +106,8 @@ fn q8_products_keep_their_bound_on_every_isa() {
                 let mut reference: Option<Vec<u32>> = None;
                 for isa in Isa::available() {
                     let what = format!("{encoding} {rows}x{cols} {} {kind}", isa.name());
-                    let mut work = GemvScratch::default();
-                    let prepared = packed(&view).prepare_q8(isa, &x, &mut work);
+                    let mut scratch = GemvScratch::default();
+                    let prepared = packed(&view).prepare_q8(isa, &x, &mut scratch);
                     let mut y = vec![f32::NAN; rows];
                     for (i, y) in y.chunks_mut(3 * ROW_TILE).enumerate() {
                         gemv(isa, packed(&view), prepared, i * 3 * ROW_TILE, y);
@@ -136,7 +136,7 @@ fn q8_products_keep_their_bound_on_every_isa() {
             }
         }
     }
-    // An activation that is not finite is not lost.
+    // An activation that is not finite makes the result NaN.
     for encoding in encodings() {
         let bytes = payload(&mut rng, &encoding, 16, 300);
         let view = encoding.view(16, 300, &bytes).unwrap();
@@ -144,8 +144,8 @@ fn q8_products_keep_their_bound_on_every_isa() {
             let mut x = rng.floats(300);
             x[130] = bad;
             for isa in Isa::available() {
-                let mut work = GemvScratch::default();
-                let prepared = packed(&view).prepare_q8(isa, &x, &mut work);
+                let mut scratch = GemvScratch::default();
+                let prepared = packed(&view).prepare_q8(isa, &x, &mut scratch);
                 if format!("{prepared:?}").contains("Some") {
                     let mut y = vec![0.0; 16];
                     gemv(isa, packed(&view), prepared, 0, &mut y);
@@ -157,7 +157,7 @@ fn q8_products_keep_their_bound_on_every_isa() {
     assert!(kernels > 100, "most N:M codes and all integer groups have a kernel");
 }
 
-/// A small batch gives what each of its tokens gives alone.
+/// Tokens of a small batch have the same results as alone.
 #[test]
 fn tokens_of_a_small_batch_do_not_depend_on_each_other() {
     let mut rng = Rng(8);
@@ -168,16 +168,16 @@ fn tokens_of_a_small_batch_do_not_depend_on_each_other() {
             for tokens in [1, 3, 4, 6, 9] {
                 let x = rng.floats(tokens * cols);
                 for isa in Isa::available() {
-                    let mut works: Vec<GemvScratch> = Vec::new();
-                    works.resize_with(tokens, GemvScratch::default);
+                    let mut scratches: Vec<GemvScratch> = Vec::new();
+                    scratches.resize_with(tokens, GemvScratch::default);
                     let mut alone = vec![0.0; tokens * rows];
-                    for ((work, x), y) in
-                        works.iter_mut().zip(x.chunks(cols)).zip(alone.chunks_mut(rows))
+                    for ((scratch, x), y) in
+                        scratches.iter_mut().zip(x.chunks(cols)).zip(alone.chunks_mut(rows))
                     {
-                        let x = packed(&view).prepare_q8(isa, x, work);
+                        let x = packed(&view).prepare_q8(isa, x, scratch);
                         gemv(isa, packed(&view), x, 0, y);
                     }
-                    let prepared: Vec<_> = works.iter().map(GemvScratch::input).collect();
+                    let prepared: Vec<_> = scratches.iter().map(GemvScratch::input).collect();
                     let mut together = vec![f32::NAN; tokens * rows];
                     gemv_batch(isa, packed(&view), &prepared, 0, &mut together);
                     assert!(together == alone, "{encoding} {rows}x{cols} {tokens} {}", isa.name());
@@ -194,15 +194,15 @@ fn quantize(isa: Isa, kernel: &dyn PackedGemmQ8, x: &[f32], to: &mut Activations
     chunks.into_iter().for_each(|mut chunk| kernel.quantize(isa, &mut chunk));
 }
 
-/// What the portable kernels give for each of some tokens: for N:M codes those for one token, for
-/// integers those for many, which add in another order but hardly differ.
+/// The results of the portable kernels for each token alone: of GEMV for N:M codes, of GEMM for integers, whose
+/// GEMM adds in another order (checked to be close to GEMV).
 fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     let (rows, scalar) = (view.rows(), Isa::scalar());
     let mut all = vec![0.0; x.len() / view.cols() * rows];
     for (x, y) in x.chunks(view.cols()).zip(all.chunks_mut(rows)) {
-        let mut work = GemvScratch::default();
+        let mut scratch = GemvScratch::default();
         let matrix = packed(view);
-        gemv(scalar, matrix, matrix.prepare_q8(scalar, x, &mut work), 0, y);
+        gemv(scalar, matrix, matrix.prepare_q8(scalar, x, &mut scratch), 0, y);
         if let (MatrixView::IntGroup(_), Some(kernel)) = (view, matrix.gemm_q8()) {
             let mut many = vec![0.0; rows];
             let mut tokens = ActivationsQ8::default();
@@ -221,10 +221,9 @@ fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     all
 }
 
-/// Integers add in another order when there are few tokens, so all sets must call the same number few,
-/// and split prompts alike.
+/// GEMV and GEMM of integers add in different orders, so all sets must have the same batch sizes.
 #[test]
-fn few_integers_are_as_many_on_every_set() {
+fn batch_sizes_of_integers_are_the_same_on_every_set() {
     let mut rng = Rng(11);
     for encoding in encodings() {
         let bytes = payload(&mut rng, &encoding, 16, 64);
@@ -236,7 +235,7 @@ fn few_integers_are_as_many_on_every_set() {
     }
 }
 
-/// Many tokens at once give what each gives alone, bit for bit, on every set and for every split.
+/// Tokens of a GEMM have the same results as alone, bit for bit, on every set and for every split.
 #[test]
 fn tokens_of_a_q8_gemm_do_not_depend_on_each_other() {
     let mut rng = Rng(7);
@@ -291,8 +290,8 @@ fn results_do_not_depend_on_the_split() {
         let view = encoding.view(rows as u64, cols as u64, &bytes).unwrap();
         let x = rng.floats(5 * cols);
         let isa = Isa::available().next().unwrap();
-        let mut work = GemvScratch::default();
-        let prepared = packed(&view).prepare(isa, &x[..cols], &mut work);
+        let mut scratch = GemvScratch::default();
+        let prepared = packed(&view).prepare(isa, &x[..cols], &mut scratch);
         let mut panels = Panels::default();
         panels.pack(&x, cols);
         let stride = panels.all().row_stride();
@@ -312,7 +311,7 @@ fn results_do_not_depend_on_the_split() {
     }
 }
 
-/// Strided, transposed and partial panels give what a naive product gives.
+/// Products with strided, transposed and partial panels equal a naive product.
 #[test]
 fn panels_of_every_kind() {
     let mut rng = Rng(5);

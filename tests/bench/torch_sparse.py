@@ -1,8 +1,8 @@
 """Prompt products of PyTorch on this machine's GPU: dense bf16 (cuBLAS) and 2:4 sparse bf16 and int8 (cuSPARSELt).
 
-What `gpu-check --part prefill` is measured against beside cuBLAS: the same shapes and numbers of tokens. The values of sparse
-weights are there in full (16 or 8 bits): 9 or 5 bits per weight with indices, where joint codes have 0.5 to 1.3. PyTorch
-prepares each sparse product on the host, which takes longer than a product with 512 tokens: look at 8192.
+A baseline for `gpu-check --part prefill` besides cuBLAS, with the same shapes and numbers of tokens. Sparse weights have full
+values (16 or 8 bits): 9 or 5 bits per weight with indices, where N:M codes have 0.5 to 1.3. PyTorch prepares each sparse
+product on the host, which takes longer than a product with 512 tokens, so compare the results for 8192.
 
     python tests/bench/torch_sparse.py [--json FILE]
 """

@@ -1,4 +1,4 @@
-//! Writes the logits of a model after each of the given tokens, for the comparison with other frameworks.
+//! Writes the logits of a model after each of the given tokens, for comparisons with other frameworks.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -18,10 +18,10 @@ struct Cli {
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
-    let model = Engine::open(&cli.model, &OpenOptions::exact())?;
-    let mut state = State::new(&model, cli.ids.len());
+    let engine = Engine::open(&cli.model, &OpenOptions::exact())?;
+    let mut state = State::new(&engine, cli.ids.len());
     let mut bytes = Vec::new();
-    model.forward_all(&mut state, &cli.ids, |_, logits| {
+    engine.forward_all(&mut state, &cli.ids, |_, logits| {
         bytes.extend(logits.iter().flat_map(|v| v.to_le_bytes()));
     })?;
     Ok(std::io::stdout().lock().write_all(&bytes)?)

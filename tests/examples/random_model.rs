@@ -15,7 +15,7 @@ struct Cli {
     /// The shape
     #[arg(value_parser = SHAPES)]
     shape: String,
-    /// The .stb file to write; with --checkpoint a folder
+    /// The .stb file to write, or the folder with --checkpoint
     out: PathBuf,
     /// Write a dense checkpoint in f16 with a vocabulary of 64 letters, to measure conversion
     #[arg(long, conflicts_with = "recipe")]

@@ -1,5 +1,5 @@
-//! End-to-end perplexities beside those of an independent implementation of the published
-//! algorithm and its variants, on the same models, calibration windows and evaluation text.
+//! Compares end-to-end perplexities with those of an independent implementation of the published algorithm and
+//! its variants, on the same models, calibration windows and evaluation text.
 
 use std::path::Path;
 use std::time::Instant;
@@ -34,9 +34,9 @@ struct Cli {
 struct Table {
     /// Name of the model.
     model: String,
-    /// Full precision, by the reference.
+    /// The reference's perplexity of the dense model.
     full_precision: f64,
-    /// Options of each setting that does not say otherwise.
+    /// Options of every setting, unless the setting changes them.
     base: toml::Table,
     setting: Vec<Setting>,
 }
@@ -46,7 +46,7 @@ struct Setting {
     name: String,
     /// Perplexities of the reference, by seed.
     reference: Vec<f64>,
-    /// Differences from the base; an empty text removes an option.
+    /// Changes of the base options; an empty string removes an option.
     #[serde(flatten)]
     body: toml::Table,
 }
@@ -105,7 +105,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The reference's protocol around the options of a setting.
+/// The recipe of a setting, with the calibration of the reference.
 fn recipe(base: &toml::Table, setting: &Setting, seed: u64) -> anyhow::Result<Recipe> {
     let mut body = base.clone();
     for (key, value) in &setting.body {
@@ -136,7 +136,7 @@ fn run(
     Ok(())
 }
 
-/// 400 windows of 256 tokens, each story after a begin token.
+/// The perplexity over 400 windows of 256 tokens, each story after a begin token.
 fn measure(model: &Path, text: &Path) -> anyhow::Result<f64> {
     let path = |p: &Path| p.to_str().map(str::to_owned).context("a path that is not UTF-8");
     let (model, text) = (path(model)?, path(text)?);

@@ -2,13 +2,13 @@
 
 use stb_runtime::{Engine, Result, Sampler, SamplerInput, SamplerOptions, State};
 
-/// Generates `steps` tokens after `prompt` both ways, with a model on a device. Returns how many differ, and how many were
-/// chosen from the top-k of the device.
+/// Generates `steps` tokens after `prompt` both ways, with an engine on a device. Returns the number of tokens
+/// that differ, and the number chosen from the top-k of the device.
 ///
 /// # Errors
 /// As for [`Engine::forward`].
 pub fn compared(
-    model: &Engine,
+    engine: &Engine,
     options: &SamplerOptions,
     prompt: &[u32],
     banned: &[u32],
@@ -20,13 +20,13 @@ pub fn compared(
         found.accept(*token);
     }
     let context = prompt.len() + steps;
-    let (mut here, mut there) = (State::new(model, context), State::new(model, context));
+    let (mut here, mut there) = (State::new(engine, context), State::new(engine, context));
     let (mut next, mut tokens) = (SamplerInput::default(), prompt.to_vec());
     let (mut differ, mut from_device) = (0, 0);
     for _ in 0..steps {
-        let logits = model.forward(&mut here, &tokens)?.to_vec();
+        let logits = engine.forward(&mut here, &tokens)?.to_vec();
         let expected = all.choose(&mut SamplerInput::Logits(logits), banned);
-        model.next(&mut there, &tokens, &mut found, banned, &mut next)?;
+        engine.next(&mut there, &tokens, &mut found, banned, &mut next)?;
         from_device += usize::from(matches!(next, SamplerInput::TopK(_)));
         differ += usize::from(found.choose(&mut next, banned) != expected);
         tokens = vec![expected];

@@ -12,7 +12,7 @@ use stb_runtime::Checkpoint;
 
 use crate::programs::note;
 
-/// Shows notes, and no progress.
+/// Prints notes, and no progress.
 #[derive(Clone, Copy, Debug)]
 pub struct Notes;
 

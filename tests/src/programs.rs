@@ -10,7 +10,7 @@ use crate::paths::root;
 
 /// The folder of the profile of this test, `target/PROFILE`.
 fn profile_folder() -> PathBuf {
-    // Tests lie in target/PROFILE/deps, the developer programs in target/PROFILE/examples.
+    // Tests are in target/PROFILE/deps, the developer programs in target/PROFILE/examples.
     let this = std::env::current_exe().expect("the path of the test");
     let mut folder = this.parent().expect("a folder").to_owned();
     if folder.ends_with("deps") || folder.ends_with("examples") {
@@ -112,7 +112,7 @@ pub fn command<S: AsRef<OsStr>>(name: &str, args: &[S]) -> Command {
     ] {
         command.env_remove(variable);
     }
-    // The tests expect the same on machines with a GPU.
+    // Tests use the CPU also on machines with a GPU.
     command.env("STB_DEVICE", "cpu");
     command
 }
@@ -137,7 +137,7 @@ pub fn convert(source: &Path, target: &Path, options: &[&str]) {
     let _ = run.success();
 }
 
-/// Says on standard error, which is not captured, that something was not tested.
+/// Reports on standard error, which is not captured, that something was not tested.
 pub fn skip(what: &str) {
     note(&format!("SKIPPED: {what}"));
 }

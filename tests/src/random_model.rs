@@ -15,14 +15,14 @@ use crate::tiny::{self, tokenizer};
 use crate::vectors::content;
 use stb_random::Rng;
 
-/// The names that [`shape`] knows.
+/// The names that [`shape`] accepts.
 pub const SHAPES: [&str; 6] =
     ["llama-1b", "llama-7b", "llama-13b", "llama-3-8b", "llama-70b", "tiny"];
 
 /// The architecture called `name`; `layers` replaces its number of decoder layers.
 ///
 /// # Errors
-/// A name that is not in [`SHAPES`].
+/// If the name is not in [`SHAPES`].
 pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
     // vocabulary, hidden, intermediate, layers, heads, key and value heads, context
     let [vocab_size, hidden_size, intermediate_size, depth, heads, kv_heads, context_length] =
@@ -55,11 +55,11 @@ pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
     })
 }
 
-/// Writes a model of this architecture with the encodings that `recipe` would give it. Tensors of
-/// the same shape and encoding have the same weights, so that a large model takes seconds.
+/// Writes a model of this architecture with the encodings of `recipe`. Tensors of the same shape and encoding
+/// have the same weights, so that a large model takes seconds.
 ///
 /// # Errors
-/// A recipe whose encodings are not fixed (one with a budget); whatever `out` reports.
+/// If the recipe has a budget, so that its encodings are not fixed, or if writing to `out` fails.
 pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyhow::Result<W> {
     if recipe.linear.target_bits().is_some() {
         bail!("{}: a recipe with fixed encodings is needed", recipe.name);
@@ -118,7 +118,7 @@ pub fn checkpoint(folder: &Path, spec: &ModelSpec) {
     ] {
         config[key] = value.into();
     }
-    // Outputs have about the size of inputs, as in trained models.
+    // Scaled so that outputs have about the size of inputs, as in trained models.
     let shrink = 2.0 / (spec.hidden_size as f32).sqrt();
     tiny::write(folder, &config, Dense::F16, |name, values| {
         if name.ends_with("_proj.weight") {
@@ -134,7 +134,7 @@ pub fn letters(tokens: usize) -> String {
     (0..tokens as u32).flat_map(|i| [letter(i), ' ']).collect()
 }
 
-/// A random tensor of this shape, the same one each time; nothing for unknown encodings.
+/// The payload of a random tensor of this shape, the same on each call; empty for unknown encodings.
 #[must_use]
 pub fn random(shape: &[u64], encoding: &Encoding) -> Vec<u8> {
     let mut rng = Rng(shape.iter().sum());

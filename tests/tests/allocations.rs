@@ -11,7 +11,7 @@ use stb_tests::programs::convert;
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// Long enough for attention to go over several pieces of the cache.
+/// Enough for attention over several pieces of the KV cache.
 const TOKENS: u32 = 300;
 
 #[test]
@@ -22,19 +22,19 @@ fn decoding_does_not_allocate() {
         convert(&quill(), &file, &["--recipe", recipe, "--calib-samples", "2"]);
         for kv in [KvKind::F16, KvKind::Q8, KvKind::F32] {
             let options = OpenOptions { kv, threads: Some(2), ..OpenOptions::default() };
-            let model = Engine::open(&file, &options).unwrap();
-            let mut state = State::new(&model, TOKENS as usize);
+            let engine = Engine::open(&file, &options).unwrap();
+            let mut state = State::new(&engine, TOKENS as usize);
             let mut sampler =
                 Sampler::new(SamplerOptions { repeat_penalty: 1.1, ..SamplerOptions::default() });
             let mut answer = || {
                 state.truncate(0);
                 for token in 0..TOKENS {
-                    let logits = model.forward(&mut state, &[token]).unwrap();
+                    let logits = engine.forward(&mut state, &[token]).unwrap();
                     let _ = sampler.sample(logits);
                 }
             };
             answer();
-            // The first answer has reserved all memory that the second one needs.
+            // The first answer has allocated all memory that the second one needs.
             let region = Region::new(ALLOCATOR);
             answer();
             let change = region.change();

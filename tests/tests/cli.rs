@@ -1,4 +1,4 @@
-//! Error messages, and what pipes and scripts rely on.
+//! Error messages, and the output that pipes and scripts rely on.
 
 use std::io::{Read, Write};
 use std::path::Path;
@@ -79,12 +79,12 @@ fn bad_files_give_one_clear_error_and_the_documented_code() {
         }
         assert!(!new.exists(), "{what}: export left a folder");
     }
-    // A folder where a file belongs.
+    // A folder instead of a file.
     let error = run("stb-convert", &["inspect", text(folder.path())]).failure(3);
     assert!(error.contains("not a regular file"), "{error}");
 }
 
-/// The file with the version number of a later format.
+/// A copy of a file with the version number of a later format.
 fn newer(good: &[u8]) -> Vec<u8> {
     let mut bytes = good.to_vec();
     bytes[8] = 2;
@@ -94,7 +94,7 @@ fn newer(good: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Every 64th part of a file, through a program.
+/// A file cut at each 64th of its length is refused.
 #[test]
 fn truncated_files_are_refused() {
     let folder = folder();
@@ -180,7 +180,7 @@ fn checkpoints_that_cannot_be_converted_are_refused() {
     refuse(4, "no tensor", &with("num_hidden_layers", 3.into()), &nothing);
     refuse(5, "model.layers.1", &with("num_hidden_layers", 1.into()), &nothing);
     refuse(4, "embeddings", &with("vocab_size", 20.into()), &|source| {
-        // Smaller embeddings than the tokenizer has tokens.
+        // Fewer rows of embeddings than tokens of the tokenizer.
         tiny::write(source, &with("vocab_size", 20.into()), Dense::F32, |_, _| {});
     });
     refuse(4, "tokenizer.json", &base, &|source| {
@@ -240,9 +240,9 @@ fn pipes_get_text_only() {
     assert!(!out.contains('\u{1b}') && !out.contains("<|"), "{out:?}");
 }
 
-/// A machine without a GPU says so in one line, but only if a device was asked for.
+/// A machine without a GPU reports that in one line, but only if a device was requested.
 #[test]
-fn a_machine_without_a_device_says_so_in_one_line() {
+fn a_machine_without_a_device_reports_it_in_one_line() {
     let list = run("stb-run", &["--list-devices"]);
     let why = list.err.clone();
     let devices = list.success();
@@ -293,7 +293,7 @@ fn stop_texts_end_the_answer() {
 }
 
 #[test]
-fn a_reader_that_leaves_is_no_error() {
+fn a_closed_pipe_is_no_error() {
     let mut command = command("stb-convert", &["recipes"]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -320,7 +320,7 @@ fn interrupt(mut command: std::process::Command, ready: impl FnOnce(&mut Child))
 fn ctrl_c_leaves_nothing_half_written() {
     let folder = folder();
     let out = folder.path().join("out.stb");
-    // More calibration than the test has time for.
+    // More calibration than finishes during the test.
     let options = ["--calib-samples", "2000", text(&quill()), text(&out)].map(str::to_owned);
     let entries = || std::fs::read_dir(folder.path()).unwrap().count();
     let run = interrupt(command("stb-convert", &options), |child| {

@@ -50,7 +50,7 @@ fn every_rule_is_in_the_text_and_has_a_vector() {
         ["README.md", "container.md", "metadata.md", "encodings.md"].map(page).concat();
     let broken: BTreeSet<_> = invalid().iter().filter_map(|v| v.rule).map(Rule::id).collect();
     for rule in Rule::ALL {
-        // Asking for a tensor of unknown encoding: the vector for it is a valid file.
+        // Reading a tensor of unknown encoding breaks this rule; its vector is a valid file.
         if *rule != Rule::EncodingUnknown {
             assert!(broken.contains(rule.id()), "{} has no invalid vector", rule.id());
             assert!(text.contains(&format!("**{}**", rule.id())), "{} is not defined", rule.id());
@@ -73,7 +73,7 @@ fn unknown_encodings_leave_the_rest_readable() {
     assert_eq!(file.tensor("after").unwrap().decode().unwrap(), [3.0, 4.0]);
 }
 
-/// The worked examples of encodings.md, by hand there and by the encoder here.
+/// The worked examples of encodings.md, computed by hand there and by the encoder here.
 #[test]
 fn worked_examples_are_right() {
     // Lines may break within an example.
@@ -162,7 +162,7 @@ fn worked_examples_are_right() {
     check(Encoding::Nm(spec), [1, 16], &payload, &parts, &weights);
 }
 
-/// The check values of checksum.md are those of the library.
+/// The check values of checksum.md equal those of the library.
 #[test]
 fn checksum_page_is_right() {
     let mut rows = 0;
@@ -177,8 +177,7 @@ fn checksum_page_is_right() {
     assert!(rows >= 18, "{rows} check values");
 }
 
-/// A file cut anywhere, or with any byte of its head and tables changed, is refused or decodes to
-/// what it says; nothing panics.
+/// A file cut anywhere, or with any byte of its head and tables changed, is refused or decodes without a panic.
 #[test]
 fn cut_and_flipped_files_never_panic() {
     let cut = |bytes: &[u8], name: &str| {

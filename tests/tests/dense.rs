@@ -1,5 +1,5 @@
-//! The forward pass, tokenizer and evaluation on dense checkpoints equal the reference
-//! implementation (transformers on PyTorch, f32), whose figures lie beside the models.
+//! The forward pass, tokenizer and evaluation on dense checkpoints equal the reference implementation
+//! (transformers on PyTorch, f32), whose figures are next to the models.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -14,9 +14,9 @@ use stb_tests::paths::{quill, shared};
 use stb_tests::programs::skip;
 
 fn open(folder: &Path) -> (Arc<Engine>, Json) {
-    let model = Arc::new(Engine::open(folder, &OpenOptions::exact()).unwrap());
+    let engine = Arc::new(Engine::open(folder, &OpenOptions::exact()).unwrap());
     let reference = std::fs::read_to_string(folder.join("reference.json")).unwrap();
-    (model, serde_json::from_str(&reference).unwrap())
+    (engine, serde_json::from_str(&reference).unwrap())
 }
 
 fn ids(json: &Json) -> Vec<u32> {
@@ -27,12 +27,12 @@ fn floats(json: &Json) -> Vec<f64> {
     json.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
 }
 
-/// Logits, losses and best tokens of a prompt.
-fn check_prompt(model: &Engine, prompt: &[u32], argmax: &[u32], nll: &[f64], last: &[f64]) {
-    let mut state = State::new(model, prompt.len());
-    let vocab = model.embeddings.rows();
+/// Checks logits, losses and best tokens of a prompt.
+fn check_prompt(engine: &Engine, prompt: &[u32], argmax: &[u32], nll: &[f64], last: &[f64]) {
+    let mut state = State::new(engine, prompt.len());
+    let vocab = engine.model.embeddings.rows();
     let mut rows = Vec::new();
-    model
+    engine
         .forward_all(&mut state, prompt, |_, logits| {
             rows.extend(logits.chunks_exact(vocab).map(<[f32]>::to_vec));
         })
@@ -52,12 +52,11 @@ fn check_prompt(model: &Engine, prompt: &[u32], argmax: &[u32], nll: &[f64], las
     }
 }
 
-/// The most likely continuation; the reference may have gone on to the end token, which is not part
-/// of an answer.
-fn check_greedy(model: &Arc<Engine>, prompt: &[u32], expected: &[u32]) {
+/// Checks the greedy continuation. The reference may end with an end token, which is not part of an answer.
+fn check_greedy(engine: &Arc<Engine>, prompt: &[u32], expected: &[u32]) {
     let count = expected.len();
     let options = SessionOptions { context: Some(prompt.len() + count + 1), template: false };
-    let mut session = Session::new(Arc::clone(model), options).unwrap();
+    let mut session = Session::new(Arc::clone(engine), options).unwrap();
     let mut sampler =
         Sampler::new(SamplerOptions { temperature: 0.0, ..SamplerOptions::default() });
     let request = GenerateRequest {
@@ -78,10 +77,10 @@ fn check_greedy(model: &Arc<Engine>, prompt: &[u32], expected: &[u32]) {
 
 #[test]
 fn quill_equals_its_reference() {
-    let (model, reference) = open(&quill());
+    let (engine, reference) = open(&quill());
     let prompt = ids(&reference["prompt_ids"]);
     check_prompt(
-        &model,
+        &engine,
         &prompt,
         &ids(&reference["argmax"]),
         &floats(&reference["nll"]),
@@ -89,8 +88,8 @@ fn quill_equals_its_reference() {
     );
     let expected = ids(&reference["greedy_ids"]);
     assert_eq!(&expected[..prompt.len()], prompt);
-    check_greedy(&model, &prompt, &expected[prompt.len()..]);
-    let tokenizer = model.tokenizer().unwrap();
+    check_greedy(&engine, &prompt, &expected[prompt.len()..]);
+    let tokenizer = engine.model.tokenizer().unwrap();
     let text = reference["greedy_text"].as_str().unwrap();
     assert_eq!(tokenizer.decode(&expected).unwrap(), text);
     assert_eq!(tokenizer.encode_prompt(&tokenizer.decode(&prompt).unwrap()).unwrap(), prompt);
@@ -98,16 +97,16 @@ fn quill_equals_its_reference() {
 
 #[test]
 fn quill_chats_like_its_reference() {
-    let (model, reference) = open(&quill());
-    let tokenizer = model.tokenizer().unwrap();
-    let template = model.chat_template(&tokenizer).unwrap().unwrap();
+    let (engine, reference) = open(&quill());
+    let tokenizer = engine.model.tokenizer().unwrap();
+    let template = engine.model.chat_template(&tokenizer).unwrap().unwrap();
     let user = "Tell me a story that begins: One day, a cat found a red ball.";
     let prompt = tokenizer.encode(&template.render(&[Message::new("user", user)]).unwrap());
     let prompt = prompt.unwrap();
     let expected = ids(&reference["chat_prompt_ids"]);
     assert_eq!(prompt, expected);
     let expected = ids(&reference["chat_greedy_ids"]);
-    check_greedy(&model, &prompt, &expected[prompt.len()..]);
+    check_greedy(&engine, &prompt, &expected[prompt.len()..]);
 }
 
 #[test]
@@ -116,21 +115,21 @@ fn third_party_models_equal_their_references() {
         let Some(folder) = shared(&format!("data/models/{name}")) else {
             return skip("third-party models are not here");
         };
-        let (model, reference) = open(&folder);
+        let (engine, reference) = open(&folder);
         let forward = &reference["forward"];
         check_prompt(
-            &model,
+            &engine,
             &ids(&forward["ids"]),
             &ids(&forward["argmax"]),
             &floats(&forward["nll_next"]),
             &floats(&forward["last_logits"]),
         );
         let expected = ids(&reference["greedy"]["output_ids"]);
-        check_greedy(&model, &ids(&reference["greedy"]["prompt_ids"]), &expected);
+        check_greedy(&engine, &ids(&reference["greedy"]["prompt_ids"]), &expected);
     }
 }
 
-/// Perplexities on WikiText-2 within 0.1 % of the reference.
+/// Perplexities on WikiText-2 are within 0.1 % of the reference.
 #[test]
 fn perplexities_equal_the_reference() {
     let Some(text) = shared("data/text/wikitext-2/wiki.test.joined.txt") else {
@@ -142,10 +141,10 @@ fn perplexities_equal_the_reference() {
         let Some(folder) = shared(&format!("data/models/{name}")) else {
             return skip("third-party models are not here");
         };
-        let (model, reference) = open(&folder);
-        let tokenizer = model.tokenizer().unwrap();
+        let (engine, reference) = open(&folder);
+        let tokenizer = engine.model.tokenizer().unwrap();
         let options = PerplexityOptions { context, windows: None, layout: TextLayout::Whole };
-        let result = perplexity(&model, None, &tokenizer, &text, &options, &|_, _| {}).unwrap();
+        let result = perplexity(&engine, None, &tokenizer, &text, &options, &|_, _| {}).unwrap();
         let tokens = reference["wikitext2_raw_test"]["tokens"].as_u64().unwrap();
         assert_eq!(result.tokens as u64, tokens, "{name}");
         let found = result.perplexity.value;

@@ -1,5 +1,5 @@
-//! A whole model on a CUDA device that is the emulator: the same results as on the CPU, from the
-//! model's file down to the kernels and their order.
+//! A whole model on an emulated CUDA device gives the same results as on the CPU, from the model's file down to
+//! the kernels and their order.
 
 #[path = "../../kernels/tests/common/mod.rs"]
 mod common;
@@ -28,8 +28,8 @@ fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
     assert!(error <= tolerance, "{what}: relative error {error}");
 }
 
-/// Prompts of several steps, tokens one by one (at first, recorded, and from the recording), several
-/// sequences side by side, logits of all tokens, going back.
+/// Compares prompts of several steps, single tokens (the first, the recorded and replayed ones), several
+/// sequences in a batch, logits of all tokens, and truncation.
 fn same_as_on_the_cpu(recipe: &str, options: OpenOptions, layers: Option<usize>, tolerance: f32) {
     let Some(device) = device() else { return };
     let folder = tempfile::tempdir().unwrap();
@@ -37,12 +37,12 @@ fn same_as_on_the_cpu(recipe: &str, options: OpenOptions, layers: Option<usize>,
     let spec = shape("tiny", None).unwrap();
     write(&spec, &Recipe::load(recipe).unwrap(), File::create(&path).unwrap()).unwrap();
     let host = Engine::open(&path, &options).unwrap();
-    let model = Engine::open(&path, &options).unwrap().use_device(&device, layers).unwrap();
-    let (mut a, mut b) = (State::new(&host, 100), State::new(&model, 100));
+    let engine = Engine::open(&path, &options).unwrap().use_device(&device, layers).unwrap();
+    let (mut a, mut b) = (State::new(&host, 100), State::new(&engine, 100));
     let prompt: Vec<u32> = (0..19).map(|i| i * 7 % 64).collect();
     let check = |tokens: &[u32], a: &mut State, b: &mut State, what: &str| {
         let expected = host.forward(a, tokens).unwrap().to_vec();
-        let found = model.forward(b, tokens).unwrap();
+        let found = engine.forward(b, tokens).unwrap();
         close(found, &expected, tolerance, what);
         assert_eq!(a.len(), b.len(), "{what}");
     };
@@ -57,7 +57,7 @@ fn same_as_on_the_cpu(recipe: &str, options: OpenOptions, layers: Option<usize>,
     let mut expected = Vec::new();
     let mut found = Vec::new();
     host.forward_all(&mut a, &prompt, |_, logits| expected.extend_from_slice(logits)).unwrap();
-    model
+    engine
         .forward_all(&mut b, &prompt, |first, logits| {
             assert_eq!(first * 64, found.len());
             found.extend_from_slice(logits);
@@ -65,24 +65,24 @@ fn same_as_on_the_cpu(recipe: &str, options: OpenOptions, layers: Option<usize>,
         .unwrap();
     close(&found, &expected, tolerance, "all logits");
 
-    let (mut many_a, mut many_b) = ([a, State::new(&host, 9)], [b, State::new(&model, 9)]);
+    let (mut many_a, mut many_b) = ([a, State::new(&host, 9)], [b, State::new(&engine, 9)]);
     for tokens in [[3, 4], [5, 6]] {
         let expected = host.forward_batch(&mut many_a, &tokens).unwrap().to_vec();
-        let found = model.forward_batch(&mut many_b, &tokens).unwrap();
+        let found = engine.forward_batch(&mut many_b, &tokens).unwrap();
         close(found, &expected, tolerance, "side by side");
     }
-    assert!(model.forward(&mut many_b[1], &[64]).is_err(), "a token outside the vocabulary");
-    assert!(model.forward(&mut many_b[1], &[1; 8]).is_err(), "more than the context");
+    assert!(engine.forward(&mut many_b[1], &[64]).is_err(), "a token outside the vocabulary");
+    assert!(engine.forward(&mut many_b[1], &[1; 8]).is_err(), "more than the context");
     assert_eq!(many_b[1].len(), 2);
 }
 
 #[test]
-fn joint_codes_with_an_exact_cache() {
+fn nm_with_an_exact_cache() {
     same_as_on_the_cpu("nm-1of8", OpenOptions::exact(), None, 1e-4);
 }
 
 #[test]
-fn the_published_structure_with_a_cache_of_16_bits() {
+fn stbllm_with_a_cache_of_16_bits() {
     let options = OpenOptions { exact: true, kv: KvKind::F16, ..OpenOptions::default() };
     same_as_on_the_cpu("stbllm-4of8", options, None, 2e-2);
 }
@@ -97,19 +97,19 @@ fn rounded_activations_of_few_and_many_tokens() {
     let spec = shape("tiny", Some(1)).unwrap();
     write(&spec, &Recipe::load("int4").unwrap(), File::create(&path).unwrap()).unwrap();
     let exact = Engine::open(&path, &OpenOptions::exact()).unwrap();
-    let model = Engine::open(&path, &OpenOptions::default()).unwrap();
-    let model = model.use_device(&device, None).unwrap();
+    let engine = Engine::open(&path, &OpenOptions::default()).unwrap();
+    let engine = engine.use_device(&device, None).unwrap();
     let many: Vec<u32> = (0..70).map(|i| i * 5 % 64).collect();
     for (prompt, tolerance) in [(&[3, 4][..], 3e-2), (&many, 2e-2)] {
         let expected = exact.forward(&mut State::new(&exact, 80), prompt).unwrap().to_vec();
-        let mut state = State::new(&model, 80);
-        let found = model.forward(&mut state, prompt).unwrap();
+        let mut state = State::new(&engine, 80);
+        let found = engine.forward(&mut state, prompt).unwrap();
         close(found, &expected, tolerance, "rounded");
         assert!(found != expected);
     }
 }
 
-/// What an observer on the host saw last.
+/// The inputs that an observer on the host saw.
 #[derive(Default)]
 struct Seen(Vec<(LinearInput, Vec<f32>)>);
 
@@ -120,8 +120,8 @@ impl Observer for Seen {
     }
 }
 
-/// The sublayers of a decoder layer over several sequences at once, and what its linear layers read: as the CPU has
-/// them one by one.
+/// The sublayers of a decoder layer over several sequences at once, and the inputs of its linear layers, equal
+/// those of the CPU for each sequence.
 #[test]
 fn layers_for_calibration() {
     let Some(device) = device() else { return };
@@ -129,17 +129,17 @@ fn layers_for_calibration() {
     let path = folder.path().join("model.stb");
     let spec = shape("tiny", Some(1)).unwrap();
     write(&spec, &Recipe::load("int4").unwrap(), File::create(&path).unwrap()).unwrap();
-    let model = Engine::open(&path, &OpenOptions::exact()).unwrap();
-    let (layer, width) = (&model.layers[0], model.norm.len());
+    let engine = Engine::open(&path, &OpenOptions::exact()).unwrap();
+    let (layer, width) = (&engine.model.layers[0], engine.model.norm.len());
     let lengths = [21, 1, 9];
     let embedded = |n: usize| {
         let tokens: Vec<u32> = (0..n as u32).map(|i| (i * 7 + n as u32) % 64).collect();
         let mut hidden = Vec::new();
-        model.embed(&tokens, &mut hidden).unwrap();
+        engine.embed(&tokens, &mut hidden).unwrap();
         hidden
     };
     let mut host: Vec<Vec<f32>> = lengths.map(embedded).to_vec();
-    let mut layers = DeviceLayers::new(&device, &model.model).unwrap();
+    let mut layers = DeviceLayers::new(&device, &engine.model).unwrap();
     let mut hidden = device.upload("hidden states", &host.concat()).unwrap();
     for sublayer in [Sublayer::Attention, Sublayer::Mlp] {
         let loaded = layers.load(layer, sublayer).unwrap();
@@ -155,7 +155,7 @@ fn layers_for_calibration() {
         let mut seen: Vec<(LinearInput, Vec<f32>)> = Vec::new();
         for hidden in &mut host {
             let mut observer = Seen::default();
-            let _ = model.run_sublayer(sublayer, layer, hidden, &mut observer);
+            let _ = engine.run_sublayer(sublayer, layer, hidden, &mut observer);
             seen.resize_with(observer.0.len(), || (observer.0[0].0, Vec::new()));
             for ((which, all), (input, x)) in seen.iter_mut().zip(observer.0) {
                 *which = input;
@@ -171,7 +171,7 @@ fn layers_for_calibration() {
         hidden.read(&mut after).unwrap();
         close(&after, &host.concat(), 1e-5, "residual stream");
     }
-    // Ended at the second input, the stream is as it was.
+    // A break at the second input leaves the residual stream unchanged.
     let loaded = layers.load(layer, Sublayer::Mlp).unwrap();
     let mut stop = |which, _: &cuda::LinearAlgebra, _: &cuda::Buffer<f32>| {
         Ok(match which {
@@ -187,7 +187,7 @@ fn layers_for_calibration() {
     assert_eq!(after, before);
 }
 
-/// Tokens chosen from what the device found are those chosen from all of its logits.
+/// Tokens chosen from the device's top-k equal those chosen from all of its logits.
 #[test]
 fn tokens_are_chosen_alike() {
     let Some(device) = device() else { return };
@@ -195,8 +195,8 @@ fn tokens_are_chosen_alike() {
     let path = folder.path().join("model.stb");
     let spec = shape("tiny", Some(1)).unwrap();
     write(&spec, &Recipe::load("nm-2of4").unwrap(), File::create(&path).unwrap()).unwrap();
-    let model = Engine::open(&path, &OpenOptions::default()).unwrap();
-    let model = model.use_device(&device, None).unwrap();
+    let engine = Engine::open(&path, &OpenOptions::default()).unwrap();
+    let engine = engine.use_device(&device, None).unwrap();
     for (temperature, top_k) in [(0.0, 0), (1.0, 20), (0.7, 64), (1.0, 0)] {
         let options = SamplerOptions {
             temperature,
@@ -205,14 +205,15 @@ fn tokens_are_chosen_alike() {
             repeat_last: 6,
             ..SamplerOptions::default()
         };
-        let (differ, from_device) = compared(&model, &options, &[1, 2, 3, 4], &[5, 9], 8).unwrap();
+        let (differ, from_device) = compared(&engine, &options, &[1, 2, 3, 4], &[5, 9], 8).unwrap();
         assert_eq!(differ, 0, "{temperature} {top_k}");
         let is_device = temperature == 0.0 || top_k > 0;
         assert_eq!(from_device, if is_device { 8 } else { 0 }, "{temperature} {top_k}");
     }
 }
 
-/// Matrices of one input that take it in other orders of columns, with their own factors, or not in 8 bits.
+/// Matrices with a common input that need it in different orders of columns, with their own factors, or not in
+/// 8 bits.
 #[test]
 fn prompts_in_8_bits() {
     let Some(device) = device() else { return };

@@ -1,4 +1,4 @@
-//! Conversion with its large products on a CUDA device that is the emulator, beside that of the CPU.
+//! Compares a conversion with its large products on an emulated CUDA device with that of the CPU.
 
 #[path = "../../kernels/tests/common/mod.rs"]
 mod common;
@@ -15,7 +15,7 @@ use stb_tests::conversion::converted;
 use stb_tests::random_model::letters;
 use stb_tests::tiny;
 
-/// Converts to `target`; the report and the decoded weights by name.
+/// Converts to `target`. Returns the report and the decoded weights by name.
 fn convert(
     folder: &Path,
     target: &Path,
@@ -30,12 +30,12 @@ fn convert(
     (report, tensors.map(|t| (t.name().to_owned(), t.decode().unwrap())).collect())
 }
 
-/// The same pipeline: what is decided here differs only where rounding turns a choice.
+/// The pipeline gives the same file size and errors as on the CPU; decisions differ only by rounding.
 fn same_as_on_the_cpu(recipes: &[&str]) {
     let Some(device) = device() else { return };
     let folder = tempfile::tempdir().unwrap();
     let mut config = tiny::config();
-    // Several blocks of columns in a row, ragged; more inputs than outputs and the other way round.
+    // Several blocks of columns in a row, ragged; both more inputs than outputs and fewer.
     config["hidden_size"] = json!(152);
     config["intermediate_size"] = json!(300);
     config["num_hidden_layers"] = json!(2);
@@ -47,7 +47,7 @@ fn same_as_on_the_cpu(recipes: &[&str]) {
         let target = folder.path().join("device.stb");
         let (on_device, found) = convert(folder.path(), &target, recipe, Some(device.clone()));
         assert_eq!(host.file_bytes, on_device.file_bytes, "{recipe}");
-        // Sums are rounded otherwise: the products were another machine's.
+        // Sums are rounded differently, which shows that the device computed the products.
         let mut same = host.tensors.iter().zip(&on_device.tensors);
         assert!(same.any(|(a, b)| a.relative_error != b.relative_error), "{recipe}");
         for (a, b) in host.tensors.iter().zip(&on_device.tensors) {
@@ -57,7 +57,7 @@ fn same_as_on_the_cpu(recipes: &[&str]) {
         for ((name, a), (_, b)) in expected.iter().zip(&found) {
             let most = a.iter().fold(0.0f32, |most, w| most.max(w.abs()));
             let differ = a.iter().zip(b).filter(|(a, b)| (*a - *b).abs() > 0.01 * most).count();
-            // A choice that rounding turns changes what comes after it, and with that other choices.
+            // A decision that rounding changes affects later layers, and with them other decisions.
             let is_first = ["layers.0.self_attn", "embed", "head"].iter().any(|p| name.contains(p));
             let most = if is_first { a.len() / 100 } else { a.len() };
             assert!(differ <= most, "{recipe} {name}: {differ} of {} differ", a.len());
@@ -66,9 +66,9 @@ fn same_as_on_the_cpu(recipes: &[&str]) {
 }
 
 #[test]
-fn joint_codes() {
+fn nm() {
     let folder = tempfile::tempdir().unwrap();
-    // Blocks of scales that are no part of the blocks of columns that are worked on.
+    // Blocks of scales that do not divide the quantizer's blocks of columns.
     let odd = folder.path().join("odd.toml");
     let text = "name = 'odd'\ndescription = ''\n[calibration]\ninputs = 'refreshed'\ntarget = 'dense'\n\
                 [body]\nmethod = 'nm'\nn = 2\nm = 8\nblock = 96\nscale-bits = 4\nsweeps = 2\n";
@@ -77,7 +77,7 @@ fn joint_codes() {
 }
 
 #[test]
-fn the_papers_structure() {
+fn stbllm() {
     same_as_on_the_cpu(&["stbllm-4of8", "stbllm-published-strict"]);
 }
 

@@ -1,5 +1,5 @@
-//! Perplexity, divergence and zero-shot accuracy against oracles that know nothing of caches,
-//! pieces and shared prefixes; and the commands that measure.
+//! Compares perplexity, divergence and zero-shot accuracy with oracles without caches, pieces and shared
+//! prefixes, and tests the commands that measure.
 
 use std::path::{Path, PathBuf};
 
@@ -27,8 +27,8 @@ fn open(path: &Path) -> Engine {
 }
 
 /// ln p of every token at every position, from one forward pass over all of `tokens`.
-fn log_probabilities(model: &Engine, tokens: &[u32]) -> Vec<Vec<f64>> {
-    let mut state = State::new(model, tokens.len());
+fn log_probabilities(engine: &Engine, tokens: &[u32]) -> Vec<Vec<f64>> {
+    let mut state = State::new(engine, tokens.len());
     let mut rows = Vec::new();
     let softmax = |logits: &[f32]| -> Vec<f64> {
         let all: Vec<f64> = logits.iter().map(|l| f64::from(*l)).collect();
@@ -37,9 +37,9 @@ fn log_probabilities(model: &Engine, tokens: &[u32]) -> Vec<Vec<f64>> {
         all.iter().map(|l| l - largest - sum.ln()).collect()
     };
     let sink = |_: usize, logits: &[f32]| {
-        rows.extend(logits.chunks_exact(model.embeddings.rows()).map(softmax));
+        rows.extend(logits.chunks_exact(engine.model.embeddings.rows()).map(softmax));
     };
-    model.forward_all(&mut state, tokens, sink).unwrap();
+    engine.forward_all(&mut state, tokens, sink).unwrap();
     rows
 }
 
@@ -53,8 +53,8 @@ fn sample_tasks() -> Vec<(Task, PathBuf)> {
 }
 
 /// Context and continuation as the harness would encode them, the whole input cut at the left.
-fn oracle_score(model: &Engine, item: &Question, choice: usize, most: usize) -> (f64, bool) {
-    let tokenizer = model.tokenizer().unwrap();
+fn oracle_score(engine: &Engine, item: &Question, choice: usize, most: usize) -> (f64, bool) {
+    let tokenizer = engine.model.tokenizer().unwrap();
     let prompt = &item.prompts[choice];
     let context = tokenizer.encode(prompt.context.trim_end()).unwrap();
     let whole = tokenizer.encode(&format!("{}{}", prompt.context, prompt.continuation)).unwrap();
@@ -62,7 +62,7 @@ fn oracle_score(model: &Engine, item: &Question, choice: usize, most: usize) -> 
     let mut all = [&context[..], continuation].concat();
     let cut = all.len().saturating_sub(most + 1);
     all.drain(..cut);
-    let rows = log_probabilities(model, &all[..all.len() - 1]);
+    let rows = log_probabilities(engine, &all[..all.len() - 1]);
     let first = all.len() - continuation.len();
     let sum = (first..all.len()).map(|i| rows[i - 1][all[i] as usize]).sum();
     (sum, cut > 0)
@@ -70,21 +70,22 @@ fn oracle_score(model: &Engine, item: &Question, choice: usize, most: usize) -> 
 
 #[test]
 fn choices_score_as_if_each_were_computed_alone() {
-    let model = open(&quill());
-    let tokenizer = model.tokenizer().unwrap();
+    let engine = open(&quill());
+    let tokenizer = engine.model.tokenizer().unwrap();
     for (task, file) in sample_tasks() {
         let items = task.read(&file, None).unwrap();
         assert!(items.len() >= 2, "{}", file.display());
-        // All of the context, and so little that questions are cut.
+        // A context for whole questions, and one so short that questions are cut.
         for context in [512, 24] {
             let options = ZeroShotOptions { context, begin: false };
-            let mut state = State::new(&model, context);
+            let mut state = State::new(&engine, context);
             let (mut acc, mut acc_norm, mut truncated) = (0, 0, 0);
             for item in &items {
-                let found = score_question(&model, &mut state, &tokenizer, item, &options).unwrap();
+                let found =
+                    score_question(&engine, &mut state, &tokenizer, item, &options).unwrap();
                 let mut scores = Vec::new();
                 for (choice, found) in found.iter().enumerate() {
-                    let (expected, cut) = oracle_score(&model, item, choice, context);
+                    let (expected, cut) = oracle_score(&engine, item, choice, context);
                     let difference = (found.log_likelihood - expected).abs();
                     assert!(difference < 1e-3, "{} {choice}: {found:?}, {expected}", task.name());
                     assert_eq!(found.truncated, cut);
@@ -97,7 +98,8 @@ fn choices_score_as_if_each_were_computed_alone() {
                 acc_norm += usize::from(best(&per_character) == item.gold);
                 truncated += usize::from(found.iter().any(|s| s.truncated));
             }
-            let result = zero_shot(&model, &tokenizer, task, &items, &options, &|_, _| {}).unwrap();
+            let result =
+                zero_shot(&engine, &tokenizer, task, &items, &options, &|_, _| {}).unwrap();
             let n = items.len() as f64;
             assert_eq!(result.acc.value, acc as f64 / n, "{}", task.name());
             assert_eq!(result.truncated, truncated, "{}", task.name());
@@ -114,13 +116,13 @@ fn choices_score_as_if_each_were_computed_alone() {
 
 #[test]
 fn begin_tokens_are_put_before_questions_on_request() {
-    let model = open(&quill());
-    let tokenizer = model.tokenizer().unwrap();
+    let engine = open(&quill());
+    let tokenizer = engine.model.tokenizer().unwrap();
     let items = Task::OpenBookQa.read(&sample_tasks()[1].1, Some(1)).unwrap();
     let score = |begin: bool| {
-        let mut state = State::new(&model, 64);
+        let mut state = State::new(&engine, 64);
         let options = ZeroShotOptions { context: 64, begin };
-        score_question(&model, &mut state, &tokenizer, &items[0], &options).unwrap()[0]
+        score_question(&engine, &mut state, &tokenizer, &items[0], &options).unwrap()[0]
             .log_likelihood
     };
     assert!(tokenizer.bos.is_some());
@@ -139,7 +141,7 @@ fn a_choice_longer_than_the_context_is_an_error() {
     assert!(error.contains("--ctx"), "{error}");
 }
 
-/// Two random models that share a tokenizer; every figure recomputed from whole windows.
+/// Two random models that share a tokenizer. Every figure is recomputed from whole windows.
 #[test]
 fn divergences_are_those_of_the_definition() {
     let folder = folder();
@@ -150,21 +152,21 @@ fn divergences_are_those_of_the_definition() {
             values.iter_mut().step_by(3).for_each(|v| *v *= 1.2);
         }
     });
-    let (model, reference) = (open(&one), open(&other));
-    let tokenizer = model.tokenizer().unwrap();
+    let (engine, reference) = (open(&one), open(&other));
+    let tokenizer = engine.model.tokenizer().unwrap();
     let sample = "the quick brown fox jumps over the lazy dog ".repeat(8);
     let layout = TextLayout::Documents("lazy".into());
     let tokens = layout.tokenize(&tokenizer, &sample).unwrap();
     let options = PerplexityOptions { context: 33, windows: Some(6), layout };
     let measure = |reference: Reference<'_>| {
-        perplexity(&model, Some(reference), &tokenizer, &sample, &options, &|_, _| {}).unwrap()
+        perplexity(&engine, Some(reference), &tokenizer, &sample, &options, &|_, _| {}).unwrap()
     };
     let found = measure(Reference::new(&reference));
     let divergence = found.divergence.as_ref().unwrap();
 
     let mut windows = Vec::new();
     for window in tokens.chunks_exact(33).take(6) {
-        let (p, q) = (log_probabilities(&reference, window), log_probabilities(&model, window));
+        let (p, q) = (log_probabilities(&reference, window), log_probabilities(&engine, window));
         let mean = |f: &dyn Fn(usize) -> f64| (0..32).map(f).sum::<f64>() / 32.0;
         let kl = |t: usize| p[t].iter().zip(&q[t]).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
         let target = |t: usize| window[t + 1] as usize;
@@ -193,8 +195,8 @@ fn divergences_are_those_of_the_definition() {
     close(divergence.reference_perplexity.value, estimate(1).0.exp());
     close(divergence.nll_difference.value, estimate(0).0 - estimate(1).0);
 
-    // With room for all windows, for some, and for none.
-    let window = 33 * model.embeddings.rows() * 4;
+    // Logits are kept for all windows, for some, and for none.
+    let window = 33 * engine.model.embeddings.rows() * 4;
     for room in [6 * window, 5 * window / 2, window - 1] {
         let kept = KeptLogits::new(room);
         for _ in 0..3 {
@@ -203,11 +205,11 @@ fn divergences_are_those_of_the_definition() {
         }
     }
 
-    // A model is at no distance from itself.
-    let same = measure(Reference::new(&model)).divergence.unwrap();
+    // The divergence of a model from itself is zero.
+    let same = measure(Reference::new(&engine)).divergence.unwrap();
     assert_eq!((same.kl.value, same.top1.value, same.nll_difference.value), (0.0, 1.0, 0.0));
 
-    // Other tokens cannot be compared.
+    // Models with different vocabularies cannot be compared.
     let mut config = tiny::config();
     config["vocab_size"] = 48.into();
     let larger = folder.path().join("larger");
@@ -223,7 +225,7 @@ fn divergences_are_those_of_the_definition() {
     assert!(json["reference"]["top1_standard_error"].as_f64().unwrap() > 0.0);
 }
 
-/// Weights that are broken must not become a number.
+/// A model with NaN weights must not get a perplexity.
 #[test]
 fn logits_that_are_not_finite_are_an_error() {
     let folder = folder();
@@ -258,7 +260,7 @@ fn wrong_questions_are_named_by_line() {
         let error = run("stb-run", &["zero-shot", text(&quill), text(&file)]).failure(4);
         assert!(error.contains("piqa.jsonl, line 3") && error.contains(word), "{error}");
         assert_eq!(error.trim_end().lines().count(), 1, "{error}");
-        // Lines that are not asked for are not looked at.
+        // Lines beyond `--limit` are not read.
         let args = ["zero-shot", text(&quill), text(&file), "--limit", "1"];
         let _ = run("stb-run", &args).success();
     }
@@ -298,7 +300,7 @@ fn zero_shot_prints_tables_and_json() {
     assert!(task["acc_norm"].as_f64().is_some() && json["begin_token"] == true);
 }
 
-/// The figures that transformers on PyTorch found (data/README.md beside the models).
+/// Perplexities of transformers on PyTorch (data/README.md next to the models).
 #[test]
 fn story_perplexities_equal_the_reference() {
     let Some(stories) = shared("data/text/tinystories/eval.txt") else {
@@ -313,11 +315,11 @@ fn story_perplexities_equal_the_reference() {
         let Some(folder) = shared(&format!("data/models/{name}")) else {
             return skip("third-party models are not here");
         };
-        let model = open(&folder);
-        let tokenizer = model.tokenizer().unwrap();
+        let engine = open(&folder);
+        let tokenizer = engine.model.tokenizer().unwrap();
         let layout = TextLayout::Documents("<|endoftext|>".into());
         let options = PerplexityOptions { context, windows: None, layout };
-        let found = perplexity(&model, None, &tokenizer, &stories, &options, &|_, _| {}).unwrap();
+        let found = perplexity(&engine, None, &tokenizer, &stories, &options, &|_, _| {}).unwrap();
         assert_eq!((found.tokens, found.windows), (tokens, windows), "{name}");
         let difference = (found.perplexity.value - expected).abs();
         assert!(difference < 1e-4, "{name}: {} for {expected}", found.perplexity.value);
@@ -330,7 +332,7 @@ fn rows_of_wikitext_are_joined_as_in_the_reference() {
         ["raw", "joined.txt"].map(|n| shared(&format!("data/text/wikitext-2/wiki.test.{n}")));
     let [Some(raw), Some(joined)] = files else { return skip("WikiText-2 is not here") };
     let read = |path: &Path| std::fs::read_to_string(path).unwrap();
-    let tokenizer = open(&quill()).tokenizer().unwrap();
+    let tokenizer = open(&quill()).model.tokenizer().unwrap();
     let rows = TextLayout::Rows.tokenize(&tokenizer, &read(&raw)).unwrap();
     assert!(rows == TextLayout::Whole.tokenize(&tokenizer, &read(&joined)).unwrap());
     assert_eq!(rows.len(), 537_544);
@@ -366,7 +368,7 @@ impl SmallStudy {
         std::fs::read_to_string(self.folder.path().join(name)).unwrap()
     }
 
-    /// The table without times and builds.
+    /// The rows of the table without times and builds.
     fn figures(&self, out: &str) -> Vec<Vec<String>> {
         let csv = self.file(&format!("{out}/small.csv"));
         let fields = |line: &str| line.split(',').take(19).map(str::to_owned).collect();
@@ -391,7 +393,7 @@ fn studies_measure_every_cell_once() {
     assert_eq!(figures[1][..3], ["tiny", "dense", "fox"]);
     assert_eq!((figures[1][13].as_str(), figures[1][15].as_str()), ("0", "1"));
     assert!(figures[3][13].parse::<f64>().unwrap() > 0.0);
-    // The same as the commands find.
+    // The commands give the same figures.
     let file = study.folder.path().join("m.stb");
     let sample = study.folder.path().join("sample.txt");
     let options = ["--calib-samples", "6", "--calib-len", "48", "--calib", text(&sample)];
@@ -417,7 +419,7 @@ fn studies_measure_every_cell_once() {
     assert_eq!(left.count(), 1, "only the lock stays beside the cells");
 }
 
-/// A study that was killed goes on where it was, and ends with the same figures.
+/// A killed study resumes and ends with the same figures.
 #[cfg(unix)]
 #[test]
 fn killed_studies_resume() {
@@ -454,7 +456,7 @@ fn cells_that_fail_do_not_stop_a_study() {
     let error = run.failure(2);
     assert!(error.contains("smallest file"), "{error}");
     assert!(study.file("out/small.csv").contains("smallest file"));
-    // Without a definition of what its paths need there is nothing to do.
+    // Without definitions for the variables of its paths the study ends with an error.
     let path = study.folder.path().join("study.toml");
     let definition = study.file("study.toml").replace("path = 'model'", "path = '{m}/model'");
     std::fs::write(&path, definition).unwrap();
@@ -469,7 +471,7 @@ fn cells_that_fail_do_not_stop_a_study() {
     assert!(run.err.contains("0 of 8 cells measured now"), "{}", run.err);
 }
 
-/// The studies in the repository name recipes and options that exist, for models that can have them.
+/// The studies in the repository use recipes and options that exist and that suit their models.
 #[test]
 fn shipped_studies_can_be_run() {
     let folder = root().join("tests/bench/studies");
@@ -520,7 +522,7 @@ fn flipped_signs_cost_perplexity() {
     assert_eq!(rows.len(), 1 + 3 * 3);
     let start = found("none", "", "0");
     for (order, seed) in [("random", "0"), ("random", "1"), ("least-important", "")] {
-        // Decoded weights give what packed ones give, up to the order of sums.
+        // Decoded weights give the same as packed ones, up to the order of sums.
         assert!((found(order, seed, "0") / start - 1.0).abs() < 1e-4);
         assert!(found(order, seed, "0.5") > 1.5 * start, "{order}");
     }

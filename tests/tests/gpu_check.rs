@@ -5,7 +5,7 @@ use std::process::Command;
 use stb_tests::programs::own_program;
 
 #[test]
-fn without_a_device_it_says_so_in_one_line() {
+fn without_a_device_it_reports_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let done = Command::new(own_program("gpu-check"))
         .current_dir(folder.path())

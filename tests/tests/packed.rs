@@ -1,5 +1,5 @@
-//! An encoding that only this file knows, beside the shipped ones, through everything that computes with
-//! packed matrices: a new encoding needs nothing but the traits that it implements here.
+//! An encoding that is defined only in this file, next to the shipped ones, through everything that computes
+//! with packed matrices. A new encoding needs only the traits that it implements here.
 
 use std::fmt;
 
@@ -13,8 +13,8 @@ use stb_random::Rng;
 use stb_runtime::{LinearScratch, LinearWeight, Threads, apply_packed};
 use stb_tests::random_model::random;
 
-/// Weights of −1, 0 or 1, five in a byte as digits of base 3, times one scale per row: the scale of a row
-/// as binary32, then its bytes.
+/// Weights of −1, 0 or 1, five in a byte as digits of base 3, times one scale per row. A row is its scale as
+/// binary32, then its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ternary;
 
@@ -156,8 +156,8 @@ impl Case<'_> {
             .fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()))
     }
 
-    /// Compares the results for all tokens, at [row, token], with the exact ones; q8 activations are off
-    /// by half a step of a 127th of the largest.
+    /// Compares the results for all tokens, `at(row, token)`, with the exact ones. Activations in 8 bits are
+    /// off by up to 1/254 of the largest.
     fn check(&self, x: &[f32], q8: bool, at: impl Fn(usize, usize) -> f32, what: &str) {
         let cols = self.matrix.cols();
         for (t, x) in x.chunks(cols).enumerate() {
@@ -175,7 +175,7 @@ impl Case<'_> {
         }
     }
 
-    /// Products of single tokens, of a few and of many.
+    /// Checks GEMV, GEMV of a batch, and GEMM.
     fn kernels(&self, isa: Isa, x: &[f32]) {
         let (matrix, rows, cols) = (self.matrix, self.matrix.rows(), self.matrix.cols());
         let tokens = x.len() / cols;
@@ -207,7 +207,7 @@ impl Case<'_> {
     }
 }
 
-/// The linear layers of the runtime, two matrices with one input.
+/// Checks the linear layers of the runtime, with two matrices that share an input.
 fn linear(threads: Threads<'_>, cases: [&Case<'_>; 2], x: &[f32]) {
     for q8 in [false, true] {
         let weights = cases.map(|case| LinearWeight { matrix: case.matrix, bytes: case.bytes });
@@ -222,7 +222,7 @@ fn linear(threads: Threads<'_>, cases: [&Case<'_>; 2], x: &[f32]) {
 }
 
 #[test]
-fn an_encoding_of_its_own_computes_like_the_shipped_ones() {
+fn a_new_encoding_computes_like_the_shipped_ones() {
     let mut rng = Rng(1);
     let pool = Pool::new(2).unwrap();
     let shipped = [

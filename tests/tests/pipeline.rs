@@ -18,10 +18,10 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A quick conversion of the bundled model: enough calibration to be sane, not to be good.
+/// Options of a quick conversion of the bundled model, with too little calibration for good quality.
 const QUICK: [&str; 4] = ["--calib-samples", "16", "--calib-len", "128"];
 
-/// Written for this test, in the manner of the texts that the bundled model has learnt from.
+/// A text written for this test in the style of the bundled model's training data.
 const STORY: &str = "Once upon a time, there was a little girl named Lily. She lived in a small house near a \
     big forest with her mom and dad. One day, Lily went outside to play with her red ball. She threw the ball \
     up in the air and it landed in a tree. Lily was sad because she could not reach it. A little bird saw her \
@@ -71,15 +71,15 @@ fn the_bundled_model_end_to_end() {
     }
     let _ = run("stb-convert", &["verify", text(&file)]).success();
 
-    // Strict: every group of 8 has exactly as many zeros as the mask says.
+    // Every group of 8 has exactly as many zeros as the mask.
     let down = parsed.tensor("model.layers.1.mlp.down_proj.weight").unwrap();
     let stb_format::Encoding::Stbllm(spec) = *down.encoding() else { panic!("not the structure") };
     for group in down.decode().unwrap().chunks(8) {
         assert_eq!(group.iter().filter(|w| **w == 0.0).count(), 8 - spec.n());
     }
 
-    // It still knows how stories go: near the checkpoint on one it has not seen. (What it tells itself from
-    // a prompt is luck, a repetition or not.)
+    // The perplexity of an unseen story is near that of the checkpoint. (Greedy text is no measure, because it
+    // may repeat itself.)
     let unseen = folder.path().join("unseen.txt");
     std::fs::write(&unseen, STORY).unwrap();
     let of_story = |model: &Path| {
@@ -89,14 +89,14 @@ fn the_bundled_model_end_to_end() {
     let (packed, checkpoint) = (of_story(&file), of_story(&quill()));
     assert!(packed < 1.3 * checkpoint, "{packed} {checkpoint}");
 
-    // It tells the same story on every instruction set.
+    // Greedy text is the same on every instruction set.
     let story = greedy(&file, "");
     assert!(story.len() > 400, "{story}");
     for isa in stb_run_isas() {
         assert_eq!(greedy(&file, &isa), story, "{isa}");
     }
 
-    // What is exported computes the same in the dense graph.
+    // The exported checkpoint has the same perplexity.
     let dense = folder.path().join("dense");
     let _ = run("stb-convert", &["export", text(&file), text(&dense)]).success();
     let sample = folder.path().join("sample.txt");
@@ -107,7 +107,7 @@ fn the_bundled_model_end_to_end() {
     };
     let (packed, exported) = (perplexity(&file), perplexity(&dense));
     assert!((packed / exported - 1.0).abs() < 1e-5, "{packed} {exported}");
-    // And the exported folder converts again.
+    // The exported folder converts again.
     let source = folder.path().join("source.stb");
     convert(&dense, &source, &["--recipe", "source"]);
     let from_source = perplexity(&source);
@@ -121,7 +121,7 @@ fn stb_run_isas() -> Vec<String> {
     list.split(", ").map(str::to_owned).collect()
 }
 
-/// The joint codes below one bit, and a size that is met.
+/// `--bits` is met, also below one bit.
 #[test]
 fn files_meet_the_size_they_are_asked_for() {
     let model = quill();
@@ -134,7 +134,7 @@ fn files_meet_the_size_they_are_asked_for() {
         let target: f64 = target.parse().unwrap();
         assert!(bits <= target && bits > 0.97 * target, "{bits} for {target}");
     }
-    // Never above, and below by at most a hundredth, or by the page that sections are aligned to.
+    // Never above the target, and below it by at most 1 % or the page that sections are aligned to.
     let sizes = ["1.9", "2.05", "2.3", "2.6", "3", "3.5", "4", "4.6", "5", "6"];
     let others = shared("data/models")
         .map(|models| ["babyllama-105", "stories260k"].map(|m| models.join(m)));
@@ -159,7 +159,7 @@ fn files_meet_the_size_they_are_asked_for() {
     assert!(error.contains("smallest file"), "{error}");
 }
 
-/// The price that a dry run prints is the size of the file.
+/// A dry run prints the exact size of the file.
 #[test]
 fn dry_runs_are_exact() {
     let model = quill();
@@ -242,9 +242,9 @@ fn sources_of_every_form() {
     assert!(tables.windows(2).all(|pair| pair[0] == pair[1]));
 }
 
-/// Widths of real models that are no multiples of 8, 32 or 128.
+/// Real models whose widths are no multiples of 8, 32 or 128.
 #[test]
-fn third_party_models_convert_and_speak() {
+fn third_party_models_convert_and_generate() {
     let folder = folder();
     for name in ["stories260k", "babyllama-105"] {
         let Some(source) = shared(&format!("data/models/{name}")) else {
@@ -261,7 +261,7 @@ fn third_party_models_convert_and_speak() {
     }
 }
 
-/// `verify` finds what opening does not look at.
+/// `verify` finds changes that opening a file does not check for.
 #[test]
 fn a_changed_weight_is_found() {
     let folder = folder();
@@ -287,7 +287,7 @@ fn a_changed_weight_is_found() {
     let _ = run.success();
 }
 
-/// The generator behind the measurements writes files that are valid and run.
+/// The random models used in measurements are valid and run.
 #[test]
 fn random_models_of_every_encoding_run() {
     let folder = folder();
@@ -303,8 +303,8 @@ fn random_models_of_every_encoding_run() {
     }
 }
 
-/// Rounding activations to 8 bits, as generation does, costs next to nothing; `exact` switches it
-/// off, and then one token at a time gives what many at once give.
+/// Quantizing activations to 8 bits, as generation does, hardly changes the loss. With `exact` single tokens
+/// and batches give the same loss.
 #[test]
 fn rounded_activations_cost_little() {
     use stb_runtime::{Engine, OpenOptions, State};
@@ -315,13 +315,13 @@ fn rounded_activations_cost_little() {
         convert(&quill(), &file, &[&QUICK[..], &["--recipe", recipe, "--force"]].concat());
         let loss = |exact: bool, step: usize| {
             let options = OpenOptions { exact, ..OpenOptions::default() };
-            let model = Engine::open(&file, &options).unwrap();
-            let tokenizer = model.tokenizer().unwrap();
+            let engine = Engine::open(&file, &options).unwrap();
+            let tokenizer = engine.model.tokenizer().unwrap();
             let start: String = text.chars().take(1500).collect();
             let ids = tokenizer.encode_prompt(&start).unwrap();
             let ids = &ids[..200];
-            let vocab = model.embeddings.rows();
-            let mut state = State::new(&model, ids.len());
+            let vocab = engine.model.embeddings.rows();
+            let mut state = State::new(&engine, ids.len());
             let mut sum = 0.0;
             for (i, part) in ids.chunks(step).enumerate() {
                 let add = |first: usize, logits: &[f32]| {
@@ -333,7 +333,7 @@ fn rounded_activations_cost_little() {
                         }
                     }
                 };
-                model.forward_all(&mut state, part, add).unwrap();
+                engine.forward_all(&mut state, part, add).unwrap();
             }
             sum / (ids.len() - 1) as f64
         };

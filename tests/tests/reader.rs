@@ -13,8 +13,8 @@ use stb_tests::paths::{quill, root, shared};
 use stb_tests::programs::{Run, convert, skip};
 use stb_tests::tiny;
 
-/// A Python with numpy: a virtual environment under `target/`, made once. `None`, and a word about
-/// it, if there is none and none is demanded.
+/// A Python with numpy: a virtual environment under `target/`, made once. `None`, with a message, if that fails
+/// and `STB_REQUIRE_PYTHON` is not set.
 fn python() -> Option<&'static Path> {
     static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
     PYTHON.get_or_init(find_python).as_deref()
@@ -49,7 +49,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Weights and metadata of a file, by both readers.
+/// Compares the weights and metadata of a file as read by both readers.
 fn compare(python: &Path, path: &Path) {
     let _ = read(python, &["verify", text(path)]).success();
     let found: Json =
@@ -89,7 +89,7 @@ fn converted_models() {
         convert(&quill(), &file, &[&quick[..], &["--force", "--recipe", recipe]].concat());
         compare(python, &file);
     }
-    // Widths that are no multiples of anything.
+    // Widths that are no multiples of groups or blocks.
     let ragged = folder.path().join("ragged");
     tiny::write(&ragged, &tiny::config(), Dense::F16, |_, _| {});
     let mut sources = vec![ragged];
@@ -107,7 +107,7 @@ fn converted_models() {
     }
 }
 
-/// What is wrong is said in one line, by rule, with a documented exit status.
+/// Errors are one line with the rule, and the exit status is the documented one.
 #[test]
 fn damaged_files() {
     let Some(python) = python() else { return };

@@ -1,5 +1,5 @@
-//! Every shipped recipe, through the programs: what it writes is valid, is what it claims to be, and
-//! survives being killed on the way.
+//! Every shipped recipe, through the programs: its files are valid and have the recipe's encodings, and a
+//! killed conversion resumes.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -23,14 +23,14 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A text that is enough for models with 32 tokens.
+/// A calibration text for models with 32 tokens.
 fn calibration(folder: &TempDir) -> PathBuf {
     let path = folder.path().join("calibration.txt");
     std::fs::write(&path, "the quick brown fox jumps over the lazy dog ".repeat(40)).unwrap();
     path
 }
 
-/// The linear layers of the decoder in a file: name, encoding, exported numbers and row length.
+/// The linear layers of the decoder in a file: name, encoding, exported weights and row length.
 fn linears(file: &Path, folder: &Path) -> Vec<(String, Encoding, Vec<f32>, usize)> {
     let _ = run("stb-convert", &["export", text(file), text(folder)]).success();
     let exported = std::fs::read(folder.join("model.safetensors")).unwrap();
@@ -53,9 +53,9 @@ fn zeros(values: &[f32], cols: usize) -> Vec<(usize, usize)> {
     values.chunks(cols).flat_map(|row| row.chunks(8).map(count)).collect()
 }
 
-/// Each preset writes a valid file with what it says, and says so where no encoding fits its values.
+/// Each preset writes a valid file with its encoding, or reports that no encoding fits its values.
 #[test]
-fn every_preset_writes_what_it_says() {
+fn every_preset_writes_its_encoding() {
     let folder = folder();
     let (source, calib) = (folder.path().join("model"), calibration(&folder));
     tiny::write(&source, &tiny::config(), Dense::F16, |_, _| {});
@@ -100,7 +100,7 @@ fn every_preset_writes_what_it_says() {
         assert_eq!(note.is_some(), report["notes"].is_array(), "{name}");
         if let Some(note) = note {
             assert!(err.contains(&note), "{name}: {err}");
-            // No size of the paper for what is not of its structure.
+            // The paper's nominal size applies only to its structure.
             assert!(report["nominal_bits_paper"].is_null(), "{name}");
         }
         let layers = report["layers"].as_array().unwrap();
@@ -113,8 +113,8 @@ fn every_preset_writes_what_it_says() {
     }
 }
 
-/// `strict` is N:M: 8 − N zeros in each group of the exported weights, ragged groups at the ends of
-/// rows in proportion. What the published code computes is not.
+/// Strict recipes are N:8: 8 − N zeros in each group of the exported weights, and in proportion in ragged
+/// groups at the ends of rows. The result of the published code is not.
 #[test]
 fn strict_recipes_are_n_of_8() {
     let folder = folder();
@@ -145,7 +145,7 @@ fn strict_recipes_are_n_of_8() {
             let exported = tempfile::tempdir_in(folder.path()).unwrap();
             for (tensor, encoding, values, cols) in linears(&file, exported.path()) {
                 let found = zeros(&values, cols);
-                // Uniform unless the file says otherwise, or the first group does.
+                // The N of the recipe, unless the encoding or the first group has another.
                 let kept = match encoding {
                     Encoding::Stbllm(spec) => spec.n(),
                     _ if name == "stbllm-published-strict" => 8 - found[0].0,
@@ -175,7 +175,7 @@ fn strict_recipes_are_n_of_8() {
     }
 }
 
-/// Options of a conversion that takes long enough to be killed on its way.
+/// Options of a conversion that takes long enough to be killed before its end.
 const SLOW: [&str; 4] = ["--calib-samples", "48", "--calib-len", "128"];
 
 /// Converts until `ready`, then kills the process without warning.
@@ -202,7 +202,7 @@ fn finished(out: &Path, options: &[&str]) -> Run {
 }
 
 #[test]
-fn a_killed_conversion_goes_on_and_gives_the_same_bytes() {
+fn a_killed_conversion_resumes_and_gives_the_same_bytes() {
     let folder = folder();
     for recipe in ["stbllm-4of8", "billm-4of8"] {
         let options = ["--recipe", recipe];
@@ -211,32 +211,32 @@ fn a_killed_conversion_goes_on_and_gives_the_same_bytes() {
         let whole = std::fs::read(&whole).unwrap();
         let name = format!("{recipe}.stb");
         let out = folder.path().join(&name);
-        let work = folder.path().join(format!(".{name}.unfinished"));
-        // Killed again and again: before the first layer, and after each but the last two, which
-        // leave enough of the work for a busy machine to be in time.
-        killed(&out, &options, || work.join("output").exists());
+        let unfinished = folder.path().join(format!(".{name}.unfinished"));
+        // Killed before the first layer and after each layer but the last two. These leave a busy machine
+        // enough time to notice.
+        killed(&out, &options, || unfinished.join("output").exists());
         for layer in 0..2 {
-            killed(&out, &options, || work.join(format!("layer-{layer:05}")).exists());
+            killed(&out, &options, || unfinished.join(format!("layer-{layer:05}")).exists());
         }
         let run = finished(&out, &options);
         assert!(run.err.contains("going on after"), "{}", run.err);
         let _ = run.success();
         assert!(std::fs::read(&out).unwrap() == whole, "{recipe}: other bytes");
-        assert!(!work.exists(), "{recipe}: the folder was left");
+        assert!(!unfinished.exists(), "{recipe}: the folder was left");
     }
 }
 
 #[test]
-fn what_is_left_of_another_or_damaged_conversion_is_discarded() {
+fn files_of_another_or_damaged_conversion_are_discarded() {
     let folder = folder();
-    let (out, work) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
+    let (out, unfinished) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
     let expected = |recipe: &str| {
         let out = folder.path().join(format!("{recipe}.stb"));
         let _ = finished(&out, &["--recipe", recipe]).success();
         std::fs::read(out).unwrap()
     };
     // Another recipe.
-    killed(&out, &["--recipe", "nm-2of8"], || work.join("states").exists());
+    killed(&out, &["--recipe", "nm-2of8"], || unfinished.join("states").exists());
     let run = finished(&out, &["--recipe", "nm-1of8"]);
     assert!(run.err.contains("discarded"), "{}", run.err);
     let _ = run.success();
@@ -246,8 +246,8 @@ fn what_is_left_of_another_or_damaged_conversion_is_discarded() {
     // A changed byte in any of the files.
     let whole = expected("nm-2of8");
     for damaged in ["states", "layer-00000", "key"] {
-        killed(&out, &["--recipe", "nm-2of8"], || work.join("states").exists());
-        let path = work.join(damaged);
+        killed(&out, &["--recipe", "nm-2of8"], || unfinished.join("states").exists());
+        let path = unfinished.join(damaged);
         let mut bytes = std::fs::read(&path).unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
@@ -260,8 +260,8 @@ fn what_is_left_of_another_or_damaged_conversion_is_discarded() {
     }
 }
 
-/// Distillation changes scales and norms and nothing else: no size, no encoding, no code.
-/// It comes closer to the dense model, whatever holds the weights, and goes on after a kill.
+/// Distillation changes scales and norms and nothing else: no size, no encoding, no code. The divergence from
+/// the dense model falls with every encoding, and a killed distillation resumes.
 #[test]
 fn distillation_moves_scales_and_norms_only() {
     let folder = folder();
@@ -270,8 +270,8 @@ fn distillation_moves_scales_and_norms_only() {
         let _ = finished(&plain, &["--recipe", recipe]).success();
         let out = folder.path().join(format!("{recipe}-tuned.stb"));
         let options = ["--recipe", recipe, "--distill", "1"];
-        let work = folder.path().join(format!(".{recipe}-tuned.stb.unfinished"));
-        killed(&out, &options, || work.join("layer-00003").exists());
+        let unfinished = folder.path().join(format!(".{recipe}-tuned.stb.unfinished"));
+        killed(&out, &options, || unfinished.join("layer-00003").exists());
         let run = finished(&out, &options);
         assert!(run.err.contains("going on after"), "{}", run.err);
         let divergences = divergences(&run.err);
@@ -295,28 +295,28 @@ fn distillation_moves_scales_and_norms_only() {
                 _ => {}
             }
         }
-        // All: seven linear layers and two norms of each decoder layer, the embeddings and the last norm.
+        // Seven linear layers and two norms of each decoder layer, the embeddings and the last norm.
         assert_eq!(moved, 4 * 9 + 2, "{recipe}");
     }
 }
 
-/// What a distilled conversion says about the distance from the dense model, before and after.
+/// The divergences from the dense model that a distilled conversion prints, before and after.
 fn divergences(err: &str) -> [f64; 2] {
     let line = err.lines().find(|line| line.contains("distillation: from")).unwrap();
     let numbers: Vec<f64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
     numbers.try_into().unwrap()
 }
 
-/// Two conversions to one file would spoil each other's work.
+/// A second conversion to the same file is refused while the first one runs.
 #[test]
 fn one_conversion_at_a_time() {
     let folder = folder();
-    let (out, work) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
+    let (out, unfinished) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
     let source = quill();
     let mut first = command("stb-convert", &[&SLOW[..], &[text(&source), text(&out)]].concat());
     let mut first = first.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let started = Instant::now();
-    while !work.join("output").exists() && started.elapsed() < Duration::from_secs(60) {
+    while !unfinished.join("output").exists() && started.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(2));
     }
     let error = finished(&out, &[]).failure(2);

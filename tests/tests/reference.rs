@@ -1,6 +1,6 @@
-//! Our quantizer beside an independent implementation: one linear layer of a small model, its
-//! inputs and what the published code, its strict form, the paper's algorithm 1, BiLLM and a better
-//! variant make of it. The material lies beside the repository; see `stb_tests::paths::shared`.
+//! Compares our quantizer with an independent implementation on one linear layer of a small model and its
+//! inputs: the published code, its strict form, the paper's algorithm 1, BiLLM and a better variant. The
+//! material is next to the repository; see `stb_tests::paths::shared`.
 
 use std::collections::HashMap;
 
@@ -42,14 +42,14 @@ impl Dump {
     }
 }
 
-/// A Hessian, damped and factored.
-struct Moments {
+/// A Hessian, damped and factored, and the norms of the inputs.
+struct LayerInputs {
     hessian: Hessian,
     factor: Factor,
     norms: Vec<f32>,
 }
 
-impl Moments {
+impl LayerInputs {
     fn new(matrix: &[f32], squares: &[f32]) -> Self {
         let mut hessian = Hessian::from_matrix(matrix.to_vec(), COLS);
         hessian.damp(0.01);
@@ -59,8 +59,8 @@ impl Moments {
 
     fn input<'a>(&'a self, weights: &'a [f32]) -> Input<'a> {
         let Self { hessian, factor, norms } = self;
-        let engine = Isa::detect().unwrap().into();
-        Input { compute: engine, weights, rows: ROWS, cols: COLS, hessian, factor, norms }
+        let compute = Isa::detect().unwrap().into();
+        Input { compute, weights, rows: ROWS, cols: COLS, hessian, factor, norms }
     }
 }
 
@@ -87,22 +87,22 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
     (difference / b.iter().map(|b| square(*b)).sum::<f64>()).sqrt()
 }
 
-/// What the published code does, but for its mask.
+/// Options of the published code, without its mask.
 const PUBLISHED: &str = "search = 'saliency'\nmeans = true\npropagation = 'diagonal'\n";
 
-/// Compares mask, regions, salient columns and values, scales in f32: those of a file are rounded
-/// to 16 bits, which alone makes up to 5e-4.
+/// Compares mask, regions, salient columns and values with scales in f32. The scales of a file are rounded to
+/// 16 bits, which alone causes errors of up to 5e-4.
 fn agree(name: &str, body: &str, in_loop: bool) {
     let Some(dump) = Dump::open(name) else {
         return skip("the reference's tensors are not here");
     };
-    let moments = Moments::new(&dump.floats["H"], &dump.floats["scaler_row"]);
-    let factor = relative(&moments.factor.u, &dump.floats["Hinv_chol_upper"]);
+    let inputs = LayerInputs::new(&dump.floats["H"], &dump.floats["scaler_row"]);
+    let factor = relative(&inputs.factor.u, &dump.floats["Hinv_chol_upper"]);
     assert!(factor < 1e-3, "{name}: factor {factor}");
     let weights = &dump.floats["W_in"];
     let pruned = (!in_loop).then(|| Pruned { weights: weights.clone(), mask: dump.mask() });
     let options = options(body);
-    let input = moments.input(weights);
+    let input = inputs.input(weights);
     let layer = stbllm::binarize(&input, &options, pruned.as_ref(), false).unwrap();
     let zero = |regions: &[u8]| -> Vec<bool> { regions.iter().map(|r| *r == 0).collect() };
     // BiLLM has two regions: the reference numbers the salient set after them.
@@ -128,7 +128,8 @@ fn agree(name: &str, body: &str, in_loop: bool) {
     let view = packed.encoding.view(ROWS as u64, COLS as u64, &packed.payload).unwrap();
     let error = relative(&view.decode(), &dump.floats["W_q"]);
     note(&format!("{name}: as {}, relative error {error:.1e}", packed.encoding));
-    // Scales of 16 bits are in the errors that are passed on: weights near thresholds change sides.
+    // The rounding of scales to 16 bits is part of the propagated error, so weights near thresholds may change
+    // regions.
     let limit = if options.storable() { 0.02 } else { 1e-3 };
     assert!(error <= limit, "{name} as written: {error}");
 }
@@ -172,10 +173,10 @@ fn masks_of_the_pruning_pass() {
         let Some(dump) = Dump::open(name) else {
             return skip("the reference's tensors are not here");
         };
-        let moments = Moments::new(&dump.floats["P1_H"], &dump.floats["P1_scaler_row"]);
+        let inputs = LayerInputs::new(&dump.floats["P1_H"], &dump.floats["P1_scaler_row"]);
         let mut options = options("mask = 'before'");
         options.spec = Stbllm::new(3, 128).unwrap();
-        let pruned = stbllm::prune(&moments.input(&dump.floats["P1_W"]), &options).unwrap();
+        let pruned = stbllm::prune(&inputs.input(&dump.floats["P1_W"]), &options).unwrap();
         let expected: Vec<bool> = dump.bytes["P1_pruned"].iter().map(|p| *p == 0).collect();
         let equal = share_of_equal(&pruned.mask, &expected);
         assert!(equal >= 0.999, "{name}: {equal}");

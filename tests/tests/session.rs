@@ -10,15 +10,15 @@ use stb_runtime::{
 use stb_tests::paths::quill;
 
 fn session() -> Session {
-    let model = Engine::open(&quill(), &OpenOptions::exact()).unwrap();
-    Session::new(Arc::new(model), SessionOptions::default()).unwrap()
+    let engine = Engine::open(&quill(), &OpenOptions::exact()).unwrap();
+    Session::new(Arc::new(engine), SessionOptions::default()).unwrap()
 }
 
 fn greedy() -> Sampler {
     Sampler::new(SamplerOptions { temperature: 0.0, ..SamplerOptions::default() })
 }
 
-/// At most 12 tokens, and the pieces they came in.
+/// Generates at most 12 tokens. Also returns the text that was streamed.
 fn answer(session: &mut Session, prompt: PromptInput<'_>) -> (Generated, String) {
     let request = GenerateRequest { max_tokens: Some(12), ..GenerateRequest::new(prompt) };
     let mut streamed = String::new();
@@ -61,10 +61,10 @@ fn answers_are_canceled_from_another_thread() {
         cancel: Some(&cancel),
         ..GenerateRequest::new(PromptInput::Text("Once upon a time"))
     };
-    // The session works on a thread of its own; this one cancels after the first piece.
+    // The session runs on its own thread; this thread cancels after the first piece.
     let (first_piece, waiting) = std::sync::mpsc::channel();
     let answer = std::thread::scope(|scope| {
-        let work = scope.spawn(|| {
+        let worker = scope.spawn(|| {
             session.generate(&request, &mut greedy(), |_| {
                 let _ = first_piece.send(());
                 ControlFlow::Continue(())
@@ -72,7 +72,7 @@ fn answers_are_canceled_from_another_thread() {
         });
         waiting.recv().unwrap();
         assert!(!cancel.cancel());
-        work.join().unwrap().unwrap()
+        worker.join().unwrap().unwrap()
     });
     assert_eq!(answer.finish, Finish::Interrupted);
     assert!(!answer.tokens.is_empty());

@@ -1,13 +1,13 @@
-"""Loads what `stb-convert export` writes in PyTorch transformers and compares the logits.
+"""Compares the logits of exported models in PyTorch transformers with those of the packed models.
 
     python3 -m venv target/transformers
     target/transformers/bin/pip install torch transformers
     target/transformers/bin/python tests/transformers/compare.py [--model FOLDER] [--recipe NAME]...
 
-For each recipe the model is converted and exported (f32), the exported folder is loaded by
-transformers in f32, and the logits of both after every token of a text are compared. Equal means:
-no logit differs by more than 1e-5 of the largest, and the most likely token is the same
-everywhere. Both compute in f32, in different orders.
+For each recipe the model is converted and exported (`stb-convert export`, f32), the exported folder is
+loaded by transformers in f32, and the logits of both after every token of a text are compared. They are
+equal if no logit differs by more than 1e-5 of the largest and the most likely token is the same everywhere.
+Both compute in f32, in different orders.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def compare(folder: pathlib.Path, source: pathlib.Path, recipe: str) -> bool:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(dense)
     model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    # Without its special tokens: the ids are compared, not the habits of two tokenizers.
+    # Without special tokens, so that both models get the same ids.
     ids = tokenizer(TEXT, add_special_tokens=False).input_ids
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()

@@ -1,5 +1,5 @@
-//! A line beside criterion's: what a kernel does in a second, and how that compares with what the same
-//! thread can read from memory and multiply in cache, measured in the same run.
+//! A line after criterion's: the throughput of a kernel, and its share of the memory bandwidth and of the
+//! multiplication rate of the same thread, measured in the same run.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use criterion::BenchmarkGroup;
 use criterion::measurement::WallTime;
 use stb_kernels::{Isa, probe};
 
-/// What one thread can do at most with an instruction set.
+/// Upper bounds of one thread's throughput with an instruction set.
 pub struct Limits {
     isa: Isa,
     /// Bytes per second from memory.
@@ -16,15 +16,15 @@ pub struct Limits {
     multiply: f64,
 }
 
-/// What a call of a kernel does.
+/// The work of one call of a kernel.
 pub struct Work {
     pub weights: u64,
-    /// That the weights take.
+    /// Bytes of the stored weights.
     pub bytes: u64,
     pub tokens: u64,
 }
 
-/// The shortest of some times in seconds.
+/// The shortest of five runs, in seconds.
 fn best(mut run: impl FnMut()) -> f64 {
     let time = |_| {
         let started = Instant::now();
@@ -35,7 +35,7 @@ fn best(mut run: impl FnMut()) -> f64 {
 }
 
 impl Limits {
-    /// Those of the sets of this machine, or of the one that `STB_ISA` names.
+    /// The limits of each instruction set of this machine, or of the one that `STB_ISA` names.
     pub fn all() -> Vec<Self> {
         let only = std::env::var("STB_ISA").unwrap_or_default();
         let sets = Isa::available().filter(|isa| only.is_empty() || isa.name() == only);
@@ -44,7 +44,7 @@ impl Limits {
 
     fn measure(isa: Isa) -> Self {
         const PRODUCTS: u64 = 1 << 28;
-        // More than caches hold; not all zeros, which could be one page.
+        // Larger than the caches. Not zeros, because the system may map these to a single page.
         let data = vec![1u8; 256 << 20];
         let read = best(|| {
             std::hint::black_box(probe::read(isa, &data));
@@ -59,7 +59,7 @@ impl Limits {
         self.isa
     }
 
-    /// A benchmark with the name of the instruction set.
+    /// Runs a benchmark named after the instruction set, and prints the shares.
     #[expect(clippy::print_stdout, reason = "a benchmark reports there")]
     pub fn bench(
         &self,
@@ -77,7 +77,7 @@ impl Limits {
                 elapsed
             });
         });
-        // Not if the filter leaves it out.
+        // Infinite if the filter skips this benchmark.
         if shortest.is_finite() {
             let weights = work.weights as f64 / shortest;
             let (products, bytes) = (weights * work.tokens as f64, work.bytes as f64 / shortest);

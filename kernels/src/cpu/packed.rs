@@ -1,4 +1,4 @@
-//! What the rest of the program knows of a packed matrix.
+//! The interface of packed matrices.
 
 use crate::cpu::ops::q8::{GemvInput, GemvScratch};
 use crate::cpu::ops::q8_batch::{ActivationsQ8, Q8Layout, QuantizeChunk};
@@ -7,8 +7,8 @@ use crate::isa::Isa;
 /// A matrix with its kernels. Every encoding implements this in a file of its own;
 /// [`packed`](crate::packed) finds the implementation for a view.
 ///
-/// The functions of this crate ([`gemv`](crate::gemv) and so on) check their arguments and then call
-/// these methods, which may rely on what is said here.
+/// The functions of this crate ([`gemv`](crate::gemv) and so on) check their arguments and then call these
+/// methods, which may rely on the conditions stated here.
 pub trait PackedMatrix: Sync {
     /// Output features.
     fn rows(&self) -> usize;
@@ -16,7 +16,7 @@ pub trait PackedMatrix: Sync {
     /// Input features.
     fn cols(&self) -> usize;
 
-    /// Prepares `x` (one element per column) as it is.
+    /// Prepares `x` (one element per column) without rounding.
     ///
     /// # Panics
     /// If `x` has another length.
@@ -34,8 +34,8 @@ pub trait PackedMatrix: Sync {
         self.prepare(isa, x, scratch)
     }
 
-    /// What prepared activations (quantized, if `q8`) depend on beside the number of columns: matrices
-    /// with the same layout share them. `None` if no other matrix can use them.
+    /// The layout of prepared activations (quantized, if `q8`). Matrices of the same width and layout share
+    /// prepared activations. `None` if no other matrix can use them.
     fn activation_layout(&self, _q8: bool) -> Option<ActivationLayout> {
         Some(ActivationLayout::AS_GIVEN)
     }
@@ -53,18 +53,18 @@ pub trait PackedMatrix: Sync {
         }
     }
 
-    /// Up to how many tokens products with each of them take less time than [`gemm`](crate::gemm), which
-    /// unpacks the weights; at most [`GEMV_MAX_BATCH`](crate::GEMV_MAX_BATCH) is used.
+    /// The largest batch for which [`gemv_batch`](crate::gemv_batch) is faster than [`gemm`](crate::gemm),
+    /// which unpacks the weights. Callers use at most [`GEMV_MAX_BATCH`](crate::GEMV_MAX_BATCH).
     fn gemv_max_batch(&self) -> usize {
         16
     }
 
-    /// Writes the exact weights of a block to `to`, row-major with `block.cols` floats for each row. `to`
-    /// has room for rows up to a multiple of [`ROW_TILE`](crate::ROW_TILE). Weights outside the matrix
-    /// may be anything.
+    /// Writes the exact weights of a block to `to`, row-major with `block.cols` floats for each row. `to` has
+    /// room for rows up to a multiple of [`ROW_TILE`](crate::ROW_TILE). Weights outside the matrix are
+    /// unspecified.
     fn unpack(&self, isa: Isa, block: UnpackBlock, to: &mut [f32]);
 
-    /// The product with many quantized tokens, if there is one.
+    /// The GEMM with quantized activations, if the encoding has one.
     fn gemm_q8(&self) -> Option<&dyn PackedGemmQ8> {
         None
     }
@@ -75,15 +75,15 @@ pub trait PackedMatrix: Sync {
 pub struct UnpackBlock {
     /// A multiple of [`ROW_TILE`](crate::ROW_TILE).
     pub first_row: usize,
-    /// How many rows.
+    /// The number of rows.
     pub rows: usize,
     /// A multiple of 128.
     pub first_col: usize,
-    /// How many columns: a multiple of 128.
+    /// The number of columns, a multiple of 128.
     pub cols: usize,
 }
 
-/// Names an arrangement of activations, see [`PackedMatrix::activation_layout`].
+/// The name of an arrangement of activations, see [`PackedMatrix::activation_layout`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ActivationLayout {
     name: &'static str,
@@ -91,7 +91,7 @@ pub struct ActivationLayout {
 }
 
 impl ActivationLayout {
-    /// The activations without any change.
+    /// Activations in the order of columns, not quantized.
     pub const AS_GIVEN: Self = Self { name: "as given", variant: [0; 2] };
 
     /// A variant of the arrangement of one encoding.
@@ -104,18 +104,19 @@ impl ActivationLayout {
 /// Products of a packed matrix with many tokens that are quantized to 8 bits. Each output is one chain
 /// of operations, whatever the number of tokens, the split and the instruction set.
 pub trait PackedGemmQ8: PackedMatrix {
-    /// The fewest tokens for which [`gemm_q8`](crate::gemm_q8) takes less time than products with each of
-    /// them, as measured: work is done for 8 tokens at a time, or 16, whether they exist or not, and codes
-    /// are expanded first.
+    /// The smallest batch for which [`gemm_q8`](crate::gemm_q8) is faster than
+    /// [`gemv_batch`](crate::gemv_batch), as measured. GEMM computes whole groups of 8 or 16 tokens and expands
+    /// codes first.
     fn min_batch(&self, isa: Isa) -> usize;
 
-    /// Of how many tokens [`gemm_q8`](crate::gemm_q8) makes use together: more share nothing that counts.
+    /// The batch size beyond which [`gemm_q8`](crate::gemm_q8) gets no faster per token.
     fn prefill_batch(&self, isa: Isa) -> usize;
 
-    /// How the kernel for so many tokens reads them.
+    /// The layout of activations for a batch of `tokens`.
     fn layout(&self, isa: Isa, tokens: usize) -> Q8Layout;
 
-    /// Quantizes the activations of a chunk in that layout, with the column factors of this matrix.
+    /// Quantizes the activations of a chunk in the layout it was made for, times the column factors of this
+    /// matrix.
     fn quantize(&self, isa: Isa, chunk: &mut QuantizeChunk<'_>);
 
     /// See [`gemm_q8`](crate::gemm_q8): `y` has a piece of the same length, not empty, for each token of

@@ -8,10 +8,10 @@ use crate::cpu::ops::q8_batch::ActivationsQ8;
 use crate::cpu::packed::{PackedGemmQ8, PackedMatrix, UnpackBlock};
 use crate::isa::Isa;
 
-/// Rows that a kernel computes together: callers split work at multiples of this.
+/// Rows that a kernel computes together. Callers split matrices at multiples of this.
 pub const ROW_TILE: usize = 16;
 
-/// The most tokens of [`gemv_batch`] that are worth it for any encoding.
+/// The largest batch for which [`gemv_batch`] pays off with any encoding.
 pub const GEMV_MAX_BATCH: usize = 48;
 
 /// Columns unpacked at a time; a multiple of 128.
@@ -19,7 +19,7 @@ const UNPACK_COLS: usize = 256;
 /// Rows unpacked at a time.
 const UNPACK_ROWS: usize = 64;
 
-/// Whether activations that are prepared for `a` (quantized, if `q8`) serve `b` as well.
+/// Whether activations prepared for `a` (quantized, if `q8`) can also be used with `b`.
 #[must_use]
 pub fn shares_activations(a: &dyn PackedMatrix, b: &dyn PackedMatrix, q8: bool) -> bool {
     a.cols() == b.cols()
@@ -40,7 +40,7 @@ pub fn gemv(isa: Isa, matrix: &dyn PackedMatrix, x: GemvInput<'_>, first: usize,
 /// [`gemv`] for several tokens: `y` holds the rows for the first token, then for the next.
 ///
 /// # Panics
-/// As [`gemv`], or if `y` is not as many rows for each token.
+/// As for [`gemv`], or if `x` is empty or the length of `y` is not a multiple of its length.
 pub fn gemv_batch(
     isa: Isa,
     matrix: &dyn PackedMatrix,
@@ -97,9 +97,8 @@ thread_local! {
     static UNPACKED: RefCell<Vec<f32>> = RefCell::default();
 }
 
-/// `y[t][r] = Σ_c w[first + r, c] · x[t, c]` with quantized activations, for the tokens t of the group
-/// `group`; `y` has a piece for each of [`ActivationsQ8::group`] tokens, and those past the last token
-/// may be anything.
+/// `y[t][r] = Σ_c w[first + r, c] · x[t, c]` with quantized activations, for the tokens t of the group `group`;
+/// `y` has a piece for each of [`ActivationsQ8::group`] tokens, and pieces past the last token are unspecified.
 ///
 /// # Panics
 /// If `first` is not a multiple of [`ROW_TILE`], the rows are not inside the matrix, the

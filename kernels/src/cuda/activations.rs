@@ -8,7 +8,7 @@ use super::input::ActivationInput;
 use super::launch::{Launch, LaunchShape, to_u32};
 use super::module::{Module, module};
 
-/// The module of this file.
+/// The module of activations.cu.
 pub(super) const MODULE: Module = module!("activations", "activations.cu");
 
 const THREADS: u32 = 256;
@@ -30,7 +30,7 @@ struct ActivationParams {
 /// do not compute them themselves.
 ///
 /// # Errors
-/// [`super::Error::Unsupported`] for sizes beyond what kernels count to.
+/// [`super::Error::Unsupported`] for sizes above 2^30.
 ///
 /// # Panics
 /// For [`ActivationInput::Plain`], which needs no operation.

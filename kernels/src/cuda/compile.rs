@@ -8,7 +8,7 @@ use super::image_cache::{ImageCache, ImageKey};
 use super::module::{COMMON_HEADERS, Header, Module};
 use super::nvrtc::Nvrtc;
 
-/// NVRTC with the cache of its images. NVRTC (150 MB) is loaded when an image is not in the cache.
+/// NVRTC with the cache of its images. NVRTC (150 MB) is loaded only if an image is not in the cache.
 #[derive(Debug)]
 pub struct Compiler {
     nvrtc: OnceLock<Result<Nvrtc>>,
@@ -24,7 +24,7 @@ impl Compiler {
         Self { nvrtc: OnceLock::new(), cache: ImageCache::of_user(), newest }
     }
 
-    /// The same without a cache, or with one in another folder.
+    /// This compiler with its cache in another folder, or without a cache.
     #[must_use]
     pub fn with_cache(self, folder: Option<&std::path::Path>) -> Self {
         Self { cache: folder.map(|f| ImageCache::new(f.to_owned())), ..self }

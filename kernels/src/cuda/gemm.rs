@@ -63,7 +63,7 @@ struct PrepareParams {
     padding: u32,
 }
 
-/// A GEMM: a matrix, the number of tokens, and the precision that is asked for.
+/// A GEMM: a matrix, the number of tokens, and the requested precision.
 #[derive(Clone, Copy, Debug)]
 pub struct GemmProblem<'a> {
     /// The encoding of the matrix.
@@ -134,7 +134,7 @@ pub fn gemm_scales(cols: usize, tokens: usize) -> usize {
 /// For other encodings every activation is the sum of two bf16.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for encodings without a kernel and sizes beyond what kernels count to.
+/// [`Error::Unsupported`] for encodings without a kernel and sizes above 2^30.
 pub fn plan_prepare(problem: GemmProblem<'_>, x: u64, out: u64, scale: u64) -> Result<Launch> {
     let kernels = problem.kernels()?;
     let Preparation { kernel, group, .. } = kernels.preparation;
@@ -214,8 +214,7 @@ impl GemmPlan {
     /// 2^-14 · Σ|w·x| (other encodings).
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if there is no kernel for the encoding, or for sizes beyond what
-    /// kernels count to.
+    /// [`Error::Unsupported`] if there is no kernel for the encoding, or for sizes above 2^30.
     pub fn new(
         limits: DeviceLimits,
         problem: GemmProblem<'_>,
@@ -277,7 +276,7 @@ impl Gemm {
         })
     }
 
-    /// The same with activations in `precision`, for matrices of N:M encodings.
+    /// This GEMM with activations in `precision`, for matrices of N:M encodings.
     #[must_use]
     pub fn with_precision(self, precision: PrefillPrecision) -> Self {
         Self { precision, ..self }

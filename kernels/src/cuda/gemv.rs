@@ -1,4 +1,4 @@
-//! GEMV: products of packed matrices with up to 16 tokens or so.
+//! GEMV: products of packed matrices with about up to 16 tokens.
 
 use bytemuck::{Pod, Zeroable};
 use stb_format::encoding::Encoding;
@@ -124,7 +124,7 @@ impl GemvPlan {
     /// Plans a GEMV with its scratch memory at `scratch`.
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for encodings without a kernel and sizes beyond what kernels count to.
+    /// [`super::Error::Unsupported`] for encodings without a kernel and sizes above 2^30.
     ///
     /// # Panics
     /// For no or more than three matrices, another number of results, or different widths.
@@ -232,10 +232,10 @@ pub fn plan_dequantize(
 ) -> Result<Launch> {
     const THREADS: usize = 128;
     let kernel = encoding::dequantize(encoding)?;
-    let work = matrix.cols().div_ceil(kernel.thread_cols);
+    let threads = matrix.cols().div_ceil(kernel.thread_cols);
     check_grid_y(count, count, "rows")?;
     let params = DequantizeParams { matrix, ids, out, count: count as u32, padding: 0 };
-    let blocks = [work.div_ceil(THREADS), count, 1];
+    let blocks = [threads.div_ceil(THREADS), count, 1];
     let shape = LaunchShape { blocks, threads: THREADS as u32, shared: 0 };
     Ok(Launch::new(kernel.module, kernel.name, shape, &params))
 }

@@ -1,5 +1,4 @@
-//! Hessians and their factors on a device, and the copies and sums that conversion needs beside
-//! products.
+//! Hessians and their factors on a device, and the copies and sums that conversion needs besides products.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -9,7 +8,7 @@ use super::error::Result;
 use super::launch::{Launch, LaunchShape, to_u32};
 use super::module::{Module, module};
 
-/// The module of this file.
+/// The module of hessian.cu.
 pub(super) const MODULE: Module = module!("hessian", "hessian.cu");
 
 const THREADS: usize = 256;
@@ -84,8 +83,8 @@ pub struct LinearAlgebra {
 }
 
 impl LinearAlgebra {
-    /// Loads the libraries and compiles the kernels, by factoring a 1 × 1 matrix, so that a missing
-    /// library or compiler is reported at the start.
+    /// Loads the libraries and compiles the kernels by factoring a 1 × 1 matrix, so that a missing library or
+    /// compiler is reported at the start.
     ///
     /// # Errors
     /// As for [`Blas::new`] and [`Blas::cholesky`]; [`super::Error::Compiler`].
@@ -110,7 +109,7 @@ impl LinearAlgebra {
     /// Queues scaling the lower triangle of `h`, [n, n], and copying it to the upper one.
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for sizes beyond what kernels count to, [`super::Error::Driver`].
+    /// [`super::Error::Unsupported`] for sizes above 2^30, [`super::Error::Driver`].
     ///
     /// # Panics
     /// If the buffer is too small.

@@ -19,7 +19,7 @@ impl fmt::Display for Arch {
     }
 }
 
-/// An image that the driver loads.
+/// A compiled module for the driver.
 pub(super) struct Image {
     pub bytes: Vec<u8>,
     /// Whether it is PTX, which the driver compiles, or a CUBIN.

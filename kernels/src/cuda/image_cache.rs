@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 const MAGIC: [u8; 8] = *b"stbcuda\x01";
 /// Magic, key, checksum.
 const HEADER: usize = 8 + 16 + 8;
-/// All images are far smaller than this.
+/// The largest file that is read. All images are far smaller.
 const MOST_BYTES: u64 = 64 << 20;
 
 /// A folder of images by key.
@@ -85,7 +85,7 @@ impl ImageCache {
 
     /// Removes the image of `key`, which the driver rejected.
     pub(super) fn remove(&self, key: u128) {
-        // If that fails, the next program compiles again too.
+        // If the removal fails, the next program compiles again too.
         let _ = fs::remove_file(self.path(key));
     }
 

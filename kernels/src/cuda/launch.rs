@@ -60,11 +60,11 @@ impl Launch {
     }
 }
 
-/// Converts a size to the 32 bits that kernels count with. `what` names the size in the error.
+/// Converts a size to the 32 bits of kernel indices. `what` names the size in the error.
 pub(super) fn to_u32(what: &str, n: usize) -> Result<u32> {
     // Half the range, so that sums inside kernels do not overflow.
     u32::try_from(n).ok().filter(|n| *n <= 1 << 30).ok_or_else(|| Error::Unsupported {
-        why: format!("{what} of {n} is more than the CUDA kernels count to; use --device cpu"),
+        why: format!("{what} of {n} is too large for the CUDA kernels; use --device cpu"),
     })
 }
 

@@ -56,7 +56,7 @@ impl Module {
         self.macros.iter().map(|m| (*m).to_owned()).chain(rate.into_iter().flatten()).collect()
     }
 
-    /// What tells modules apart. The texts do not count: every launch looks a module up.
+    /// The identity of a module. The texts are left out, because every launch looks a module up.
     fn key(&self) -> (&'static str, &'static str, Option<NmRate>) {
         (self.label, self.file, self.rate)
     }

@@ -7,7 +7,7 @@ use super::error::Result;
 use super::launch::{Launch, LaunchShape, to_u32};
 use super::module::{Module, module};
 
-/// The module of this file.
+/// The module of top_k.cu.
 pub(super) const MODULE: Module = module!("top_k", "top_k.cu");
 
 /// `SORT_THREADS` and `SORT_KEYS` of top_k.cu.
@@ -86,7 +86,7 @@ impl TopK {
     /// queued work.
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for sizes beyond what kernels count to, [`super::Error::Driver`].
+    /// [`super::Error::Unsupported`] for sizes above 2^30, [`super::Error::Driver`].
     ///
     /// # Panics
     /// If a buffer is too small, or for more tokens than the constants allow.

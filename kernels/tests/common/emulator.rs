@@ -186,8 +186,8 @@ impl Emulator {
         Ok(Some(Self { program }))
     }
 
-    /// Runs the launches, one after another, and returns what is in the buffers then; once for each of
-    /// `seeds` (0: threads in order; others: random order), with the same result.
+    /// Runs the launches, one after another, and returns the buffers. The run is repeated for each of `seeds`
+    /// (0: threads in order; others: random order), which must give the same result.
     ///
     /// # Errors
     /// If a kernel misuses memory, barriers or operations of a warp, or if results differ.
@@ -226,11 +226,11 @@ impl Emulator {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            // Fibres end without returning.
+            // Fibers end without returning.
             .env("ASAN_OPTIONS", "detect_leaks=0:detect_stack_use_after_return=0")
             .spawn()?;
         let mut stdin = child.stdin.take().ok_or("its input")?;
-        // The program may end early; what it says then counts.
+        // The program may end early; its output then has the error.
         let writer = thread::spawn(move || drop(stdin.write_all(&input)));
         let done = child.wait_with_output()?;
         writer.join().expect("writing does not panic");
@@ -254,7 +254,7 @@ fn text(bytes: &[u8]) -> String {
     all.lines().take(60).collect::<Vec<_>>().join("\n")
 }
 
-/// Of all that goes into the program.
+/// A hash of everything that the program depends on.
 fn hash(folder: &Path, main: &str, flags: &[String], sources: &[&str]) -> Result<String> {
     let mut hash = DefaultHasher::new();
     let mut files: Vec<PathBuf> =
@@ -315,7 +315,7 @@ pub fn bytes_of(v: &[f32]) -> Vec<u8> {
     v.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// Floats from bytes, little-endian; a last incomplete one is left out.
+/// Floats from bytes, little-endian; an incomplete last one is dropped.
 #[must_use]
 pub fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()

@@ -69,7 +69,7 @@ pub fn build(module: &Module) -> Option<Emulator> {
     build_with(&[], module)
 }
 
-/// The same with the kernels of further files.
+/// [`build`] with the kernels of further files.
 pub fn build_with(files: &[&str], module: &Module) -> Option<Emulator> {
     let slots = concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels/tests/emulator/slots.cu");
     let files = [files, &[module.file]].concat();

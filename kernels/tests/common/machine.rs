@@ -70,7 +70,7 @@ pub fn device() -> Option<Device> {
     device_in_orders(&[0])
 }
 
-/// The same. Every launch runs once for each seed, which decides the order of threads and blocks.
+/// [`device`] with seeds: every launch runs once for each seed, which decides the order of threads and blocks.
 pub fn device_in_orders(seeds: &'static [u64]) -> Option<Device> {
     build(&module_named("activations"))?;
     let machine = Machine { seeds, ..Machine::default() };

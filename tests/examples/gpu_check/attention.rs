@@ -1,4 +1,4 @@
-//! Attention of prompts and of single tokens: against the definition in f64, and how fast that of prompts is.
+//! Attention of prompts and of single tokens, compared with the definition in f64, and the speed of prompts.
 
 use serde_json::{Value, json};
 use stb_kernels::cuda::{
@@ -13,8 +13,8 @@ use crate::speed::time_graph;
 /// Tokens of a step.
 const STEP: usize = 512;
 
-/// Heads, key heads, width; tokens in the cache, and those of the step: groups of 1 to 8, every kernel for
-/// prompts, ragged ends; a token and a few.
+/// Heads, KV heads, width; tokens in the cache and in the step. Covers groups of 1 to 8 heads, every prefill
+/// kernel, ragged ends, one token and a few.
 const CASES: [([usize; 3], [usize; 2]); 11] = [
     ([32, 8, 128], [300, 1]),
     ([32, 8, 128], [300, 9]),
@@ -29,10 +29,10 @@ const CASES: [([usize; 3], [usize; 2]); 11] = [
     ([2, 2, 258], [10, 70]),
 ];
 
-/// A sequence on a device, and what it is made of: queries, keys and values of all tokens, [tokens, heads ·
+/// A sequence on a device, and the queries, keys and values of all its tokens on the host, [tokens, heads ·
 /// width].
 struct Sequence {
-    a: AttentionShape,
+    shape: AttentionShape,
     frequencies: Vec<f32>,
     all: [Vec<f32>; 3],
     cache: KvCache,
@@ -44,22 +44,24 @@ impl Sequence {
     fn new(
         device: &Device,
         rng: &mut Rng,
-        a: AttentionShape,
+        shape: AttentionShape,
         tokens: usize,
     ) -> anyhow::Result<Self> {
-        let frequencies: Vec<f32> =
-            (0..a.width / 2).map(|i| 0.01f32.powf(2.0 * i as f32 / a.width as f32)).collect();
-        let mut make = |heads: usize| (0..tokens * heads * a.width).map(|_| rng.float()).collect();
-        let all = [make(a.heads), make(a.kv_heads), make(a.kv_heads)];
-        let mut cache = KvCache::new(device, a)?;
+        let frequencies: Vec<f32> = (0..shape.width / 2)
+            .map(|i| 0.01f32.powf(2.0 * i as f32 / shape.width as f32))
+            .collect();
+        let mut make =
+            |heads: usize| (0..tokens * heads * shape.width).map(|_| rng.float()).collect();
+        let all = [make(shape.heads), make(shape.kv_heads), make(shape.kv_heads)];
+        let mut cache = KvCache::new(device, shape)?;
         cache.reserve(tokens, tokens)?;
         let slots = SlotMapping::new(device, STEP)?;
-        let attend = Attention::new(device, a, &frequencies)?;
-        Ok(Self { a, frequencies, all, cache, slots, attend })
+        let attend = Attention::new(device, shape, &frequencies)?;
+        Ok(Self { shape, frequencies, all, cache, slots, attend })
     }
 
-    /// Puts the next `now` tokens in their places; their queries, keys, values, and room for results.
-    fn place(
+    /// Sets the slots of the next `now` tokens. Returns their queries, keys and values, and room for results.
+    fn upload_step(
         &mut self,
         device: &Device,
         before: usize,
@@ -67,28 +69,30 @@ impl Sequence {
     ) -> anyhow::Result<[Buffer<f32>; 4]> {
         self.slots.set((before..before + now).map(|at| (&self.cache, at)))?;
         let upload = |i: usize, heads: usize| {
-            let row = heads * self.a.width;
+            let row = heads * self.shape.width;
             device.upload("tokens", &self.all[i][before * row..(before + now) * row])
         };
-        // What is not written stays NaN.
-        let out = device.upload("results", &vec![f32::NAN; now * self.a.heads * self.a.width])?;
+        // Elements that are not written stay NaN.
+        let out =
+            device.upload("results", &vec![f32::NAN; now * self.shape.heads * self.shape.width])?;
         Ok([
-            upload(0, self.a.heads)?,
-            upload(1, self.a.kv_heads)?,
-            upload(2, self.a.kv_heads)?,
+            upload(0, self.shape.heads)?,
+            upload(1, self.shape.kv_heads)?,
+            upload(2, self.shape.kv_heads)?,
             out,
         ])
     }
 
-    /// Queues the attention of tokens that are in their places.
+    /// Queues the attention of the tokens whose slots are set.
     fn queue(&mut self, [q, k, v, out]: &mut [Buffer<f32>; 4]) -> stb_kernels::cuda::Result<()> {
         let visible = self.slots.visible();
         self.attend.queue(AttentionArgs { slots: &self.slots, layer: 0, visible, q, k, v, out })
     }
 
-    /// Row `head` of token `at`: of queries, keys or values; the first two rotated by their position.
+    /// Row `head` of token `at` in the queries (0), keys (1) or values (2). Queries and keys are rotated by
+    /// their position.
     fn row(&self, which: usize, head: usize, at: usize) -> Vec<f64> {
-        let AttentionShape { width, heads, kv_heads, .. } = self.a;
+        let AttentionShape { width, heads, kv_heads, .. } = self.shape;
         let n = if which == 0 { heads } else { kv_heads };
         let from = &self.all[which][(at * n + head) * width..][..width];
         let mut row: Vec<f64> = from.iter().map(|v| f64::from(*v)).collect();
@@ -103,11 +107,11 @@ impl Sequence {
         row
     }
 
-    /// A row of the cache, and by how much each number may be off there.
+    /// A row of the cache, and the tolerance of each element.
     fn kept(&self, which: usize, head: usize, at: usize) -> (Vec<f64>, f64) {
         let row = self.row(which, head, at);
         let most = row.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-        let off = match self.a.kind {
+        let off = match self.shape.kind {
             KvKind::F32 => most * 1e-6,
             KvKind::F16 => most * 0.5f64.powi(11),
             KvKind::Q8 => most / 254.0 + most * 0.5f64.powi(11),
@@ -115,12 +119,12 @@ impl Sequence {
         (row, off * 1.01)
     }
 
-    /// The largest error of what is allowed: errors of keys and queries in the scores, of weights and
-    /// values in the sums, to first order. Numbers are random, so that errors add up like steps of a random walk:
-    /// their bounds are summed as squares, and twice the root is allowed. The plain sum of the bounds would not
-    /// tell whether a token sees a key too many.
+    /// The largest error divided by its tolerance. The tolerance has the errors of keys and queries in the
+    /// scores and of weights and values in the sums, to first order. The data is random, so errors add up like
+    /// steps of a random walk: the tolerance is twice the root of the sum of squared bounds. The plain sum of
+    /// the bounds would be too loose to detect that a token attends to a key too many.
     fn worst(&self, before: usize, now: usize, out: &[f32]) -> f64 {
-        let AttentionShape { heads, kv_heads, width, kind, .. } = self.a;
+        let AttentionShape { heads, kv_heads, width, kind, .. } = self.shape;
         let half = if kind == KvKind::F32 { 2e-6 } else { 0.5f64.powi(11) };
         let scale = 1.0 / (width as f64).sqrt();
         let mut worst = 0.0f64;
@@ -148,7 +152,7 @@ impl Sequence {
                 for (found, sum) in found.iter().zip(sum) {
                     let allowed = 2.0 * off.sqrt() / total;
                     let error = (f64::from(*found) - sum / total).abs() / allowed;
-                    // A NaN is the worst.
+                    // NaN counts as an infinite error.
                     worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
                 }
             }
@@ -161,28 +165,31 @@ fn attention([heads, kv_heads, width]: [usize; 3], kind: KvKind) -> AttentionSha
     AttentionShape { heads, kv_heads, width, layers: 1, kind, interleaved: false }
 }
 
-/// Checks all shapes with all kinds of caches.
+/// Checks all shapes with all types of KV cache.
 pub(crate) fn check(report: &mut Report, device: &Device, small: bool) -> anyhow::Result<()> {
     let mut rng = Rng(12);
     let mut all: Vec<Value> = Vec::new();
     let cases = if small { &CASES[5..] } else { &CASES };
-    for &(shape, [before, now]) in cases {
+    for &(sizes, [before, now]) in cases {
         for kind in [KvKind::F32, KvKind::F16, KvKind::Q8] {
-            let a = attention(shape, kind);
-            let mut sequence = Sequence::new(device, &mut rng, a, before + now)?;
+            let shape = attention(sizes, kind);
+            let mut sequence = Sequence::new(device, &mut rng, shape, before + now)?;
             for first in (0..before).step_by(STEP) {
                 let count = STEP.min(before - first);
-                let mut buffers = sequence.place(device, first, count)?;
+                let mut buffers = sequence.upload_step(device, first, count)?;
                 sequence.queue(&mut buffers)?;
             }
-            let mut buffers = sequence.place(device, before, now)?;
+            let mut buffers = sequence.upload_step(device, before, now)?;
             sequence.queue(&mut buffers)?;
-            let mut out = vec![0.0; now * a.heads * a.width];
+            let mut out = vec![0.0; now * shape.heads * shape.width];
             buffers[3].read(&mut out)?;
             let worst = sequence.worst(before, now, &out);
-            let case = format!("{shape:?} {kind:?}, {now} tokens after {before}");
+            let case = format!("{sizes:?} {kind:?}, {now} tokens after {before}");
             if worst > 1.0 {
-                report.wrong("attention", &format!("{case}: {worst:.3} of what is allowed"));
+                report.wrong(
+                    "attention",
+                    &format!("{case}: the error is {worst:.3} times the tolerance"),
+                );
             }
             all.push(json!({"case": case, "error_of_allowed": worst, "right": worst <= 1.0}));
             report.put("attention correctness", all.clone().into())?;
@@ -193,26 +200,27 @@ pub(crate) fn check(report: &mut Report, device: &Device, small: bool) -> anyhow
     Ok(())
 }
 
-/// A prompt's part of 512 tokens of 32 heads of 128 with 8 key heads, at the start and after 3584 tokens: operations of
-/// the two products with keys that tokens see, 4 · width for each; rotation is in the time.
+/// Measures 512 tokens of a prompt with 32 heads of width 128 and 8 KV heads, at the start and after 3584
+/// tokens. Counts 4 · width operations per head for each key that a token attends to. The time includes the
+/// rotation.
 pub(crate) fn measure(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     let mut all: Vec<Value> = Vec::new();
     for kind in [KvKind::F16, KvKind::Q8] {
         for before in [0, 3584] {
-            let a = attention([32, 8, 128], kind);
+            let shape = attention([32, 8, 128], kind);
             let now = STEP;
-            let mut sequence = Sequence::new(device, &mut Rng(13), a, before + now)?;
+            let mut sequence = Sequence::new(device, &mut Rng(13), shape, before + now)?;
             for first in (0..before).step_by(STEP) {
-                let mut buffers = sequence.place(device, first, STEP)?;
+                let mut buffers = sequence.upload_step(device, first, STEP)?;
                 sequence.queue(&mut buffers)?;
             }
-            let mut buffers = sequence.place(device, before, now)?;
+            let mut buffers = sequence.upload_step(device, before, now)?;
             sequence.queue(&mut buffers)?;
             let mut graph =
                 device.record(|| (0..10).try_for_each(|_| sequence.queue(&mut buffers)))?;
             let [median, low, high] = time_graph(device, &mut graph)?.map(|s| s / 10.0);
             let seen: usize = (before + 1..=before + now).sum();
-            let rate = 4.0 * (a.heads * a.width * seen) as f64 / median / 1e12;
+            let rate = 4.0 * (shape.heads * shape.width * seen) as f64 / median / 1e12;
             report.line(&format!(
                 "  {kind:?}, {now} tokens after {before:>4}: {:8.1} us ({:.1} to {:.1}), {rate:6.1} TFLOP/s",
                 median * 1e6,
@@ -220,8 +228,8 @@ pub(crate) fn measure(report: &mut Report, device: &Device) -> anyhow::Result<()
                 high * 1e6,
             ));
             all.push(json!({
-                "cache": format!("{kind:?}"), "heads": a.heads, "kv_heads": a.kv_heads,
-                "width": a.width, "before": before, "tokens": now,
+                "cache": format!("{kind:?}"), "heads": shape.heads, "kv_heads": shape.kv_heads,
+                "width": shape.width, "before": before, "tokens": now,
                 "seconds": median, "fastest": low, "slowest": high, "tflops": rate,
             }));
         }

@@ -1,5 +1,5 @@
-//! Conversion with its large products on the GPU: compared with the CPU within rounding, and the time of a
-//! decoder layer of a large model.
+//! Conversion with its large products on the GPU: compares the errors with those of the CPU, and measures the
+//! time of a decoder layer of a large model.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ fn convert(
     converted(&source, &target, recipe, &text, samples, length, device)
 }
 
-/// Errors of a small random model converted here and on the CPU.
+/// Compares the errors of a small random model converted on the GPU and on the CPU.
 pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     checkpoint(&folder.path().join("source"), &shape("tiny", None)?);
@@ -37,7 +37,7 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
         let pairs = host.tensors.iter().zip(&here.tensors);
         let differences = pairs
             .map(|(a, b)| (a.relative_error - b.relative_error).abs() / a.relative_error.max(1e-9));
-        // A NaN is the worst.
+        // NaN counts as an infinite difference.
         let most =
             differences.fold(0.0, |most, d| if d.is_nan() { f64::INFINITY } else { d.max(most) });
         let [a, b] = [&host, &here].map(|r| r.layers.iter().map(|l| l.relative_error).sum::<f64>());
@@ -46,7 +46,7 @@ pub(crate) fn compare(report: &mut Report, device: &Device) -> anyhow::Result<()
             100.0 * most
         ));
         all.push(json!({"recipe": recipe, "cpu": a, "gpu": b, "largest_difference": most}));
-        // Rounding may change single choices, which change others, but not the sum of errors.
+        // Rounding may change single decisions, and later ones through them, but hardly the sum of errors.
         if !most.is_finite() || (a - b).abs() > 0.05 * a {
             failed.push(recipe);
         }
@@ -75,7 +75,7 @@ pub(crate) fn measure(
         let quantizer = q.prune + q.search + q.quantize + q.propagate + q.refit + q.pack;
         let seconds = done.layers.iter().map(|l| l.seconds).sum::<f64>();
         report.line(&format!(
-            "  {name} {recipe}, {} x {} tokens: a layer {seconds:.1} s (forward {:.1}, moments {:.1}, factors {:.1}, \
+            "  {name} {recipe}, {} x {} tokens: a layer {seconds:.1} s (forward {:.1}, Hessians {:.1}, factors {:.1}, \
              quantizer {quantizer:.1}, check {:.1}, output {:.1}); {layers} layers {:.1} min",
             samples,
             length,

@@ -1,5 +1,5 @@
-//! GEMV and GEMM of all encodings on random and adversarial shapes, against the exact decoder of the format and sums
-//! in f64.
+//! Compares GEMV and GEMM of all encodings on random and adversarial shapes with the exact decoder of the
+//! format and sums in f64.
 
 use anyhow::{Context, bail};
 use rayon::prelude::*;
@@ -50,7 +50,7 @@ const SHAPES: [(usize, usize); 9] = [
 /// How a kernel rounds activations.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Rounding {
-    /// No further than the relative error says.
+    /// Within the relative error of the kernel.
     Relative,
     /// To 8 bits with a scale per 32 columns.
     Q8Gemv,
@@ -63,7 +63,7 @@ struct Expected {
     sum: f64,
     /// Σ|w·x|.
     magnitude: f64,
-    /// Half a step of activations times Σ|w|, for each kind of rounding.
+    /// Half a rounding step of activations times Σ|w|, for each kind of rounding.
     gemv_step: f64,
     gemm_step: f64,
 }
@@ -74,13 +74,13 @@ struct Case {
     expected: Vec<Expected>,
 }
 
-/// A matrix of an N:M encoding as column factors, [cols], and the weights without them, [rows, cols].
+/// A matrix of an N:M encoding, split into column factors, [cols], and the weights without them, [rows, cols].
 struct Factored {
     factors: Vec<f32>,
     weights: Vec<f32>,
 }
 
-/// Half a step of `x` times `factors`, rounded to 8 bits by `columns`, times Σ|w|.
+/// Half a rounding step times Σ|w|, for `x` times `factors` rounded to 8 bits with a scale per `columns`.
 fn step(w: &[f32], x: &[f32], factors: Option<&[f32]>, columns: usize) -> f64 {
     let mut step = 0.0;
     for (i, (w, x)) in w.chunks(columns).zip(x.chunks(columns)).enumerate() {
@@ -143,7 +143,7 @@ impl Case {
             };
             let tolerance = relative * expected.magnitude + step + 1e-30;
             let error = (f64::from(*y) - expected.sum).abs() / tolerance;
-            // A NaN is the worst.
+            // NaN counts as an infinite error.
             worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
         }
         worst
@@ -189,7 +189,7 @@ impl ProductCheck<'_> {
     fn judge(&mut self, case: &Case, kernel: &str, worst: f64) {
         let right = worst <= 1.0;
         if !right {
-            let text = format!("{}: {worst:.3} of what is allowed", case.what);
+            let text = format!("{}: the error is {worst:.3} times the tolerance", case.what);
             self.report.wrong(kernel, &text);
         }
         self.results.push(
@@ -206,7 +206,7 @@ impl ProductCheck<'_> {
         let case = Case::new(what, matrix, x);
         let input = self.device.upload("activations", x)?;
         let input = ActivationInput::Plain(&input);
-        // What is not written stays NaN.
+        // Elements that are not written stay NaN.
         let nan = vec![f32::NAN; tokens * rows];
         let mut out = self.device.upload("results", &nan)?;
         let mut y = vec![0.0; tokens * rows];

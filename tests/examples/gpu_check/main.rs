@@ -29,7 +29,7 @@ use report::Report;
 
 /// Checks and measures the CUDA kernels on this machine's GPU.
 ///
-/// Exit codes: 0 all is right, 1 a result is wrong, 2 wrong usage, 5 there is no device that can.
+/// Exit codes: 0 all results are correct, 1 a result is wrong, 2 wrong usage, 5 no supported device.
 #[derive(Parser)]
 #[command(name = "gpu-check")]
 struct Cli {
@@ -67,13 +67,13 @@ struct Cli {
     /// Recipes of the conversion that is measured
     #[arg(long, value_name = "NAME", default_values = ["nm-2of8", "stbllm-4of8"])]
     conversion: Vec<String>,
-    /// Calibration sequences of that conversion
+    /// Calibration sequences of the conversion
     #[arg(long, value_name = "N", default_value_t = 128)]
     samples: usize,
-    /// Their tokens
+    /// Tokens of a calibration sequence
     #[arg(long, value_name = "N", default_value_t = 2048)]
     length: usize,
-    /// Run this part here
+    /// Run this part in this process
     #[arg(long, hide = true)]
     here: Option<GpuCheck>,
 }
@@ -81,19 +81,19 @@ struct Cli {
 /// A part of the run: a check or a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum GpuCheck {
-    /// Products against the exact decoder
+    /// Products, compared with the exact decoder
     Products,
-    /// Attention against its definition
+    /// Attention, compared with its definition
     Attention,
-    /// Output of the models given
+    /// Output of the models
     Output,
-    /// A small conversion against that of the CPU
+    /// A small conversion, compared with the CPU
     Conversion,
     /// Bandwidth of a copy
     Bandwidth,
     /// Products with one to 16 tokens
     Decode,
-    /// Products with many tokens, beside cuBLAS
+    /// Products with many tokens, compared with cuBLAS
     Prefill,
     /// Attention of prompts
     Prompts,
@@ -101,7 +101,7 @@ enum GpuCheck {
     Models,
     /// Conversion of a layer of a large model
     Layer,
-    /// Memory of whole models, computed; only if asked for
+    /// Memory of whole models, computed; only with --part memory
     Memory,
 }
 
@@ -210,7 +210,7 @@ fn check(cli: &Cli, all: &[stb_kernels::cuda::DeviceInfo]) -> anyhow::Result<usi
         }),
     )?;
     let parts = GpuCheck::value_variants().iter().copied().filter(|part| match &cli.part[..] {
-        // Memory is computed, and the same on every machine.
+        // The memory part is computed and the same on every machine.
         [] if *part == GpuCheck::Memory => false,
         [] if cli.only_check => part.is_check(),
         [] if cli.only_measure => !part.is_check(),

@@ -67,7 +67,7 @@ pub(crate) fn compare(report: &mut Report, file: &Path, device: usize) -> anyhow
         let gpu = open(file, DeviceChoice::Cuda(device), exact)?;
         compare_choices(report, &gpu)?;
         let mut tokens = vec![1];
-        let context = cpu.spec.context_length.min(1024) as usize;
+        let context = cpu.model.spec.context_length.min(1024) as usize;
         let steps = COMPARED.min(context - tokens.len());
         let (mut on_cpu, mut on_gpu) = (State::new(&cpu, context), State::new(&gpu, context));
         let (mut same, mut gap, mut worst) = (0, 0.0f32, 0.0f32);
@@ -76,7 +76,7 @@ pub(crate) fn compare(report: &mut Report, file: &Path, device: usize) -> anyhow
             let found = gpu.forward(&mut on_gpu, &tokens)?;
             let (a, b) = (best(&expected), best(found));
             same += usize::from(a == b);
-            // By how much the logit of the GPU's choice is lower, in f32.
+            // The difference between the best logit and that of the GPU's choice, both from the CPU.
             gap = gap.max(expected[a as usize] - expected[b as usize]);
             let span = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
             for (x, y) in expected.iter().zip(found) {
@@ -116,13 +116,13 @@ pub(crate) fn measure(
         write(&spec, &Recipe::load(recipe)?, BufWriter::new(File::create(&file)?))?;
         let bytes = file.metadata()?.len();
         let before = device.free_memory()?;
-        let model = open(&file, DeviceChoice::Cuda(device.info().ordinal), false)?;
+        let engine = open(&file, DeviceChoice::Cuda(device.info().ordinal), false)?;
         let context = 2048;
-        let mut state = State::new(&model, context);
+        let mut state = State::new(&engine, context);
         let prompt: Vec<u32> = (0..512).map(|i| i % 1000).collect();
         let [prefill, ..] = time(3, || {
             state.truncate(0);
-            model.forward(&mut state, &prompt)?;
+            engine.forward(&mut state, &prompt)?;
             Ok(())
         })?;
         let generated = 64;
@@ -132,7 +132,7 @@ pub(crate) fn measure(
         let [decode, low, high] = time(5, || {
             state.truncate(prompt.len());
             for i in 0..generated {
-                model.next(&mut state, &[i], &mut sampler, &[], &mut next)?;
+                engine.next(&mut state, &[i], &mut sampler, &[], &mut next)?;
                 sampler.choose(&mut next, &[]);
             }
             Ok(())
@@ -167,27 +167,27 @@ pub(crate) fn memory(report: &mut Report) -> anyhow::Result<()> {
         let spec = shape(name, None)?;
         let parameters: u64 = spec.tensors().map(|t| t.shape.iter().product::<u64>()).sum();
         let cache = 2 * spec.layers * spec.kv_heads * spec.head_dim * 2048 * 2;
-        // The buffers of a step in f32, and the widest input for tensor cores in twice 16 bits.
+        // The buffers of a step in f32, and the widest GEMM input as two 16-bit floats.
         let (q, k) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let wide = spec.intermediate_size;
         let step = 512 * 4 * (spec.hidden_size + 2 * q + 2 * k + 2 * wide + wide);
-        let work = step + 16 * 4 * (spec.vocab_size + spec.hidden_size);
+        let activations = step + 16 * 4 * (spec.vocab_size + spec.hidden_size);
         let mut put = |report: &Report, kind: &str, bytes: u64| {
             report.line(&format!(
                 "  {name:<9} {kind:<12} {:6} MB of weights, {:5} MB of keys and values, {:3} MB of \
                  activations, {:5.2} bits per parameter",
                 bytes / 1_000_000,
                 cache / 1_000_000,
-                work / 1_000_000,
+                activations / 1_000_000,
                 8.0 * bytes as f64 / parameters as f64
             ));
-            all.push(json!({"shape": name, "kind": kind, "weights": bytes, "cache": cache, "activations": work}));
+            all.push(json!({"shape": name, "kind": kind, "weights": bytes, "cache": cache, "activations": activations}));
         };
         put(report, "fp16", 2 * parameters);
         put(report, "W8A8", parameters);
         put(report, "2 bits", parameters / 4);
         for recipe in ["nm-1of8", "nm-1of4", "nm-2of8", "nm-2of4", "stbllm-4of8"] {
-            // The file is what is loaded.
+            // A file is loaded as a whole.
             let file = write(&spec, &Recipe::load(recipe)?, tempfile::tempfile()?)?;
             put(report, recipe, file.metadata()?.len());
         }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::{Map, Value};
 
-/// The most wrong results of one kernel that are printed. The JSON has all of them.
+/// The number of wrong results of one kernel that are printed. The JSON has all of them.
 const PRINTED: usize = 3;
 
 /// Figures by name, kept in a file.
@@ -43,11 +43,11 @@ impl Report {
     }
 
     pub(crate) fn line(&self, text: &str) {
-        // A closed pipe is no reason to stop: the file is written anyway.
+        // The run continues if the pipe is closed, because the file is still written.
         let _ = writeln!(std::io::stdout(), "{text}");
     }
 
-    /// A result that is not within its tolerance.
+    /// Reports a result that is not within its tolerance.
     pub(crate) fn wrong(&mut self, kernel: &str, text: &str) {
         self.failures += 1;
         let count = self.wrong.entry(kernel.to_owned()).or_default();

@@ -1,6 +1,6 @@
-//! Bandwidth, GEMV and GEMM. A time is that of recorded graphs, as many in a row as take 20 ms, from the start to the
-//! end of the synchronization: the median and spread of nine. A GEMM includes the preparation of f32 activations and
-//! writes f32 results; the GEMM of cuBLAS is bf16 throughout.
+//! Bandwidth, GEMV and GEMM. A sample is the time of recorded graphs, enough in a row for 20 ms, from the start
+//! to the end of the synchronization. Results are the median and the spread of nine samples. A GEMM includes
+//! the preparation of f32 activations and writes f32 results; the GEMM of cuBLAS is bf16 throughout.
 
 use std::time::Instant;
 
@@ -17,11 +17,11 @@ use stb_tests::random_model::random;
 
 use crate::report::Report;
 
-/// Bytes of the matrices that are used in turn, several times the size of the caches.
+/// Bytes of the matrices used in turn, several times the size of the caches.
 const CYCLE: usize = 400 << 20;
-/// The fewest seconds of a sample.
+/// The shortest sample in seconds.
 const SAMPLE: f64 = 0.02;
-/// Rows and columns.
+/// Rows and columns of matrices.
 const SHAPES: [(usize, usize); 3] = [(4096, 4096), (4096, 11_008), (4096, 14_336)];
 
 /// Seconds: the median and the smallest and largest of `n` runs.
@@ -29,8 +29,8 @@ pub(crate) fn time(n: usize, run: impl FnMut() -> anyhow::Result<()>) -> anyhow:
     time_queued(n, run, || Ok(()))
 }
 
-/// The same for work that `queue` queues and `wait` waits for. It is repeated until a sample is long enough for the
-/// host not to matter, after the device has had time to reach its clock.
+/// [`time`] for work that `queue` queues and `wait` waits for. The work is repeated until the overhead of the
+/// host is negligible, after a warm-up in which the device reaches its clock.
 fn time_queued(
     n: usize,
     mut queue: impl FnMut() -> anyhow::Result<()>,

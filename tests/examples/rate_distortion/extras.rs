@@ -10,8 +10,8 @@ use stb_kernels::Isa;
 
 use super::{BLOCK, Layer};
 
-/// The error of the best code N of M whose kept weights have one of two magnitudes, one scale per block and
-/// one ratio for all of them: relative to the squares of the weights.
+/// The error of the best N:M code whose kept weights have one of two magnitudes, with one scale per block and
+/// one ratio of magnitudes in all: relative to Σ w².
 pub fn two_levels(layer: &Layer, n: usize, m: usize) -> f64 {
     let ratios = (12..36).map(|r| f64::from(r) / 10.0);
     let errors = ratios.map(|ratio| {
@@ -32,7 +32,7 @@ pub fn two_levels(layer: &Layer, n: usize, m: usize) -> f64 {
     errors.fold(f64::INFINITY, f64::min)
 }
 
-/// How much of Σ w² the magnitudes s and ratio · s explain, s fitted in turn with the choice between them.
+/// The part of Σ w² that magnitudes s and ratio · s explain. Fits s and the choice between both in turn.
 fn explained(kept: &[f64], ratio: f64) -> f64 {
     let mut scale = kept.iter().sum::<f64>() / kept.len() as f64 / (0.5 + 0.5 * ratio);
     let mut best = 0.0;
@@ -49,9 +49,9 @@ fn explained(kept: &[f64], ratio: f64) -> f64 {
     best
 }
 
-/// The error of the outputs, relative to them, and bits per weight, if the most salient `share` of the
-/// columns are 4-bit integers and the others joint codes. Salient columns are quantized last, so that they
-/// take back what the others have done.
+/// The relative error of the outputs and the bits per weight if the most salient `share` of the columns are
+/// 4-bit integers and the others N:M codes. Salient columns are quantized last, so that they compensate the
+/// error of the others.
 pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::Result<(f64, f64)> {
     let (rows, cols) = (layer.rows, layer.cols);
     let count = (share * cols as f64).round() as usize;
@@ -90,7 +90,7 @@ pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::R
     let (weights, codes) = (columns(&rest), |i: &Input<'_>| options.quantize(i, None));
     let (stored, mut error) = quantized(&weights, rows, &outer, codes)?;
 
-    // What minimizes the error of the outputs with the codes as they are.
+    // The salient weights that minimize the error of the outputs, given the codes.
     let mut targets = columns(&chosen);
     for (r, target) in targets.chunks_exact_mut(count.max(1)).enumerate() {
         for (k, target) in target.iter_mut().enumerate() {
@@ -114,18 +114,19 @@ pub fn salient(layer: &Layer, spec: Nm, share: f64, code_bits: f64) -> anyhow::R
     Ok((error / output, bits + 1.0 / rows as f64))
 }
 
-/// The layer with columns divided by factors and their inputs multiplied by them: quantizing it is
-/// quantizing with a factor per column.
+/// The layer with columns divided by factors and inputs multiplied by them. Quantizing it is quantizing with a
+/// factor per column.
 pub fn scaled(layer: &Layer, factors: &[f32]) -> anyhow::Result<Layer> {
     let cols = layer.cols;
     let divided = |(i, w): (usize, &f32)| w / factors[i % cols];
     let weights = layer.weights.iter().enumerate().map(divided).collect();
-    let moments = layer.hessian.matrix().iter().enumerate();
-    let moments = moments.map(|(i, h)| h * factors[i / cols] * factors[i % cols]).collect();
-    Layer::new(weights, cols, Hessian::from_matrix(moments, cols), 0.0)
+    let hessian = layer.hessian.matrix().iter().enumerate();
+    let hessian = hessian.map(|(i, h)| h * factors[i / cols] * factors[i % cols]).collect();
+    Layer::new(weights, cols, Hessian::from_matrix(hessian, cols), 0.0)
 }
 
-/// Root mean square of each column of weights, and of its inputs (up to a constant): what factors come from.
+/// The root mean square of each column of weights, and of its inputs up to a constant. Column factors are
+/// powers of these.
 pub fn column_sizes(layer: &Layer) -> [Vec<f32>; 2] {
     let cols = layer.cols;
     let mut weights = vec![0f64; cols];
@@ -137,40 +138,40 @@ pub fn column_sizes(layer: &Layer) -> [Vec<f32>; 2] {
     [weights.into_iter().map(root).collect(), inputs]
 }
 
-/// What a quantizer makes of `weights`, [rows, n], with the Hessian [n, n], and tr(ΔW H ΔWᵀ).
+/// Quantizes `weights`, [rows, n], with a Hessian [n, n]. Returns the quantized weights and tr(ΔW H ΔWᵀ).
 fn quantized(
     weights: &[f32],
     rows: usize,
-    moments: &[f64],
+    hessian: &[f64],
     quantize: impl Fn(&Input<'_>) -> stb_runtime::Result<Packed>,
 ) -> anyhow::Result<(Vec<f32>, f64)> {
     let cols = weights.len() / rows;
-    let hessian = Hessian::from_matrix(moments.iter().map(|h| *h as f32).collect(), cols);
-    let factor = Factor::new(&hessian)?;
+    let input_hessian = Hessian::from_matrix(hessian.iter().map(|h| *h as f32).collect(), cols);
+    let factor = Factor::new(&input_hessian)?;
     let norms = vec![1.0; cols];
-    let engine = Isa::detect()?.into();
+    let compute = Isa::detect()?.into();
     let input = Input {
-        compute: engine,
+        compute,
         weights,
         rows,
         cols,
-        hessian: &hessian,
+        hessian: &input_hessian,
         factor: &factor,
         norms: &norms,
     };
     let packed = quantize(&input)?;
     let stored = packed.encoding.view(rows as u64, cols as u64, &packed.payload)?.decode();
     let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
-    let error = energy(&difference, moments, cols);
+    let error = energy(&difference, hessian, cols);
     Ok((stored, error))
 }
 
 /// tr(W H Wᵀ).
-fn energy(weights: &[f32], moments: &[f64], cols: usize) -> f64 {
+fn energy(weights: &[f32], hessian: &[f64], cols: usize) -> f64 {
     let row = |row: &[f32]| -> f64 {
         let product =
             |h: &[f64]| -> f64 { h.iter().zip(row).map(|(h, w)| h * f64::from(*w)).sum() };
-        row.iter().zip(moments.chunks_exact(cols)).map(|(w, h)| f64::from(*w) * product(h)).sum()
+        row.iter().zip(hessian.chunks_exact(cols)).map(|(w, h)| f64::from(*w) * product(h)).sum()
     };
     weights.chunks_exact(cols).map(row).sum()
 }

@@ -22,21 +22,21 @@ use stb_tests::programs::print;
 
 /// Prints a Markdown table of squared errors relative to the squares of the weights.
 ///
-/// Codes N of M are listed whether the format has them or not: *kept* is a code of its own, the N largest of
-/// M weights at one scale per 128 columns (not rounded); *encoder* is our quantizer. Its last column is the
-/// error of the output of linear layers, by the Hessian of calibrated inputs.
+/// The table also has N:M codes that are not in the format. *kept* keeps the N largest of M weights with one
+/// scale per 128 columns (not rounded); *encoder* is our quantizer. The last column is the error of the outputs
+/// of linear layers, by the Hessian of calibration inputs.
 #[derive(Parser)]
 struct Cli {
     /// A dense checkpoint; default: the bundled model
     model: Option<PathBuf>,
-    /// Tokens of calibration
+    /// Calibration tokens
     #[arg(long, default_value_t = 8192)]
     tokens: usize,
 }
 
 /// Columns per scale.
 const BLOCK: usize = 128;
-/// N:M of the family.
+/// The N:M codes of the table.
 const CODES: [(u8, u8); 9] =
     [(1, 8), (2, 16), (1, 4), (3, 16), (2, 8), (4, 16), (3, 8), (2, 4), (4, 8)];
 
@@ -61,14 +61,14 @@ impl Layer {
         Ok(Self { rows: weights.len() / cols, weights, cols, hessian, factor })
     }
 
-    /// An identity Hessian.
+    /// A layer with the identity as Hessian.
     fn plain(weights: Vec<f32>, cols: usize) -> anyhow::Result<Self> {
         let one = |i: usize| if i.is_multiple_of(cols + 1) { 1.0 } else { 0.0 };
         let identity = Hessian::from_matrix((0..cols * cols).map(one).collect(), cols);
         Self::new(weights, cols, identity, 0.0)
     }
 
-    /// Of the quantizer: of the outputs, relative to them.
+    /// The relative error of the outputs with our quantizer.
     fn error(&self, method: Method) -> anyhow::Result<f64> {
         let norms = vec![1.0; self.cols];
         let input = Input {
@@ -88,7 +88,7 @@ impl Layer {
         Ok(relative_error(&input, &stored)?)
     }
 
-    /// Of keeping the `n` largest of `m`.
+    /// The error of keeping the `n` largest of `m` weights, relative to Σ w².
     fn kept(&self, n: u8, m: u8) -> f64 {
         let (mut error, mut all) = (0.0, 0.0);
         for block in self.weights.chunks(self.cols).flat_map(|row| row.chunks(BLOCK)) {
@@ -114,11 +114,11 @@ enum Method {
     Int(IntGroup),
 }
 
-/// The bits of a code N of M with signs, in whole bits per group, and of a 4-bit scale per block.
+/// Bits per weight of an N:M code with signs, in whole bits per group, and a 4-bit scale per block.
 fn nominal_bits(n: u8, m: u8) -> f64 {
     let choices: f64 =
         (0..n).map(|i| f64::from(m - i) / f64::from(i + 1)).product::<f64>() * 2f64.powi(n.into());
-    // A product of quotients may miss a whole number by its rounding.
+    // Rounding may put a product of quotients slightly above a whole number.
     (choices.log2() - 1e-9).ceil() / f64::from(m) + 4.0 / BLOCK as f64
 }
 
@@ -136,20 +136,22 @@ impl Observer for InputHessians<'_> {
 /// All linear layers of the decoder with the Hessians of their inputs.
 fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     let checkpoint = Checkpoint::open(&cli.model.clone().unwrap_or_else(quill), true)?;
-    let model = Engine::from_checkpoint(&checkpoint)?;
+    let engine = Engine::from_checkpoint(&checkpoint)?;
     let length = 256.min(checkpoint.spec.context_length as usize);
     let options = Calibration { samples: cli.tokens.div_ceil(length), ..Calibration::default() };
     let mut hidden = Vec::new();
-    for window in CalibrationText::built_in().windows(&model.tokenizer()?, &options, length)? {
+    for window in
+        CalibrationText::built_in().windows(&engine.model.tokenizer()?, &options, length)?
+    {
         let mut states = Vec::new();
-        model.embed(&window, &mut states)?;
+        engine.embed(&window, &mut states)?;
         hidden.push(states);
     }
     let mut all = Vec::new();
-    for layer in &model.layers {
+    for layer in &engine.model.layers {
         let mut hessians = InputMap::from_fn(|input| Hessian::new(layer.input_width(input)));
         for states in &mut hidden {
-            model.run_layer(layer, states, &mut InputHessians(&mut hessians));
+            engine.run_layer(layer, states, &mut InputHessians(&mut hessians));
         }
         hessians.iter_mut().for_each(|(_, hessian)| hessian.finish());
         for (linear, weight) in layer.linears().iter() {
@@ -160,7 +162,7 @@ fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     Ok(all)
 }
 
-/// Numbers of a normal distribution, [256, 1024].
+/// A layer with normally distributed weights, [256, 1024].
 fn normal() -> anyhow::Result<Layer> {
     let mut rng = Rng(1);
     let mut uniform = || (rng.bits() >> 11) as f64 / (1u64 << 53) as f64;
@@ -170,7 +172,7 @@ fn normal() -> anyhow::Result<Layer> {
     Layer::plain((0..256 * 1024).map(|_| draw() as f32).collect(), 1024)
 }
 
-/// The mean over layers.
+/// The mean of a measure over layers.
 fn mean(layers: &[Layer], of: impl Fn(&Layer) -> anyhow::Result<f64>) -> anyhow::Result<f64> {
     let errors: Vec<f64> = layers.iter().map(of).collect::<anyhow::Result<_>>()?;
     Ok(errors.iter().sum::<f64>() / layers.len() as f64)
@@ -216,7 +218,7 @@ fn main() -> anyhow::Result<()> {
     column_factors(&calibrated)
 }
 
-/// Codes with two magnitudes, against one.
+/// Prints the errors of codes with two magnitudes.
 fn two_levels(normal: &Layer, plain: &[Layer]) -> anyhow::Result<()> {
     print(
         "\n| code with two magnitudes | bits | normal, kept | weights, kept |\n|---|---|---|---|\n",
@@ -231,7 +233,7 @@ fn two_levels(normal: &Layer, plain: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Salient columns in integers, against none.
+/// Prints the errors with salient columns in integers.
 fn salient(calibrated: &[Layer]) -> anyhow::Result<()> {
     print("\n| code | salient columns in 4 bits | bits | outputs, encoder |\n|---|---|---|---|\n");
     for (n, m) in CODES {
@@ -250,7 +252,7 @@ fn salient(calibrated: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Other scales for a code: columns per scale (0: one per row), bits of a scale.
+/// Prints the errors of 2:8 with other scales: columns per scale (0: one per row), bits of a scale.
 fn scales(plain: &[Layer], calibrated: &[Layer]) -> anyhow::Result<()> {
     print(
         "\n| 2:8, columns per scale, bits | bits | weights, encoder | outputs, encoder |\n|---|---|---|---|\n",
@@ -267,7 +269,7 @@ fn scales(plain: &[Layer], calibrated: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Factors of columns, which cost 16 bits per column.
+/// Prints the errors with column factors, which cost 16 bits per column.
 fn column_factors(calibrated: &[Layer]) -> anyhow::Result<()> {
     type Powers = (f32, f32);
     let kinds: [(&str, Powers); 6] = [
@@ -299,7 +301,7 @@ fn column_factors(calibrated: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The errors of our quantizer on normal numbers, weights and outputs.
+/// The errors of our quantizer on normally distributed weights, model weights and outputs.
 fn encoder(
     method: Method,
     normal: &Layer,

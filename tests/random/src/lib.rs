@@ -1,6 +1,6 @@
 //! A small deterministic generator (SplitMix64). Test vectors depend on its numbers, so they must never change.
 
-/// The generator. The number is its seed.
+/// The generator, made from its seed.
 #[derive(Clone, Debug)]
 pub struct Rng(pub u64);
 
@@ -23,12 +23,12 @@ impl Rng {
         std::array::from_fn(|_| self.bits() as u8)
     }
 
-    /// A number, uniform in −1..1.
+    /// A float, uniform in −1..1.
     pub fn float(&mut self) -> f32 {
         (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    /// `n` numbers, uniform in −1..1.
+    /// `n` floats, uniform in −1..1.
     pub fn floats(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.float()).collect()
     }

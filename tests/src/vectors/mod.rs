@@ -1,5 +1,5 @@
-//! The test vectors of the specification: files that readers must accept, and files that they must
-//! refuse with a certain rule.
+//! The test vectors of the specification: files that readers must accept, and files that they must refuse by a
+//! certain rule.
 
 pub(crate) mod content;
 mod documents;
@@ -20,7 +20,7 @@ pub use valid::valid;
 pub use vector::Vector;
 use vector::hex;
 
-/// All files under `spec/` that are made by a program, with their contents.
+/// All generated files under `spec/`, with their contents.
 #[must_use]
 pub fn generated() -> Vec<(String, Vec<u8>)> {
     let (valid, invalid) = (valid(), invalid());
@@ -44,7 +44,7 @@ fn pretty(json: &Json) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// What a valid file decodes to.
+/// The decoded content of a valid file.
 fn expected(vector: &Vector) -> Json {
     let file = File::open(&vector.bytes).unwrap_or_else(|e| panic!("{}: {e}", vector.name));
     file.verify().unwrap_or_else(|e| panic!("{}: {e}", vector.name));
@@ -115,10 +115,10 @@ pub fn verdict(bytes: &[u8]) -> Option<Rule> {
     check().err().map(|e| e.rule())
 }
 
-/// Writes everything below `spec`, replacing what is there.
+/// Writes all generated files below `spec`, replacing earlier ones.
 ///
 /// # Errors
-/// Whatever the file system reports.
+/// Errors of the file system.
 pub fn write(spec: &Path) -> std::io::Result<()> {
     for folder in ["vectors/valid", "vectors/invalid"] {
         let folder = spec.join(folder);

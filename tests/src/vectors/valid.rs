@@ -1,4 +1,4 @@
-//! Files that every reader accepts.
+//! Files that every reader must accept.
 
 use std::io::Cursor;
 
@@ -45,7 +45,7 @@ pub(super) fn int_tensors() -> Tensors {
     integers(Rng(16), &[4, 8], &[(3, 40), (2, 172), (1, 128)])
 }
 
-/// Rows that end within a unit, a group and a plane too.
+/// Rows that end within a unit, a group and a plane.
 pub(super) fn odd_tensors() -> Tensors {
     integers(Rng(17), &[1, 2, 3], &[(3, 40), (2, 172), (1, 128), (2, 5), (1, 1100)])
 }

@@ -7,9 +7,9 @@ use stb_format::Rule;
 pub struct Vector {
     /// The file name; for invalid files it begins with the rule.
     pub name: String,
-    /// What is special about it.
+    /// A description of what it tests.
     pub about: &'static str,
-    /// Its bytes.
+    /// The content.
     pub bytes: Vec<u8>,
     /// The rule it breaks; `None` for valid files.
     pub rule: Option<Rule>,

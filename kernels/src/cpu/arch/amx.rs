@@ -12,8 +12,8 @@ use std::marker::PhantomData;
 
 use super::bytes::{TILE_COLS, TileSums, TileUnit};
 
-/// Whether the CPU has 8-bit tiles and the kernel lets this process use them (Linux asks for a
-/// request, because tiles enlarge the state of every thread).
+/// Whether the CPU has 8-bit tiles and Linux lets this process use them. A process has to request them, because
+/// tiles enlarge the state of every thread.
 #[cfg(target_os = "linux")]
 pub(crate) fn detect() -> bool {
     const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
@@ -35,8 +35,8 @@ pub(crate) fn detect() -> bool {
         return false;
     }
     let result: i64;
-    // SAFETY: the system call changes what the kernel saves for this process and no memory; an old
-    // kernel answers with an error. `syscall` overwrites rcx and r11.
+    // SAFETY: the system call changes what the kernel saves for this process and no memory; an old kernel
+    // returns an error. `syscall` overwrites rcx and r11.
     unsafe {
         asm!(
             "syscall",
@@ -86,7 +86,7 @@ unsafe fn configure() {
     }
 }
 
-/// Gives the tiles of this thread back: the system need not save them any more.
+/// Releases the tiles of this thread, so that the system no longer saves them.
 ///
 /// # Safety
 /// [`detect`] must have returned true in this process.
@@ -101,11 +101,11 @@ unsafe fn release() {
 pub(crate) struct AmxTiles(PhantomData<*const ()>);
 
 thread_local! {
-    /// Calls of [`with_tiles`] that have not returned: the last one to return releases the tiles.
+    /// The number of calls of [`with_tiles`] that have not returned. The last one to return releases the tiles.
     static USERS: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Releases the tiles when the last user has gone, also by a panic.
+/// Releases the tiles when the last call of [`with_tiles`] ends, also by a panic.
 struct ReleaseTiles;
 
 impl Drop for ReleaseTiles {

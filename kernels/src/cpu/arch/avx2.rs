@@ -28,10 +28,10 @@ impl Avx2 {
         all.then_some(Self(()))
     }
 
-    /// The proof for a caller that knows it already.
+    /// The proof without another check, for sets that include this one.
     ///
     /// # Safety
-    /// [`Avx2::detect`] must return one on this machine.
+    /// [`Avx2::detect`] must return `Some` on this machine.
     #[inline(always)]
     pub(super) unsafe fn assume() -> Self {
         Self(())
@@ -293,16 +293,16 @@ pub(super) fn transpose(_proof: Avx2, words: &[u64; 16]) -> [Ints8x2; 2] {
     // reference, at any alignment.
     unsafe {
         let load = |i: usize| _mm_loadu_si128(pairs[i].as_ptr().cast());
-        // Bytes of two words alternately; rows from 8 on in the upper halves.
+        // Interleaves the bytes of two words. The upper halves hold rows from 8 on.
         let order = _mm256_broadcastsi128_si256(_mm_setr_epi8(
             0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15,
         ));
         let two = |i: usize| _mm256_shuffle_epi8(_mm256_set_m128i(load(i + 4), load(i)), order);
         let (a, b, c, d) = (two(0), two(1), two(2), two(3));
-        // Four rows of each byte, then eight.
+        // Collects four rows of each byte, then eight.
         let (ab, cd) = (_mm256_unpacklo_epi16(a, b), _mm256_unpacklo_epi16(c, d));
         let (ab_high, cd_high) = (_mm256_unpackhi_epi16(a, b), _mm256_unpackhi_epi16(c, d));
-        // The eight rows of the other half beside them.
+        // Puts the eight rows of the other half beside them.
         let join = |eights| _mm256_permute4x64_epi64::<0b11_01_10_00>(eights);
         [
             [join(_mm256_unpacklo_epi32(ab, cd)), join(_mm256_unpackhi_epi32(ab, cd))],
@@ -428,7 +428,7 @@ impl Bytes for Avx2 {
 
     #[inline(always)]
     fn dot2(self, acc: Ints8x2, a: Ints8x2, b: Ints8x2) -> Ints8x2 {
-        // a and b of a row side by side, times one, added: 16-bit sums.
+        // Interleaves a and b, multiplies by one and adds neighbors: 16-bit sums.
         let one = values!(_mm256_set1_epi8(1));
         let low = both!(_mm256_unpacklo_epi8, a, b);
         let high = both!(_mm256_unpackhi_epi8, a, b);
@@ -444,7 +444,7 @@ impl Bytes for Avx2 {
 
     #[inline(always)]
     fn finish(self, acc: Ints8x2) -> Ints8x2 {
-        // The sum of the lanes in the two halves of 16 bytes, for 8 rows each.
+        // Adds the lanes in the two halves of 16 bytes, for 8 rows each.
         let low = values!([
             _mm256_cvtepi16_epi32(_mm256_castsi256_si128(acc[0])),
             _mm256_cvtepi16_epi32(_mm256_castsi256_si128(acc[1])),

@@ -6,7 +6,7 @@ use super::simd::Simd;
 
 /// A computation that is written once for all instruction sets.
 pub(crate) trait Task {
-    /// What it returns.
+    /// The result.
     type Output;
 
     /// The computation. `#[inline(always)]` in every implementation, and so is what it calls: only
@@ -17,7 +17,7 @@ pub(crate) trait Task {
 /// A computation that needs a unit for products of tiles, see [`Bytes::with_tiles`].
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) trait TileTask {
-    /// What it returns.
+    /// The result.
     type Output;
 
     /// The computation, see [`Task::run`]. The reference to `unit` cannot outlive the call, so tiles are
@@ -67,13 +67,13 @@ pub(crate) type Line = Aligned<[u8; 64]>;
 pub(crate) trait Bytes: Simd {
     /// 4 × 16 bytes.
     type B: Copy;
-    /// 16 sums, in whatever form suits the instructions.
+    /// 16 sums, in a form that depends on the instruction set.
     type Acc: Copy;
-    /// 16 sums of products with small factors, in whatever form suits the instructions.
+    /// 16 sums of products with small factors, in a form that depends on the instruction set.
     type Small: Copy;
     /// 16 × i16.
     type H: Copy;
-    /// Whether a `B` is one register, and there are 32 of them.
+    /// Whether a `B` is one register, and the set has 32 registers.
     const WIDE: bool = false;
     /// Whether there is a unit for products of tiles: [`Bytes::with_tiles`] runs its task.
     const TILES: bool = false;
@@ -123,9 +123,9 @@ pub(crate) trait Bytes: Simd {
         self.lookup_b(table, index)
     }
 
-    /// `acc[k][r] += Σ_lane found[lane, r]`, what [`Bytes::lookup_arranged`] finds for `index` in table k,
-    /// or, `OR_ZERO`, [`Bytes::lookup_arranged_or_zero`]. Counts as one [`Bytes::dot2`]. For sets that are
-    /// [`Bytes::WIDE`].
+    /// `acc[k][r] += Σ_lane found[lane, r]`, where `found` is the result of [`Bytes::lookup_arranged`] (with
+    /// `OR_ZERO`, of [`Bytes::lookup_arranged_or_zero`]) for `index` in table k. Counts as one [`Bytes::dot2`].
+    /// For [`Bytes::WIDE`] sets only.
     #[inline(always)]
     fn add_lookups<const OR_ZERO: bool>(
         self,
@@ -147,22 +147,22 @@ pub(crate) trait Bytes: Simd {
 
     fn zero_acc(self) -> Self::Acc;
     /// `acc[r] += Σ_lane a[lane, r] + b[lane, r]` as signed bytes, for r = 0..16, a and b arranged. At most
-    /// [`MAX_DOTS`] times on one accumulator, or half as often with bytes of −128: the others of two
-    /// lanes are within ±508, and 64 · 508 = 32512 fits 16 bits, which is what the narrowest
-    /// implementation adds in.
+    /// [`MAX_DOTS`] calls for one accumulator, or half as many if bytes may be −128. Without −128 the sums of
+    /// two lanes are within ±508, and 64 · 508 = 32512 fits 16 bits, the width in which the narrowest
+    /// implementation adds.
     fn dot2(self, acc: Self::Acc, a: Self::B, b: Self::B) -> Self::Acc;
-    /// The sums.
+    /// The sums of an accumulator.
     fn finish(self, acc: Self::Acc) -> Self::I;
 
     /// `acc[i] += Σ_k u[4i + k] · v[4i + k]` for i = 0..16, with u unsigned and below 128, v signed:
     /// products of neighbors then fit 16 bits.
     fn dot4(self, acc: Self::I, u: Self::B, v: Self::B) -> Self::I;
     fn zero_small(self) -> Self::Small;
-    /// What [`Bytes::dot4`] does, for v above −128 and small u: the largest ones of all calls on one
-    /// accumulator add up to [`MAX_SMALL`] at most. Two neighbors then add up to 2 · 128 · 127 = 32512
-    /// at most, which fits 16 bits, so that sets without 32-bit dot products save widening each time.
+    /// [`Bytes::dot4`] for v above −128 and small u: the largest u of each call, summed over all calls for one
+    /// accumulator, is at most [`MAX_SMALL`]. Two neighbors then add up to at most 2 · 128 · 127 = 32512, which
+    /// fits 16 bits, so that sets without 32-bit dot products widen only once.
     fn dot4_small(self, acc: Self::Small, u: Self::B, v: Self::B) -> Self::Small;
-    /// The sums.
+    /// The sums of an accumulator.
     fn finish_small(self, acc: Self::Small) -> Self::I;
     fn load_h(self, v: &[i16; 16]) -> Self::H;
     fn store_h(self, v: Self::H, to: &mut [i16; 16]);
@@ -170,15 +170,14 @@ pub(crate) trait Bytes: Simd {
     fn add_h(self, a: Self::H, b: Self::H) -> Self::H;
     /// Wrapping.
     fn sub_h(self, a: Self::H, b: Self::H) -> Self::H;
-    /// The same numbers in 32 bits.
+    /// Sign-extends to 32 bits.
     fn widen_h(self, v: Self::H) -> Self::I;
-    /// Within each lane the words of 4 vectors transposed: word w of vector v becomes word v of vector
-    /// w.
+    /// Transposes the words of 4 vectors within each lane: word w of vector v becomes word v of vector w.
     fn transpose_words(self, v: [Self::B; 4]) -> [Self::B; 4];
-    /// The lanes as little-endian words.
+    /// Stores the lanes as little-endian words.
     fn store_words(self, v: Self::I, to: &mut [u8; 64]);
     fn load_i(self, v: &[i32; 16]) -> Self::I;
-    /// Numbers from −128 to 127 as bytes.
+    /// Stores lanes between −128 and 127 as bytes.
     fn store_low_bytes(self, v: Self::I, to: &mut [i8; 16]);
 
     /// Runs `task` with the unit for tiles; `None` if the instruction set has none.
@@ -192,7 +191,7 @@ pub(crate) trait Bytes: Simd {
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) const TILE_COLS: usize = 128;
 
-/// Products of tiles: by 16 tokens, by row tile, [token][row].
+/// Products of tiles, [group of 16 tokens][row tile][token][row].
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) type TileSums = [[[[i32; 16]; 16]; 2]; 2];
 
@@ -202,6 +201,6 @@ pub(crate) const MAX_DOTS: usize = 64;
 /// See [`Bytes::dot4_small`].
 pub(crate) const MAX_SMALL: usize = 128;
 
-/// In an index: there is nothing to look up. The top bit, which byte shuffles ask for, and another one,
-/// for sets that test a bit themselves.
+/// An index whose look-up gives zero: the top bit, which byte shuffles test, and another one for sets that test
+/// a bit themselves.
 pub(crate) const NONE: u8 = 0xc0;

@@ -9,7 +9,8 @@ use super::simd::Simd;
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
 
-/// Lane by lane, as a loop: array adaptors are not inlined into the entry of other sets.
+/// Applies `f` to each lane. A loop, because array adaptors are not inlined into the entry function of other
+/// sets.
 #[inline(always)]
 fn map<A: Copy, B: Copy + Default>(a: [A; 16], f: impl Fn(A) -> B) -> [B; 16] {
     let mut out = [B::default(); 16];

@@ -52,7 +52,7 @@ pub(crate) trait Simd: Copy {
     fn shl(self, a: Self::I, by: u32) -> Self::I;
     /// Logical; `by` < 32.
     fn shr(self, a: Self::I, by: u32) -> Self::I;
-    /// All ones where a > b as signed numbers, else zero.
+    /// All ones where a > b as signed integers, else zero.
     fn gt_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `v` in lane i where bit i is set, else zero.
     fn select_bits(self, bits: u16, v: u32) -> Self::I;
@@ -61,7 +61,7 @@ pub(crate) trait Simd: Copy {
     /// Low bits of `bits` in order at the set bits of `mask`.
     fn deposit(self, bits: u64, mask: u64) -> u64;
 
-    /// The low 16 bits of each lane, little-endian.
+    /// Stores the low 16 bits of each lane, little-endian.
     #[inline(always)]
     fn store_low_u16(self, v: Self::I, to: &mut [u8; 32]) {
         let mut lanes = [0.0; 16];

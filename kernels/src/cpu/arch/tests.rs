@@ -1,5 +1,5 @@
-//! Every vector operation of every instruction set of this machine against the portable code, bit
-//! for bit, with the numbers that instructions like to treat differently.
+//! Compares every vector operation of every instruction set of this machine with the portable code, bit for
+//! bit, including special values that instructions treat differently.
 
 use stb_random::Rng;
 
@@ -37,7 +37,7 @@ fn inputs(rng: &mut Rng) -> Vec<[[f32; 16]; 3]> {
     all
 }
 
-/// The same bits, or both not a number: which bits a new NaN has is the processor's affair.
+/// Checks that both have the same bits or are both NaN: processors differ in the bits of a new NaN.
 fn same(found: [f32; 16], expected: [f32; 16], what: &str) {
     for i in 0..16 {
         let (found, expected) = (found[i], expected[i]);
@@ -87,7 +87,7 @@ impl Task for FloatChecks {
             let max = check!(max, a, b);
             let min = check!(min, a, b);
             for i in 0..16 {
-                // The same operand, also if it is not a number or zero.
+                // Both return one of the operands unchanged, also for NaN and zeros.
                 let expected = if a[i] > b[i] { a[i] } else { b[i] };
                 assert_eq!(max[i].to_bits(), expected.to_bits(), "{name} max");
                 let expected = if a[i] < b[i] { a[i] } else { b[i] };
@@ -212,7 +212,7 @@ impl Task for ByteChecks {
             let found = Self::out(s, s.lookup_b(va, s.load_b(&index)));
             let expected = Scalar.lookup_b(a, index);
             assert_eq!(found, expected, "{name} lookup_b");
-            // Where a set keeps arranged bytes is its own business.
+            // The order of arranged bytes depends on the instruction set.
             let arranged = |v: [u8; 64]| s.arrange(s.load_b(&v));
             let index = index.map(|v| if v < 128 { v } else { v & 15 | NONE });
             let expected = Scalar.lookup_b(a, index);
@@ -233,7 +233,7 @@ impl Task for ByteChecks {
             let found = ints(s, s.dot4(from_ints(s, start), s.load_b(&u), vb));
             assert_eq!(found, Scalar.dot4(start, u, b), "{name} dot4");
 
-            // As often as is allowed, with the largest factors too.
+            // As many calls as allowed, also with the largest factors.
             let (u, v) = (a.map(|v| v % 3), b.map(|v| if v == 128 { 129 } else { v }));
             let (vu, vv) = (s.load_b(&u), s.load_b(&v));
             let (mut acc, mut expected) = (s.zero_small(), [0; 16]);
@@ -259,7 +259,7 @@ impl Task for ByteChecks {
             let found = s.transpose_words(four.map(|v| s.load_b(&v))).map(|v| Self::out(s, v));
             assert_eq!(found, Scalar.transpose_words(four), "{name} transpose_words");
 
-            // As often as is allowed, with the largest bytes too.
+            // As many calls as allowed, also with the largest bytes.
             let above = |v: u8| if v == 128 { 129 } else { v };
             let (a, b) = (a.map(above), b.map(above));
             let (va, vb) = (s.arrange(s.load_b(&a)), s.arrange(s.load_b(&b)));
@@ -269,7 +269,7 @@ impl Task for ByteChecks {
                 expected = Scalar.dot2(expected, a, b);
             }
             assert_eq!(ints(s, s.finish(acc)), Scalar.finish(expected), "{name} dot2");
-            // The lowest byte too, half as often.
+            // Half as many calls with the lowest byte.
             let low = [128; 64];
             let (mut acc, mut expected) = (s.zero_acc(), Scalar.zero_acc());
             for _ in 0..MAX_DOTS / 2 {
@@ -296,16 +296,16 @@ impl Task for ByteChecks {
 }
 
 #[test]
-fn operations_on_numbers_are_those_of_the_portable_code() {
+fn float_operations_equal_the_portable_code() {
     Isa::available().for_each(|isa| isa.run(FloatChecks(isa.name())));
 }
 
 #[test]
-fn operations_on_integers_are_those_of_the_portable_code() {
+fn integer_operations_equal_the_portable_code() {
     Isa::available().for_each(|isa| isa.run(IntChecks(isa.name())));
 }
 
 #[test]
-fn operations_on_bytes_are_those_of_the_portable_code() {
+fn byte_operations_equal_the_portable_code() {
     Isa::available().for_each(|isa| isa.run(ByteChecks(isa.name())));
 }

@@ -58,7 +58,7 @@ macro_rules! sums_of {
     }};
 }
 
-/// `acc[k]` plus the sums of four bytes each of what `index` finds in table k.
+/// `acc[k]` plus sums of four bytes each that `index` looks up in table k.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
 pub(super) fn add_lookups(
@@ -69,7 +69,7 @@ pub(super) fn add_lookups(
     sums_of!("vpermb", acc, tables, index)
 }
 
-/// The same where bit 6 of the index is set, zero elsewhere.
+/// [`add_lookups`] with zero for each index whose bit 6 is clear.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
 pub(super) fn add_lookups_or_zero(

@@ -2,7 +2,7 @@
 
 use crate::cpu::ops::q8::{GemvInput, TokenQ8};
 
-/// The most tokens that share that work: the tables of twice as many do not fit in the L1 cache.
+/// The most tokens that share indices: the tables of twice as many do not fit in the L1 cache.
 pub(super) const SHARED_TOKENS: usize = 4;
 
 /// Calls `shared` with up to [`SHARED_TOKENS`] quantized tokens at a time, the number of rows, and the

@@ -10,10 +10,10 @@ use crate::cpu::ops::q8::GemvInput;
 use crate::cpu::packed::{PackedMatrix, UnpackBlock};
 use crate::isa::Isa;
 
-/// Numbers in memory, row-major, as a matrix.
+/// A matrix of floats in memory, [rows, cols] row-major.
 ///
 /// # Panics
-/// Unless there are `rows` × `cols` of them.
+/// Unless `values` has `rows` × `cols` elements.
 #[must_use]
 pub fn dense(values: &[f32], rows: usize, cols: usize) -> DenseView<'_> {
     let view = DenseView::new(Dense::F32, rows as u64, cols as u64, bytemuck::cast_slice(values));

@@ -1,5 +1,5 @@
-//! What the q8 GEMM kernels of all encodings have in common: the work of one task, and sums of tiles of
-//! 16 rows.
+//! Parts that the q8 GEMM kernels of all encodings share: the description of a task, and results of tiles of 16
+//! rows.
 
 use std::cell::RefCell;
 
@@ -16,17 +16,18 @@ pub(super) struct GemmQ8Task<'a, 'y, M> {
     pub matrix: &'a M,
     pub x: &'a ActivationsQ8,
     pub group: usize,
-    /// First row, and how many tiles of rows.
+    /// The first row, and the number of row tiles.
     pub first: usize,
     pub tiles: usize,
     /// [token][row].
     pub y: &'a mut [&'y mut [f32]],
-    /// Sums of tiles of rows, [tile][token] or what suits: at least tiles times tokens of a group.
+    /// Sums of row tiles, [tile][token] or in another order that suits the kernel: at least tiles × tokens of a
+    /// group.
     pub lanes: &'a mut Vec<TileLanes>,
 }
 
 thread_local! {
-    /// Kept from task to task: it is in cache then.
+    /// Reused by the tasks of a thread, so that it stays in cache.
     static LANES: RefCell<Vec<TileLanes>> = RefCell::default();
 }
 

@@ -14,7 +14,7 @@ use crate::cpu::packed::PackedMatrix;
 
 pub use dense::dense;
 
-/// The kernels of a matrix. This is the registry: the only place that tells encodings apart.
+/// The kernels of a matrix. This registry is the only place that distinguishes encodings.
 #[must_use]
 pub fn packed<'m>(view: &'m MatrixView<'_>) -> &'m dyn PackedMatrix {
     match view {

@@ -1,5 +1,5 @@
-//! Exact kernels of encodings that store rows one after another: each yields the
-//! weights of a row in vectors; products and unpacking share that.
+//! Exact kernels of encodings that store rows one after another. An encoding yields the weights of a row in
+//! vectors, which products and unpacking use.
 
 use std::ops::Range;
 

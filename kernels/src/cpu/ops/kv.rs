@@ -16,10 +16,11 @@ pub enum KvKind {
     Q8,
 }
 
-/// Numbers per chunk of a row.
+/// Elements per chunk of a row.
 const LANES: usize = 16;
 
-/// Rows of `width` numbers, one per token, each padded with zeros to whole chunks of 16.
+/// The keys or values of one head: rows of `width` elements, one per token, each padded with zeros to whole
+/// chunks of 16.
 #[derive(Clone, Debug)]
 pub struct KvRows {
     width: usize,
@@ -59,7 +60,7 @@ impl KvRows {
         self.len == 0
     }
 
-    /// Numbers of a row with its padding: the length of vectors for [`scores`] and [`mix`].
+    /// The padded width of a row: the length of vectors for [`scores`] and [`mix`].
     #[must_use]
     pub fn padded_width(&self) -> usize {
         self.width.next_multiple_of(LANES)
@@ -68,7 +69,7 @@ impl KvRows {
     /// Appends a row.
     ///
     /// # Panics
-    /// If it has another width.
+    /// If `row` has another width.
     pub fn push(&mut self, isa: Isa, row: &[f32]) {
         assert_eq!(row.len(), self.width, "a row of the width");
         isa.run(PushTask { chunks: &mut self.chunks, row });
@@ -89,7 +90,7 @@ impl KvRows {
         }
     }
 
-    /// All rows as numbers, [rows, width], into `to`.
+    /// Decodes all rows to `to`, [rows, width].
     pub fn read(&self, isa: Isa, to: &mut Vec<f32>) {
         to.resize(self.len * self.width, 0.0);
         isa.run(ReadTask { rows: self, to });
@@ -122,7 +123,7 @@ impl Task for PushTask<'_> {
                 let max = self.row.iter().fold(0.0f32, |max, v| max.max(v.abs()));
                 let poisoned = self.row.iter().any(|v| !v.is_finite());
                 scales.push(if poisoned { f32::NAN } else { max / 127.0 });
-                // Rows so small that the inverse overflows count as zero.
+                // A row so small that the inverse overflows counts as zero.
                 if 127.0 / max < f32::MAX && !poisoned { 127.0 / max } else { 0.0 }
             }
             _ => 1.0,
@@ -140,8 +141,8 @@ impl Task for PushTask<'_> {
                 KvStorage::Q8(v, _) => {
                     let mut codes = [0; LANES];
                     for (code, number) in codes.iter_mut().zip(numbers) {
-                        // Within ±127: the product is rounded at most once. Numbers that are not finite
-                        // become 0, and the scale of the row is NaN.
+                        // Within ±127: the product is rounded at most once. Values that are not finite become
+                        // 0, and the scale of the row is NaN.
                         *code = ((number * scale).round_ties_even() as i32 + 128) as u8;
                     }
                     v.push(codes);
@@ -173,10 +174,10 @@ fn to_f16<S: Simd>(s: S, v: S::F) -> S::I {
     s.or(sign, kept)
 }
 
-/// Rows of chunks that load as numbers.
+/// Rows of chunks that load as f32.
 trait LoadRows<S: Simd> {
     fn load(&self, s: S, chunk: usize) -> S::F;
-    /// The scale of a row: a number is (loaded − [`LoadRows::OFFSET`]) · scale.
+    /// The scale of a row: an element is (loaded − [`LoadRows::OFFSET`]) · scale.
     fn scale(&self, row: usize) -> f32;
     const OFFSET: f32;
 }

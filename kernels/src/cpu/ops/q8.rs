@@ -1,5 +1,5 @@
-//! Activations of one token, as they are or quantized to 8 bits with one scale for each [`BLOCK`]
-//! columns, so that an outlier costs precision only beside it.
+//! Activations of one token, in f32 or quantized to 8 bits with one scale for each [`BLOCK`] columns, so that
+//! an outlier costs precision in its block only.
 //!
 //! With a = max |x| of a block, x is stored as q = round(127·x/a), so |x − q·a/127| ≤ a/254, and a
 //! product differs from the exact one by at most Σ_blocks a/254 · Σ|w|, apart from summation in
@@ -15,8 +15,8 @@ pub(crate) const BLOCK: usize = 128;
 /// vectors.
 pub(crate) const PAD: usize = 128;
 
-/// Activations of one token, quantized and arranged as one encoding reads them. Which fields beside
-/// the codes and the scales are in use is up to the encoding.
+/// Activations of one token, quantized and arranged as one encoding reads them. The encoding decides which
+/// fields are used besides codes and scales.
 #[derive(Default, Debug)]
 pub(crate) struct TokenQ8 {
     /// The quantized activations.
@@ -25,7 +25,7 @@ pub(crate) struct TokenQ8 {
     pub scales: Vec<f32>,
     /// Codes, or sums of them, in the order in which a kernel reads them.
     pub tables: Vec<Line>,
-    /// What sums of products begin with, for encodings with an offset.
+    /// Start values of the sums of products, for encodings with an offset.
     pub offsets: Vec<Aligned<[i32; 16]>>,
     /// `scales` repeated for each 32 columns.
     pub unit_scales: Vec<Aligned<[f32; 16]>>,
@@ -43,7 +43,7 @@ impl TokenQ8 {
     }
 }
 
-/// Reusable memory for the activations of one token, prepared for one matrix.
+/// Scratch for the activations of one token, prepared for one matrix.
 #[derive(Default, Debug)]
 pub struct GemvScratch {
     pub(crate) values: Vec<f32>,
@@ -51,8 +51,8 @@ pub struct GemvScratch {
     is_q8: bool,
 }
 
-/// Activations of one token ready for a matrix-vector product: padded, column factors applied, and
-/// quantized to 8 bits if that was asked for and the encoding has a kernel for it.
+/// Activations of one token ready for a matrix-vector product: padded, column factors applied, and quantized to
+/// 8 bits if requested and the encoding has a kernel for it.
 #[derive(Clone, Copy, Debug)]
 pub struct GemvInput<'a> {
     pub(crate) values: &'a [f32],
@@ -60,7 +60,7 @@ pub struct GemvInput<'a> {
 }
 
 impl GemvScratch {
-    /// Holds `x` as it is, for a matrix with `cols` columns.
+    /// Stores `x` without rounding, for a matrix with `cols` columns.
     ///
     /// # Panics
     /// If `x` has another length.
@@ -79,7 +79,7 @@ impl GemvScratch {
         self.input()
     }
 
-    /// What was prepared last.
+    /// The input prepared last.
     #[must_use]
     pub fn input(&self) -> GemvInput<'_> {
         GemvInput { values: &self.values, q8: self.is_q8.then_some(&self.q8) }
@@ -104,13 +104,13 @@ pub(crate) fn quantize_block<S: Bytes>(s: S, block: &[f32], codes: &mut [i8]) ->
         max = s.max(max, s.cast_f(magnitude));
         poison = s.mul_add(v, s.splat(0.0), poison);
     }
-    // What is not finite has no code: it makes the scale, and so the product, NaN.
+    // A value that is not finite has no code, so the scale, and with it the product, becomes NaN.
     if s.sum(poison).is_nan() {
         codes.fill(0);
         return f32::NAN;
     }
     let max = largest(s, max);
-    // Blocks of zeros, and such tiny ones that 127/max overflows, count as zero.
+    // Blocks of zeros, and blocks so small that 127/max overflows, count as zero.
     let inverse = if 127.0 / max < f32::MAX { 127.0 / max } else { 0.0 };
     for (codes, at) in codes.as_chunks_mut().0.iter_mut().zip((0..BLOCK).step_by(16)) {
         // Within ±127: |x| ≤ max, and the product is rounded once more at most.

@@ -5,7 +5,7 @@ use crate::cpu::ops::q8::{BLOCK, quantize_block};
 
 /// Tokens are padded with zeros to a multiple of this.
 pub(crate) const TOKENS: usize = 32;
-/// Tokens whose look-up tables lie together.
+/// Tokens whose look-up tables are stored together.
 pub(crate) const TABLE_TOKENS: usize = 8;
 /// Columns that share an offset.
 const OFFSET_COLS: usize = 32;
@@ -19,7 +19,7 @@ pub(crate) type BlockByColumn = Aligned<[[[i16; 16]; BLOCK]; TOKENS / 16]>;
 /// A look-up table for each of [`TABLE_TOKENS`] tokens.
 pub(crate) type TokenTables = Aligned<[[u8; 64]; TABLE_TOKENS]>;
 
-/// What is to be added to the sums of [`OFFSET_COLS`] columns each of a block: [32 columns][token].
+/// Offsets added to the sums of each [`OFFSET_COLS`] columns of a block: [unit of 32 columns][token].
 pub(crate) type BlockOffsets = [[i32; TOKENS]; BLOCK / OFFSET_COLS];
 
 /// How a kernel reads the activations of a batch.
@@ -28,7 +28,7 @@ pub struct Q8Layout {
     pub(crate) arrangement: Q8Arrangement,
     /// Padded tokens whose products are computed together.
     pub(crate) group: usize,
-    /// Up to so many rows, a task does better with more of them.
+    /// Rows of a task; tasks of more rows are not faster.
     pub(crate) task_rows: usize,
 }
 
@@ -36,11 +36,11 @@ pub struct Q8Layout {
 pub(crate) enum Q8Arrangement {
     /// Codes of a token side by side.
     ByToken,
-    /// The same, and for each 32 columns an offset.
+    /// [`Q8Arrangement::ByToken`], and an offset for each 32 columns.
     ByTokenWithOffsets,
     /// Codes of a column side by side.
     ByColumn,
-    /// Look-up tables, so many for each block of columns.
+    /// Look-up tables.
     Tables { per_block: usize },
 }
 
@@ -48,14 +48,14 @@ pub(crate) enum Q8Arrangement {
 /// for [`gemm_q8`](crate::gemm_q8).
 #[derive(Default, Debug)]
 pub struct ActivationsQ8 {
-    /// What the kernel reads, for each block; but one of these are empty. Whole rows of
-    /// activations would lie at multiples of a page and so in the same few places of a cache. By
-    /// [`TOKENS`] tokens:
+    /// By group of [`TOKENS`] tokens, by block of columns. Only one of `by_token`, `by_column` and `tables` is in
+    /// use. Blocks instead of whole rows, because rows at multiples of a page would compete for the same cache
+    /// sets.
     pub(crate) by_token: Vec<BlockByToken>,
     pub(crate) by_column: Vec<BlockByColumn>,
-    /// By [`TABLE_TOKENS`] tokens, the tables of each block.
+    /// For each [`TABLE_TOKENS`] tokens, the tables of each block.
     pub(crate) tables: Vec<TokenTables>,
-    /// By [`TOKENS`] tokens, for each block: the scale of each token.
+    /// By group of [`TOKENS`] tokens, by block: the scale of each token.
     pub(crate) scales: Vec<[f32; TOKENS]>,
     pub(crate) offsets: Vec<BlockOffsets>,
     pub(crate) tokens: usize,
@@ -65,16 +65,16 @@ pub struct ActivationsQ8 {
     task_rows: usize,
 }
 
-/// Activations of up to [`TOKENS`] tokens on their way into [`ActivationsQ8`].
+/// Activations of up to [`TOKENS`] tokens, and the part of [`ActivationsQ8`] that receives them.
 #[derive(Debug)]
 pub struct QuantizeChunk<'a> {
     /// [token][column].
     x: &'a [f32],
     cols: usize,
-    /// For each block; but one of them are empty.
+    /// For each block. Only one of `by_token`, `by_column` and `tables` is in use.
     by_token: &'a mut [BlockByToken],
     by_column: &'a mut [BlockByColumn],
-    /// By [`TABLE_TOKENS`] tokens, the tables of each block.
+    /// For each [`TABLE_TOKENS`] tokens, the tables of each block.
     pub(crate) tables: &'a mut [TokenTables],
     scales: &'a mut [[f32; TOKENS]],
     /// For each block; empty if the layout has none.
@@ -83,8 +83,8 @@ pub struct QuantizeChunk<'a> {
 
 impl ActivationsQ8 {
     /// Makes room for `x`, [tokens, `cols`] row-major, in the layout that
-    /// [`PackedGemmQ8::layout`](crate::PackedGemmQ8::layout) asks for, and splits the work of quantizing
-    /// it into independent chunks, all of which must be given to
+    /// [`PackedGemmQ8::layout`](crate::PackedGemmQ8::layout) returned, and splits the work of quantizing it
+    /// into independent chunks, all of which must be given to
     /// [`PackedGemmQ8::quantize`](crate::PackedGemmQ8::quantize).
     ///
     /// # Panics
@@ -117,8 +117,8 @@ impl ActivationsQ8 {
         chunks.map(chunk).collect()
     }
 
-    /// Resizes what the arrangement uses and empties the rest; returns how many tables a chunk has. What
-    /// is there already is written over, or belongs to no token.
+    /// Resizes the buffers of the arrangement and empties the others. Returns the number of tables of a chunk.
+    /// Earlier content is overwritten or belongs to no token.
     fn make_room(&mut self, arrangement: Q8Arrangement) -> usize {
         let blocks = self.blocks();
         let count = self.tokens.div_ceil(TOKENS) * blocks;
@@ -138,19 +138,19 @@ impl ActivationsQ8 {
         TOKENS / TABLE_TOKENS * blocks * per_block
     }
 
-    /// How many tokens, padding included, [`gemm_q8`](crate::gemm_q8) computes at a time.
+    /// Tokens, padding included, that [`gemm_q8`](crate::gemm_q8) computes at a time.
     #[must_use]
     pub fn group(&self) -> usize {
         self.group
     }
 
-    /// Up to how many rows a call of [`gemm_q8`](crate::gemm_q8) does better with more of them.
+    /// Rows for a call of [`gemm_q8`](crate::gemm_q8); calls with more rows are not faster.
     #[must_use]
     pub fn task_rows(&self) -> usize {
         self.task_rows
     }
 
-    /// How many times [`ActivationsQ8::group`] tokens there are.
+    /// The number of groups of [`ActivationsQ8::group`] tokens.
     #[must_use]
     pub fn groups(&self) -> usize {
         self.tokens.div_ceil(self.group.max(1))
@@ -169,8 +169,8 @@ impl QuantizeChunk<'_> {
         self.cols.div_ceil(BLOCK)
     }
 
-    /// Quantizes all tokens. `scale_columns` changes the activations of a token before that; `arrange`
-    /// gets the chunk, the block, the token and the codes, and writes what depends on the encoding.
+    /// Quantizes all tokens. `scale_columns` first changes the activations of a token. `arrange` gets the
+    /// chunk, the block, the token and the codes, and writes the fields that depend on the encoding.
     #[inline(always)]
     pub(crate) fn quantize<S: Bytes>(
         &mut self,

@@ -31,7 +31,7 @@ impl Task for DotTask<'_> {
 #[inline(always)]
 fn dot_lanes<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     if a.len() < 16 {
-        // Narrow heads: setting up vectors would cost more than the product.
+        // For narrow heads setting up vectors would cost more than the product.
         return a.iter().zip(b).fold(0.0, |sum, (a, b)| a * b + sum);
     }
     let mut acc = [s.splat(0.0); 2];
@@ -114,7 +114,7 @@ fn for_vectors<S: Simd>(s: S, a: &mut [f32], b: &[f32], f: impl Fn(S, S::F, S::F
 /// split into a power of two and a remainder for a polynomial (Cody and Waite).
 #[inline(always)]
 fn exp<S: Simd>(s: S, x: S::F) -> S::F {
-    // Outside, the result would overflow or lose its normal exponent.
+    // Outside this range the result would overflow or become subnormal.
     let x = s.min(s.max(x, s.splat(-87.3)), s.splat(88.3));
     let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
     // ln 2 in two parts, so that n·ln 2 is exact enough.
@@ -161,7 +161,7 @@ impl Task for SoftmaxTask<'_> {
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         let (vectors, tail) = self.x.as_chunks_mut::<16>();
-        // Minus infinity has no weight.
+        // Padding of minus infinity adds nothing to the sum.
         let mut last = [f32::NEG_INFINITY; 16];
         last[..tail.len()].copy_from_slice(tail);
         let mut max = s.load(&last);

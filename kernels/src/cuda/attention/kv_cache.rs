@@ -7,7 +7,7 @@ use crate::cuda::device::{Buffer, Device, KeepAlive};
 use crate::cuda::error::Result;
 use crate::cuda::launch::to_u32;
 
-/// The tokens that a cache has room for at first.
+/// The smallest capacity of a cache in tokens, unless the context is shorter.
 const FIRST_CAPACITY: usize = 256;
 
 /// The cache of a token's sequence, and the position of the token: `KvSlot` of kv_cache.cuh.
@@ -122,7 +122,7 @@ impl KvCache {
         self.memory.len()
     }
 
-    /// The tokens that it has room for.
+    /// The capacity in tokens.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity

@@ -25,16 +25,16 @@ const PREFILL_Q8: Module =
 pub(in crate::cuda) const MODULES: [Module; 5] =
     [DECODE_F32, DECODE_F16, DECODE_Q8, PREFILL_F16, PREFILL_Q8];
 
-/// `SPLIT_KEYS` and `THREADS` of attention_decode.cu, `CHUNK` of kv_cache.cuh.
+/// `SPLIT_KEYS` and `BLOCK_THREADS` of attention_decode.cu, `CHUNK` of kv_cache.cuh.
 const SPLIT_KEYS: usize = 256;
 const DECODE_THREADS: u32 = 128;
 const CHUNK: usize = 8;
-/// The widest head: a chunk per thread, four times over.
+/// The widest head, 64 chunks: at least two groups of threads then sum values.
 const MAX_WIDTH: usize = 512;
 /// The most tokens of a sequence that the decode kernel computes. So few tokens have too few rows for
 /// tensor cores, and need the splits of the decode kernel to fill the device.
 const MAX_DECODE_TOKENS: usize = 16;
-/// `ROWS`, `THREADS` and `STAGES` of attention_prefill.cu.
+/// `ROWS`, `BLOCK_THREADS` and `STAGES` of attention_prefill.cu.
 const PREFILL_ROWS: usize = 64;
 const PREFILL_THREADS: u32 = 128;
 const STAGES: usize = 3;
@@ -317,7 +317,7 @@ impl AttentionShape {
     /// which are for exact results; [`AttentionShape::plan_decode`] serves those.
     ///
     /// # Errors
-    /// As for [`AttentionShape::check`]; [`Error::Unsupported`] for more rows than kernels count to.
+    /// As for [`AttentionShape::check`]; [`Error::Unsupported`] for more than 2^30 rows.
     pub fn plan_prefill(
         &self,
         at: AttentionAddresses,

@@ -61,14 +61,14 @@ pub(super) fn gemm(memory: &SimulatedMemory, call: &GemmCall) {
 /// The upper triangle of C [n, n] += A · Aᵀ, A [n, k].
 pub(super) fn syrk(memory: &SimulatedMemory, n: i32, k: i32, a: ColumnMajor, c: ColumnMajor) {
     let a = HostMatrix::<f32>::read(memory, a, n, k);
-    let mut to = HostMatrix::<f32>::read(memory, c, n, n);
+    let mut product = HostMatrix::<f32>::read(memory, c, n, n);
     for j in 0..n {
         for i in 0..=j {
             let sum: f64 = (0..k).map(|l| f64::from(a.get(i, l)) * f64::from(a.get(j, l))).sum();
-            *to.at(i, j) += sum as f32;
+            *product.at(i, j) += sum as f32;
         }
     }
-    to.write(memory, c);
+    product.write(memory, c);
 }
 
 /// Replaces the upper triangle of A [n, n] by that of U with Uᵀ U = A. Returns 0, or the order of the first

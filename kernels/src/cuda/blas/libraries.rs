@@ -143,7 +143,7 @@ impl OpenLibrary {
                 Ok(library) => {
                     Self::start(library, names, device, stream).map_err(|e| e.to_string())
                 }
-                // The loader does not have to know the name.
+                // The loader may not find this name; the next one is tried.
                 Err(_) if !path.is_absolute() => continue,
                 Err(e) => Err(e.to_string()),
             };
@@ -210,15 +210,15 @@ impl Drop for OpenLibrary {
     }
 }
 
-/// cuSOLVER with its work space.
+/// cuSOLVER with its workspace.
 #[derive(Debug)]
 struct Cusolver {
     opened: OpenLibrary,
-    work: Buffer<f64>,
+    workspace: Buffer<f64>,
     info: Buffer<i32>,
 }
 
-/// Both libraries for one device. cuSOLVER is loaded when it is needed first.
+/// Both libraries for one device. cuSOLVER is loaded on first use.
 #[derive(Debug)]
 pub(super) struct CudaLibraries {
     cublas: OpenLibrary,
@@ -354,28 +354,28 @@ impl CudaLibraries {
             Some(solver) => solver,
             None => Cusolver {
                 opened: OpenLibrary::new(&CUSOLVER, device)?,
-                work: device.zeros("a factorization", 0)?,
+                workspace: device.zeros("a factorization", 0)?,
                 info: device.zeros("a factorization", 1)?,
             },
         };
         let solver = self.cusolver.insert(solver);
         device.raw_stream()?;
         let handle = solver.opened.handle;
-        let mut work = 0;
+        let mut length = 0;
         let size: Symbol<'_, DpotrfSizeFn> =
             solver.opened.symbol(c"cusolverDnDpotrf_bufferSize")?;
         // SAFETY: the signature is that of cusolverDn.h. The matrix is not read.
-        let code = unsafe { size(handle, UPPER, n, a.address, a.stride, &raw mut work) };
+        let code = unsafe { size(handle, UPPER, n, a.address, a.stride, &raw mut length) };
         solver.opened.check("plan a factorization", code)?;
-        let needed = usize::try_from(work).unwrap_or(0);
-        if needed > solver.work.len() {
-            solver.work = device.zeros("a factorization", needed)?;
+        let needed = usize::try_from(length).unwrap_or(0);
+        if needed > solver.workspace.len() {
+            solver.workspace = device.zeros("a factorization", needed)?;
         }
         let potrf: Symbol<'_, DpotrfFn> = solver.opened.symbol(c"cusolverDnDpotrf")?;
-        let (space, info) = (solver.work.address(), solver.info.address());
-        // SAFETY: the signature is that of cusolverDn.h. The caller guarantees the matrix, the work space is
-        // as large as the library asked for, and there is room for one integer.
-        let code = unsafe { potrf(handle, UPPER, n, a.address, a.stride, space, work, info) };
+        let (workspace, info) = (solver.workspace.address(), solver.info.address());
+        // SAFETY: the signature is that of cusolverDn.h. The caller guarantees the matrix, the workspace
+        // is as large as the library requires, and there is room for one integer.
+        let code = unsafe { potrf(handle, UPPER, n, a.address, a.stride, workspace, length, info) };
         solver.opened.check("factorize", code)?;
         let mut found = [0];
         solver.info.read(&mut found)?;

@@ -36,8 +36,7 @@ impl Blas {
     /// Loads the libraries and opens them for `device`.
     ///
     /// # Errors
-    /// [`Error::Library`] if cuBLAS is not installed or does not work. cuSOLVER is loaded when it is
-    /// needed first.
+    /// [`Error::Library`] if cuBLAS is not installed or does not work. cuSOLVER is loaded on first use.
     pub fn new(device: &Device) -> Result<Self> {
         let backend = match device.simulated_memory() {
             Some(_) => BlasBackend::Host,

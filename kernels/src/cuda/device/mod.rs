@@ -19,7 +19,7 @@ mod tests {
 
     /// A machine without a device reports why; on a machine with one, the device opens.
     #[test]
-    fn a_machine_without_a_device_says_why() {
+    fn a_machine_without_a_device_reports_why() {
         match devices() {
             Err(e) => {
                 let text = e.to_string();

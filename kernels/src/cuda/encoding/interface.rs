@@ -1,4 +1,4 @@
-//! What the host needs to know about the kernels of one encoding.
+//! The host's description of the kernels of one encoding.
 
 use crate::cuda::error::Result;
 use crate::cuda::module::Module;
@@ -26,13 +26,13 @@ pub(in crate::cuda) trait CudaEncoding {
     fn gemm(&self, precision: PrefillPrecision) -> Option<GemmKernels>;
 }
 
-/// What is uploaded for a matrix of one encoding. The format's view of it implements this trait.
+/// The payload of a matrix of one encoding, as uploaded. The format's view of the matrix implements this trait.
 pub(in crate::cuda) trait PackedView {
-    /// Where the segments of the payload are, and the numbers that kernels need with them. The
-    /// caller fills in rows and columns.
+    /// The offsets of the segments of the payload, and the parameters that kernels need. The caller fills in
+    /// rows and columns.
     ///
     /// # Errors
-    /// [`crate::cuda::Error::Unsupported`] for sizes beyond what kernels count to.
+    /// [`crate::cuda::Error::Unsupported`] for sizes above 2^30.
     fn layout(&self, payload: PayloadStart) -> Result<MatrixLayout>;
 }
 
@@ -45,8 +45,8 @@ pub struct MatrixParams {
     pub(in crate::cuda) layout: MatrixLayout,
 }
 
-/// Where the segments of a payload are. The meaning of all fields but the first three is the
-/// encoding's own.
+/// The offsets of the segments of a payload. The encoding defines the meaning of all fields but the first
+/// three.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(in crate::cuda) struct MatrixLayout {

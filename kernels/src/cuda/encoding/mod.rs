@@ -36,7 +36,7 @@ macro_rules! registry {
             }
         }
 
-        /// Where the segments of a matrix' payload are.
+        /// The offsets of the segments of a matrix' payload.
         fn layout(view: &MatrixView<'_>, payload: PayloadStart) -> Result<MatrixLayout> {
             match view {
                 $(MatrixView::$encoding(view) => view.layout(payload),)*

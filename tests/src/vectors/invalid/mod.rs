@@ -1,4 +1,4 @@
-//! Files that every reader refuses, each because of one rule.
+//! Files that every reader must refuse, each because of one rule.
 
 mod order;
 mod payloads;

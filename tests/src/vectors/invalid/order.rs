@@ -1,4 +1,4 @@
-//! Files that break several rules at once. Readers name only the first in the order of container §4.
+//! Files that break several rules at once. Readers report only the first in the order of container §4.
 
 use stb_format::encoding::{Dense, Encoding, Stbllm, StbllmParts};
 use stb_format::half::f16;
@@ -160,7 +160,7 @@ fn masks(list: &mut VectorList) {
     );
 }
 
-/// Bits that nothing uses, in every kind of segment.
+/// Unused bits in every kind of segment.
 fn unused(list: &mut VectorList) {
     let mut edit = |name: &str, about, base: &[u8], at: usize, bits: u8| {
         let bytes = edit_payload(base, 0, |p| p[at] |= bits);

@@ -297,7 +297,7 @@ pub(super) fn encodings(list: &mut VectorList) {
         t[16 + 6] = 3;
         put64(t, 16 + 48, 1);
     });
-    list.add(Rule::EncodingShape, "nm-3-dims", "joint codes of three dimensions", deep);
+    list.add(Rule::EncodingShape, "nm-3-dims", "N:M codes of three dimensions", deep);
     let other = with_table(&int_file(2, 4, 40), |t| t[32] = 3);
     list.add(Rule::TensorLength, "odd-3-bits", "payload of 2 bits, parameters of 3", other);
     let other = with_table(&nm, |t| t[32] = 2);

@@ -11,9 +11,10 @@ use super::{AMX, Avx512, VBMI, enter, enter_vbmi};
 
 impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     type B = __m512i;
-    /// From level `VBMI`: 16 sums, and nothing. Without: 16-bit sums of rows 0 to 7 and 8 to 15, by lane.
+    /// From level `VBMI` on: 16 sums, and an unused register. Below: 16-bit sums of rows 0 to 7 and 8 to 15, by
+    /// lane.
     type Acc = [__m512i; 2];
-    /// Sums of four, or 16-bit ones of neighbors below VBMI.
+    /// Sums of four products; below `VBMI`, 16-bit sums of two neighbors.
     type Small = __m512i;
     type H = __m256i;
     const WIDE: bool = LEVEL >= VBMI;
@@ -185,11 +186,11 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     fn dot2(self, acc: Self::Acc, a: __m512i, b: __m512i) -> Self::Acc {
         let one = self.splat_b(1);
         if LEVEL >= VBMI {
-            // The four lanes of a row lie side by side: times one, added.
+            // The four lanes of a row are neighbors: multiplies them by one and adds.
             let sums = values!(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[0], one, a), one, b));
             return [sums, acc[1]];
         }
-        // a and b of a row side by side, times one, added.
+        // Interleaves a and b, multiplies by one and adds neighbors.
         values!([
             _mm512_add_epi16(acc[0], _mm512_maddubs_epi16(one, _mm512_unpacklo_epi8(a, b))),
             _mm512_add_epi16(acc[1], _mm512_maddubs_epi16(one, _mm512_unpackhi_epi8(a, b))),
@@ -201,7 +202,7 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
         if LEVEL >= VBMI {
             return acc[0];
         }
-        // Lanes 0 and 2, 1 and 3: their 16-bit sums are within ±508 · 64. Then both, in 32 bits.
+        // Adds lanes 0 and 2, 1 and 3: their 16-bit sums are within ±508 · 64. Then adds both, in 32 bits.
         values!({
             let rows_low = _mm256_add_epi16(
                 _mm512_castsi512_si256(acc[0]),

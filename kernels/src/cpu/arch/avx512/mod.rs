@@ -16,7 +16,7 @@ use super::simd::Simd;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Avx512<const LEVEL: u8>(());
 
-/// The set and no more.
+/// F, BW, DQ and VL only.
 pub(crate) const BASE: u8 = 0;
 /// With VBMI and VNNI.
 pub(crate) const VBMI: u8 = 1;

@@ -127,7 +127,7 @@ impl<const DOT: bool> Simd for Neon<DOT> {
 
     #[inline(always)]
     fn max(self, a: Floats4x4, b: Floats4x4) -> Floats4x4 {
-        // Not the instruction for the maximum: it gives NaN for NaN and 0 for −0.
+        // The maximum instruction would give NaN for NaN and 0 for −0.
         let greater = each!(vcgtq_f32, a, b);
         each!(vbslq_f32, greater, a, b)
     }
@@ -290,7 +290,7 @@ impl<const DOT: bool> Simd for Neon<DOT> {
 
     #[inline(always)]
     fn deposit(self, bits: u64, mask: u64) -> u64 {
-        // There is no such instruction: four positions at a time from a table.
+        // NEON has no such instruction: a table gives four positions at a time.
         let (mut out, mut bits) = (0, bits);
         for at in (0..64).step_by(4) {
             let mask = (mask >> at & 15) as usize;

@@ -89,7 +89,7 @@ fn single_bits(plane: &[u8], unit: usize) -> [u8; UNIT] {
     line
 }
 
-/// The same for 2 bits.
+/// The numbers of a unit in a plane of 2 bits, in the order of columns.
 #[inline(always)]
 fn pairs_of_bits(plane: &[u8], unit: usize) -> [u8; UNIT] {
     let word = u64::from_le_bytes(*bytes(plane, unit * 8, &mut [0; 8]));

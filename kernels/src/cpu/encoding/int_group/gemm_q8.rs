@@ -28,7 +28,7 @@ const UNITS: usize = BLOCK / UNIT;
 /// Words of four columns of a unit.
 const WORDS: usize = UNIT / 4;
 
-/// Quantizes some tokens, with the offsets of codes.
+/// Quantizes a chunk of tokens and computes their offsets.
 pub(super) struct IntQuantize<'c, 'x> {
     pub spec: IntGroup,
     pub chunk: &'c mut QuantizeChunk<'x>,
@@ -71,7 +71,8 @@ impl Task for IntGemmQ8<'_, '_> {
     }
 }
 
-/// `K` tokens at a time, `G` units of columns with one scale. Sums are [tile][tokens together][token].
+/// Computes `K` tokens at a time. `G` units of columns share a scale. Sums are [tile][group of `K`
+/// tokens][token].
 #[inline(always)]
 fn all_tiles<S: Bytes, const K: usize, const G: usize>(
     s: S,
@@ -155,7 +156,7 @@ fn words<S: Bytes>(s: S, planes: &[&[u8]; ROW_TILE], at: usize) -> [S::B; 4] {
     s.transpose_words(vectors)
 }
 
-/// Some blocks of a tile.
+/// Some blocks of a tile, expanded to bytes.
 #[derive(Clone)]
 struct ExpandedTile {
     /// By unit, by word of four columns: the four bytes of each row.
@@ -194,7 +195,7 @@ impl ExpandedTile {
         }
     }
 
-    /// A unit takes four words; columns k and k + 16 are in byte k.
+    /// Expands codes of 4 bits. A unit takes four words; columns k and k + 16 are in byte k.
     #[inline(always)]
     fn fours<S: Bytes>(&mut self, s: S, planes: &[&[u8]; ROW_TILE], unit: usize) {
         let mask = s.splat_b(15);
@@ -206,7 +207,8 @@ impl ExpandedTile {
         }
     }
 
-    /// Twice the number. A unit takes two words; columns k, k + 8, k + 16 and k + 24 are in byte k.
+    /// Expands codes of 2 bits to twice the number. A unit takes two words; columns k, k + 8, k + 16 and k + 24
+    /// are in byte k.
     #[inline(always)]
     fn twos<S: Bytes>(&mut self, s: S, planes: &[&[u8]; ROW_TILE], unit: usize) {
         let mask = s.splat_b(6);
@@ -225,8 +227,8 @@ impl ExpandedTile {
         }
     }
 
-    /// Twice the number; or, if `added`, eight times the number, added to what is there. A unit takes a word;
-    /// columns k, k + 4, … are in byte k.
+    /// Expands codes of 1 bit to twice the number or, if `added`, adds eight times the number to the bytes. A
+    /// unit takes a word; columns k, k + 4, … are in byte k.
     #[inline(always)]
     fn ones<S: Bytes>(&mut self, s: S, planes: &[&[u8]; ROW_TILE], unit: usize, added: bool) {
         let mask = s.splat_b(if added { 8 } else { 2 });

@@ -50,10 +50,10 @@ impl Task for IntPrepareQ8<'_> {
     }
 }
 
-/// Arranges quantized activations for the codes of `spec`. The tables are, for each stride, the
-/// activations of each field of each vector; for 8 bits, the positive ones and the magnitudes of the
-/// negative ones. Offsets are what the sums of each vector of the first plane begin with; for 4 bits those
-/// of a stride. Scales of units are in the order of [`UNITS_BY_PLACE`].
+/// Arranges quantized activations for the codes of `spec`. The tables are, for each stride, the activations of
+/// each field of each vector; for 8 bits, the positive ones and the magnitudes of the negative ones. Offsets
+/// are the start values of the sums of each vector of the first plane; for 4 bits, of each stride. Scales of
+/// units are in the order of [`UNITS_BY_PLACE`].
 fn arrange(spec: IntGroup, x: &mut TokenQ8) {
     let TokenQ8 { codes, scales, tables, offsets, unit_scales } = x;
     tables.clear();
@@ -99,7 +99,7 @@ fn fields(line: &[i8; STRIDE], width: usize, tables: &mut Vec<Line>) {
     }
 }
 
-/// The same for 4 bits, where word w of every unit is in vector w, at the unit's place.
+/// [`fields`] for 4 bits, where word w of every unit is in vector w, at the unit's place.
 fn fields_of_4_bits(line: &[i8; STRIDE], tables: &mut Vec<Line>) {
     let units = line.as_chunks::<UNIT>().0;
     for (word, field) in (0..4).flat_map(|word| [(word, 0), (word, 1)]) {
@@ -322,7 +322,7 @@ fn row_of_4_bits<S: Bytes, const T: usize>(
     sums
 }
 
-/// `whole`, which are the first pieces of `bytes`, and the rest of `bytes` as a piece padded with zeros.
+/// Returns `whole`, the complete pieces of `bytes`, and the rest of `bytes` as a piece padded with zeros.
 #[inline(always)]
 fn padded<'a, P: ZeroPadded>(whole: &'a [P], bytes: &[u8]) -> (&'a [P], P) {
     let mut last = P::ZERO;
@@ -383,7 +383,7 @@ fn dots<S: Bytes, const WIDTH: usize, const TABLES: usize>(
             add!(6: 2 s.shr_b::<3>(codes), 3 s.shr_b::<5>(codes));
         }
         _ => {
-            // First the products with magnitudes of negative activations, negated: −n = !(n − 1).
+            // Negates the products with magnitudes of negative activations: −n = !(n − 1).
             let ones = s.splat_i(u32::MAX);
             let negative = s.dot4(ones, s.load_b(&tables[1]), codes);
             let start = s.add_i(start, s.xor(negative, ones));

@@ -66,7 +66,7 @@ fn copy_planes(from: &[[u8; 64]], count: usize, to: &mut [[u8; 64]]) {
 #[derive(Clone, Copy)]
 pub(super) struct CodePlanes<'a, const BITS: usize> {
     pub chunk: &'a [[u8; 64]; BITS],
-    /// Which one: 0 or 1.
+    /// Which half: 0 or 1.
     pub half: usize,
     /// Whether bytes are moved to the order of [`Bytes::arrange`], or stay as stored.
     pub arranged: bool,
@@ -148,7 +148,7 @@ fn positions_of_4<S: Bytes, const BITS: usize>(s: S, planes: CodePlanes<'_, BITS
     index
 }
 
-/// The bits of `ones` at bit 2.
+/// The sign of each quad's codes at bit 2.
 #[inline(always)]
 fn signs_at_2<S: Bytes, const BITS: usize>(s: S, planes: CodePlanes<'_, BITS>) -> [S::B; PART] {
     let (sign, four) = (planes.ones(s), s.splat_b(4));

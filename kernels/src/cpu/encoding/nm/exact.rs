@@ -138,7 +138,7 @@ fn add_quad<S: Simd, const N: usize, const M: usize, const T: usize>(
     }
 }
 
-/// Where the codes of a quad lie in a tile: byte, shift and width for each plane.
+/// The position of the codes of a quad in a tile: byte, shift and width for each plane.
 struct CodePlace {
     byte: [usize; 3],
     shift: [u32; 3],

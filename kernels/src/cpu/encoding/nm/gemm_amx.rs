@@ -130,7 +130,7 @@ impl<S: Bytes> CodePatterns<S> {
         for (p, to) in to.0.chunks_exact_mut(words).enumerate() {
             let part = block * parts + p;
             if part * PART >= quads {
-                // Activations are zero there.
+                // Activations past the last column are zero.
                 to.fill([0; 64]);
                 continue;
             }

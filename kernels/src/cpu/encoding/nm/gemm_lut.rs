@@ -29,7 +29,7 @@ const TOGETHER: usize = TABLE_TOKENS;
 /// Blocks of columns whose tables fit in the L1 cache: whole chunks of codes.
 const DEPTH: usize = 4;
 
-/// Writes the tables of token `t` (of those that lie together) for a block of columns to `to`, one for each
+/// Writes the tables of token `t` of a group of [`TABLE_TOKENS`] for a block of columns to `to`, one for each
 /// quad.
 #[inline(always)]
 pub(super) fn arrange<const M: usize>(codes: &[i8; BLOCK], t: usize, to: &mut [TokenTables]) {
@@ -59,7 +59,7 @@ pub(super) fn run<S: Bytes>(s: S, task: GemmQ8Task<'_, '_, NmView<'_>>, scratch:
     });
 }
 
-/// Sums are [tokens together][tile][token][row]. A block of a tile looks up `INDICES` vectors.
+/// Sums are [group of tokens][tile][token][row]. A block of a tile looks up `INDICES` vectors.
 #[inline(always)]
 fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const INDICES: usize>(
     s: S,
@@ -100,7 +100,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize, const 
     }
 }
 
-/// 16 rows of some blocks of columns.
+/// A tile of 16 rows, over some blocks of columns.
 trait LutRows {
     /// The indices of the first and of the second weight of each group, in half of a chunk, in the order of
     /// [`Bytes::arrange`].
@@ -110,7 +110,7 @@ trait LutRows {
     fn steps<S: Bytes>(&self, s: S, block: usize) -> S::F;
 }
 
-/// A tile as it is stored, from block `first_block` on.
+/// A tile as stored, from block `first_block` on.
 struct StoredTile<'a, const N: usize, const M: usize, const BITS: usize> {
     /// See [`codes::chunks`].
     whole: &'a [[[u8; 64]; BITS]],
@@ -163,7 +163,7 @@ impl<const N: usize, const M: usize, const BITS: usize> LutRows for StoredTile<'
     }
 }
 
-/// Reusable memory for the indices and scales of tiles.
+/// Scratch for the indices and scales of tiles.
 #[derive(Default)]
 pub(super) struct LutScratch {
     indices: Vec<Line>,
@@ -241,7 +241,7 @@ struct LutTokens<'a> {
     tables: &'a [TokenTables],
     /// Scales of activations times the size of a step of the rows' scales: [block][token].
     factors: [[f32; TOGETHER]; DEPTH],
-    /// How many blocks.
+    /// The number of blocks.
     count: usize,
     first: bool,
     last: bool,

@@ -1,6 +1,6 @@
-//! Products of N:M codes with many q8 tokens. Each output is computed by the same operations as in the
-//! product for one token, so a token has the same result alone and in a batch. The instruction set and the
-//! number of tokens decide on the fastest way, see [`GemmPath`].
+//! Products of N:M codes with many q8 tokens. Each output is computed by the same operations as in the product
+//! for one token, so a token has the same result alone and in a batch. The fastest path depends on the
+//! instruction set and the number of tokens, see [`GemmPath`].
 
 use std::cell::RefCell;
 

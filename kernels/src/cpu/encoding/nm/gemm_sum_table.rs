@@ -110,7 +110,7 @@ fn index<S: Bytes, const N: usize, const M: usize, const BITS: usize, const UNIT
     for (p, to) in vectors.chunks_exact_mut(UNITS / QUAD / parts).enumerate() {
         let part = block * parts + p;
         if part * PART >= quads {
-            // Activations are zero there.
+            // Activations past the last column are zero.
             to.fill([0; 64]);
             continue;
         }
@@ -175,7 +175,7 @@ fn build<S: Bytes, const N: usize, const M: usize, const ENTRIES: usize>(
     }
 }
 
-/// Entries by position, above it the sign.
+/// Entries by position, and by the sign in the bit above.
 #[inline(always)]
 fn signed<S: Bytes, const M: usize>(s: S, x: &[TokenSums; M], to: &mut [TokenSums]) {
     let (plus, minus) = to.split_at_mut(M);
@@ -185,8 +185,8 @@ fn signed<S: Bytes, const M: usize>(s: S, x: &[TokenSums; M], to: &mut [TokenSum
     }
 }
 
-/// Entries by i + M·j, above them the sign s: s·x_i, plus s·x_j if i < j, minus s·x_j if i > j
-/// (spec/encodings.md, "Joint codes").
+/// Entries by i + M·j, and by the sign s in the bit above: s·x_i, plus s·x_j if i < j, minus s·x_j if i > j
+/// (spec/encodings.md, section 5).
 #[inline(always)]
 fn pairs<S: Bytes, const M: usize>(s: S, x: &[TokenSums; M], to: &mut [TokenSums]) {
     let zero = s.load_h(&[0; 16]);

@@ -167,7 +167,7 @@ fn tiles<
     for t in 0..T {
         codes[t] = m.tile_codes(tile + t).as_chunks().0;
         steps[t] = BlockScales::of(m, tile + t);
-        steps[t].prefetch_behind(s, T);
+        steps[t].prefetch_ahead(s, T);
     }
     // The next tiles follow in memory.
     let ahead = T * codes[0].len() * 64;
@@ -204,7 +204,7 @@ fn tiles<
     totals
 }
 
-/// Walks over the blocks of columns and applies their scales.
+/// The position in the blocks of columns, which applies their scales.
 struct BlockCursor<'a, const T: usize> {
     steps: [BlockScales<'a>; T],
     /// Blocks of activations per block of weights; 0 if there are no block scales.

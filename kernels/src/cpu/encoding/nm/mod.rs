@@ -18,8 +18,8 @@ use crate::cpu::ops::q8::{BLOCK, GemvInput, GemvScratch};
 use crate::cpu::packed::{ActivationLayout, PackedGemmQ8, PackedMatrix, UnpackBlock};
 use crate::isa::Isa;
 
-/// Whether there are kernels for q8 activations: one scale of activations belongs to one scale of
-/// weights; no blocks (0) are fine.
+/// Whether there are kernels for q8 activations. Blocks of weights have to be whole blocks of activations; 0
+/// (no blocks) is fine.
 fn has_q8(matrix: &NmView<'_>) -> bool {
     matrix.spec.block().is_multiple_of(BLOCK)
 }

@@ -54,9 +54,9 @@ impl<'a> BlockScales<'a> {
         }
     }
 
-    /// Prefetches the codes of the tile that comes `tiles` later.
+    /// Prefetches the codes of the tile `tiles` after this one.
     #[inline(always)]
-    pub(super) fn prefetch_behind<S: Bytes>(&self, s: S, tiles: usize) {
+    pub(super) fn prefetch_ahead<S: Bytes>(&self, s: S, tiles: usize) {
         let codes = self.four.as_flattened();
         for line in (0..codes.len()).step_by(64) {
             s.prefetch(codes.as_ptr().wrapping_add(tiles * codes.len() + line));

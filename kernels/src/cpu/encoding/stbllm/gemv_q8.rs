@@ -105,12 +105,12 @@ fn gemv<S: Bytes>(s: S, m: &StbllmView<'_>, x: &TokenQ8, first: usize, y: &mut [
 struct RowTile<'a> {
     m: &'a StbllmView<'a>,
     row: usize,
-    /// How many, up to 16.
+    /// The number of rows, at most 16.
     rows: usize,
 }
 
-/// A block of 16 rows, decoded. Rows and units that do not exist keep earlier content: results of such rows
-/// are not used, and the tables of such columns are zero.
+/// A block of 16 rows, decoded. Rows and units past the end of the matrix keep earlier content: results of such
+/// rows are not used, and the tables of such columns are zero.
 struct TilePlanes<S: Bytes> {
     /// Low and high bits of states and negative signs, of one unit.
     words: [[u64; ROW_TILE]; 3],

@@ -10,7 +10,7 @@ use crate::cpu::ops::q8::{BLOCK, GemvInput, GemvScratch};
 use crate::cpu::packed::{ActivationLayout, PackedMatrix, UnpackBlock};
 use crate::isa::Isa;
 
-/// Whether there is a kernel for q8 activations: one scale of activations belongs to one of weights.
+/// Whether there is a kernel for q8 activations. Blocks of weights have to be whole blocks of activations.
 fn has_q8(matrix: &StbllmView<'_>) -> bool {
     matrix.spec.block().is_multiple_of(BLOCK)
 }
