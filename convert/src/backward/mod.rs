@@ -1,4 +1,4 @@
-//! Gradients: of a decoder layer, and of the loss of the whole model.
+//! Gradients of a decoder layer and of the whole model.
 
 mod attention;
 mod layer;
@@ -8,4 +8,4 @@ mod record;
 
 pub(crate) use layer::{LayerFisher, Pass};
 pub(crate) use matrix::{DenseLayer, Matrix, decode_layer};
-pub(crate) use model::{Ends, logits, logits_back, through};
+pub(crate) use model::{TableStatistics, backpropagate, logits, logits_backward};

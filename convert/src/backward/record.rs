@@ -19,7 +19,7 @@ pub(super) struct Recording {
     pub inputs: InputMap<Vec<f32>>,
     /// The residual stream before attention, then before the MLP.
     pub residuals: Vec<Vec<f32>>,
-    /// Queries and keys (rotated), values, gate, up.
+    /// Queries and keys after RoPE, values, gate and up.
     pub block: BlockScratch<Vec<f32>>,
     /// The output of the layer, [tokens, hidden].
     pub out: Vec<f32>,
@@ -42,7 +42,7 @@ struct RecordingOps<'a> {
 }
 
 impl RecordingOps<'_> {
-    /// Computes and keeps what a linear layer reads.
+    /// Computes and keeps the input of a linear layer.
     fn keep(&mut self, input: LinearInput, x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>) {
         self.inputs[input] = match x {
             BlockInput::Plain(x) => x.clone(),

@@ -5,7 +5,7 @@ use stb_kernels::cuda::{Buffer, GemmSize, Operand, OperandMut};
 use stb_kernels::{Isa, Panels};
 use stb_runtime::Result;
 
-use crate::compute::{Accelerator, Compute, fetch_columns, upload};
+use crate::compute::{Accelerator, Compute, download_columns, upload};
 use crate::hessian::Factor;
 use crate::products::{TASK_ROWS, product};
 
@@ -97,7 +97,7 @@ impl<'a> Compensation<'a> {
         let size = GemmSize { m: rows, n: cols - later, k: width };
         let to = OperandMut::new(&mut device.weights, later, cols);
         dense.blas().multiply(size, -1.0, left, right, 1.0, to)?;
-        fetch_columns(dense, &device.weights, weights, cols, later, ahead.min(cols - later))
+        download_columns(dense, &device.weights, weights, cols, later, ahead.min(cols - later))
     }
 }
 

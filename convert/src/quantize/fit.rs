@@ -6,7 +6,7 @@ use stb_kernels::cuda::{Buffer, GemmSize, MatrixSize, Operand, OperandMut};
 use stb_runtime::Result;
 
 use super::quantizer::Input;
-use crate::compute::{Accelerator, download, fetch_columns, upload};
+use crate::compute::{Accelerator, download, download_columns, upload};
 use crate::products::{TASK_ROWS, product, product_of};
 
 /// A linear layer with its Hessian, on the device if there is one.
@@ -96,7 +96,7 @@ impl<'a> Fitting<'a> {
             OperandMut::new(&mut residual, 0, cols),
         )?;
         let mut values = vec![0.0; target.len()];
-        fetch_columns(dense, &residual, &mut values, cols, 0, block.min(cols))?;
+        download_columns(dense, &residual, &mut values, cols, 0, block.min(cols))?;
         Ok(Residual { fitting: self, values, device: Some(residual) })
     }
 
@@ -243,7 +243,7 @@ impl Residual<'_> {
                 OperandMut::new(residual, later, cols),
             )?;
             let next = width.min(cols - later);
-            return fetch_columns(dense, residual, &mut self.values, cols, later, next);
+            return download_columns(dense, residual, &mut self.values, cols, later, next);
         }
         let isa = input.compute.isa;
         let mut panels = Panels::default();
