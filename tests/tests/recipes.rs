@@ -219,7 +219,7 @@ fn a_killed_conversion_goes_on_and_gives_the_same_bytes() {
             killed(&out, &options, || work.join(format!("layer-{layer:05}")).exists());
         }
         let run = finished(&out, &options);
-        assert!(run.err.contains("going on after"), "{}", run.err);
+        assert!(run.err.contains("resuming after"), "{}", run.err);
         let _ = run.success();
         assert!(std::fs::read(&out).unwrap() == whole, "{recipe}: other bytes");
         assert!(!work.exists(), "{recipe}: the folder was left");
@@ -273,7 +273,7 @@ fn distillation_moves_scales_and_norms_only() {
         let work = folder.path().join(format!(".{recipe}-tuned.stb.unfinished"));
         killed(&out, &options, || work.join("layer-00003").exists());
         let run = finished(&out, &options);
-        assert!(run.err.contains("going on after"), "{}", run.err);
+        assert!(run.err.contains("resuming after"), "{}", run.err);
         let divergences = divergences(&run.err);
         let _ = run.success();
         assert!(divergences[1] < 0.95 * divergences[0], "{recipe}: {divergences:?}");

@@ -24,7 +24,7 @@ pub(super) struct Run<'a> {
     pub(super) workspace: &'a mut Workspace,
     pub(super) reports: Vec<TensorReport>,
     pub(super) layers: Vec<LayerReport>,
-    /// Times of the layer in progress; outside the layers, of the tensors outside.
+    /// Times of the decoder layer in progress, or of the tensors outside the layers.
     pub(super) stages: Stages,
     /// Layers that an interrupted run had finished.
     pub(super) resumed: usize,
@@ -35,22 +35,23 @@ pub(super) struct Run<'a> {
 pub(super) struct Hidden {
     /// After the layers that have been quantized.
     pub(super) quantized: States,
-    /// After the same layers, only pruned: for masks from a pruning pass over the whole model.
+    /// After the same layers, pruned only: for masks from a pruning pass over the whole model.
     pub(super) pruned: States,
-    /// After the same layers of the dense model, for targets from it.
+    /// After the same layers of the dense model, for targets from the dense model.
     pub(super) dense: States,
 }
 
 impl Hidden {
-    /// All of them, to be kept for a later run.
-    pub(super) fn all(&mut self) -> [&mut States; 3] {
+    /// All streams, for saving and resuming.
+    pub(super) fn fields(&mut self) -> [&mut States; 3] {
         [&mut self.quantized, &mut self.pruned, &mut self.dense]
     }
 }
 
 /// A tensor that has been quantized.
-pub(super) struct Done {
+pub(super) struct QuantizedTensor {
     pub(super) packed: Packed,
+    /// Its relative error.
     pub(super) error: f64,
     pub(super) seconds: f64,
 }
@@ -73,9 +74,9 @@ impl<'a> Run<'a> {
     }
 
     /// Writes a finished tensor and reports it.
-    pub(super) fn write(&mut self, tensor: &TensorPlan, done: &Done) -> anyhow::Result<()> {
+    pub(super) fn write(&mut self, tensor: &TensorPlan, done: &QuantizedTensor) -> anyhow::Result<()> {
         let target = self.job.target;
-        let Done { packed, error, seconds } = done;
+        let QuantizedTensor { packed, error, seconds } = done;
         self.stages.quantizer.add(&packed.seconds);
         let writing = Instant::now();
         self.writer

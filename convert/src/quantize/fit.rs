@@ -1,4 +1,4 @@
-//! Fitting quantized weights to the layer's output: scales in closed form, and the residual while codes change.
+//! Fits quantized weights to the layer's output: scales in closed form, and the residual while codes change.
 
 use rayon::prelude::*;
 use stb_kernels::Panels;
@@ -24,7 +24,7 @@ pub(super) struct DeviceHessian<'a> {
 /// (W − Q) · H, [rows, cols], while Q changes block by block of columns.
 pub(super) struct Residual<'a> {
     fitting: &'a Fitting<'a>,
-    /// Valid from the current block of columns on; with a device, in that block only.
+    /// Valid from the current block of columns on; on a device, in that block only.
     pub values: Vec<f32>,
     device: Option<Buffer<f32>>,
 }
@@ -38,6 +38,8 @@ pub(super) struct DeviceError<'a> {
 }
 
 impl<'a> Fitting<'a> {
+    /// Copies the Hessian to the device, if there is one.
+    ///
     /// # Errors
     /// [`stb_runtime::Error::Device`].
     pub(super) fn new(input: &'a Input<'a>) -> Result<Self> {
@@ -69,7 +71,8 @@ impl<'a> Fitting<'a> {
         download(&out, weights.len())
     }
 
-    /// (W − Q) · H: `target` is W·H, `weights` Q, both [rows, cols]. Blocks are of up to `block` columns.
+    /// The residual (W − Q) · H; `target` is W·H and `weights` Q, both [rows, cols]. The blocks of
+    /// [`Residual::update`] have up to `block` columns.
     pub(super) fn residual(
         &self,
         weights: &[f32],
@@ -100,14 +103,14 @@ impl<'a> Fitting<'a> {
         Ok(Residual { fitting: self, values, device: Some(residual) })
     }
 
-    /// The device, if there is one.
+    /// The Hessian on the device, if there is one.
     pub(super) fn on_device(&self) -> Option<&DeviceHessian<'a>> {
         self.device.as_ref()
     }
 
-    /// The scales that minimize the output error of weights that are `units`, [rows, cols], times a scale for
-    /// every `span` columns of a row: per row the small system (Tᵀ H T) α = Tᵀ H w, T the units by block.
-    /// `target` is W·H. A row whose system is singular keeps its `scales`, [rows, blocks].
+    /// Replaces `scales`, [rows, blocks], by those that minimize the output error of `units`, [rows, cols], times one
+    /// scale per `span` columns of a row. Solves (Tᵀ H T) α = Tᵀ H w for each row, where T has the units of block b in
+    /// column b. `target` is W·H. A row with a singular system keeps its scales.
     pub(super) fn best_scales(
         &self,
         units: &[f32],
@@ -154,8 +157,8 @@ impl<'a> Fitting<'a> {
             systems
                 .par_chunks_mut(TASK_ROWS * blocks * blocks)
                 .zip(units.par_chunks(TASK_ROWS * cols))
-                .for_each_init(Default::default, |memory: &mut [Vec<f32>; 2], (systems, units)| {
-                    let [part, out] = memory;
+                .for_each_init(Default::default, |scratch: &mut [Vec<f32>; 2], (systems, units)| {
+                    let [part, out] = scratch;
                     part.clear();
                     units.chunks_exact(cols).for_each(|s| part.extend_from_slice(&s[start..end]));
                     let stride = product(isa, part, width, panels, out);
@@ -218,9 +221,9 @@ impl<'a> Fitting<'a> {
 }
 
 impl Residual<'_> {
-    /// Takes in changes of the weights of a block of columns that begins at `from`, [rows, width]; the block itself has
-    /// been updated. What is before the block is not needed any more.
-    pub(super) fn pass_on(&mut self, changes: &[f32], from: usize) -> Result<()> {
+    /// Subtracts the effect of `changes`, [rows, width], of the weights of the block of columns at `from` from all later
+    /// columns. The caller has updated the block itself; earlier columns become invalid.
+    pub(super) fn update(&mut self, changes: &[f32], from: usize) -> Result<()> {
         let (input, cols) = (self.fitting.input, self.fitting.input.cols);
         let width = changes.len() / input.rows.max(1);
         let later = from + width;
@@ -252,9 +255,9 @@ impl Residual<'_> {
         self.values
             .par_chunks_mut(TASK_ROWS * cols)
             .zip(changes.par_chunks(TASK_ROWS * width))
-            .for_each_init(Vec::new, |memory, (residual, changes)| {
-                let stride = product(isa, changes, width, &panels, memory);
-                let rows = residual.chunks_exact_mut(cols).zip(memory.chunks_exact(stride));
+            .for_each_init(Vec::new, |scratch, (residual, changes)| {
+                let stride = product(isa, changes, width, &panels, scratch);
+                let rows = residual.chunks_exact_mut(cols).zip(scratch.chunks_exact(stride));
                 for (residual, product) in rows {
                     for (r, p) in residual[later..].iter_mut().zip(product) {
                         *r -= p;
@@ -266,14 +269,14 @@ impl Residual<'_> {
 }
 
 impl<'a> DeviceError<'a> {
-    /// `values`, [rows, cols], beside H.
+    /// Copies `values`, [rows, cols], to the device.
     pub(super) fn new(on: &'a DeviceHessian<'a>, values: &[f32], cols: usize) -> Result<Self> {
         let rows = values.len() / cols;
         let values = upload(on.accelerator.layers().dense(), values)?;
         Ok(Self { on, values, rows, cols })
     }
 
-    /// Its product with the columns `from..from + width` of H, [rows, width].
+    /// The product (W − Q) · H[:, columns] for the columns `from..from + width`, [rows, width].
     pub(super) fn times_columns(&self, from: usize, width: usize) -> Result<Vec<f32>> {
         let mut layers = self.on.accelerator.layers();
         let dense = layers.dense();
@@ -300,8 +303,8 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-/// Solves a symmetric positive definite system from its lower triangle by Cholesky; false if it is
-/// singular. A trace of damping keeps blocks that are alike apart.
+/// Solves a symmetric positive definite system, given by its lower triangle, by Cholesky factorization; false if it is
+/// singular. Slight damping handles blocks with nearly the same units.
 pub(super) fn solve(system: &mut [f64], right: &mut [f64]) -> bool {
     let n = right.len();
     let trace: f64 = (0..n).map(|i| system[i * n + i]).sum();
