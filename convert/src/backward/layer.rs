@@ -146,7 +146,14 @@ impl Pass<'_> {
         // A sublayer adds its output to its input: the gradient passes unchanged and through the sublayer.
         let mut d_residual = d_out;
         let d_normed = self.mlp_backward(weights, recording, &d_residual, sink);
-        self.norm_site_backward(weights, NormSite::Mlp, before_mlp, &d_normed, &mut d_residual, sink);
+        self.norm_site_backward(
+            weights,
+            NormSite::Mlp,
+            before_mlp,
+            &d_normed,
+            &mut d_residual,
+            sink,
+        );
         let d_normed = self.attention_backward(weights, recording, &d_residual, sink);
         let site = NormSite::Attention;
         self.norm_site_backward(weights, site, before_attention, &d_normed, &mut d_residual, sink);
@@ -246,7 +253,14 @@ impl Pass<'_> {
 
     /// The backward pass of RMSNorm, y = w ∘ x·r with r = (mean x² + ε)^−½: adds r·(w∘dy − x·r²·mean(w∘dy∘x))
     /// to `dx` and Σ dy ∘ x·r to `dw`.
-    pub fn norm_backward(&self, x: &[f32], weight: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+    pub fn norm_backward(
+        &self,
+        x: &[f32],
+        weight: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        dw: &mut [f32],
+    ) {
         let (isa, n) = (self.engine.isa, weight.len());
         let eps = self.engine.model.spec.norm_eps as f32;
         for ((x, dy), dx) in x.chunks_exact(n).zip(dy.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {

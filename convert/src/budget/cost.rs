@@ -11,7 +11,7 @@ use stb_kernels::Isa;
 use stb_runtime::{Checkpoint, Engine, Result, Weight};
 
 use super::candidate::Candidate;
-use crate::backward::{TableStatistics, LayerFisher, backpropagate};
+use crate::backward::{LayerFisher, TableStatistics, backpropagate};
 use crate::calibration::CalibrationText;
 use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
@@ -100,7 +100,11 @@ struct HessianChunk {
 
 impl HessianChunk {
     /// The Hessians of the inputs of a decoder layer, by chunk of columns.
-    fn for_layer(engine: &Engine, fisher: &LayerFisher, damping: f64) -> Result<InputMap<Vec<Self>>> {
+    fn for_layer(
+        engine: &Engine,
+        fisher: &LayerFisher,
+        damping: f64,
+    ) -> Result<InputMap<Vec<Self>>> {
         let tokens = fisher.inputs[LinearInput::Attention].len() / engine.model.hidden_size();
         InputMap::try_from_fn(|input| {
             let x = &fisher.inputs[input];
@@ -202,7 +206,11 @@ fn linear_candidates(
 }
 
 /// The candidates of the embeddings or the lm_head. Both are rounded, so the errors of columns are independent.
-fn table_candidates(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result<Vec<Candidate>> {
+fn table_candidates(
+    tensor: &TensorPlan,
+    weight: &Weight,
+    tables: &Tables<'_>,
+) -> Result<Vec<Candidate>> {
     let cols = weight.cols();
     let (rows, values) = sample_rows(weight, TABLE_ROWS);
     let statistics = tables.statistics;
@@ -218,10 +226,14 @@ fn table_candidates(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -
                 w.iter().zip(q).zip(by).map(|((w, q), b)| f64::from((w - q) * (w - q) * b)).sum()
             };
             if tables.embeds(tensor) {
-                loss += embedding_weight * f64::from(tables.frequencies[*r]) * squares(&statistics.embedded);
+                loss += embedding_weight
+                    * f64::from(tables.frequencies[*r])
+                    * squares(&statistics.embedded);
             }
             if tables.is_head(tensor) {
-                loss += head_weight * f64::from(statistics.logits[*r]) * squares(&statistics.head_inputs);
+                loss += head_weight
+                    * f64::from(statistics.logits[*r])
+                    * squares(&statistics.head_inputs);
             }
         }
         found.push(Candidate::new(tensor, TensorMethod::Round(spec), 0.5 * loss)?);

@@ -141,8 +141,7 @@ mod tests {
     fn hulls_are_convex() {
         let points = [(10, 1.0), (20, 0.9), (30, 0.2), (30, 0.3), (40, 0.25), (50, 0.1), (90, 0.0)];
         let method = TensorMethod::Keep(Dense::F32);
-        let candidates =
-            points.map(|(bytes, error)| Candidate { method, bytes, error }).to_vec();
+        let candidates = points.map(|(bytes, error)| Candidate { method, bytes, error }).to_vec();
         let hull: Vec<u64> = lower_hull(candidates).iter().map(|c| c.bytes).collect();
         assert_eq!(hull, [10, 30, 50, 90]);
     }

@@ -8,8 +8,8 @@ use stb_runtime::{Engine, Error, Weight};
 
 use super::distill;
 use super::job::{Job, Progress};
-use super::run::{QuantizedTensor, Hidden, Run};
-use super::tensor::{finite, squared_error, pack_uncalibrated};
+use super::run::{Hidden, QuantizedTensor, Run};
+use super::tensor::{finite, pack_uncalibrated, squared_error};
 use crate::compute::Accelerator;
 use crate::interrupt::{Interrupted, check_interrupt};
 use crate::metadata;
@@ -111,8 +111,7 @@ fn key(job: &Job<'_>, meta: &Meta, engine: &Engine, accelerator: Option<&Acceler
     let device = accelerator.map_or("", Accelerator::name);
     let mut text = format!("{meta:?}\n{} {device}\n", engine.isa.name());
     for tensor in &job.plan.tensors {
-        text +=
-            &format!("{} {:?} {:?}\n", tensor.tensor.name, tensor.tensor.shape, tensor.method);
+        text += &format!("{} {:?} {:?}\n", tensor.tensor.name, tensor.tensor.shape, tensor.method);
     }
     text
 }
@@ -244,7 +243,8 @@ impl Run<'_> {
         let complete = saved.len() == finished
             && (finished == parts.len() || self.workspace.load_states(&mut states).is_some());
         if !complete {
-            progress.note("the saved layers of an unfinished conversion are damaged: starting again");
+            progress
+                .note("the saved layers of an unfinished conversion are damaged: starting again");
             self.workspace.forget();
             *hidden = self.embed_windows()?;
             return Ok(0);

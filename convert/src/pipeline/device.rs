@@ -279,7 +279,14 @@ impl DeviceSums {
         };
         let DeviceTargetSums { x, difference, stream: sum, .. } = target;
         self.summing += timed(dense, || {
-            add_difference_product(dense, [features, width, tokens], [dense_stream, stream], x, difference, sum)
+            add_difference_product(
+                dense,
+                [features, width, tokens],
+                [dense_stream, stream],
+                x,
+                difference,
+                sum,
+            )
         })?;
         Ok(())
     }
@@ -298,7 +305,14 @@ impl DeviceSums {
         };
         let DeviceTargetSums { x, difference, inputs, writes_residual, .. } = target;
         self.summing += timed(dense, || {
-            add_difference_product(dense, [width, width, tokens], [dense_x, x], x, difference, inputs)
+            add_difference_product(
+                dense,
+                [width, width, tokens],
+                [dense_x, x],
+                x,
+                difference,
+                inputs,
+            )
         })?;
         Ok(if *writes_residual { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     }

@@ -9,8 +9,8 @@ use stb_runtime::{Error, Layer, Result, Weight};
 use super::job::Progress;
 use super::limits::BATCH;
 use super::refresh::{ALL_SUBLAYERS, InputHessian, LayerPair, StreamPosition, StreamProgress};
-use super::run::{Capture, QuantizedTensor, Hidden, Run};
-use super::tensor::{zero_dead_inputs, finite, check_range, squared_error, pack_uncalibrated};
+use super::run::{Capture, Hidden, QuantizedTensor, Run};
+use super::tensor::{check_range, finite, pack_uncalibrated, squared_error, zero_dead_inputs};
 use crate::distill;
 use crate::hessian::Hessian;
 use crate::interrupt::check_interrupt;
@@ -121,7 +121,8 @@ impl<'r> Run<'r> {
             }
             let hessian = input.and_then(|input| hessians[input].as_ref());
             let pruned = linear.and_then(|linear| pruned.get(linear));
-            finished[i] = Some(self.quantize_tensor(tensors[i], hessian, pruned, &mut layer.now)?);
+            finished[i] =
+                Some(self.quantize_tensor(tensors[i], hessian, pruned, &mut layer.now)?);
         }
         Ok(finished.into_iter().flatten().collect())
     }
@@ -236,7 +237,12 @@ impl<'r> Run<'r> {
     }
 
     /// The input of a quantizer for `weight`, whose decoded values are `values`.
-    fn quantizer_input<'i>(&self, values: &'i [f32], weight: &Weight, hessian: &'i InputHessian) -> Input<'i>
+    fn quantizer_input<'i>(
+        &self,
+        values: &'i [f32],
+        weight: &Weight,
+        hessian: &'i InputHessian,
+    ) -> Input<'i>
     where
         'r: 'i,
     {
@@ -323,7 +329,11 @@ impl<'r> Run<'r> {
     }
 
     /// The Hessians of the inputs of `layer`, finished but not damped.
-    fn hessians_on_cpu(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<InputMap<Hessian>> {
+    fn hessians_on_cpu(
+        &mut self,
+        layer: &Layer,
+        hidden: &[Vec<f32>],
+    ) -> anyhow::Result<InputMap<Hessian>> {
         let mut hessians = InputMap::from_fn(|input| Hessian::new(layer.input_width(input)));
         for batch in hidden.chunks(BATCH) {
             check_interrupt()?;

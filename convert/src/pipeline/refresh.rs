@@ -269,7 +269,8 @@ impl Run<'_> {
                 let Some(dense) = dense else {
                     return ActivationPair { x, inputs: Vec::new(), stream: Vec::new() };
                 };
-                let residual = if writes_residual { difference(dense.clone(), stream) } else { Vec::new() };
+                let residual =
+                    if writes_residual { difference(dense.clone(), stream) } else { Vec::new() };
                 let inputs = difference(run(layers.dense, dense, writes_residual), &x);
                 ActivationPair { x, inputs, stream: residual }
             })

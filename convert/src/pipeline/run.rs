@@ -74,7 +74,11 @@ impl<'a> Run<'a> {
     }
 
     /// Writes a finished tensor and reports it.
-    pub(super) fn write(&mut self, tensor: &TensorPlan, done: &QuantizedTensor) -> anyhow::Result<()> {
+    pub(super) fn write(
+        &mut self,
+        tensor: &TensorPlan,
+        done: &QuantizedTensor,
+    ) -> anyhow::Result<()> {
         let target = self.job.target;
         let QuantizedTensor { packed, error, seconds } = done;
         self.stages.quantizer.add(&packed.seconds);

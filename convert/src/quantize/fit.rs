@@ -157,21 +157,26 @@ impl<'a> Fitting<'a> {
             systems
                 .par_chunks_mut(TASK_ROWS * blocks * blocks)
                 .zip(units.par_chunks(TASK_ROWS * cols))
-                .for_each_init(Default::default, |scratch: &mut [Vec<f32>; 2], (systems, units)| {
-                    let [part, out] = scratch;
-                    part.clear();
-                    units.chunks_exact(cols).for_each(|s| part.extend_from_slice(&s[start..end]));
-                    let stride = product(isa, part, width, panels, out);
-                    let rows = systems.chunks_exact_mut(blocks * blocks);
-                    for ((system, units), out) in
-                        rows.zip(units.chunks_exact(cols)).zip(out.chunks_exact(stride))
-                    {
-                        let earlier = units[..end].chunks(span).zip(out[..end].chunks(span));
-                        for (k, (s, p)) in earlier.enumerate() {
-                            system[b * blocks + k] = dot(s, p);
+                .for_each_init(
+                    Default::default,
+                    |scratch: &mut [Vec<f32>; 2], (systems, units)| {
+                        let [part, out] = scratch;
+                        part.clear();
+                        units
+                            .chunks_exact(cols)
+                            .for_each(|s| part.extend_from_slice(&s[start..end]));
+                        let stride = product(isa, part, width, panels, out);
+                        let rows = systems.chunks_exact_mut(blocks * blocks);
+                        for ((system, units), out) in
+                            rows.zip(units.chunks_exact(cols)).zip(out.chunks_exact(stride))
+                        {
+                            let earlier = units[..end].chunks(span).zip(out[..end].chunks(span));
+                            for (k, (s, p)) in earlier.enumerate() {
+                                system[b * blocks + k] = dot(s, p);
+                            }
                         }
-                    }
-                });
+                    },
+                );
         }
         systems
     }

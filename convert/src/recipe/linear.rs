@@ -1,4 +1,4 @@
-//! The linear layers of the decoder: from the words of a recipe to a method with its options.
+//! The options of a recipe for the linear layers of the decoder, checked.
 
 use stb_format::encoding::{Nm, Stbllm};
 
@@ -13,14 +13,14 @@ use crate::quantize::search_error::SearchError;
 use crate::quantize::stbllm::{MaskOrder, MaskPlacement, Scope, StbllmOptions};
 use crate::quantize::{Allocation, Method, Propagation};
 
-/// What is done with the linear layers of the decoder.
+/// How the linear layers of the decoder are converted.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum LinearRecipe {
-    /// They keep the numbers of the checkpoint.
+    /// Kept in the data type of the checkpoint.
     Keep,
-    /// All are quantized by one method.
+    /// All quantized by one method.
     Quantize(Method),
-    /// Each tensor of the model, embeddings and head too, gets the encoding that loses least within a size.
+    /// Encodings with the least estimated error within a size, for all tensors including embeddings and lm_head.
     Budget {
         /// True bits per parameter of the whole file.
         bits: f64,
@@ -28,7 +28,7 @@ pub enum LinearRecipe {
 }
 
 impl LinearRecipe {
-    /// The one method for all layers, if there is one.
+    /// The method for all linear layers; `None` for other variants.
     #[must_use]
     pub fn method(&self) -> Option<Method> {
         match self {
@@ -37,7 +37,7 @@ impl LinearRecipe {
         }
     }
 
-    /// The size that is asked for, in true bits per parameter of the whole file.
+    /// The size budget, in true bits per parameter of the whole file.
     #[must_use]
     pub fn target_bits(&self) -> Option<f64> {
         match self {
@@ -70,13 +70,13 @@ const STBLLM: &[&str] = &[
     "sweeps",
 ];
 
-/// An option that may not be what it is.
+/// The problem of an option of this section.
 fn bad(option: &'static str, what: impl Into<String>) -> Problem {
     Problem::new("body", option, what)
 }
 
 impl LinearFile {
-    /// The method with its options; unknown words, values out of range and options of other methods are refused.
+    /// The method with its options. Fails for unknown words, values out of range and options of other methods.
     pub(super) fn resolve(&self) -> Resolved<LinearRecipe> {
         let method = match self.method.as_str() {
             "stbllm" => Method::Stbllm(self.stbllm()?),
@@ -103,7 +103,7 @@ impl LinearFile {
         }
     }
 
-    /// Refuses options that the method does not have: a typing error must not pass silently.
+    /// Fails for options that the method does not have, so that typing errors are not ignored.
     fn allow(&self, allowed: &[&str]) -> Resolved<()> {
         match self.given().into_iter().find(|name| !allowed.contains(name)) {
             Some(name) => Err(bad(
