@@ -48,7 +48,7 @@ impl Accelerator {
     }
 }
 
-/// Where products are computed.
+/// The processor that computes large products.
 #[derive(Clone, Copy, Debug)]
 pub struct Compute<'a> {
     /// The instruction set of the CPU.

@@ -6,15 +6,15 @@ use crate::distill::memory::{DistilledStreams, layer_memory, model_memory};
 use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::int_group::rounded_distill_memory;
 use crate::recipe::Recipe;
-use crate::{hessian, pipeline, quantize};
+use crate::{budget, hessian, pipeline, quantize};
 
 impl Plan {
-    /// An upper estimate of the memory that conversion takes besides the mapped checkpoint, in bytes:
+    /// An upper estimate of the memory that conversion needs besides the mapped checkpoint, in bytes:
     /// hidden states of all sequences, and one decoder layer's inputs, Hessians, factors and weights.
     #[must_use]
     pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
         let spec = &checkpoint.spec;
-        let budget = recipe.linear.target_bits().map_or(0, |_| crate::budget::memory(spec));
+        let budget = recipe.linear.target_bits().map_or(0, |_| budget::memory(spec));
         if !self.needs_calibration() {
             let largest = self.tensors.iter().map(TensorPlan::elements).max().unwrap_or(0);
             return budget.max(largest * 12);

@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use stb_runtime::{Error, Result};
 
 /// An unfinished file, on the file system of its target.
-pub struct Output {
+pub struct OutputFile {
     file: BufWriter<std::fs::File>,
     temporary: PathBuf,
     target: PathBuf,
     force: bool,
 }
 
-impl Output {
-    /// Creates the file `temporary`, which [`Output::commit`] renames to `target`.
+impl OutputFile {
+    /// Creates the file `temporary`, which [`OutputFile::commit`] renames to `target`.
     ///
     /// # Errors
     /// [`Error::Usage`] if `target` exists and `force` is not set, [`Error::Io`] if it cannot be written.
@@ -84,7 +84,7 @@ pub fn refuse_existing(target: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-impl Write for Output {
+impl Write for OutputFile {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.file.write(bytes)
     }
@@ -94,7 +94,7 @@ impl Write for Output {
     }
 }
 
-impl Seek for Output {
+impl Seek for OutputFile {
     fn seek(&mut self, position: std::io::SeekFrom) -> std::io::Result<u64> {
         self.file.seek(position)
     }

@@ -251,8 +251,8 @@ impl Pass<'_> {
         record::norm(self.engine, x, weight)
     }
 
-    /// The backward pass of RMSNorm, y = w ∘ x·r with r = (mean x² + ε)^−½: adds r·(w∘dy − x·r²·mean(w∘dy∘x))
-    /// to `dx` and Σ dy ∘ x·r to `dw`.
+    /// The backward pass of RMSNorm, y = w ∘ x·r with r = (mean x² + ε)^−½: adds r·(w∘dy − x·r²·mean(w∘dy∘x)) to
+    /// `dx` and Σ dy ∘ x·r to `dw`.
     pub fn norm_backward(
         &self,
         x: &[f32],
@@ -306,7 +306,7 @@ mod tests {
 
     use stb_runtime::Checkpoint;
 
-    use super::super::matrix::{Matrix, decode_layer};
+    use super::super::matrix::{DenseMatrix, decode_layer};
     use super::*;
 
     /// Calls `f` with a layer of the bundled model, the inputs of two sequences and the runtime's outputs.
@@ -339,7 +339,7 @@ mod tests {
             let target: Vec<f32> =
                 expected.iter().enumerate().map(|(i, v)| v + (i as f32).sin()).collect();
             let mut gradient =
-                weights.map(|_, m| Matrix::new(m.rows, m.cols), |_, n| vec![0.0; n.len()]);
+                weights.map(|_, m| DenseMatrix::new(m.rows, m.cols), |_, n| vec![0.0; n.len()]);
             let error = pass.gradient(weights, x.clone(), &target, &mut gradient);
             assert!((error - pass.error(weights, x.clone(), &target)).abs() < 1e-6 * error);
             // The direction of the check: the gradient, with every third component reversed and halved.

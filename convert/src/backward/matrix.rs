@@ -7,21 +7,21 @@ use crate::products::product_of;
 
 /// A dense matrix, [rows, cols]. As a gradient it is empty if the gradient is not needed.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Matrix {
+pub(crate) struct DenseMatrix {
     pub rows: usize,
     pub cols: usize,
     pub values: Vec<f32>,
 }
 
 /// The weights of a decoder layer, or gradients with respect to them.
-pub(crate) type DenseLayer = Layer<Matrix, Vec<f32>>;
+pub(crate) type DenseLayer = Layer<DenseMatrix, Vec<f32>>;
 
 /// The decoded weights of `layer`.
 pub(crate) fn decode_layer(layer: &Layer) -> DenseLayer {
-    layer.map(|_, weight| Matrix::decoded(weight), |_, norm| norm.clone())
+    layer.map(|_, weight| DenseMatrix::decoded(weight), |_, norm| norm.clone())
 }
 
-impl Matrix {
+impl DenseMatrix {
     /// A matrix of zeros.
     pub fn new(rows: usize, cols: usize) -> Self {
         Self { rows, cols, values: vec![0.0; rows * cols] }

@@ -7,5 +7,5 @@ mod model;
 mod record;
 
 pub(crate) use layer::{LayerFisher, Pass};
-pub(crate) use matrix::{DenseLayer, Matrix, decode_layer};
+pub(crate) use matrix::{DenseLayer, DenseMatrix, decode_layer};
 pub(crate) use model::{TableStatistics, backpropagate, logits, logits_backward};

@@ -10,9 +10,9 @@ use stb_runtime::Engine;
 use stb_runtime::block::{AttentionBuffers, BlockInput, BlockOps, BlockScratch, Flow, run_block};
 
 use super::attention::Attention;
-use super::matrix::{DenseLayer, Matrix};
+use super::matrix::{DenseLayer, DenseMatrix};
 
-/// What the backward pass needs of a forward pass; all [tokens, width].
+/// The intermediate values of a forward pass that the backward pass needs; all [tokens, width].
 #[derive(Default)]
 pub(super) struct Recording {
     /// The inputs of the linear layers.
@@ -58,7 +58,7 @@ impl RecordingOps<'_> {
 }
 
 impl BlockOps for RecordingOps<'_> {
-    type Matrix = Matrix;
+    type Matrix = DenseMatrix;
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
     type Residual = [f32];
@@ -68,7 +68,7 @@ impl BlockOps for RecordingOps<'_> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
-        matrices: [&Matrix; N],
+        matrices: [&DenseMatrix; N],
         out: [&mut Vec<f32>; N],
     ) -> Flow<Infallible> {
         self.keep(input, x);
@@ -82,7 +82,7 @@ impl BlockOps for RecordingOps<'_> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
-        matrix: &Matrix,
+        matrix: &DenseMatrix,
         residual: &mut [f32],
     ) -> Flow<Infallible> {
         self.keep(input, x);

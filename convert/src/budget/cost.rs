@@ -15,7 +15,7 @@ use crate::backward::{LayerFisher, TableStatistics, backpropagate};
 use crate::calibration::CalibrationText;
 use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
-use crate::pipeline::finite;
+use crate::pipeline::decode_finite;
 use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::{Input, Method, decode, int_group};
 use crate::recipe::{Calibration, Recipe};
@@ -46,7 +46,7 @@ pub(super) fn candidates(
     source: &CalibrationText,
 ) -> anyhow::Result<Vec<Vec<Candidate>>> {
     for tensor in &plan.tensors {
-        finite(&checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
+        decode_finite(&checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
     }
     let engine = Engine::from_checkpoint(checkpoint)?;
     let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize).min(TOKENS);
@@ -76,7 +76,7 @@ pub(super) fn candidates(
     Ok(found)
 }
 
-/// An upper estimate of the memory that costs take besides the mapped checkpoint, in bytes.
+/// An upper estimate of the memory needed to compute the costs, besides the mapped checkpoint, in bytes.
 #[must_use]
 pub fn memory(spec: &ModelSpec) -> u64 {
     let tokens = TOKENS as u64;
@@ -242,7 +242,7 @@ fn table_candidates(
     Ok(found)
 }
 
-/// What weighs the errors of the embeddings and the lm_head.
+/// Weights of the errors of the embeddings and the lm_head.
 struct Tables<'a> {
     statistics: &'a TableStatistics,
     /// The frequency of each token in the calibration text, with one occurrence added to each.

@@ -83,7 +83,7 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
 }
 
 /// Fails before hours of work if less than `needed` bytes of memory are available (checked on Linux only). The
-/// message names `what` needs the memory and ends with `advice`.
+/// message begins with `what`, which needs the memory, and ends with `advice`.
 fn check_memory(needed: u64, what: &str, advice: impl Fn() -> String) -> Result<(), Error> {
     let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return Ok(()) };
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
@@ -165,7 +165,7 @@ fn dry_run(
         ))?;
     }
     let memory = plan.peak_memory(checkpoint, recipe) as f64 / 1e6;
-    print(format_args!("peak memory {memory:.0} MB beside the mapped source, at most"))?;
+    print(format_args!("peak memory {memory:.0} MB besides the mapped source, at most"))?;
     Ok(())
 }
 

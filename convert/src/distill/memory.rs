@@ -1,4 +1,4 @@
-//! Estimates of the memory that distillation takes.
+//! Estimates of the memory that distillation needs.
 
 use stb_format::ModelSpec;
 

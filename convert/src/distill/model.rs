@@ -11,7 +11,7 @@ use stb_runtime::{Engine, Layer, Result, Weight};
 
 use super::moving::{Logarithms, MovingLayer, MovingScales};
 use super::{BATCH, DistillOptions, Outcome};
-use crate::backward::{DenseLayer, Matrix, Pass, logits, logits_backward};
+use crate::backward::{DenseLayer, DenseMatrix, Pass, logits, logits_backward};
 use crate::interrupt::check_interrupt;
 use crate::products::add_cross_products;
 
@@ -54,11 +54,11 @@ impl MovingTable {
     }
 
     /// A zero gradient; `None` if there are no scales to train.
-    fn gradient(&self) -> Option<Matrix> {
+    fn gradient(&self) -> Option<DenseMatrix> {
         self.moving.as_ref().map(MovingScales::zeros)
     }
 
-    fn step(&mut self, gradient: Option<&Matrix>, rate: f64) -> Result<()> {
+    fn step(&mut self, gradient: Option<&DenseMatrix>, rate: f64) -> Result<()> {
         if let Some((moving, gradient)) = self.moving.as_mut().zip(gradient) {
             moving.step(gradient, rate);
             let (rows, cols) = (self.weight.rows() as u64, self.weight.cols() as u64);

@@ -6,7 +6,7 @@ use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
 use stb_format::half::f16;
 use stb_runtime::{Layer, Weight};
 
-use crate::backward::{DenseLayer, Matrix};
+use crate::backward::{DenseLayer, DenseMatrix};
 use crate::quantize::nm::round_scales;
 
 /// Adam's decay rates of first and second moments. There are few steps, so they are below the usual 0.9 and 0.999.
@@ -154,7 +154,7 @@ impl MovingScales {
     }
 
     /// Writes the weights with the present scales to `out`, [rows, cols], rounded as they would be stored.
-    pub(super) fn weights(&mut self, out: &mut Matrix) {
+    pub(super) fn weights(&mut self, out: &mut DenseMatrix) {
         let scales = self.round_scales();
         let (this, blocks) = (&*self, self.blocks);
         out.values.par_chunks_exact_mut(self.cols).enumerate().for_each(|(r, row)| {
@@ -165,12 +165,12 @@ impl MovingScales {
     }
 
     /// Zeros in the shape of the matrix.
-    pub(super) fn zeros(&self) -> Matrix {
-        Matrix::new(self.rows, self.cols)
+    pub(super) fn zeros(&self) -> DenseMatrix {
+        DenseMatrix::new(self.rows, self.cols)
     }
 
     /// One step of Adam along the gradient of the weights, [rows, cols].
-    pub(super) fn step(&mut self, d_weights: &Matrix, rate: f64) {
+    pub(super) fn step(&mut self, d_weights: &DenseMatrix, rate: f64) {
         let mut gradient = vec![0.0; self.rows * self.blocks];
         gradient.par_chunks_exact_mut(self.blocks).enumerate().for_each(|(r, out)| {
             let row = &d_weights.values[r * self.cols..(r + 1) * self.cols];
@@ -212,7 +212,7 @@ impl MovingLayer {
         let mut weights = layer.map(
             |linear, weight| match self.linears.get(linear) {
                 Some(moving) => moving.zeros(),
-                None => Matrix::decoded(weight),
+                None => DenseMatrix::decoded(weight),
             },
             |_, _| Vec::new(),
         );
@@ -233,7 +233,9 @@ impl MovingLayer {
     /// Zero gradients of the trained parts; the matrices of other linear layers are empty.
     pub(super) fn zeros(&self, weights: &DenseLayer) -> DenseLayer {
         weights.map(
-            |linear, _| self.linears.get(linear).map_or_else(Matrix::default, MovingScales::zeros),
+            |linear, _| {
+                self.linears.get(linear).map_or_else(DenseMatrix::default, MovingScales::zeros)
+            },
             |_, norm| vec![0.0; norm.len()],
         )
     }

@@ -9,11 +9,11 @@ use stb_runtime::{Engine, Error, Weight};
 use super::distill;
 use super::job::{Job, Progress};
 use super::run::{Hidden, QuantizedTensor, Run};
-use super::tensor::{finite, pack_uncalibrated, squared_error};
+use super::tensor::{decode_finite, pack_uncalibrated, squared_error};
 use crate::compute::Accelerator;
 use crate::interrupt::{Interrupted, check_interrupt};
 use crate::metadata;
-use crate::output::{Output, refuse_existing};
+use crate::output::{OutputFile, refuse_existing};
 use crate::plan::TensorPlan;
 use crate::report::{Report, Stages, TensorReport};
 use crate::resume::Workspace;
@@ -70,7 +70,7 @@ fn write_file(
     progress: &dyn Progress,
     started: Instant,
 ) -> anyhow::Result<Report> {
-    let output = Output::create(job.target, workspace.output(), job.force)?;
+    let output = OutputFile::create(job.target, workspace.output(), job.force)?;
     let fail = |e: std::io::Error| Error::io(job.target, e);
     let writer = Writer::new(output).map_err(fail)?;
     let mut run = Run {
@@ -217,7 +217,7 @@ impl Run<'_> {
         };
         let name = &plan.tensor.name;
         let weight = self.job.checkpoint.weight(name)?;
-        let packed = pack_uncalibrated(plan, &weight, &finite(&weight, name)?);
+        let packed = pack_uncalibrated(plan, &weight, &decode_finite(&weight, name)?);
         let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
         Ok(Some(Weight::from_payload(&packed.payload, packed.encoding, rows, cols)?))
     }
@@ -270,7 +270,7 @@ impl Run<'_> {
             check_interrupt()?;
             let started = Instant::now();
             let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
-            let values = finite(&weight, &tensor.tensor.name)?;
+            let values = decode_finite(&weight, &tensor.tensor.name)?;
             let packed = pack_uncalibrated(tensor, &weight, &values);
             let error = squared_error(&packed, &weight, &values);
             let seconds = started.elapsed().as_secs_f64();

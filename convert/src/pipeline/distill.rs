@@ -11,7 +11,7 @@ use stb_runtime::{Bytes, Engine, Error, OpenOptions};
 use super::job::{Job, Progress};
 use crate::distill::{self, model::Distilled};
 use crate::interrupt::check_interrupt;
-use crate::output::Output;
+use crate::output::OutputFile;
 
 /// Distills the finished `file` from the dense model and writes the result to `output`. Returns the
 /// time in seconds.
@@ -22,7 +22,7 @@ pub(super) fn distill(
     output: PathBuf,
     options: distill::DistillOptions,
     progress: &dyn Progress,
-) -> anyhow::Result<(Output, f64)> {
+) -> anyhow::Result<(OutputFile, f64)> {
     let started = Instant::now();
     let dense = Engine::from_checkpoint(job.checkpoint)?;
     let engine = Engine::open_stb(file, &OpenOptions::exact())?;
@@ -50,11 +50,12 @@ fn rewrite(
     file: &Path,
     output: PathBuf,
     distilled: &mut Distilled<'_>,
-) -> anyhow::Result<Output> {
+) -> anyhow::Result<OutputFile> {
     let bytes = Bytes::open(file, true)?;
     let old = File::open(&bytes).map_err(|e| Error::format(file, e))?;
     let fail = |e: std::io::Error| Error::io(job.target, e);
-    let mut writer = Writer::new(Output::create(job.target, output, job.force)?).map_err(fail)?;
+    let mut writer =
+        Writer::new(OutputFile::create(job.target, output, job.force)?).map_err(fail)?;
     let tensors = job.checkpoint.spec.tensors();
     let specs: HashMap<String, TensorSpec> = tensors.map(|t| (t.name.clone(), t)).collect();
     for tensor in old.tensors() {

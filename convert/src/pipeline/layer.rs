@@ -10,7 +10,9 @@ use super::job::Progress;
 use super::limits::BATCH;
 use super::refresh::{ALL_SUBLAYERS, InputHessian, LayerPair, StreamPosition, StreamProgress};
 use super::run::{Capture, Hidden, QuantizedTensor, Run};
-use super::tensor::{check_range, finite, pack_uncalibrated, squared_error, zero_dead_inputs};
+use super::tensor::{
+    check_range, decode_finite, pack_uncalibrated, squared_error, zero_dead_inputs,
+};
 use crate::distill;
 use crate::hessian::Hessian;
 use crate::interrupt::check_interrupt;
@@ -49,7 +51,7 @@ impl<'r> Run<'r> {
         };
         step(0, "calibration");
         for tensor in tensors {
-            finite(&self.job.checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
+            decode_finite(&self.job.checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
         }
         let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
         let distilled = is_quantized && self.job.recipe.calibration.distill_layers.is_some();

@@ -103,7 +103,7 @@ fn concatenate(pairs: &[ActivationPair], field: fn(&ActivationPair) -> &[f32]) -
     pairs.iter().map(field).collect::<Vec<_>>().concat()
 }
 
-/// How far residual streams have advanced in a layer. They advance in place, sublayer by sublayer, so that finished
+/// The position of residual streams in a layer. They advance in place, sublayer by sublayer, so that finished
 /// sublayers are not computed again.
 #[derive(Default)]
 pub(super) struct StreamPosition {

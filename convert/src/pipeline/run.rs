@@ -9,7 +9,7 @@ use stb_runtime::{Engine, Error, Observer};
 
 use super::job::Job;
 use crate::compute::{Accelerator, Compute};
-use crate::output::Output;
+use crate::output::OutputFile;
 use crate::plan::TensorPlan;
 use crate::quantize::Packed;
 use crate::report::{LayerReport, Stages, TensorReport};
@@ -20,7 +20,7 @@ pub(super) struct Run<'a> {
     pub(super) job: &'a Job<'a>,
     pub(super) engine: Engine,
     pub(super) accelerator: Option<&'a Accelerator>,
-    pub(super) writer: Writer<Output>,
+    pub(super) writer: Writer<OutputFile>,
     pub(super) workspace: &'a mut Workspace,
     pub(super) reports: Vec<TensorReport>,
     pub(super) layers: Vec<LayerReport>,
@@ -68,7 +68,7 @@ impl Observer for Capture {
 }
 
 impl<'a> Run<'a> {
-    /// Where products are computed.
+    /// The processor that computes large products.
     pub(super) fn compute(&self) -> Compute<'a> {
         Compute { isa: self.engine.isa, accelerator: self.accelerator }
     }

@@ -58,7 +58,7 @@ pub(super) fn check_range(decoded: &[f32], name: &str) -> Result<()> {
 }
 
 /// The decoded weights; fails unless all are finite.
-pub(crate) fn finite(weight: &Weight, name: &str) -> Result<Vec<f32>> {
+pub(crate) fn decode_finite(weight: &Weight, name: &str) -> Result<Vec<f32>> {
     let values = weight.decode();
     let (rows, cols) = (weight.rows(), weight.cols());
     match values.iter().position(|v| !v.is_finite()) {

@@ -16,7 +16,7 @@ pub enum Propagation {
     Solve,
     /// With the diagonal of `U_bb` only (BiLLM, published code).
     Diagonal,
-    /// Not at all.
+    /// No compensation.
     Off,
 }
 

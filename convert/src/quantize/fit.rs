@@ -22,7 +22,7 @@ pub(super) struct DeviceHessian<'a> {
 }
 
 /// (W − Q) · H, [rows, cols], while Q changes block by block of columns.
-pub(super) struct Residual<'a> {
+pub(super) struct OutputResidual<'a> {
     fitting: &'a Fitting<'a>,
     /// Valid from the current block of columns on; on a device, in that block only.
     pub values: Vec<f32>,
@@ -72,18 +72,18 @@ impl<'a> Fitting<'a> {
     }
 
     /// The residual (W − Q) · H; `target` is W·H and `weights` Q, both [rows, cols]. The blocks of
-    /// [`Residual::update`] have up to `block` columns.
+    /// [`OutputResidual::update`] have up to `block` columns.
     pub(super) fn residual(
         &self,
         weights: &[f32],
         target: &[f32],
         block: usize,
-    ) -> Result<Residual<'_>> {
+    ) -> Result<OutputResidual<'_>> {
         let (input, cols) = (self.input, self.input.cols);
         let Some(on) = &self.device else {
             let mut values = self.times_hessian(weights)?;
             values.par_iter_mut().zip(target).for_each(|(r, t)| *r = t - *r);
-            return Ok(Residual { fitting: self, values, device: None });
+            return Ok(OutputResidual { fitting: self, values, device: None });
         };
         let mut layers = on.accelerator.layers();
         let dense = layers.dense();
@@ -100,7 +100,7 @@ impl<'a> Fitting<'a> {
         )?;
         let mut values = vec![0.0; target.len()];
         download_columns(dense, &residual, &mut values, cols, 0, block.min(cols))?;
-        Ok(Residual { fitting: self, values, device: Some(residual) })
+        Ok(OutputResidual { fitting: self, values, device: Some(residual) })
     }
 
     /// The Hessian on the device, if there is one.
@@ -225,7 +225,7 @@ impl<'a> Fitting<'a> {
     }
 }
 
-impl Residual<'_> {
+impl OutputResidual<'_> {
     /// Subtracts the effect of `changes`, [rows, width], of the weights of the block of columns at `from` from all later
     /// columns. The caller has updated the block itself; earlier columns become invalid.
     pub(super) fn update(&mut self, changes: &[f32], from: usize) -> Result<()> {

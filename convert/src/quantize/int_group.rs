@@ -37,11 +37,11 @@ pub struct IntGrid {
 /// How a linear layer is quantized to integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IntOptions {
-    /// What is stored.
+    /// The stored encoding.
     pub spec: IntGroup,
     /// The codes.
     pub grid: IntGrid,
-    /// Whether errors are compensated (GPTQ) or each weight is rounded by itself (RTN).
+    /// Whether errors are compensated (GPTQ) or each weight is rounded independently (RTN).
     pub compensate: bool,
     /// With compensation, after it: rounds of refitting all scales and re-choosing all codes against the
     /// layer's output.

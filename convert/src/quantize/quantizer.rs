@@ -88,7 +88,7 @@ pub struct Pruned {
 /// A linear layer to quantize.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
-    /// Where products are computed.
+    /// The processor that computes large products.
     pub compute: Compute<'a>,
     /// [rows, cols], row-major.
     pub weights: &'a [f32],

@@ -246,10 +246,10 @@ pub fn binarize(
     for (index, from) in (0..cols).step_by(spec.block()).enumerate() {
         let clock = Instant::now();
         let width = spec.block().min(cols - from);
-        let at = BlockColumns { index, blocks, cols, from, width };
+        let columns = BlockColumns { index, blocks, cols, from, width };
         if options.mask == MaskPlacement::InLoop && options.order == MaskOrder::PruneFirst {
-            let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
-            at.select(&selector, spec, &weights, &mut mask);
+            let selector = columns.selector(input, options, whole.as_ref(), &weights, &importance);
+            columns.select(&selector, spec, &weights, &mut mask);
         }
         let pruning = clock.elapsed().as_secs_f64();
         let isa = input.compute.isa;
@@ -265,13 +265,13 @@ pub fn binarize(
         let regions = block.search(&options.search);
         out.salient[from..from + width].copy_from_slice(&regions.salient);
         let searching = clock.elapsed().as_secs_f64();
-        at.binarize(&block, &regions, options, rounded, &mut out);
+        columns.binarize(&block, &regions, options, rounded, &mut out);
         if options.order == MaskOrder::QuantizeFirst {
-            let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
-            at.select(&selector, spec, &out.values, &mut mask);
-            at.remove(&mask, &mut out);
+            let selector = columns.selector(input, options, whole.as_ref(), &weights, &importance);
+            columns.select(&selector, spec, &out.values, &mut mask);
+            columns.remove(&mask, &mut out);
         }
-        let errors = at.errors(&weights, &out.values);
+        let errors = columns.errors(&weights, &out.values);
         let binarizing = clock.elapsed().as_secs_f64();
         compensation.spread(&mut weights, &errors, from, width, spec.block())?;
         out.seconds.prune += pruning;

@@ -1,7 +1,7 @@
 //! The calibration options of a recipe, checked.
 
 use super::file::CalibrationFile;
-use super::problem::{Problem, Resolved, word};
+use super::problem::{Problem, Resolved, keyword};
 use crate::distill::DistillOptions;
 
 /// The calibration text, its windows, and the use of their statistics.
@@ -81,7 +81,7 @@ const LAYERS_RATE: f64 = 0.01;
 const MODEL_RATE: f64 = 0.03;
 
 /// The problem of an option of this section.
-fn bad(option: &'static str, what: impl Into<String>) -> Problem {
+fn problem(option: &'static str, what: impl Into<String>) -> Problem {
     Problem::new("calibration", option, what)
 }
 
@@ -90,9 +90,9 @@ impl CalibrationFile {
     pub(super) fn resolve(&self) -> Resolved<Calibration> {
         let section = "calibration";
         let draws = &[("pcg", Draw::Pcg), ("python", Draw::Python)];
-        let draw = word(section, "draw", &self.draw, draws)?;
+        let draw = keyword(section, "draw", &self.draw, draws)?;
         let refreshed =
-            word(section, "inputs", &self.inputs, &[("layer", false), ("refreshed", true)])?;
+            keyword(section, "inputs", &self.inputs, &[("layer", false), ("refreshed", true)])?;
         let names = ["distill-layers", "distill-layers-rate"];
         let distill_layers =
             distill(names, self.distill_layers, self.distill_layers_rate, LAYERS_RATE)?;
@@ -101,10 +101,10 @@ impl CalibrationFile {
         let ridge = self.resolve_ridge(refreshed)?;
         if self.samples == 0 || self.length < 2 {
             let option = if self.samples == 0 { "samples" } else { "length" };
-            return Err(bad(option, "calibration needs samples of 2 tokens or more"));
+            return Err(problem(option, "calibration needs samples of 2 tokens or more"));
         }
         if !(self.damping > 0.0 && self.damping < 10.0) {
-            return Err(bad("damping", "damping must be above 0 and below 10"));
+            return Err(problem("damping", "damping must be above 0 and below 10"));
         }
         Ok(Calibration {
             text: self.text.clone(),
@@ -124,14 +124,14 @@ impl CalibrationFile {
     /// The ridge; `None` if targets are not from the dense model.
     fn resolve_ridge(&self, refreshed: bool) -> Resolved<Option<f64>> {
         let targets = &[("weights", false), ("dense", true)];
-        let dense = word("calibration", "target", &self.target, targets)?;
+        let dense = keyword("calibration", "target", &self.target, targets)?;
         if dense && !refreshed {
-            return Err(bad("target", "target = \"dense\" needs inputs = \"refreshed\""));
+            return Err(problem("target", "target = \"dense\" needs inputs = \"refreshed\""));
         }
         match self.ridge {
-            Some(_) if !dense => Err(bad("ridge", "ridge needs target = \"dense\"")),
+            Some(_) if !dense => Err(problem("ridge", "ridge needs target = \"dense\"")),
             Some(r) if !(0.0..=1000.0).contains(&r) => {
-                Err(bad("ridge", "ridge must be from 0 to 1000"))
+                Err(problem("ridge", "ridge must be from 0 to 1000"))
             }
             ridge => Ok(dense.then(|| ridge.unwrap_or(RIDGE))),
         }
@@ -149,13 +149,13 @@ fn distill(
     let [epochs_name, rate_name] = names;
     let options = DistillOptions { epochs: epochs.unwrap_or(0), rate: rate.unwrap_or(default) };
     if rate.is_some() && options.epochs == 0 {
-        return Err(bad(rate_name, format!("{rate_name} needs {epochs_name}")));
+        return Err(problem(rate_name, format!("{rate_name} needs {epochs_name}")));
     }
     if options.epochs > 1000 {
-        return Err(bad(epochs_name, format!("{epochs_name} is at most 1000")));
+        return Err(problem(epochs_name, format!("{epochs_name} is at most 1000")));
     }
     if !(options.rate > 0.0 && options.rate <= 0.5) {
-        return Err(bad(rate_name, format!("{rate_name} is above 0 and at most 0.5")));
+        return Err(problem(rate_name, format!("{rate_name} is above 0 and at most 0.5")));
     }
     Ok((options.epochs > 0).then_some(options))
 }

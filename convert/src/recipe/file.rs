@@ -137,7 +137,7 @@ macro_rules! linear_file {
 
         impl LinearFile {
             /// The names of the options in the file.
-            pub(super) fn given(&self) -> Vec<&'static str> {
+            pub(super) fn given_options(&self) -> Vec<&'static str> {
                 let all = [$(($name, self.$field.is_some())),*];
                 all.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
             }

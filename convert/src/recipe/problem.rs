@@ -12,7 +12,7 @@ pub(super) struct Problem {
     section: &'static str,
     /// The option; empty for the section as a whole.
     option: &'static str,
-    /// What is wrong and what is allowed.
+    /// The message: the mistake and the allowed values.
     what: String,
 }
 
@@ -58,7 +58,7 @@ impl Problem {
 }
 
 /// The value of `word` in `words`; the first value if there is no word.
-pub(super) fn word<T: Copy>(
+pub(super) fn keyword<T: Copy>(
     section: &'static str,
     option: &'static str,
     word: &Option<String>,

@@ -54,7 +54,7 @@ pub struct TextEntry {
     pub name: String,
     /// A UTF-8 file; see [`ModelEntry::path`].
     pub path: String,
-    /// What separates its documents.
+    /// The separator of its documents.
     pub separator: Option<String>,
     /// Whether its lines are rows of a data set, which are joined by two newlines.
     #[serde(default)]
@@ -89,7 +89,7 @@ pub struct RecipeEntry {
 pub struct CalibrationEntry {
     /// A UTF-8 file; see [`ModelEntry::path`].
     pub path: String,
-    /// What separates its documents; each is stripped and begins with the begin token.
+    /// The separator of its documents, which are trimmed and get a begin token each.
     pub separator: Option<String>,
 }
 

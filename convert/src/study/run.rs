@@ -97,7 +97,7 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
             row.measure(&texts, &mut table, events)?;
         }
     }
-    clean(&cells)?;
+    remove_leftovers(&cells)?;
     Ok(table)
 }
 
@@ -120,7 +120,7 @@ fn lock(cells: &Path) -> Result<std::fs::File> {
 }
 
 /// Removes the files of unfinished work. Called at the end of a study, when all such files are left from killed runs.
-fn clean(cells: &Path) -> Result<()> {
+fn remove_leftovers(cells: &Path) -> Result<()> {
     for entry in std::fs::read_dir(cells).map_err(|e| Error::io(cells, e))?.flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
@@ -305,7 +305,7 @@ impl StudyRow<'_> {
         let (checkpoint, recipe) = (&self.model.checkpoint, &self.recipe.recipe);
         let report = convert_file(checkpoint, recipe, self.source, &file, events)?;
         let engine = open_to_measure(&file, &options())?;
-        // A mapped file can be removed now on Unix; on other systems `clean` does it at the end of the study.
+        // A mapped file can be removed now on Unix; on other systems `remove_leftovers` does it at the end of the study.
         let _ = std::fs::remove_dir_all(&folder);
         Ok(Converted { engine, report })
     }
