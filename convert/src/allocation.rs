@@ -1,4 +1,4 @@
-//! Spreading N of N:8 over the decoder layers.
+//! Allocates N of N:8 to the decoder layers.
 
 use rayon::prelude::*;
 use stb_runtime::{Checkpoint, Error, Result};
@@ -10,13 +10,13 @@ use crate::quantize::{Allocation, KeptByLayer};
 use crate::recipe::Recipe;
 use crate::sensitivity::{Diagonals, diagonals};
 
-/// A weight is outlying if its score is above this many times the mean of its decoder layer
+/// A weight is an outlier if its score is above this many times the mean of its decoder layer
 /// (`Hyper_m` of the published code).
 const OUTLYING: f64 = 6.0;
-/// The layer with most outliers gets this many of 8 more than the one with fewest (`Lamda`).
+/// The difference of N between the layers with most and fewest outliers (`Lamda` of the published code).
 const SPREAD: f64 = 2.0;
 
-/// Gives each decoder layer of `plan` its own N if the recipe asks for it.
+/// Gives each decoder layer of `plan` its own N if the recipe has such an allocation.
 ///
 /// # Errors
 /// As for [`diagonals`].
@@ -59,8 +59,8 @@ pub fn allocate(
     Ok(())
 }
 
-/// The share of outlying weights of each decoder layer, by `metric` on the inputs of
-/// the dense model. `squares` are the sums of squares of those inputs.
+/// The share of outliers among the weights of each decoder layer, scored by `metric`. `squares` are the sums of
+/// squares of the dense model's inputs.
 fn outlier_ratios(
     plan: &Plan,
     checkpoint: &Checkpoint,
@@ -75,7 +75,7 @@ fn outlier_ratios(
             let input = linear.input();
             let weights = checkpoint.weight(&tensor.tensor.name)?.decode();
             let norms: Vec<f32> = squares[input].iter().map(|s| s.sqrt()).collect();
-            // Before anything is factored, the squared norm is what is known of importance.
+            // There is no Hessian yet: the squared norm takes the place of the diagonal.
             let scorer = Scorer::new(metric, &weights, &norms, &squares[input]);
             parts.push((scorer, weights, norms.len()));
         }
@@ -96,6 +96,7 @@ fn layer_norms(plan: &Plan, checkpoint: &Checkpoint) -> Result<Vec<f64>> {
     Ok(squares.into_iter().map(f64::sqrt).collect())
 }
 
+/// N of each decoder layer by the paper's formula: a larger share of the summed norm gets a larger N.
 fn paper_counts(norms: &[f64], n: u8) -> Vec<u8> {
     let all: f64 = norms.iter().sum();
     let ratio = f64::from(n) / 8.0;
@@ -104,26 +105,27 @@ fn paper_counts(norms: &[f64], n: u8) -> Vec<u8> {
     norms.iter().map(|norm| count(norm).round().clamp(1.0, 8.0) as u8).collect()
 }
 
+/// N of each decoder layer as the published code allocates it; the mean is not always `n`.
 fn published_counts(ratios: &[f64], n: u8) -> Vec<u8> {
-    let offset = |place: f64| match place.round_ties_even() {
+    let offset = |shift: f64| match shift.round_ties_even() {
         1.0 => 2.0,
         other => other,
     };
-    let places = spread(ratios).into_iter();
-    places.map(|p| (f64::from(n) + offset(p)).clamp(1.0, 8.0) as u8).collect()
+    let shifts = spread(ratios).into_iter();
+    shifts.map(|s| (f64::from(n) + offset(s)).clamp(1.0, 8.0) as u8).collect()
 }
 
-/// The ratios scaled to a range of [`SPREAD`] around a mean of zero.
+/// The ratios scaled to a range of [`SPREAD`] and shifted to a mean of zero.
 fn spread(ratios: &[f64]) -> Vec<f64> {
     let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
     let high = ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let place = |r: &f64| if high > low { (r - low) / (high - low) * SPREAD } else { 0.0 };
-    let places: Vec<f64> = ratios.iter().map(place).collect();
-    let mean = places.iter().sum::<f64>() / places.len().max(1) as f64;
-    places.into_iter().map(|p| p - mean).collect()
+    let scale = |r: &f64| if high > low { (r - low) / (high - low) * SPREAD } else { 0.0 };
+    let scaled: Vec<f64> = ratios.iter().map(scale).collect();
+    let mean = scaled.iter().sum::<f64>() / scaled.len().max(1) as f64;
+    scaled.into_iter().map(|s| s - mean).collect()
 }
 
-/// The share of weights of a decoder layer with outlying scores.
+/// The share of outliers among the weights of a decoder layer; each part is a linear layer with its columns.
 fn outlier_ratio(parts: &[(Scorer, Vec<f32>, usize)]) -> f64 {
     let scores = |(scorer, weights, cols): &(Scorer, Vec<f32>, usize)| -> Vec<f32> {
         let score = |(i, w): (usize, &f32)| scorer.score(i / cols, i % cols, *w);
@@ -137,26 +139,26 @@ fn outlier_ratio(parts: &[(Scorer, Vec<f32>, usize)]) -> f64 {
     outlying as f64 / count.max(1) as f64
 }
 
-/// Whole numbers from 1 to 8 that follow n + offset and have exactly the mean `n`.
+/// Integers from 1 to 8 close to n + offset, with the exact mean `n`.
 fn exact_counts(offsets: &[f64], n: u8) -> Vec<u8> {
     let targets: Vec<f64> = offsets.iter().map(|p| f64::from(n) + p).collect();
     let mut counts: Vec<u8> = targets.iter().map(|t| t.round().clamp(1.0, 8.0) as u8).collect();
-    let wanted = usize::from(n) * counts.len();
-    // Move the layers that rounding served best or worst until the sum is right.
+    let target_sum = usize::from(n) * counts.len();
+    // Change the layers with the largest rounding error by one until the sum is right.
     loop {
         let sum: usize = counts.iter().map(|c| usize::from(*c)).sum();
-        let rise = match sum.cmp(&wanted) {
+        let raise = match sum.cmp(&target_sum) {
             std::cmp::Ordering::Equal => return counts,
             std::cmp::Ordering::Less => true,
             std::cmp::Ordering::Greater => false,
         };
-        let movable = |i: &usize| if rise { counts[*i] < 8 } else { counts[*i] > 1 };
+        let movable = |i: &usize| if raise { counts[*i] < 8 } else { counts[*i] > 1 };
         let shortage = |i: usize| targets[i] - f64::from(counts[i]);
         let by_shortage = |a: &usize, b: &usize| shortage(*a).total_cmp(&shortage(*b));
         let layers = (0..counts.len()).filter(movable);
-        let next = if rise { layers.max_by(by_shortage) } else { layers.min_by(by_shortage) };
+        let next = if raise { layers.max_by(by_shortage) } else { layers.min_by(by_shortage) };
         let Some(i) = next else { return counts };
-        counts[i] = if rise { counts[i] + 1 } else { counts[i] - 1 };
+        counts[i] = if raise { counts[i] + 1 } else { counts[i] - 1 };
     }
 }
 
@@ -177,7 +179,7 @@ mod tests {
         assert!(exact_counts(&spread(&ratios), 4)[0] > 4);
     }
 
-    /// The reference's record of the published code and of the paper's formula (N:8 kept).
+    /// Values recorded from the reference implementation of the published code and the paper's formula.
     #[test]
     fn published_rules() {
         let ratios = [0.51975, 0.39714, 0.32444, 0.35590, 0.30165];

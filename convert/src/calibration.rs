@@ -11,7 +11,7 @@ use crate::recipe::{Calibration, Draw};
 /// Public-domain English of several kinds, part of the program. See `data/README.md`.
 pub const BUILT_IN: &str = include_str!("../data/calibration.txt");
 
-/// A text for calibration, and where it is from.
+/// A text for calibration and its source.
 #[derive(Clone, Debug)]
 pub struct CalibrationText {
     /// `built-in` or the name of a file.
@@ -27,7 +27,7 @@ impl CalibrationText {
         Self { name: "built-in".into(), text: BUILT_IN.into() }
     }
 
-    /// A file of the user's.
+    /// Reads a text file.
     ///
     /// # Errors
     /// [`Error::Io`], or [`Error::Invalid`] if it is not UTF-8.
@@ -50,7 +50,7 @@ impl CalibrationText {
         }
     }
 
-    /// Name, SHA-256 and use of the text, so that a conversion can be repeated.
+    /// Describes name, SHA-256 and windows of the text, so that a conversion can be repeated.
     #[must_use]
     pub fn describe(&self, options: &Calibration, length: usize) -> String {
         let documents = match &options.separator {
@@ -103,7 +103,7 @@ impl CalibrationText {
         }
     }
 
-    /// All tokens of the text, or of its documents one after another.
+    /// The tokens of the text; with a separator, of its documents, concatenated.
     fn tokens(&self, tokenizer: &Tokenizer, separator: Option<&str>) -> Result<Vec<u32>> {
         let Some(separator) = separator.filter(|s| !s.is_empty()) else {
             return tokenizer.encode_prompt(&self.text);
@@ -121,13 +121,13 @@ struct PythonRandom(rand_mt::Mt);
 
 impl PythonRandom {
     fn new(seed: u64) -> Self {
-        // Words of the seed, least significant first, without leading zeros but at least one.
+        // 32-bit words of the seed, least significant first; a zero high word is dropped.
         let words = [seed as u32, (seed >> 32) as u32];
         let used = if words[1] == 0 { 1 } else { 2 };
         Self(rand_mt::Mt::new_with_key(words.into_iter().take(used)))
     }
 
-    /// A number below `n`, which is at least 1.
+    /// A random integer below `n`, which is at least 1.
     fn below(&mut self, n: u32) -> u32 {
         let bits = u32::BITS - n.leading_zeros();
         loop {

@@ -1,7 +1,7 @@
-//! Where the large products of a conversion are computed: on this processor or on a GPU.
+//! Large matrix products of a conversion, computed on the CPU or on a GPU.
 //!
-//! Matrices are copied to the GPU for one operation or one tensor. Decisions (codes, masks, scales) are made on this
-//! processor in either case, by the same code.
+//! Matrices are copied to the GPU for one operation or one tensor. Codes, masks and scales are chosen on the CPU in
+//! either case, by the same code.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,8 @@ impl fmt::Debug for Accelerator {
 }
 
 impl Accelerator {
+    /// Prepares `device` for the decoder layers of `model`.
+    ///
     /// # Errors
     /// [`stb_runtime::Error::Device`] if the vendor's libraries are missing or a shape has no kernel.
     pub fn new(device: &Device, model: &Model) -> Result<Self> {
@@ -46,12 +48,12 @@ impl Accelerator {
     }
 }
 
-/// Where products are computed.
+/// The processor that computes large products.
 #[derive(Clone, Copy, Debug)]
 pub struct Compute<'a> {
-    /// The instruction set of this processor.
+    /// The instruction set of the CPU.
     pub isa: Isa,
-    /// The GPU; `None` if this processor computes all products.
+    /// The GPU; `None` if the CPU computes all products.
     pub(crate) accelerator: Option<&'a Accelerator>,
 }
 
@@ -61,17 +63,17 @@ impl From<Isa> for Compute<'_> {
     }
 }
 
-/// The right side of a product with an inner dimension k.
+/// The right-hand matrix of a product with inner dimension k.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Right<'a> {
-    /// As it is, [k, n].
+    /// The matrix itself, [k, n].
     Plain(&'a [f32]),
     /// Its transpose, [n, k].
     Transposed(&'a [f32]),
 }
 
 impl Compute<'_> {
-    /// `a` · `b`, [rows, n]: `a` is [rows, k].
+    /// `a` · `b`, [rows, n]; `a` is [rows, k].
     pub(crate) fn product(&self, a: &[f32], k: usize, b: Right<'_>, n: usize) -> Result<Vec<f32>> {
         let Some(accelerator) = self.accelerator else {
             let mut panels = Panels::default();
@@ -98,7 +100,7 @@ impl Compute<'_> {
         download(&out, rows * n)
     }
 
-    /// The factors of a damped Hessian.
+    /// Factors a damped Hessian.
     ///
     /// # Errors
     /// As for [`Factor::new`]; [`stb_runtime::Error::Device`].
@@ -106,7 +108,7 @@ impl Compute<'_> {
         let Some(accelerator) = self.accelerator else { return Factor::new(hessian) };
         let size = hessian.size;
         let factors = accelerator.layers().dense().factor(hessian.matrix(), size)?;
-        let factors = factors.ok_or_else(hessian::not_positive)?;
+        let factors = factors.ok_or_else(hessian::not_positive_definite)?;
         Ok(Factor { size, u: factors.u, m: factors.m })
     }
 
@@ -141,18 +143,20 @@ impl Compute<'_> {
     }
 }
 
+/// Copies a matrix to the device.
 pub(crate) fn upload(dense: &LinearAlgebra, values: &[f32]) -> Result<Buffer<f32>> {
     Ok(dense.device().upload("a matrix", values)?)
 }
 
+/// Copies the first `count` values of `buffer` from the device.
 pub(crate) fn download(buffer: &Buffer<f32>, count: usize) -> Result<Vec<f32>> {
     let mut out = vec![0.0; count];
     buffer.read(&mut out)?;
     Ok(out)
 }
 
-/// Copies columns `from..from + width` of `matrix`, [rows, cols] on the device, to those of `host`.
-pub(crate) fn fetch_columns(
+/// Copies columns `from..from + width` of `matrix`, [rows, cols] on the device, to the same columns of `host`.
+pub(crate) fn download_columns(
     dense: &LinearAlgebra,
     matrix: &Buffer<f32>,
     host: &mut [f32],

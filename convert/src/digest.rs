@@ -1,8 +1,8 @@
-//! Hashes as text.
+//! SHA-256 as text.
 
 use sha2::{Digest, Sha256};
 
-/// The SHA-256 of some bytes, in hexadecimal digits.
+/// The SHA-256 of `bytes`, in hexadecimal digits.
 #[must_use]
 pub fn digest(bytes: impl AsRef<[u8]>) -> String {
     hex(&Sha256::digest(bytes))

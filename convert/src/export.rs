@@ -10,7 +10,7 @@ use stb_format::encoding::Dense;
 use stb_format::{File, Tensor};
 use stb_runtime::{Error, Result};
 
-/// A tensor that is decoded when it is written: one at a time in memory.
+/// A tensor that is decoded when it is written, so that only one is in memory.
 struct Decoded<'a> {
     tensor: &'a Tensor<'a>,
     shape: Vec<usize>,
@@ -91,7 +91,7 @@ pub fn export(file: &File<'_>, source: &Path, folder: &Path, kind: Dense) -> Res
     Ok(())
 }
 
-/// The configuration with the number type of the exported weights: loaders cast to what it says.
+/// The configuration with the data type of the exported weights, to which loaders cast.
 fn with_dtype(config: &str, kind: Dense) -> Result<String> {
     let mut json: serde_json::Value = serde_json::from_str(config)
         .map_err(|e| Error::invalid(format!("config.json in the file: {e}")))?;

@@ -1,8 +1,8 @@
-//! The flip experiment of the paper (§1, appendix B, algorithm 3, table 13): the perplexity of a binarized model when
-//! a share of its signs is flipped, chosen at random or by importance, least important first.
+//! The flip experiment of the paper (§1, appendix B, algorithm 3, table 13): the perplexity of a binarized model when a
+//! share of its signs is flipped, chosen at random or by importance, least important first.
 //!
 //! In each linear layer of the decoder a share of the weights that are neither pruned nor in a salient
-//! column changes sign. Sets of a growing share contain each other.
+//! column changes sign. The weights of a smaller share are a subset of those of a larger share.
 
 use std::fmt::Write;
 
@@ -21,7 +21,7 @@ use crate::plot::{Chart, Point, Series, svg};
 use crate::recipe::{Calibration, Recipe};
 use crate::sensitivity::diagonals;
 
-/// What is flipped, and how often.
+/// Options of the flip experiment.
 #[derive(Clone, Debug)]
 pub struct FlipOptions {
     /// Shares of the weights of each layer that may be flipped, each from 0 to 1.
@@ -34,7 +34,7 @@ pub struct FlipOptions {
     pub evaluation: PerplexityOptions,
 }
 
-/// In which order weights are flipped.
+/// The order in which weights are flipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FlipOrder {
@@ -43,7 +43,7 @@ pub enum FlipOrder {
         /// The seed.
         seed: u64,
     },
-    /// From the smallest |w|·‖x‖ on, with w of the dense checkpoint and ‖x‖ the norm of the weight's
+    /// By ascending |w|·‖x‖, with w of the dense checkpoint and ‖x‖ the norm of the weight's
     /// input in calibration.
     LeastImportant,
 }
@@ -60,7 +60,7 @@ impl std::fmt::Display for FlipOrder {
 /// One measurement.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Flipped {
-    /// How weights were chosen; `None` before any was flipped.
+    /// The order of flips; `None` for the measurement without flips.
     pub order: Option<FlipOrder>,
     /// Share of the weights that may be flipped.
     pub share: f64,
@@ -75,7 +75,7 @@ pub struct Flipped {
 /// A binarization in which every weight keeps its sign: the paper's structure without its mask.
 ///
 /// # Errors
-/// None in practice: it is made of a shipped recipe.
+/// None in practice: the recipe is derived from a built-in one.
 pub fn binarized() -> Result<Recipe> {
     Recipe::load("stbllm-4of8")?.changed(|file| {
         file.name = "stbllm-8of8".into();
@@ -85,9 +85,9 @@ pub fn binarized() -> Result<Recipe> {
     })
 }
 
-/// Flips signs in `model`, a conversion of `checkpoint`, and measures. The model is left as it was.
-/// All its linear layers are decoded: 8 bytes of memory per weight. `progress` hears the number of
-/// measurements done, that of all, and the latest.
+/// Flips signs in the model of `engine`, a conversion of `checkpoint`, and measures perplexity. Restores the model.
+/// Decodes all linear layers: 8 bytes of memory per weight. Calls `progress` with the number of measurements done,
+/// the number of all, and the latest.
 ///
 /// # Errors
 /// [`Error::Usage`] for shares out of range, and those of [`perplexity`]; [`Error::Invalid`] if model
@@ -107,8 +107,8 @@ pub fn flip(
     let mut shares = options.shares.clone();
     shares.sort_by(f64::total_cmp);
     shares.dedup();
-    let tokenizer = engine.tokenizer()?;
-    let mut matrices = matrices(engine, checkpoint, calibration, source, options.salient)?;
+    let tokenizer = engine.model.tokenizer()?;
+    let mut matrices = flip_matrices(engine, checkpoint, calibration, source, options.salient)?;
     let mut orders = vec![FlipOrder::LeastImportant];
     orders.extend(options.seeds.iter().map(|seed| FlipOrder::Random { seed: *seed }));
     let all = 1 + orders.len() * shares.len();
@@ -121,7 +121,7 @@ pub fn flip(
         for share in &shares {
             let mut flipped = 0;
             for matrix in &matrices {
-                flipped += matrix.put(&mut engine.model.layers, *share)?;
+                flipped += matrix.write_flipped(&mut engine.model.layers, *share)?;
             }
             let result = measure(engine, &tokenizer, text, options, Some(order), *share, flipped);
             let result = match result {
@@ -161,7 +161,7 @@ fn measure(
 /// Calibration sequences for the norms of inputs.
 const SEQUENCES: usize = 32;
 
-/// A matrix with the places that may be flipped.
+/// A linear layer with the weights that may be flipped.
 struct FlipMatrix {
     layer: usize,
     linear: Linear,
@@ -169,13 +169,14 @@ struct FlipMatrix {
     cols: u64,
     /// Decoded, [rows, cols].
     values: Vec<f32>,
-    /// Places that may be flipped, in the order in which they are.
-    places: Vec<u32>,
+    /// Indices of the weights that may be flipped, in the order of the flips.
+    positions: Vec<u32>,
     /// Importance of each weight, [rows, cols].
     importance: Vec<f32>,
 }
 
-fn matrices(
+/// All linear layers of the decoder, decoded.
+fn flip_matrices(
     engine: &Engine,
     checkpoint: &Checkpoint,
     calibration: &Calibration,
@@ -208,8 +209,8 @@ fn matrices(
                 MatrixView::Stbllm(view) if !salient => view.unpack().salient,
                 _ => vec![false; cols],
             };
-            let open = |i: &u32| values[*i as usize] != 0.0 && !skipped[*i as usize % cols];
-            let places = (0..values.len() as u32).filter(open).collect();
+            let may_flip = |i: &u32| values[*i as usize] != 0.0 && !skipped[*i as usize % cols];
+            let positions = (0..values.len() as u32).filter(may_flip).collect();
             let (rows, cols) = (weight.rows() as u64, cols as u64);
             matrices.push(FlipMatrix {
                 layer: index,
@@ -217,7 +218,7 @@ fn matrices(
                 rows,
                 cols,
                 values,
-                places,
+                positions,
                 importance,
             });
         }
@@ -226,32 +227,33 @@ fn matrices(
 }
 
 impl FlipMatrix {
-    /// Puts the places into the order in which they are flipped.
+    /// Sorts the weights into the order in which they are flipped. `stream` selects the random sequence.
     fn arrange(&mut self, order: FlipOrder, stream: u64) {
-        // The result must not depend on the order before.
-        self.places.sort_unstable();
+        // The result must not depend on the previous order.
+        self.positions.sort_unstable();
         match order {
             FlipOrder::LeastImportant => {
                 let key = |i: &u32| self.importance[*i as usize];
-                self.places.sort_by(|a, b| key(a).total_cmp(&key(b)));
+                self.positions.sort_by(|a, b| key(a).total_cmp(&key(b)));
             }
             FlipOrder::Random { seed } => {
-                // Fisher-Yates; each matrix has numbers of its own.
+                // Fisher-Yates; each matrix has its own random sequence.
                 let mut random = Pcg64Mcg::seed_from_u64(seed ^ (stream + 1).wrapping_mul(GOLDEN));
-                for i in (1..self.places.len()).rev() {
+                for i in (1..self.positions.len()).rev() {
                     let j = (random.next_u64() % (i as u64 + 1)) as usize;
-                    self.places.swap(i, j);
+                    self.positions.swap(i, j);
                 }
             }
         }
     }
 
-    /// Puts the weights with the first `share` of the places flipped into `layers`; their number.
-    fn put(&self, layers: &mut [Layer], share: f64) -> Result<u64> {
-        let count = (self.places.len() as f64 * share) as usize;
+    /// Replaces this linear layer in `layers` by one with the first `share` of the weights flipped. Returns the
+    /// number of flipped weights.
+    fn write_flipped(&self, layers: &mut [Layer], share: f64) -> Result<u64> {
+        let count = (self.positions.len() as f64 * share) as usize;
         let mut values = self.values.clone();
-        for place in &self.places[..count] {
-            values[*place as usize] *= -1.0;
+        for position in &self.positions[..count] {
+            values[*position as usize] *= -1.0;
         }
         *layers[self.layer].linear_mut(self.linear) =
             Weight::from_floats(values, self.rows, self.cols)?;
@@ -259,10 +261,10 @@ impl FlipMatrix {
     }
 }
 
-/// 2⁶⁴ over the golden ratio: spreads small numbers over all bits.
+/// 2⁶⁴ over the golden ratio: spreads small integers over all bits.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Mean over seeds of the random orders at each share: share, mean, half the range.
+/// The mean over seeds of the random orders at each share: share, mean perplexity, half the range.
 fn random_mean(found: &[Flipped]) -> Vec<(f64, f64, f64)> {
     let random = |f: &&Flipped| matches!(f.order, Some(FlipOrder::Random { .. }));
     let mut shares: Vec<f64> = found.iter().filter(random).map(|f| f.share).collect();
@@ -271,14 +273,14 @@ fn random_mean(found: &[Flipped]) -> Vec<(f64, f64, f64)> {
     let mean = |share: f64| {
         let at = found.iter().filter(random).filter(|f| f.share == share).map(|f| f.perplexity);
         let (low, high) = at.clone().fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
-        // Of the losses, so that one bad curve does not hide the others.
+        // The mean of the losses, so that one bad seed does not dominate.
         let loss = at.clone().map(f64::ln).sum::<f64>() / at.count() as f64;
         (share, loss.exp(), (high - low) / 2.0)
     };
     shares.into_iter().map(mean).collect()
 }
 
-/// A table: flipped share, perplexity for random and for least important signs.
+/// A Markdown table: flipped share, perplexity for random and for least important signs.
 #[must_use]
 pub fn markdown(title: &str, found: &[Flipped]) -> String {
     let mut out = format!(
@@ -299,7 +301,7 @@ pub fn markdown(title: &str, found: &[Flipped]) -> String {
     out
 }
 
-/// All measurements.
+/// All measurements as CSV.
 #[must_use]
 pub fn csv(found: &[Flipped]) -> String {
     let mut out = String::from("order,seed,share,flipped,perplexity,standard_error\n");
@@ -315,7 +317,7 @@ pub fn csv(found: &[Flipped]) -> String {
     out
 }
 
-/// Perplexity against flipped share.
+/// An SVG chart of perplexity against flipped share.
 #[must_use]
 pub fn plot(title: &str, found: &[Flipped]) -> String {
     let start = found.iter().find(|f| f.order.is_none()).map(|f| Point {
@@ -367,26 +369,26 @@ mod tests {
 
     fn matrix() -> FlipMatrix {
         let values: Vec<f32> = (0..64).map(|i| if i % 7 == 0 { 0.0 } else { 1.0 }).collect();
-        let places = (0..64).filter(|i| values[*i as usize] != 0.0).collect();
+        let positions = (0..64).filter(|i| values[*i as usize] != 0.0).collect();
         let importance = (0..64).map(|i| ((i * 37) % 64) as f32).collect();
-        FlipMatrix { layer: 0, linear: Linear::Up, rows: 8, cols: 8, values, places, importance }
+        FlipMatrix { layer: 0, linear: Linear::Up, rows: 8, cols: 8, values, positions, importance }
     }
 
     #[test]
     fn orders_are_permutations_that_do_not_depend_on_the_one_before() {
         let (mut a, mut b) = (matrix(), matrix());
-        let all = a.places.clone();
+        let all = a.positions.clone();
         a.arrange(FlipOrder::Random { seed: 1 }, 3);
         b.arrange(FlipOrder::Random { seed: 2 }, 3);
-        assert_ne!(a.places, b.places);
+        assert_ne!(a.positions, b.positions);
         b.arrange(FlipOrder::Random { seed: 1 }, 3);
-        assert_eq!(a.places, b.places);
-        assert_ne!(a.places, all);
+        assert_eq!(a.positions, b.positions);
+        assert_ne!(a.positions, all);
         a.arrange(FlipOrder::LeastImportant, 3);
         let importance = |i: &u32| a.importance[*i as usize];
-        assert!(a.places.windows(2).all(|p| importance(&p[0]) < importance(&p[1])));
-        a.places.sort_unstable();
-        assert_eq!(a.places, all);
+        assert!(a.positions.windows(2).all(|p| importance(&p[0]) < importance(&p[1])));
+        a.positions.sort_unstable();
+        assert_eq!(a.positions, all);
     }
 
     #[test]

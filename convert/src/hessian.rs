@@ -1,4 +1,4 @@
-//! The Hessian of a layer's inputs and its factors, which error compensation needs.
+//! The Hessian of a layer's inputs, and its factors for error compensation.
 
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
@@ -26,7 +26,7 @@ impl Hessian {
         Self { size, matrix: vec![0.0; size * size], sequences: 0 }
     }
 
-    /// A finished matrix from elsewhere, [size, size] symmetric.
+    /// A Hessian from a finished symmetric matrix, [size, size].
     ///
     /// # Panics
     /// If the number of elements is wrong.
@@ -36,17 +36,17 @@ impl Hessian {
         Self { size, matrix, sequences: 0 }
     }
 
-    /// Adds Xᵀ X of some tokens, `x` [tokens, in]. The order of calls decides the rounding, the
-    /// number of threads does not.
+    /// Adds Xᵀ X of a batch, `x` [tokens, in]. Rounding depends on the order of calls, not on the number of
+    /// threads.
     ///
     /// # Panics
-    /// If `x` is not whole tokens.
+    /// If the length of `x` is no multiple of the input features.
     pub fn add(&mut self, isa: Isa, x: &[f32]) {
         let size = self.size;
         assert!(x.len().is_multiple_of(size), "whole tokens");
         let tokens = x.len() / size;
         let mut panels = Panels::default();
-        // Columns of H are the panel's "tokens", tokens are what the product sums over.
+        // The panels hold the columns of H; the product sums over tokens.
         panels.pack_transposed(x, size, tokens, size);
         let transposed = transpose(x, tokens, size); // [in, tokens]
         let left = dense(&transposed, size, tokens);
@@ -67,7 +67,7 @@ impl Hessian {
         );
     }
 
-    /// Notes that a sequence has been added.
+    /// Counts a sequence whose tokens have all been added.
     pub fn count_sequence(&mut self) {
         self.sequences += 1;
     }
@@ -96,7 +96,7 @@ impl Hessian {
         self.matrix.iter().step_by(self.size + 1).copied().collect()
     }
 
-    /// Input features that are zero in all tokens.
+    /// Indices of the input features that are zero in all tokens.
     #[must_use]
     pub fn dead(&self) -> Vec<usize> {
         let zero = self.diagonal().into_iter().enumerate().filter(|(_, d)| *d == 0.0);
@@ -129,14 +129,14 @@ pub fn memory(size: u64) -> u64 {
     size * size * 12
 }
 
-/// Bytes of scratch while it is factored: two f64 copies.
+/// Bytes of scratch for the factorization of a Hessian: two f64 copies.
 #[must_use]
 pub fn factoring_memory(size: u64) -> u64 {
     size * size * 16
 }
 
 /// (2/n) Σ Aᵀ X over n calibration sequences, A [tokens, rows] and X [tokens, cols]: the cross
-/// term of the inputs X of a layer and another quantity A.
+/// term between the inputs X of a layer and another quantity A.
 #[derive(Clone, Debug)]
 pub struct CrossHessian {
     /// [rows, cols].
@@ -162,7 +162,7 @@ impl CrossHessian {
         self.sequences += sequences;
     }
 
-    /// The elements, [rows, cols], scaled as the Hessian is.
+    /// The elements, [rows, cols], with the same scale as the Hessian.
     #[must_use]
     pub fn finish(mut self) -> Vec<f32> {
         let scale = 2.0 / self.sequences.max(1) as f32;
@@ -191,7 +191,7 @@ impl Factor {
     /// [`Error::Invalid`] if it is not positive definite: NaN activations or no damping.
     pub fn new(hessian: &Hessian) -> Result<Self> {
         let n = hessian.size;
-        // The upper factor is the lower one of the matrix read backwards.
+        // The upper factor is the lower factor of the matrix with rows and columns reversed.
         let mut lower = Mat::<f64>::from_fn(n, n, |i, j| {
             f64::from(hessian.matrix[(n - 1 - i) * n + (n - 1 - j)])
         });
@@ -200,10 +200,10 @@ impl Factor {
         let mut memory = faer::dyn_stack::MemBuffer::new(scratch);
         let stack = faer::dyn_stack::MemStack::new(&mut memory);
         cholesky_in_place(lower.as_mut(), default(), par, stack, default())
-            .map_err(|_| not_positive())?;
+            .map_err(|_| not_positive_definite())?;
         let mut inverse = Mat::<f64>::zeros(n, n);
         invert_lower_triangular(inverse.as_mut(), lower.as_ref(), par);
-        let backwards = |matrix: &Mat<f64>| {
+        let reversed = |matrix: &Mat<f64>| {
             let mut out = vec![0.0; n * n];
             out.par_chunks_mut(n).enumerate().for_each(|(i, row)| {
                 for j in i..n {
@@ -212,25 +212,25 @@ impl Factor {
             });
             out
         };
-        Ok(Self { size: n, u: backwards(&inverse), m: backwards(&lower) })
+        Ok(Self { size: n, u: reversed(&inverse), m: reversed(&lower) })
     }
 
-    /// 1 / U_jj² for each column: how much an error there costs after compensation.
+    /// 1 / U_jj² for each column: the cost of a squared error in that column after compensation.
     #[must_use]
     pub fn importance(&self) -> Vec<f32> {
         self.m.iter().step_by(self.size + 1).map(|m| m * m).collect()
     }
 }
 
-/// The error for a Hessian without factors.
-pub(crate) fn not_positive() -> Error {
+/// The error for a Hessian that cannot be factored.
+pub(crate) fn not_positive_definite() -> Error {
     Error::invalid(
         "the Hessian of the calibration inputs is not positive definite; use more calibration text \
          or a larger damping",
     )
 }
 
-/// (W H Wᵀ)_ii of each row of `weights`, [rows, in], on this processor.
+/// (W H Wᵀ)_ii of each row of `weights`, [rows, in], on the CPU.
 pub(crate) fn output_errors(isa: Isa, weights: &[f32], hessian: &Hessian) -> Vec<f64> {
     let cols = hessian.size;
     let mut panels = Panels::default();
@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn factors_are_what_they_claim() {
+    fn factors_match_their_definitions() {
         let (n, tokens) = (37, 90);
         let x: Vec<f32> = (0..n * tokens).map(|i| ((i * i * 31 + i) % 101) as f32 - 50.0).collect();
         let mut hessian = Hessian::new(n);

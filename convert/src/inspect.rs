@@ -1,4 +1,4 @@
-//! What is in a file: for people as a table, for programs as JSON.
+//! Describes the content of a file, as a table or as JSON.
 
 use std::collections::HashSet;
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 use stb_format::{Encoding, File, ModelSpec, Value, ValueRef};
 use stb_kernels::cuda::gemm_units;
 
-/// Everything about a file but its weights.
+/// The description of a file without its weights.
 #[derive(Clone, Debug, Serialize)]
 pub struct Inspection {
     /// Format version needed to read it.
@@ -32,7 +32,7 @@ pub struct Inspection {
 /// A section.
 #[derive(Clone, Debug, Serialize)]
 pub struct Section {
-    /// Registered name, or the number.
+    /// Registered name, or the number of an unregistered kind.
     pub kind: String,
     /// First byte in the file.
     pub offset: u64,
@@ -45,9 +45,9 @@ pub struct Section {
 pub struct Tensor {
     /// The Hugging Face name.
     pub name: String,
-    /// PyTorch order.
+    /// In PyTorch's order: [out, in] for a linear layer.
     pub shape: Vec<u64>,
-    /// How it is stored.
+    /// Name of the encoding.
     pub encoding: String,
     /// Registered id of the encoding.
     pub encoding_id: u32,
@@ -57,15 +57,15 @@ pub struct Tensor {
     pub bytes: u64,
     /// Stored bits per weight.
     pub stored_bits: f64,
-    /// What multiplies a linear layer with the tokens of a prompt on an NVIDIA GPU; absent if nothing does.
+    /// The GEMM units for prefill of a linear layer on an NVIDIA GPU; absent if there is no kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cuda_prompts: Option<&'static str>,
     /// XXH3-64 of the stored bytes.
     pub checksum: String,
 }
 
-/// Texts longer than this are shortened.
-const SHOWN: usize = 200;
+/// Texts with more characters are shortened.
+const MAX_TEXT: usize = 200;
 
 /// Describes an open file.
 #[must_use]
@@ -80,7 +80,7 @@ pub fn inspect(file: &File<'_>) -> Inspection {
         offset: s.offset,
         bytes: s.bytes.len() as u64,
     });
-    // Nothing, if the file is valid but not a model.
+    // Empty if the file is valid but not a model.
     let linears: HashSet<String> = ModelSpec::from_file(file)
         .map(|spec| spec.tensors().filter(|t| t.linear().is_some()).map(|t| t.name).collect())
         .unwrap_or_default();
@@ -114,8 +114,8 @@ pub fn inspect(file: &File<'_>) -> Inspection {
 
 fn json_value(value: ValueRef<'_>) -> serde_json::Value {
     match value.to_value() {
-        Value::Text(text) if text.chars().count() > SHOWN => {
-            let start: String = text.chars().take(SHOWN).collect();
+        Value::Text(text) if text.chars().count() > MAX_TEXT => {
+            let start: String = text.chars().take(MAX_TEXT).collect();
             format!("{start}… ({} bytes)", text.len()).into()
         }
         Value::Text(text) => text.into(),
@@ -126,7 +126,7 @@ fn json_value(value: ValueRef<'_>) -> serde_json::Value {
     }
 }
 
-/// One line without control characters, which terminals may obey. Quotes stay as they are.
+/// Escapes control characters, which could steer a terminal, and newlines. Quotes are not escaped.
 fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| match c {
@@ -137,7 +137,7 @@ fn printable(text: &str) -> String {
 }
 
 impl Inspection {
-    /// A table for people. Text from the file is escaped: it must not steer a terminal.
+    /// A table. Text from the file is escaped, so that it cannot steer a terminal.
     #[must_use]
     pub fn table(&self) -> String {
         use std::fmt::Write;
@@ -192,7 +192,7 @@ impl Inspection {
         out
     }
 
-    /// Whether some tensor has an encoding that this version cannot decode.
+    /// The number of tensors with an encoding that this version cannot decode.
     #[must_use]
     pub fn unknown_encodings(&self, file: &File<'_>) -> usize {
         let unknown =

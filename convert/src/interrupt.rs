@@ -1,35 +1,35 @@
-//! Stopping a conversion on request: the flag that Ctrl-C sets, and the error that ends the work.
+//! Stops a conversion on request: the flag that Ctrl-C sets, and the error that ends the conversion.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Whether the user wants to stop. Long computations look at it now and then.
+/// Set on request to stop. Long computations check it regularly.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Asks the work to stop. Returns whether that had been asked for before.
+/// Requests a stop. Returns whether one had been requested before.
 pub fn interrupt() -> bool {
     INTERRUPTED.swap(true, Ordering::SeqCst)
 }
 
-/// Whether the user wants to stop.
+/// Whether a stop has been requested.
 #[must_use]
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 
-/// The user has asked to stop.
+/// The conversion was stopped on request.
 #[derive(Debug, thiserror::Error)]
 pub enum Interrupted {
-    /// Before anything was worth keeping.
+    /// Nothing was kept.
     #[error("interrupted; nothing was written")]
     AtOnce,
-    /// With this many decoder layers finished.
+    /// This many finished decoder layers are kept.
     #[error(
-        "interrupted; {0} finished decoder layers are kept: the same command goes on from there"
+        "interrupted; {0} finished decoder layers are kept: run the same command again to resume"
     )]
     Later(usize),
 }
 
-/// Ends the work if the user has asked to stop.
+/// Fails if a stop has been requested.
 ///
 /// # Errors
 /// [`Interrupted::AtOnce`].

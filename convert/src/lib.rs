@@ -2,8 +2,8 @@
 //!
 //! [`convert`] reads a checkpoint, runs the calibration text through it one decoder layer at a
 //! time, quantizes every linear layer against the Hessian of its inputs, and streams packed
-//! tensors into a file. A [`Recipe`] says what is done to which tensor; [`plan()`] gives the
-//! size of every tensor before any weight is quantized.
+//! tensors into a file. A [`Recipe`] assigns methods to tensors; [`plan()`] gives the size of every
+//! tensor before any weight is quantized.
 
 pub mod allocation;
 pub(crate) mod backward;

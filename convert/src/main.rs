@@ -1,4 +1,4 @@
-//! `stb-convert`: from a dense checkpoint to an `.stb` file, and looking into such files.
+//! `stb-convert`: converts a dense checkpoint to an `.stb` file and inspects such files.
 
 mod cli;
 

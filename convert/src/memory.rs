@@ -1,4 +1,4 @@
-//! The memory that a conversion takes: the sum of what its parts say.
+//! An estimate of the memory that a conversion needs.
 
 use stb_runtime::Checkpoint;
 
@@ -9,39 +9,39 @@ use crate::recipe::Recipe;
 use crate::{budget, hessian, pipeline, quantize};
 
 impl Plan {
-    /// An upper estimate of the memory that conversion takes beside the mapped source, in bytes:
+    /// An upper estimate of the memory that conversion needs besides the mapped checkpoint, in bytes:
     /// hidden states of all sequences, and one decoder layer's inputs, Hessians, factors and weights.
     #[must_use]
     pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
         let spec = &checkpoint.spec;
-        let pricing = recipe.linear.target_bits().map_or(0, |_| budget::memory(spec));
+        let budget = recipe.linear.target_bits().map_or(0, |_| budget::memory(spec));
         if !self.needs_calibration() {
             let largest = self.tensors.iter().map(TensorPlan::elements).max().unwrap_or(0);
-            return pricing.max(largest * 12);
+            return budget.max(largest * 12);
         }
         let calibration = &recipe.calibration;
-        let taken = pipeline::memory::memory(spec, calibration, self.prunes_first());
+        let calibrating = pipeline::memory::memory(spec, calibration, self.prunes_first());
         let inputs = pipeline::memory::input_sizes(spec);
         let hessians: u64 = inputs.into_iter().map(hessian::memory).sum();
         let factoring = inputs.into_iter().map(hessian::factoring_memory).max().unwrap_or(0);
         let first = self.tensors.iter().filter(|t| t.tensor.layer == Some(0));
         let packed: u64 = first.map(|t| t.bytes).sum();
         let layers =
-            calibration.distill_layers.map_or(0, |_| layer_memory(spec, taken.activations));
-        let step = taken.activations.max(factoring).max(self.quantizing_memory(checkpoint));
-        let layer = hessians + taken.dense_target + packed + step.max(layers);
+            calibration.distill_layers.map_or(0, |_| layer_memory(spec, calibrating.activations));
+        let step = calibrating.activations.max(factoring).max(self.quantizing_memory(checkpoint));
+        let layer = hessians + calibrating.dense_target + packed + step.max(layers);
         let distill = calibration.distill.map_or(0, |_| {
-            let through = DistilledStreams {
+            let sizes = DistilledStreams {
                 tokens: pipeline::memory::tokens(spec, calibration),
                 batch: pipeline::memory::batch_tokens(spec, calibration),
-                activations: taken.activations,
+                activations: calibrating.activations,
             };
-            model_memory(spec, self.moving_memory(), &through)
+            model_memory(spec, self.moving_memory(), &sizes)
         });
-        pricing.max(distill).max(taken.states + layer)
+        budget.max(distill).max(calibrating.states + layer)
     }
 
-    /// The most that quantizing a linear layer takes.
+    /// Bytes needed to quantize the largest linear layer.
     fn quantizing_memory(&self, checkpoint: &Checkpoint) -> u64 {
         let scratch = self.tensors.iter().map(|t| match t.method {
             TensorMethod::Linear(method) => method.quantizer().scratch_memory(t.tensor.shape[1]),
@@ -51,7 +51,7 @@ impl Plan {
         quantize::memory(spec.intermediate_size * spec.hidden_size) + scratch.max().unwrap_or(0)
     }
 
-    /// Codes and scales of all tensors that move while the model is distilled.
+    /// Bytes of codes and scales of all tensors that distillation trains.
     fn moving_memory(&self) -> u64 {
         let moving = self.tensors.iter().map(|t| match t.method {
             TensorMethod::Linear(method) => {

@@ -6,7 +6,7 @@ use stb_runtime::{Checkpoint, Error, Result, SourceFile};
 use crate::digest::digest;
 use crate::recipe::Recipe;
 
-/// Everything but the hashes of the source files, which take a while.
+/// The metadata without the hashes of the source files, which take a while; see [`add_hashes`].
 ///
 /// # Errors
 /// [`Error::Invalid`] if the checkpoint has no tokenizer or one that does not fit it.
@@ -23,7 +23,7 @@ pub fn metadata(
     let text = |v: &str| Value::Text(v.to_owned());
     let tokenizer = checkpoint.tokenizer.as_deref().ok_or_else(|| {
         Error::invalid(format!(
-            "{} has no tokenizer.json; put the model's tokenizer.json beside the weights",
+            "{} has no tokenizer.json; put the model's tokenizer.json next to the weights",
             checkpoint.folder.display()
         ))
     })?;

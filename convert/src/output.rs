@@ -1,23 +1,23 @@
-//! Files that appear whole or not at all.
+//! Atomic output: a file appears complete or not at all.
 
 use std::io::{BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use stb_runtime::{Error, Result};
 
-/// An unfinished file, on the file system of its final place.
-pub struct Output {
+/// An unfinished file, on the file system of its target.
+pub struct OutputFile {
     file: BufWriter<std::fs::File>,
     temporary: PathBuf,
     target: PathBuf,
     force: bool,
 }
 
-impl Output {
-    /// Starts a file that will become `target`; until then it is `temporary`.
+impl OutputFile {
+    /// Creates the file `temporary`, which [`OutputFile::commit`] renames to `target`.
     ///
     /// # Errors
-    /// [`Error::Usage`] if it exists and `force` is not set, [`Error::Io`] if it cannot be written.
+    /// [`Error::Usage`] if `target` exists and `force` is not set, [`Error::Io`] if it cannot be written.
     pub fn create(target: &Path, temporary: PathBuf, force: bool) -> Result<Self> {
         refuse_existing(target, force)?;
         let file = std::fs::File::create(&temporary).map_err(|e| Error::io(&temporary, e))?;
@@ -29,7 +29,7 @@ impl Output {
         })
     }
 
-    /// Makes the file durable and gives it its name.
+    /// Syncs the file to disk and renames it to the target.
     ///
     /// # Errors
     /// [`Error::Usage`] if a file of that name has appeared, [`Error::Io`].
@@ -42,7 +42,7 @@ impl Output {
         // Another program may have created the file in the meantime.
         refuse_existing(&target, force)?;
         std::fs::rename(&temporary, &target).map_err(fail)?;
-        // The new name has to survive a crash too; not all systems can open folders.
+        // Sync the folder, so that the rename survives a crash; not all systems can open folders.
         if let Some(folder) = target.parent().filter(|f| !f.as_os_str().is_empty())
             && let Ok(folder) = std::fs::File::open(folder)
         {
@@ -61,14 +61,14 @@ impl Output {
         Ok(self.temporary)
     }
 
-    /// The path for messages.
+    /// The target, for messages.
     #[must_use]
     pub fn target(&self) -> &Path {
         &self.target
     }
 }
 
-/// Refuses to replace a file unless that was asked for, and to replace a folder or a device ever.
+/// Fails if `target` exists, unless it is a regular file and `force` is set.
 ///
 /// # Errors
 /// [`Error::Usage`].
@@ -84,7 +84,7 @@ pub fn refuse_existing(target: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-impl Write for Output {
+impl Write for OutputFile {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.file.write(bytes)
     }
@@ -94,7 +94,7 @@ impl Write for Output {
     }
 }
 
-impl Seek for Output {
+impl Seek for OutputFile {
     fn seek(&mut self, position: std::io::SeekFrom) -> std::io::Result<u64> {
         self.file.seek(position)
     }

@@ -1,4 +1,4 @@
-//! What will be done to each tensor and what it will cost, before anything is computed.
+//! The method and the exact size of each tensor, before anything is computed.
 
 use stb_format::arch::{Linear, Role, TensorSpec};
 use stb_format::encoding::{Dense, IntGroup};
@@ -8,19 +8,19 @@ use stb_runtime::{Checkpoint, Error, Result};
 use crate::quantize::Method;
 use crate::recipe::Recipe;
 
-/// What is done to a tensor.
+/// How a tensor is converted.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum TensorMethod {
-    /// The bytes of the source.
+    /// Kept in its data type.
     Keep(Dense),
-    /// Each weight rounded by itself.
+    /// Each weight rounded independently.
     Round(IntGroup),
     /// A linear layer, quantized against the Hessian of its inputs.
     Linear(Method),
 }
 
 impl TensorMethod {
-    /// What is stored.
+    /// The encoding in the file.
     #[must_use]
     pub fn encoding(&self) -> Encoding {
         match self {
@@ -36,7 +36,7 @@ impl TensorMethod {
 pub struct TensorPlan {
     /// Its name, shape and role.
     pub tensor: TensorSpec,
-    /// What is done.
+    /// How it is converted.
     pub method: TensorMethod,
     /// Stored bytes.
     pub bytes: u64,
@@ -64,7 +64,7 @@ impl TensorPlan {
         self.bytes as f64 * 8.0 / self.elements() as f64
     }
 
-    /// Changes the method, and the stored bytes with it.
+    /// Changes the method and updates the stored bytes.
     ///
     /// # Errors
     /// None for a method that allows the shape.
@@ -73,7 +73,7 @@ impl TensorPlan {
         Ok(())
     }
 
-    /// The decoder layer and the linear layer in it whose weights these are, if they are.
+    /// The index of the decoder layer and the linear layer in it; `None` for other tensors.
     #[must_use]
     pub fn linear(&self) -> Option<(usize, Linear)> {
         self.tensor.layer.zip(self.tensor.linear())
@@ -87,7 +87,7 @@ pub struct Plan {
     pub tensors: Vec<TensorPlan>,
 }
 
-/// What `recipe` does to `checkpoint`.
+/// The plan of a conversion of `checkpoint` by `recipe`.
 ///
 /// # Errors
 /// None in practice: the tensors of a checkpoint exist and are dense.
@@ -124,7 +124,7 @@ impl Plan {
         self.tensors.iter().map(TensorPlan::elements).sum()
     }
 
-    /// How the file falls short of its methods, see [`LinearQuantizer::note`].
+    /// Limitations of the file compared with its methods; see [`LinearQuantizer::note`].
     ///
     /// [`LinearQuantizer::note`]: crate::quantize::LinearQuantizer::note
     #[must_use]
@@ -142,7 +142,7 @@ impl Plan {
         self.methods().any(|(_, method)| method.quantizer().prunes_first())
     }
 
-    /// The tensors that are quantized against their calibrated inputs.
+    /// The tensors that are quantized with calibration.
     fn methods(&self) -> impl Iterator<Item = (&TensorPlan, Method)> {
         self.tensors.iter().filter_map(|t| match t.method {
             TensorMethod::Linear(method) => Some((t, method)),

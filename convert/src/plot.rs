@@ -1,45 +1,45 @@
-//! Charts as SVG text: points and lines over two axes, one of which may be logarithmic.
+//! Charts as SVG text: points and lines over two axes, each linear or logarithmic.
 
 use std::fmt::Write;
 
-/// A point with the length of its error bar to either side.
+/// A point with its error bar.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Point {
-    /// Where, left to right.
+    /// Position on the horizontal axis.
     pub x: f64,
-    /// Where, bottom to top.
+    /// Position on the vertical axis.
     pub y: f64,
     /// Half the length of the error bar; zero for none.
     pub error: f64,
-    /// Written beside it.
+    /// Text next to the point.
     pub label: String,
 }
 
 /// Points of one color.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Series {
-    /// For the legend.
+    /// Name in the legend.
     pub name: String,
-    /// In the order in which a line connects them.
+    /// The points, in the order of the line.
     pub points: Vec<Point>,
-    /// Whether there is a line.
+    /// Whether a line connects the points.
     pub line: bool,
 }
 
 /// One chart.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chart {
-    /// Above it.
+    /// The title above the chart.
     pub title: String,
-    /// Below it.
+    /// The label of the horizontal axis.
     pub x_label: String,
-    /// Beside it.
+    /// The label of the vertical axis.
     pub y_label: String,
-    /// Whether the horizontal axis is logarithmic. Values that are not above zero are then left out.
+    /// Whether the horizontal axis is logarithmic, which omits values that are not positive.
     pub log_x: bool,
-    /// Whether the vertical axis is logarithmic. Values that are not above zero are then left out.
+    /// Whether the vertical axis is logarithmic, which omits values that are not positive.
     pub log_y: bool,
-    /// What is drawn.
+    /// The data.
     pub series: Vec<Series>,
 }
 
@@ -47,11 +47,11 @@ const WIDTH: f64 = 760.0;
 const HEIGHT: f64 = 460.0;
 /// Left, right, top and bottom of the area with the points.
 const AREA: [f64; 4] = [80.0, 730.0, 46.0, 400.0];
-/// Told apart by people with any color vision (Okabe and Ito).
+/// Colors that are distinguishable with any color vision (Okabe and Ito).
 const COLORS: [&str; 7] =
     ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 
-/// Charts below each other, as an SVG document.
+/// An SVG document with the charts, one below the other.
 #[must_use]
 pub fn svg(charts: &[Chart]) -> String {
     let height = HEIGHT * charts.len() as f64;
@@ -68,7 +68,7 @@ pub fn svg(charts: &[Chart]) -> String {
     out + "</svg>\n"
 }
 
-/// A range of values on an axis and the pixels it is drawn on.
+/// A range of values and the pixels of its ends.
 struct Axis {
     low: f64,
     high: f64,
@@ -77,7 +77,7 @@ struct Axis {
 }
 
 impl Axis {
-    /// An axis that holds all of `values` and ends at round numbers; `None` if there are none.
+    /// An axis with some margin around all finite `values`; `None` if there are none.
     fn new(values: impl Iterator<Item = f64>, log: bool, pixels: [f64; 2]) -> Option<Self> {
         let (low, high) = values
             .filter(|v| v.is_finite() && (!log || *v > 0.0))
@@ -86,16 +86,17 @@ impl Axis {
             return None;
         }
         if log {
-            // A little air, so that no point lies on the frame.
-            let air = ((high / low).ln() * 0.06).max(0.05).exp();
-            return Some(Self { low: low / air, high: high * air, log, pixels });
+            // Margins, so that no point lies on the frame.
+            let margin = ((high / low).ln() * 0.06).max(0.05).exp();
+            return Some(Self { low: low / margin, high: high * margin, log, pixels });
         }
-        let air = ((high - low) * 0.06).max(high.abs() * 0.01).max(1e-9);
-        let low = if low >= 0.0 { (low - air).max(0.0) } else { low - air };
-        Some(Self { low, high: high + air, log, pixels })
+        let margin = ((high - low) * 0.06).max(high.abs() * 0.01).max(1e-9);
+        let low = if low >= 0.0 { (low - margin).max(0.0) } else { low - margin };
+        Some(Self { low, high: high + margin, log, pixels })
     }
 
-    fn place(&self, value: f64) -> f64 {
+    /// The pixel of a value; values out of range are clamped.
+    fn pixel(&self, value: f64) -> f64 {
         let share = if self.log {
             (value.max(self.low) / self.low).ln() / (self.high / self.low).ln()
         } else {
@@ -104,7 +105,7 @@ impl Axis {
         self.pixels[0] + share.clamp(0.0, 1.0) * (self.pixels[1] - self.pixels[0])
     }
 
-    /// Round values within the range, about six.
+    /// About six round values within the range.
     fn ticks(&self) -> Vec<f64> {
         if self.log {
             let (low, high) = (self.low.log10().floor() as i32, self.high.log10().ceil() as i32);
@@ -141,12 +142,12 @@ impl Chart {
             return;
         };
         for tick in x.ticks() {
-            let at = x.place(tick);
+            let at = x.pixel(tick);
             line(out, [at, top, at, bottom], "#e4e4e4", 1.0);
             text(out, at, bottom + 18.0, "middle", "", &number(tick));
         }
         for tick in y.ticks() {
-            let at = y.place(tick);
+            let at = y.pixel(tick);
             line(out, [left, at, right, at], "#e4e4e4", 1.0);
             text(out, left - 8.0, at + 4.0, "end", "", &number(tick));
         }
@@ -180,20 +181,20 @@ impl Chart {
     ) {
         let shown = |v: f64, log: bool| v.is_finite() && (!log || v > 0.0);
         let visible = |p: &&Point| shown(p.x, self.log_x) && shown(p.y, self.log_y);
-        let places: Vec<(f64, f64)> =
-            series.points.iter().filter(visible).map(|p| (x.place(p.x), y.place(p.y))).collect();
+        let pixels: Vec<(f64, f64)> =
+            series.points.iter().filter(visible).map(|p| (x.pixel(p.x), y.pixel(p.y))).collect();
         if series.line {
-            let path: Vec<String> = places.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+            let path: Vec<String> = pixels.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
             let _ = writeln!(
                 out,
                 "<polyline points=\"{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.5\"/>",
                 path.join(" ")
             );
         }
-        labels.taken.extend(places.iter().map(|(x, y)| [x - 4.0, y - 4.0, x + 4.0, y + 4.0]));
-        for (point, (px, py)) in series.points.iter().filter(visible).zip(places) {
+        labels.taken.extend(pixels.iter().map(|(x, y)| [x - 4.0, y - 4.0, x + 4.0, y + 4.0]));
+        for (point, (px, py)) in series.points.iter().filter(visible).zip(pixels) {
             if point.error > 0.0 {
-                let (low, high) = (y.place(point.y - point.error), y.place(point.y + point.error));
+                let (low, high) = (y.pixel(point.y - point.error), y.pixel(point.y + point.error));
                 line(out, [px, low, px, high], color, 1.2);
             }
             let _ =
@@ -204,7 +205,7 @@ impl Chart {
         }
     }
 
-    /// In the corner with fewest points.
+    /// Draws the legend in the corner with the fewest points.
     fn draw_legend(&self, out: &mut String, x: &Axis, y: &Axis) {
         let [left, right, top, bottom] = AREA;
         let longest = self.series.iter().map(|s| s.name.chars().count()).max().unwrap_or(0);
@@ -218,11 +219,11 @@ impl Chart {
         ];
         let covered = |(l, t): &(f64, f64)| {
             let points = self.series.iter().flat_map(|s| &s.points);
-            let places = points.map(|p| (x.place(p.x), y.place(p.y)));
+            let pixels = points.map(|p| (x.pixel(p.x), y.pixel(p.y)));
             let inside = |(px, py): &(f64, f64)| {
                 (*l..l + width).contains(px) && (*t..t + height).contains(py)
             };
-            places.filter(inside).count()
+            pixels.filter(inside).count()
         };
         let (left, top) = corners.into_iter().min_by_key(covered).unwrap_or(corners[0]);
         let _ = writeln!(
@@ -240,7 +241,7 @@ impl Chart {
     }
 }
 
-/// Labels that keep off each other and off the points, as far as there is room.
+/// Places labels so that they overlap neither each other nor points, if there is room.
 #[derive(Default)]
 struct Labels {
     /// Boxes in use: left, top, right, bottom.
@@ -251,7 +252,7 @@ impl Labels {
     fn write(&mut self, out: &mut String, x: f64, y: f64, label: &str) {
         let width = label.chars().count() as f64 * 5.6;
         let mut places = Vec::new();
-        // Beside the point, then further and further above and below.
+        // Next to the point, then at growing distances above and below.
         for step in 0..24 {
             let shift = f64::from((step + 1) / 2 * 11) * if step % 2 == 1 { -1.0 } else { 1.0 };
             places.push((x + 7.0, y + 4.0 + shift));
@@ -270,7 +271,7 @@ impl Labels {
         }
         self.taken.push(size(place));
         let look = "font-size=\"10.5\" fill=\"#333\"";
-        // The width is an estimate: the end at the point is the one that is exact.
+        // The width is an estimate, so anchor the text at the end near the point.
         match place.0 > x {
             true => text(out, place.0, place.1, "start", look, label),
             false => text(out, place.0 + width, place.1, "end", look, label),
@@ -294,7 +295,7 @@ fn text(out: &mut String, x: f64, y: f64, anchor: &str, attributes: &str, conten
     );
 }
 
-/// A tick's value: no more digits than it has.
+/// The value of a tick without trailing zeros.
 fn number(value: f64) -> String {
     if value != 0.0 && (value.abs() >= 1e6 || value.abs() < 1e-4) {
         return format!("{value:e}");
@@ -341,7 +342,7 @@ mod tests {
             let axis = Axis::new(values.iter().copied(), log, [0.0, 100.0]).unwrap();
             let ticks = axis.ticks();
             assert!((2..=20).contains(&ticks.len()), "{values:?}: {ticks:?}");
-            assert!(ticks.iter().all(|t| (0.0..=100.0).contains(&axis.place(*t))));
+            assert!(ticks.iter().all(|t| (0.0..=100.0).contains(&axis.pixel(*t))));
             assert!(ticks.windows(2).all(|t| t[0] < t[1]), "{ticks:?}");
         }
         assert_eq!(number(0.30000000000000004), "0.3");

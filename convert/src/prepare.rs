@@ -1,4 +1,4 @@
-//! From a recipe to a plan: what is done before the first tensor is converted.
+//! From a recipe to a plan and the metadata of the file.
 
 use stb_format::Meta;
 use stb_runtime::Checkpoint;
@@ -10,8 +10,8 @@ use crate::metadata::metadata;
 use crate::plan::{Plan, plan};
 use crate::recipe::Recipe;
 
-/// Encodings for every tensor, N spread over the layers or all fitted to a size where the recipe asks
-/// for it, and the metadata of the file.
+/// Plans the conversion and makes the metadata of the file. Allocates N to the layers or fits all encodings to a
+/// size budget if the recipe has these options.
 ///
 /// # Errors
 /// Those of [`plan`], [`allocate`], [`metadata`] and [`budget::fit`].

@@ -1,12 +1,12 @@
-//! Products of matrices on this processor: what the Hessian, the quantizers and the gradients are computed with.
+//! Matrix products on the CPU, for Hessians, quantizers and gradients.
 
 use rayon::prelude::*;
 use stb_kernels::{Isa, Panels, dense, gemm};
 
-/// Rows that a thread works on at once; also the granularity of the Hessian's triangle.
+/// Rows per task of a thread; also the granularity of the Hessian's triangle.
 pub(crate) const TASK_ROWS: usize = 64;
 
-/// [cols, rows] of `x` [rows, cols].
+/// The transpose, [cols, rows], of `x`, [rows, cols].
 pub(crate) fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
     out.par_chunks_mut(rows).enumerate().for_each(|(c, out)| {
@@ -17,8 +17,8 @@ pub(crate) fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     out
 }
 
-/// `out[r, c] = Σ_k a[r, k] · b[k·stride + from + c]`: the product of some rows with columns
-/// `from..from + width` of a matrix. Sequential; callers split rows over threads.
+/// `a` · Bᵀ, where `a` is [rows, k] and `b` holds the rows of B, [width, k]. Writes [rows, stride] to `out` and
+/// returns the stride, which is the width with padding. Sequential; callers split rows over threads.
 pub(crate) fn product(isa: Isa, a: &[f32], k: usize, b: &Panels, out: &mut Vec<f32>) -> usize {
     let panels = b.all();
     let stride = panels.row_stride();
@@ -55,14 +55,14 @@ pub(crate) fn add_cross_products(
     );
 }
 
-/// As [`product`], in parallel and without padding: [rows of a, width].
+/// As [`product`], in parallel and without padding: [rows, width].
 pub(crate) fn product_of(isa: Isa, a: &[f32], k: usize, b: &Panels, width: usize) -> Vec<f32> {
     let mut out = vec![0.0; a.len() / k * width];
     out.par_chunks_mut(TASK_ROWS * width).zip(a.par_chunks(TASK_ROWS * k)).for_each_init(
         Vec::new,
-        |memory, (out, a)| {
-            let stride = product(isa, a, k, b, memory);
-            for (out, product) in out.chunks_exact_mut(width).zip(memory.chunks_exact(stride)) {
+        |padded, (out, a)| {
+            let stride = product(isa, a, k, b, padded);
+            for (out, product) in out.chunks_exact_mut(width).zip(padded.chunks_exact(stride)) {
                 out.copy_from_slice(&product[..width]);
             }
         },

@@ -1,4 +1,4 @@
-//! What a conversion did, for people and programs.
+//! The report of a conversion, which can be written as JSON.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,16 +9,16 @@ use crate::quantize::Seconds;
 pub struct TensorReport {
     /// The Hugging Face name.
     pub name: String,
-    /// PyTorch order.
+    /// In PyTorch's order: [out, in] for a linear layer.
     pub shape: Vec<u64>,
-    /// How it is stored.
+    /// Name of the encoding.
     pub encoding: String,
     /// Stored bytes.
     pub bytes: u64,
     /// Stored bits per weight.
     pub stored_bits: f64,
-    /// tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) on the calibration inputs; for tensors without inputs the
-    /// squared error over the squared weights.
+    /// tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) on the calibration inputs; for tensors without calibration the squared error divided
+    /// by the squared weights.
     pub relative_error: f64,
     /// Share of salient columns (PB-LLM: weights).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -27,14 +27,14 @@ pub struct TensorReport {
     pub seconds: f64,
 }
 
-/// Wall-clock seconds of a decoder layer, or of all.
+/// Wall-clock seconds of the stages of a decoder layer, or of the whole conversion.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Stages {
     /// Forward passes of the calibration, with the dense and the quantized layer.
     pub forward: f64,
-    /// Sums for the Hessian.
+    /// Sums for the Hessians.
     pub hessian: f64,
-    /// Its factorization.
+    /// Factorization of the Hessians.
     pub factors: f64,
     /// The steps of the quantizers.
     #[serde(flatten)]
@@ -45,9 +45,9 @@ pub struct Stages {
     /// Distilling the model.
     #[serde(default)]
     pub distill: f64,
-    /// Measuring the error of what is stored.
+    /// Measuring the error of the stored weights.
     pub check: f64,
-    /// Writing, and keeping what a later run resumes from.
+    /// Writing the file, and saving the state for a later run.
     pub output: f64,
 }
 
@@ -68,13 +68,13 @@ impl Stages {
 /// A decoder layer of a report.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct LayerReport {
-    /// Its place, from 0.
+    /// Index, from 0.
     pub index: usize,
     /// Mean relative error of its linear layers.
     pub relative_error: f64,
     /// Time from start to end.
     pub seconds: f64,
-    /// Where it went.
+    /// The time of each stage.
     pub stages: Stages,
 }
 
@@ -94,18 +94,18 @@ pub struct Report {
     /// (1 + share of salient columns) · N/8, as the paper counts; not what is stored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nominal_bits_paper: Option<f64>,
-    /// Calibration text and its use.
+    /// The calibration text and its windows.
     pub calibration: String,
     /// Tokens of calibration.
     pub calibration_tokens: usize,
-    /// How the file falls short of its method, if no encoding holds the method's values.
+    /// Limitations of the file, where no encoding holds the values of its method.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// Wall-clock time of this run.
     pub seconds: f64,
     /// Decoder layers that an interrupted run had finished.
     pub resumed_layers: usize,
-    /// Where the time of all layers went, those of an interrupted run included.
+    /// The time of each stage over all layers, including those of an interrupted run.
     pub stages: Stages,
     /// The decoder layers.
     pub layers: Vec<LayerReport>,

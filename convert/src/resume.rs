@@ -1,9 +1,8 @@
-//! What an unfinished conversion keeps, so that the same command resumes it.
+//! The state of an unfinished conversion, so that the same command resumes it.
 //!
-//! Beside the output `NAME` lies the folder `.NAME.unfinished`: the unfinished file, the packed
-//! tensors of every finished decoder layer, and the inputs of the next one. It belongs to one
-//! source, recipe, calibration text, instruction set and version; for any other it is discarded.
-//! The folder disappears with the end of the conversion.
+//! The folder `.NAME.unfinished` next to the output `NAME` holds the unfinished file, the packed tensors of every
+//! finished decoder layer, and the inputs of the next layer. It is valid for one source, recipe, calibration text,
+//! instruction set and version, and discarded otherwise. It is removed at the end of the conversion.
 
 use std::fs::File;
 use std::io::Write;
@@ -17,29 +16,29 @@ use stb_runtime::{Error, Result};
 
 use crate::report::{LayerReport, TensorReport};
 
-/// The folder in use, for a second Ctrl-C, which does not wait.
+/// The folder in use, for [`leave_at_once`].
 static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// The first bytes of every file of this module. The last of them is the version.
+/// The first bytes of every file of this module; the last byte is the version.
 const MAGIC: &[u8; 8] = b"stbwork\x01";
 /// Bytes of a SHA-256.
 const HASH: usize = 32;
 
-/// If writing the inputs of a layer takes less than this, they are written after every layer.
-const LONG: Duration = Duration::from_secs(2);
-/// If it takes longer, at least this many times as long passes before they are written again.
-const RARELY: u32 = 20;
+/// If writing the inputs of a layer takes at most this long, they are written after every layer.
+const FAST_SAVE: Duration = Duration::from_secs(2);
+/// After a slower write, the time to the next one is at least this multiple of its duration.
+const SAVE_INTERVAL: u32 = 20;
 
 /// The folder of an unfinished conversion.
 pub struct Workspace {
     folder: PathBuf,
-    /// Held while a conversion works here; the system releases it with the process.
+    /// Held during the conversion; the system releases it with the process.
     _lock: File,
-    /// Decoder layers that are finished and whose successor's inputs are kept.
+    /// Finished decoder layers, up to the last one after which the inputs of the next are saved.
     finished: usize,
-    /// When the inputs of a layer were last kept, and how long that took.
-    kept: Option<(Instant, Duration)>,
-    /// Whether the folder held another conversion, which has been discarded.
+    /// The time when the inputs of a layer were last saved, and the duration.
+    last_save: Option<(Instant, Duration)>,
+    /// Whether the folder held a different conversion, which has been discarded.
     pub discarded: bool,
 }
 
@@ -48,19 +47,18 @@ pub struct Workspace {
 pub struct SavedLayer {
     /// Its tensors, in file order.
     pub tensors: Vec<TensorReport>,
-    /// Its times.
+    /// Its error and times.
     pub layer: LayerReport,
     /// The packed tensors.
     #[serde(skip)]
     pub payloads: Vec<Vec<u8>>,
 }
 
-/// Hidden states, a list per sequence.
+/// Hidden states, [tokens, hidden] for each sequence.
 pub type States = Vec<Vec<f32>>;
 
 impl Workspace {
-    /// Opens or makes the folder for `target`; `key` is the text of everything that the result
-    /// depends on.
+    /// Opens or creates the folder for `target`; `key` is a text with everything on which the result depends.
     ///
     /// # Errors
     /// [`Error::Usage`] if another process is converting to the same file, [`Error::Io`].
@@ -84,7 +82,8 @@ impl Workspace {
         if let Ok(mut unfinished) = UNFINISHED.lock() {
             *unfinished = Some(folder.clone());
         }
-        let mut workspace = Self { folder, _lock: lock, finished: 0, kept: None, discarded: false };
+        let mut workspace =
+            Self { folder, _lock: lock, finished: 0, last_save: None, discarded: false };
         match workspace.read("key") {
             Some(found) if found == key.as_bytes() => {
                 workspace.finished = workspace.count_finished()
@@ -110,7 +109,7 @@ impl Workspace {
         self.folder.join("output")
     }
 
-    /// The path of the distilled file, while the first one is read.
+    /// The path of the distilled file, which is written while the unfinished file is read.
     #[must_use]
     pub fn tuned_output(&self) -> PathBuf {
         self.folder.join("tuned")
@@ -124,16 +123,15 @@ impl Workspace {
 
     /// Removes the folder.
     pub fn remove(self) {
-        // A folder that cannot be removed now is used or discarded by the next conversion.
+        // If this fails, the next conversion uses or discards the folder.
         let _ = std::fs::remove_dir_all(&self.folder);
         if let Ok(mut unfinished) = UNFINISHED.lock() {
             *unfinished = None;
         }
     }
 
-    /// Keeps a finished layer, then the inputs of the next: without those the layer counts as
-    /// unfinished. Inputs that take long to write are not written after every layer, because a conversion on a GPU
-    /// would spend most of its time on that.
+    /// Saves a finished layer, then the inputs of the next; the layer counts as finished only with these. Inputs that
+    /// take long to write are not saved after every layer: a conversion on a GPU would spend most of its time on that.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -147,9 +145,9 @@ impl Workspace {
             .collect();
         self.write(&layer_name(index), &parts)?;
         let started = Instant::now();
-        if let Some((last, took)) = self.kept
-            && took > LONG
-            && started - last < RARELY * took
+        if let Some((last, took)) = self.last_save
+            && took > FAST_SAVE
+            && started - last < SAVE_INTERVAL * took
         {
             return Ok(());
         }
@@ -159,11 +157,11 @@ impl Workspace {
         self.write("states", &parts)?;
         self.finished = index + 1;
         let ended = Instant::now();
-        self.kept = Some((ended, ended - started));
+        self.last_save = Some((ended, ended - started));
         Ok(())
     }
 
-    /// A finished layer with tensors of these lengths; `None` if the file is damaged.
+    /// Loads a finished layer; `lengths` are the bytes of its tensors. `None` if the file is damaged.
     #[must_use]
     pub fn load(&self, index: usize, lengths: &[u64]) -> Option<SavedLayer> {
         let bytes = self.read(&layer_name(index))?;
@@ -178,7 +176,7 @@ impl Workspace {
         (rest.is_empty() && layer.tensors.len() == lengths.len()).then_some(layer)
     }
 
-    /// Replaces the states by those after the last finished layer; `None` if the file is damaged.
+    /// Replaces `states` by those after the last finished layer; `None` if the file is damaged.
     pub fn load_states(&self, states: &mut [&mut States]) -> Option<()> {
         let bytes = self.read("states")?;
         let mut rest = bytes.get(8..)?;
@@ -190,7 +188,7 @@ impl Workspace {
         rest.is_empty().then_some(())
     }
 
-    /// Counts no layer as finished, after one that could not be read.
+    /// Resets the number of finished layers to zero, after one could not be read.
     pub fn forget(&mut self) {
         self.finished = 0;
     }
@@ -199,7 +197,7 @@ impl Workspace {
         self.folder.join(layer_name(index))
     }
 
-    /// The number of finished layers that the file of states gives, if it is whole and all those layers exist.
+    /// The number of finished layers in the file of states; 0 if that is damaged or one of these layers is missing.
     fn count_finished(&self) -> usize {
         let count = self.read("states").and_then(|b| b.first_chunk::<8>().copied());
         let count = count.map_or(0, u64::from_le_bytes) as usize;
@@ -218,7 +216,7 @@ impl Workspace {
         Ok(())
     }
 
-    /// Writes a file that is there whole or not at all: magic, parts, SHA-256 of both.
+    /// Writes a file atomically: magic, parts, SHA-256 of both.
     fn write(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
         let (path, temporary) = (self.folder.join(name), self.folder.join("new"));
         let write = || -> std::io::Result<()> {
@@ -235,7 +233,7 @@ impl Workspace {
         write().map_err(|e| Error::io(&path, e))
     }
 
-    /// The parts of a file that [`Self::write`] has made, joined; `None` if it is not whole.
+    /// The concatenated parts of a file written by [`Self::write`]; `None` if it is missing or damaged.
     fn read(&self, name: &str) -> Option<Vec<u8>> {
         let mut bytes = std::fs::read(self.folder.join(name)).ok()?;
         let (content, hash) = bytes.split_last_chunk::<HASH>()?;
@@ -252,8 +250,7 @@ fn layer_name(index: usize) -> String {
     format!("layer-{index:05}")
 }
 
-/// Removes the unfinished file, and the folder if no layer is finished: for a second Ctrl-C, which
-/// does not wait.
+/// Removes the unfinished file, and the folder if no layer is finished. For a second Ctrl-C, which exits at once.
 pub fn leave_at_once() {
     if let Ok(mut unfinished) = UNFINISHED.lock()
         && let Some(folder) = unfinished.take()

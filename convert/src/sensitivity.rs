@@ -1,4 +1,4 @@
-//! How large the inputs of the dense model's linear layers are, from a few calibration sequences.
+//! The squared norms of the inputs of the dense model's linear layers, from a few calibration sequences.
 
 use std::ops::ControlFlow;
 
@@ -9,12 +9,13 @@ use stb_runtime::{Checkpoint, Engine, Observer, Result};
 use crate::calibration::CalibrationText;
 use crate::recipe::Calibration;
 
-/// Calibration sequences that suffice for these sums.
+/// The number of calibration sequences that suffices for these sums.
 pub const SEQUENCES: usize = 8;
 
 /// Sums of squares of the inputs of the linear layers, for each decoder layer.
 pub type Diagonals = Vec<InputMap<Vec<f32>>>;
 
+/// Adds up the squares of the inputs.
 struct Squares<'a>(&'a mut InputMap<Vec<f32>>);
 
 impl Observer for Squares<'_> {
@@ -29,7 +30,7 @@ impl Observer for Squares<'_> {
     }
 }
 
-/// Runs `samples` calibration sequences through the dense model.
+/// Runs `samples` calibration sequences through the dense model and sums up the squares of the inputs.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Usage`] if the text is too short for one sequence.
@@ -43,7 +44,7 @@ pub fn diagonals(
     let options = Calibration { samples, ..calibration.clone() };
     let length = options.length.min(checkpoint.spec.context_length as usize);
     let mut hidden = Vec::new();
-    for window in source.windows(&engine.tokenizer()?, &options, length)? {
+    for window in source.windows(&engine.model.tokenizer()?, &options, length)? {
         let mut states = Vec::new();
         engine.embed(&window, &mut states)?;
         hidden.push(states);

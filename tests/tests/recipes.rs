@@ -219,7 +219,7 @@ fn a_killed_conversion_resumes_and_gives_the_same_bytes() {
             killed(&out, &options, || unfinished.join(format!("layer-{layer:05}")).exists());
         }
         let run = finished(&out, &options);
-        assert!(run.err.contains("going on after"), "{}", run.err);
+        assert!(run.err.contains("resuming after"), "{}", run.err);
         let _ = run.success();
         assert!(std::fs::read(&out).unwrap() == whole, "{recipe}: other bytes");
         assert!(!unfinished.exists(), "{recipe}: the folder was left");
@@ -238,7 +238,7 @@ fn files_of_another_or_damaged_conversion_are_discarded() {
     // Another recipe.
     killed(&out, &["--recipe", "nm-2of8"], || unfinished.join("states").exists());
     let run = finished(&out, &["--recipe", "nm-1of8"]);
-    assert!(run.err.contains("discarded"), "{}", run.err);
+    assert!(run.err.contains("discarding"), "{}", run.err);
     let _ = run.success();
     assert!(std::fs::read(&out).unwrap() == expected("nm-1of8"));
     std::fs::remove_file(&out).unwrap();
@@ -253,7 +253,7 @@ fn files_of_another_or_damaged_conversion_are_discarded() {
         bytes[middle] ^= 1;
         std::fs::write(&path, bytes).unwrap();
         let run = finished(&out, &["--recipe", "nm-2of8"]);
-        assert!(!run.err.contains("going on"), "{damaged}: {}", run.err);
+        assert!(!run.err.contains("resuming"), "{damaged}: {}", run.err);
         let _ = run.success();
         assert!(std::fs::read(&out).unwrap() == whole, "{damaged}: other bytes");
         std::fs::remove_file(&out).unwrap();
@@ -273,7 +273,7 @@ fn distillation_moves_scales_and_norms_only() {
         let unfinished = folder.path().join(format!(".{recipe}-tuned.stb.unfinished"));
         killed(&out, &options, || unfinished.join("layer-00003").exists());
         let run = finished(&out, &options);
-        assert!(run.err.contains("going on after"), "{}", run.err);
+        assert!(run.err.contains("resuming after"), "{}", run.err);
         let divergences = divergences(&run.err);
         let _ = run.success();
         assert!(divergences[1] < 0.95 * divergences[0], "{recipe}: {divergences:?}");

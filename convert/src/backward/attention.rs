@@ -1,5 +1,5 @@
-//! Causal attention of one sequence forward and backward, as products of matrices: half of each square is
-//! computed in vain, and still several times as fast as by single tokens.
+//! Causal attention of one sequence, forward and backward, as matrix products. The masked half of each product is
+//! computed and discarded; this is still several times as fast as token by token.
 
 use stb_kernels::{Isa, Panels, ops};
 use stb_runtime::Engine;
@@ -11,7 +11,7 @@ pub(super) struct Attention<'a> {
     isa: Isa,
     q_width: usize,
     kv_width: usize,
-    /// Of a head.
+    /// Values per head.
     width: usize,
     q: &'a [f32],
     k: &'a [f32],
@@ -19,7 +19,7 @@ pub(super) struct Attention<'a> {
 }
 
 impl<'a> Attention<'a> {
-    /// Of one sequence of `length` tokens: `qkv` are its queries, keys and values.
+    /// Attention of one sequence of `length` tokens with its queries, keys and values.
     pub fn new(engine: &Engine, length: usize, qkv: [&'a [f32]; 3]) -> Self {
         let [q, k, v] = qkv;
         Self {
@@ -33,7 +33,7 @@ impl<'a> Attention<'a> {
         }
     }
 
-    /// All heads: where a head is in a row of queries and in one of keys.
+    /// Each head's offset in a row of queries, and its KV head's offset in a row of keys.
     fn heads(&self) -> impl Iterator<Item = (usize, usize)> {
         let (heads, kv_heads) = (self.q_width / self.width, self.kv_width / self.width);
         let width = self.width;
@@ -44,39 +44,39 @@ impl<'a> Attention<'a> {
         self.k.len() / self.kv_width
     }
 
-    /// A head of `all`, whose rows have `stride` numbers: [tokens, width].
-    fn head(&self, all: &[f32], stride: usize, at: usize) -> Vec<f32> {
-        all.chunks_exact(stride).flat_map(|row| &row[at..at + self.width]).copied().collect()
+    /// The head at offset `at` of `rows`, [tokens, stride]: [tokens, width].
+    fn head(&self, rows: &[f32], stride: usize, at: usize) -> Vec<f32> {
+        rows.chunks_exact(stride).flat_map(|row| &row[at..at + self.width]).copied().collect()
     }
 
     fn scale(&self) -> f32 {
         1.0 / (self.width as f32).sqrt()
     }
 
-    /// What each token takes of those up to itself, [tokens, tokens].
-    fn shares(&self, q: &[f32], k: &[f32]) -> Vec<f32> {
+    /// The attention probabilities of one head, [tokens, tokens]: zero above the diagonal.
+    fn probabilities(&self, q: &[f32], k: &[f32]) -> Vec<f32> {
         let mut panels = Panels::default();
         panels.pack(k, self.width);
         let tokens = self.tokens();
-        let mut shares = product_of(self.isa, q, self.width, &panels, tokens);
+        let mut probabilities = product_of(self.isa, q, self.width, &panels, tokens);
         let scale = self.scale();
-        for (t, row) in shares.chunks_exact_mut(tokens).enumerate() {
-            let (seen, unseen) = row.split_at_mut(t + 1);
-            seen.iter_mut().for_each(|s| *s *= scale);
-            ops::softmax(self.isa, seen);
-            unseen.fill(0.0);
+        for (t, row) in probabilities.chunks_exact_mut(tokens).enumerate() {
+            let (causal, masked) = row.split_at_mut(t + 1);
+            causal.iter_mut().for_each(|s| *s *= scale);
+            ops::softmax(self.isa, causal);
+            masked.fill(0.0);
         }
-        shares
+        probabilities
     }
 
     /// `left`, [tokens, tokens], times `right`, [tokens, width].
-    fn times(&self, left: &[f32], right: &[f32]) -> Vec<f32> {
+    fn multiply(&self, left: &[f32], right: &[f32]) -> Vec<f32> {
         let mut panels = Panels::default();
         panels.pack_transposed(right, self.width, self.tokens(), self.width);
         product_of(self.isa, left, self.tokens(), &panels, self.width)
     }
 
-    /// Adds `leftᵀ` [tokens, tokens] times `right` [tokens, width] to a head of `out`.
+    /// Adds `leftᵀ` [tokens, tokens] times `right` [tokens, width] to the head at offset `at` of `out`.
     fn add_transposed(
         &self,
         out: &mut [f32],
@@ -95,34 +95,35 @@ impl<'a> Attention<'a> {
         }
     }
 
-    /// Adds the values that each token mixes to `attn_out`, [tokens, q_width].
+    /// Adds the attention output of all heads to `attn_out`, [tokens, q_width].
     pub fn forward(&self, attn_out: &mut [f32]) {
         for (q_at, kv_at) in self.heads() {
             let q = self.head(self.q, self.q_width, q_at);
             let [k, v] = [self.k, self.v].map(|all| self.head(all, self.kv_width, kv_at));
-            let shares = self.shares(&q, &k);
-            self.add(attn_out, self.q_width, q_at, &self.times(&shares, &v));
+            let probabilities = self.probabilities(&q, &k);
+            self.add(attn_out, self.q_width, q_at, &self.multiply(&probabilities, &v));
         }
     }
 
-    /// From the gradient of what is attn_out, [tokens, q_width], adds to those of q, k and v.
+    /// Adds the gradients of q, k and v to `dq`, `dk` and `dv`, given the gradient of the attention output,
+    /// [tokens, q_width].
     pub fn backward(&self, d_attn_out: &[f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
         let (scale, tokens) = (self.scale(), self.tokens());
         for (q_at, kv_at) in self.heads() {
             let q = self.head(self.q, self.q_width, q_at);
             let [k, v] = [self.k, self.v].map(|all| self.head(all, self.kv_width, kv_at));
             let d_out = self.head(d_attn_out, self.q_width, q_at);
-            let shares = self.shares(&q, &k);
-            self.add_transposed(dv, self.kv_width, kv_at, [&shares, &d_out]);
+            let probabilities = self.probabilities(&q, &k);
+            self.add_transposed(dv, self.kv_width, kv_at, [&probabilities, &d_out]);
             let mut panels = Panels::default();
             panels.pack(&v, self.width);
-            // Of the shares, then of the scores.
+            // The gradient of the probabilities, which becomes that of q·k.
             let mut d = product_of(self.isa, &d_out, self.width, &panels, tokens);
-            for (d, shares) in d.chunks_exact_mut(tokens).zip(shares.chunks_exact(tokens)) {
-                let mean = ops::dot(self.isa, d, shares);
-                d.iter_mut().zip(shares).for_each(|(d, s)| *d = s * (*d - mean) * scale);
+            for (d, p) in d.chunks_exact_mut(tokens).zip(probabilities.chunks_exact(tokens)) {
+                let mean = ops::dot(self.isa, d, p);
+                d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean) * scale);
             }
-            self.add(dq, self.q_width, q_at, &self.times(&d, &k));
+            self.add(dq, self.q_width, q_at, &self.multiply(&d, &k));
             self.add_transposed(dk, self.kv_width, kv_at, [&d, &q]);
         }
     }

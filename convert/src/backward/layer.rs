@@ -28,26 +28,26 @@ trait GradientSink {
     fn norm(&mut self, site: NormSite, d: &[f32]);
 }
 
-/// Adds gradients of weights up.
+/// Sums the gradients of weights over all calls.
 struct WeightGradients<'a> {
     isa: Isa,
-    to: &'a mut DenseLayer,
+    sums: &'a mut DenseLayer,
 }
 
 impl GradientSink for WeightGradients<'_> {
     fn linear(&mut self, linear: Linear, d: &[f32], x: &[f32]) {
-        let to = self.to.linear_mut(linear);
-        if !to.values.is_empty() {
-            add_cross_products(self.isa, d, to.rows, x, to.cols, &mut to.values);
+        let sum = self.sums.linear_mut(linear);
+        if !sum.values.is_empty() {
+            add_cross_products(self.isa, d, sum.rows, x, sum.cols, &mut sum.values);
         }
     }
 
     fn norm(&mut self, site: NormSite, d: &[f32]) {
-        accumulate(self.to.norm_mut(site), d);
+        accumulate(self.sums.norm_mut(site), d);
     }
 }
 
-/// The mean squares of the gradients of outputs.
+/// The mean squares of the gradients of the outputs of linear layers.
 struct OutputSquares<'a> {
     weights: &'a DenseLayer,
     squares: Vec<(Linear, Vec<f32>)>,
@@ -61,7 +61,7 @@ impl GradientSink for OutputSquares<'_> {
     fn norm(&mut self, _: NormSite, _: &[f32]) {}
 }
 
-/// Sequences of one length through a decoder layer.
+/// The forward and backward pass of a decoder layer for sequences of one length.
 pub(crate) struct Pass<'a> {
     pub engine: &'a Engine,
     /// Tokens of each sequence.
@@ -71,16 +71,16 @@ pub(crate) struct Pass<'a> {
 impl Pass<'_> {
     /// Σ (out − target)², for sequences `x`, [sequences · length, hidden].
     pub fn error(&self, weights: &DenseLayer, x: Vec<f32>, target: &[f32]) -> f64 {
-        squared(&self.forward(weights, x).out, target)
+        squared_distance(&self.forward(weights, x).out, target)
     }
 
-    /// The output for sequences `x`, [sequences · length, hidden].
+    /// The layer's output for sequences `x`; both are [sequences · length, hidden].
     pub fn output(&self, weights: &DenseLayer, x: Vec<f32>) -> Vec<f32> {
         self.forward(weights, x).out
     }
 
-    /// Adds the gradient of ½ Σ (out − target)² to `gradient`: of all norms, and of the linear layers
-    /// whose matrices are not empty. Returns Σ (out − target)².
+    /// Adds the gradient of ½ Σ (out − target)² to `gradient`, for all norms and for the linear layers
+    /// whose matrices in it are not empty. Returns Σ (out − target)².
     pub fn gradient(
         &self,
         weights: &DenseLayer,
@@ -89,17 +89,18 @@ impl Pass<'_> {
         gradient: &mut DenseLayer,
     ) -> f64 {
         let recording = self.forward(weights, x);
-        let error = squared(&recording.out, target);
+        let error = squared_distance(&recording.out, target);
         let d_out: Vec<f32> =
             recording.out.par_iter().zip(target).map(|(out, target)| out - target).collect();
-        let mut sink = WeightGradients { isa: self.engine.isa, to: gradient };
+        let mut sink = WeightGradients { isa: self.engine.isa, sums: gradient };
         self.backward(weights, &recording, d_out, &mut sink);
         error
     }
 
-    /// From the gradient of a loss with respect to the output, [tokens, hidden], to that with respect to
-    /// the input `x`; adds that of the weights to `gradient`, as [`Pass::gradient`] does.
-    pub fn back(
+    /// The gradient of a loss with respect to the input `x`, given `d_out`, the gradient with respect to the
+    /// output; all are [tokens, hidden]. Adds the gradient of the weights to `gradient`, as
+    /// [`Pass::gradient`] does.
+    pub fn input_gradient(
         &self,
         weights: &DenseLayer,
         x: Vec<f32>,
@@ -107,12 +108,12 @@ impl Pass<'_> {
         gradient: &mut DenseLayer,
     ) -> Vec<f32> {
         let recording = self.forward(weights, x);
-        let mut sink = WeightGradients { isa: self.engine.isa, to: gradient };
+        let mut sink = WeightGradients { isa: self.engine.isa, sums: gradient };
         self.backward(weights, &recording, d_out, &mut sink)
     }
 
-    /// From the gradient of a loss with respect to the output, [tokens, hidden], to that with respect to
-    /// the input `x`, and the Fisher diagonal of the linear layers between them.
+    /// The Fisher diagonal of the linear layers, and the gradient of the loss with respect to the input `x`,
+    /// given `d_out`, the gradient with respect to the output; all are [tokens, hidden].
     pub fn fisher(
         &self,
         weights: &DenseLayer,
@@ -142,17 +143,24 @@ impl Pass<'_> {
         let [before_attention, before_mlp] = &recording.residuals[..] else {
             unreachable!("a layer has two sublayers");
         };
-        // The residual stream behind a sublayer: straight on, and through the sublayer.
+        // A sublayer adds its output to its input: the gradient passes unchanged and through the sublayer.
         let mut d_residual = d_out;
         let d_normed = self.mlp_backward(weights, recording, &d_residual, sink);
-        self.norm_site_back(weights, NormSite::Mlp, before_mlp, &d_normed, &mut d_residual, sink);
+        self.norm_site_backward(
+            weights,
+            NormSite::Mlp,
+            before_mlp,
+            &d_normed,
+            &mut d_residual,
+            sink,
+        );
         let d_normed = self.attention_backward(weights, recording, &d_residual, sink);
         let site = NormSite::Attention;
-        self.norm_site_back(weights, site, before_attention, &d_normed, &mut d_residual, sink);
+        self.norm_site_backward(weights, site, before_attention, &d_normed, &mut d_residual, sink);
         d_residual
     }
 
-    /// From the gradient of the MLP's output, [tokens, hidden], to that of its normed input.
+    /// The gradient of the MLP's normalized input, given that of its output; both are [tokens, hidden].
     fn mlp_backward(
         &self,
         weights: &DenseLayer,
@@ -162,7 +170,7 @@ impl Pass<'_> {
     ) -> Vec<f32> {
         let isa = self.engine.isa;
         sink.linear(Linear::Down, d_out, &recording.inputs[LinearInput::MlpDown]);
-        let d_product = weights.linear(Linear::Down).apply_back(isa, d_out);
+        let d_product = weights.linear(Linear::Down).apply_transposed(isa, d_out);
         let (d_gate, d_up): (Vec<f32>, Vec<f32>) = d_product
             .par_iter()
             .zip(&recording.block.gate)
@@ -175,12 +183,13 @@ impl Pass<'_> {
         let normed = &recording.inputs[LinearInput::Mlp];
         sink.linear(Linear::Gate, &d_gate, normed);
         sink.linear(Linear::Up, &d_up, normed);
-        let mut d_normed = weights.linear(Linear::Gate).apply_back(isa, &d_gate);
-        accumulate(&mut d_normed, &weights.linear(Linear::Up).apply_back(isa, &d_up));
+        let mut d_normed = weights.linear(Linear::Gate).apply_transposed(isa, &d_gate);
+        accumulate(&mut d_normed, &weights.linear(Linear::Up).apply_transposed(isa, &d_up));
         d_normed
     }
 
-    /// From the gradient of o's output, [tokens, hidden], to that of the normed input of attention.
+    /// The gradient of the normalized input of attention, given that of `o`'s output; both are
+    /// [tokens, hidden].
     fn attention_backward(
         &self,
         weights: &DenseLayer,
@@ -191,7 +200,7 @@ impl Pass<'_> {
         let isa = self.engine.isa;
         let BlockScratch { q, k, v, .. } = &recording.block;
         sink.linear(Linear::O, d_out, &recording.inputs[LinearInput::AttentionOutput]);
-        let d_attn_out = weights.linear(Linear::O).apply_back(isa, d_out);
+        let d_attn_out = weights.linear(Linear::O).apply_transposed(isa, d_out);
         let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| vec![0.0; x.len()]);
         let [q_width, kv_width] = [Linear::Q, Linear::K].map(|l| weights.linear(l).rows);
         let (q_size, kv_size) = (self.length * q_width, self.length * kv_width);
@@ -211,18 +220,18 @@ impl Pass<'_> {
                 self.engine.rotate(dk, kv_width, true);
             });
         let normed = &recording.inputs[LinearInput::Attention];
-        let mut d_normed = weights.linear(Linear::Q).apply_back(isa, &dq);
+        let mut d_normed = weights.linear(Linear::Q).apply_transposed(isa, &dq);
         for (linear, d) in [(Linear::Q, &dq), (Linear::K, &dk), (Linear::V, &dv)] {
             sink.linear(linear, d, normed);
             if linear != Linear::Q {
-                accumulate(&mut d_normed, &weights.linear(linear).apply_back(isa, d));
+                accumulate(&mut d_normed, &weights.linear(linear).apply_transposed(isa, d));
             }
         }
         d_normed
     }
 
-    /// [`Pass::norm_back`] of a norm of the layer.
-    fn norm_site_back(
+    /// [`Pass::norm_backward`] of a norm of the layer; hands the gradient of its weight to `sink`.
+    fn norm_site_backward(
         &self,
         weights: &DenseLayer,
         site: NormSite,
@@ -233,7 +242,7 @@ impl Pass<'_> {
     ) {
         let weight = weights.norm(site);
         let mut d_weight = vec![0.0; weight.len()];
-        self.norm_back(x, weight, dy, dx, &mut d_weight);
+        self.norm_backward(x, weight, dy, dx, &mut d_weight);
         sink.norm(site, &d_weight);
     }
 
@@ -242,9 +251,16 @@ impl Pass<'_> {
         record::norm(self.engine, x, weight)
     }
 
-    /// With y = w ∘ x·r, r = (mean x² + ε)^−½: adds to `dx` r·(w∘dy − x·r²·mean(w∘dy∘x)), and to `dw`
-    /// Σ dy ∘ x·r.
-    pub fn norm_back(&self, x: &[f32], weight: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+    /// The backward pass of RMSNorm, y = w ∘ x·r with r = (mean x² + ε)^−½: adds r·(w∘dy − x·r²·mean(w∘dy∘x)) to
+    /// `dx` and Σ dy ∘ x·r to `dw`.
+    pub fn norm_backward(
+        &self,
+        x: &[f32],
+        weight: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        dw: &mut [f32],
+    ) {
         let (isa, n) = (self.engine.isa, weight.len());
         let eps = self.engine.model.spec.norm_eps as f32;
         for ((x, dy), dx) in x.chunks_exact(n).zip(dy.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
@@ -276,8 +292,8 @@ pub(crate) fn mean_squares(x: &[f32], width: usize) -> Vec<f32> {
     sums
 }
 
-/// Σ (a − b)², in f64 and in order.
-fn squared(a: &[f32], b: &[f32]) -> f64 {
+/// Σ (a − b)² in f64, added in order so that threads do not change the result.
+fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
     let part = |(a, b): (&[f32], &[f32])| -> f64 {
         a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
     };
@@ -290,11 +306,11 @@ mod tests {
 
     use stb_runtime::Checkpoint;
 
-    use super::super::matrix::{Matrix, decode_layer};
+    use super::super::matrix::{DenseMatrix, decode_layer};
     use super::*;
 
-    /// A layer of the bundled model, inputs of two sequences, and what they become.
-    fn example(f: impl FnOnce(&Pass<'_>, &DenseLayer, Vec<f32>, Vec<f32>)) {
+    /// Calls `f` with a layer of the bundled model, the inputs of two sequences and the runtime's outputs.
+    fn with_example(f: impl FnOnce(&Pass<'_>, &DenseLayer, Vec<f32>, Vec<f32>)) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/quill-4m");
         let engine = Engine::from_checkpoint(&Checkpoint::open(&folder, true).unwrap()).unwrap();
         let layer = &engine.model.layers[1];
@@ -311,22 +327,22 @@ mod tests {
 
     #[test]
     fn forward_is_the_forward_pass_of_the_runtime() {
-        example(|pass, weights, x, expected| {
+        with_example(|pass, weights, x, expected| {
             let energy: f64 = expected.iter().map(|v| f64::from(*v).powi(2)).sum();
             assert!(pass.error(weights, x, &expected) < 1e-9 * energy);
         });
     }
 
     #[test]
-    fn gradients_are_slopes() {
-        example(|pass, weights, x, expected| {
+    fn gradients_match_finite_differences() {
+        with_example(|pass, weights, x, expected| {
             let target: Vec<f32> =
                 expected.iter().enumerate().map(|(i, v)| v + (i as f32).sin()).collect();
             let mut gradient =
-                weights.map(|_, m| Matrix::new(m.rows, m.cols), |_, n| vec![0.0; n.len()]);
+                weights.map(|_, m| DenseMatrix::new(m.rows, m.cols), |_, n| vec![0.0; n.len()]);
             let error = pass.gradient(weights, x.clone(), &target, &mut gradient);
             assert!((error - pass.error(weights, x.clone(), &target)).abs() < 1e-6 * error);
-            // Along a direction that mixes signs: the gradient's own, with a part turned round.
+            // The direction of the check: the gradient, with every third component reversed and halved.
             let check = |name: &str, of: &dyn Fn(&mut DenseLayer) -> &mut Vec<f32>| {
                 let slope = of(&mut gradient.clone()).clone();
                 let largest = slope.iter().fold(0f32, |m, g| m.max(g.abs()));

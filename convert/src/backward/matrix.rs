@@ -1,28 +1,28 @@
-//! Dense matrices and decoder layers of them.
+//! Dense matrices, and decoder layers made of them.
 
 use stb_kernels::{Isa, Panels};
 use stb_runtime::{Layer, Weight};
 
 use crate::products::product_of;
 
-/// A dense matrix, [rows, cols]; or nothing, for a gradient that nobody wants.
+/// A dense matrix, [rows, cols]. As a gradient it is empty if the gradient is not needed.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Matrix {
+pub(crate) struct DenseMatrix {
     pub rows: usize,
     pub cols: usize,
     pub values: Vec<f32>,
 }
 
 /// The weights of a decoder layer, or gradients with respect to them.
-pub(crate) type DenseLayer = Layer<Matrix, Vec<f32>>;
+pub(crate) type DenseLayer = Layer<DenseMatrix, Vec<f32>>;
 
 /// The decoded weights of `layer`.
 pub(crate) fn decode_layer(layer: &Layer) -> DenseLayer {
-    layer.map(|_, weight| Matrix::decoded(weight), |_, norm| norm.clone())
+    layer.map(|_, weight| DenseMatrix::decoded(weight), |_, norm| norm.clone())
 }
 
-impl Matrix {
-    /// Zeros.
+impl DenseMatrix {
+    /// A matrix of zeros.
     pub fn new(rows: usize, cols: usize) -> Self {
         Self { rows, cols, values: vec![0.0; rows * cols] }
     }
@@ -40,7 +40,7 @@ impl Matrix {
     }
 
     /// `dy` [tokens, rows] · W: [tokens, cols].
-    pub(super) fn apply_back(&self, isa: Isa, dy: &[f32]) -> Vec<f32> {
+    pub(super) fn apply_transposed(&self, isa: Isa, dy: &[f32]) -> Vec<f32> {
         let mut panels = Panels::default();
         panels.pack_transposed(&self.values, self.cols, self.rows, self.cols);
         product_of(isa, dy, self.rows, &panels, self.cols)

@@ -1,4 +1,4 @@
-//! Gradients: of a decoder layer, and of the loss of the whole model.
+//! Gradients of a decoder layer and of the whole model.
 
 mod attention;
 mod layer;
@@ -7,5 +7,5 @@ mod model;
 mod record;
 
 pub(crate) use layer::{LayerFisher, Pass};
-pub(crate) use matrix::{DenseLayer, Matrix, decode_layer};
-pub(crate) use model::{Ends, logits, logits_back, through};
+pub(crate) use matrix::{DenseLayer, DenseMatrix, decode_layer};
+pub(crate) use model::{TableStatistics, backpropagate, logits, logits_backward};

@@ -1,4 +1,5 @@
-//! The whole model backward: how much what it says depends on the output of each linear layer.
+//! The backward pass of the whole model: how much the output distribution depends on the output of each linear
+//! layer.
 //!
 //! The loss is −log p(y) with y drawn from the model's own distribution p. The mean squares of its gradients
 //! are the diagonal of the Fisher information: a small change δ of an output changes the distribution by
@@ -14,28 +15,28 @@ use super::layer::{LayerFisher, Pass, mean_squares};
 use super::matrix::decode_layer;
 use crate::products::product_of;
 
-/// Rows of the head that are unpacked at a time.
+/// Rows of the lm_head that are decoded at a time.
 const HEAD_ROWS: usize = 4096;
-/// Seed of the draws.
+/// Seed for sampling the tokens y.
 const SEED: u64 = 0;
 
-/// What the embeddings and the head meet.
-pub(crate) struct Ends {
+/// Statistics that weigh errors of the embeddings and the lm_head.
+pub(crate) struct TableStatistics {
     /// Mean squares of the gradients of the embedded tokens, `[hidden]`.
     pub embedded: Vec<f32>,
-    /// Mean squares of the inputs of the head, `[hidden]`.
+    /// Mean squares of the inputs of the lm_head, `[hidden]`.
     pub head_inputs: Vec<f32>,
     /// Mean squares of the gradients of the logits, `[vocab]`.
     pub logits: Vec<f32>,
 }
 
-/// Runs sequences of one length through the dense model and back; `layer` sees the decoder layers from
-/// the last to the first.
-pub(crate) fn through(
+/// Runs the forward and backward pass of the dense model on sequences of one length. Calls `layer` for each
+/// decoder layer, from the last to the first.
+pub(crate) fn backpropagate(
     engine: &Engine,
     sequences: &[Vec<u32>],
     mut layer: impl FnMut(usize, &LayerFisher) -> anyhow::Result<()>,
-) -> anyhow::Result<Ends> {
+) -> anyhow::Result<TableStatistics> {
     let length = sequences.first().map_or(1, Vec::len);
     let pass = Pass { engine, length };
     let mut embedded = Vec::new();
@@ -55,47 +56,48 @@ pub(crate) fn through(
         streams.push(stream);
     }
     let last = streams.pop().unwrap_or_default();
-    let (mut ends, mut gradient) = head(&pass, &last);
-    for (index, of) in engine.model.layers.iter().enumerate().rev() {
-        let weights = decode_layer(of);
-        let (fisher, before) = pass.fisher(&weights, streams.pop().unwrap_or_default(), gradient);
-        gradient = before;
+    let (mut statistics, mut gradient) = head(&pass, &last);
+    for (index, weights) in engine.model.layers.iter().enumerate().rev() {
+        let weights = decode_layer(weights);
+        let (fisher, d_in) = pass.fisher(&weights, streams.pop().unwrap_or_default(), gradient);
+        gradient = d_in;
         layer(index, &fisher)?;
     }
-    ends.embedded = mean_squares(&gradient, hidden);
-    Ok(ends)
+    statistics.embedded = mean_squares(&gradient, hidden);
+    Ok(statistics)
 }
 
-/// The last norm and the head for `stream`, [tokens, hidden], and the gradient of that.
-fn head(pass: &Pass<'_>, stream: &[f32]) -> (Ends, Vec<f32>) {
-    let (vocab, hidden) = (pass.engine.lm_head().rows(), pass.engine.model.hidden_size());
+/// The final norm and the lm_head, forward and backward, for the residual stream `stream`, [tokens, hidden].
+/// Returns the statistics and the gradient of `stream`.
+fn head(pass: &Pass<'_>, stream: &[f32]) -> (TableStatistics, Vec<f32>) {
+    let (vocab, hidden) = (pass.engine.model.lm_head().rows(), pass.engine.model.hidden_size());
     let normed = pass.norm(stream, &pass.engine.model.norm);
-    let mut logits = logits(pass.engine.isa, pass.engine.lm_head(), &normed);
+    let mut logits = logits(pass.engine.isa, pass.engine.model.lm_head(), &normed);
     let mut random = Pcg64Mcg::seed_from_u64(SEED);
     let tokens = normed.len() / hidden;
     let draws: Vec<f64> = (0..tokens).map(|_| random.next_u64() as f64 / 2f64.powi(64)).collect();
     logits
         .par_chunks_exact_mut(vocab)
         .zip(draws)
-        .for_each(|(logits, draw)| less_a_draw(logits, draw));
-    let d_normed = logits_back(pass.engine.isa, pass.engine.lm_head(), &logits);
+        .for_each(|(logits, draw)| subtract_sampled_token(logits, draw));
+    let d_normed = logits_backward(pass.engine.isa, pass.engine.model.lm_head(), &logits);
     let mut d_stream = vec![0.0; stream.len()];
     let mut d_norm = vec![0.0; hidden];
-    pass.norm_back(stream, &pass.engine.model.norm, &d_normed, &mut d_stream, &mut d_norm);
-    let ends = Ends {
+    pass.norm_backward(stream, &pass.engine.model.norm, &d_normed, &mut d_stream, &mut d_norm);
+    let statistics = TableStatistics {
         embedded: Vec::new(),
         head_inputs: mean_squares(&normed, hidden),
         logits: mean_squares(&logits, vocab),
     };
-    (ends, d_stream)
+    (statistics, d_stream)
 }
 
-/// What the head `weight` makes of `normed`, [tokens, hidden]: [tokens, vocab].
+/// The logits of the lm_head `weight` for `normed`, [tokens, hidden]: [tokens, vocab].
 pub(crate) fn logits(isa: Isa, weight: &Weight, normed: &[f32]) -> Vec<f32> {
     let (vocab, hidden) = (weight.rows(), weight.cols());
     let mut logits = vec![0.0; normed.len() / hidden * vocab];
     let mut panels = Panels::default();
-    for (from, rows) in chunks(weight) {
+    for (from, rows) in row_chunks(weight) {
         panels.pack(&rows, hidden);
         let width = rows.len() / hidden;
         let part = product_of(isa, normed, hidden, &panels, width);
@@ -106,13 +108,13 @@ pub(crate) fn logits(isa: Isa, weight: &Weight, normed: &[f32]) -> Vec<f32> {
     logits
 }
 
-/// From the gradient with respect to logits, [tokens, vocab], to that of the inputs of the head `weight`,
-/// [tokens, hidden].
-pub(crate) fn logits_back(isa: Isa, weight: &Weight, d_logits: &[f32]) -> Vec<f32> {
+/// The gradient of the inputs of the lm_head `weight`, [tokens, hidden], given that of the logits,
+/// [tokens, vocab].
+pub(crate) fn logits_backward(isa: Isa, weight: &Weight, d_logits: &[f32]) -> Vec<f32> {
     let (vocab, hidden) = (weight.rows(), weight.cols());
     let mut d_normed = vec![0.0; d_logits.len() / vocab * hidden];
     let mut panels = Panels::default();
-    for (from, rows) in chunks(weight) {
+    for (from, rows) in row_chunks(weight) {
         let width = rows.len() / hidden;
         panels.pack_transposed(&rows, hidden, width, hidden);
         let part: Vec<f32> =
@@ -123,8 +125,8 @@ pub(crate) fn logits_back(isa: Isa, weight: &Weight, d_logits: &[f32]) -> Vec<f3
     d_normed
 }
 
-/// Some rows at a time: the first, and [rows, cols].
-fn chunks(weight: &Weight) -> impl Iterator<Item = (usize, Vec<f32>)> {
+/// Decodes `weight` in chunks of rows: the index of the first row, and the values [rows, cols].
+fn row_chunks(weight: &Weight) -> impl Iterator<Item = (usize, Vec<f32>)> {
     let (rows, cols) = (weight.rows(), weight.cols());
     (0..rows).step_by(HEAD_ROWS).map(move |from| {
         let mut values = vec![0.0; HEAD_ROWS.min(rows - from) * cols];
@@ -136,9 +138,9 @@ fn chunks(weight: &Weight) -> impl Iterator<Item = (usize, Vec<f32>)> {
     })
 }
 
-/// Logits to probabilities, less one for the token whose share of the distribution holds `draw`, from 0
-/// to 1: the gradient of −log p of that token.
-fn less_a_draw(logits: &mut [f32], draw: f64) {
+/// Samples a token from the distribution of `logits` and replaces these by the gradient of −log p of that
+/// token: the probabilities, less one at the token. `draw`, from 0 to 1, selects the token.
+fn subtract_sampled_token(logits: &mut [f32], draw: f64) {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     logits.iter_mut().for_each(|l| *l = (*l - largest).exp());
     let sum: f64 = logits.iter().map(|l| f64::from(*l)).sum();
@@ -164,21 +166,21 @@ mod tests {
 
     use super::*;
 
-    /// KL of small changes of one linear layer's output, as expected and as it is.
+    /// The KL divergence after noise on one linear layer: predicted and measured.
     #[test]
-    fn slopes_foretell_what_noise_does() {
+    fn fisher_diagonal_predicts_the_divergence() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/quill-4m");
         let checkpoint = Checkpoint::open(&folder, true).unwrap();
         let mut engine = Engine::from_checkpoint(&checkpoint).unwrap();
         let text = "Once upon a time there was a little dog who liked to run in the big park. ";
-        let tokens = engine.tokenizer().unwrap().encode_prompt(&text.repeat(12)).unwrap();
+        let tokens = engine.model.tokenizer().unwrap().encode_prompt(&text.repeat(12)).unwrap();
         let sequences = vec![tokens[..64].to_vec(), tokens[64..128].to_vec()];
-        let (of, linear) = (3, Linear::Down);
-        let (mut slopes, mut inputs) = (Vec::new(), Vec::new());
-        through(&engine, &sequences, |index, all| {
-            if index == of {
-                slopes.clone_from(all.outputs.get(linear).unwrap());
-                let cols = engine.model.layers[of].linear(linear).cols();
+        let (layer, linear) = (3, Linear::Down);
+        let (mut fisher, mut inputs) = (Vec::new(), Vec::new());
+        backpropagate(&engine, &sequences, |index, all| {
+            if index == layer {
+                fisher.clone_from(all.outputs.get(linear).unwrap());
+                let cols = engine.model.layers[layer].linear(linear).cols();
                 inputs = mean_squares(&all.inputs[linear.input()], cols);
             }
             Ok(())
@@ -193,7 +195,7 @@ mod tests {
                 engine.model.layers.iter().for_each(|l| engine.run_layer(l, &mut states, &mut ()));
                 let pass = Pass { engine, length: tokens.len() };
                 let normed = pass.norm(&states, &engine.model.norm);
-                let head = engine.lm_head().decode();
+                let head = engine.model.lm_head().decode();
                 for h in normed.chunks_exact(engine.model.hidden_size()) {
                     let dot = |w: &[f32]| -> f64 {
                         w.iter().zip(h).map(|(w, h)| f64::from(*w) * f64::from(*h)).sum::<f64>()
@@ -206,20 +208,20 @@ mod tests {
             all
         };
         let before = distributions(&engine);
-        let weight = engine.model.layers[of].linear(linear);
+        let weight = engine.model.layers[layer].linear(linear);
         let (rows, cols) = (weight.rows(), weight.cols());
         let mut values = weight.decode();
         let mut random = Pcg64Mcg::seed_from_u64(5);
         let mut expected = 0.0;
-        for (row, slope) in values.chunks_exact_mut(cols).zip(&slopes) {
+        for (row, gradient) in values.chunks_exact_mut(cols).zip(&fisher) {
             for (w, square) in row.iter_mut().zip(&inputs) {
                 let change = 0.01 * (random.next_u64() as f64 / 2f64.powi(63) - 1.0);
                 *w += change as f32;
-                expected += 0.5 * f64::from(*slope) * f64::from(*square) * change * change;
+                expected += 0.5 * f64::from(*gradient) * f64::from(*square) * change * change;
             }
         }
         let changed = Weight::from_floats(values, rows as u64, cols as u64).unwrap();
-        *engine.model.layers[of].linear_mut(linear) = changed;
+        *engine.model.layers[layer].linear_mut(linear) = changed;
         let after = distributions(&engine);
         let kl = |p: &Vec<f64>, q: &Vec<f64>| -> f64 {
             p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()

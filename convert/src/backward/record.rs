@@ -10,16 +10,16 @@ use stb_runtime::Engine;
 use stb_runtime::block::{AttentionBuffers, BlockInput, BlockOps, BlockScratch, Flow, run_block};
 
 use super::attention::Attention;
-use super::matrix::{DenseLayer, Matrix};
+use super::matrix::{DenseLayer, DenseMatrix};
 
-/// What the backward pass needs of a forward pass; all [tokens, width].
+/// The intermediate values of a forward pass that the backward pass needs; all [tokens, width].
 #[derive(Default)]
 pub(super) struct Recording {
     /// The inputs of the linear layers.
     pub inputs: InputMap<Vec<f32>>,
     /// The residual stream before attention, then before the MLP.
     pub residuals: Vec<Vec<f32>>,
-    /// Queries and keys (rotated), values, gate, up.
+    /// Queries and keys after RoPE, values, gate and up.
     pub block: BlockScratch<Vec<f32>>,
     /// The output of the layer, [tokens, hidden].
     pub out: Vec<f32>,
@@ -42,7 +42,7 @@ struct RecordingOps<'a> {
 }
 
 impl RecordingOps<'_> {
-    /// Computes and keeps what a linear layer reads.
+    /// Computes and keeps the input of a linear layer.
     fn keep(&mut self, input: LinearInput, x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>) {
         self.inputs[input] = match x {
             BlockInput::Plain(x) => x.clone(),
@@ -58,7 +58,7 @@ impl RecordingOps<'_> {
 }
 
 impl BlockOps for RecordingOps<'_> {
-    type Matrix = Matrix;
+    type Matrix = DenseMatrix;
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
     type Residual = [f32];
@@ -68,7 +68,7 @@ impl BlockOps for RecordingOps<'_> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
-        matrices: [&Matrix; N],
+        matrices: [&DenseMatrix; N],
         out: [&mut Vec<f32>; N],
     ) -> Flow<Infallible> {
         self.keep(input, x);
@@ -82,7 +82,7 @@ impl BlockOps for RecordingOps<'_> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
-        matrix: &Matrix,
+        matrix: &DenseMatrix,
         residual: &mut [f32],
     ) -> Flow<Infallible> {
         self.keep(input, x);

@@ -1,15 +1,15 @@
-//! A way to store a tensor, with its size and its cost.
+//! An encoding of a tensor, with its size and its cost.
 
 use stb_runtime::Result;
 
 use crate::plan::{TensorMethod, TensorPlan};
 
-/// A way to store a tensor.
+/// A candidate encoding of a tensor.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate {
     pub(super) method: TensorMethod,
     pub(super) bytes: u64,
-    /// Its cost, see [`super::cost`].
+    /// The expected KL divergence; see [`super::cost`].
     pub(super) error: f64,
 }
 

@@ -1,9 +1,9 @@
-//! What each way to store a tensor costs: exact bytes, and the expected KL divergence from the dense model.
+//! The cost of each candidate encoding: exact bytes, and the expected KL divergence from the dense model.
 //!
 //! An error ΔW of a linear layer with inputs x changes its output by ΔW x, and the output distribution by
-//! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token. The E[g_i²] are the diagonal of the Fisher information, g
-//! being the gradients of [`crate::backward`]. ΔW is that of the quantizer itself, on some rows, against the Hessian
-//! of some tokens. The costs of tensors add up.
+//! KL ≈ ½ Σ_i E[g_i²] · E[(ΔW x)_i²] nats per token. The E[g_i²] are the diagonal of the Fisher information, where g
+//! are the gradients of [`crate::backward`]. ΔW is measured: the quantizer runs on sampled rows with the Hessian of a
+//! few sequences. The costs of tensors add up.
 
 use stb_format::arch::{InputMap, LinearInput, Role};
 use stb_format::{Encoding, ModelSpec};
@@ -11,29 +11,30 @@ use stb_kernels::Isa;
 use stb_runtime::{Checkpoint, Engine, Result, Weight};
 
 use super::candidate::Candidate;
-use crate::backward::{Ends, LayerFisher, through};
+use crate::backward::{LayerFisher, TableStatistics, backpropagate};
 use crate::calibration::CalibrationText;
 use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
-use crate::pipeline::finite;
+use crate::pipeline::decode_finite;
 use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::{Input, Method, decode, int_group};
 use crate::recipe::{Calibration, Recipe};
 use crate::sensitivity::SEQUENCES;
 
-/// The most tokens: the inputs of every decoder layer are kept for each of them.
+/// The most tokens in the backward pass, which keeps the inputs of every decoder layer for each token.
 const TOKENS: usize = 2048;
-/// Rows of a matrix that are quantized, spread evenly.
+/// Rows of a linear layer that are quantized, evenly spaced.
 const ROWS: usize = 128;
-/// Rows of embeddings and head that are rounded, spread evenly.
+/// Rows of the embeddings and the lm_head that are rounded, evenly spaced.
 const TABLE_ROWS: usize = 2048;
-/// Columns that are quantized together. The effect of their errors on other chunks is left out.
+/// Columns that are quantized together. Correlations between chunks are ignored.
 const CHUNK: usize = 1024;
 /// The power to which the expected KL divergence of a linear layer is raised. The expectation holds for small
-/// changes of the dense model; large changes saturate, and later layers, which are fitted behind an early one, take
-/// back a part of its error. `tests/bench/record/2026-11-26-budgets.md` has what 1, 0.7 and 0.5 gave.
+/// changes of the dense model; large changes saturate, and later layers, which are quantized after an early one, undo
+/// a part of its error. `tests/bench/record/2026-11-26-budgets.md` compares 1, 0.7 and 0.5.
 const LINEAR_POWER: f64 = 0.7;
-/// The ways to store each tensor of `plan`; none for vectors, which stay as they are.
+
+/// The candidate encodings of each tensor of `plan`; none for vectors, which keep their encoding.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Usage`] if the calibration text is too short, [`stb_runtime::Error::Invalid`] for
@@ -45,37 +46,37 @@ pub(super) fn candidates(
     source: &CalibrationText,
 ) -> anyhow::Result<Vec<Vec<Candidate>>> {
     for tensor in &plan.tensors {
-        finite(&checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
+        decode_finite(&checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
     }
     let engine = Engine::from_checkpoint(checkpoint)?;
     let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize).min(TOKENS);
     let samples = recipe.calibration.samples.min(SEQUENCES).min(TOKENS / length.max(1)).max(1);
     let options = Calibration { samples, ..recipe.calibration.clone() };
-    let sequences = source.windows(&engine.tokenizer()?, &options, length)?;
+    let sequences = source.windows(&engine.model.tokenizer()?, &options, length)?;
     let mut found: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
-    let ends = through(&engine, &sequences, |index, fisher| {
-        let hessians = HessianChunk::all(&engine, fisher, recipe.calibration.damping)?;
+    let statistics = backpropagate(&engine, &sequences, |index, fisher| {
+        let hessians = HessianChunk::for_layer(&engine, fisher, recipe.calibration.damping)?;
         for (tensor, found) in plan.tensors.iter().zip(&mut found) {
             let Some((_, linear)) = tensor.linear().filter(|(i, _)| *i == index) else { continue };
             if let Some(outputs) = fisher.outputs.get(linear) {
                 let weight = checkpoint.weight(&tensor.tensor.name)?;
-                *found = of_linear(tensor, &weight, outputs, &hessians[linear.input()])?;
+                *found = linear_candidates(tensor, &weight, outputs, &hessians[linear.input()])?;
             }
             check_interrupt()?;
         }
         Ok(())
     })?;
-    let tables = Tables::new(&ends, &engine, &sequences);
+    let tables = Tables::new(&statistics, &engine, &sequences);
     for (tensor, found) in plan.tensors.iter().zip(&mut found) {
         if matches!(tensor.tensor.role, Role::TokenEmbedding | Role::LmHead) {
             let weight = checkpoint.weight(&tensor.tensor.name)?;
-            *found = of_table(tensor, &weight, &tables)?;
+            *found = table_candidates(tensor, &weight, &tables)?;
         }
     }
     Ok(found)
 }
 
-/// An upper estimate of the memory that costs take beside the mapped source, in bytes.
+/// An upper estimate of the memory needed to compute the costs, besides the mapped checkpoint, in bytes.
 #[must_use]
 pub fn memory(spec: &ModelSpec) -> u64 {
     let tokens = TOKENS as u64;
@@ -86,7 +87,7 @@ pub fn memory(spec: &ModelSpec) -> u64 {
     streams + (tokens * width * 4 + layer * 8).max(tokens * spec.vocab_size * 8)
 }
 
-/// The Hessian of some columns of an input, and its factors. All tokens count as one sequence.
+/// The Hessian of a chunk of columns of an input, and its factors. All tokens count as one sequence.
 struct HessianChunk {
     isa: Isa,
     from: usize,
@@ -98,8 +99,12 @@ struct HessianChunk {
 }
 
 impl HessianChunk {
-    /// Of the inputs of a decoder layer, in chunks of columns.
-    fn all(engine: &Engine, fisher: &LayerFisher, damping: f64) -> Result<InputMap<Vec<Self>>> {
+    /// The Hessians of the inputs of a decoder layer, by chunk of columns.
+    fn for_layer(
+        engine: &Engine,
+        fisher: &LayerFisher,
+        damping: f64,
+    ) -> Result<InputMap<Vec<Self>>> {
         let tokens = fisher.inputs[LinearInput::Attention].len() / engine.model.hidden_size();
         InputMap::try_from_fn(|input| {
             let x = &fisher.inputs[input];
@@ -124,13 +129,13 @@ impl HessianChunk {
         Ok(Self { isa, from, tokens: x.len() / cols, plain, damped, factor, norms })
     }
 
-    /// These columns of the rows of a matrix, [rows, cols].
+    /// The columns of this chunk in `rows`, [rows, cols].
     fn columns(&self, rows: &[f32], cols: usize) -> Vec<f32> {
         let range = self.from..self.from + self.norms.len();
         rows.chunks_exact(cols).flat_map(|row| &row[range.clone()]).copied().collect()
     }
 
-    /// E[(ΔW x)²] of each row of `weights` when they are quantized by `method`.
+    /// E[(ΔW x)²] of each row when `method` quantizes `weights`.
     fn errors(&self, weights: &[f32], method: Method) -> Result<Vec<f64>> {
         let cols = self.norms.len();
         let input = Input {
@@ -150,39 +155,39 @@ impl HessianChunk {
     }
 }
 
-/// The candidate that keeps the numbers of the checkpoint.
-fn kept(tensor: &TensorPlan, weight: &Weight) -> Result<Option<Candidate>> {
+/// The candidate that keeps the data type of the checkpoint.
+fn keep_candidate(tensor: &TensorPlan, weight: &Weight) -> Result<Option<Candidate>> {
     let Encoding::Dense(kind) = *weight.encoding() else { return Ok(None) };
     Candidate::new(tensor, TensorMethod::Keep(kind), 0.0).map(Some)
 }
 
-/// Rows of a matrix, spread evenly: their numbers, and [rows, cols].
-fn sample(weight: &Weight, most: usize) -> (Vec<usize>, Vec<f32>) {
+/// At most `most` evenly spaced rows of a matrix: their indices and their values, [rows, cols].
+fn sample_rows(weight: &Weight, most: usize) -> (Vec<usize>, Vec<f32>) {
     let (rows, cols) = (weight.rows(), weight.cols());
-    let numbers: Vec<usize> = (0..rows).step_by(rows.div_ceil(most).max(1)).collect();
-    let mut values = vec![0.0; numbers.len() * cols];
-    for (row, out) in numbers.iter().zip(values.chunks_exact_mut(cols)) {
+    let indices: Vec<usize> = (0..rows).step_by(rows.div_ceil(most).max(1)).collect();
+    let mut values = vec![0.0; indices.len() * cols];
+    for (row, out) in indices.iter().zip(values.chunks_exact_mut(cols)) {
         weight.view().decode_row(*row, out);
     }
-    (numbers, values)
+    (indices, values)
 }
 
 /// The weight of sampled rows: the sum of `values` over all rows divided by the sum over `rows`.
-fn share(values: &[f32], rows: &[usize]) -> f64 {
+fn row_weight(values: &[f32], rows: &[usize]) -> f64 {
     let all: f64 = values.iter().map(|v| f64::from(*v)).sum();
-    let some: f64 = rows.iter().map(|r| f64::from(values[*r])).sum();
-    if some > 0.0 { all / some } else { 0.0 }
+    let sampled: f64 = rows.iter().map(|r| f64::from(values[*r])).sum();
+    if sampled > 0.0 { all / sampled } else { 0.0 }
 }
 
 /// The candidates of a linear layer. `fisher` is the mean square of the gradient of each output, `[out]`.
-fn of_linear(
+fn linear_candidates(
     tensor: &TensorPlan,
     weight: &Weight,
     fisher: &[f32],
     hessians: &[HessianChunk],
 ) -> Result<Vec<Candidate>> {
-    let (rows, values) = sample(weight, ROWS);
-    let factor = 0.5 * share(fisher, &rows);
+    let (rows, values) = sample_rows(weight, ROWS);
+    let factor = 0.5 * row_weight(fisher, &rows);
     let chunks: Vec<Vec<f32>> =
         hessians.iter().map(|h| h.columns(&values, weight.cols())).collect();
     let mut found = Vec::new();
@@ -196,18 +201,22 @@ fn of_linear(
         let loss = (factor * loss).powf(LINEAR_POWER);
         found.push(Candidate::new(tensor, TensorMethod::Linear(method), loss)?);
     }
-    found.extend(kept(tensor, weight)?);
+    found.extend(keep_candidate(tensor, weight)?);
     Ok(found)
 }
 
-/// The candidates of embeddings or head. Both are rounded, so the errors of columns are independent.
-fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result<Vec<Candidate>> {
+/// The candidates of the embeddings or the lm_head. Both are rounded, so the errors of columns are independent.
+fn table_candidates(
+    tensor: &TensorPlan,
+    weight: &Weight,
+    tables: &Tables<'_>,
+) -> Result<Vec<Candidate>> {
     let cols = weight.cols();
-    let (rows, values) = sample(weight, TABLE_ROWS);
-    let ends = tables.ends;
-    // The weights of the sampled rows as embeddings and as rows of the head.
-    let looked_up = share(&tables.frequencies, &rows);
-    let multiplied = share(&ends.logits, &rows);
+    let (rows, values) = sample_rows(weight, TABLE_ROWS);
+    let statistics = tables.statistics;
+    // The weights of the sampled rows in the embeddings and in the lm_head.
+    let embedding_weight = row_weight(&tables.frequencies, &rows);
+    let head_weight = row_weight(&statistics.logits, &rows);
     let mut found = Vec::new();
     for spec in int_group::candidate_encodings() {
         let stored = decode(&int_group::round(&values, rows.len(), cols, spec), rows.len(), cols);
@@ -217,33 +226,37 @@ fn of_table(tensor: &TensorPlan, weight: &Weight, tables: &Tables<'_>) -> Result
                 w.iter().zip(q).zip(by).map(|((w, q), b)| f64::from((w - q) * (w - q) * b)).sum()
             };
             if tables.embeds(tensor) {
-                loss += looked_up * f64::from(tables.frequencies[*r]) * squares(&ends.embedded);
+                loss += embedding_weight
+                    * f64::from(tables.frequencies[*r])
+                    * squares(&statistics.embedded);
             }
             if tables.is_head(tensor) {
-                loss += multiplied * f64::from(ends.logits[*r]) * squares(&ends.head_inputs);
+                loss += head_weight
+                    * f64::from(statistics.logits[*r])
+                    * squares(&statistics.head_inputs);
             }
         }
         found.push(Candidate::new(tensor, TensorMethod::Round(spec), 0.5 * loss)?);
     }
-    found.extend(kept(tensor, weight)?);
+    found.extend(keep_candidate(tensor, weight)?);
     Ok(found)
 }
 
-/// How embeddings and head are used.
+/// Weights of the errors of the embeddings and the lm_head.
 struct Tables<'a> {
-    ends: &'a Ends,
-    /// The share of each token in the calibration text, with one occurrence more for each token.
+    statistics: &'a TableStatistics,
+    /// The frequency of each token in the calibration text, with one occurrence added to each.
     frequencies: Vec<f32>,
     tied: bool,
 }
 
 impl<'a> Tables<'a> {
-    fn new(ends: &'a Ends, engine: &Engine, sequences: &[Vec<u32>]) -> Self {
+    fn new(statistics: &'a TableStatistics, engine: &Engine, sequences: &[Vec<u32>]) -> Self {
         let mut counts = vec![1.0f32; engine.model.embeddings.rows()];
         sequences.iter().flatten().for_each(|t| counts[*t as usize] += 1.0);
         let sum: f32 = counts.iter().sum();
         counts.iter_mut().for_each(|c| *c /= sum);
-        Self { ends, frequencies: counts, tied: engine.model.own_lm_head.is_none() }
+        Self { statistics, frequencies: counts, tied: engine.model.own_lm_head.is_none() }
     }
 
     fn embeds(&self, tensor: &TensorPlan) -> bool {

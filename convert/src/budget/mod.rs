@@ -1,7 +1,7 @@
-//! Choosing encodings for a size: the least estimated error within a number of bytes.
+//! Chooses encodings for a size budget: the least estimated error within a number of bytes.
 //!
-//! Each tensor has a few candidate encodings, with exact bytes and an estimate of their expected effect on the
-//! output distribution (`cost`).
+//! Each tensor has a few candidate encodings, with exact bytes and an estimate of the effect on the output
+//! distribution (`cost`).
 
 mod candidate;
 mod cost;
@@ -32,7 +32,8 @@ pub fn fit(
     let budget = (bits * plan.parameters() as f64 / 8.0).floor() as u64;
     let all = cost::candidates(plan, checkpoint, recipe, source)?;
     let hulls: Vec<Vec<Candidate>> = all.iter().cloned().map(lower_hull).collect();
-    // Everything at its smallest, then the steps that remove most error per byte, while they fit.
+    // Start with the smallest encoding of each tensor; then take the steps that remove most error per byte while
+    // they fit.
     let mut level = vec![0; hulls.len()];
     for (tensor, hull) in plan.tensors.iter_mut().zip(&hulls) {
         if let Some(smallest) = hull.first() {
@@ -42,7 +43,7 @@ pub fn fit(
     let smallest = plan.file_bytes(meta);
     if smallest > budget {
         return Err(Error::usage(format!(
-            "the smallest file this model can be has {:.3} true bits per parameter ({smallest} bytes), \
+            "the smallest file possible has {:.3} true bits per parameter ({smallest} bytes), \
              more than the {bits} asked for; tokenizer, norms and padding are part of it",
             smallest as f64 * 8.0 / plan.parameters() as f64
         ))
@@ -73,8 +74,8 @@ pub fn fit(
     Ok(fill(plan, &all, chosen, meta, budget)?)
 }
 
-/// Spends what is left of the budget: repeatedly, the change of one tensor that removes most error and still fits.
-/// All candidates count here, also those above the lower hull.
+/// Spends the rest of the budget: repeats the change of one tensor that removes most error and still fits.
+/// Considers all candidates, including those above the lower hull.
 fn fill(
     plan: &mut Plan,
     all: &[Vec<Candidate>],
@@ -88,7 +89,7 @@ fn fill(
         for (t, (candidates, chosen)) in all.iter().zip(&chosen).enumerate() {
             let Some(now) = chosen else { continue };
             let gains = candidates.iter().filter(|c| c.error < now.error);
-            // Padding between sections may hide up to a page of a change.
+            // Padding between sections can absorb up to `SECTION_ALIGN` bytes.
             let fitting =
                 gains.filter(|c| c.bytes.saturating_sub(now.bytes) < left + SECTION_ALIGN);
             better.extend(fitting.map(|c| (now.error - c.error, t, *c)));
@@ -111,7 +112,7 @@ fn fill(
     }
 }
 
-/// The lower convex hull of the candidates in size and error, by size.
+/// The lower convex hull of the candidates in the plane of size and error, sorted by size.
 fn lower_hull(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
     candidates.sort_by(|a, b| a.bytes.cmp(&b.bytes).then(a.error.total_cmp(&b.error)));
     let mut hull: Vec<Candidate> = Vec::new();
@@ -137,11 +138,10 @@ mod tests {
     use stb_format::encoding::Dense;
 
     #[test]
-    fn hulls_fall_ever_more_slowly() {
+    fn hulls_are_convex() {
         let points = [(10, 1.0), (20, 0.9), (30, 0.2), (30, 0.3), (40, 0.25), (50, 0.1), (90, 0.0)];
         let method = TensorMethod::Keep(Dense::F32);
-        let candidates =
-            points.map(|(bytes, error)| Candidate { method, bytes, error }).to_vec();
+        let candidates = points.map(|(bytes, error)| Candidate { method, bytes, error }).to_vec();
         let hull: Vec<u64> = lower_hull(candidates).iter().map(|c| c.bytes).collect();
         assert_eq!(hull, [10, 30, 50, 90]);
     }

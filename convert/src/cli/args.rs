@@ -8,7 +8,7 @@ use stb_runtime::DeviceChoice;
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
     read or written, 4 file invalid, 5 not supported, 130 interrupted.";
 
-/// Converts LLaMA checkpoints to .stb: weights below one bit, in one file, with true sizes.
+/// Quantizes LLaMA checkpoints into .stb files; reported sizes count every byte of the file.
 #[derive(Parser)]
 #[command(name = "stb-convert", version, after_help = EXIT_CODES)]
 #[command(args_conflicts_with_subcommands = true, allow_negative_numbers = true)]
@@ -43,7 +43,7 @@ pub(super) enum Command {
         file: PathBuf,
         /// A new folder
         folder: PathBuf,
-        /// Number type of the weights; f32 keeps them exactly
+        /// Data type of the weights; f32 is exact
         #[arg(long, default_value = "f32")]
         dtype: Dtype,
     },
@@ -54,7 +54,7 @@ pub(super) enum Command {
     },
     /// Compare recipes on models and texts: one table, measured cell by cell, resumable
     Study(StudyArgs),
-    /// Flip signs of a binarized model and measure what it costs
+    /// Flip signs of a binarized model and measure its perplexity
     Flips(FlipArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
@@ -80,36 +80,36 @@ pub(super) struct ConvertArgs {
     /// A recipe's name or a .toml file
     #[arg(short, long, value_name = "NAME|FILE", default_value = stb_convert::recipe::DEFAULT, help_heading = "What to do")]
     pub recipe: String,
-    /// The size of the whole file in true bits per parameter: chooses encodings that meet it
+    /// Choose encodings for this size of the whole file, in true bits per parameter
     #[arg(short, long, value_name = "X", conflicts_with = "recipe", value_parser = bits, help_heading = "What to do")]
     pub bits: Option<f64>,
-    /// Only print what would be done and what it would cost
+    /// Print the plan, the size and the memory needed; convert nothing
     #[arg(long, help_heading = "What to do")]
     pub dry_run: bool,
-    /// A text to calibrate on, UTF-8; default: a public-domain text in the program
+    /// Calibration text, UTF-8; default: that of the recipe, or the built-in public-domain text
     #[arg(long, value_name = "FILE", help_heading = "Calibration")]
     pub calib: Option<PathBuf>,
-    /// Calibration sequences; default: what the recipe says
+    /// Calibration sequences; default: set by the recipe
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Calibration")]
     pub calib_samples: Option<u32>,
-    /// Tokens per calibration sequence; default: what the recipe says
+    /// Tokens per calibration sequence; default: set by the recipe
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Calibration")]
     pub calib_len: Option<u32>,
     /// Seed of the calibration windows
     #[arg(long, value_name = "N", help_heading = "Calibration")]
     pub seed: Option<u64>,
     /// Distill each finished layer from that of the checkpoint: passes over the calibration sequences that
-    /// train its scales and norms. Better, but several times as long; default: what the recipe says, none
+    /// train its scales and norms. Better, but several times as long; default: set by the recipe, else none
     #[arg(long, alias = "tuning", value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
     pub distill_layers: Option<u32>,
     /// Distill the whole model from the checkpoint: passes over the calibration sequences that train all
-    /// scales and norms. Better by far, but large models take days; default: what the recipe says, none
+    /// scales and norms. Better by far, but large models take days; default: set by the recipe, else none
     #[arg(long, alias = "fine-tuning", value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
     pub distill: Option<u32>,
     /// Replace OUT if it exists
     #[arg(short, long, help_heading = "Output")]
     pub force: bool,
-    /// Write what was done to each tensor as JSON
+    /// Write a report on the file, its layers and its tensors as JSON
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,
     /// Print nothing but errors
@@ -118,12 +118,13 @@ pub(super) struct ConvertArgs {
     /// Threads; default: as many as this process may use
     #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
     pub threads: Option<u16>,
-    /// Where calibration and large products are computed: cpu, cuda, cuda:N, or auto for a CUDA device if
-    /// there is one; distillation and --bits use the CPU [default: cpu, until this has been proven on devices]
+    /// Device for calibration and large products: cpu, cuda, cuda:N, or auto for a CUDA device if there is
+    /// one; distillation and --bits use the CPU [default: cpu, until this has been proven on devices]
     #[arg(long, value_name = "DEVICE", help_heading = "Output")]
     pub device: Option<DeviceChoice>,
 }
 
+/// Parses true bits per parameter.
 fn bits(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(bits) if bits > 0.0 && bits <= 64.0 => Ok(bits),
@@ -133,12 +134,11 @@ fn bits(text: &str) -> Result<f64, String> {
 
 #[derive(Args)]
 pub(super) struct StudyArgs {
-    /// What to compare, a TOML file
+    /// The definition of the study, a TOML file
     pub study: PathBuf,
-    /// A folder for results; cells that are there already are not measured again
+    /// A folder for results; existing cells are not measured again
     pub out: PathBuf,
-    /// What {NAME} in paths of the study stands for; models and texts that need what is not given
-    /// are left out
+    /// Value of {NAME} in paths of the study; models and texts with undefined names are left out
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = pair)]
     pub define: Vec<(String, String)>,
     /// Another model, or another path for one of the study
@@ -186,7 +186,7 @@ pub(super) struct FlipArgs {
     /// Flip signs in salient columns too
     #[arg(long)]
     pub salient: bool,
-    /// A text to calibrate on, UTF-8; default: what the recipe says
+    /// Calibration text, UTF-8; default: that of the recipe
     #[arg(long, value_name = "FILE")]
     pub calib: Option<PathBuf>,
     /// Print nothing but errors
@@ -197,6 +197,7 @@ pub(super) struct FlipArgs {
     pub threads: Option<u16>,
 }
 
+/// Parses NAME=VALUE.
 fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
@@ -204,6 +205,7 @@ fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// Parses a percentage.
 fn percentage(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(percent),
@@ -211,7 +213,7 @@ fn percentage(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Ends with the usage, as for other mistakes on the command line.
+/// Exits with a usage error, as clap does for other mistakes on the command line.
 pub(super) fn usage(message: &str) -> ! {
     let kind = clap::error::ErrorKind::MissingRequiredArgument;
     Cli::command().error(kind, message).exit()

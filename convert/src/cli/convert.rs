@@ -24,7 +24,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         None => CalibrationText::of(&recipe.calibration)?,
     };
     if recipe.linear.target_bits().is_some() {
-        check_memory(budget::memory(&checkpoint.spec), "pricing encodings", || {
+        check_memory(budget::memory(&checkpoint.spec), "choosing encodings", || {
             "use a machine with more, or a recipe of one encoding instead of --bits".into()
         })?;
     }
@@ -61,7 +61,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The device that was asked for, if it and what is needed on it are there.
+/// Opens the device of `choice`, and checks that its linear algebra works.
 fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
     let ordinal = match choice {
         DeviceChoice::Cpu => return Ok(None),
@@ -71,7 +71,7 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
     let usable = |device: Device| LinearAlgebra::new(&device).map(|_| device);
     match Device::open(ordinal).and_then(usable).map_err(Error::from) {
         Ok(device) => Ok(Some(device)),
-        // A defect is told, whatever was asked for.
+        // Only a missing device or library is acceptable here; a defect is an error also with `auto`.
         Err(e) if choice == DeviceChoice::Auto && e.kind().is_unsupported() => {
             if !quiet {
                 note(format_args!("{e}; the CPU computes"));
@@ -82,8 +82,8 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
     }
 }
 
-/// Says before hours of work that there is too little memory, where the system tells how much there
-/// is (Linux). `what` needs it, `advice` is what to do instead.
+/// Fails before hours of work if less than `needed` bytes of memory are available (checked on Linux only). The
+/// message begins with `what`, which needs the memory, and ends with `advice`.
 fn check_memory(needed: u64, what: &str, advice: impl Fn() -> String) -> Result<(), Error> {
     let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return Ok(()) };
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
@@ -99,7 +99,7 @@ fn check_memory(needed: u64, what: &str, advice: impl Fn() -> String) -> Result<
     }
 }
 
-/// The recipe with what the command line changes.
+/// The recipe with the options of the command line applied.
 fn recipe(args: &ConvertArgs) -> Result<Recipe, Error> {
     Recipe::load(&args.recipe)?.changed(|file| {
         if let Some(bits) = args.bits {
@@ -165,7 +165,7 @@ fn dry_run(
         ))?;
     }
     let memory = plan.peak_memory(checkpoint, recipe) as f64 / 1e6;
-    print(format_args!("peak memory {memory:.0} MB beside the mapped source, at most"))?;
+    print(format_args!("peak memory {memory:.0} MB besides the mapped source, at most"))?;
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Looking into files that exist.
+//! Subcommands for existing files and recipes: inspect, verify, export, recipes.
 
 use std::path::Path;
 

@@ -15,7 +15,7 @@ use output::{is_broken_pipe, note};
 
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
-    // The first Ctrl-C asks the work to stop, the second does not wait. Neither leaves a file.
+    // The first Ctrl-C stops at the next check, the second exits at once. Neither leaves an unfinished file.
     let handler = || {
         if stb_convert::interrupt::interrupt() {
             stb_convert::resume::leave_at_once();
@@ -55,11 +55,12 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
+/// Runs `f` in a thread pool of `threads` threads; `None` for all that this process may use.
 fn in_pool(
     threads: Option<u16>,
-    work: impl FnOnce() -> anyhow::Result<()> + Send,
+    f: impl FnOnce() -> anyhow::Result<()> + Send,
 ) -> anyhow::Result<()> {
-    let granted = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads.map_or_else(granted, usize::from);
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build()?.install(work)
+    let available = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.map_or_else(available, usize::from);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build()?.install(f)
 }

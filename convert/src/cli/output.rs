@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-/// Whether the error says that nobody reads our output any more.
+/// Whether the error is that the reader of standard output is gone.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.downcast_ref::<std::io::Error>();
     io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
@@ -15,7 +15,7 @@ pub(super) fn print(text: impl std::fmt::Display) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Writes a line to standard error. If nobody can read it, nothing is lost.
+/// Writes a line to standard error; a failure to write is ignored.
 pub(super) fn note(text: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }

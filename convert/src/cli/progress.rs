@@ -34,7 +34,7 @@ impl Bar {
 impl Progress for Bar {
     fn step(&self, done: u64, all: u64, what: &str) {
         if done < self.bar.position() {
-            // Another kind of work has begun.
+            // A new phase has begun.
             self.bar.reset_eta();
         }
         self.bar.set_length(all);
@@ -51,7 +51,7 @@ impl Progress for Bar {
 
     fn note(&self, text: &str) {
         if !self.quiet {
-            // Other than progress, this is said where there is no terminal, too.
+            // Notes are printed without a terminal, too.
             self.bar.suspend(|| note(text));
         }
     }

@@ -37,9 +37,9 @@ pub(super) fn study(args: &StudyArgs) -> anyhow::Result<()> {
             _ => {}
         }
     }
-    let shown = Shown { bar: Bar::new(args.quiet) };
-    let table = study::run(&study, &args.out, &shown);
-    shown.bar.finish();
+    let progress = StudyProgress { bar: Bar::new(args.quiet) };
+    let table = study::run(&study, &args.out, &progress);
+    progress.bar.finish();
     let table = table?;
     let markdown = table.markdown(&study);
     for (suffix, text) in
@@ -61,12 +61,12 @@ pub(super) fn study(args: &StudyArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Progress of a study.
-struct Shown {
+/// Shows the progress of a study.
+struct StudyProgress {
     bar: Bar,
 }
 
-impl Progress for Shown {
+impl Progress for StudyProgress {
     fn step(&self, done: u64, all: u64, what: &str) {
         self.bar.step(done, all, what);
     }
@@ -78,14 +78,14 @@ impl Progress for Shown {
     }
 }
 
-impl Events for Shown {
+impl Events for StudyProgress {
     fn begin(&self, done: usize, all: usize, model: &str, recipe: &str, text: &str) {
         self.bar.note(&format!("cell {} of {all}: {model}, {recipe}, {text}", done + 1));
     }
 
     fn window(&self, done: usize, all: usize) {
         if interrupted() {
-            // Finished cells are safe, and nothing of this one is on disk.
+            // Finished cells are on disk; nothing of this one is.
             std::process::exit(130);
         }
         self.bar.step(done as u64, all as u64, "windows");
@@ -111,11 +111,11 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     bar.finish();
     let report = report?;
     let threads = Some(rayon::current_num_threads());
-    let mut model = open_to_measure(&file, &OpenOptions { threads, ..OpenOptions::default() })?;
-    // Where a mapped file can lose its name, it does now; elsewhere at the end.
+    let mut engine = open_to_measure(&file, &OpenOptions { threads, ..OpenOptions::default() })?;
+    // A mapped file can be removed now on Unix; on other systems this fails and is repeated at the end.
     let _ = std::fs::remove_dir_all(&work);
     let layout = args.separator.clone().map_or(TextLayout::Whole, TextLayout::Documents);
-    let context = args.ctx.map_or(model.spec.context_length as usize, |n| n as usize);
+    let context = args.ctx.map_or(engine.model.spec.context_length as usize, |n| n as usize);
     let options = FlipOptions {
         shares: args.percent.iter().map(|p| p / 100.0).collect(),
         seeds: (0..args.seeds).collect(),
@@ -141,8 +141,8 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     };
     let calibration = &recipe.calibration;
     let found =
-        flips::flip(&mut model, &checkpoint, calibration, &source, &text, &options, &progress)?;
-    drop(model);
+        flips::flip(&mut engine, &checkpoint, calibration, &source, &text, &options, &progress)?;
+    drop(engine);
     let _ = std::fs::remove_dir_all(&work);
     let name = args.src.file_name().unwrap_or_default().to_string_lossy();
     let title = format!("Flipped signs: {name}, recipe {}", recipe.name);

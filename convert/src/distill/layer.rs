@@ -1,5 +1,5 @@
-//! Distillation of one decoder layer after it has been quantized: its output comes closer to that of
-//! the dense model at the same place.
+//! Distillation of one quantized decoder layer: trains its scales and norms so that its output approximates the
+//! output of the same layer in the dense model.
 
 use stb_runtime::{Engine, Layer, Result, Weight};
 
@@ -9,13 +9,13 @@ use crate::backward::{DenseLayer, Pass, decode_layer};
 use crate::interrupt::interrupted;
 use crate::resume::States;
 
-/// Distills `layer`, quantized: from `inputs`, its output comes close to `targets`; both are sequences
-/// of one length, [tokens, hidden] each. If the result is better on these sequences, the parts that can
-/// be stored replace those of `layer`; norms are not rounded yet. The outcome is the mean squared error
-/// of the output relative to its mean square.
+/// Trains scales and norms of the quantized `layer` so that its output for `inputs` approximates `targets`; both
+/// are sequences of one length, [tokens, hidden] each. Replaces linear layers and norms of `layer` if the result
+/// is better on these sequences; norms are not rounded yet. Returns the mean squared error of the output relative
+/// to its mean square.
 ///
 /// # Errors
-/// None in practice: what has been packed can be opened.
+/// None in practice: packed weights can be opened.
 pub fn distill_layer(
     engine: &Engine,
     layer: &mut Layer,

@@ -1,4 +1,4 @@
-//! Estimates of the memory that distillation takes.
+//! Estimates of the memory that distillation needs.
 
 use stb_format::ModelSpec;
 
@@ -8,24 +8,25 @@ fn layer_weights(spec: &ModelSpec) -> u64 {
     (attention + 3 * spec.intermediate_size * spec.hidden_size) * 8
 }
 
-/// Bytes that distilling a layer takes: its weights and gradients, and all that a batch computes, forward and
-/// backward. `activations` are the bytes of the activations of a batch.
+/// Bytes needed to distill a layer: its weights and gradients, and the activations of a batch with their gradients.
+/// `activations` are the bytes of the activations of a batch.
 pub(crate) fn layer_memory(spec: &ModelSpec, activations: u64) -> u64 {
     layer_weights(spec) + 2 * activations
 }
 
-/// What goes through the model while it is distilled.
+/// Sizes of the calibration sequences and batches during distillation of the whole model.
 pub(crate) struct DistilledStreams {
-    /// Tokens of all sequences, and of a batch.
+    /// Tokens of all sequences.
     pub tokens: u64,
+    /// Tokens of a batch.
     pub batch: u64,
     /// Bytes of the activations of a batch in a layer.
     pub activations: u64,
 }
 
-/// Bytes that distilling the whole model takes. `moving` are those of the codes and scales of all layers.
-pub(crate) fn model_memory(spec: &ModelSpec, moving: u64, through: &DistilledStreams) -> u64 {
-    let DistilledStreams { tokens, batch, activations } = *through;
+/// Bytes needed to distill the whole model. `moving` are the bytes of the codes and scales of all layers.
+pub(crate) fn model_memory(spec: &ModelSpec, moving: u64, sizes: &DistilledStreams) -> u64 {
+    let DistilledStreams { tokens, batch, activations } = *sizes;
     let streams = batch * spec.hidden_size * (spec.layers + 2) * 4;
     let logits = batch * spec.vocab_size * 12;
     let model = moving + tokens * spec.hidden_size * 4 + streams + logits;

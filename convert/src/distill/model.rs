@@ -1,9 +1,8 @@
-//! Distillation of the whole quantized model: its output distribution comes closer to that of the dense
-//! model.
+//! Distillation of the whole quantized model: trains scales and norms so that its output distribution approximates
+//! that of the dense model.
 //!
-//! The loss is KL(dense ‖ quantized) of the next token, its mean over all tokens. Gradients go through all
-//! layers; a layer's input is kept for each batch and the rest computed anew, so that memory for gradients
-//! is that of a single layer.
+//! The loss is KL(dense ‖ quantized) of the next token, averaged over all tokens. The backward pass keeps only the
+//! input of each layer and recomputes its activations, so that it needs the memory of a single layer.
 
 use rayon::prelude::*;
 use stb_format::Encoding;
@@ -12,11 +11,11 @@ use stb_runtime::{Engine, Layer, Result, Weight};
 
 use super::moving::{Logarithms, MovingLayer, MovingScales};
 use super::{BATCH, DistillOptions, Outcome};
-use crate::backward::{DenseLayer, Matrix, Pass, logits, logits_back};
+use crate::backward::{DenseLayer, DenseMatrix, Pass, logits, logits_backward};
 use crate::interrupt::check_interrupt;
 use crate::products::add_cross_products;
 
-/// A decoder layer and what moves of it.
+/// A decoder layer and its trained parameters.
 struct DistilledLayer<'a> {
     layer: &'a Layer,
     moving: MovingLayer,
@@ -27,25 +26,25 @@ impl<'a> DistilledLayer<'a> {
         Self { layer, moving: MovingLayer::new(layer) }
     }
 
-    /// The weights as they would be stored now.
+    /// The weights with the present parameters, rounded as they would be stored.
     fn weights(&mut self) -> DenseLayer {
         self.moving.weights(self.layer)
     }
 
-    /// One step down: from the gradient of the output for the inputs `x` to that of `x`.
+    /// One training step, given the gradient of the output for the inputs `x`. Returns the gradient of `x`.
     fn step(&mut self, pass: &Pass<'_>, x: Vec<f32>, d_out: Vec<f32>, rate: f64) -> Vec<f32> {
         let weights = self.weights();
         let mut gradient = self.moving.zeros(&weights);
-        let d_in = pass.back(&weights, x, d_out, &mut gradient);
+        let d_in = pass.input_gradient(&weights, x, d_out, &mut gradient);
         self.moving.step(&gradient, &weights, rate);
         d_in
     }
 }
 
-/// The embeddings or the lm_head.
+/// The embeddings or the lm_head, whose scales are trained if they are quantized.
 struct MovingTable {
     moving: Option<MovingScales>,
-    /// As it would be stored now.
+    /// The weight with the present scales, as it would be stored.
     weight: Weight,
 }
 
@@ -54,12 +53,12 @@ impl MovingTable {
         Self { moving: MovingScales::new(weight), weight: weight.clone() }
     }
 
-    /// Zero, if there is something to move.
-    fn gradient(&self) -> Option<Matrix> {
+    /// A zero gradient; `None` if there are no scales to train.
+    fn gradient(&self) -> Option<DenseMatrix> {
         self.moving.as_ref().map(MovingScales::zeros)
     }
 
-    fn step(&mut self, gradient: Option<&Matrix>, rate: f64) -> Result<()> {
+    fn step(&mut self, gradient: Option<&DenseMatrix>, rate: f64) -> Result<()> {
         if let Some((moving, gradient)) = self.moving.as_mut().zip(gradient) {
             moving.step(gradient, rate);
             let (rows, cols) = (self.weight.rows() as u64, self.weight.cols() as u64);
@@ -76,12 +75,13 @@ pub(crate) struct Distilled<'a> {
     layers: Vec<DistilledLayer<'a>>,
     norm: Logarithms,
     lm_head: Option<MovingTable>,
-    /// The KL divergence from the dense model, nats per token, on the sequences it was tuned with.
+    /// The KL divergence from the dense model on the training sequences, in nats per token.
     pub outcome: Outcome,
 }
 
 impl Distilled<'_> {
-    /// The stored bytes of a tensor, if it has moved; `encoding` is how it is stored.
+    /// The stored bytes of a tensor; `None` if distillation has not changed it. `encoding` is its encoding in the
+    /// file.
     pub(crate) fn payload(&mut self, tensor: &TensorSpec, encoding: &Encoding) -> Option<Vec<u8>> {
         if self.outcome.after >= self.outcome.before {
             return None;
@@ -101,12 +101,12 @@ impl Distilled<'_> {
     }
 }
 
-/// Distills `engine`, quantized, from `dense` on `sequences`, all of one length. The rate is that
-/// of a model at least one nat per token away and falls with the root of the distance. `progress` hears
-/// steps done, all steps, and the loss of the last.
+/// Distills the quantized model of `engine` from that of `dense` on `sequences`, all of one length. The learning rate
+/// holds for a model with a KL divergence of at least one nat per token; below, it is multiplied by the root of the
+/// divergence. Calls `progress` with steps done, all steps, and the loss of the last step.
 ///
 /// # Errors
-/// [`crate::interrupt::Interrupted`], and tokens outside the vocabulary.
+/// [`crate::interrupt::Interrupted`]; [`stb_runtime::Error`] for tokens outside the vocabulary.
 pub(crate) fn distill_model<'a>(
     dense: &Engine,
     engine: &'a Engine,
@@ -115,37 +115,37 @@ pub(crate) fn distill_model<'a>(
     progress: &dyn Fn(usize, usize, f64),
 ) -> anyhow::Result<Distilled<'a>> {
     let pass = Pass { engine, length: sequences.first().map_or(1, Vec::len) };
-    let mut work = Distillation {
+    let mut distillation = Distillation {
         pass,
         dense,
-        targets: dense_states(dense, sequences)?,
+        targets: dense_head_inputs(dense, sequences)?,
         embeddings: MovingTable::new(&engine.model.embeddings),
         layers: engine.model.layers.iter().map(DistilledLayer::new).collect(),
         norm: Logarithms::new(engine.model.norm.clone()),
         lm_head: engine.model.own_lm_head.as_ref().map(MovingTable::new),
     };
-    let before = work.loss(sequences)?;
-    // What steps of a size do to the loss goes with their squares: a model that is close already would
-    // be spoilt by those that a coarse one needs.
+    let before = distillation.loss(sequences)?;
+    // The loss grows with the square of a step that is too large: the rate for a coarse model would harm a model
+    // that is already close.
     let options = DistillOptions { rate: options.rate * before.sqrt().min(1.0), ..options };
     let all = options.epochs * sequences.len().div_ceil(BATCH);
     let mut step = 0;
     for _ in 0..options.epochs {
         for (index, batch) in sequences.chunks(BATCH).enumerate() {
             check_interrupt()?;
-            let loss = work.step(index, batch, Some(options.rate_at(step, all)))?;
+            let loss = distillation.step(index, batch, Some(options.rate_at(step, all)))?;
             step += 1;
             progress(step, all, loss);
         }
     }
-    let after = work.loss(sequences)?;
+    let after = distillation.loss(sequences)?;
     let after = if after.is_nan() { before } else { after.min(before) };
-    let Distillation { embeddings, layers, norm, lm_head, .. } = work;
+    let Distillation { embeddings, layers, norm, lm_head, .. } = distillation;
     Ok(Distilled { embeddings, layers, norm, lm_head, outcome: Outcome { before, after } })
 }
 
-/// What the head of the dense model reads, [tokens, hidden] of each batch.
-fn dense_states(dense: &Engine, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Vec<f32>>> {
+/// The inputs of the dense model's lm_head, [tokens, hidden] for each batch.
+fn dense_head_inputs(dense: &Engine, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Vec<f32>>> {
     let mut all = Vec::new();
     for batch in sequences.chunks(BATCH) {
         check_interrupt()?;
@@ -162,21 +162,21 @@ fn dense_states(dense: &Engine, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Ve
     Ok(all)
 }
 
-/// A distillation on its way.
+/// The state of a distillation.
 struct Distillation<'a, 'b> {
     pass: Pass<'a>,
     dense: &'b Engine,
-    /// What the head of the dense model reads, of each batch.
+    /// The inputs of the dense model's lm_head, for each batch.
     targets: Vec<Vec<f32>>,
     embeddings: MovingTable,
     layers: Vec<DistilledLayer<'a>>,
     norm: Logarithms,
-    /// `None` if it is the embeddings.
+    /// `None` if the embeddings are the lm_head.
     lm_head: Option<MovingTable>,
 }
 
 impl Distillation<'_, '_> {
-    /// The mean over all sequences.
+    /// The mean loss over all sequences.
     fn loss(&mut self, sequences: &[Vec<u32>]) -> anyhow::Result<f64> {
         let mut sum = 0.0;
         for (index, batch) in sequences.chunks(BATCH).enumerate() {
@@ -186,7 +186,7 @@ impl Distillation<'_, '_> {
         Ok(sum / sequences.len().max(1) as f64)
     }
 
-    /// The mean loss of batch `index`, and a step down if there is a rate.
+    /// The mean loss of batch `index`; takes a training step if there is a learning rate.
     fn step(&mut self, index: usize, batch: &[Vec<u32>], rate: Option<f64>) -> anyhow::Result<f64> {
         let Self { pass, dense, targets, embeddings, layers, norm, lm_head } = self;
         let (isa, hidden) = (pass.engine.isa, pass.engine.model.hidden_size());
@@ -206,35 +206,35 @@ impl Distillation<'_, '_> {
         }
         let weight = norm.values();
         let normed = pass.norm(&stream, &weight);
-        let to_logits = &lm_head.as_ref().unwrap_or(embeddings).weight;
-        let vocab = to_logits.rows();
-        let mut slopes = logits(isa, to_logits, &normed);
-        let wanted = logits(isa, dense.lm_head(), &targets[index]);
-        let losses: Vec<f64> = slopes
+        let head_weight = &lm_head.as_ref().unwrap_or(embeddings).weight;
+        let vocab = head_weight.rows();
+        let mut d_logits = logits(isa, head_weight, &normed);
+        let targets = logits(isa, dense.model.lm_head(), &targets[index]);
+        let losses: Vec<f64> = d_logits
             .par_chunks_exact_mut(vocab)
-            .zip(wanted.par_chunks_exact(vocab))
+            .zip(targets.par_chunks_exact(vocab))
             .map(|(ours, theirs)| divergence(ours, theirs))
             .collect();
         let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
         let Some(rate) = rate else { return Ok(loss) };
-        let d_normed = logits_back(isa, to_logits, &slopes);
+        let d_normed = logits_backward(isa, head_weight, &d_logits);
         let mut d_table = embeddings.gradient();
         let mut d_head = lm_head.as_ref().and_then(MovingTable::gradient);
-        let to = if lm_head.is_some() { &mut d_head } else { &mut d_table };
-        if let Some(to) = to {
-            add_cross_products(isa, &slopes, vocab, &normed, hidden, &mut to.values);
+        let d_weight = if lm_head.is_some() { &mut d_head } else { &mut d_table };
+        if let Some(d_weight) = d_weight {
+            add_cross_products(isa, &d_logits, vocab, &normed, hidden, &mut d_weight.values);
         }
-        drop((slopes, wanted));
+        drop((d_logits, targets));
         let mut d_stream = vec![0.0; stream.len()];
         let mut d_norm = vec![0.0; weight.len()];
-        pass.norm_back(&stream, &weight, &d_normed, &mut d_stream, &mut d_norm);
+        pass.norm_backward(&stream, &weight, &d_normed, &mut d_stream, &mut d_norm);
         norm.step(&d_norm, &weight, rate);
         for (layer, x) in layers.iter_mut().zip(inputs).rev() {
             d_stream = layer.step(pass, x, d_stream, rate);
         }
-        if let Some(to) = &mut d_table {
+        if let Some(d_table) = &mut d_table {
             for (token, d) in tokens().zip(d_stream.chunks_exact(hidden)) {
-                let row = &mut to.values[token * hidden..(token + 1) * hidden];
+                let row = &mut d_table.values[token * hidden..(token + 1) * hidden];
                 row.iter_mut().zip(d).for_each(|(row, d)| *row += d);
             }
         }
@@ -246,8 +246,8 @@ impl Distillation<'_, '_> {
     }
 }
 
-/// KL(theirs ‖ ours) of two distributions by their logits; `ours` becomes the gradient with respect to
-/// itself, q − p.
+/// KL(theirs ‖ ours) of the distributions of two vectors of logits. Replaces `ours` by the gradient with respect to
+/// it, q − p.
 fn divergence(ours: &mut [f32], theirs: &[f32]) -> f64 {
     let sum = |logits: &[f32]| -> f64 {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -275,8 +275,8 @@ mod tests {
     fn the_divergence_and_its_gradient() {
         let theirs = [0.3f32, -1.2, 2.0, 0.1];
         let ours = [1.0f32, 0.5, -0.5, 0.2];
-        let mut slopes = ours;
-        let here = divergence(&mut slopes, &theirs);
+        let mut gradient = ours;
+        let here = divergence(&mut gradient, &theirs);
         assert!(divergence(&mut theirs.clone(), &theirs).abs() < 1e-9 && here > 0.1);
         for i in 0..ours.len() {
             let step = 1e-3f32;
@@ -286,7 +286,7 @@ mod tests {
                 divergence(&mut moved, &theirs)
             };
             let slope = (at(1.0) - at(-1.0)) / (2.0 * f64::from(step));
-            assert!((slope - f64::from(slopes[i])).abs() < 1e-3, "{i}: {slope} {slopes:?}");
+            assert!((slope - f64::from(gradient[i])).abs() < 1e-3, "{i}: {slope} {gradient:?}");
         }
     }
 }

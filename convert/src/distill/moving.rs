@@ -1,4 +1,4 @@
-//! Parameters that gradients move: the scales of quantized linear layers and the weights of norms.
+//! The parameters that distillation trains: the scales of quantized linear layers and the weights of norms.
 
 use rayon::prelude::*;
 use stb_format::arch::{Linear, LinearMap, NormSite};
@@ -6,15 +6,16 @@ use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
 use stb_format::half::f16;
 use stb_runtime::{Layer, Weight};
 
-use crate::backward::{DenseLayer, Matrix};
+use crate::backward::{DenseLayer, DenseMatrix};
 use crate::quantize::nm::round_scales;
 
-/// Adam's decay of first and second moments: few steps, so short memories.
+/// Adam's decay rates of first and second moments. There are few steps, so they are below the usual 0.9 and 0.999.
 const DECAY: [f64; 2] = [0.9, 0.95];
 
-/// Parameters by their logarithm relative to where they started, with Adam's moments.
+/// Parameters as logarithms relative to their initial values, with Adam's moments.
 pub(super) struct Logarithms {
     start: Vec<f32>,
+    /// ln(value / start).
     now: Vec<f32>,
     moments: Vec<[f32; 2]>,
     /// Steps so far.
@@ -27,8 +28,8 @@ impl Logarithms {
         Self { start, now: vec![0.0; n], moments: vec![[0.0; 2]; n], steps: 0 }
     }
 
-    /// One step of Adam; `gradient` is with respect to the parameters, whose values are `values`. What has
-    /// smaller gradients than the others moves less than the rate: those of rare tokens are mostly noise.
+    /// One step of Adam; `gradient` is with respect to the parameters, whose values are `values`. Parameters with
+    /// smaller gradients than the mean change by less than the rate: gradients of rare tokens are mostly noise.
     pub(super) fn step(&mut self, gradient: &[f32], values: &[f32], rate: f64) {
         self.steps += 1;
         let [first, second] = DECAY.map(|d| (1.0 - d.powi(self.steps)) as f32);
@@ -48,32 +49,33 @@ impl Logarithms {
         }
     }
 
+    /// The present values.
     pub(super) fn values(&self) -> Vec<f32> {
         self.start.iter().zip(&self.now).map(|(s, l)| s * l.exp()).collect()
     }
 }
 
-/// What is stored, without the scales.
-enum Codes {
+/// A quantized matrix without its scales.
+enum ScaledCodes {
     Nm(NmParts),
     Int(IntGroupParts),
 }
 
-/// A quantized linear layer whose scales move.
+/// A quantized matrix whose scales are trained.
 pub(super) struct MovingScales {
-    codes: Codes,
+    codes: ScaledCodes,
     rows: usize,
     cols: usize,
-    /// Scales of a row.
+    /// Scales per row.
     blocks: usize,
     /// Columns per scale.
     span: usize,
-    /// [rows, blocks].
+    /// The scales, [rows, blocks].
     moving: Logarithms,
 }
 
 impl MovingScales {
-    /// `None` for a weight without scales that could move.
+    /// `None` for a weight without scales that can be trained.
     pub(super) fn new(weight: &Weight) -> Option<Self> {
         let (codes, span, scales) = match weight.view() {
             MatrixView::Nm(view) if !view.spec.has_col_factors() => {
@@ -87,12 +89,12 @@ impl MovingScales {
                     })
                     .collect();
                 let span = if view.spec.block() == 0 { view.cols } else { view.spec.block() };
-                (Codes::Nm(view.unpack()), span, scales)
+                (ScaledCodes::Nm(view.unpack()), span, scales)
             }
             MatrixView::IntGroup(view) => {
                 let parts = view.unpack();
                 let scales = parts.scales.iter().map(|s| s.to_f32()).collect();
-                (Codes::Int(parts), view.spec.group(), scales)
+                (ScaledCodes::Int(parts), view.spec.group(), scales)
             }
             _ => return None,
         };
@@ -101,11 +103,11 @@ impl MovingScales {
         Some(Self { codes, rows, cols, blocks: cols.div_ceil(span), span, moving })
     }
 
-    /// Rounds the scales as they are now to what can be stored; returns them, [rows, blocks].
-    fn store(&mut self) -> Vec<f32> {
+    /// Rounds the present scales to values that the file can store; returns them, [rows, blocks].
+    fn round_scales(&mut self) -> Vec<f32> {
         let mut scales = self.moving.values();
         match &mut self.codes {
-            Codes::Nm(parts) => {
+            ScaledCodes::Nm(parts) => {
                 let bits = parts.spec.scale_bits();
                 let mut codes = vec![0; scales.len()];
                 parts.row_scales = scales
@@ -115,7 +117,7 @@ impl MovingScales {
                     .collect();
                 parts.block_codes = if bits == 0 { Vec::new() } else { codes };
             }
-            Codes::Int(parts) => {
+            ScaledCodes::Int(parts) => {
                 let limit = f16::MAX.to_f32();
                 parts.scales =
                     scales.iter().map(|s| f16::from_f32(s.clamp(-limit, limit))).collect();
@@ -125,11 +127,10 @@ impl MovingScales {
         scales
     }
 
-    /// Calls `f` with block, column and what is multiplied by the scale, for all weights of a row that may
-    /// be other than zero.
-    fn units(&self, row: usize, mut f: impl FnMut(usize, usize, f32)) {
+    /// Calls `f` with block, column and the factor of the scale, for all weights of a row that may be nonzero.
+    fn for_each_unit(&self, row: usize, mut f: impl FnMut(usize, usize, f32)) {
         match &self.codes {
-            Codes::Nm(parts) => {
+            ScaledCodes::Nm(parts) => {
                 let spec = parts.spec;
                 let groups = self.cols.div_ceil(spec.m());
                 for (g, code) in parts.codes[row * groups..(row + 1) * groups].iter().enumerate() {
@@ -141,7 +142,7 @@ impl MovingScales {
                     }
                 }
             }
-            Codes::Int(parts) => {
+            ScaledCodes::Int(parts) => {
                 let codes = &parts.codes[row * self.cols..(row + 1) * self.cols];
                 for (block, codes) in codes.chunks(self.span).enumerate() {
                     for (i, code) in codes.iter().enumerate() {
@@ -152,46 +153,46 @@ impl MovingScales {
         }
     }
 
-    /// The weights as they would be stored now, [rows, cols].
-    pub(super) fn weights(&mut self, out: &mut Matrix) {
-        let scales = self.store();
+    /// Writes the weights with the present scales to `out`, [rows, cols], rounded as they would be stored.
+    pub(super) fn weights(&mut self, out: &mut DenseMatrix) {
+        let scales = self.round_scales();
         let (this, blocks) = (&*self, self.blocks);
         out.values.par_chunks_exact_mut(self.cols).enumerate().for_each(|(r, row)| {
             row.fill(0.0);
             let scales = &scales[r * blocks..(r + 1) * blocks];
-            this.units(r, |block, column, unit| row[column] = unit * scales[block]);
+            this.for_each_unit(r, |block, column, unit| row[column] = unit * scales[block]);
         });
     }
 
-    /// A matrix of its shape.
-    pub(super) fn zeros(&self) -> Matrix {
-        Matrix::new(self.rows, self.cols)
+    /// Zeros in the shape of the matrix.
+    pub(super) fn zeros(&self) -> DenseMatrix {
+        DenseMatrix::new(self.rows, self.cols)
     }
 
     /// One step of Adam along the gradient of the weights, [rows, cols].
-    pub(super) fn step(&mut self, weights: &Matrix, rate: f64) {
+    pub(super) fn step(&mut self, d_weights: &DenseMatrix, rate: f64) {
         let mut gradient = vec![0.0; self.rows * self.blocks];
         gradient.par_chunks_exact_mut(self.blocks).enumerate().for_each(|(r, out)| {
-            let row = &weights.values[r * self.cols..(r + 1) * self.cols];
-            self.units(r, |block, column, unit| out[block] += unit * row[column]);
+            let row = &d_weights.values[r * self.cols..(r + 1) * self.cols];
+            self.for_each_unit(r, |block, column, unit| out[block] += unit * row[column]);
         });
         let values = self.moving.values();
         self.moving.step(&gradient, &values, rate);
     }
 
-    /// The stored bytes, with the scales as they are now.
+    /// The bytes to store, with the present scales.
     pub(super) fn pack(&mut self) -> Vec<u8> {
-        self.store();
+        self.round_scales();
         match &self.codes {
-            Codes::Nm(parts) => parts.pack(),
-            Codes::Int(parts) => parts.pack(),
+            ScaledCodes::Nm(parts) => parts.pack(),
+            ScaledCodes::Int(parts) => parts.pack(),
         }
     }
 }
 
-/// A decoder layer whose scales and norms move.
+/// The trained scales and norms of a decoder layer.
 pub(super) struct MovingLayer {
-    /// The linear layers whose scales can move.
+    /// The linear layers whose scales are trained.
     linears: LinearMap<MovingScales>,
     norms: Vec<(NormSite, Logarithms)>,
 }
@@ -206,12 +207,12 @@ impl MovingLayer {
         }
     }
 
-    /// The weights of `layer` as they would be stored now.
+    /// The weights of `layer` with the present parameters, rounded as they would be stored.
     pub(super) fn weights(&mut self, layer: &Layer) -> DenseLayer {
         let mut weights = layer.map(
             |linear, weight| match self.linears.get(linear) {
                 Some(moving) => moving.zeros(),
-                None => Matrix::decoded(weight),
+                None => DenseMatrix::decoded(weight),
             },
             |_, _| Vec::new(),
         );
@@ -219,7 +220,7 @@ impl MovingLayer {
         weights
     }
 
-    /// Writes what moves to `weights`, as it would be stored now.
+    /// Writes the trained linear layers, rounded as they would be stored, and the norms to `weights`.
     pub(super) fn write(&mut self, weights: &mut DenseLayer) {
         for (linear, moving) in self.linears.iter_mut() {
             moving.weights(weights.linear_mut(linear));
@@ -229,10 +230,12 @@ impl MovingLayer {
         }
     }
 
-    /// Zeros for the gradients of what moves.
+    /// Zero gradients of the trained parts; the matrices of other linear layers are empty.
     pub(super) fn zeros(&self, weights: &DenseLayer) -> DenseLayer {
         weights.map(
-            |linear, _| self.linears.get(linear).map_or_else(Matrix::default, MovingScales::zeros),
+            |linear, _| {
+                self.linears.get(linear).map_or_else(DenseMatrix::default, MovingScales::zeros)
+            },
             |_, norm| vec![0.0; norm.len()],
         )
     }
@@ -247,12 +250,12 @@ impl MovingLayer {
         }
     }
 
-    /// The stored bytes of a linear layer, if its scales move.
+    /// The bytes to store for a linear layer; `None` if its scales are not trained.
     pub(super) fn pack(&mut self, linear: Linear) -> Option<Vec<u8>> {
         self.linears.get_mut(linear).map(MovingScales::pack)
     }
 
-    /// The weight of a norm as it is now.
+    /// The present weight of a norm.
     pub(super) fn norm(&self, site: NormSite) -> Option<Vec<f32>> {
         self.norms.iter().find(|(s, _)| *s == site).map(|(_, moving)| moving.values())
     }

@@ -1,4 +1,4 @@
-//! The whole conversion: opening, all tensors in file order, the report.
+//! The whole conversion: opens the checkpoint, converts all tensors in file order, reports.
 
 use std::time::Instant;
 
@@ -8,23 +8,23 @@ use stb_runtime::{Engine, Error, Weight};
 
 use super::distill;
 use super::job::{Job, Progress};
-use super::run::{Done, Hidden, Run};
-use super::tensor::{finite, squared_error, without_inputs};
+use super::run::{Hidden, QuantizedTensor, Run};
+use super::tensor::{decode_finite, pack_uncalibrated, squared_error};
 use crate::compute::Accelerator;
 use crate::interrupt::{Interrupted, check_interrupt};
 use crate::metadata;
-use crate::output::{Output, refuse_existing};
+use crate::output::{OutputFile, refuse_existing};
 use crate::plan::TensorPlan;
 use crate::report::{Report, Stages, TensorReport};
 use crate::resume::Workspace;
 
-/// Runs the conversion and writes the file. A conversion of the same source, recipe and text that was interrupted is
-/// resumed after its last finished decoder layer; the bytes are the same.
+/// Runs the conversion and writes the file. Resumes an interrupted conversion of the same source, recipe and text
+/// after its last finished decoder layer; the bytes of the file do not depend on interruptions.
 ///
 /// # Errors
-/// [`Interrupted`] if the user has asked to stop ([`crate::interrupt`]); [`Error::Invalid`] for weights that
-/// are not finite; [`Error::Io`] for the output. After an interruption or an error of the file
-/// system finished layers are kept ([`crate::resume`]), else nothing is.
+/// [`Interrupted`] on request ([`crate::interrupt`]); [`Error::Invalid`] for weights that are not finite;
+/// [`Error::Io`] for the output. Finished layers are kept ([`crate::resume`]) after an interruption or an error
+/// of the file system, but not after other errors.
 pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> {
     let started = Instant::now();
     refuse_existing(job.target, job.force)?;
@@ -39,12 +39,12 @@ pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> 
     let mut workspace = Workspace::open(job.target, &key)?;
     if workspace.discarded {
         progress.note(
-            "an unfinished conversion to this file was of another source, recipe, calibration or \
-             version: it is discarded",
+            "discarding an unfinished conversion to this file: its source, recipe, calibration or \
+             version differs",
         );
     }
     let result =
-        convert_in(&job, &meta, engine, accelerator.as_ref(), &mut workspace, progress, started);
+        write_file(&job, &meta, engine, accelerator.as_ref(), &mut workspace, progress, started);
     let keep = match &result {
         Ok(_) => false,
         Err(e) => {
@@ -60,7 +60,8 @@ pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> 
     result
 }
 
-fn convert_in(
+/// Converts all tensors, distills the model if the recipe asks for it, and commits the file.
+fn write_file(
     job: &Job<'_>,
     meta: &Meta,
     engine: Engine,
@@ -69,7 +70,7 @@ fn convert_in(
     progress: &dyn Progress,
     started: Instant,
 ) -> anyhow::Result<Report> {
-    let output = Output::create(job.target, workspace.output(), job.force)?;
+    let output = OutputFile::create(job.target, workspace.output(), job.force)?;
     let fail = |e: std::io::Error| Error::io(job.target, e);
     let writer = Writer::new(output).map_err(fail)?;
     let mut run = Run {
@@ -83,7 +84,7 @@ fn convert_in(
         stages: Stages::default(),
         resumed: 0,
     };
-    let calibration_tokens = run.all_tensors(progress)?;
+    let calibration_tokens = run.convert_tensors(progress)?;
     let writing = Instant::now();
     let Run { writer, reports, layers, mut stages, resumed, .. } = run;
     let mut output = writer.finish(meta).map_err(fail)?;
@@ -105,13 +106,12 @@ fn convert_in(
     Ok(report)
 }
 
-/// A text of everything that the bytes of the file depend on.
+/// A text with everything on which the bytes of the file depend.
 fn key(job: &Job<'_>, meta: &Meta, engine: &Engine, accelerator: Option<&Accelerator>) -> String {
     let device = accelerator.map_or("", Accelerator::name);
     let mut text = format!("{meta:?}\n{} {device}\n", engine.isa.name());
     for tensor in &job.plan.tensors {
-        text +=
-            &format!("{} {:?} {:?}\n", tensor.tensor.name, tensor.tensor.shape, tensor.method);
+        text += &format!("{} {:?} {:?}\n", tensor.tensor.name, tensor.tensor.shape, tensor.method);
     }
     text
 }
@@ -151,39 +151,39 @@ fn make_report(
 }
 
 impl Run<'_> {
-    /// Writes all tensors; returns the number of calibration tokens.
-    fn all_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
+    /// Converts and writes all tensors. Returns the number of calibration tokens.
+    fn convert_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
         let job = self.job;
         let layers = self.engine.model.layers.len();
-        let mut hidden = self.embedded()?;
+        let mut hidden = self.embed_windows()?;
         let tokens =
             hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.engine.model.hidden_size();
         let mut tensors = job.plan.tensors.iter().peekable();
         let before: Vec<_> =
             std::iter::from_fn(|| tensors.next_if(|t| t.tensor.layer.is_none())).collect();
-        self.outside(&before)?;
+        self.convert_global_tensors(&before)?;
         let parts: Vec<Vec<&TensorPlan>> = (0..layers)
             .map(|index| {
                 std::iter::from_fn(|| tensors.next_if(|t| t.tensor.layer == Some(index))).collect()
             })
             .collect();
-        let outside = std::mem::take(&mut self.stages);
-        let finished = self.take_over(&parts, &mut hidden, progress)?;
+        let global_stages = std::mem::take(&mut self.stages);
+        let finished = self.resume(&parts, &mut hidden, progress)?;
         for (index, part) in parts.iter().enumerate().skip(finished) {
             self.layer(index, part, &mut hidden, progress)?;
         }
-        self.stages = outside;
+        self.stages = global_stages;
         let after: Vec<_> = tensors.collect();
-        self.outside(&after)?;
+        self.convert_global_tensors(&after)?;
         Ok(tokens)
     }
 
-    /// The inputs of the first layer.
-    fn embedded(&self) -> anyhow::Result<Hidden> {
+    /// Embeds the calibration windows: the inputs of the first decoder layer. Empty without calibration.
+    fn embed_windows(&self) -> anyhow::Result<Hidden> {
         let job = self.job;
         let mut hidden = Hidden::default();
         if job.plan.needs_calibration() {
-            let tokenizer = self.engine.tokenizer()?;
+            let tokenizer = self.engine.model.tokenizer()?;
             let options = &job.recipe.calibration;
             let length = options.length.min(job.checkpoint.spec.context_length as usize);
             let table = self.stored_embeddings()?;
@@ -208,7 +208,7 @@ impl Run<'_> {
         Ok(hidden)
     }
 
-    /// The embeddings as they will be stored, if layers are calibrated with those.
+    /// The embeddings as they will be stored; `None` if layers are calibrated with those of the checkpoint.
     fn stored_embeddings(&self) -> anyhow::Result<Option<Weight>> {
         let mut tensors = self.job.plan.tensors.iter();
         let plan = tensors.find(|t| t.tensor.role == Role::TokenEmbedding);
@@ -217,13 +217,14 @@ impl Run<'_> {
         };
         let name = &plan.tensor.name;
         let weight = self.job.checkpoint.weight(name)?;
-        let packed = without_inputs(plan, &weight, &finite(&weight, name)?);
+        let packed = pack_uncalibrated(plan, &weight, &decode_finite(&weight, name)?);
         let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
         Ok(Some(Weight::from_payload(&packed.payload, packed.encoding, rows, cols)?))
     }
 
-    /// Writes the layers that an interrupted run has finished; returns their number.
-    fn take_over(
+    /// Writes the layers that an interrupted run has finished, and loads the states after them. Returns the number of
+    /// these layers.
+    fn resume(
         &mut self,
         parts: &[Vec<&TensorPlan>],
         hidden: &mut Hidden,
@@ -238,13 +239,14 @@ impl Run<'_> {
             let lengths: Vec<u64> = part.iter().map(|t| t.bytes).collect();
             saved.extend(self.workspace.load(index, &lengths));
         }
-        let mut states = hidden.all();
+        let mut states = hidden.fields();
         let complete = saved.len() == finished
             && (finished == parts.len() || self.workspace.load_states(&mut states).is_some());
         if !complete {
-            progress.note("what was kept of an unfinished conversion is damaged: it starts anew");
+            progress
+                .note("the saved layers of an unfinished conversion are damaged: starting again");
             self.workspace.forget();
-            *hidden = self.embedded()?;
+            *hidden = self.embed_windows()?;
             return Ok(0);
         }
         for (part, layer) in parts.iter().zip(saved) {
@@ -258,21 +260,21 @@ impl Run<'_> {
             self.layers.push(layer.layer);
         }
         self.resumed = finished;
-        progress.note(&format!("going on after {finished} of {} decoder layers", parts.len()));
+        progress.note(&format!("resuming after {finished} of {} decoder layers", parts.len()));
         Ok(finished)
     }
 
-    /// Tensors outside the decoder layers.
-    fn outside(&mut self, tensors: &[&TensorPlan]) -> anyhow::Result<()> {
+    /// Converts and writes tensors outside the decoder layers.
+    fn convert_global_tensors(&mut self, tensors: &[&TensorPlan]) -> anyhow::Result<()> {
         for tensor in tensors {
             check_interrupt()?;
             let started = Instant::now();
             let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
-            let values = finite(&weight, &tensor.tensor.name)?;
-            let packed = without_inputs(tensor, &weight, &values);
+            let values = decode_finite(&weight, &tensor.tensor.name)?;
+            let packed = pack_uncalibrated(tensor, &weight, &values);
             let error = squared_error(&packed, &weight, &values);
             let seconds = started.elapsed().as_secs_f64();
-            self.write(tensor, &Done { packed, error, seconds })?;
+            self.write(tensor, &QuantizedTensor { packed, error, seconds })?;
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! Calibration on a GPU: streams of several sequences go to it together, through half a layer, and come back;
-//! what linear layers read is summed up there and never leaves it.
+//! Calibration on a GPU. The residual streams of a batch of sequences are copied to the GPU, run through a sublayer and
+//! copied back. The inputs of linear layers are summed up on the GPU and never copied.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -16,11 +16,11 @@ use crate::hessian::Hessian;
 use crate::interrupt::check_interrupt;
 use crate::resume::States;
 
-/// Tokens that are on the device together: their activations take up to some 4 GB for a model of 7B parameters.
+/// Tokens per batch on the device: activations of up to about 4 GB for a model of 7B parameters.
 const TOKENS: usize = 16_384;
 
-/// Sequences for one step.
-fn batch(streams: &[Vec<f32>], features: usize) -> usize {
+/// Sequences per batch.
+fn batch_size(streams: &[Vec<f32>], features: usize) -> usize {
     let longest = streams.iter().map(Vec::len).max().unwrap_or(0) / features;
     (TOKENS / longest.max(1)).max(1)
 }
@@ -30,19 +30,19 @@ fn lengths(streams: &[Vec<f32>], features: usize) -> Vec<usize> {
     streams.iter().map(|stream| stream.len() / features).collect()
 }
 
-/// Streams one after another on the device.
-fn send(dense: &LinearAlgebra, streams: &[Vec<f32>]) -> Result<Buffer<f32>> {
-    let mut to = zeros(dense, streams.iter().map(Vec::len).sum())?;
+/// Copies streams to the device, concatenated.
+fn upload_streams(dense: &LinearAlgebra, streams: &[Vec<f32>]) -> Result<Buffer<f32>> {
+    let mut buffer = zeros(dense, streams.iter().map(Vec::len).sum())?;
     let mut at = 0;
     for stream in streams {
-        to.write_at(at, stream)?;
+        buffer.write_at(at, stream)?;
         at += stream.len();
     }
-    Ok(to)
+    Ok(buffer)
 }
 
-/// From the device back to the streams.
-fn fetch(from: &Buffer<f32>, streams: &mut [Vec<f32>]) -> Result<()> {
+/// Copies concatenated streams back from the device.
+fn download_streams(from: &Buffer<f32>, streams: &mut [Vec<f32>]) -> Result<()> {
     let mut at = 0;
     for stream in streams {
         from.read_at(at, stream)?;
@@ -63,20 +63,20 @@ impl Run<'_> {
         let features = self.engine.model.hidden_size();
         let mut layers = accelerator.layers();
         let loaded = layers.load(layer, sublayer)?;
-        let count = batch(streams, features);
+        let count = batch_size(streams, features);
         for streams in streams.chunks_mut(count) {
             check_interrupt()?;
-            let mut hidden = send(layers.dense(), streams)?;
+            let mut hidden = upload_streams(layers.dense(), streams)?;
             let mut nothing = |_, _: &LinearAlgebra, _: &Buffer<f32>| Ok(ControlFlow::Continue(()));
             let lengths = lengths(streams, features);
             let _ = layers.run(&loaded, &lengths, &mut hidden, &mut nothing)?;
-            fetch(&hidden, streams)?;
+            download_streams(&hidden, streams)?;
         }
         Ok(())
     }
 
-    /// The Hessians of the inputs of `layer` as it is, finished but not damped.
-    pub(super) fn sums_on_device(
+    /// The Hessians of the inputs of `layer`, finished but not damped.
+    pub(super) fn hessians_on_device(
         &mut self,
         accelerator: &Accelerator,
         layer: &Layer,
@@ -93,11 +93,11 @@ impl Run<'_> {
             device.zeros::<f32>("a Hessian", size(input) * size(input))
         })?;
         let mut summing = 0.0;
-        for streams in streams.chunks(batch(streams, features)) {
+        for streams in streams.chunks(batch_size(streams, features)) {
             check_interrupt()?;
             let lengths = lengths(streams, features);
             let tokens = lengths.iter().sum();
-            let mut hidden = send(layers.dense(), streams)?;
+            let mut hidden = upload_streams(layers.dense(), streams)?;
             let mut add = |input: LinearInput, dense: &LinearAlgebra, x: &Buffer<f32>| {
                 summing += timed(dense, || {
                     dense.blas().add_gram(x, tokens, size(input), &mut sums[input])
@@ -119,10 +119,10 @@ impl Run<'_> {
         Ok(all)
     }
 
-    /// What [`Run::refreshed_hessian`] sums up over all sequences; `targets` if those of the dense model are
-    /// wanted. The streams of the dense model then pass the last linear layer of the sublayer if that reads
-    /// `input`.
-    pub(super) fn sum_on_device(
+    /// The sums over all sequences for [`Run::refreshed_hessian`], with those for targets from the dense model if
+    /// `targets` is set. The streams of the dense model then pass the last linear layer of the sublayer if its input
+    /// is `input`.
+    pub(super) fn input_sums_on_device(
         &mut self,
         accelerator: &Accelerator,
         input: LinearInput,
@@ -131,14 +131,14 @@ impl Run<'_> {
         targets: bool,
     ) -> anyhow::Result<InputSums> {
         let features = self.engine.model.hidden_size();
-        let (width, to_stream) = (pair.now.input_width(input), input.writes_residual());
+        let (width, writes_residual) = (pair.now.input_width(input), input.writes_residual());
         let started = Instant::now();
         let mut layers = accelerator.layers();
         let mut sums = DeviceSums::new(
             layers.dense(),
             input,
             [width, features],
-            targets.then_some(to_stream),
+            targets.then_some(writes_residual),
         )?;
         let sublayer = layers.load(pair.now, Sublayer::of(input))?;
         let original = match targets {
@@ -146,26 +146,26 @@ impl Run<'_> {
             false => None,
         };
         let streams = &hidden.quantized;
-        let count = batch(streams, features);
-        let mut wanted = hidden.dense.chunks_mut(count);
+        let count = batch_size(streams, features);
+        let mut dense_streams = hidden.dense.chunks_mut(count);
         for streams in streams.chunks(count) {
             check_interrupt()?;
             let lengths = lengths(streams, features);
             let tokens = lengths.iter().sum();
-            let mut hidden = send(layers.dense(), streams)?;
+            let mut hidden = upload_streams(layers.dense(), streams)?;
             let mut observer =
                 |which, dense: &LinearAlgebra, x: &Buffer<f32>| sums.add(which, dense, x, tokens);
             let _ = layers.run(&sublayer, &lengths, &mut hidden, &mut observer)?;
             let Some(original) = &original else { continue };
-            let Some(streams) = wanted.next() else { continue };
-            let mut wanted = send(layers.dense(), streams)?;
-            sums.add_streams(layers.dense(), &wanted, &hidden, tokens)?;
+            let Some(streams) = dense_streams.next() else { continue };
+            let mut dense_hidden = upload_streams(layers.dense(), streams)?;
+            sums.add_residual_target(layers.dense(), &dense_hidden, &hidden, tokens)?;
             let mut observer = |which, dense: &LinearAlgebra, x: &Buffer<f32>| {
-                sums.add_target(which, dense, x, tokens)
+                sums.add_input_target(which, dense, x, tokens)
             };
-            let _ = layers.run(original, &lengths, &mut wanted, &mut observer)?;
-            if to_stream {
-                fetch(&wanted, streams)?;
+            let _ = layers.run(original, &lengths, &mut dense_hidden, &mut observer)?;
+            if writes_residual {
+                download_streams(&dense_hidden, streams)?;
             }
         }
         let (summed, seconds) = sums.finish(layers.dense(), streams.len())?;
@@ -179,7 +179,7 @@ fn zeros(dense: &LinearAlgebra, count: usize) -> Result<Buffer<f32>> {
     Ok(dense.device().zeros("sums over tokens", count)?)
 }
 
-/// Seconds that the device takes for what `queue` queues.
+/// Seconds that the device takes for the operations queued by `queue`.
 fn timed(
     dense: &LinearAlgebra,
     queue: impl FnOnce() -> stb_kernels::cuda::Result<()>,
@@ -194,23 +194,24 @@ fn timed(
 /// Sums over tokens for one input of a layer.
 struct DeviceSums {
     input: LinearInput,
-    /// Features of the input and of the residual stream.
+    /// Features of the input.
     width: usize,
+    /// Features of the residual stream.
     features: usize,
-    /// Seconds.
+    /// Seconds that the sums took.
     summing: f64,
     /// Σ Xᵀ X, [width, width].
     h: Buffer<f32>,
     target: Option<DeviceTargetSums>,
 }
 
-/// Those for targets from the dense model.
+/// Sums over tokens for targets from the dense model.
 struct DeviceTargetSums {
     /// Whether the output is added to the residual stream.
-    to_stream: bool,
+    writes_residual: bool,
     /// X of the batch, [tokens, width].
     x: Buffer<f32>,
-    /// What is subtracted from one another, [tokens, width] or [tokens, features].
+    /// Scratch for X̃ − X, [tokens, width], or R̃ − R, [tokens, features].
     difference: Buffer<f32>,
     /// Σ (X̃ − X)ᵀ X, [width, width].
     inputs: Buffer<f32>,
@@ -218,11 +219,11 @@ struct DeviceTargetSums {
     stream: Buffer<f32>,
 }
 
-type Flow = stb_kernels::cuda::Result<ControlFlow<()>>;
+type DeviceFlow = stb_kernels::cuda::Result<ControlFlow<()>>;
 
 impl DeviceSums {
-    /// Zeros for an input: `widths` are those of the input and of the residual stream. With `target`, sums for
-    /// targets from the dense model too; it says whether the output is added to the residual stream.
+    /// Zero sums for `input`. `widths` are the features of the input and of the residual stream. `target`, for targets
+    /// from the dense model, is whether the output is added to the residual stream.
     fn new(
         dense: &LinearAlgebra,
         input: LinearInput,
@@ -231,12 +232,12 @@ impl DeviceSums {
     ) -> Result<Self> {
         let [width, features] = widths;
         let target = match target {
-            Some(to_stream) => Some(DeviceTargetSums {
-                to_stream,
+            Some(writes_residual) => Some(DeviceTargetSums {
+                writes_residual,
                 x: zeros(dense, 0)?,
                 difference: zeros(dense, 0)?,
                 inputs: zeros(dense, width * width)?,
-                stream: zeros(dense, if to_stream { features * width } else { 0 })?,
+                stream: zeros(dense, if writes_residual { features * width } else { 0 })?,
             }),
             None => None,
         };
@@ -244,14 +245,14 @@ impl DeviceSums {
         Ok(Self { input, width, features, summing: 0.0, h, target })
     }
 
-    /// Adds the inputs of the layer as it is.
+    /// Adds the inputs of the layer in its present state.
     fn add(
         &mut self,
         which: LinearInput,
         dense: &LinearAlgebra,
         x: &Buffer<f32>,
         tokens: usize,
-    ) -> Flow {
+    ) -> DeviceFlow {
         if which != self.input {
             return Ok(ControlFlow::Continue(()));
         }
@@ -264,42 +265,56 @@ impl DeviceSums {
         Ok(ControlFlow::Break(()))
     }
 
-    /// Adds how far the residual stream is from that of the dense model.
-    fn add_streams(
+    /// Adds the difference of the residual stream from that of the dense model, `dense_stream`.
+    fn add_residual_target(
         &mut self,
         dense: &LinearAlgebra,
-        wanted: &Buffer<f32>,
+        dense_stream: &Buffer<f32>,
         stream: &Buffer<f32>,
         tokens: usize,
     ) -> stb_kernels::cuda::Result<()> {
         let (width, features) = (self.width, self.features);
-        let Some(target) = self.target.as_mut().filter(|target| target.to_stream) else {
+        let Some(target) = self.target.as_mut().filter(|target| target.writes_residual) else {
             return Ok(());
         };
         let DeviceTargetSums { x, difference, stream: sum, .. } = target;
         self.summing += timed(dense, || {
-            add_cross(dense, [features, width, tokens], [wanted, stream], x, difference, sum)
+            add_difference_product(
+                dense,
+                [features, width, tokens],
+                [dense_stream, stream],
+                x,
+                difference,
+                sum,
+            )
         })?;
         Ok(())
     }
 
-    /// Adds how far the inputs are from those in the dense model, `wanted`.
-    fn add_target(
+    /// Adds the difference of the inputs from those in the dense model, `dense_x`.
+    fn add_input_target(
         &mut self,
         which: LinearInput,
         dense: &LinearAlgebra,
-        wanted: &Buffer<f32>,
+        dense_x: &Buffer<f32>,
         tokens: usize,
-    ) -> Flow {
+    ) -> DeviceFlow {
         let width = self.width;
         let Some(target) = self.target.as_mut().filter(|_| which == self.input) else {
             return Ok(ControlFlow::Continue(()));
         };
-        let DeviceTargetSums { x, difference, inputs, to_stream, .. } = target;
+        let DeviceTargetSums { x, difference, inputs, writes_residual, .. } = target;
         self.summing += timed(dense, || {
-            add_cross(dense, [width, width, tokens], [wanted, x], x, difference, inputs)
+            add_difference_product(
+                dense,
+                [width, width, tokens],
+                [dense_x, x],
+                x,
+                difference,
+                inputs,
+            )
         })?;
-        Ok(if *to_stream { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        Ok(if *writes_residual { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     }
 
     /// The finished sums, and the seconds they took.
@@ -314,8 +329,8 @@ impl DeviceSums {
             Ok(values)
         };
         let target = match target {
-            Some(DeviceTargetSums { to_stream, inputs, stream, .. }) => {
-                let stream = match to_stream {
+            Some(DeviceTargetSums { writes_residual, inputs, stream, .. }) => {
+                let stream = match writes_residual {
                     true => Some(scaled(&stream, features * width)?),
                     false => None,
                 };
@@ -329,7 +344,7 @@ impl DeviceSums {
 
 /// Adds (A − B)ᵀ X to `sum`, [rows, width]: A and B are [tokens, rows], X [tokens, width]; `difference` is
 /// scratch.
-fn add_cross(
+fn add_difference_product(
     dense: &LinearAlgebra,
     [rows, width, tokens]: [usize; 3],
     [a, b]: [&Buffer<f32>; 2],
@@ -346,6 +361,7 @@ fn add_cross(
     dense.blas().multiply(size, 1.0, left, right, 1.0, OperandMut::new(sum, 0, width))
 }
 
+/// Enlarges `buffer` to at least `count` values; its content is lost then.
 fn grow(
     dense: &LinearAlgebra,
     buffer: &mut Buffer<f32>,

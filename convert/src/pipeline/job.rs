@@ -1,4 +1,4 @@
-//! What a conversion is asked to do, and who hears how far it is.
+//! The description of a conversion, and its progress reports.
 
 use std::path::Path;
 
@@ -12,30 +12,30 @@ use crate::recipe::Recipe;
 
 /// One conversion.
 pub struct Job<'a> {
-    /// The source.
+    /// The dense model.
     pub checkpoint: &'a Checkpoint,
-    /// What is done.
+    /// The recipe.
     pub recipe: &'a Recipe,
-    /// What is done to which tensor.
+    /// The method for each tensor.
     pub plan: Plan,
-    /// The metadata, hashes of the sources still missing.
+    /// The metadata, without the hashes of the source files.
     pub meta: Meta,
     /// The calibration text.
     pub calibration: &'a CalibrationText,
     /// The file to write.
     pub target: &'a Path,
-    /// Whether it may replace another.
+    /// Whether an existing file may be replaced.
     pub force: bool,
     /// A GPU that computes the large products; results differ from those of the CPU by rounding.
     pub device: Option<Device>,
 }
 
-/// Hears how far a conversion is.
+/// Receives the progress of a conversion.
 pub trait Progress {
-    /// `done` of `all` units of work; `what` is being done.
+    /// `done` of `all` units of work are done; `what` describes the next.
     fn step(&self, done: u64, all: u64, what: &str);
     /// A decoder layer is finished with this mean relative error.
     fn layer(&self, index: usize, all: usize, error: f64, encoding: &str, seconds: f64);
-    /// Something that the user should know.
+    /// A note for the user.
     fn note(&self, text: &str);
 }

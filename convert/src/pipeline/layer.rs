@@ -9,8 +9,10 @@ use stb_runtime::{Error, Layer, Result, Weight};
 use super::job::Progress;
 use super::limits::BATCH;
 use super::refresh::{ALL_SUBLAYERS, InputHessian, LayerPair, StreamPosition, StreamProgress};
-use super::run::{Capture, Done, Hidden, Run};
-use super::tensor::{clear_dead, finite, in_range, squared_error, without_inputs};
+use super::run::{Capture, Hidden, QuantizedTensor, Run};
+use super::tensor::{
+    check_range, decode_finite, pack_uncalibrated, squared_error, zero_dead_inputs,
+};
 use crate::distill;
 use crate::hessian::Hessian;
 use crate::interrupt::check_interrupt;
@@ -21,16 +23,16 @@ use crate::resume::{SavedLayer, States};
 
 /// A decoder layer while it is quantized.
 struct LayerInProgress {
-    /// As it is in the checkpoint.
+    /// The layer of the checkpoint.
     dense: Layer,
-    /// With the linear layers that have been quantized so far.
+    /// The layer with the linear layers quantized so far.
     now: Layer,
     streams: StreamProgress,
 }
 
 impl<'r> Run<'r> {
-    /// Converts one decoder layer: Hessians, all its tensors, distillation if the recipe says so, then
-    /// the hidden states that the next layer will really get.
+    /// Converts one decoder layer: Hessians, all its tensors, distillation if the recipe asks for it, then the inputs
+    /// of the next layer, computed with the quantized weights.
     pub(super) fn layer(
         &mut self,
         index: usize,
@@ -49,17 +51,17 @@ impl<'r> Run<'r> {
         };
         step(0, "calibration");
         for tensor in tensors {
-            finite(&self.job.checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
+            decode_finite(&self.job.checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
         }
         let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
         let distilled = is_quantized && self.job.recipe.calibration.distill_layers.is_some();
         let dense = self.engine.model.layers[index].clone();
         let streams = StreamProgress::default();
-        let mut work = LayerInProgress { now: dense.clone(), dense, streams };
+        let mut in_progress = LayerInProgress { now: dense.clone(), dense, streams };
         // Streams advance while the layer is quantized; distillation starts from its inputs.
         let inputs = if distilled { hidden.quantized.clone() } else { States::new() };
-        let mut finished = self.quantize_layer(tensors, &mut work, hidden, &step)?;
-        let LayerInProgress { dense, mut now, mut streams } = work;
+        let mut finished = self.quantize_layer(tensors, &mut in_progress, hidden, &step)?;
+        let LayerInProgress { dense, mut now, mut streams } = in_progress;
         if index + 1 < layers || distilled {
             self.advance(ALL_SUBLAYERS, &dense, &mut hidden.dense, &mut streams.dense)?;
         }
@@ -80,56 +82,58 @@ impl<'r> Run<'r> {
             .find(|t| t.linear().is_some())
             .map_or(String::new(), |t| t.method.encoding().to_string());
         if self.job.plan.needs_calibration() {
-            self.keep(index, error, payloads, hidden, started)?;
+            self.save_layer(index, error, payloads, hidden, started)?;
         }
         progress.layer(index, layers, error, &encoding, started.elapsed().as_secs_f64());
         Ok(())
     }
 
-    /// All tensors of a layer, in their order. `step` hears how many are done and which is next.
+    /// Quantizes all tensors of a layer; returns them in the order of `tensors`. Calls `step` with the number of
+    /// tensors done and the name of the next.
     fn quantize_layer(
         &mut self,
         tensors: &[&TensorPlan],
-        work: &mut LayerInProgress,
+        layer: &mut LayerInProgress,
         hidden: &mut Hidden,
         step: &dyn Fn(u64, &str),
-    ) -> anyhow::Result<Vec<Done>> {
+    ) -> anyhow::Result<Vec<QuantizedTensor>> {
         let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
-        let pruned = self.prune_first(tensors, &mut work.now, &mut hidden.pruned)?;
+        let pruned = self.prune_first(tensors, &mut layer.now, &mut hidden.pruned)?;
         let refreshed = is_quantized && self.job.recipe.calibration.refreshed;
         let mut hessians: InputMap<Option<InputHessian>> = InputMap::default();
         if is_quantized && !refreshed {
-            hessians = self.hessians(&work.now, &hidden.quantized)?.map(Some);
+            hessians = self.hessians(&layer.now, &hidden.quantized)?.map(Some);
         }
-        let mut finished: Vec<Option<Done>> = tensors.iter().map(|_| None).collect();
-        // In the order of computation, so that each input comes from what has been quantized.
-        let place = |i: &usize| (tensors[*i].linear().map(|(_, linear)| linear.input()), *i);
+        let mut finished: Vec<Option<QuantizedTensor>> = tensors.iter().map(|_| None).collect();
+        // The order of computation: each input then comes from quantized layers.
+        let key = |i: &usize| (tensors[*i].linear().map(|(_, linear)| linear.input()), *i);
         let mut order: Vec<usize> = (0..tensors.len()).collect();
-        order.sort_by_key(place);
+        order.sort_by_key(key);
         for (done, i) in order.into_iter().enumerate() {
             check_interrupt()?;
             let linear = tensors[i].linear().map(|(_, linear)| linear);
             step(1 + done as u64, linear.map_or("norm", Linear::short_name));
             let input = linear.map(Linear::input);
             if let Some(input) = input.filter(|input| refreshed && hessians[*input].is_none()) {
-                // One at a time in memory.
+                // Keep only one Hessian in memory.
                 hessians = InputMap::default();
-                let layers = LayerPair { now: &work.now, dense: &work.dense };
+                let layers = LayerPair { now: &layer.now, dense: &layer.dense };
                 hessians[input] =
-                    Some(self.refreshed_hessian(input, layers, hidden, &mut work.streams)?);
+                    Some(self.refreshed_hessian(input, layers, hidden, &mut layer.streams)?);
             }
             let hessian = input.and_then(|input| hessians[input].as_ref());
             let pruned = linear.and_then(|linear| pruned.get(linear));
-            finished[i] = Some(self.layer_tensor(tensors[i], hessian, pruned, &mut work.now)?);
+            finished[i] =
+                Some(self.quantize_tensor(tensors[i], hessian, pruned, &mut layer.now)?);
         }
         Ok(finished.into_iter().flatten().collect())
     }
 
-    /// Writes the tensors of a layer; the mean error of the quantized ones, and all payloads.
+    /// Writes the tensors of a layer. Returns the mean error of the quantized tensors, and all payloads.
     fn write_layer(
         &mut self,
         tensors: &[&TensorPlan],
-        finished: Vec<Done>,
+        finished: Vec<QuantizedTensor>,
     ) -> anyhow::Result<(f64, Vec<Vec<u8>>)> {
         let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
         for (tensor, done) in tensors.iter().zip(finished) {
@@ -143,12 +147,12 @@ impl<'r> Run<'r> {
         Ok((error / f64::from(count.max(1)), payloads))
     }
 
-    /// Distills the layer as a whole, if the recipe says so, and takes over what has changed.
+    /// Distills the layer if the recipe asks for it, and updates the changed tensors in `finished`.
     fn distill_layer(
         &mut self,
         tensors: &[&TensorPlan],
         layer: &mut Layer,
-        finished: &mut [Done],
+        finished: &mut [QuantizedTensor],
         inputs: &States,
         targets: &States,
     ) -> anyhow::Result<()> {
@@ -162,11 +166,11 @@ impl<'r> Run<'r> {
                 (Role::Norm(site), TensorMethod::Keep(kind)) => {
                     let norm = layer.norm_mut(site);
                     packed.payload = kind.encode(norm);
-                    // As it is stored.
+                    // The layer computes with the rounded norm.
                     let stored = packed.encoding.clone();
                     let width = norm.len() as u64;
                     *norm = Weight::from_payload(&packed.payload, stored, 1, width)?.decode();
-                    in_range(norm, &tensor.tensor.name)?;
+                    check_range(norm, &tensor.tensor.name)?;
                 }
                 (Role::Linear(linear), _) => {
                     packed.payload = layer.linear(linear).bytes().to_vec();
@@ -178,8 +182,8 @@ impl<'r> Run<'r> {
         Ok(())
     }
 
-    /// Keeps a finished layer for a later run and in the report.
-    fn keep(
+    /// Saves a finished layer, so that the conversion can be resumed, and adds it to the report.
+    fn save_layer(
         &mut self,
         index: usize,
         relative_error: f64,
@@ -187,7 +191,7 @@ impl<'r> Run<'r> {
         hidden: &mut Hidden,
         started: Instant,
     ) -> anyhow::Result<()> {
-        let keeping = Instant::now();
+        let saving = Instant::now();
         let tensors = self.reports[self.reports.len() - payloads.len()..].to_vec();
         let mut layer = LayerReport {
             index,
@@ -196,16 +200,15 @@ impl<'r> Run<'r> {
             stages: self.stages,
         };
         let saved = SavedLayer { tensors, layer, payloads };
-        self.workspace.save(index, &saved, &hidden.all())?;
-        layer.stages.output += keeping.elapsed().as_secs_f64();
+        self.workspace.save(index, &saved, &hidden.fields())?;
+        layer.stages.output += saving.elapsed().as_secs_f64();
         layer.seconds = started.elapsed().as_secs_f64();
         self.layers.push(layer);
         Ok(())
     }
 
-    /// The pruning pass of methods whose masks come from a pass of their own: prunes the layer
-    /// against inputs behind pruned layers and makes those of the next. What this does layer by
-    /// layer is what a pass over the whole model would do.
+    /// Prunes the layer for methods with a pruning pass of their own, using the Hessians after the pruned layers
+    /// before it, and advances `states`. Layer by layer, this equals a pass over the whole model.
     fn prune_first(
         &mut self,
         tensors: &[&TensorPlan],
@@ -224,7 +227,7 @@ impl<'r> Run<'r> {
             let clock = Instant::now();
             let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
             let values = weight.decode();
-            let input = self.input(&values, &weight, &hessians[linear.input()]);
+            let input = self.quantizer_input(&values, &weight, &hessians[linear.input()]);
             let Some(result) = method.quantizer().prune(&input)? else { continue };
             let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
             *layer.linear_mut(linear) = Weight::from_floats(result.weights.clone(), rows, cols)?;
@@ -235,7 +238,13 @@ impl<'r> Run<'r> {
         Ok(pruned.into_iter().collect())
     }
 
-    fn input<'i>(&self, values: &'i [f32], weight: &Weight, hessian: &'i InputHessian) -> Input<'i>
+    /// The input of a quantizer for `weight`, whose decoded values are `values`.
+    fn quantizer_input<'i>(
+        &self,
+        values: &'i [f32],
+        weight: &Weight,
+        hessian: &'i InputHessian,
+    ) -> Input<'i>
     where
         'r: 'i,
     {
@@ -250,14 +259,14 @@ impl<'r> Run<'r> {
         }
     }
 
-    /// Quantizes one tensor of a layer and puts it into `layer`.
-    fn layer_tensor(
+    /// Quantizes one tensor; a linear layer replaces that of `layer`.
+    fn quantize_tensor(
         &mut self,
         tensor: &TensorPlan,
         hessian: Option<&InputHessian>,
         pruned: Option<&Pruned>,
         layer: &mut Layer,
-    ) -> anyhow::Result<Done> {
+    ) -> anyhow::Result<QuantizedTensor> {
         let started = Instant::now();
         let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
         let mut values = weight.decode();
@@ -268,18 +277,18 @@ impl<'r> Run<'r> {
                     target.apply(self.compute(), &mut values)?;
                     self.stages.hessian += clock.elapsed().as_secs_f64();
                 }
-                clear_dead(&mut values, &hessian.norms);
-                let input = self.input(&values, &weight, hessian);
+                zero_dead_inputs(&mut values, &hessian.norms);
+                let input = self.quantizer_input(&values, &weight, hessian);
                 let packed = method.quantizer().quantize(&input, pruned)?;
                 let clock = Instant::now();
                 let decoded = decode(&packed, input.rows, input.cols);
-                in_range(&decoded, &tensor.tensor.name)?;
+                check_range(&decoded, &tensor.tensor.name)?;
                 let error = relative_error(&input, &decoded)?;
                 self.stages.check += clock.elapsed().as_secs_f64();
                 (packed, error)
             }
             _ => {
-                let packed = without_inputs(tensor, &weight, &values);
+                let packed = pack_uncalibrated(tensor, &weight, &values);
                 let error = squared_error(&packed, &weight, &values);
                 (packed, error)
             }
@@ -289,18 +298,18 @@ impl<'r> Run<'r> {
             *layer.linear_mut(linear) =
                 Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?;
         }
-        Ok(Done { packed, error, seconds: started.elapsed().as_secs_f64() })
+        Ok(QuantizedTensor { packed, error, seconds: started.elapsed().as_secs_f64() })
     }
 
-    /// The Hessians of the inputs of a layer, with its weights as they are.
+    /// The Hessians of the inputs of `layer`, damped and factored.
     fn hessians(
         &mut self,
         layer: &Layer,
         hidden: &[Vec<f32>],
     ) -> anyhow::Result<InputMap<InputHessian>> {
         let hessians = match self.accelerator {
-            Some(accelerator) => self.sums_on_device(accelerator, layer, hidden)?,
-            None => self.sums(layer, hidden)?,
+            Some(accelerator) => self.hessians_on_device(accelerator, layer, hidden)?,
+            None => self.hessians_on_cpu(layer, hidden)?,
         };
         let started = Instant::now();
         let damping = self.job.recipe.calibration.damping;
@@ -321,8 +330,12 @@ impl<'r> Run<'r> {
         Ok(InputMap::try_from_fn(|_| factored.next().map(|(_, h)| h).ok_or_else(missing))?)
     }
 
-    /// The Hessians of the inputs, finished but not damped.
-    fn sums(&mut self, layer: &Layer, hidden: &[Vec<f32>]) -> anyhow::Result<InputMap<Hessian>> {
+    /// The Hessians of the inputs of `layer`, finished but not damped.
+    fn hessians_on_cpu(
+        &mut self,
+        layer: &Layer,
+        hidden: &[Vec<f32>],
+    ) -> anyhow::Result<InputMap<Hessian>> {
         let mut hessians = InputMap::from_fn(|input| Hessian::new(layer.input_width(input)));
         for batch in hidden.chunks(BATCH) {
             check_interrupt()?;
@@ -338,7 +351,7 @@ impl<'r> Run<'r> {
             self.stages.forward += started.elapsed().as_secs_f64();
             let started = Instant::now();
             for (input, hessian) in hessians.iter_mut() {
-                // One product for the whole batch: longer sums, fewer passes over the matrix.
+                // One product for the whole batch: fewer passes over the matrix.
                 let x = captured.iter().map(|c| &c.0[input][..]).collect::<Vec<_>>().concat();
                 hessian.add(self.engine.isa, &x);
                 captured.iter().for_each(|_| hessian.count_sequence());

@@ -1,8 +1,8 @@
-//! How much a conversion has in memory at once.
+//! Limits of the memory that a conversion needs.
 
-/// Sequences that run through a layer together: threads take whole sequences.
+/// Sequences that run through a layer together, one per thread at a time.
 pub(crate) const BATCH: usize = 8;
 
-/// Inputs of linear layers up to this size (bytes of all calibration sequences) are kept until those
-/// layers are quantized; larger ones are computed anew.
+/// Inputs of a linear layer up to this size (bytes of all calibration sequences) are kept until the layer is
+/// quantized; larger inputs are computed again.
 pub(crate) const KEPT_BYTES: usize = 1 << 30;

@@ -1,17 +1,17 @@
-//! An estimate of the memory that calibration takes.
+//! An estimate of the memory that calibration needs.
 
 use stb_format::ModelSpec;
 
 use super::limits::{BATCH, KEPT_BYTES};
 use crate::recipe::Calibration;
 
-/// Bytes that calibration takes, by when.
+/// Bytes that calibration needs in its phases.
 pub(crate) struct CalibrationMemory {
-    /// Hidden states of all sequences, and inputs that are kept: all the time.
+    /// Always: hidden states of all sequences, and kept inputs.
     pub states: u64,
-    /// How far the inputs of a layer are from the dense model's: while the layer is quantized.
+    /// While a linear layer is quantized: the sums for its target from the dense model.
     pub dense_target: u64,
-    /// The activations of a batch: during a forward pass.
+    /// During a forward pass: the activations of a batch.
     pub activations: u64,
 }
 
@@ -30,7 +30,7 @@ pub(crate) fn input_sizes(spec: &ModelSpec) -> [u64; 4] {
     [spec.hidden_size, spec.heads * spec.head_dim, spec.hidden_size, spec.intermediate_size]
 }
 
-/// The estimate. `prunes_first`: masks come from a pruning pass over the whole model.
+/// Estimates the memory. `prunes_first`: masks come from a pruning pass over the whole model.
 pub(crate) fn memory(
     spec: &ModelSpec,
     calibration: &Calibration,
@@ -38,7 +38,7 @@ pub(crate) fn memory(
 ) -> CalibrationMemory {
     let tokens = tokens(spec, calibration);
     let dense = calibration.follows_dense();
-    // A separate pruning pass has hidden states of its own, and so has the dense model; distilling a layer keeps
+    // A separate pruning pass and the dense model have hidden states of their own; distillation of a layer keeps
     // its inputs.
     let streams = 1
         + u64::from(prunes_first)

@@ -13,4 +13,4 @@ mod tensor;
 
 pub use conversion::convert;
 pub use job::{Job, Progress};
-pub(crate) use tensor::finite;
+pub(crate) use tensor::decode_finite;

@@ -1,5 +1,4 @@
-//! Layers that are fitted to the dense model: Hessians of the inputs behind the layers quantized so far, and
-//! targets from the dense model.
+//! Hessians of the inputs computed with the layers quantized so far, and targets from the dense model.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -16,28 +15,28 @@ use crate::hessian::{CrossHessian, Factor, Hessian};
 use crate::interrupt::check_interrupt;
 use crate::resume::States;
 
-/// Extra ridge against overfitting short calibration sets, for an input with as many features as there are
-/// tokens.
+/// Extra ridge against overfitting short calibration sets; its value where an input has as many features as there are
+/// calibration tokens.
 const SHORT_TEXT_RIDGE: f64 = 4.0;
 /// The sublayers of a decoder layer: attention and MLP.
 pub(super) const ALL_SUBLAYERS: usize = 2;
 
-/// The output of a linear layer in the dense model as a target: how the inputs of the layer differ from those
-/// in the dense model.
+/// The output of a linear layer in the dense model as a target, in the form of sums over the differences between the
+/// inputs here and in the dense model.
 pub(super) struct DenseTarget {
-    /// (2/n) Σ (X̃ − X)ᵀ X, [in, in]: X̃ as in the dense model, X as they are.
+    /// E = (2/n) Σ (X̃ − X)ᵀ X, [in, in]; X̃ are the inputs in the dense model, X those here.
     inputs: Vec<f32>,
-    /// (2/n) Σ (R̃ − R)ᵀ X, [hidden, in]: the residual stream that the output is added to, in the dense
-    /// model and as it is. Of linear layers that write to it.
+    /// D = (2/n) Σ (R̃ − R)ᵀ X, [hidden, in]; R̃ is the residual stream in the dense model, R that here. `None` for
+    /// linear layers that do not write to it.
     stream: Option<Vec<f32>>,
-    /// Of the Hessian with a ridge of its own.
+    /// The factors of the Hessian with the ridge Λ.
     factor: Factor,
 }
 
 impl DenseTarget {
-    /// The weights that, from the inputs as they are, come closest to what the dense model has
-    /// there: the ridge regression W + (W E + D) (H + Λ)⁻¹ with E, D the fields above, which minimizes
-    /// ‖W X̃ + R̃ − R − W* X‖² + ‖(W* − W) Λ^½‖². `weights` is [rows, in].
+    /// Replaces `weights` W, [rows, in], by the weights W* whose output for the present inputs is closest to that of the
+    /// dense model: the ridge regression W* = W + (W E + D) (H + Λ)⁻¹, which minimizes
+    /// ‖W X̃ + R̃ − R − W* X‖² + ‖(W* − W) Λ^½‖².
     pub(super) fn apply(&self, compute: Compute<'_>, weights: &mut [f32]) -> Result<()> {
         let n = self.factor.size;
         let mut change = compute.product(weights, n, Right::Plain(&self.inputs), n)?;
@@ -55,14 +54,14 @@ pub(super) struct InputHessian {
     pub(super) hessian: Hessian,
     pub(super) factor: Factor,
     pub(super) norms: Vec<f32>,
-    /// How far the input is from that of the dense model, if that is the target.
+    /// The output of the dense model, if that is the target.
     pub(super) target: Option<DenseTarget>,
 }
 
-/// Keeps one input; ends the layer there or not.
+/// Keeps one input of the layer; stops there unless `proceed` is set.
 struct KeepInput {
     input: LinearInput,
-    goes_on: bool,
+    proceed: bool,
     x: Vec<f32>,
 }
 
@@ -70,51 +69,51 @@ impl Observer for KeepInput {
     fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()> {
         if input == self.input {
             self.x = x.to_vec();
-            return if self.goes_on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+            return if self.proceed { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
         }
         ControlFlow::Continue(())
     }
 }
 
-/// The input of a linear layer in one sequence, and how far it is from that in the dense model.
+/// The input of a linear layer in one sequence, and its difference from the dense model.
 struct ActivationPair {
     /// The input, [tokens, in].
     x: Vec<f32>,
-    /// The input in the dense model minus this one; empty if the target is not from there.
+    /// X̃ − X: the input in the dense model minus `x`; empty without a target from the dense model.
     inputs: Vec<f32>,
-    /// The residual stream in the dense model minus the one here, [tokens, hidden]; or empty.
+    /// R̃ − R: the residual stream in the dense model minus that here, [tokens, hidden]; or empty.
     stream: Vec<f32>,
 }
 
-/// A decoder layer as it has been quantized so far, and as it is in the dense model.
+/// A decoder layer with the linear layers quantized so far, and the same layer of the dense model.
 #[derive(Clone, Copy)]
 pub(super) struct LayerPair<'a> {
     pub(super) now: &'a Layer,
     pub(super) dense: &'a Layer,
 }
 
-/// `wanted` − `x`.
-fn difference(mut wanted: Vec<f32>, x: &[f32]) -> Vec<f32> {
-    wanted.iter_mut().zip(x).for_each(|(w, x)| *w -= x);
-    wanted
+/// `a` − `b`.
+fn difference(mut a: Vec<f32>, b: &[f32]) -> Vec<f32> {
+    a.iter_mut().zip(b).for_each(|(a, b)| *a -= b);
+    a
 }
 
-/// One field of all sequences of a batch.
-fn joined(pairs: &[ActivationPair], of: fn(&ActivationPair) -> &[f32]) -> Vec<f32> {
-    pairs.iter().map(of).collect::<Vec<_>>().concat()
+/// One field of all sequences of a batch, concatenated.
+fn concatenate(pairs: &[ActivationPair], field: fn(&ActivationPair) -> &[f32]) -> Vec<f32> {
+    pairs.iter().map(field).collect::<Vec<_>>().concat()
 }
 
-/// How far residual streams have advanced in the layer: what nothing later can change is not computed again.
-/// They advance in place, by sublayers.
+/// The position of residual streams in a layer. They advance in place, sublayer by sublayer, so that finished
+/// sublayers are not computed again.
 #[derive(Default)]
 pub(super) struct StreamPosition {
-    /// Sublayers that they have passed.
+    /// Sublayers that the streams have passed.
     sublayers: usize,
-    /// The input of the last linear layer of the next sublayer, [tokens, in] for each sequence; or none.
+    /// The input of the last linear layer of the next sublayer, [tokens, in] for each sequence; empty if not kept.
     kept: States,
 }
 
-/// The positions of the streams in [`Hidden`] that Hessians come from.
+/// The positions of the streams in [`Hidden`] from which Hessians are computed.
 #[derive(Default)]
 pub(super) struct StreamProgress {
     pub(super) quantized: StreamPosition,
@@ -123,17 +122,17 @@ pub(super) struct StreamProgress {
 
 /// Sums over the calibration sequences for one input of a layer.
 pub(super) struct InputSums {
-    /// Finished, without damping.
+    /// The Hessian, finished but not damped.
     pub(super) hessian: Hessian,
     /// The first two fields of [`DenseTarget`].
     pub(super) target: Option<(Vec<f32>, Option<Vec<f32>>)>,
 }
 
-/// The Hessian for [`DenseTarget`], from that without damping.
+/// The undamped Hessian with the ridge of [`DenseTarget`] added.
 fn with_ridge(hessian: &Hessian, ridge: f64, tokens: usize) -> Hessian {
-    let few = SHORT_TEXT_RIDGE * hessian.size as f64 / tokens.max(1) as f64;
+    let extra = SHORT_TEXT_RIDGE * hessian.size as f64 / tokens.max(1) as f64;
     let mut hessian = hessian.clone();
-    hessian.add_ridge(ridge + few);
+    hessian.add_ridge(ridge + extra);
     hessian
 }
 
@@ -144,11 +143,11 @@ struct TargetSums {
 }
 
 impl TargetSums {
-    /// `x` is all inputs of `pairs`.
+    /// Adds a batch. `x` are the inputs of all `pairs`.
     fn add(&mut self, isa: Isa, pairs: &[ActivationPair], x: &[f32]) {
-        self.inputs.add(isa, &joined(pairs, |s| &s.inputs), x, pairs.len());
+        self.inputs.add(isa, &concatenate(pairs, |s| &s.inputs), x, pairs.len());
         if let Some(stream) = &mut self.stream {
-            stream.add(isa, &joined(pairs, |s| &s.stream), x, pairs.len());
+            stream.add(isa, &concatenate(pairs, |s| &s.stream), x, pairs.len());
         }
     }
 
@@ -158,8 +157,8 @@ impl TargetSums {
 }
 
 impl Run<'_> {
-    /// The Hessian of `input` with the layer as it has been quantized so far, and, if the recipe wants targets
-    /// from the dense model, how far the input is from that in the dense model.
+    /// The Hessian of `input` with the linear layers quantized so far, and the target from the dense model if the
+    /// recipe has a ridge for it.
     pub(super) fn refreshed_hessian(
         &mut self,
         input: LinearInput,
@@ -173,9 +172,9 @@ impl Run<'_> {
         let ridge = self.job.recipe.calibration.ridge;
         let sums = match self.accelerator {
             Some(accelerator) => {
-                self.sum_on_device(accelerator, input, layers, hidden, ridge.is_some())?
+                self.input_sums_on_device(accelerator, input, layers, hidden, ridge.is_some())?
             }
-            None => self.sum(input, layers, hidden, progress, ridge.is_some())?,
+            None => self.input_sums(input, layers, hidden, progress, ridge.is_some())?,
         };
         if input.writes_residual() && ridge.is_some() {
             progress.dense.sublayers += 1;
@@ -198,8 +197,8 @@ impl Run<'_> {
         Ok(InputHessian { hessian, factor, norms, target })
     }
 
-    /// Sums over all sequences; `targets` if those of the dense model are wanted.
-    fn sum(
+    /// The sums over all sequences, with those for targets from the dense model if `targets` is set.
+    fn input_sums(
         &mut self,
         input: LinearInput,
         layers: LayerPair<'_>,
@@ -208,15 +207,15 @@ impl Run<'_> {
         targets: bool,
     ) -> anyhow::Result<InputSums> {
         let isa = self.engine.isa;
-        let (width, to_stream) = (layers.now.input_width(input), input.writes_residual());
+        let (width, writes_residual) = (layers.now.input_width(input), input.writes_residual());
         let features = self.engine.model.hidden_size();
         let mut hessian = Hessian::new(width);
         let mut sums = targets.then(|| TargetSums {
             inputs: CrossHessian::new(width, width),
-            stream: to_stream.then(|| CrossHessian::new(features, width)),
+            stream: writes_residual.then(|| CrossHessian::new(features, width)),
         });
         let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / features;
-        let keep = to_stream && tokens * width * size_of::<f32>() <= KEPT_BYTES;
+        let keep = writes_residual && tokens * width * size_of::<f32>() <= KEPT_BYTES;
         let mut dense_streams = hidden.dense.iter_mut();
         for states in hidden.quantized.chunks_mut(BATCH) {
             check_interrupt()?;
@@ -228,7 +227,7 @@ impl Run<'_> {
             let pairs = self.activations(input, layers, states, dense_states);
             self.stages.forward += started.elapsed().as_secs_f64();
             let started = Instant::now();
-            let x = joined(&pairs, |s| &s.x);
+            let x = concatenate(&pairs, |s| &s.x);
             hessian.add(isa, &x);
             pairs.iter().for_each(|_| hessian.count_sequence());
             if let Some(sums) = &mut sums {
@@ -246,8 +245,8 @@ impl Run<'_> {
         Ok(InputSums { hessian, target })
     }
 
-    /// Runs sequences up to `input`, from where their streams stand. Streams of the dense model, if there are
-    /// any, also pass the last linear layer of the sublayer if that reads `input`: it is theirs already.
+    /// Runs sequences from their position up to `input`. Streams of the dense model, if any, also pass the last linear
+    /// layer of the sublayer if its input is `input`: its weights are final in the dense model.
     fn activations(
         &self,
         input: LinearInput,
@@ -255,29 +254,30 @@ impl Run<'_> {
         states: &mut [Vec<f32>],
         dense_states: Vec<&mut Vec<f32>>,
     ) -> Vec<ActivationPair> {
-        let run = |layer: &Layer, stream: &mut [f32], goes_on: bool| {
-            let mut observer = KeepInput { input, goes_on, x: Vec::new() };
+        let run = |layer: &Layer, stream: &mut [f32], proceed: bool| {
+            let mut observer = KeepInput { input, proceed, x: Vec::new() };
             let _ = self.engine.run_sublayer(Sublayer::of(input), layer, stream, &mut observer);
             observer.x
         };
-        let to_stream = input.writes_residual();
-        let mut wanted: Vec<Option<&mut Vec<f32>>> = dense_states.into_iter().map(Some).collect();
-        wanted.resize_with(states.len(), || None);
-        let pairs = states.par_iter_mut().zip(wanted);
+        let writes_residual = input.writes_residual();
+        let mut dense: Vec<Option<&mut Vec<f32>>> = dense_states.into_iter().map(Some).collect();
+        dense.resize_with(states.len(), || None);
+        let pairs = states.par_iter_mut().zip(dense);
         pairs
-            .map(|(stream, wanted)| {
+            .map(|(stream, dense)| {
                 let x = run(layers.now, stream, false);
-                let Some(wanted) = wanted else {
+                let Some(dense) = dense else {
                     return ActivationPair { x, inputs: Vec::new(), stream: Vec::new() };
                 };
-                let shift = if to_stream { difference(wanted.clone(), stream) } else { Vec::new() };
-                let inputs = difference(run(layers.dense, wanted, to_stream), &x);
-                ActivationPair { x, inputs, stream: shift }
+                let residual =
+                    if writes_residual { difference(dense.clone(), stream) } else { Vec::new() };
+                let inputs = difference(run(layers.dense, dense, writes_residual), &x);
+                ActivationPair { x, inputs, stream: residual }
             })
             .collect()
     }
 
-    /// Advances streams to the end of `sublayers` sublayers of `layer`, which must be finished so far.
+    /// Advances streams to the end of the first `sublayers` sublayers of `layer`, which must be finished.
     pub(super) fn advance(
         &mut self,
         sublayers: usize,
@@ -289,14 +289,14 @@ impl Run<'_> {
             let kept = std::mem::take(&mut position.kept);
             let sublayer =
                 if position.sublayers == 0 { Sublayer::Attention } else { Sublayer::Mlp };
-            self.pass_sublayer(sublayer, layer, streams, &kept)?;
+            self.run_sublayer_batches(sublayer, layer, streams, &kept)?;
             position.sublayers += 1;
         }
         Ok(())
     }
 
-    /// Runs streams through a sublayer of `layer`; `kept` may have the inputs of its last linear layer.
-    fn pass_sublayer(
+    /// Runs streams through a sublayer of `layer`; `kept` are the inputs of its last linear layer, or empty.
+    fn run_sublayer_batches(
         &mut self,
         sublayer: Sublayer,
         layer: &Layer,
@@ -330,7 +330,7 @@ mod tests {
 
     /// W* (H + Λ) = W (H + Λ + E) + D.
     #[test]
-    fn shifted_weights_solve_the_normal_equations() {
+    fn target_weights_solve_the_normal_equations() {
         let (n, rows, tokens) = (21, 5, 60);
         let number = |k: usize| move |i: usize| ((i * i * k + 7 * i) % 101) as f32 / 50.0 - 1.0;
         let x: Vec<f32> = (0..tokens * n).map(number(31)).collect();

@@ -9,7 +9,7 @@ use stb_runtime::{Engine, Error, Observer};
 
 use super::job::Job;
 use crate::compute::{Accelerator, Compute};
-use crate::output::Output;
+use crate::output::OutputFile;
 use crate::plan::TensorPlan;
 use crate::quantize::Packed;
 use crate::report::{LayerReport, Stages, TensorReport};
@@ -20,11 +20,11 @@ pub(super) struct Run<'a> {
     pub(super) job: &'a Job<'a>,
     pub(super) engine: Engine,
     pub(super) accelerator: Option<&'a Accelerator>,
-    pub(super) writer: Writer<Output>,
+    pub(super) writer: Writer<OutputFile>,
     pub(super) workspace: &'a mut Workspace,
     pub(super) reports: Vec<TensorReport>,
     pub(super) layers: Vec<LayerReport>,
-    /// Times of the layer in progress; outside the layers, of the tensors outside.
+    /// Times of the decoder layer in progress, or of the tensors outside the layers.
     pub(super) stages: Stages,
     /// Layers that an interrupted run had finished.
     pub(super) resumed: usize,
@@ -35,22 +35,23 @@ pub(super) struct Run<'a> {
 pub(super) struct Hidden {
     /// After the layers that have been quantized.
     pub(super) quantized: States,
-    /// After the same layers, only pruned: for masks from a pruning pass over the whole model.
+    /// After the same layers, pruned only: for masks from a pruning pass over the whole model.
     pub(super) pruned: States,
-    /// After the same layers of the dense model, for targets from it.
+    /// After the same layers of the dense model, for targets from the dense model.
     pub(super) dense: States,
 }
 
 impl Hidden {
-    /// All of them, to be kept for a later run.
-    pub(super) fn all(&mut self) -> [&mut States; 3] {
+    /// All streams, for saving and resuming.
+    pub(super) fn fields(&mut self) -> [&mut States; 3] {
         [&mut self.quantized, &mut self.pruned, &mut self.dense]
     }
 }
 
 /// A tensor that has been quantized.
-pub(super) struct Done {
+pub(super) struct QuantizedTensor {
     pub(super) packed: Packed,
+    /// Its relative error.
     pub(super) error: f64,
     pub(super) seconds: f64,
 }
@@ -67,15 +68,19 @@ impl Observer for Capture {
 }
 
 impl<'a> Run<'a> {
-    /// Where products are computed.
+    /// The processor that computes large products.
     pub(super) fn compute(&self) -> Compute<'a> {
         Compute { isa: self.engine.isa, accelerator: self.accelerator }
     }
 
     /// Writes a finished tensor and reports it.
-    pub(super) fn write(&mut self, tensor: &TensorPlan, done: &Done) -> anyhow::Result<()> {
+    pub(super) fn write(
+        &mut self,
+        tensor: &TensorPlan,
+        done: &QuantizedTensor,
+    ) -> anyhow::Result<()> {
         let target = self.job.target;
-        let Done { packed, error, seconds } = done;
+        let QuantizedTensor { packed, error, seconds } = done;
         self.stages.quantizer.add(&packed.seconds);
         let writing = Instant::now();
         self.writer

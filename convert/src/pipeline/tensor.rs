@@ -1,4 +1,4 @@
-//! One tensor: checks, quantization by method, errors.
+//! One tensor: checks, packing without calibration, errors.
 
 use stb_format::Encoding;
 use stb_format::encoding::{Dense, IntGroup};
@@ -7,8 +7,8 @@ use stb_runtime::{Error, Result, Weight};
 use crate::plan::{TensorMethod, TensorPlan};
 use crate::quantize::{Packed, decode, int_group};
 
-/// Zeroes the weights of inputs that are zero in all tokens: they have no effect, and zero costs least.
-pub(super) fn clear_dead(values: &mut [f32], norms: &[f32]) {
+/// Zeroes the weights of inputs that are zero in all tokens: they have no effect, and zero is the cheapest to quantize.
+pub(super) fn zero_dead_inputs(values: &mut [f32], norms: &[f32]) {
     if norms.contains(&0.0) {
         for row in values.chunks_exact_mut(norms.len()) {
             for (w, norm) in row.iter_mut().zip(norms) {
@@ -20,8 +20,8 @@ pub(super) fn clear_dead(values: &mut [f32], norms: &[f32]) {
     }
 }
 
-/// Packs a tensor for which there is no Hessian.
-pub(super) fn without_inputs(tensor: &TensorPlan, weight: &Weight, values: &[f32]) -> Packed {
+/// Packs a tensor without a Hessian.
+pub(super) fn pack_uncalibrated(tensor: &TensorPlan, weight: &Weight, values: &[f32]) -> Packed {
     let round = |spec: IntGroup| int_group::round(values, weight.rows(), weight.cols(), spec);
     let keep = |kind: Dense| Packed {
         encoding: Encoding::Dense(kind),
@@ -32,7 +32,7 @@ pub(super) fn without_inputs(tensor: &TensorPlan, weight: &Weight, values: &[f32
     match tensor.method {
         TensorMethod::Keep(kind) => keep(kind),
         TensorMethod::Round(spec) => round(spec),
-        // Only reached for parts that are not linear layers, which plans keep.
+        // Not reached: plans quantize only linear layers, and these have Hessians.
         TensorMethod::Linear(_) => keep(Dense::F32),
     }
 }
@@ -47,18 +47,18 @@ pub(super) fn squared_error(packed: &Packed, weight: &Weight, values: &[f32]) ->
 }
 
 /// Refuses results beyond the range of binary16, in which scales and values are stored.
-pub(super) fn in_range(decoded: &[f32], name: &str) -> Result<()> {
+pub(super) fn check_range(decoded: &[f32], name: &str) -> Result<()> {
     if decoded.iter().all(|w| w.is_finite()) {
         return Ok(());
     }
     Err(Error::unsupported(format!(
-        "tensor {name} has quantized weights beyond 65504, the range of 16-bit numbers; nothing was \
+        "tensor {name} has quantized weights beyond 65504, the range of binary16; nothing was \
          written"
     )))
 }
 
-/// The decoded weights, all finite.
-pub(crate) fn finite(weight: &Weight, name: &str) -> Result<Vec<f32>> {
+/// The decoded weights; fails unless all are finite.
+pub(crate) fn decode_finite(weight: &Weight, name: &str) -> Result<Vec<f32>> {
     let values = weight.decode();
     let (rows, cols) = (weight.rows(), weight.cols());
     match values.iter().position(|v| !v.is_finite()) {

@@ -1,6 +1,6 @@
-//! The error of binarizing without means, for the searches. Signs do not matter then, so sums go over magnitudes.
-//! Four rows are summed at a time, one in each lane. Everything here is inlined into a function that is compiled for
-//! an instruction set; the order of additions is the same for all of them.
+//! The error of binarization without means, for the searches. Signs do not matter then, so sums run over magnitudes.
+//! Four rows are summed at a time, one per lane. Everything here is inlined into a function that is compiled for an
+//! instruction set; the order of additions is the same for all instruction sets.
 
 use std::array::from_fn;
 use std::ops::{Add, AddAssign, Mul, Sub};
@@ -10,7 +10,7 @@ use super::search_error::SearchError;
 /// Rows at a time.
 const LANES: usize = 4;
 
-/// One number for each row.
+/// One value per row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Lanes([f64; LANES]);
 
@@ -42,13 +42,13 @@ impl Mul for Lanes {
 }
 
 impl Lanes {
-    /// Zero where the divisor is.
+    /// The quotient; zero where the divisor is zero.
     #[inline(always)]
     fn divided_by(self, other: Self) -> Self {
         Self(from_fn(|i| if other.0[i] > 0.0 { self.0[i] / other.0[i] } else { 0.0 }))
     }
 
-    /// Zero where `x` is not below `limit`.
+    /// The values where `x` is below `limit`, zero elsewhere.
     #[inline(always)]
     fn where_below(self, x: Self, limit: Self) -> Self {
         Self(from_fn(|i| if x.0[i] < limit.0[i] { self.0[i] } else { 0.0 }))
@@ -60,10 +60,10 @@ impl Lanes {
     }
 }
 
-/// LaneSums over some magnitudes m with cost weights h.
+/// Sums over a set of magnitudes m with cost weights h, per lane.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct LaneSums {
-    /// How many.
+    /// The number of magnitudes.
     n: Lanes,
     /// Σ m.
     m: Lanes,
@@ -98,7 +98,7 @@ impl Sub for LaneSums {
 }
 
 impl LaneSums {
-    /// One magnitude of one lane.
+    /// Sets the sums of a lane to those of a single magnitude.
     #[inline(always)]
     fn set(&mut self, lane: usize, m: f64, h: f64) {
         self.n.0[lane] = 1.0;
@@ -123,23 +123,22 @@ impl LaneSums {
         self.m.divided_by(self.n)
     }
 
-    /// By how much the error Σ h (m − c)² is below Σ h m².
+    /// Σ h m² − Σ h (m − c)²: the gain of approximating all magnitudes by `c`.
     #[inline(always)]
     fn gain(self, c: Lanes) -> Lanes {
         c * (self.hm + self.hm - c * self.h)
     }
 
-    /// The same for binarizing once.
+    /// The gain of binarizing once.
     #[inline(always)]
-    fn gain_of_one(self) -> Lanes {
+    fn gain_once(self) -> Lanes {
         self.gain(self.scale())
     }
 
-    /// By how much binarizing twice takes the error below Σ h m². `low` are the sums over
-    /// magnitudes below [`LaneSums::scale`]: the residual of the others has their sign, that of those the
-    /// other one.
+    /// The gain of binarizing twice. `low` are the sums over magnitudes below [`LaneSums::scale`], whose residuals
+    /// have the opposite sign of the weight; the residuals of the others have its sign.
     #[inline(always)]
-    fn gain_of_two(self, low: Self) -> Lanes {
+    fn gain_twice(self, low: Self) -> Lanes {
         let (scale, high) = (self.scale(), self - low);
         let deviation = (high.m - scale * high.n) + (scale * low.n - low.m);
         let second = deviation.divided_by(self.n);
@@ -147,10 +146,10 @@ impl LaneSums {
     }
 }
 
-/// What is binarized.
+/// How values are derived from weights and weighted.
 #[derive(Clone, Copy, Debug)]
 pub struct Values<'a> {
-    /// Its kind.
+    /// The kind of error.
     pub error: SearchError,
     /// 1/d² of each column.
     pub importance: &'a [f32],
@@ -159,19 +158,19 @@ pub struct Values<'a> {
 /// Weights and mask of a row.
 pub type MaskedRow<'a> = (&'a [f32], &'a [bool]);
 
-/// Up to [`LANES`] rows, column by column; zeros for what is not kept.
+/// Up to [`LANES`] rows, column by column; pruned weights are zero.
 #[derive(Default)]
 struct RowGroup {
     m: Vec<Lanes>,
     terms: Vec<LaneSums>,
-    /// Of all columns.
+    /// The sums over all columns.
     total: LaneSums,
     /// Σ h m² of all columns.
     squares: Lanes,
 }
 
 impl RowGroup {
-    /// The columns of `rows` in this order.
+    /// Fills the group with the given columns of `rows`, in this order.
     #[inline(always)]
     fn fill(&mut self, rows: &[MaskedRow<'_>], columns: &[usize], values: &Values<'_>) {
         self.m.clear();
@@ -198,9 +197,9 @@ impl RowGroup {
 #[derive(Default)]
 struct Ascending {
     values: Vec<(f64, f64)>,
-    /// n, Σ m, Σ h, Σ h·m; one entry more than values.
+    /// Running n, Σ m, Σ h, Σ h·m; one entry more than `values`.
     sums: Vec<[f64; 4]>,
-    /// The result of the last call: limits move little from one call to the next.
+    /// The position of the last call of `below`: limits change little between calls.
     at: usize,
 }
 
@@ -222,7 +221,7 @@ impl Ascending {
         self.at = self.values.len();
     }
 
-    /// LaneSums over what is below `limit`.
+    /// The sums over magnitudes below `limit`.
     #[inline(always)]
     fn below(&mut self, limit: f64) -> [f64; 4] {
         while self.at > 0 && self.values[self.at - 1].0 >= limit {
@@ -235,9 +234,8 @@ impl Ascending {
     }
 }
 
-/// Adds to `errors[k]` what binarizing the first k + 1 of `ranked` twice, and all other columns twice,
-/// loses in these rows. Work per row: a sort of its columns, and the square of `errors.len()` over
-/// lanes.
+/// Adds to `errors[k]` the error in these rows of binarizing twice both the first k + 1 columns of `ranked` and, as a
+/// separate set, all other columns. Cost per row: a sort of its columns and O(errors.len()² / LANES).
 #[inline(always)]
 pub fn add_salient_errors<'a>(
     rows: impl Iterator<Item = MaskedRow<'a>>,
@@ -248,7 +246,7 @@ pub fn add_salient_errors<'a>(
     let mut group = RowGroup::default();
     let mut ascending: [Ascending; LANES] = Default::default();
     let mut found = vec![Lanes::default(); errors.len()];
-    each_group(
+    for_each_group(
         rows,
         #[inline(always)]
         |rows| {
@@ -274,8 +272,8 @@ pub fn add_salient_errors<'a>(
                     low_of_all.h.0[lane] = h;
                     low_of_all.hm.0[lane] = hm;
                 }
-                let gain = chosen.gain_of_two(low);
-                let gain = gain + others.gain_of_two(low_of_all - low_not_others);
+                let gain = chosen.gain_twice(low);
+                let gain = gain + others.gain_twice(low_of_all - low_not_others);
                 *found = *found + (group.squares - gain);
             }
         },
@@ -288,25 +286,25 @@ pub fn add_salient_errors<'a>(
 pub struct ThresholdGrid {
     /// All thresholds, ascending.
     edges: Vec<f64>,
-    /// For each candidate, the places of its lowest and its highest threshold in `edges`.
+    /// For each candidate, the indices of its lowest and its highest threshold in `edges`.
     candidates: Vec<[usize; 2]>,
 }
 
 impl ThresholdGrid {
-    /// From thresholds (one or two, ascending) of each candidate.
+    /// A grid from the thresholds (one or two, ascending) of each candidate.
     #[must_use]
     pub fn new(candidates: &[Vec<f64>]) -> Self {
         let mut edges = candidates.concat();
         edges.sort_unstable_by(f64::total_cmp);
         edges.dedup();
-        let place = |p: f64| edges.partition_point(|e| *e < p);
-        let pair = |c: &Vec<f64>| [place(c[0]), place(c[c.len() - 1])];
+        let index = |p: f64| edges.partition_point(|e| *e < p);
+        let pair = |c: &Vec<f64>| [index(c[0]), index(c[c.len() - 1])];
         Self { candidates: candidates.iter().map(pair).collect(), edges }
     }
 }
 
-/// Adds to the error of each candidate what binarizing the regions of these rows loses. Work per row:
-/// a binary search for each column, and once through edges and candidates over lanes.
+/// Adds to the error of each candidate the error of binarizing its regions in these rows. Cost per row: a binary
+/// search for each column, and a pass over edges and candidates divided by LANES.
 #[inline(always)]
 pub fn add_threshold_errors<'a>(
     rows: impl Iterator<Item = MaskedRow<'a>>,
@@ -318,21 +316,21 @@ pub fn add_threshold_errors<'a>(
     let mut group = RowGroup::default();
     let mut below = vec![LaneSums::default(); grid.edges.len() + 1];
     let mut found = vec![Lanes::default(); errors.len()];
-    each_group(
+    for_each_group(
         rows,
         #[inline(always)]
         |rows| {
             group.fill(rows, columns, values);
-            // Magnitudes between two edges, then running sums: what is below each edge.
+            // Sums between two edges first, then running sums below each edge.
             below.fill(LaneSums::default());
             for (m, terms) in group.m.iter().zip(&group.terms) {
                 for lane in 0..LANES {
                     let at = grid.edges.partition_point(|edge| *edge <= m.0[lane]);
-                    let to = &mut below[at];
-                    to.n.0[lane] += terms.n.0[lane];
-                    to.m.0[lane] += terms.m.0[lane];
-                    to.h.0[lane] += terms.h.0[lane];
-                    to.hm.0[lane] += terms.hm.0[lane];
+                    let sums = &mut below[at];
+                    sums.n.0[lane] += terms.n.0[lane];
+                    sums.m.0[lane] += terms.m.0[lane];
+                    sums.h.0[lane] += terms.h.0[lane];
+                    sums.hm.0[lane] += terms.hm.0[lane];
                 }
             }
             let mut sum = LaneSums::default();
@@ -340,14 +338,14 @@ pub fn add_threshold_errors<'a>(
                 sum += *below;
                 *below = sum;
             }
-            // Pairs come ordered by the lower threshold: its region is the same for many.
+            // Candidates are ordered by their lower threshold: many share the lowest region.
             let mut lowest = (usize::MAX, Lanes::default());
             for (found, [low, high]) in found.iter_mut().zip(&grid.candidates) {
                 if lowest.0 != *low {
-                    lowest = (*low, below[*low].gain_of_one());
+                    lowest = (*low, below[*low].gain_once());
                 }
-                let gains = lowest.1 + (below[*high] - below[*low]).gain_of_one();
-                let gains = gains + (group.total - below[*high]).gain_of_one();
+                let gains = lowest.1 + (below[*high] - below[*low]).gain_once();
+                let gains = gains + (group.total - below[*high]).gain_once();
                 *found = *found + (group.squares - gains);
             }
         },
@@ -357,7 +355,7 @@ pub fn add_threshold_errors<'a>(
 
 /// Calls `f` with [`LANES`] rows at a time, the last time perhaps fewer.
 #[inline(always)]
-fn each_group<'a>(
+fn for_each_group<'a>(
     mut rows: impl Iterator<Item = MaskedRow<'a>>,
     mut f: impl FnMut(&[MaskedRow<'a>]),
 ) {
@@ -396,15 +394,15 @@ mod tests {
     fn expected(order: usize, sets: &[&dyn Fn(usize, f32) -> bool]) -> f64 {
         let (weights, mask, importance) = sample();
         let rows = weights.chunks_exact(COLS).zip(mask.chunks_exact(COLS));
-        let of_row = |(weights, mask): MaskedRow<'_>| -> f64 {
-            let of_set = |set: &&dyn Fn(usize, f32) -> bool| {
+        let row_error = |(weights, mask): MaskedRow<'_>| -> f64 {
+            let set_error = |set: &&dyn Fn(usize, f32) -> bool| {
                 let members = (0..COLS).filter(|c| mask[*c] && set(*c, weights[*c]));
                 let pairs: Vec<_> = members.map(|c| (weights[c], importance[c])).collect();
                 binarized_error(&pairs, order, false)
             };
-            sets.iter().map(of_set).sum()
+            sets.iter().map(set_error).sum()
         };
-        rows.map(of_row).sum()
+        rows.map(row_error).sum()
     }
 
     fn close(found: f64, expected: f64) {

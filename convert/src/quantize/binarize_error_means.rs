@@ -1,10 +1,10 @@
-//! The error of binarizing with means, for the searches. Running sums over the sorted values of a row give the error
-//! of any range of them with a few binary searches.
+//! The error of binarization with means, for the searches. Running sums over the sorted values of a row give the error
+//! of any range of values with a few binary searches.
 
-/// ValueSums over some values x with cost weights h.
+/// Sums over a set of values x with cost weights h.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ValueSums {
-    /// How many.
+    /// The number of values.
     pub n: f64,
     /// Σ x.
     pub x: f64,
@@ -53,15 +53,15 @@ impl ValueSums {
         self.x - c * self.n
     }
 
-    /// Σ h (x − c)²: the error if all of them become `c`.
+    /// Σ h (x − c)²: the error of approximating all values by `c`.
     fn error(self, c: f64) -> f64 {
         (self.hxx - 2.0 * c * self.hx + c * c * self.h).max(0.0)
     }
 }
 
-/// Values with sums over any range.
+/// A set of values with sums over any range.
 pub trait Members {
-    /// ValueSums over the values in `low..high`.
+    /// The sums over the values in `low..high`.
     fn between(&self, low: f64, high: f64) -> ValueSums;
 }
 
@@ -70,7 +70,7 @@ pub trait Members {
 pub struct Sorted {
     /// Pairs of value and cost weight, ascending by value.
     values: Vec<(f32, f32)>,
-    /// Running sums, one entry more than values.
+    /// Running sums, one entry more than `values`.
     sums: Vec<ValueSums>,
 }
 
@@ -96,17 +96,17 @@ impl Sorted {
         }
     }
 
-    /// How many values are below `limit`.
+    /// The number of values below `limit`.
     fn below(&self, limit: f64) -> usize {
         self.values.partition_point(|v| f64::from(v.0) < limit)
     }
 
-    /// How many values are at most `limit`.
+    /// The number of values up to `limit`.
     fn up_to(&self, limit: f64) -> usize {
         self.values.partition_point(|v| f64::from(v.0) <= limit)
     }
 
-    /// ValueSums of the values with ranks `from..to`.
+    /// The sums over the values with ranks `from..to`.
     fn ranks(&self, from: usize, to: usize) -> ValueSums {
         if from < to { self.sums[to].minus(self.sums[from]) } else { ValueSums::default() }
     }
@@ -122,14 +122,14 @@ impl Sorted {
         Band { sorted: self, parts }
     }
 
-    /// All values but those in `chosen`.
+    /// The values without those in `chosen`.
     #[must_use]
     pub fn without<'a>(&'a self, chosen: &'a [(f32, f32)]) -> Without<'a> {
         Without { sorted: self, chosen }
     }
 }
 
-/// Values of two ranges of ranks, see [`Sorted::band`].
+/// The values in two ranges of ranks; see [`Sorted::band`].
 #[derive(Clone, Copy, Debug)]
 pub struct Band<'a> {
     sorted: &'a Sorted,
@@ -144,7 +144,7 @@ impl Members for Band<'_> {
     }
 }
 
-/// Values less a few others, see [`Sorted::without`].
+/// The values of a row without a few of them; see [`Sorted::without`].
 #[derive(Clone, Copy, Debug)]
 pub struct Without<'a> {
     sorted: &'a Sorted,
@@ -175,7 +175,7 @@ pub fn binary_error(set: &(impl Members + ?Sized)) -> f64 {
     }
 }
 
-/// The same for binarizing twice, the second time the residual of the first.
+/// The error of binarizing a set twice, the second time the residual of the first.
 #[must_use]
 pub fn residual_error(set: &(impl Members + ?Sized)) -> f64 {
     let Some(BinarizedOnce { middle, low, high, levels: [under, over] }) = first_order(set) else {
@@ -198,12 +198,13 @@ pub fn residual_error(set: &(impl Members + ?Sized)) -> f64 {
 
 /// A set binarized once.
 struct BinarizedOnce {
-    /// Where signs change.
+    /// The mean, where signs change.
     middle: f64,
-    /// What is below and above.
+    /// The sums over values below the mean.
     low: ValueSums,
+    /// The sums over the other values.
     high: ValueSums,
-    /// What those become.
+    /// The values after binarization: below the mean, above it.
     levels: [f64; 2],
 }
 
@@ -261,13 +262,13 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn nothing_costs_nothing() {
+    fn empty_sets_have_no_error() {
         assert_eq!(residual_error(&Sorted::default().without(&[])), 0.0);
         assert_eq!(binary_error(&Sorted::default().band(1.0, 2.0)), 0.0);
     }
 
     #[test]
-    fn what_is_left_out_does_not_count() {
+    fn left_out_values_do_not_count() {
         let values = sample(30);
         let mut sorted = Sorted::default();
         sorted.fill(values.iter().copied());

@@ -1,26 +1,26 @@
-//! Error compensation: how the error of a block of columns changes the weights that are still to be quantized.
+//! Error compensation: spreads the error of a block of columns over the columns that are not quantized yet.
 
 use rayon::prelude::*;
 use stb_kernels::cuda::{Buffer, GemmSize, Operand, OperandMut};
 use stb_kernels::{Isa, Panels};
 use stb_runtime::Result;
 
-use crate::compute::{Accelerator, Compute, fetch_columns, upload};
+use crate::compute::{Accelerator, Compute, download_columns, upload};
 use crate::hessian::Factor;
 use crate::products::{TASK_ROWS, product};
 
-/// How the error of a block is passed on to the later columns.
+/// How the error of a block is spread over the later columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Propagation {
     /// Exactly: `(W − Q) · U_bb⁻¹ · U`.
     Solve,
     /// With the diagonal of `U_bb` only (BiLLM, published code).
     Diagonal,
-    /// Not at all.
+    /// No compensation.
     Off,
 }
 
-/// Spreads the errors of quantized blocks of columns over the columns that are still to be quantized.
+/// Spreads the errors of quantized blocks of columns over the columns that are not quantized yet.
 pub(crate) struct Compensation<'a> {
     compute: Compute<'a>,
     factor: &'a Factor,
@@ -37,7 +37,7 @@ struct DeviceCompensation<'a> {
 }
 
 impl<'a> Compensation<'a> {
-    /// Starts with `weights`, [rows, cols], none of which are quantized yet.
+    /// Prepares compensation of `weights`, [rows, cols], before any is quantized.
     pub(crate) fn new(
         compute: Compute<'a>,
         weights: &[f32],
@@ -56,9 +56,9 @@ impl<'a> Compensation<'a> {
         Ok(Self { compute, factor, mode, device })
     }
 
-    /// Spreads `errors` of the block of columns `from..from + width`, [rows, width], over `weights`: all later
-    /// columns, of which those up to `ahead` behind the block are there when this returns.
-    pub(crate) fn pass(
+    /// Spreads `errors`, [rows, width], of the columns `from..from + width` over all later columns. In `weights`, at
+    /// least the next `ahead` columns are up to date when this returns; on a device, only these.
+    pub(crate) fn spread(
         &mut self,
         weights: &mut [f32],
         errors: &[f32],
@@ -97,7 +97,7 @@ impl<'a> Compensation<'a> {
         let size = GemmSize { m: rows, n: cols - later, k: width };
         let to = OperandMut::new(&mut device.weights, later, cols);
         dense.blas().multiply(size, -1.0, left, right, 1.0, to)?;
-        fetch_columns(dense, &device.weights, weights, cols, later, ahead.min(cols - later))
+        download_columns(dense, &device.weights, weights, cols, later, ahead.min(cols - later))
     }
 }
 
@@ -126,8 +126,8 @@ pub(crate) fn propagate(
     weights
         .par_chunks_mut(TASK_ROWS * cols)
         .zip(errors.par_chunks(TASK_ROWS * width))
-        .for_each_init(Default::default, |memory: &mut [Vec<f32>; 3], (weights, errors)| {
-            let [scaled, compact, change] = memory;
+        .for_each_init(Default::default, |scratch: &mut [Vec<f32>; 3], (weights, errors)| {
+            let [scaled, compact, change] = scratch;
             compact.clear();
             if mode == Propagation::Solve {
                 let stride = product(isa, errors, width, &diagonal, scaled);

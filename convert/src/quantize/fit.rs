@@ -1,4 +1,4 @@
-//! Fitting quantized weights to the layer's output: scales in closed form, and the residual while codes change.
+//! Fits quantized weights to the layer's output: scales in closed form, and the residual while codes change.
 
 use rayon::prelude::*;
 use stb_kernels::Panels;
@@ -6,7 +6,7 @@ use stb_kernels::cuda::{Buffer, GemmSize, MatrixSize, Operand, OperandMut};
 use stb_runtime::Result;
 
 use super::quantizer::Input;
-use crate::compute::{Accelerator, download, fetch_columns, upload};
+use crate::compute::{Accelerator, download, download_columns, upload};
 use crate::products::{TASK_ROWS, product, product_of};
 
 /// A linear layer with its Hessian, on the device if there is one.
@@ -22,9 +22,9 @@ pub(super) struct DeviceHessian<'a> {
 }
 
 /// (W − Q) · H, [rows, cols], while Q changes block by block of columns.
-pub(super) struct Residual<'a> {
+pub(super) struct OutputResidual<'a> {
     fitting: &'a Fitting<'a>,
-    /// Valid from the current block of columns on; with a device, in that block only.
+    /// Valid from the current block of columns on; on a device, in that block only.
     pub values: Vec<f32>,
     device: Option<Buffer<f32>>,
 }
@@ -38,6 +38,8 @@ pub(super) struct DeviceError<'a> {
 }
 
 impl<'a> Fitting<'a> {
+    /// Copies the Hessian to the device, if there is one.
+    ///
     /// # Errors
     /// [`stb_runtime::Error::Device`].
     pub(super) fn new(input: &'a Input<'a>) -> Result<Self> {
@@ -69,18 +71,19 @@ impl<'a> Fitting<'a> {
         download(&out, weights.len())
     }
 
-    /// (W − Q) · H: `target` is W·H, `weights` Q, both [rows, cols]. Blocks are of up to `block` columns.
+    /// The residual (W − Q) · H; `target` is W·H and `weights` Q, both [rows, cols]. The blocks of
+    /// [`OutputResidual::update`] have up to `block` columns.
     pub(super) fn residual(
         &self,
         weights: &[f32],
         target: &[f32],
         block: usize,
-    ) -> Result<Residual<'_>> {
+    ) -> Result<OutputResidual<'_>> {
         let (input, cols) = (self.input, self.input.cols);
         let Some(on) = &self.device else {
             let mut values = self.times_hessian(weights)?;
             values.par_iter_mut().zip(target).for_each(|(r, t)| *r = t - *r);
-            return Ok(Residual { fitting: self, values, device: None });
+            return Ok(OutputResidual { fitting: self, values, device: None });
         };
         let mut layers = on.accelerator.layers();
         let dense = layers.dense();
@@ -96,18 +99,18 @@ impl<'a> Fitting<'a> {
             OperandMut::new(&mut residual, 0, cols),
         )?;
         let mut values = vec![0.0; target.len()];
-        fetch_columns(dense, &residual, &mut values, cols, 0, block.min(cols))?;
-        Ok(Residual { fitting: self, values, device: Some(residual) })
+        download_columns(dense, &residual, &mut values, cols, 0, block.min(cols))?;
+        Ok(OutputResidual { fitting: self, values, device: Some(residual) })
     }
 
-    /// The device, if there is one.
+    /// The Hessian on the device, if there is one.
     pub(super) fn on_device(&self) -> Option<&DeviceHessian<'a>> {
         self.device.as_ref()
     }
 
-    /// The scales that minimize the output error of weights that are `units`, [rows, cols], times a scale for
-    /// every `span` columns of a row: per row the small system (Tᵀ H T) α = Tᵀ H w, T the units by block.
-    /// `target` is W·H. A row whose system is singular keeps its `scales`, [rows, blocks].
+    /// Replaces `scales`, [rows, blocks], by those that minimize the output error of `units`, [rows, cols], times one
+    /// scale per `span` columns of a row. Solves (Tᵀ H T) α = Tᵀ H w for each row, where T has the units of block b in
+    /// column b. `target` is W·H. A row with a singular system keeps its scales.
     pub(super) fn best_scales(
         &self,
         units: &[f32],
@@ -154,21 +157,26 @@ impl<'a> Fitting<'a> {
             systems
                 .par_chunks_mut(TASK_ROWS * blocks * blocks)
                 .zip(units.par_chunks(TASK_ROWS * cols))
-                .for_each_init(Default::default, |memory: &mut [Vec<f32>; 2], (systems, units)| {
-                    let [part, out] = memory;
-                    part.clear();
-                    units.chunks_exact(cols).for_each(|s| part.extend_from_slice(&s[start..end]));
-                    let stride = product(isa, part, width, panels, out);
-                    let rows = systems.chunks_exact_mut(blocks * blocks);
-                    for ((system, units), out) in
-                        rows.zip(units.chunks_exact(cols)).zip(out.chunks_exact(stride))
-                    {
-                        let earlier = units[..end].chunks(span).zip(out[..end].chunks(span));
-                        for (k, (s, p)) in earlier.enumerate() {
-                            system[b * blocks + k] = dot(s, p);
+                .for_each_init(
+                    Default::default,
+                    |scratch: &mut [Vec<f32>; 2], (systems, units)| {
+                        let [part, out] = scratch;
+                        part.clear();
+                        units
+                            .chunks_exact(cols)
+                            .for_each(|s| part.extend_from_slice(&s[start..end]));
+                        let stride = product(isa, part, width, panels, out);
+                        let rows = systems.chunks_exact_mut(blocks * blocks);
+                        for ((system, units), out) in
+                            rows.zip(units.chunks_exact(cols)).zip(out.chunks_exact(stride))
+                        {
+                            let earlier = units[..end].chunks(span).zip(out[..end].chunks(span));
+                            for (k, (s, p)) in earlier.enumerate() {
+                                system[b * blocks + k] = dot(s, p);
+                            }
                         }
-                    }
-                });
+                    },
+                );
         }
         systems
     }
@@ -217,10 +225,10 @@ impl<'a> Fitting<'a> {
     }
 }
 
-impl Residual<'_> {
-    /// Takes in changes of the weights of a block of columns that begins at `from`, [rows, width]; the block itself has
-    /// been updated. What is before the block is not needed any more.
-    pub(super) fn pass_on(&mut self, changes: &[f32], from: usize) -> Result<()> {
+impl OutputResidual<'_> {
+    /// Subtracts the effect of `changes`, [rows, width], of the weights of the block of columns at `from` from all later
+    /// columns. The caller has updated the block itself; earlier columns become invalid.
+    pub(super) fn update(&mut self, changes: &[f32], from: usize) -> Result<()> {
         let (input, cols) = (self.fitting.input, self.fitting.input.cols);
         let width = changes.len() / input.rows.max(1);
         let later = from + width;
@@ -243,7 +251,7 @@ impl Residual<'_> {
                 OperandMut::new(residual, later, cols),
             )?;
             let next = width.min(cols - later);
-            return fetch_columns(dense, residual, &mut self.values, cols, later, next);
+            return download_columns(dense, residual, &mut self.values, cols, later, next);
         }
         let isa = input.compute.isa;
         let mut panels = Panels::default();
@@ -252,9 +260,9 @@ impl Residual<'_> {
         self.values
             .par_chunks_mut(TASK_ROWS * cols)
             .zip(changes.par_chunks(TASK_ROWS * width))
-            .for_each_init(Vec::new, |memory, (residual, changes)| {
-                let stride = product(isa, changes, width, &panels, memory);
-                let rows = residual.chunks_exact_mut(cols).zip(memory.chunks_exact(stride));
+            .for_each_init(Vec::new, |scratch, (residual, changes)| {
+                let stride = product(isa, changes, width, &panels, scratch);
+                let rows = residual.chunks_exact_mut(cols).zip(scratch.chunks_exact(stride));
                 for (residual, product) in rows {
                     for (r, p) in residual[later..].iter_mut().zip(product) {
                         *r -= p;
@@ -266,14 +274,14 @@ impl Residual<'_> {
 }
 
 impl<'a> DeviceError<'a> {
-    /// `values`, [rows, cols], beside H.
+    /// Copies `values`, [rows, cols], to the device.
     pub(super) fn new(on: &'a DeviceHessian<'a>, values: &[f32], cols: usize) -> Result<Self> {
         let rows = values.len() / cols;
         let values = upload(on.accelerator.layers().dense(), values)?;
         Ok(Self { on, values, rows, cols })
     }
 
-    /// Its product with the columns `from..from + width` of H, [rows, width].
+    /// The product (W − Q) · H[:, columns] for the columns `from..from + width`, [rows, width].
     pub(super) fn times_columns(&self, from: usize, width: usize) -> Result<Vec<f32>> {
         let mut layers = self.on.accelerator.layers();
         let dense = layers.dense();
@@ -300,8 +308,8 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-/// Solves a symmetric positive definite system from its lower triangle by Cholesky; false if it is
-/// singular. A trace of damping keeps blocks that are alike apart.
+/// Solves a symmetric positive definite system, given by its lower triangle, by Cholesky factorization; false if it is
+/// singular. Slight damping handles blocks with nearly the same units.
 pub(super) fn solve(system: &mut [f64], right: &mut [f64]) -> bool {
     let n = right.len();
     let trace: f64 = (0..n).map(|i| system[i * n + i]).sum();

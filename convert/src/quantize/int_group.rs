@@ -1,7 +1,7 @@
 //! Integers with a scale per group of columns: rounding (RTN) for embeddings, and rounding or error compensation
 //! (GPTQ) for linear layers.
 //!
-//! IntCodes of any width from 1 to 8 bits are stored exactly, in the narrowest encoding that has them.
+//! Codes of any width from 1 to 8 bits are stored exactly, in the narrowest encoding that holds them.
 
 use std::time::Instant;
 
@@ -18,9 +18,9 @@ use crate::products::TASK_ROWS;
 
 /// Columns whose errors are spread over the rest of the matrix at once.
 const BLOCK: usize = 128;
-/// Rounds of refitting scales and re-choosing codes in what a budget chooses from.
+/// Rounds of refitting scales and re-choosing codes in the candidates of a budget.
 const CANDIDATE_SWEEPS: usize = 4;
-/// Scales tried for a group, as shares of the one that just covers its largest value.
+/// Scales tried for a group, between shares of the scale that just covers its largest value.
 const TRIES: usize = 17;
 
 /// Which integers a group may use.
@@ -37,11 +37,11 @@ pub struct IntGrid {
 /// How a linear layer is quantized to integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IntOptions {
-    /// What is stored.
+    /// The stored encoding.
     pub spec: IntGroup,
     /// The codes.
     pub grid: IntGrid,
-    /// Whether errors are compensated (GPTQ) or each weight is rounded by itself (RTN).
+    /// Whether errors are compensated (GPTQ) or each weight is rounded independently (RTN).
     pub compensate: bool,
     /// With compensation, after it: rounds of refitting all scales and re-choosing all codes against the
     /// layer's output.
@@ -49,14 +49,14 @@ pub struct IntOptions {
 }
 
 impl IntOptions {
-    /// All codes of an encoding, with compensation and `sweeps` rounds behind it.
+    /// All codes of an encoding, with compensation and `sweeps` rounds after it.
     #[must_use]
     pub fn full(spec: IntGroup, sweeps: usize) -> Self {
         let grid = IntGrid { bits: spec.bits(), symmetric: true };
         Self { spec, grid, compensate: true, sweeps }
     }
 
-    /// The options that a budget chooses from.
+    /// The candidates of a budget.
     pub(crate) fn candidates() -> impl Iterator<Item = Self> {
         let sweeps = |spec: IntGroup| if spec.bits() < 8 { CANDIDATE_SWEEPS } else { 0 };
         candidate_encodings().map(move |spec| Self::full(spec, sweeps(spec)))
@@ -68,7 +68,7 @@ impl IntOptions {
         let stored = match grid {
             IntGrid { bits: bits @ (1..=4 | 8), symmetric: true } => bits,
             IntGrid { bits: 5..=7, symmetric: true } => 8,
-            // IntCodes less a zero point between 0 and the highest need one bit more for their sign.
+            // Codes minus a zero point in their range need one more bit for the sign.
             IntGrid { bits: 1..=3, symmetric: false } => 4,
             IntGrid { bits: 4..=7, symmetric: false } => 8,
             _ => return None,
@@ -93,7 +93,7 @@ impl LinearQuantizer for IntOptions {
     }
 
     fn distill_memory(&self, rows: u64, cols: u64) -> u64 {
-        // Codes of 8 bits; scales four times.
+        // Codes of 8 bits; scales as binary16, initial value, logarithm and two moments.
         rows * cols + rows * cols * 18 / self.spec.group() as u64
     }
 
@@ -112,14 +112,14 @@ pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packe
     round_to(weights, rows, cols, &IntOptions { compensate: false, ..IntOptions::full(spec, 0) })
 }
 
-/// The encodings that a budget chooses from.
+/// The candidate encodings of a budget.
 pub(crate) fn candidate_encodings() -> impl Iterator<Item = IntGroup> {
     let all =
         [(1, 128), (2, 128), (2, 64), (3, 128), (3, 64), (4, 128), (4, 32), (8, 128), (8, 32)];
     all.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group))
 }
 
-/// Bytes of codes, scales and gradients of a rounded matrix of so many weights while the model is distilled.
+/// Bytes of codes, scales and gradients of a rounded matrix of `weights` weights during distillation.
 pub(crate) fn rounded_distill_memory(spec: IntGroup, weights: u64) -> u64 {
     weights * 6 + weights * 18 / spec.group() as u64
 }
@@ -183,7 +183,7 @@ fn compensate(input: &Input<'_>, options: &IntOptions) -> Result<Packed> {
                     errors[col - from] -= value;
                 }
             });
-        compensation.pass(&mut weights, &errors, from, width, spec.group())?;
+        compensation.spread(&mut weights, &errors, from, width, spec.group())?;
     }
     let mut parts = IntGroupParts { spec, rows, cols, codes, scales };
     if options.sweeps > 0 {
@@ -213,8 +213,8 @@ fn refit(fitting: &Fitting<'_>, parts: &mut IntGroupParts, target: &[f32]) -> Re
     Ok(())
 }
 
-/// Coordinate descent: each code in turn becomes the one that minimizes the output error with all others
-/// as they are. `target` is W·H.
+/// Coordinate descent: sets each code in turn to the one that minimizes the output error with all others fixed.
+/// `target` is W·H.
 fn sweep(
     input: &Input<'_>,
     fitting: &Fitting<'_>,
@@ -261,7 +261,7 @@ fn sweep(
                     }
                 }
             });
-        residual.pass_on(&changes, from)?;
+        residual.update(&changes, from)?;
     }
     Ok(())
 }
@@ -279,15 +279,15 @@ fn pack(parts: IntGroupParts, clock: Instant) -> Packed {
 struct IntCodes {
     low: f32,
     high: f32,
-    /// Only every second: low, low + 2, …
+    /// Whether only every second code is allowed: low, low + 2, …
     odd: bool,
-    /// The smallest scale tried, as a share of the covering one: with few codes, large values are best
-    /// clipped, the more the fewer there are.
+    /// The smallest scale tried, as a share of the covering scale. The fewer codes there are, the more clipping of
+    /// large values helps.
     least: f32,
 }
 
 impl IntCodes {
-    /// Those of a symmetric grid.
+    /// The codes of a symmetric grid.
     fn around_zero(options: &IntOptions) -> Self {
         let IntOptions { spec, grid, .. } = options;
         let least =
@@ -313,7 +313,7 @@ impl IntCodes {
     }
 }
 
-/// The values that weights of a group can take: whole multiples of a scale.
+/// The values that weights of a group can take: integer multiples of a scale.
 #[derive(Clone, Copy, Debug)]
 struct IntLevels {
     scale: f16,
@@ -341,9 +341,9 @@ impl IntLevels {
     }
 }
 
-/// The binary16 scale with the least squared error, of those tried. All integers: the largest value
-/// takes the lowest code, which has one step more than the highest, so the scale may be negative.
-/// Odd integers are symmetric.
+/// The binary16 scale with the least squared error of those tried. With all integers, the largest value takes the
+/// lowest or the highest code; the lowest has the larger magnitude, so the scale may be negative. Odd integers are
+/// symmetric.
 fn best_scale(values: &[f32], codes: IntCodes) -> f16 {
     let largest = values.iter().copied().fold(0.0f32, |m, v| if v.abs() > m.abs() { v } else { m });
     if largest == 0.0 {
@@ -363,7 +363,7 @@ fn best_scale(values: &[f32], codes: IntCodes) -> f16 {
         }
     };
     for i in 0..TRIES {
-        // From 1.05 of the covering scale down.
+        // Descending from 1.05 of the covering scale.
         let share = 1.05 - (1.05 - codes.least) * i as f32 / (TRIES - 1) as f32;
         if codes.odd {
             try_scale(largest.abs() / codes.high * share);
@@ -373,7 +373,7 @@ fn best_scale(values: &[f32], codes: IntCodes) -> f16 {
         }
     }
     if codes.odd {
-        // The best scale for the codes that the best one so far gives.
+        // Refit: the least-squares scale for the codes of the best scale so far.
         let scale = best.1.to_f32();
         let pairs = values.iter().map(|v| (v, f32::from(codes.nearest(*v, scale))));
         let (vc, cc) = pairs.fold((0.0, 0.0), |(vc, cc), (v, c)| (vc + v * c, cc + c * c));
@@ -408,7 +408,7 @@ mod tests {
         }
     }
 
-    /// IntCodes of every width and kind fit the encoding that is chosen for them.
+    /// Codes of every width and kind fit the encoding that is chosen for them.
     #[test]
     fn narrow_codes_are_stored_exactly() {
         let cols = 96;
@@ -461,7 +461,7 @@ mod tests {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 40) as f64 / (1u64 << 24) as f64
         };
-        // Box and Muller's way.
+        // The Box-Muller transform.
         let mut normal =
             || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
         let normal: Vec<f32> = (0..256 * 128).map(|_| normal() as f32).collect();
@@ -476,7 +476,7 @@ mod tests {
         }
     }
 
-    /// Inputs that go with one another: rounds behind compensation bring the output closer.
+    /// With correlated inputs, sweeps after compensation lower the output error.
     #[test]
     fn sweeps_lower_the_error_of_the_output() {
         let (rows, cols, tokens) = (9, 150, 400);

@@ -1,4 +1,4 @@
-//! The methods for linear layers: the one list of them.
+//! The list of methods for linear layers.
 
 use super::int_group::IntOptions;
 use super::nm::NmOptions;
@@ -20,7 +20,7 @@ pub enum Method {
 }
 
 impl Method {
-    /// What the method does and costs.
+    /// The quantizer with its options.
     #[must_use]
     pub fn quantizer(&self) -> &dyn LinearQuantizer {
         match self {
@@ -31,7 +31,7 @@ impl Method {
         }
     }
 
-    /// The same, to change options that all methods may have.
+    /// The quantizer, to change options that methods share.
     pub fn quantizer_mut(&mut self) -> &mut dyn LinearQuantizer {
         match self {
             Self::Stbllm(options) => options,
@@ -41,7 +41,7 @@ impl Method {
         }
     }
 
-    /// The methods that a budget chooses from.
+    /// The candidate methods of a budget.
     pub(crate) fn candidates() -> impl Iterator<Item = Self> {
         IntOptions::candidates().map(Self::Int).chain(NmOptions::candidates().map(Self::Nm))
     }

@@ -1,6 +1,6 @@
-//! Which weights matter: scores that decide what an N:M mask keeps.
+//! Importance scores, which decide the weights that an N:M mask keeps.
 
-/// An importance metric. All scores are compared within a group of M weights of one row.
+/// An importance metric. Scores are compared within a group of M weights of one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metric {
     /// "Standardized Importance" as in the paper's published code: relative importance
@@ -16,7 +16,7 @@ pub enum Metric {
     Sparsegpt,
 }
 
-/// A metric with what it needs of the whole matrix.
+/// A metric with its sums over the whole matrix.
 #[derive(Clone, Debug)]
 pub struct Scorer {
     metric: Metric,
@@ -24,7 +24,7 @@ pub struct Scorer {
     columns: Vec<f32>,
     /// 1 / Σ_j |w_ij| per row.
     rows: Vec<f32>,
-    /// ‖x_j‖ per column to the power the metric asks for.
+    /// ‖x_j‖ per column, or its root, by the metric.
     norms: Vec<f32>,
     /// Mean and standard deviation of the relative importance.
     mean: f32,
@@ -32,9 +32,8 @@ pub struct Scorer {
 }
 
 impl Scorer {
-    /// Prepares `metric` for a layer with `weights`, [rows, cols]; sums are over the full matrix as
-    /// given. `norms` are the norms of the inputs, `importance` is [`Factor::importance`], which
-    /// only [`Metric::Sparsegpt`] looks at.
+    /// Prepares `metric` for a layer with `weights`, [rows, cols]. `norms` are the norms of the inputs; `importance` is
+    /// [`Factor::importance`], which only [`Metric::Sparsegpt`] uses.
     ///
     /// [`Factor::importance`]: crate::hessian::Factor::importance
     #[must_use]
@@ -73,6 +72,7 @@ impl Scorer {
         scorer
     }
 
+    /// Computes mean and standard deviation of the relative importance.
     fn standardize(&mut self, weights: &[f32]) {
         let (mut sum, mut squares) = (0f64, 0f64);
         for (r, row) in weights.chunks_exact(self.norms.len()).enumerate() {
@@ -92,7 +92,7 @@ impl Scorer {
         w.abs() * self.columns[col] + w.abs() * self.rows[row]
     }
 
-    /// The score of value `w` at a place; higher is kept.
+    /// The score of the weight `w` at row and column; higher scores are kept.
     #[must_use]
     pub fn score(&self, row: usize, col: usize, w: f32) -> f32 {
         match self.metric {
@@ -106,8 +106,8 @@ impl Scorer {
         }
     }
 
-    /// Marks the `keep` best of a group of at most 8 values that starts at `col`; ties go to the
-    /// lower column.
+    /// Sets `mask` to the `keep` best of a group of at most 8 values that starts at `col`; ties go to the lower
+    /// column.
     pub fn select(&self, row: usize, col: usize, values: &[f32], keep: usize, mask: &mut [bool]) {
         let mut scores = [0.0f32; 8];
         for (k, w) in values.iter().enumerate() {
@@ -128,7 +128,7 @@ impl Scorer {
     }
 }
 
-/// 1/x, and zero for an empty row or column: its weights are all zero.
+/// 1/x; zero for x = 0, the sum of a row or column of zeros.
 fn inverse(x: f64) -> f32 {
     if x > 0.0 { (1.0 / x) as f32 } else { 0.0 }
 }

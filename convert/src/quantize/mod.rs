@@ -1,4 +1,4 @@
-//! From a dense weight matrix and the Hessian of its inputs to packed weights.
+//! Quantizers: from a dense weight matrix and the Hessian of its inputs to packed weights.
 //!
 //! Each method has a file with its options, which implement [`LinearQuantizer`]; [`Method`] lists them.
 

@@ -14,14 +14,14 @@ use super::fit::Fitting;
 use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
 use crate::products::TASK_ROWS;
 
-/// NmOptions of the quantizer.
+/// Options of the N:M quantizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NmOptions {
     /// Code, scale block and scale bits.
     pub spec: Nm,
     /// Rounds of re-choosing all codes and refitting all scales.
     pub sweeps: usize,
-    /// Whether scales are fitted to the layer's output; else they stay what was first estimated.
+    /// Whether scales are fitted to the layer's output; otherwise the first estimate is kept.
     pub refit: bool,
 }
 
@@ -39,17 +39,17 @@ struct NmFit<'a> {
     span: usize,
     /// [rows, groups].
     codes: Vec<u16>,
-    /// [rows, blocks]: the scales as stored, so that choices see their rounding.
+    /// [rows, blocks]: the scales as stored, so that codes are chosen with rounded scales.
     scales: Vec<f32>,
     row_scales: Vec<f16>,
     block_codes: Vec<u8>,
 }
 
-/// Columns per scale in what a budget chooses from.
+/// Columns per scale in the candidates of a budget.
 const CANDIDATE_BLOCK: u16 = 128;
 
 impl NmOptions {
-    /// The options that a budget chooses from.
+    /// The candidates of a budget.
     pub(crate) fn candidates() -> impl Iterator<Item = Self> {
         let all = [(1, 8), (1, 4), (2, 8), (2, 4)];
         let all = all.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, CANDIDATE_BLOCK, false));
@@ -63,7 +63,7 @@ impl LinearQuantizer for NmOptions {
     }
 
     fn distill_memory(&self, rows: u64, cols: u64) -> u64 {
-        // Codes of 16 bits; scales four times.
+        // Codes of 16 bits; scales as initial value, logarithm and two moments.
         let block = if self.spec.block() == 0 { cols } else { self.spec.block() as u64 };
         rows * cols * 2 / self.spec.m() as u64 + rows * cols * 16 / block.max(1)
     }
@@ -120,8 +120,8 @@ fn quantize(input: &Input<'_>, options: &NmOptions) -> Result<Packed> {
 }
 
 impl NmFit<'_> {
-    /// First codes and scales: block by block, group by group, each group taking the positions
-    /// with the largest gain, its error spread over the columns still to come.
+    /// The first codes and scales, block by block and group by group: keeps the positions with the largest gain of
+    /// each group and spreads its error over the later columns.
     fn choose_with_compensation(&mut self) -> Result<()> {
         let (input, spec, span) = (self.input, self.spec, self.span);
         let (groups, blocks) = (self.groups, self.blocks);
@@ -130,7 +130,7 @@ impl NmFit<'_> {
         let mut weights = input.weights.to_vec();
         let mode = Propagation::Solve;
         let mut compensation = Compensation::new(input.compute, &weights, input.factor, mode)?;
-        // Scales are estimated from whole blocks of theirs, which may begin with the last column.
+        // A scale is estimated from its whole block, which may begin with the last of these columns.
         let ahead = if span < cols { BLOCK + span } else { BLOCK };
         for from in (0..cols).step_by(BLOCK) {
             let width = BLOCK.min(cols - from);
@@ -152,7 +152,7 @@ impl NmFit<'_> {
                         }
                         let scale = scales[start / span];
                         let h = &importance[start..end];
-                        let code = best_by_gain(&row[start..end], h, scale, spec);
+                        let code = code_of_largest_gain(&row[start..end], h, scale, spec);
                         codes[start / spec.m()] = code;
                         let mut error = [0.0f32; 8];
                         for (e, w) in error.iter_mut().zip(&row[start..end]) {
@@ -180,13 +180,13 @@ impl NmFit<'_> {
                         }
                     }
                 });
-            compensation.pass(&mut weights, &errors, from, width, ahead)?;
+            compensation.spread(&mut weights, &errors, from, width, ahead)?;
         }
         self.store_scales();
         Ok(())
     }
 
-    /// Signs of the kept weights of a row, zero elsewhere.
+    /// Writes the signs of the kept weights of a row to `out`, zero elsewhere.
     fn signs(&self, row: usize, out: &mut [f32]) {
         out.fill(0.0);
         let codes = &self.codes[row * self.groups..(row + 1) * self.groups];
@@ -199,7 +199,7 @@ impl NmFit<'_> {
         }
     }
 
-    /// All stored weights, [rows, cols].
+    /// The weights as stored, [rows, cols].
     fn weights(&self) -> Vec<f32> {
         let cols = self.input.cols;
         let mut out = vec![0.0; self.input.rows * cols];
@@ -224,7 +224,7 @@ impl NmFit<'_> {
         Ok(())
     }
 
-    /// Rounds the scales to what the file stores.
+    /// Rounds the scales to values that the file can store.
     fn store_scales(&mut self) {
         let (blocks, bits) = (self.blocks, self.spec.scale_bits());
         self.block_codes.resize(self.scales.len(), 0);
@@ -237,8 +237,8 @@ impl NmFit<'_> {
             });
     }
 
-    /// Coordinate descent: each group in turn takes the code that minimizes the output error with
-    /// all other groups as they are. `target` is W·H.
+    /// Coordinate descent: sets the code of each group in turn to the one that minimizes the output error with all
+    /// other groups fixed. `target` is W·H.
     fn sweep(&mut self, target: &[f32]) -> Result<()> {
         let (rows, cols) = (self.input.rows, self.input.cols);
         let h = self.input.hessian.matrix();
@@ -247,7 +247,7 @@ impl NmFit<'_> {
         let (groups, blocks, span, spec) = (self.groups, self.blocks, self.span, self.spec);
         for from in (0..cols).step_by(BLOCK) {
             let width = BLOCK.min(cols - from);
-            let choices: Vec<GroupSearch> = (from..from + width)
+            let searches: Vec<GroupSearch> = (from..from + width)
                 .step_by(spec.m())
                 .map(|start| GroupSearch::new(spec, h, cols, start))
                 .collect();
@@ -260,12 +260,12 @@ impl NmFit<'_> {
                 .zip(changes.par_chunks_exact_mut(width))
                 .with_min_len(TASK_ROWS)
                 .for_each(|(((residual, codes), scales), changes)| {
-                    for (choice, start) in choices.iter().zip((from..).step_by(spec.m())) {
+                    for (search, start) in searches.iter().zip((from..).step_by(spec.m())) {
                         let code = &mut codes[start / spec.m()];
                         let scale = scales[start / span];
-                        let end = start + choice.width;
-                        let change = choice.improve(code, scale, &residual[start..end]);
-                        for (i, c) in change.iter().enumerate().take(choice.width) {
+                        let end = start + search.width;
+                        let change = search.improve(code, scale, &residual[start..end]);
+                        for (i, c) in change.iter().enumerate().take(search.width) {
                             changes[start - from + i] = *c;
                             if *c != 0.0 {
                                 let line = &h[(start + i) * cols..][from..from + width];
@@ -276,14 +276,14 @@ impl NmFit<'_> {
                         }
                     }
                 });
-            residual.pass_on(&changes, from)?;
+            residual.update(&changes, from)?;
         }
         Ok(())
     }
 }
 
-/// Rounds the block scales of a row to what the file stores; returns the row's scale. `codes` are those
-/// of the blocks.
+/// Rounds the block scales of a row to values that the file can store, and writes their codes to `codes`. Returns the
+/// row's scale.
 pub(crate) fn round_scales(scales: &mut [f32], codes: &mut [u8], bits: u8) -> f16 {
     let largest = scales.iter().copied().fold(0.0, f32::max);
     let row_scale = f16::from_f32(largest);
@@ -302,17 +302,17 @@ pub(crate) fn round_scales(scales: &mut [f32], codes: &mut [u8], bits: u8) -> f1
     row_scale
 }
 
-/// Kept positions and whether they are negative.
+/// Kept positions and whether their signs are negative.
 type NmPattern = [Option<(usize, bool)>; 2];
 
-/// Finds the best code of one group of columns. All rows share it.
+/// Finds the best code of one group of columns; shared by all rows.
 struct GroupSearch {
     spec: Nm,
     /// Columns of the group.
     width: usize,
     /// H of the group, [8, 8].
     h: [[f32; 8]; 8],
-    /// Codes with their patterns and sᵀHs. Opposite codes share one entry.
+    /// Codes with their patterns s and sᵀHs; a code and its negative share one entry.
     codes: Vec<(u16, NmPattern, f32)>,
 }
 
@@ -325,7 +325,7 @@ impl GroupSearch {
                 h[i][j] = hessian[(start + i) * cols + start + j];
             }
         }
-        // Codes with a positive sign; the negative one only turns the linear term around.
+        // Codes with a positive first sign; the negative of a code only flips the linear term.
         let half = 1u16 << (spec.code_bits() - 1);
         let entry = |code: u16| {
             let pattern = spec.pattern(code);
@@ -351,11 +351,11 @@ impl GroupSearch {
             present[position] = if negative { -scale } else { scale };
         }
         // The target of the group: the residual without the group's own contribution.
-        let mut wanted = [0.0f32; 8];
+        let mut target = [0.0f32; 8];
         for i in 0..self.width {
-            wanted[i] = residual[i];
+            target[i] = residual[i];
             for j in 0..self.width {
-                wanted[i] += present[j] * self.h[j][i];
+                target[i] += present[j] * self.h[j][i];
             }
         }
         let mut best = (f32::INFINITY, *code);
@@ -363,7 +363,7 @@ impl GroupSearch {
         for (candidate, pattern, quadratic) in &self.codes {
             let mut linear = 0.0;
             for (position, negative) in pattern.iter().flatten() {
-                linear += if *negative { -wanted[*position] } else { wanted[*position] };
+                linear += if *negative { -target[*position] } else { target[*position] };
             }
             let cost = scale * (scale * quadratic - 2.0 * linear.abs());
             if cost < best.0 {
@@ -400,7 +400,7 @@ fn mean_of_largest(block: &[f32], spec: Nm) -> f32 {
 }
 
 /// The code whose kept positions gain most: h (2|w|s − s²) for keeping w at scale s.
-fn best_by_gain(group: &[f32], importance: &[f32], scale: f32, spec: Nm) -> u16 {
+fn code_of_largest_gain(group: &[f32], importance: &[f32], scale: f32, spec: Nm) -> u16 {
     let gain = |k: usize| importance[k] * (2.0 * group[k].abs() - scale);
     let mut best: [Option<usize>; 2] = [None, None];
     for k in 0..group.len() {

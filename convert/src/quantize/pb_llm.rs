@@ -1,5 +1,5 @@
-//! Partial binarization (PB-LLM): a share of single weights keeps several bits, the others become a
-//! sign and a scale; columns are quantized one after another with error compensation.
+//! Partial binarization (PB-LLM): a share of the weights, chosen one by one, keeps several bits; the others become a
+//! sign and a scale. Columns are quantized one after another with error compensation.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
 use super::search::Salient;
 use crate::products::TASK_ROWS;
 
-/// PbLlmOptions of the quantizer.
+/// Options of the PB-LLM quantizer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PbLlmOptions {
     /// Share of the weights of a matrix that are salient.
@@ -33,7 +33,7 @@ impl LinearQuantizer for PbLlmOptions {
 
     fn note(&self) -> Option<String> {
         Some(
-            "no encoding mixes bits within a row: the weights are stored as 16-bit numbers; the \
+            "no encoding mixes bits within a row: the weights are stored as binary16; the \
              file is for comparison, its size means nothing"
                 .into(),
         )
@@ -42,7 +42,7 @@ impl LinearQuantizer for PbLlmOptions {
     fn quantize(&self, input: &Input<'_>, _: Option<&Pruned>) -> Result<Packed> {
         let mut seconds = Seconds::default();
         let clock = Instant::now();
-        let salient = salient(input, self);
+        let salient = salient_weights(input, self);
         seconds.search = clock.elapsed().as_secs_f64();
         let clock = Instant::now();
         let values = compensate(input, self, &salient)?;
@@ -55,8 +55,8 @@ impl LinearQuantizer for PbLlmOptions {
     }
 }
 
-/// The weights with the largest scores of the whole matrix.
-fn salient(input: &Input<'_>, options: &PbLlmOptions) -> Vec<bool> {
+/// Marks the weights with the largest scores of the whole matrix.
+fn salient_weights(input: &Input<'_>, options: &PbLlmOptions) -> Vec<bool> {
     let importance = input.factor.importance();
     let score = |(i, w): (usize, &f32)| match options.salient {
         Salient::Hessian => w * w * importance[i % input.cols],
@@ -102,7 +102,7 @@ fn compensate(input: &Input<'_>, options: &PbLlmOptions, salient: &[bool]) -> Re
                     errors[col - from] -= value;
                 }
             });
-        compensation.pass(&mut weights, &errors, from, width, span)?;
+        compensation.spread(&mut weights, &errors, from, width, span)?;
     }
     Ok(values)
 }
@@ -111,9 +111,11 @@ fn compensate(input: &Input<'_>, options: &PbLlmOptions, salient: &[bool]) -> Re
 struct PbLlmLevels {
     /// Magnitude of the weights that are not salient: their mean.
     scale: f32,
-    /// Salient weights: lowest value, step and number of steps.
+    /// The lowest value of salient weights.
     lowest: f32,
+    /// The distance between values of salient weights.
     step: f32,
+    /// The number of values of salient weights minus one.
     steps: f32,
 }
 

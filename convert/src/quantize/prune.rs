@@ -1,5 +1,5 @@
-//! The pruning pass: N:8 masks chosen on compensated weights, and each removed weight's effect
-//! spread over the columns that are still to come (SparseGPT), with any metric for the choice.
+//! The pruning pass (SparseGPT): chooses N:8 masks on compensated weights by any metric, and spreads the error of each
+//! removed weight over the later columns.
 
 use std::ops::Range;
 
@@ -45,13 +45,13 @@ pub fn prune_with_compensation(
                     let before = row[from..from + width].to_vec();
                     let at = task * TASK_ROWS + i;
                     prune_block(input, scorer, &kept, at, from..from + width, row, mask);
-                    // W − Q with W as the block found it: the exchange below is exact for that.
+                    // W − Q with W before the pruning of this block, as `spread` expects.
                     for ((e, b), w) in errors.iter_mut().zip(&before).zip(&row[from..]) {
                         *e = b - w;
                     }
                 }
             });
-        compensation.pass(&mut weights, &errors, from, width, BLOCK)?;
+        compensation.spread(&mut weights, &errors, from, width, BLOCK)?;
     }
     Ok(Pruned { weights, mask })
 }
@@ -86,7 +86,7 @@ fn prune_block(
     }
 }
 
-/// Masks the weights as they are, without compensation.
+/// Masks the weights without compensation.
 #[must_use]
 pub fn prune_plain(
     input: &Input<'_>,

@@ -5,13 +5,13 @@ use rayon::prelude::*;
 /// Buckets of the histogram: magnitudes by exponent and 8 bits of the fraction.
 const BUCKETS: usize = 1 << 16;
 
-/// The bucket of a magnitude. Without a sign, numbers are ordered as their bits are.
+/// The bucket of a magnitude, given its bits: nonnegative floats have the order of their bits.
 fn bucket(bits: u32) -> usize {
     (bits << 1 >> 16) as usize
 }
 
-/// The quantiles `at` (0 to 1, ascending) of the values of all parts, which are not negative: linear
-/// between order statistics, as NumPy's default. `None` if there are no values.
+/// The quantiles `at` (0 to 1, ascending) of the nonnegative values of all parts, interpolated linearly between order
+/// statistics as NumPy does by default. `None` if there are no values.
 #[must_use]
 pub fn quantiles(parts: &[Vec<f32>], at: &[f64]) -> Option<Vec<f64>> {
     let last = parts.iter().map(Vec::len).sum::<usize>().checked_sub(1)?;
@@ -28,7 +28,7 @@ pub fn quantiles(parts: &[Vec<f32>], at: &[f64]) -> Option<Vec<f64>> {
     Some(at.iter().zip(found.as_chunks().0).map(between).collect())
 }
 
-/// The values of these ranks: only the buckets that hold one are sorted.
+/// The values of the given ranks. Sorts only the buckets that contain them.
 fn order_statistics(parts: &[Vec<f32>], ranks: &[usize]) -> Vec<f32> {
     let count = |mut counts: Vec<usize>, part: &Vec<f32>| {
         part.iter().for_each(|v| counts[bucket(v.to_bits())] += 1);
@@ -41,16 +41,16 @@ fn order_statistics(parts: &[Vec<f32>], ranks: &[usize]) -> Vec<f32> {
     };
     let mut below: Vec<usize> =
         parts.par_iter().with_min_len(16).fold(zeros, count).reduce(zeros, add);
-    // From counts to running sums: how many values are in lower buckets.
+    // From counts to running sums: the number of values in lower buckets.
     let mut sum = 0;
     for count in &mut below {
         (sum, *count) = (sum + *count, sum);
     }
     let bucket_of = |rank: usize| below.partition_point(|b| *b <= rank) - 1;
-    let mut wanted = vec![false; BUCKETS];
-    ranks.iter().for_each(|rank| wanted[bucket_of(*rank)] = true);
+    let mut selected = vec![false; BUCKETS];
+    ranks.iter().for_each(|rank| selected[bucket_of(*rank)] = true);
     let inside = |part: &Vec<f32>| -> Vec<u32> {
-        part.iter().map(|v| v.to_bits()).filter(|bits| wanted[bucket(*bits)]).collect()
+        part.iter().map(|v| v.to_bits()).filter(|bits| selected[bucket(*bits)]).collect()
     };
     let mut sorted = parts.par_iter().map(inside).collect::<Vec<_>>().concat();
     sorted.par_sort_unstable();

@@ -1,4 +1,4 @@
-//! What all quantizers of linear layers share: their input, their result, and the trait that each of them implements.
+//! The interface of quantizers of linear layers: their input, their result, and the trait that they implement.
 
 use rayon::prelude::*;
 use stb_format::Encoding;
@@ -8,14 +8,14 @@ use super::kept::KeptByLayer;
 use crate::compute::Compute;
 use crate::hessian::{Factor, Hessian};
 
-/// A method that quantizes linear layers, with its options. This is all that the rest of the program knows of a
-/// method.
+/// A method that quantizes linear layers, with its options. The rest of the program uses methods only through this
+/// trait.
 pub trait LinearQuantizer {
     /// The encoding that is written.
     fn encoding(&self) -> Encoding;
 
-    /// How the file falls short of the method, if it does: no encoding of the format holds the values, so that the
-    /// size says nothing about the method.
+    /// A limitation of the file, if the format has no encoding for the method's values, so that the size says nothing
+    /// about the method.
     fn note(&self) -> Option<String> {
         None
     }
@@ -25,7 +25,7 @@ pub trait LinearQuantizer {
         false
     }
 
-    /// That pruning pass for one linear layer; `None` for methods without one.
+    /// The pruning pass for one linear layer; `None` for methods without one.
     ///
     /// # Errors
     /// [`stb_runtime::Error::Device`].
@@ -34,17 +34,17 @@ pub trait LinearQuantizer {
         Ok(None)
     }
 
-    /// The N of N:8 that the paper's bit count is made of; `None` for what is not of the paper's structure.
+    /// The N of N:8 in the paper's bit count; `None` for methods without the paper's structure.
     fn nominal_kept(&self) -> Option<usize> {
         None
     }
 
-    /// How many weights of each 8 are kept, for methods that may keep another number in each decoder layer.
+    /// The number of weights kept of each 8, for methods that can keep a different number in each decoder layer.
     fn kept_by_layer(&self) -> Option<KeptByLayer> {
         None
     }
 
-    /// Keeps `n` weights of each 8 from now on. Returns whether the method can.
+    /// Sets the number of weights kept of each 8. Returns false if the method does not support it.
     fn keep_of_8(&mut self, n: u8) -> bool {
         let _ = n;
         false
@@ -56,21 +56,21 @@ pub trait LinearQuantizer {
         0
     }
 
-    /// Bytes of the unpacked codes and moving scales of a matrix [rows, cols] while the model is distilled; 0 for
-    /// methods whose scales do not move.
+    /// Bytes of the unpacked codes and trained scales of a matrix, [rows, cols], during distillation; 0 for methods
+    /// without scales to train.
     fn distill_memory(&self, rows: u64, cols: u64) -> u64 {
         let _ = (rows, cols);
         0
     }
 
-    /// Quantizes one linear layer. `pruned` is its pruned form where [`LinearQuantizer::prunes_first`].
+    /// Quantizes one linear layer. `pruned` is the result of the pruning pass if [`LinearQuantizer::prunes_first`].
     ///
     /// # Errors
     /// [`stb_runtime::Error::Device`].
     fn quantize(&self, input: &Input<'_>, pruned: Option<&Pruned>) -> Result<Packed>;
 }
 
-/// An upper estimate of the bytes that quantizing a matrix of so many weights takes, beside the Hessian and its factors.
+/// An upper estimate of the bytes needed to quantize a matrix of `weights` weights, besides the Hessian and its factors.
 #[must_use]
 pub fn memory(weights: u64) -> u64 {
     weights * 36
@@ -79,16 +79,16 @@ pub fn memory(weights: u64) -> u64 {
 /// Pruned weights with their mask, both [rows, cols].
 #[derive(Clone, Debug)]
 pub struct Pruned {
-    /// Exactly zero where not kept; compensated if the method does.
+    /// Zero where not kept; compensated if the method compensates.
     pub weights: Vec<f32>,
-    /// Kept weights.
+    /// True for kept weights.
     pub mask: Vec<bool>,
 }
 
-/// A linear layer on its way to packed weights.
+/// A linear layer to quantize.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
-    /// Where products are computed.
+    /// The processor that computes large products.
     pub compute: Compute<'a>,
     /// [rows, cols], row-major.
     pub weights: &'a [f32],
@@ -98,7 +98,7 @@ pub struct Input<'a> {
     pub cols: usize,
     /// The damped Hessian of the inputs.
     pub hessian: &'a Hessian,
-    /// Its factors.
+    /// The factors of the Hessian.
     pub factor: &'a Factor,
     /// Norms of the input features without damping: sqrt(diag H / 2).
     pub norms: &'a [f32],
@@ -107,26 +107,26 @@ pub struct Input<'a> {
 /// Packed weights.
 #[derive(Clone, Debug)]
 pub struct Packed {
-    /// How they are stored.
+    /// Their encoding.
     pub encoding: Encoding,
     /// The stored bytes.
     pub payload: Vec<u8>,
-    /// Share of columns (PB-LLM: of weights) that are salient, where the method has any.
+    /// Share of salient columns (PB-LLM: weights); `None` for methods without salience.
     pub salient: Option<f64>,
-    /// Where the time went.
+    /// The time of each step.
     pub seconds: Seconds,
 }
 
 /// Wall-clock seconds per step of a quantizer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Seconds {
-    /// Choosing masks, compensation of pruned weights included.
+    /// Choosing masks, including compensation of pruned weights.
     pub prune: f64,
     /// Searching salient columns and thresholds.
     pub search: f64,
     /// Scales, codes and values.
     pub quantize: f64,
-    /// Passing errors on to later blocks.
+    /// Spreading errors over later blocks.
     pub propagate: f64,
     /// Refitting scales and codes after the block loop.
     pub refit: f64,
@@ -135,7 +135,7 @@ pub struct Seconds {
 }
 
 impl Seconds {
-    /// Adds those of another tensor.
+    /// Adds the times of another tensor.
     pub fn add(&mut self, other: &Self) {
         self.prune += other.prune;
         self.search += other.search;
@@ -146,7 +146,7 @@ impl Seconds {
     }
 }
 
-/// The error of a layer's output that `quantized` causes, relative to the output itself:
+/// The squared error of a layer's output with the weights `quantized`, relative to the squared output:
 /// tr(ΔW H ΔWᵀ) / tr(W H Wᵀ).
 ///
 /// # Errors
@@ -161,10 +161,10 @@ pub fn relative_error(input: &Input<'_>, quantized: &[f32]) -> Result<f64> {
     Ok(if output > 0.0 { energy(&difference)? / output } else { 0.0 })
 }
 
-/// The weights that `packed` stands for, [rows, cols].
+/// Decodes packed weights, [rows, cols].
 pub(crate) fn decode(packed: &Packed, rows: usize, cols: usize) -> Vec<f32> {
     let view = packed.encoding.view(rows as u64, cols as u64, &packed.payload);
-    let view = view.expect("a payload that was packed for this shape");
+    let view = view.expect("a payload packed for this shape");
     let mut out = vec![0.0; rows * cols];
     out.par_chunks_exact_mut(cols).enumerate().for_each(|(r, row)| view.decode_row(r, row));
     out

@@ -1,12 +1,11 @@
-//! After the block loop: scales that minimize the error of the layer's output in closed form, then codes again, in
-//! turn.
+//! The refit after the block loop: alternates between scales that minimize the error of the layer's output in closed
+//! form and re-choosing codes.
 //!
-//! Both go block by block, with everything outside the block as it is. With D = W − Q, a block needs
-//! its columns of D·H (one product), and from there on only the diagonal block of H: for one row,
-//! the scales change by δ with (Bᵀ H_bb B) δ = Bᵀ (D·H)_b, where B has a column for each set (three
-//! regions, the salient set, its residual); then each weight in turn takes the best code. One round
-//! over all blocks costs one product W·H. Solving for the scales of all blocks of a row at once costs five times
-//! that and is no better.
+//! Both run block by block with everything outside the block fixed. With D = W − Q, a block needs its columns of D·H
+//! (one product) and the diagonal block of H. For one row, the scales change by δ with
+//! (Bᵀ H_bb B) δ = Bᵀ (D·H)_b, where B has a column for each set (three regions, the salient set, its residual); then
+//! each weight in turn takes the best code. One round over all blocks costs one product W·H. Solving for the scales of
+//! all blocks of a row at once costs five times as much and is no better.
 
 use rayon::prelude::*;
 use stb_format::encoding::StbllmParts;
@@ -21,8 +20,8 @@ use crate::products::{TASK_ROWS, product};
 /// Sets per block: three regions, the salient set, its residual.
 const SETS: usize = 5;
 
-/// Bytes that a refit of rows of `cols` columns takes, beside the layer itself: H again, as
-/// operands of products, and its diagonal blocks.
+/// Bytes that a refit of rows of `cols` columns needs besides the layer itself: H packed for products, and its
+/// diagonal blocks.
 pub(crate) fn memory(cols: u64, block: u64) -> u64 {
     cols * (cols + block) * 4
 }
@@ -33,7 +32,7 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
     let fitting = Fitting::new(input)?;
     let block = |start: usize| {
         let end = cols.min(start + parts.spec.block());
-        // H is symmetric: its rows are the columns that D is multiplied with.
+        // H is symmetric: these rows are its columns.
         let mut columns = Panels::default();
         if input.compute.accelerator.is_none() {
             columns.pack(&h[start * cols..end * cols], cols);
@@ -56,7 +55,7 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
             task
         });
     let isa = input.compute.isa;
-    let Some(on) = fitting.on_device() else {
+    let Some(device) = fitting.on_device() else {
         tasks.for_each_init(Vec::new, |residuals, mut task| {
             for (sweep, (index, block)) in steps(sweeps, &blocks) {
                 let stride = product(isa, &task.rest, cols, &block.columns, residuals);
@@ -70,9 +69,9 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
     };
     let mut tasks: Vec<RefitTask> = tasks.collect();
     let whole: Vec<f32> = tasks.iter().flat_map(|task| &task.rest).copied().collect();
-    let mut rest = DeviceError::new(on, &whole, cols)?;
+    let mut rest = DeviceError::new(device, &whole, cols)?;
     drop(whole);
-    // The same with all rows at once, their products on the device.
+    // On a device: all rows at once, so that products are large.
     for (sweep, (index, block)) in steps(sweeps, &blocks) {
         let (start, width) = (block.start, block.width);
         let mut residuals = rest.times_columns(start, width)?;
@@ -93,7 +92,7 @@ pub(super) fn refit(input: &Input<'_>, parts: &mut StbllmParts, sweeps: usize) -
     Ok(())
 }
 
-/// All blocks, first for scales alone, then as many times as there are sweeps.
+/// The sequence of block updates: all blocks for scales only (sweep 0), then all blocks once per sweep.
 fn steps(
     sweeps: usize,
     blocks: &[RefitBlock],
@@ -105,16 +104,16 @@ fn steps(
 struct RefitBlock {
     start: usize,
     width: usize,
-    /// H of these columns, to be multiplied with.
+    /// The columns of H for the product.
     columns: Panels,
     /// H_bb, [width, width].
     diagonal: Vec<f32>,
 }
 
-/// Some rows, for one thread.
+/// A chunk of rows, for one thread.
 struct RefitTask<'a> {
     cols: usize,
-    /// Which columns are salient, cols.
+    /// Whether each column is salient, `[cols]`.
     salient: &'a [bool],
     /// [rows, cols].
     states: &'a mut [u8],
@@ -127,7 +126,7 @@ struct RefitTask<'a> {
 }
 
 impl RefitTask<'_> {
-    /// From W to W − Q.
+    /// Turns W into W − Q.
     fn subtract_values(&mut self, blocks: &[RefitBlock]) {
         let rows = self.rest.len() / self.cols;
         let mut residual = Vec::new();
@@ -143,8 +142,8 @@ impl RefitTask<'_> {
         }
     }
 
-    /// Refits the scales of a block in all rows; if `choose`, re-chooses its codes and refits again.
-    /// `residuals` are (W − Q)·H of the block, a row every `stride`.
+    /// Refits the scales of a block in all rows; with `choose`, re-chooses its codes and refits again. `residuals` are
+    /// (W − Q)·H of the block, [rows, stride].
     #[inline(always)]
     fn improve(
         &mut self,
@@ -154,13 +153,13 @@ impl RefitTask<'_> {
         stride: usize,
         choose: bool,
     ) {
-        let mut memory = RefitScratch::default();
+        let mut scratch = RefitScratch::default();
         for (r, residual) in residuals.chunks_exact_mut(stride).enumerate() {
             let mut row = self.row(r, index, block, &mut residual[..block.width]);
-            row.refit_scales(&mut memory);
+            row.refit_scales(&mut scratch);
             if choose {
-                row.choose_codes(&mut memory);
-                row.refit_scales(&mut memory);
+                row.choose_codes(&mut scratch);
+                row.refit_scales(&mut scratch);
             }
         }
     }
@@ -209,7 +208,7 @@ fn add(y: &mut [f32], a: f32, x: &[f32]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
 }
 
-/// One sign of one column: a 1 or −1 of B.
+/// A nonzero of B: the sign of one column in one set.
 #[derive(Clone, Copy, Default)]
 struct SignEntry {
     column: usize,
@@ -217,21 +216,21 @@ struct SignEntry {
     sign: f32,
 }
 
-/// Reusable memory of rows.
+/// Scratch for one row at a time.
 #[derive(Default)]
 struct RefitScratch {
-    /// All ones of B by column; salient columns have two.
+    /// The nonzeros of B by column; salient columns have two.
     entries: Vec<SignEntry>,
     /// BᵀH, [sets, width].
     lines: Vec<f32>,
 }
 
-/// What is tried for a column: each state with a plus and with a minus sign.
+/// Codes of a weight: three states, each with two signs.
 const CODES: usize = 6;
 
 impl RefitRow<'_> {
-    /// Value of a column that is salient or not by its code, 2·(state − 1) + negative. NaN where there
-    /// is no such code, or where it is zero: a kept weight stays one, zeros are for the mask.
+    /// The values by code, 2·(state − 1) + negative, for columns that are not salient and for salient ones. NaN for
+    /// codes that do not exist, and for zero values: a kept weight must not become zero, which only the mask may.
     #[inline(always)]
     fn values(&self) -> [[f32; CODES]; 2] {
         let [d, i, p, a, b] = std::array::from_fn(|k| self.scales[k].to_f32());
@@ -239,18 +238,18 @@ impl RefitRow<'_> {
         values.map(|codes| codes.map(|v| if v == 0.0 { f32::NAN } else { v }))
     }
 
-    /// What column `c` is now.
+    /// The present value of column `c`.
     #[inline(always)]
     fn value(&self, values: &[[f32; CODES]; 2], c: usize) -> f32 {
         let code = 2 * usize::from(self.states[c]) + usize::from(self.negative[c]);
-        // Of state 0, and zero by its scales: no code.
+        // Zero for pruned weights (state 0) and for codes whose value is zero.
         let value = code.checked_sub(2).map_or(0.0, |k| values[usize::from(self.salient[c])][k]);
         if value.is_nan() { 0.0 } else { value }
     }
 
-    /// Lists B. Nothing is branched on: which weights are kept cannot be predicted.
+    /// Lists the nonzeros of B. Branch-free, because kept weights are unpredictable.
     #[inline(always)]
-    fn list(&self, entries: &mut Vec<SignEntry>) {
+    fn list_entries(&self, entries: &mut Vec<SignEntry>) {
         let width = self.rest.len();
         entries.resize(2 * width, SignEntry::default());
         let mut count = 0;
@@ -267,12 +266,12 @@ impl RefitRow<'_> {
         entries.truncate(count);
     }
 
-    /// The best scales for signs and regions as they are.
+    /// Replaces the scales by the best ones for the present signs and regions.
     #[inline(always)]
-    fn refit_scales(&mut self, memory: &mut RefitScratch) {
+    fn refit_scales(&mut self, scratch: &mut RefitScratch) {
         let width = self.rest.len();
-        let RefitScratch { entries, lines } = memory;
-        self.list(entries);
+        let RefitScratch { entries, lines } = scratch;
+        self.list_entries(entries);
         lines.clear();
         lines.resize(SETS * width, 0.0);
         let mut used = [false; SETS];
@@ -290,7 +289,7 @@ impl RefitRow<'_> {
             }
         }
         for k in (0..SETS).filter(|k| !used[*k]) {
-            // An empty set: its scale stays.
+            // The scale of an empty set does not change.
             system[k * SETS + k] = 1.0;
         }
         if !solve(&mut system, &mut right) {
@@ -311,14 +310,14 @@ impl RefitRow<'_> {
         }
     }
 
-    /// Coordinate descent: each kept weight in turn takes the sign and region, or the two signs,
-    /// that minimize the output error with all others as they are.
+    /// Coordinate descent: each kept weight in turn takes the sign and region, or the two signs, that minimize the
+    /// output error with all others fixed.
     #[inline(always)]
-    fn choose_codes(&mut self, memory: &mut RefitScratch) {
+    fn choose_codes(&mut self, scratch: &mut RefitScratch) {
         let width = self.rest.len();
         let values = self.values();
-        self.list(&mut memory.entries);
-        for c in memory.entries.iter().filter(|e| e.set < 4).map(|e| e.column) {
+        self.list_entries(&mut scratch.entries);
+        for c in scratch.entries.iter().filter(|e| e.set < 4).map(|e| e.column) {
             let h = &self.h[c * width..(c + 1) * width];
             let old = self.value(&values, c);
             let target = old + self.residual[c] / h[c];

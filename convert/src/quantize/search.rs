@@ -1,5 +1,5 @@
-//! The searches of a block (paper algorithms 1 and 2): how many columns are salient, and where the
-//! magnitudes of the other weights are split into regions.
+//! The searches of a block (paper algorithms 1 and 2): the number of salient columns, and the thresholds that split the
+//! magnitudes of the other weights into regions.
 
 use rayon::prelude::*;
 use stb_kernels::Isa;
@@ -26,41 +26,41 @@ pub enum Salient {
 /// The regions of the weights that are not salient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Partition {
-    /// Three, the upper threshold a fixed multiple of the lower (paper §3.4).
+    /// Three; the upper threshold is a fixed multiple of the lower (paper §3.4).
     Trisection,
     /// Two: the bell-shaped split of BiLLM.
     Bell,
-    /// Three, all pairs of thresholds tried.
+    /// Three; tries all pairs of thresholds.
     Exhaustive,
     /// One.
     None,
 }
 
-/// Over which values the candidates for thresholds are quantiles.
+/// The values whose quantiles are the candidate thresholds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantiles {
-    /// Those that the regions will hold.
+    /// The weights of the regions.
     Members,
-    /// All of the block, those of salient columns as zeros (published code).
+    /// All weights of the block, with zeros for pruned weights and salient columns (published code).
     Block,
 }
 
 /// Options of the searches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SearchOptions {
-    /// What is compared.
+    /// The error that candidates are compared by.
     pub error: SearchError,
     /// The ranking of columns.
     pub salient: Salient,
-    /// The most salient columns of a block, plus one.
+    /// The largest number of salient columns of a block, plus one.
     pub salient_limit: usize,
     /// The regions.
     pub partition: Partition,
-    /// Upper threshold over lower one, for [`Partition::Trisection`].
+    /// Upper threshold divided by the lower, for [`Partition::Trisection`].
     pub region_ratio: f32,
-    /// Where thresholds are looked for.
+    /// The values whose quantiles are candidate thresholds.
     pub quantiles: Quantiles,
-    /// Whether binarizing subtracts means while candidates are compared.
+    /// Whether binarization subtracts means while candidates are compared.
     pub means: bool,
 }
 
@@ -68,21 +68,21 @@ pub struct SearchOptions {
 const THRESHOLDS: usize = 160;
 /// Thresholds tried for two regions (BiLLM).
 const BELL_THRESHOLDS: usize = 81;
-/// Quantiles between which thresholds lie.
+/// The range of quantiles of candidate thresholds.
 const LOWEST: f64 = 0.1;
 const HIGHEST: f64 = 0.9;
 
 /// The regions of one block, the same for all rows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Regions {
-    /// Which columns of the block are salient.
+    /// Whether each column of the block is salient.
     pub salient: Vec<bool>,
-    /// Thresholds between regions, ascending: none, one or two, on what is searched.
+    /// Ascending thresholds between regions (none, one or two), in the values of the [`SearchError`].
     pub thresholds: Vec<f64>,
 }
 
 impl Regions {
-    /// The region of a value of a column that is not salient, from 0.
+    /// The region, from 0, of a value in a column that is not salient.
     #[must_use]
     pub fn of(&self, value: f32) -> usize {
         self.thresholds.iter().filter(|p| f64::from(value.abs()) >= **p).count()
@@ -92,11 +92,11 @@ impl Regions {
 /// A block of columns with all rows.
 #[derive(Clone, Copy, Debug)]
 pub struct SearchBlock<'a> {
-    /// What the searches are compiled for; it does not change what they find.
+    /// The instruction set of the searches; results do not depend on it.
     pub isa: Isa,
     /// Weights of the whole matrix, [rows, cols].
     pub weights: &'a [f32],
-    /// Which of them are kept.
+    /// Whether each weight is kept, [rows, cols].
     pub mask: &'a [bool],
     /// 1/d² per column of the matrix.
     pub importance: &'a [f32],
@@ -109,7 +109,7 @@ pub struct SearchBlock<'a> {
 }
 
 impl SearchBlock<'_> {
-    /// Weights and mask of the block in each row of a task.
+    /// The weights and the mask of the block in each row of a task.
     fn rows(&self, task: usize) -> impl Iterator<Item = MaskedRow<'_>> {
         let part = self.from..self.from + self.width;
         let span = TASK_ROWS * self.cols;
@@ -129,7 +129,7 @@ impl SearchBlock<'_> {
         &self.importance[self.from..self.from + self.width]
     }
 
-    /// Sums what `cost` adds for the rows of each task, in an order that does not depend on threads.
+    /// Sums the costs that `cost` adds for the rows of each task, in an order that does not depend on threads.
     fn sum_tasks(&self, count: usize, cost: impl Fn(usize, &mut [f64]) + Sync) -> Vec<f64> {
         let part = |task: usize| {
             let mut sums = vec![0.0; count];
@@ -147,7 +147,7 @@ impl SearchBlock<'_> {
         total
     }
 
-    /// [`SearchBlock::sum_tasks`] for a cost of single rows.
+    /// [`SearchBlock::sum_tasks`] with a cost function for single rows.
     fn sum_rows(
         &self,
         count: usize,
@@ -160,7 +160,7 @@ impl SearchBlock<'_> {
         )
     }
 
-    /// Salient columns, then thresholds, each with the least error.
+    /// Finds the salient columns, then the thresholds, each with the least error.
     #[must_use]
     pub fn search(&self, options: &SearchOptions) -> Regions {
         let salient = self.salient_columns(options);
@@ -168,8 +168,8 @@ impl SearchBlock<'_> {
         Regions { salient, thresholds }
     }
 
-    /// As many of the first ranked columns as make the error of binarizing both sets twice
-    /// smallest. Equal orders keep the number small; the true orders would always take the limit.
+    /// Chooses the number of salient columns, in ranked order, with the least error of binarizing both sets twice.
+    /// Only salient columns are stored with two binarizations, but comparing with that would always choose the limit.
     fn salient_columns(&self, options: &SearchOptions) -> Vec<bool> {
         let mut salient = vec![false; self.width];
         if options.salient == Salient::Off {
@@ -266,11 +266,11 @@ impl SearchBlock<'_> {
         best.unwrap_or_else(|| vec![lowest, highest])
     }
 
-    /// The magnitudes of which thresholds are quantiles, by task.
+    /// The magnitudes whose quantiles are candidate thresholds, by task.
     fn magnitudes(&self, options: &SearchOptions, salient: &[bool]) -> Vec<Vec<f32>> {
         let importance = self.importance();
         let whole = options.quantiles == Quantiles::Block;
-        let of_task = |task: usize| {
+        let task_magnitudes = |task: usize| {
             let mut magnitudes = Vec::with_capacity(TASK_ROWS * self.width);
             for (weights, mask) in self.rows(task) {
                 for c in 0..weights.len() {
@@ -283,7 +283,7 @@ impl SearchBlock<'_> {
             }
             magnitudes
         };
-        (0..self.tasks()).into_par_iter().map(of_task).collect()
+        (0..self.tasks()).into_par_iter().map(task_magnitudes).collect()
     }
 
     /// The first of the candidates with the least error.
@@ -323,7 +323,7 @@ impl SearchBlock<'_> {
             let members = (0..weights.len()).filter(|c| mask[*c] && !salient[*c]);
             sorted.fill(members.map(pair));
             let error = |p1: f64, p2: f64| binary_error(&sorted.band(p1, p2));
-            // Pairs come ordered by the lower threshold: its region is the same for many.
+            // Candidates are ordered by their lower threshold: many share the lowest region.
             let mut lowest = (f64::NAN, 0.0);
             for (sum, thresholds) in sums.iter_mut().zip(candidates) {
                 let (first, last) = (thresholds[0], thresholds[thresholds.len() - 1]);

@@ -1,18 +1,18 @@
-//! What the searches of a block compare.
+//! The error that the searches of a block compare.
 
-/// What is binarized, and with which error, while a search compares its candidates.
+/// The values that are binarized and the weight of their errors while a search compares its candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SearchError {
-    /// The weights, each error weighted by 1/d², what it costs after compensation.
+    /// Weights; errors are weighted by 1/d², their cost after compensation.
     Weighted,
-    /// The weights, all errors alike (paper algorithm 2).
+    /// Weights; errors are not weighted (paper algorithm 2).
     Weights,
-    /// The saliencies w²/d² instead of the weights (published code).
+    /// Saliencies w²/d² instead of weights; errors are not weighted (published code).
     Saliency,
 }
 
 impl SearchError {
-    /// What is binarized for weight `w` in a column of this importance, and its cost weight.
+    /// The value to binarize for the weight `w` in a column of the given importance, and the weight of its error.
     #[must_use]
     #[inline(always)]
     pub fn value(self, w: f32, importance: f32) -> (f32, f32) {

@@ -1,10 +1,10 @@
-//! Structured binarization (paper §3, algorithms 1 and 2) with every choice that the paper, its
-//! published code, BiLLM or their ablations make: an N:8 mask, salient columns with a residual sign,
-//! magnitude regions for the rest, and block-wise error compensation.
+//! Structured binarization (paper §3, algorithms 1 and 2) with the options of the paper, its published code, BiLLM and
+//! their ablations: an N:8 mask, salient columns with a residual sign, magnitude regions for the rest, and block-wise
+//! error compensation.
 //!
 //! Strict variants without means are stored exactly (spec §6.4): their scales are rounded to binary16 before errors
-//! are passed on. No encoding holds the values of the other variants. They are stored as binary16 numbers, for
-//! comparison of quality only.
+//! are compensated. No encoding holds the values of the other variants; they are stored as binary16, for comparison of
+//! quality only.
 
 use std::time::Instant;
 
@@ -22,64 +22,63 @@ use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
 use super::refit::{self, refit};
 use super::search::{Regions, SearchBlock, SearchOptions};
 
-/// Where the N:8 mask is decided.
+/// Where the N:8 mask is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MaskPlacement {
-    /// In a pass of its own that compensates for each removed weight; binarization follows.
+    /// In a separate pass that compensates for each removed weight, before binarization.
     Compensated,
-    /// In the block loop, on the weights as compensated so far (paper algorithm 1).
+    /// In the block loop, on the compensated weights (paper algorithm 1).
     InLoop,
     /// On the original weights, without compensation (published code).
     Before,
 }
 
-/// Over which weights an importance metric takes its sums, for masks in the block loop.
+/// The weights over which an importance metric takes its sums, for masks in the block loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// The original matrix.
     Matrix,
-    /// The block, as compensated so far (paper algorithm 1, line 9).
+    /// The compensated block (paper algorithm 1, line 9).
     Block,
 }
 
-/// What comes first.
+/// The order of pruning and binarization.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MaskOrder {
-    /// Pruning, then binarization of what is kept.
+    /// Pruning, then binarization of the kept weights.
     PruneFirst,
-    /// Binarization of all weights of a block, then the mask on the result.
+    /// Binarization of all weights of a block, then pruning of the result.
     QuantizeFirst,
 }
 
-/// StbllmOptions of the quantizer.
+/// Options of structured binarization.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StbllmOptions {
     /// N of N:8 and columns per block.
     pub spec: Stbllm,
-    /// How N is spread over the decoder layers.
+    /// How N is allocated to the decoder layers.
     pub allocation: Allocation,
-    /// Chooses the mask.
+    /// The importance metric of the mask.
     pub metric: Metric,
     /// Where the mask is chosen.
     pub mask: MaskPlacement,
-    /// Whether a mask that is not chosen in the loop comes from a pass over the whole model before
-    /// the first layer is binarized (published code), not from the step of its own layer.
+    /// Whether masks that are not chosen in the loop come from a pass over the whole model before the first layer is
+    /// binarized (published code), instead of a pass over their own layer.
     pub separate: bool,
-    /// What the metric sums over.
+    /// The weights over which the metric takes its sums.
     pub scope: Scope,
-    /// Whether pruned weights stay zero. The published code forgets them: binarization makes them
-    /// weights again.
+    /// Whether pruned weights stay zero. In the published code binarization gives them values again.
     pub strict: bool,
-    /// What comes first.
+    /// The order of pruning and binarization.
     pub order: MaskOrder,
     /// Salient columns and regions.
     pub search: SearchOptions,
-    /// Whether binarizing subtracts means, one more number for each scale.
+    /// Whether binarization subtracts means: one more value per scale.
     pub means: bool,
-    /// How errors are passed on.
+    /// How errors are compensated.
     pub propagation: Propagation,
-    /// Whether scales are refitted at the end, and how often after re-choosing signs and regions.
-    /// Only for what is storable.
+    /// Whether scales are refitted at the end, and how often signs and regions are re-chosen, too. Only for
+    /// storable options.
     pub sweeps: Option<usize>,
 }
 
@@ -99,9 +98,9 @@ impl LinearQuantizer for StbllmOptions {
     fn note(&self) -> Option<String> {
         let note = if !self.strict {
             "pruned weights are forgotten as in the published code: the result is dense, not N:M, \
-             and stored as 16-bit numbers; it is for comparison, its size means nothing"
+             and stored as binary16; it is for comparison, its size means nothing"
         } else if self.means {
-            "no encoding holds binarized weights with means: they are stored as 16-bit numbers; \
+            "no encoding holds binarized weights with means: they are stored as binary16; \
              the file is for comparison, its size means nothing"
         } else {
             return None;
@@ -148,15 +147,15 @@ pub struct Binarized {
     pub values: Vec<f32>,
     /// 0 pruned; 1, 2, 3 dense, intermediate and sparse region; 4 salient.
     pub regions: Vec<u8>,
-    /// Which columns are salient, cols.
+    /// Whether each column is salient, `[cols]`.
     pub salient: Vec<bool>,
-    /// The same in the form that is stored, scales and signs included.
+    /// The layer in its stored form, with scales and signs.
     parts: StbllmParts,
     seconds: Seconds,
 }
 
 impl Binarized {
-    /// Zeros.
+    /// A layer of zeros.
     fn new(spec: Stbllm, rows: usize, cols: usize) -> Self {
         let blocks = cols.div_ceil(spec.block());
         Self {
@@ -177,7 +176,7 @@ impl Binarized {
     }
 }
 
-/// Quantizes one linear layer. `pruned` is its pruned form where that comes from a pass of its own.
+/// Quantizes one linear layer. `pruned` is the result of a separate pruning pass, if there is one.
 fn quantize(input: &Input<'_>, options: &StbllmOptions, pruned: Option<&Pruned>) -> Result<Packed> {
     let mut layer = binarize(input, options, pruned, options.storable())?;
     if let Some(sweeps) = options.sweeps.filter(|_| options.storable()) {
@@ -197,7 +196,7 @@ fn quantize(input: &Input<'_>, options: &StbllmOptions, pruned: Option<&Pruned>)
     Ok(Packed { encoding, payload, salient: Some(salient), seconds })
 }
 
-/// The pruning pass: masked weights, compensated if the options say so.
+/// The pruning pass: masks the weights, and compensates if the options ask for it.
 ///
 /// # Errors
 /// [`stb_runtime::Error::Device`].
@@ -247,10 +246,10 @@ pub fn binarize(
     for (index, from) in (0..cols).step_by(spec.block()).enumerate() {
         let clock = Instant::now();
         let width = spec.block().min(cols - from);
-        let at = BlockPlace { index, blocks, cols, from, width };
+        let columns = BlockColumns { index, blocks, cols, from, width };
         if options.mask == MaskPlacement::InLoop && options.order == MaskOrder::PruneFirst {
-            let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
-            at.select(&selector, spec, &weights, &mut mask);
+            let selector = columns.selector(input, options, whole.as_ref(), &weights, &importance);
+            columns.select(&selector, spec, &weights, &mut mask);
         }
         let pruning = clock.elapsed().as_secs_f64();
         let isa = input.compute.isa;
@@ -266,15 +265,15 @@ pub fn binarize(
         let regions = block.search(&options.search);
         out.salient[from..from + width].copy_from_slice(&regions.salient);
         let searching = clock.elapsed().as_secs_f64();
-        at.binarize(&block, &regions, options, rounded, &mut out);
+        columns.binarize(&block, &regions, options, rounded, &mut out);
         if options.order == MaskOrder::QuantizeFirst {
-            let selector = at.selector(input, options, whole.as_ref(), &weights, &importance);
-            at.select(&selector, spec, &out.values, &mut mask);
-            at.remove(&mask, &mut out);
+            let selector = columns.selector(input, options, whole.as_ref(), &weights, &importance);
+            columns.select(&selector, spec, &out.values, &mut mask);
+            columns.remove(&mask, &mut out);
         }
-        let errors = at.errors(&weights, &out.values);
+        let errors = columns.errors(&weights, &out.values);
         let binarizing = clock.elapsed().as_secs_f64();
-        compensation.pass(&mut weights, &errors, from, width, spec.block())?;
+        compensation.spread(&mut weights, &errors, from, width, spec.block())?;
         out.seconds.prune += pruning;
         out.seconds.search += searching - pruning;
         out.seconds.quantize += binarizing - searching;
@@ -284,9 +283,9 @@ pub fn binarize(
     Ok(out)
 }
 
-/// A block of columns, and the place of its scales.
+/// A block of columns; `index` of `blocks` locates its scales.
 #[derive(Clone, Copy)]
-struct BlockPlace {
+struct BlockColumns {
     index: usize,
     blocks: usize,
     cols: usize,
@@ -294,13 +293,13 @@ struct BlockPlace {
     width: usize,
 }
 
-/// A metric and the column that it counts from.
+/// A metric and the first column of its matrix.
 struct Selector<'a> {
     scorer: std::borrow::Cow<'a, Scorer>,
     first: usize,
 }
 
-impl BlockPlace {
+impl BlockColumns {
     /// The metric for a mask in the block loop.
     fn selector<'a>(
         &self,
@@ -322,7 +321,7 @@ impl BlockPlace {
         Selector { scorer: Cow::Owned(scorer), first: self.from }
     }
 
-    /// The N:8 mask of the block for `values`, [rows, cols].
+    /// Writes the N:8 mask of the block for `values`, [rows, cols].
     fn select(&self, selector: &Selector<'_>, spec: Stbllm, values: &[f32], mask: &mut [bool]) {
         let end = self.from + self.width;
         let rows = values.par_chunks_exact(self.cols).zip(mask.par_chunks_exact_mut(self.cols));
@@ -378,7 +377,7 @@ impl BlockPlace {
             });
     }
 
-    /// Zeroes what the mask does not keep.
+    /// Zeroes the weights that the mask does not keep.
     fn remove(&self, mask: &[bool], out: &mut Binarized) {
         let part = self.from..self.from + self.width;
         for (r, mask) in mask.chunks_exact(self.cols).enumerate() {
@@ -415,7 +414,7 @@ struct BinarizeRow<'a> {
     states: &'a mut [u8],
     negative: &'a mut [bool],
     values: &'a mut [f32],
-    /// Of the three regions, of the salient set and of its residual.
+    /// The scales of the three regions, of the salient set and of its residual.
     scales: &'a mut [f16],
 }
 
@@ -434,14 +433,15 @@ impl BinarizeRow<'_> {
         });
     }
 
-    /// Adds μ ± α to the values of a set. μ and α are those of the residual so far (paper equation 1).
+    /// Binarizes the residual of a set: adds μ ± α to its values (paper equation 1). Calls `set_sign` with each column
+    /// and whether its sign is negative.
     fn binarize_set(
         &mut self,
         set: u8,
         scale: usize,
         means: bool,
         rounded: bool,
-        note: impl Fn(&mut Self, usize, bool),
+        set_sign: impl Fn(&mut Self, usize, bool),
     ) {
         let members: Vec<usize> =
             (0..self.weights.len()).filter(|c| self.regions[*c] == set).collect();
@@ -458,7 +458,7 @@ impl BinarizeRow<'_> {
         for (c, x) in members.into_iter().zip(rest) {
             let negative = x < mean;
             self.values[c] += if negative { mean - alpha } else { mean + alpha };
-            note(self, c, negative);
+            set_sign(self, c, negative);
         }
     }
 }

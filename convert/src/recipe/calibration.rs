@@ -1,20 +1,19 @@
-//! The calibration of a recipe: which text, how much of it, and what is done with its statistics.
+//! The calibration options of a recipe, checked.
 
 use super::file::CalibrationFile;
-use super::problem::{Problem, Resolved, word};
+use super::problem::{Problem, Resolved, keyword};
 use crate::distill::DistillOptions;
 
-/// Which calibration text, how much of it, and what is done with its statistics.
+/// The calibration text, its windows, and the use of their statistics.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Calibration {
-    /// A text file, UTF-8; `None` for the text in the program.
+    /// A text file, UTF-8; `None` for the built-in text.
     pub text: Option<String>,
-    /// What separates its documents; each is trimmed and begins with the begin token. `None`: the text is one
-    /// document.
+    /// The separator of documents, which are trimmed and get a begin token each. `None` if the text is one document.
     pub separator: Option<String>,
     /// How windows are drawn.
     pub draw: Draw,
-    /// Sequences.
+    /// Number of sequences.
     pub samples: usize,
     /// Tokens per sequence; never more than the model's context.
     pub length: usize,
@@ -22,13 +21,13 @@ pub struct Calibration {
     pub seed: u64,
     /// Share of the mean diagonal of the Hessian that is added to its diagonal.
     pub damping: f64,
-    /// Whether statistics are taken anew behind every quantized linear layer.
+    /// Whether the statistics of each linear layer are taken after all linear layers before it are quantized.
     pub refreshed: bool,
-    /// The ridge of targets from the dense model; `None` if the targets are what the layer's own weights compute.
+    /// The ridge of targets from the dense model; `None` if the target is the output of the layer's own weights.
     pub ridge: Option<f64>,
-    /// How the scales and norms of each finished layer are distilled from the dense layer; `None` if they are not.
+    /// Distillation of each finished layer from the dense layer.
     pub distill_layers: Option<DistillOptions>,
-    /// How the scales and norms of the whole model are distilled from the dense model; `None` if they are not.
+    /// Distillation of the whole model from the dense model.
     pub distill: Option<DistillOptions>,
 }
 
@@ -61,7 +60,7 @@ pub enum Draw {
 }
 
 impl Calibration {
-    /// Whether the dense model runs along.
+    /// Whether the residual streams of the dense model are computed, too.
     #[must_use]
     pub fn follows_dense(&self) -> bool {
         self.ridge.is_some() || self.distill_layers.is_some()
@@ -74,27 +73,26 @@ impl Calibration {
     }
 }
 
-/// The ridge of targets from the dense model, if the recipe does not say.
+/// The default ridge of targets from the dense model.
 const RIDGE: f64 = 0.1;
-/// The largest relative step when layers are distilled, if the recipe does not say.
+/// The default learning rate of layer distillation.
 const LAYERS_RATE: f64 = 0.01;
-/// The largest relative step when the model is distilled, if the recipe does not say.
-/// `tests/bench/record/2026-11-26-fine-tuning.md` has what others gave.
+/// The default learning rate of model distillation; `tests/bench/record/2026-11-26-fine-tuning.md` compares others.
 const MODEL_RATE: f64 = 0.03;
 
-/// An option that may not be what it is.
-fn bad(option: &'static str, what: impl Into<String>) -> Problem {
+/// The problem of an option of this section.
+fn problem(option: &'static str, what: impl Into<String>) -> Problem {
     Problem::new("calibration", option, what)
 }
 
 impl CalibrationFile {
-    /// The values; unknown words, values out of range and options that do not go together are refused.
+    /// Checks the options. Fails for unknown words, values out of range and conflicting options.
     pub(super) fn resolve(&self) -> Resolved<Calibration> {
         let section = "calibration";
         let draws = &[("pcg", Draw::Pcg), ("python", Draw::Python)];
-        let draw = word(section, "draw", &self.draw, draws)?;
+        let draw = keyword(section, "draw", &self.draw, draws)?;
         let refreshed =
-            word(section, "inputs", &self.inputs, &[("layer", false), ("refreshed", true)])?;
+            keyword(section, "inputs", &self.inputs, &[("layer", false), ("refreshed", true)])?;
         let names = ["distill-layers", "distill-layers-rate"];
         let distill_layers =
             distill(names, self.distill_layers, self.distill_layers_rate, LAYERS_RATE)?;
@@ -103,10 +101,10 @@ impl CalibrationFile {
         let ridge = self.resolve_ridge(refreshed)?;
         if self.samples == 0 || self.length < 2 {
             let option = if self.samples == 0 { "samples" } else { "length" };
-            return Err(bad(option, "calibration needs samples of 2 tokens or more"));
+            return Err(problem(option, "calibration needs samples of 2 tokens or more"));
         }
         if !(self.damping > 0.0 && self.damping < 10.0) {
-            return Err(bad("damping", "damping must be above 0 and below 10"));
+            return Err(problem("damping", "damping must be above 0 and below 10"));
         }
         Ok(Calibration {
             text: self.text.clone(),
@@ -123,39 +121,41 @@ impl CalibrationFile {
         })
     }
 
+    /// The ridge; `None` if targets are not from the dense model.
     fn resolve_ridge(&self, refreshed: bool) -> Resolved<Option<f64>> {
         let targets = &[("weights", false), ("dense", true)];
-        let dense = word("calibration", "target", &self.target, targets)?;
+        let dense = keyword("calibration", "target", &self.target, targets)?;
         if dense && !refreshed {
-            return Err(bad("target", "target = \"dense\" needs inputs = \"refreshed\""));
+            return Err(problem("target", "target = \"dense\" needs inputs = \"refreshed\""));
         }
         match self.ridge {
-            Some(_) if !dense => Err(bad("ridge", "ridge needs target = \"dense\"")),
+            Some(_) if !dense => Err(problem("ridge", "ridge needs target = \"dense\"")),
             Some(r) if !(0.0..=1000.0).contains(&r) => {
-                Err(bad("ridge", "ridge must be from 0 to 1000"))
+                Err(problem("ridge", "ridge must be from 0 to 1000"))
             }
             ridge => Ok(dense.then(|| ridge.unwrap_or(RIDGE))),
         }
     }
 }
 
-/// How often and how far parameters move; `names` are the options of the two, `usual` the step if not given.
+/// The options of a distillation; `None` without epochs. `names` are the options for epochs and learning rate, `default`
+/// is the default rate.
 fn distill(
     names: [&'static str; 2],
     epochs: Option<usize>,
     rate: Option<f64>,
-    usual: f64,
+    default: f64,
 ) -> Resolved<Option<DistillOptions>> {
-    let [what, what_rate] = names;
-    let options = DistillOptions { epochs: epochs.unwrap_or(0), rate: rate.unwrap_or(usual) };
+    let [epochs_name, rate_name] = names;
+    let options = DistillOptions { epochs: epochs.unwrap_or(0), rate: rate.unwrap_or(default) };
     if rate.is_some() && options.epochs == 0 {
-        return Err(bad(what_rate, format!("{what_rate} needs {what}")));
+        return Err(problem(rate_name, format!("{rate_name} needs {epochs_name}")));
     }
     if options.epochs > 1000 {
-        return Err(bad(what, format!("{what} is at most 1000")));
+        return Err(problem(epochs_name, format!("{epochs_name} is at most 1000")));
     }
     if !(options.rate > 0.0 && options.rate <= 0.5) {
-        return Err(bad(what_rate, format!("{what_rate} is above 0 and at most 0.5")));
+        return Err(problem(rate_name, format!("{rate_name} is above 0 and at most 0.5")));
     }
     Ok((options.epochs > 0).then_some(options))
 }

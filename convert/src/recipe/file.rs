@@ -1,4 +1,4 @@
-//! A recipe as it is written: the shape of its TOML, nothing checked but the names of the options.
+//! The TOML of a recipe. Only the names and types of options are checked here.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,25 +6,25 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct RecipeFile {
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// One line about it.
+    /// One line of description.
     #[serde(default)]
     pub description: String,
-    /// The calibration text, and what is done with its statistics.
+    /// The calibration.
     #[serde(default)]
     pub calibration: CalibrationFile,
     /// The linear layers of the decoder.
     pub body: LinearFile,
-    /// Token embeddings; also the head if they are tied.
+    /// The token embeddings; also the lm_head if they are tied.
     #[serde(default)]
     pub embeddings: RoundingFile,
-    /// The head, if it is a matrix of its own.
+    /// The lm_head, if it is not tied.
     #[serde(default)]
     pub head: RoundingFile,
 }
 
-/// Names that options had before: section, old name, new name. The old ones are still read.
+/// Renamed options: section, old name, new name. Old names are still read.
 pub(crate) const RENAMED: [(&str, &str, &str); 4] = [
     ("calibration", "tuning", "distill-layers"),
     ("calibration", "tuning-rate", "distill-layers-rate"),
@@ -32,22 +32,21 @@ pub(crate) const RENAMED: [(&str, &str, &str); 4] = [
     ("calibration", "fine-tuning-rate", "distill-rate"),
 ];
 
-/// Which calibration text, how much of it, and what is done with its statistics.
+/// The calibration text, its windows, and the use of their statistics.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct CalibrationFile {
-    /// A text file, UTF-8; the text in the program if not given.
+    /// A text file, UTF-8; default: the built-in text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
-    /// What separates its documents; each is trimmed and begins with the begin token. Without it
-    /// the text is one document.
+    /// The separator of documents, which are trimmed and get a begin token each; default: one document.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub separator: Option<String>,
-    /// How windows are drawn: `pcg`, or `python` for those of `random.seed` and `random.randint`,
-    /// which GPTQ and its descendants use.
+    /// How windows are drawn: `pcg`, or `python` for Python's `random.seed` and `random.randint`, which GPTQ and its
+    /// descendants use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub draw: Option<String>,
-    /// Sequences.
+    /// Number of sequences.
     pub samples: usize,
     /// Tokens per sequence; never more than the model's context.
     pub length: usize,
@@ -55,31 +54,31 @@ pub struct CalibrationFile {
     pub seed: u64,
     /// Share of the mean diagonal of the Hessian that is added to its diagonal.
     pub damping: f64,
-    /// The inputs that o, gate, up and down are calibrated with: those behind the linear layers before them as
-    /// they were (`layer`, published code) or as they have been quantized (`refreshed`).
+    /// The inputs that o, gate, up and down are calibrated with: computed with the earlier linear layers of the same
+    /// decoder layer before (`layer`, published code) or after (`refreshed`) these are quantized.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inputs: Option<String>,
-    /// What a linear layer is to compute from its inputs: what its own weights would (`weights`), or
-    /// what the dense model has there, errors of the layers before included (`dense`).
+    /// The target of a linear layer: the output of its own weights (`weights`), or the output in the dense model, which
+    /// also corrects errors of earlier layers (`dense`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
-    /// With targets from the dense model: the ridge of the regression that finds them, relative to the diagonal of
-    /// the Hessian; a large one gives the layer's own weights back.
+    /// With targets from the dense model: the ridge of the regression, relative to the diagonal of the Hessian. A large
+    /// ridge keeps the layer's own weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ridge: Option<f64>,
-    /// Passes over the calibration sequences in which scales and norms of a finished layer are distilled from
-    /// the dense model's output of that layer; none if not given.
+    /// Passes over the calibration sequences that train scales and norms of a finished layer on the dense model's output
+    /// of that layer; default: none.
     #[serde(skip_serializing_if = "Option::is_none", alias = "tuning")]
     pub distill_layers: Option<usize>,
-    /// The largest relative step of that.
+    /// The learning rate of that distillation: the largest relative step.
     #[serde(skip_serializing_if = "Option::is_none", alias = "tuning-rate")]
     pub distill_layers_rate: Option<f64>,
-    /// Passes over the calibration sequences in which scales and norms of the whole model are distilled from
-    /// the dense model's output distribution; none if not given.
+    /// Passes over the calibration sequences that train scales and norms of the whole model on the dense model's output
+    /// distribution; default: none.
     #[serde(skip_serializing_if = "Option::is_none", alias = "fine-tuning")]
     pub distill: Option<usize>,
-    /// The largest relative step of that, for a model that is one nat per token or more away from the
-    /// dense one; it falls with the root of that distance.
+    /// The learning rate of that distillation for a model with a KL divergence of at least one nat per token; below, it
+    /// is multiplied by the root of the divergence.
     #[serde(skip_serializing_if = "Option::is_none", alias = "fine-tuning-rate")]
     pub distill_rate: Option<f64>,
 }
@@ -105,11 +104,11 @@ impl Default for CalibrationFile {
     }
 }
 
-/// How embeddings or head are rounded.
+/// How the embeddings or the lm_head are rounded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct RoundingFile {
-    /// 1, 2, 3, 4 or 8; 0 keeps the numbers of the source.
+    /// 1, 2, 3, 4 or 8; 0 keeps the data type of the checkpoint.
     pub bits: u8,
     /// Columns per scale.
     pub group: u16,
@@ -137,8 +136,8 @@ macro_rules! linear_file {
         }
 
         impl LinearFile {
-            /// The names of the options that are given.
-            pub(super) fn given(&self) -> Vec<&'static str> {
+            /// The names of the options in the file.
+            pub(super) fn given_options(&self) -> Vec<&'static str> {
                 let all = [$(($name, self.$field.is_some())),*];
                 all.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
             }
@@ -155,8 +154,8 @@ linear_file! {
     block "block": u16,
     /// nm: bits of a block's scale.
     scale_bits "scale-bits": u8,
-    /// nm: rounds of re-choosing codes and refitting scales; stbllm: the same with signs and
-    /// regions, no refit at all if not given.
+    /// nm, int: rounds of re-choosing codes and refitting scales; stbllm: the same with signs and regions, without it
+    /// no refit.
     sweeps "sweeps": usize,
     /// nm: whether scales are fitted to the layer's output.
     refit "refit": bool,
@@ -165,21 +164,21 @@ linear_file! {
     metric "metric": String,
     /// stbllm: where the mask is chosen: compensated, in-loop or before.
     mask "mask": String,
-    /// stbllm: whether a mask that is not chosen in the loop comes from the step of its own layer
-    /// (`layer`) or from a pass over the whole model before any layer is binarized (`model`).
+    /// stbllm: whether a mask that is not chosen in the loop comes from a pass over its own layer (`layer`) or over the
+    /// whole model before any layer is binarized (`model`).
     pass "pass": String,
-    /// stbllm: over what an in-loop metric takes its sums: matrix or block.
+    /// stbllm: the weights over which an in-loop metric takes its sums: matrix or block.
     scope "scope": String,
-    /// stbllm: what pruned weights are: zero, or forgotten as in the published code.
+    /// stbllm: pruned weights stay zero, or are forgotten as in the published code: zero or forgotten.
     pruned "pruned": String,
     /// stbllm: prune-first or quantize-first.
     order "order": String,
-    /// stbllm: how N is spread over decoder layers: uniform, outlier, paper, published-code or sine.
+    /// stbllm: how N is allocated to decoder layers: uniform, outlier, paper, published-code or sine.
     allocation "allocation": String,
     /// stbllm, pb-llm: what makes columns (pb-llm: weights) salient: hessian, magnitude or (stbllm)
     /// off.
     salient "salient": String,
-    /// stbllm: the most salient columns of a block, plus one.
+    /// stbllm: the largest number of salient columns of a block, plus one.
     salient_limit "salient-limit": usize,
     /// stbllm: regions: trisection, bell (BiLLM), exhaustive or none.
     partition "partition": String,
@@ -187,13 +186,13 @@ linear_file! {
     region_ratio "region-ratio": f32,
     /// stbllm: the error that searches compare: weighted (of weights, by 1/d²), weights or saliency.
     search "search": String,
-    /// stbllm: thresholds are quantiles of the members of the regions, or of the whole block.
+    /// stbllm: the values whose quantiles are candidate thresholds: members (of the regions) or block.
     quantiles "quantiles": String,
-    /// stbllm: whether binarizing subtracts means.
+    /// stbllm: whether binarization subtracts means.
     means "means": bool,
-    /// stbllm: whether it does while searches compare candidates; else as for the result.
+    /// stbllm: whether binarization subtracts means while searches compare candidates; default: as `means`.
     search_means "search-means": bool,
-    /// stbllm: how errors are passed on to later blocks: solve, diagonal or off.
+    /// stbllm: how errors are spread over later blocks: solve, diagonal or off.
     propagation "propagation": String,
     /// int, pb-llm: bits per code.
     bits "bits": u8,
@@ -201,8 +200,7 @@ linear_file! {
     group "group": u16,
     /// int: compensated (GPTQ) or nearest (RTN).
     rounding "rounding": String,
-    /// int: whether codes lie around zero, with the scale of least error, or between minimum and
-    /// maximum of the group.
+    /// int: whether codes are around zero, with the scale of least error, or span minimum and maximum of the group.
     symmetric "symmetric": bool,
     /// pb-llm: share of the weights that are salient.
     share "share": f64,
@@ -211,7 +209,7 @@ linear_file! {
 }
 
 impl LinearFile {
-    /// Encodings are chosen for a size: `bits` true bits per parameter of the whole file.
+    /// Encodings chosen for a size: `bits` true bits per parameter of the whole file.
     #[must_use]
     pub fn budget(bits: f64) -> Self {
         Self { method: "budget".into(), target_bits: Some(bits), ..Self::default() }

@@ -1,9 +1,9 @@
-//! The linear layers of the decoder: from the words of a recipe to a method with its options.
+//! The options of a recipe for the linear layers of the decoder, checked.
 
 use stb_format::encoding::{Nm, Stbllm};
 
 use super::file::LinearFile;
-use super::problem::{Problem, Resolved, word};
+use super::problem::{Problem, Resolved, keyword};
 use crate::quantize::int_group::{IntGrid, IntOptions};
 use crate::quantize::metric::Metric;
 use crate::quantize::nm::NmOptions;
@@ -13,14 +13,14 @@ use crate::quantize::search_error::SearchError;
 use crate::quantize::stbllm::{MaskOrder, MaskPlacement, Scope, StbllmOptions};
 use crate::quantize::{Allocation, Method, Propagation};
 
-/// What is done with the linear layers of the decoder.
+/// How the linear layers of the decoder are converted.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum LinearRecipe {
-    /// They keep the numbers of the checkpoint.
+    /// Kept in the data type of the checkpoint.
     Keep,
-    /// All are quantized by one method.
+    /// All quantized by one method.
     Quantize(Method),
-    /// Each tensor of the model, embeddings and head too, gets the encoding that loses least within a size.
+    /// Encodings with the least estimated error within a size, for all tensors including embeddings and lm_head.
     Budget {
         /// True bits per parameter of the whole file.
         bits: f64,
@@ -28,7 +28,7 @@ pub enum LinearRecipe {
 }
 
 impl LinearRecipe {
-    /// The one method for all layers, if there is one.
+    /// The method for all linear layers; `None` for other variants.
     #[must_use]
     pub fn method(&self) -> Option<Method> {
         match self {
@@ -37,7 +37,7 @@ impl LinearRecipe {
         }
     }
 
-    /// The size that is asked for, in true bits per parameter of the whole file.
+    /// The size budget, in true bits per parameter of the whole file.
     #[must_use]
     pub fn target_bits(&self) -> Option<f64> {
         match self {
@@ -70,43 +70,43 @@ const STBLLM: &[&str] = &[
     "sweeps",
 ];
 
-/// An option that may not be what it is.
-fn bad(option: &'static str, what: impl Into<String>) -> Problem {
+/// The problem of an option of this section.
+fn problem(option: &'static str, what: impl Into<String>) -> Problem {
     Problem::new("body", option, what)
 }
 
 impl LinearFile {
-    /// The method with its options; unknown words, values out of range and options of other methods are refused.
+    /// The method with its options. Fails for unknown words, values out of range and options of other methods.
     pub(super) fn resolve(&self) -> Resolved<LinearRecipe> {
         let method = match self.method.as_str() {
             "stbllm" => Method::Stbllm(self.stbllm()?),
             "nm" => Method::Nm(self.nm()?),
             "int" => Method::Int(self.int()?),
             "pb-llm" => Method::PbLlm(self.pb_llm()?),
-            "source" => return self.allow(&[]).map(|()| LinearRecipe::Keep),
+            "source" => return self.check_allowed(&[]).map(|()| LinearRecipe::Keep),
             "budget" => return self.target_bits().map(|bits| LinearRecipe::Budget { bits }),
             other => {
                 let what = format!(
                     "there is no method {other:?}; stbllm, nm, int, pb-llm, budget and source exist"
                 );
-                return Err(bad("method", what));
+                return Err(problem("method", what));
             }
         };
         Ok(LinearRecipe::Quantize(method))
     }
 
     fn target_bits(&self) -> Resolved<f64> {
-        self.allow(&["target-bits"])?;
+        self.check_allowed(&["target-bits"])?;
         match self.target_bits {
             Some(bits) if bits > 0.0 && bits <= 64.0 => Ok(bits),
-            _ => Err(bad("target-bits", "budget takes target-bits above 0 and at most 64")),
+            _ => Err(problem("target-bits", "budget takes target-bits above 0 and at most 64")),
         }
     }
 
-    /// Refuses options that the method does not have: a typing error must not pass silently.
-    fn allow(&self, allowed: &[&str]) -> Resolved<()> {
-        match self.given().into_iter().find(|name| !allowed.contains(name)) {
-            Some(name) => Err(bad(
+    /// Fails for options that the method does not have, so that typing errors are not ignored.
+    fn check_allowed(&self, allowed: &[&str]) -> Resolved<()> {
+        match self.given_options().into_iter().find(|name| !allowed.contains(name)) {
+            Some(name) => Err(problem(
                 name,
                 format!(
                     "method {} has no option {name}; it takes {}",
@@ -119,26 +119,32 @@ impl LinearFile {
     }
 
     fn stbllm(&self) -> Resolved<StbllmOptions> {
-        self.allow(STBLLM)?;
+        self.check_allowed(STBLLM)?;
         let (n, block) = (self.n.unwrap_or(4), self.block.unwrap_or(128));
-        let spec = Stbllm::new(n, block)
-            .ok_or_else(|| bad("n", "stbllm takes n from 1 to 8 and block, a multiple of 32"))?;
+        let spec = Stbllm::new(n, block).ok_or_else(|| {
+            problem("n", "stbllm takes n from 1 to 8 and block, a multiple of 32")
+        })?;
         let options = StbllmOptions {
             spec,
-            allocation: word("body", "allocation", &self.allocation, ALLOCATIONS)?,
-            metric: word("body", "metric", &self.metric, METRICS)?,
-            mask: word("body", "mask", &self.mask, PLACEMENTS)?,
-            separate: word("body", "pass", &self.pass, &[("layer", false), ("model", true)])?,
-            scope: word("body", "scope", &self.scope, SCOPES)?,
-            strict: word("body", "pruned", &self.pruned, &[("zero", true), ("forgotten", false)])?,
+            allocation: keyword("body", "allocation", &self.allocation, ALLOCATIONS)?,
+            metric: keyword("body", "metric", &self.metric, METRICS)?,
+            mask: keyword("body", "mask", &self.mask, PLACEMENTS)?,
+            separate: keyword("body", "pass", &self.pass, &[("layer", false), ("model", true)])?,
+            scope: keyword("body", "scope", &self.scope, SCOPES)?,
+            strict: keyword(
+                "body",
+                "pruned",
+                &self.pruned,
+                &[("zero", true), ("forgotten", false)],
+            )?,
             order: match self.order.as_deref() {
                 // The spelling before 0.1.
                 Some("quantise-first") => MaskOrder::QuantizeFirst,
-                _ => word("body", "order", &self.order, ORDERS)?,
+                _ => keyword("body", "order", &self.order, ORDERS)?,
             },
             search: self.search_options()?,
             means: self.means.unwrap_or(false),
-            propagation: word("body", "propagation", &self.propagation, PROPAGATIONS)?,
+            propagation: keyword("body", "propagation", &self.propagation, PROPAGATIONS)?,
             sweeps: self.sweeps,
         };
         let in_loop = options.mask == MaskPlacement::InLoop;
@@ -155,24 +161,24 @@ impl LinearFile {
         } else {
             return Ok(options);
         };
-        Err(bad(option, what))
+        Err(problem(option, what))
     }
 
     fn search_options(&self) -> Resolved<SearchOptions> {
         let options = SearchOptions {
-            error: word("body", "search", &self.search, SEARCHES)?,
-            salient: word("body", "salient", &self.salient, SALIENT)?,
+            error: keyword("body", "search", &self.search, SEARCHES)?,
+            salient: keyword("body", "salient", &self.salient, SALIENT)?,
             salient_limit: self.salient_limit.unwrap_or(50),
-            partition: word("body", "partition", &self.partition, PARTITIONS)?,
+            partition: keyword("body", "partition", &self.partition, PARTITIONS)?,
             region_ratio: self.region_ratio.unwrap_or(2.0),
-            quantiles: word("body", "quantiles", &self.quantiles, QUANTILES)?,
+            quantiles: keyword("body", "quantiles", &self.quantiles, QUANTILES)?,
             means: self.search_means.or(self.means).unwrap_or(false),
         };
         if !(options.region_ratio > 1.0 && options.region_ratio < 100.0) {
-            return Err(bad("region-ratio", "region-ratio is above 1 and below 100"));
+            return Err(problem("region-ratio", "region-ratio is above 1 and below 100"));
         }
         if options.salient_limit == 0 {
-            return Err(bad("salient-limit", "salient-limit is at least 1"));
+            return Err(problem("salient-limit", "salient-limit is at least 1"));
         }
         for (option, given, partition) in [
             ("region-ratio", self.region_ratio.is_some(), Partition::Trisection),
@@ -180,19 +186,19 @@ impl LinearFile {
         ] {
             let unused = option == "salient-limit" && options.salient == Salient::Off;
             if given && (options.partition != partition || unused) {
-                return Err(bad(option, format!("{option} does nothing here; leave it out")));
+                return Err(problem(option, format!("{option} does nothing here; leave it out")));
             }
         }
         Ok(options)
     }
 
     fn nm(&self) -> Resolved<NmOptions> {
-        self.allow(&["n", "m", "block", "scale-bits", "sweeps", "refit"])?;
+        self.check_allowed(&["n", "m", "block", "scale-bits", "sweeps", "refit"])?;
         let (n, m) = (self.n.unwrap_or(2), self.m.unwrap_or(8));
         let block = self.block.unwrap_or(128);
         let bits = self.scale_bits.unwrap_or(if block == 0 { 0 } else { 4 });
         let spec = Nm::new(n, m, bits, block, false).ok_or_else(|| {
-            bad(
+            problem(
                 "n",
                 "nm takes n:m of 1:4, 1:8, 2:4 or 2:8, and either block 0 with scale-bits \
                  0 or block, a multiple of 32, with scale-bits 4 or 8",
@@ -203,37 +209,40 @@ impl LinearFile {
     }
 
     fn int(&self) -> Resolved<IntOptions> {
-        self.allow(&["bits", "group", "rounding", "symmetric", "sweeps"])?;
+        self.check_allowed(&["bits", "group", "rounding", "symmetric", "sweeps"])?;
         let grid =
             IntGrid { bits: self.bits.unwrap_or(4), symmetric: self.symmetric.unwrap_or(true) };
         let words = &[("compensated", true), ("nearest", false)];
-        let compensate = word("body", "rounding", &self.rounding, words)?;
+        let compensate = keyword("body", "rounding", &self.rounding, words)?;
         let sweeps = self.sweeps.unwrap_or(0);
         if sweeps > 0 && !(compensate && grid.symmetric) {
-            return Err(bad(
+            return Err(problem(
                 "sweeps",
                 "sweeps of int needs rounding = \"compensated\" and a symmetric grid",
             ));
         }
         let options = IntOptions::new(grid, self.group.unwrap_or(128), compensate);
         options.map(|options| IntOptions { sweeps, ..options }).ok_or_else(|| {
-            bad("bits", "int takes bits 1 to 8 (1 to 7 if not symmetric) and group 32, 64 or 128")
+            problem(
+                "bits",
+                "int takes bits 1 to 8 (1 to 7 if not symmetric) and group 32, 64 or 128",
+            )
         })
     }
 
     fn pb_llm(&self) -> Resolved<PbLlmOptions> {
-        self.allow(&["share", "bits", "salient", "block"])?;
+        self.check_allowed(&["share", "bits", "salient", "block"])?;
         let options = PbLlmOptions {
             share: self.share.unwrap_or(0.1),
             bits: self.bits.unwrap_or(8),
-            salient: word("body", "salient", &self.salient, &SALIENT[..2])?,
+            salient: keyword("body", "salient", &self.salient, &SALIENT[..2])?,
             block: self.block.unwrap_or(128),
         };
         let fits = (0.0..=1.0).contains(&options.share)
             && (1..=8).contains(&options.bits)
             && options.block >= 8;
         fits.then_some(options).ok_or_else(|| {
-            bad("share", "pb-llm takes share from 0 to 1, bits 1 to 8, block 8 or more")
+            problem("share", "pb-llm takes share from 0 to 1, bits 1 to 8, block 8 or more")
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Recipes: what is done to which tensor.
+//! Recipes: the methods for all tensors, and the calibration.
 //!
 //! A recipe is written as TOML ([`RecipeFile`]) and resolved once, when it is loaded, into checked values
 //! ([`Recipe`]).

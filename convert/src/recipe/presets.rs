@@ -1,8 +1,8 @@
-//! The recipes that ship with the program.
+//! The built-in recipes.
 
 macro_rules! presets {
     ($($name:literal)*) => {
-        /// Names and texts of the recipes that ship with the program.
+        /// Names and texts of the built-in recipes.
         pub const PRESETS: &[(&str, &str)] = &[
             $(($name, include_str!(concat!("../../recipes/", $name, ".toml")))),*
         ];
@@ -19,5 +19,5 @@ presets! {
     "rtn-8bit" "rtn-4bit" "rtn-3bit" "rtn-2bit"
 }
 
-/// The recipe used when none is asked for.
+/// The default recipe.
 pub const DEFAULT: &str = "stbllm-4of8";

@@ -1,4 +1,4 @@
-//! What is wrong with a recipe, and in which line.
+//! Errors in recipes, with their line.
 
 use stb_runtime::Error;
 use toml::de::{DeTable, DeValue};
@@ -12,7 +12,7 @@ pub(super) struct Problem {
     section: &'static str,
     /// The option; empty for the section as a whole.
     option: &'static str,
-    /// What is wrong and what is allowed.
+    /// The message: the mistake and the allowed values.
     what: String,
 }
 
@@ -28,7 +28,7 @@ impl Problem {
         Self { section, option, what: what.into() }
     }
 
-    /// The error for the user. `text` is the TOML that the recipe is from, if the user knows it.
+    /// The error for the user. `text` is the TOML of the recipe; `None` if the user has not written it.
     pub(super) fn error(self, text: Option<&str>) -> Error {
         match text.and_then(|text| self.line(text)) {
             Some(line) => Error::invalid(format!("recipe, line {line}: {}", self.what)),
@@ -36,7 +36,7 @@ impl Problem {
         }
     }
 
-    /// The line of the option, or of its section if it is not given; counted from 1.
+    /// The line of the option, or of its section if the option is absent; counted from 1.
     fn line(&self, text: &str) -> Option<usize> {
         let document = DeTable::parse(text).ok()?;
         let named = |name: &str| {
@@ -57,8 +57,8 @@ impl Problem {
     }
 }
 
-/// The value that `word` stands for; that of the first one if there is none.
-pub(super) fn word<T: Copy>(
+/// The value of `word` in `words`; the first value if there is no word.
+pub(super) fn keyword<T: Copy>(
     section: &'static str,
     option: &'static str,
     word: &Option<String>,

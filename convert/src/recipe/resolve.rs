@@ -1,4 +1,4 @@
-//! A recipe with all values known.
+//! A recipe with all options checked.
 
 use stb_format::encoding::IntGroup;
 use stb_runtime::{Error, Result};
@@ -9,27 +9,27 @@ use super::linear::LinearRecipe;
 use super::presets::PRESETS;
 use super::problem::{Problem, Resolved};
 
-/// What is done to which tensor, checked.
+/// The methods for all tensors and the calibration, checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// One line about it.
+    /// One line of description.
     pub description: String,
-    /// The calibration text, and what is done with its statistics.
+    /// The calibration.
     pub calibration: Calibration,
     /// The linear layers of the decoder.
     pub linear: LinearRecipe,
-    /// Token embeddings, also the head if they are tied; `None` keeps the source.
+    /// The token embeddings, also the lm_head if they are tied; `None` keeps their data type.
     pub embeddings: Option<IntGroup>,
-    /// The head, if it is a matrix of its own; `None` keeps the source.
+    /// The lm_head, if it is not tied; `None` keeps its data type.
     pub head: Option<IntGroup>,
-    /// As it is written, for the metadata of files.
+    /// The options as written, for the metadata of files.
     file: RecipeFile,
 }
 
 impl Recipe {
-    /// A shipped recipe by name, or one from a `.toml` file.
+    /// A built-in recipe by name, or one from a `.toml` file.
     ///
     /// # Errors
     /// [`Error::Usage`] for an unknown name, [`Error::Io`] and [`Error::Invalid`] for files.
@@ -52,7 +52,7 @@ impl Recipe {
     /// Reads TOML and checks every value.
     ///
     /// # Errors
-    /// [`Error::Invalid`] with the line in the text and what is allowed there.
+    /// [`Error::Invalid`] with the line in the text and the allowed values.
     pub fn parse(text: &str) -> Result<Self> {
         let file = toml::from_str(text).map_err(|e| Error::invalid(format!("recipe: {e}")))?;
         resolve(file).map_err(|problem| problem.error(Some(text)))
@@ -61,12 +61,12 @@ impl Recipe {
     /// The recipe that `file` describes.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for values that are not allowed, with those that are.
+    /// [`Error::Invalid`] for values that are not allowed, with the allowed values.
     pub fn resolve(file: RecipeFile) -> Result<Self> {
         resolve(file).map_err(|problem| problem.error(None))
     }
 
-    /// This recipe with other options.
+    /// This recipe with changed options.
     ///
     /// # Errors
     /// As for [`Recipe::resolve`].
@@ -85,7 +85,7 @@ impl Recipe {
     }
 }
 
-/// Checks all values, and that they go together.
+/// Checks all options and their combinations.
 fn resolve(file: RecipeFile) -> Resolved<Recipe> {
     let linear = file.body.resolve()?;
     let embeddings = file.embeddings.resolve("embeddings")?;
@@ -99,7 +99,7 @@ fn resolve(file: RecipeFile) -> Resolved<Recipe> {
         );
         return Err(Problem::new("calibration", option, what));
     }
-    // Masks of a pass of their own have targets of their own.
+    // A separate pruning pass prunes the layer's own weights, not those for dense targets.
     let prunes_first = linear.method().is_some_and(|method| method.quantizer().prunes_first());
     if calibration.ridge.is_some() && prunes_first {
         let what = "target = \"dense\" needs pass = \"layer\"";

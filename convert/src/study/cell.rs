@@ -1,4 +1,4 @@
-//! A finished measurement, in a file of its own, so that a study can be resumed.
+//! A finished measurement. Each has its own file, so that a study can be resumed.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use stb_runtime::{Checkpoint, Error, Estimate, Result};
 
 use crate::digest::hex;
 
-/// What a measurement depends on.
+/// Everything on which a measurement depends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CellInputs {
     /// See [`fingerprint`].
@@ -20,7 +20,7 @@ pub struct CellInputs {
     pub calibration: String,
     /// SHA-256 of the evaluation text.
     pub text_hash: String,
-    /// What it consists of.
+    /// The layout of the text; see [`stb_runtime::TextLayout::describe`].
     pub layout: String,
     /// Tokens per window.
     pub context: usize,
@@ -29,7 +29,7 @@ pub struct CellInputs {
 }
 
 impl CellInputs {
-    /// The name of the measurement's file.
+    /// The path of the measurement's file in `folder`.
     #[must_use]
     pub fn file(&self, folder: &Path) -> PathBuf {
         let mut hash = Sha256::new();
@@ -45,7 +45,7 @@ impl CellInputs {
             &windows,
         ];
         for part in parts {
-            // Lengths keep parts apart.
+            // Lengths make the concatenation unambiguous.
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part.as_bytes());
         }
@@ -53,7 +53,7 @@ impl CellInputs {
     }
 }
 
-/// A mean with its standard error, as it is stored; no error is `null`.
+/// A mean with its standard error, as stored; an unknown error is `null`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// The mean.
@@ -72,7 +72,7 @@ impl From<Estimate> for Measured {
 /// A finished measurement: one model, one recipe, one text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cell {
-    /// What it depends on.
+    /// Everything on which it depends.
     pub inputs: CellInputs,
     /// The build that measured it.
     pub build: String,
@@ -98,9 +98,9 @@ pub struct Cell {
     pub tokens: usize,
     /// exp of the mean loss.
     pub perplexity: Measured,
-    /// That of the dense checkpoint.
+    /// The perplexity of the dense checkpoint.
     pub dense_perplexity: Measured,
-    /// Loss above that of the checkpoint, nats per token.
+    /// Loss minus the loss of the checkpoint, nats per token.
     pub nll_difference: Measured,
     /// KL(checkpoint ‖ model), nats per token.
     pub kl: Measured,
@@ -109,11 +109,10 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// The measurement in `path`; `None` if there is none. One of other inputs, or that is not
-    /// whole, counts as none.
+    /// Loads the measurement in `path`; `None` if it does not exist, is damaged or has other inputs.
     ///
     /// # Errors
-    /// [`Error::Io`] if there is a file that cannot be read.
+    /// [`Error::Io`] if the file exists and cannot be read.
     pub fn load(path: &Path, inputs: &CellInputs) -> Result<Option<Self>> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
@@ -125,7 +124,7 @@ impl Cell {
         Ok(cell.filter(|cell| cell.inputs == *inputs))
     }
 
-    /// Writes it, whole or not at all.
+    /// Writes the measurement atomically.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -136,7 +135,7 @@ impl Cell {
     }
 }
 
-/// Writes a file that appears whole or not at all, over an older one.
+/// Writes a file atomically; replaces an existing one.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -145,7 +144,7 @@ pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     builder.prefix(".").suffix(".partial");
-    // Temporary files are private unless told otherwise; the system applies the umask.
+    // Temporary files are private by default; the system applies the umask to these permissions.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(folder).map_err(fail)?;
@@ -155,7 +154,7 @@ pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// A hash of everything of a checkpoint that a conversion reads.
+/// A hash of all parts of a checkpoint that a conversion reads.
 #[must_use]
 pub fn fingerprint(checkpoint: &Checkpoint) -> String {
     let mut hash = Sha256::new();

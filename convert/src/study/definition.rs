@@ -1,4 +1,4 @@
-//! What a study compares: a TOML file with models, texts and recipes.
+//! The definition of a study: a TOML file with models, texts and recipes.
 
 use std::path::{Path, PathBuf};
 
@@ -21,12 +21,12 @@ pub struct Definition {
     /// Options for all recipes, before their own changes: `{ embeddings.bits = 0 }`.
     #[serde(default)]
     pub set: toml::Table,
-    /// What recipes calibrate on that do not say so themselves; default: the built-in text.
+    /// The calibration text of recipes without one of their own; default: the built-in text.
     pub calibration: Option<CalibrationEntry>,
     /// The columns.
     #[serde(default, rename = "model")]
     pub models: Vec<ModelEntry>,
-    /// What the models are evaluated on.
+    /// The evaluation texts.
     #[serde(default, rename = "text")]
     pub texts: Vec<TextEntry>,
     /// The rows.
@@ -40,7 +40,7 @@ pub struct Definition {
 pub struct ModelEntry {
     /// For the table.
     pub name: String,
-    /// A path, relative to the study; `{word}` stands for what `--define word=…` gives.
+    /// A path, relative to the study; `{word}` is replaced by the value of `--define word=…`.
     pub path: String,
     /// Tokens per window; default: the context of the model.
     pub context: Option<usize>,
@@ -54,9 +54,9 @@ pub struct TextEntry {
     pub name: String,
     /// A UTF-8 file; see [`ModelEntry::path`].
     pub path: String,
-    /// What separates its documents.
+    /// The separator of its documents.
     pub separator: Option<String>,
-    /// Whether its lines are rows of a data set, to be joined by two newlines.
+    /// Whether its lines are rows of a data set, which are joined by two newlines.
     #[serde(default)]
     pub rows: bool,
     /// The most windows to use; default: all.
@@ -67,7 +67,7 @@ pub struct TextEntry {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct RecipeEntry {
-    /// The name of a shipped recipe or a `.toml` file, relative to the study.
+    /// The name of a built-in recipe or a `.toml` file, relative to the study.
     pub base: Option<String>,
     /// Instead of a base: true bits per parameter of the whole file.
     pub bits: Option<f64>,
@@ -79,21 +79,21 @@ pub struct RecipeEntry {
     /// Options of the base that are dropped, such as `body.region-ratio`.
     #[serde(default)]
     pub unset: Vec<String>,
-    /// Another calibration text than the study's.
+    /// A calibration text other than the study's.
     pub calibration: Option<CalibrationEntry>,
 }
 
-/// A text to calibrate on.
+/// A calibration text.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct CalibrationEntry {
     /// A UTF-8 file; see [`ModelEntry::path`].
     pub path: String,
-    /// What separates its documents; each is stripped and begins with the begin token.
+    /// The separator of its documents, which are trimmed and get a begin token each.
     pub separator: Option<String>,
 }
 
-/// A study whose paths and recipes are known.
+/// A study with resolved paths and recipes.
 #[derive(Clone, Debug)]
 pub struct Study {
     /// The name of its output files.
@@ -104,11 +104,11 @@ pub struct Study {
     pub description: String,
     /// The columns.
     pub models: Vec<StudyModel>,
-    /// What the models are evaluated on.
+    /// The evaluation texts.
     pub texts: Vec<StudyText>,
     /// The rows.
     pub recipes: Vec<StudyRecipe>,
-    /// Models and texts that were left out, and why.
+    /// Models and texts that are left out, with the reason.
     pub left_out: Vec<String>,
 }
 
@@ -130,7 +130,7 @@ pub struct StudyText {
     pub name: String,
     /// The file.
     pub path: PathBuf,
-    /// What it consists of.
+    /// The layout of the text.
     pub layout: TextLayout,
     /// The most windows to use.
     pub windows: Option<usize>,
@@ -141,9 +141,9 @@ pub struct StudyText {
 pub struct StudyRecipe {
     /// For the table.
     pub label: String,
-    /// What is done.
+    /// The recipe.
     pub recipe: Recipe,
-    /// A file to calibrate on; `None` for what the recipe says.
+    /// The calibration text; `None` for that of the recipe.
     pub calibration: Option<PathBuf>,
 }
 
@@ -151,35 +151,36 @@ impl Definition {
     /// Reads TOML.
     ///
     /// # Errors
-    /// [`Error::Invalid`] with the place in the text, or for a name that is no file name.
+    /// [`Error::Invalid`] with the position in the text, or for a name that is no file name.
     pub fn parse(text: &str) -> Result<Self> {
         let definition: Self =
             toml::from_str(text).map_err(|e| Error::invalid(format!("study: {e}")))?;
         let valid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if definition.name.is_empty() || !definition.name.chars().all(valid) {
             return Err(Error::invalid(format!(
-                "study: the name {:?} is to be letters, digits, - and _",
+                "study: the name {:?} may only have letters, digits, - and _",
                 definition.name
             )));
         }
         Ok(definition)
     }
 
-    /// Finds paths and recipes. `folder` is that of the study, `defined` what `{word}` in paths
-    /// stands for. Models and texts with words that are not defined are left out.
+    /// Resolves paths and recipes. `folder` is the folder of the study; `defined` has the values of `{word}` in paths.
+    /// Leaves out models and texts with undefined words.
     ///
     /// # Errors
-    /// [`Error::Usage`] if nothing is left to do, [`Error::Invalid`] for recipes that cannot be and
-    /// for labels that stand for two recipes; those of [`Recipe::load`].
+    /// [`Error::Usage`] for calibration texts with undefined words, [`Error::Invalid`] for invalid recipes and for names
+    /// that are used twice; those of [`Recipe::load`].
     pub fn resolve(&self, folder: &Path, defined: &[(String, String)]) -> Result<Study> {
         let mut left_out = Vec::new();
-        let mut path = |kind: &str, name: &str, text: &str| match place(folder, text, defined) {
-            Ok(path) => Some(path),
-            Err(word) => {
-                left_out.push(format!("{kind} {name}: its path needs --define {word}=…"));
-                None
-            }
-        };
+        let mut path =
+            |kind: &str, name: &str, text: &str| match resolve_path(folder, text, defined) {
+                Ok(path) => Some(path),
+                Err(word) => {
+                    left_out.push(format!("{kind} {name}: its path needs --define {word}=…"));
+                    None
+                }
+            };
         let mut models = Vec::new();
         for model in &self.models {
             if let Some(path) = path("model", &model.name, &model.path) {
@@ -208,8 +209,8 @@ impl Definition {
                         file.calibration.text = None;
                         file.calibration.separator.clone_from(&text.separator);
                     })?;
-                    // A recipe without its calibration text would be another recipe.
-                    Some(place(folder, &text.path, defined).map_err(|word| {
+                    // Without its calibration text it would be a different recipe, so it is not left out.
+                    Some(resolve_path(folder, &text.path, defined).map_err(|word| {
                         let path = &text.path;
                         Error::usage(format!("the calibration text {path} needs --define {word}=…"))
                     })?)
@@ -233,10 +234,10 @@ impl Definition {
 }
 
 impl Study {
-    /// Whether there is anything to do.
+    /// Checks that there are models, texts and recipes.
     ///
     /// # Errors
-    /// [`Error::Usage`] with what is missing.
+    /// [`Error::Usage`] with the missing part.
     pub fn check(&self) -> Result<()> {
         for (what, none) in [
             ("models", self.models.is_empty()),
@@ -267,8 +268,8 @@ impl TextEntry {
 }
 
 impl RecipeEntry {
-    /// Label and recipe; `all` are the study's changes.
-    fn recipe(&self, folder: &Path, all: &toml::Table) -> Result<(String, Recipe)> {
+    /// The label and the recipe; `common` are the changes of the study.
+    fn recipe(&self, folder: &Path, common: &toml::Table) -> Result<(String, Recipe)> {
         let (name, base) = match (&self.base, self.bits) {
             (Some(base), None) if base.ends_with(".toml") => {
                 let path = folder.join(base);
@@ -286,7 +287,7 @@ impl RecipeEntry {
         let wrong = |e: String| Error::invalid(format!("study: recipe {label}: {e}"));
         let mut table: toml::Table =
             toml::from_str(&base.to_toml()?).map_err(|e| wrong(e.to_string()))?;
-        merge(&mut table, &with_new_names(all));
+        merge(&mut table, &with_new_names(common));
         merge(&mut table, &with_new_names(&self.set));
         for path in &self.unset {
             if !remove(&mut table, &new_name(path)) {
@@ -294,14 +295,14 @@ impl RecipeEntry {
             }
         }
         let text = toml::to_string(&table).map_err(|e| wrong(e.to_string()))?;
-        // Lines of this text are unknown to the user.
+        // The user has not written this text, so errors have no line.
         let file = toml::from_str(&text).map_err(|e| wrong(e.to_string()))?;
         let recipe = Recipe::resolve(file).map_err(|e| wrong(e.to_string()))?;
         Ok((label, recipe))
     }
 }
 
-/// `changes` with the names that options have now.
+/// `changes` with the present names of renamed options.
 fn with_new_names(changes: &toml::Table) -> toml::Table {
     let mut changes = changes.clone();
     for (section, old, new) in RENAMED {
@@ -314,7 +315,7 @@ fn with_new_names(changes: &toml::Table) -> toml::Table {
     changes
 }
 
-/// The name that the option `path`, such as `calibration.samples`, has now.
+/// The present name of the option `path`, such as `calibration.samples`.
 fn new_name(path: &str) -> String {
     let renamed = RENAMED.iter().find(|(section, old, _)| {
         path.strip_prefix(section).and_then(|path| path.strip_prefix('.')) == Some(old)
@@ -345,8 +346,8 @@ fn remove(table: &mut toml::Table, path: &str) -> bool {
     }
 }
 
-/// The path that `text` means; the word in it that is not defined otherwise.
-fn place(
+/// Replaces `{word}` in a path; fails with the first undefined word.
+fn resolve_path(
     folder: &Path,
     text: &str,
     defined: &[(String, String)],
@@ -360,7 +361,7 @@ fn place(
         rest = after;
     }
     out += rest;
-    // What is defined on the command line is meant from where it was typed.
+    // Paths from the command line are relative to the working directory, not to the study.
     Ok(if text.starts_with('{') { PathBuf::from(out) } else { folder.join(out) })
 }
 

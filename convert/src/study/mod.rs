@@ -1,8 +1,8 @@
 //! Studies: models × recipes × texts, measured cell by cell and shown as one table.
 //!
-//! Every finished cell is a file in `OUT/cells`, named by a hash of all it depends on. A second start
-//! with the same folder computes what is missing, after a kill as after a change of the study; studies
-//! that share a folder share their cells.
+//! Every finished cell is a file in `OUT/cells`, named by a hash of everything on which it depends. A run with an existing
+//! folder measures only missing cells, after an interruption or a change of the study; studies that share a folder
+//! share their cells.
 
 mod cell;
 mod definition;

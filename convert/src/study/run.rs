@@ -1,4 +1,4 @@
-//! Measuring what is missing.
+//! Runs a study: converts and evaluates for each missing cell.
 
 use std::cell::OnceCell;
 use std::path::Path;
@@ -20,11 +20,11 @@ use crate::prepare::prepare;
 use crate::recipe::Recipe;
 use crate::report::Report;
 
-/// Hears how far a study is.
+/// Receives the progress of a study.
 pub trait Events: Progress + Sync {
     /// Cell `done` + 1 of `all` begins.
     fn begin(&self, done: usize, all: usize, model: &str, recipe: &str, text: &str);
-    /// Windows of an evaluation.
+    /// `done` of `all` windows of an evaluation are done.
     fn window(&self, done: usize, all: usize);
 }
 
@@ -37,16 +37,16 @@ pub struct StudyCell {
     pub recipe: String,
     /// The text's name.
     pub text: String,
-    /// What was measured.
+    /// The measurement or the failure.
     pub outcome: CellOutcome,
 }
 
-/// What became of a cell.
+/// The outcome of a cell.
 #[derive(Clone, Debug)]
 pub enum CellOutcome {
     /// Measured, now or before.
     Done(Box<Cell>),
-    /// Not possible, and why.
+    /// Not measured, with the reason.
     Failed(String),
 }
 
@@ -55,7 +55,7 @@ pub enum CellOutcome {
 pub struct StudyTable {
     /// The cells.
     pub entries: Vec<StudyCell>,
-    /// How many of them were measured now.
+    /// The number of cells measured in this run.
     pub measured: usize,
     /// The first error of a cell.
     pub failure: Option<anyhow::Error>,
@@ -63,8 +63,7 @@ pub struct StudyTable {
 
 /// Measures all cells of `study` that are not in `folder` yet.
 ///
-/// A recipe that cannot be applied to a model fails its cells, not the study; failed cells are not
-/// kept.
+/// If a recipe cannot be applied to a model, its cells fail, not the study; failed cells are not stored.
 ///
 /// # Errors
 /// [`Interrupted`]; [`Error`] for models, texts and cells that cannot be read or written.
@@ -78,7 +77,7 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
         let source = CalibrationText::file(&text.path)?;
         texts.push(LoadedText { entry: text, hash: digest(&source.text), text: source.text });
     }
-    // All texts are read before any work, so that a mistake in the last one does not cost hours.
+    // Read all texts first, so that a mistake in the last one does not cost hours.
     let mut sources = Vec::new();
     for recipe in &study.recipes {
         sources.push(match &recipe.calibration {
@@ -98,7 +97,7 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
             row.measure(&texts, &mut table, events)?;
         }
     }
-    clean(&cells)?;
+    remove_leftovers(&cells)?;
     Ok(table)
 }
 
@@ -120,12 +119,12 @@ fn lock(cells: &Path) -> Result<std::fs::File> {
     Ok(file)
 }
 
-/// Removes what killed studies have left. Nothing of this study is unfinished at this point.
-fn clean(cells: &Path) -> Result<()> {
+/// Removes the files of unfinished work. Called at the end of a study, when all such files are left from killed runs.
+fn remove_leftovers(cells: &Path) -> Result<()> {
     for entry in std::fs::read_dir(cells).map_err(|e| Error::io(cells, e))?.flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.starts_with(WORK) {
+        if name.starts_with(CONVERSION_PREFIX) {
             let _ = std::fs::remove_dir_all(entry.path());
         } else if name.starts_with('.') && name.ends_with(".partial") {
             let _ = std::fs::remove_file(entry.path());
@@ -135,7 +134,7 @@ fn clean(cells: &Path) -> Result<()> {
 }
 
 /// The prefix of folders of unfinished conversions.
-const WORK: &str = ".work-";
+const CONVERSION_PREFIX: &str = ".work-";
 
 /// A text in memory.
 struct LoadedText<'a> {
@@ -144,7 +143,7 @@ struct LoadedText<'a> {
     hash: String,
 }
 
-/// A checkpoint in use.
+/// An open checkpoint.
 struct StudiedModel<'a> {
     entry: &'a StudyModel,
     checkpoint: Checkpoint,
@@ -154,8 +153,7 @@ struct StudiedModel<'a> {
     logits: KeptLogits,
 }
 
-/// Logits of the checkpoint up to this size stay in memory from cell to cell; beyond that they are
-/// computed anew.
+/// Logits of the checkpoint up to this size are kept for the next cell; larger ones are computed again.
 const KEPT_BYTES: usize = 1 << 30;
 
 impl<'a> StudiedModel<'a> {
@@ -167,20 +165,20 @@ impl<'a> StudiedModel<'a> {
         Ok(Self { entry, checkpoint, hash, context, dense, logits })
     }
 
-    /// The checkpoint as what converted models are compared with.
+    /// The dense model, with which converted models are compared.
     fn reference(&self) -> Result<Reference<'_>> {
-        let model = match self.dense.get() {
-            Some(model) => model,
+        let engine = match self.dense.get() {
+            Some(engine) => engine,
             None => {
-                let model = open_to_measure(&self.entry.path, &options())?;
-                self.dense.get_or_init(|| model)
+                let engine = open_to_measure(&self.entry.path, &options())?;
+                self.dense.get_or_init(|| engine)
             }
         };
-        Ok(Reference { model, kept: Some(&self.logits) })
+        Ok(Reference { model: engine, kept: Some(&self.logits) })
     }
 }
 
-/// One model and one recipe: converted at most once for all texts.
+/// One model and one recipe, converted at most once for all texts.
 struct StudyRow<'a> {
     model: &'a StudiedModel<'a>,
     recipe: &'a StudyRecipe,
@@ -205,7 +203,7 @@ impl StudyRow<'_> {
                 Some(cell) => CellOutcome::Done(Box::new(cell)),
                 None => {
                     events.begin(table.entries.len(), self.all, names.0, names.1, names.2);
-                    let found = self.cell(text, inputs, &mut converted, events);
+                    let found = self.measure_cell(text, inputs, &mut converted, events);
                     match found {
                         Ok(cell) => {
                             cell.store(&path)?;
@@ -251,20 +249,20 @@ impl StudyRow<'_> {
         })
     }
 
-    fn cell(
+    fn measure_cell(
         &self,
         text: &LoadedText<'_>,
         inputs: CellInputs,
         converted: &mut Option<Converted>,
         events: &dyn Events,
     ) -> anyhow::Result<Cell> {
-        let Converted { model, report } = match converted {
+        let Converted { engine, report } = match converted {
             Some(converted) => converted,
             None => converted.insert(self.convert(&inputs, events)?),
         };
         let started = Instant::now();
         let reference = self.model.reference()?;
-        let tokenizer = reference.model.tokenizer()?;
+        let tokenizer = reference.model.model.tokenizer()?;
         let options = PerplexityOptions {
             context: inputs.context,
             windows: inputs.windows,
@@ -272,14 +270,14 @@ impl StudyRow<'_> {
         };
         let progress = |done, all| events.window(done, all);
         let found =
-            perplexity(model, Some(reference), &tokenizer, &text.text, &options, &progress)?;
+            perplexity(engine, Some(reference), &tokenizer, &text.text, &options, &progress)?;
         let divergence = found
             .divergence
             .ok_or_else(|| Error::Internal { what: "a comparison without a result".into() })?;
         Ok(Cell {
             inputs,
             build: build(),
-            isa: model.isa.name().to_owned(),
+            isa: engine.isa.name().to_owned(),
             parameters: report.parameters,
             file_bytes: report.file_bytes,
             true_bits: report.true_bits_per_parameter,
@@ -297,34 +295,34 @@ impl StudyRow<'_> {
         })
     }
 
-    /// Converts, or resumes the conversion that a killed study has left.
+    /// Converts the model, or resumes the conversion of an interrupted study.
     fn convert(&self, inputs: &CellInputs, events: &dyn Events) -> anyhow::Result<Converted> {
         let conversion = [&inputs.model_hash, &inputs.recipe, &inputs.calibration];
         let name = digest(&conversion.map(|part| format!("{} {part}", part.len())).concat());
-        let work = self.cells.join(format!("{WORK}{}", &name[..24]));
-        std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
-        let file = work.join("model.stb");
+        let folder = self.cells.join(format!("{CONVERSION_PREFIX}{}", &name[..24]));
+        std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
+        let file = folder.join("model.stb");
         let (checkpoint, recipe) = (&self.model.checkpoint, &self.recipe.recipe);
         let report = convert_file(checkpoint, recipe, self.source, &file, events)?;
-        let model = open_to_measure(&file, &options())?;
-        // Where a mapped file can lose its name, it does now; elsewhere at the end of the study.
-        let _ = std::fs::remove_dir_all(&work);
-        Ok(Converted { model, report })
+        let engine = open_to_measure(&file, &options())?;
+        // A mapped file can be removed now on Unix; on other systems `remove_leftovers` does it at the end of the study.
+        let _ = std::fs::remove_dir_all(&folder);
+        Ok(Converted { engine, report })
     }
 }
 
-/// Evaluation uses the threads of the pool that it is called in.
+/// Options for evaluation with as many threads as the present pool has.
 fn options() -> OpenOptions {
     OpenOptions { threads: Some(rayon::current_num_threads()), ..OpenOptions::default() }
 }
 
 /// A converted model, mapped.
 struct Converted {
-    model: Engine,
+    engine: Engine,
     report: Report,
 }
 
-/// Converts `checkpoint` by `recipe` into the file `target`, over an older one.
+/// Converts `checkpoint` by `recipe` into the file `target`; replaces an existing one.
 ///
 /// # Errors
 /// As for [`convert`] and [`plan`].
@@ -342,8 +340,8 @@ pub fn convert_file(
     convert(job, progress)
 }
 
-/// Names this build: its version and a hash of the program's file. Cells of another build are used,
-/// but it shows.
+/// Identifies this build: its version and a hash of the program's file. Cells of other builds are used, but the table
+/// lists all builds.
 fn build() -> String {
     static BUILD: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
         let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();

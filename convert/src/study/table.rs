@@ -1,4 +1,4 @@
-//! A study's results for people (Markdown, SVG) and programs (CSV).
+//! The results of a study as Markdown, SVG and CSV.
 
 use std::fmt::Write;
 
@@ -34,7 +34,7 @@ impl StudyTable {
         out
     }
 
-    /// All builds that cells are from, sorted.
+    /// The builds that measured the cells, sorted.
     #[must_use]
     pub fn builds(&self) -> Vec<String> {
         let mut builds: Vec<String> =
@@ -129,7 +129,7 @@ impl StudyTable {
         *out += "\n";
     }
 
-    /// All figures with all digits, one cell per line.
+    /// All figures with all digits as CSV, one cell per line.
     #[must_use]
     pub fn csv(&self) -> String {
         let mut out = String::from(
@@ -204,7 +204,7 @@ impl StudyTable {
     }
 }
 
-/// Four significant digits, the error to the same place.
+/// Four significant digits; the error with the same number of decimals.
 fn plus_minus(value: Measured, scale: f64) -> String {
     let (value, error) = (value.value * scale, value.standard_error.map(|e| e * scale));
     let size = value.abs().max(1e-3).log10().floor() as i32;
