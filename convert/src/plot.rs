@@ -251,30 +251,30 @@ struct Labels {
 impl Labels {
     fn write(&mut self, out: &mut String, x: f64, y: f64, label: &str) {
         let width = label.chars().count() as f64 * 5.6;
-        let mut places = Vec::new();
+        let mut positions = Vec::new();
         // Next to the point, then at growing distances above and below.
         for step in 0..24 {
             let shift = f64::from((step + 1) / 2 * 11) * if step % 2 == 1 { -1.0 } else { 1.0 };
-            places.push((x + 7.0, y + 4.0 + shift));
-            places.push((x - 7.0 - width, y + 4.0 + shift));
+            positions.push((x + 7.0, y + 4.0 + shift));
+            positions.push((x - 7.0 - width, y + 4.0 + shift));
         }
         let size = |(x, y): (f64, f64)| [x, y - 9.0, x + width, y + 2.0];
-        let free = |place: &(f64, f64)| {
-            let [l, t, r, b] = size(*place);
+        let free = |position: &(f64, f64)| {
+            let [l, t, r, b] = size(*position);
             let inside = l > AREA[0] && r < AREA[1] && t > AREA[2] && b < AREA[3];
             inside && self.taken.iter().all(|o| r < o[0] || l > o[2] || b < o[1] || t > o[3])
         };
-        let place = places.iter().copied().find(free).unwrap_or((x + 7.0, y + 4.0));
-        if (place.1 - y - 4.0).abs() > 11.0 {
-            let end = if place.0 > x { place.0 - 1.0 } else { place.0 + width + 1.0 };
-            line(out, [x, y, end, place.1 - 4.0], "#aaa", 0.6);
+        let position = positions.iter().copied().find(free).unwrap_or((x + 7.0, y + 4.0));
+        if (position.1 - y - 4.0).abs() > 11.0 {
+            let end = if position.0 > x { position.0 - 1.0 } else { position.0 + width + 1.0 };
+            line(out, [x, y, end, position.1 - 4.0], "#aaa", 0.6);
         }
-        self.taken.push(size(place));
+        self.taken.push(size(position));
         let look = "font-size=\"10.5\" fill=\"#333\"";
         // The width is an estimate, so anchor the text at the end near the point.
-        match place.0 > x {
-            true => text(out, place.0, place.1, "start", look, label),
-            false => text(out, place.0 + width, place.1, "end", look, label),
+        match position.0 > x {
+            true => text(out, position.0, position.1, "start", look, label),
+            false => text(out, position.0 + width, position.1, "end", look, label),
         }
     }
 }

@@ -103,9 +103,9 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
         None => CalibrationText::of(&recipe.calibration)?,
     };
     let text = CalibrationText::file(&args.text)?.text;
-    let work = args.out.join(".work");
-    std::fs::create_dir_all(&work).map_err(|e| Error::io(&work, e))?;
-    let file = work.join("model.stb");
+    let temporary = args.out.join(".work");
+    std::fs::create_dir_all(&temporary).map_err(|e| Error::io(&temporary, e))?;
+    let file = temporary.join("model.stb");
     let bar = Bar::new(args.quiet);
     let report = convert_file(&checkpoint, &recipe, &source, &file, &bar);
     bar.finish();
@@ -113,7 +113,7 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     let threads = Some(rayon::current_num_threads());
     let mut engine = open_to_measure(&file, &OpenOptions { threads, ..OpenOptions::default() })?;
     // A mapped file can be removed now on Unix; on other systems this fails and is repeated at the end.
-    let _ = std::fs::remove_dir_all(&work);
+    let _ = std::fs::remove_dir_all(&temporary);
     let layout = args.separator.clone().map_or(TextLayout::Whole, TextLayout::Documents);
     let context = args.ctx.map_or(engine.model.spec.context_length as usize, |n| n as usize);
     let options = FlipOptions {
@@ -143,7 +143,7 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     let found =
         flips::flip(&mut engine, &checkpoint, calibration, &source, &text, &options, &progress)?;
     drop(engine);
-    let _ = std::fs::remove_dir_all(&work);
+    let _ = std::fs::remove_dir_all(&temporary);
     let name = args.src.file_name().unwrap_or_default().to_string_lossy();
     let title = format!("Flipped signs: {name}, recipe {}", recipe.name);
     let table = flips::markdown(&title, &found);

@@ -9,7 +9,7 @@ use stb_runtime::{Layer, Weight};
 use crate::backward::{DenseLayer, DenseMatrix};
 use crate::quantize::nm::round_scales;
 
-/// Adam's decay rates of first and second moments. There are few steps, so they are below the usual 0.9 and 0.999.
+/// Adam's decay rates of first and second moments. The second is below the usual 0.999 because there are few steps.
 const DECAY: [f64; 2] = [0.9, 0.95];
 
 /// Parameters as logarithms relative to their initial values, with Adam's moments.

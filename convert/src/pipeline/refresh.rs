@@ -334,7 +334,8 @@ mod tests {
         let (n, rows, tokens) = (21, 5, 60);
         let number = |k: usize| move |i: usize| ((i * i * k + 7 * i) % 101) as f32 / 50.0 - 1.0;
         let x: Vec<f32> = (0..tokens * n).map(number(31)).collect();
-        let wanted: Vec<f32> = x.iter().enumerate().map(|(i, x)| x + 0.3 * number(17)(i)).collect();
+        let dense_x: Vec<f32> =
+            x.iter().enumerate().map(|(i, x)| x + 0.3 * number(17)(i)).collect();
         let stream: Vec<f32> = (0..tokens * rows).map(number(13)).collect();
         let weights: Vec<f32> = (0..rows * n).map(number(11)).collect();
         let isa = Isa::detect().unwrap();
@@ -348,7 +349,7 @@ mod tests {
             cross.add(isa, a, &x, 1);
             cross.finish()
         };
-        let difference: Vec<f32> = wanted.iter().zip(&x).map(|(w, x)| w - x).collect();
+        let difference: Vec<f32> = dense_x.iter().zip(&x).map(|(w, x)| w - x).collect();
         let (e, d) = (cross(&difference, n), cross(&stream, rows));
         let mut shifted = weights.clone();
         let factor = Factor::new(&hessian).unwrap();
