@@ -1,7 +1,6 @@
 //! [`Engine`]: a model with the threads, instruction set, precision, KV cache type and device that
 //! run it.
 
-use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -106,14 +105,6 @@ pub(crate) enum Tail {
     Cpu,
     /// A GPU with the layers that are loaded on it.
     Cuda(DeviceModel),
-}
-
-impl Deref for Engine {
-    type Target = Model;
-
-    fn deref(&self) -> &Model {
-        &self.model
-    }
 }
 
 impl Engine {

@@ -200,7 +200,7 @@ fn divergences_are_those_of_the_definition() {
     for room in [6 * window, 5 * window / 2, window - 1] {
         let kept = KeptLogits::new(room);
         for _ in 0..3 {
-            let again = measure(Reference { model: &reference, kept: Some(&kept) });
+            let again = measure(Reference { engine: &reference, kept: Some(&kept) });
             assert_eq!(again.divergence, found.divergence);
         }
     }

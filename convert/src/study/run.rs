@@ -174,7 +174,7 @@ impl<'a> StudiedModel<'a> {
                 self.dense.get_or_init(|| engine)
             }
         };
-        Ok(Reference { model: engine, kept: Some(&self.logits) })
+        Ok(Reference { engine, kept: Some(&self.logits) })
     }
 }
 
@@ -262,7 +262,7 @@ impl StudyRow<'_> {
         };
         let started = Instant::now();
         let reference = self.model.reference()?;
-        let tokenizer = reference.model.model.tokenizer()?;
+        let tokenizer = reference.engine.model.tokenizer()?;
         let options = PerplexityOptions {
             context: inputs.context,
             windows: inputs.windows,

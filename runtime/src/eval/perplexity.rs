@@ -118,11 +118,11 @@ pub fn perplexity(
         )));
     }
     if let Some(reference) = reference {
-        same_tokens(engine, reference.model, text, options, &tokens)?;
+        same_tokens(engine, reference.engine, text, options, &tokens)?;
     }
     let windows: Vec<&[u32]> = tokens.chunks_exact(context).take(count).collect();
     let done = std::sync::atomic::AtomicUsize::new(0);
-    let small = is_small(engine) && reference.is_none_or(|r| is_small(r.model));
+    let small = is_small(engine) && reference.is_none_or(|r| is_small(r.engine));
     let measure = |window: &&[u32]| {
         let found = match reference {
             None => window_loss(engine, window, small),

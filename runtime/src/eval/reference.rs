@@ -11,7 +11,7 @@ use crate::state::State;
 #[derive(Clone, Copy, Debug)]
 pub struct Reference<'a> {
     /// The engine of the reference model, usually a dense checkpoint.
-    pub model: &'a Engine,
+    pub engine: &'a Engine,
     /// Logits of the reference on earlier windows; `None` to keep none.
     pub kept: Option<&'a KeptLogits>,
 }
@@ -20,13 +20,13 @@ impl<'a> Reference<'a> {
     /// A reference whose logits are not kept.
     #[must_use]
     pub fn new(engine: &'a Engine) -> Self {
-        Self { model: engine, kept: None }
+        Self { engine, kept: None }
     }
 
     /// Starts a window of tokens.
     pub(super) fn begin(&self, window: &[u32]) -> ReferenceWindow<'a> {
         let kept = self.kept.and_then(|kept| kept.get(window));
-        let fresh = kept.is_none().then(|| State::new(self.model, window.len()));
+        let fresh = kept.is_none().then(|| State::new(self.engine, window.len()));
         ReferenceWindow { reference: *self, kept, state: fresh, logits: Vec::new(), done: 0 }
     }
 }
@@ -90,7 +90,7 @@ impl ReferenceWindow<'_> {
     /// The errors of [`Engine::forward_all`].
     pub(super) fn next(&mut self, window: &[u32], tokens: usize) -> Result<&[f32]> {
         let Self { reference, kept, state, logits, done } = self;
-        let vocab = reference.model.model.embeddings.rows();
+        let vocab = reference.engine.model.embeddings.rows();
         let piece = *done..*done + tokens;
         *done = piece.end;
         let Some(state) = state else {
@@ -103,7 +103,7 @@ impl ReferenceWindow<'_> {
             logits.clear();
         }
         let before = logits.len();
-        reference.model.forward_all(state, &window[piece], |_, new| {
+        reference.engine.forward_all(state, &window[piece], |_, new| {
             logits.extend_from_slice(new);
         })?;
         // The logits are incomplete if the cache was full during an earlier piece.
