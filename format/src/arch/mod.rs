@@ -6,6 +6,7 @@
 mod block;
 mod config;
 mod llama;
+mod mistral;
 mod options;
 mod registry;
 mod roles;

@@ -2,10 +2,10 @@
 
 use super::config::{ConfigError, ConfigFields};
 use super::spec::{Architecture, Family, ModelSpec};
-use super::{llama, options};
+use super::{llama, mistral, options};
 
 /// All supported families. Add new families here.
-static FAMILIES: &[&Family] = &[&llama::FAMILY];
+static FAMILIES: &[&Family] = &[&llama::FAMILY, &mistral::FAMILY];
 
 impl Architecture {
     /// The LLaMA family: RMSNorm before each sublayer, RoPE, a gated MLP with SiLU, no biases.
