@@ -87,48 +87,10 @@ impl<'a> MetaView<'a> {
         }
         let mut entries: Vec<(&str, ValueRef)> = Vec::new();
         for index in 0..count {
-            let here = rest;
-            let Ok((entry, after)) = MetaEntry::ref_from_prefix(rest) else {
-                return Err(fail(Rule::MetaStructure, format!("entry {index} is cut off"), here));
-            };
-            let key_length = usize::from(entry.key_length.get());
-            if key_length == 0 || key_length > MAX_NAME_BYTES {
-                let detail = format!("entry {index} has a key of {key_length} bytes");
-                return Err(fail(Rule::MetaLimits, detail, here));
-            }
-            if entry.value_length.get() > MAX_META_VALUE_BYTES {
-                let detail =
-                    format!("entry {index} has a value of {} bytes", entry.value_length.get());
-                return Err(fail(Rule::MetaLimits, detail, here));
-            }
-            let value_length = usize::try_from(entry.value_length.get()).unwrap_or(usize::MAX);
-            let split = after
-                .split_at_checked(key_length)
-                .and_then(|(key, after)| Some((key, after.split_at_checked(value_length)?)));
-            let Some((key, (value, after))) = split else {
-                return Err(fail(Rule::MetaStructure, format!("entry {index} is cut off"), here));
-            };
-            let Some(key) = parse_key(key) else {
-                let detail =
-                    format!("the key of entry {index} has a character outside a-z 0-9 . _ -");
-                return Err(fail(Rule::MetaKey, detail, here));
-            };
-            if let Some((last, _)) = entries.last()
-                && *last >= key
-            {
-                let detail = format!("key {key} comes after {last}");
-                return Err(fail(Rule::MetaOrder, detail, here));
-            }
-            if !(1..=5).contains(&entry.kind) {
-                let detail = format!("key {key} has value type {}", entry.kind);
-                return Err(fail(Rule::MetaType, detail, here));
-            }
-            let parsed = if entry.reserved == 0 { parse_value(entry.kind, value) } else { None };
-            let Some(parsed) = parsed else {
-                let detail = format!("the value of key {key} is not valid for type {}", entry.kind);
-                return Err(fail(Rule::MetaValue, detail, here));
-            };
-            entries.push((key, parsed));
+            let last = entries.last().map(|(key, _)| *key);
+            let entry = parse_entry(rest, u64::from(index), last);
+            let (key, value, after) = entry.map_err(|(rule, detail)| fail(rule, detail, rest))?;
+            entries.push((key, value));
             rest = after;
         }
         if !rest.is_empty() {
@@ -245,6 +207,57 @@ impl Meta {
         }
         Ok(out)
     }
+}
+
+/// An entry: key, value and the bytes after it.
+type Entry<'a> = (&'a str, ValueRef<'a>, &'a [u8]);
+
+/// Entry `index`, at the start of `bytes`, after one whose key is `last`. An error is the broken rule
+/// with a detail.
+fn parse_entry<'a>(
+    bytes: &'a [u8],
+    index: u64,
+    last: Option<&str>,
+) -> std::result::Result<Entry<'a>, (Rule, String)> {
+    let Ok((entry, after)) = MetaEntry::ref_from_prefix(bytes) else {
+        return Err((Rule::MetaStructure, format!("entry {index} is cut off")));
+    };
+    let key_length = usize::from(entry.key_length.get());
+    if key_length == 0 || key_length > MAX_NAME_BYTES {
+        let detail = format!("entry {index} has a key of {key_length} bytes");
+        return Err((Rule::MetaLimits, detail));
+    }
+    if entry.value_length.get() > MAX_META_VALUE_BYTES {
+        let detail = format!("entry {index} has a value of {} bytes", entry.value_length.get());
+        return Err((Rule::MetaLimits, detail));
+    }
+    let value_length = usize::try_from(entry.value_length.get()).unwrap_or(usize::MAX);
+    let split = after
+        .split_at_checked(key_length)
+        .and_then(|(key, after)| Some((key, after.split_at_checked(value_length)?)));
+    let Some((key, (value, after))) = split else {
+        return Err((Rule::MetaStructure, format!("entry {index} is cut off")));
+    };
+    let Some(key) = parse_key(key) else {
+        let detail = format!("the key of entry {index} has a character outside a-z 0-9 . _ -");
+        return Err((Rule::MetaKey, detail));
+    };
+    if let Some(last) = last
+        && last >= key
+    {
+        let detail = format!("key {key} comes after {last}");
+        return Err((Rule::MetaOrder, detail));
+    }
+    if !(1..=5).contains(&entry.kind) {
+        let detail = format!("key {key} has value type {}", entry.kind);
+        return Err((Rule::MetaType, detail));
+    }
+    let parsed = if entry.reserved == 0 { parse_value(entry.kind, value) } else { None };
+    let Some(parsed) = parsed else {
+        let detail = format!("the value of key {key} is not valid for type {}", entry.kind);
+        return Err((Rule::MetaValue, detail));
+    };
+    Ok((key, parsed, after))
 }
 
 fn parse_key(bytes: &[u8]) -> Option<&str> {
