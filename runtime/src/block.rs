@@ -1,7 +1,8 @@
 //! The forward pass of a decoder layer, written once for all backends.
 //!
-//! The functions [`attention`] and [`mlp`] are the two sublayers. They call the operations of a
-//! [`BlockOps`]. The CPU, the GPU and the calibration and backward passes of a conversion implement it.
+//! [`run_block`] runs the two sublayers, attention and MLP; [`run_sublayer`] runs one of them. They call
+//! the operations of a [`BlockOps`], which four backends implement: the CPU, the GPU, the GPU with decoded
+//! weights (calibration), and the backward pass, which records activations.
 
 use std::ops::ControlFlow;
 
@@ -10,7 +11,8 @@ use stb_format::arch::{Linear, LinearInput, NormSite};
 use crate::layer::Layer;
 use crate::sublayer::Sublayer;
 
-/// The input of a linear layer. `B` is a buffer of activations, [tokens, width].
+/// The input of a linear layer. `B` is a buffer of activations, [tokens, width], `V` the weight of a
+/// norm, `R` the residual stream, [tokens, hidden].
 #[derive(Debug)]
 pub enum BlockInput<'a, B, V, R: ?Sized = B> {
     /// Activations without an operation before the linear layer.
@@ -22,7 +24,7 @@ pub enum BlockInput<'a, B, V, R: ?Sized = B> {
         /// The weight of the norm, `[hidden]`.
         weight: &'a V,
     },
-    /// act(gate) ∘ up, both [tokens, intermediate].
+    /// act(gate) ∘ up, both [tokens, intermediate]. The activation is that of the model, SiLU.
     Gated {
         /// The gate. May be overwritten with the result.
         gate: &'a mut B,
@@ -31,7 +33,8 @@ pub enum BlockInput<'a, B, V, R: ?Sized = B> {
     },
 }
 
-/// `Break` if an observer stopped the layer.
+/// `Break` if an observer stopped the layer: the rest of the layer is skipped and the residual stream
+/// stays as it was. Nothing has failed.
 pub type Flow<E> = Result<ControlFlow<()>, E>;
 
 /// The operations of a decoder layer on one backend.
@@ -47,14 +50,14 @@ pub trait BlockOps {
     /// The error of an operation.
     type Error;
 
-    /// `out[i] = x · matrices[i]ᵀ`, [tokens, out]. `input` identifies the activations `x` for
-    /// observers. If an observer returns `Break`, no product is computed.
+    /// `out[i] = x · matrices[i]ᵀ`, [tokens, out]. `site` says which activations of the
+    /// layer `x` is, for observers. If an observer returns `Break`, no product is computed.
     ///
     /// # Errors
     /// Errors of the backend.
     fn linear<const N: usize>(
         &mut self,
-        input: LinearInput,
+        site: LinearInput,
         x: BlockInput<'_, Self::Buffer, Self::Vector, Self::Residual>,
         matrices: [&Self::Matrix; N],
         out: [&mut Self::Buffer; N],
@@ -66,7 +69,7 @@ pub trait BlockOps {
     /// Errors of the backend.
     fn linear_residual(
         &mut self,
-        input: LinearInput,
+        site: LinearInput,
         x: BlockInput<'_, Self::Buffer, Self::Vector, Self::Residual>,
         matrix: &Self::Matrix,
         residual: &mut Self::Residual,
@@ -77,7 +80,7 @@ pub trait BlockOps {
     ///
     /// # Errors
     /// Errors of the backend.
-    fn attention(&mut self, x: AttentionBuffers<'_, Self::Buffer>) -> Result<(), Self::Error>;
+    fn attend(&mut self, x: AttentionBuffers<'_, Self::Buffer>) -> Result<(), Self::Error>;
 }
 
 /// The inputs and the output of attention.
@@ -152,11 +155,10 @@ fn attention<O: BlockOps>(
     let BlockScratch { q, k, v, attn_out, .. } = scratch;
     let normed = BlockInput::Norm { x: &*residual, weight: layer.norm(NormSite::Attention) };
     let matrices = [Linear::Q, Linear::K, Linear::V].map(|linear| layer.linear(linear));
-    if ops.linear(LinearInput::Attention, normed, matrices, [&mut *q, &mut *k, &mut *v])?.is_break()
-    {
+    if ops.linear(LinearInput::Qkv, normed, matrices, [&mut *q, &mut *k, &mut *v])?.is_break() {
         return Ok(ControlFlow::Break(()));
     }
-    ops.attention(AttentionBuffers { q, k, v, attn_out: &mut *attn_out })?;
+    ops.attend(AttentionBuffers { q, k, v, attn_out: &mut *attn_out })?;
     let output = layer.linear(Linear::O);
     ops.linear_residual(LinearInput::AttentionOutput, BlockInput::Plain(attn_out), output, residual)
 }
@@ -170,9 +172,9 @@ fn mlp<O: BlockOps>(
     let BlockScratch { gate, up, .. } = scratch;
     let normed = BlockInput::Norm { x: &*residual, weight: layer.norm(NormSite::Mlp) };
     let matrices = [Linear::Gate, Linear::Up].map(|linear| layer.linear(linear));
-    if ops.linear(LinearInput::Mlp, normed, matrices, [&mut *gate, &mut *up])?.is_break() {
+    if ops.linear(LinearInput::GateUp, normed, matrices, [&mut *gate, &mut *up])?.is_break() {
         return Ok(ControlFlow::Break(()));
     }
     let product = BlockInput::Gated { gate, up };
-    ops.linear_residual(LinearInput::MlpDown, product, layer.linear(Linear::Down), residual)
+    ops.linear_residual(LinearInput::Down, product, layer.linear(Linear::Down), residual)
 }

@@ -13,7 +13,7 @@ use crate::rope::RopeAngles;
 use crate::weights::Weight;
 
 /// Elementwise operations on at most this many values run on one thread.
-pub(crate) const SERIAL: usize = 1 << 15;
+pub(crate) const MIN_PARALLEL_ELEMENTS: usize = 1 << 15;
 /// Values per task of elementwise operations.
 const CHUNK: usize = 1 << 14;
 
@@ -101,7 +101,7 @@ impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
         Ok(ControlFlow::Continue(()))
     }
 
-    fn attention(&mut self, x: AttentionBuffers<'_, Vec<f32>>) -> Result<(), Infallible> {
+    fn attend(&mut self, x: AttentionBuffers<'_, Vec<f32>>) -> Result<(), Infallible> {
         let AttentionBuffers { q, k, v, attn_out } = x;
         let tokens = self.angles.tokens().max(1);
         for heads in [&mut *q, &mut *k] {
@@ -130,9 +130,13 @@ fn compute_input<'x>(
             normed
         }
         BlockInput::Gated { gate, up } => {
-            pool.or_serial(gate.len() > SERIAL).run_chunks(gate, CHUNK, |first, gate| {
-                ops::silu_mul(isa, gate, &up[first..first + gate.len()]);
-            });
+            pool.or_serial(gate.len() > MIN_PARALLEL_ELEMENTS).run_chunks(
+                gate,
+                CHUNK,
+                |first, gate| {
+                    ops::silu_mul(isa, gate, &up[first..first + gate.len()]);
+                },
+            );
             gate
         }
     }
@@ -148,14 +152,14 @@ pub(crate) fn norm_rows(
     out: &mut Vec<f32>,
 ) {
     out.resize(x.len(), 0.0);
-    pool.or_serial(x.len() > SERIAL).run_chunks(out, weight.len(), |first, out| {
+    pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(out, weight.len(), |first, out| {
         ops::rms_norm(isa, &x[first..first + out.len()], weight, eps, out);
     });
 }
 
 /// `x += y`.
 pub(crate) fn add(pool: &Pool, x: &mut [f32], y: &[f32]) {
-    pool.or_serial(x.len() > SERIAL).run_chunks(x, CHUNK, |first, x| {
+    pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(x, CHUNK, |first, x| {
         for (x, y) in x.iter_mut().zip(&y[first..]) {
             *x += y;
         }

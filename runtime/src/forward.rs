@@ -3,7 +3,7 @@
 use stb_kernels::packed;
 
 use crate::block::run_block;
-use crate::cpu::{CpuOps, SERIAL, norm_rows};
+use crate::cpu::{CpuOps, MIN_PARALLEL_ELEMENTS, norm_rows};
 use crate::device::DeviceCaches;
 use crate::engine::{Engine, Tail};
 use crate::error::{Error, Result};
@@ -14,9 +14,11 @@ use crate::sampler::{Sampler, SamplerInput};
 use crate::state::{ForwardScratch, State};
 use crate::weights::Weight;
 
-/// The largest prefill batch. It amortizes unpacking the weights where no q8 GEMM kernel exists.
+/// The largest prefill batch: large, so that unpacking the weights is amortized where no q8 GEMM kernel
+/// exists.
 const MAX_PREFILL_BATCH: usize = 512;
-/// Prefill batches are multiples of this number of tokens, which GEMM kernels process together.
+/// Prefill batches are multiples of this, which is a multiple of the tokens that any GEMM kernel processes
+/// together (8, 16 or 32).
 const PREFILL_GROUP: usize = 32;
 /// Tokens whose logits are computed at a time.
 const LOGITS_BATCH: usize = 64;
@@ -27,7 +29,7 @@ impl Engine {
     /// # Errors
     /// [`Error::Usage`] if `tokens` is empty or does not fit into the context; [`Error::Invalid`] if a
     /// token is not in the vocabulary; [`Error::Device`] if the device fails. After an error the
-    /// sequence is unchanged.
+    /// sequence has its former length.
     pub fn forward<'s>(&self, state: &'s mut State, tokens: &[u32]) -> Result<&'s [f32]> {
         let mut kept = std::mem::take(&mut state.logits);
         let keep = &mut |output: Output<'_>| {
@@ -35,31 +37,32 @@ impl Engine {
                 std::mem::swap(&mut kept, logits);
             }
         };
-        self.run(std::slice::from_mut(state), tokens, OutputKind::LastLogits, keep)?;
+        let done = self.run(std::slice::from_mut(state), tokens, OutputKind::LastLogits, keep);
         state.logits = kept;
-        Ok(&state.logits)
+        done.map(|()| &state.logits[..])
     }
 
-    /// Appends `tokens` and stores the input of `sampler` for the next token in `next`: the top-k
-    /// tokens if a device can select them, else all logits. Top-k tokens exclude `banned`.
+    /// Appends `tokens` and stores what `sampler` needs to choose the next token in `input`: the top-k tokens
+    /// without `banned` if a device can select them, else the logits of the whole vocabulary after the last
+    /// token, in which [`Sampler::choose`] excludes `banned`.
     ///
     /// # Errors
     /// The errors of [`Engine::forward`].
-    pub fn next(
+    pub fn forward_sampled(
         &self,
         state: &mut State,
         tokens: &[u32],
         sampler: &mut Sampler,
         banned: &[u32],
-        next: &mut SamplerInput,
+        input: &mut SamplerInput,
     ) -> Result<()> {
         let top_k = sampler.top_k_request(banned);
         let kind = top_k.as_ref().map_or(OutputKind::LastLogits, OutputKind::TopK);
         self.run(std::slice::from_mut(state), tokens, kind, &mut |output| match output {
-            Output::TopK(best) => *next = SamplerInput::TopK(best),
-            Output::Logits { logits, .. } => match next {
+            Output::TopK(best) => *input = SamplerInput::TopK(best),
+            Output::Logits { logits, .. } => match input {
                 SamplerInput::Logits(kept) => std::mem::swap(kept, logits),
-                SamplerInput::TopK(_) => *next = SamplerInput::Logits(std::mem::take(logits)),
+                SamplerInput::TopK(_) => *input = SamplerInput::Logits(std::mem::take(logits)),
             },
         })
     }
@@ -81,9 +84,9 @@ impl Engine {
                 all.extend_from_slice(logits);
             }
         };
-        self.run(states, tokens, OutputKind::AllLogits, keep)?;
+        let done = self.run(states, tokens, OutputKind::AllLogits, keep);
         states[0].logits = all;
-        Ok(&states[0].logits)
+        done.map(|()| &states[0].logits[..])
     }
 
     /// Appends `tokens` and computes the logits after each of them. `sink(first, logits)` receives
@@ -115,18 +118,19 @@ impl Engine {
         sink: &mut dyn FnMut(Output<'_>),
     ) -> Result<()> {
         self.check_tokens(states, tokens)?;
-        let each = if states.len() == 1 { tokens.len() } else { 1 };
-        let size = if states.len() == 1 { self.prefill_size(tokens.len()) } else { tokens.len() };
+        // A batch of sequences takes one token for each of them.
+        let is_batch = states.len() > 1;
+        let size = if is_batch { tokens.len() } else { self.prefill_size(tokens.len()) };
         for (i, piece) in tokens.chunks(size).enumerate() {
             let is_last = (i + 1) * size >= tokens.len();
             let is_needed = is_last || matches!(output, OutputKind::AllLogits);
             let output = if is_needed { output } else { OutputKind::CacheOnly };
             let pass = Pass { tokens: piece, first: i * size, output };
-            let before = states[0].tokens - i * size;
+            let before_call = states[0].tokens - i * size;
             if let Err(e) = self.run_pass(states, pass, sink) {
+                // The KV caches of a failed pass may be longer than `tokens` says, so cut them in any case.
                 for state in states {
-                    let kept = if each == 1 { state.tokens } else { before };
-                    state.truncate(kept);
+                    state.truncate(if is_batch { state.tokens } else { before_call });
                 }
                 return Err(e);
             }
@@ -191,6 +195,7 @@ impl Engine {
                 scratch: cpu,
                 observer: &mut (),
             };
+            // The CPU cannot fail, and no observer stops the layer.
             let Ok(_) = run_block(&mut ops, layer, block, hidden);
         }
         Ok(())
@@ -251,7 +256,7 @@ impl Engine {
         let embeddings = &self.model.embeddings;
         let (width, table) = (embeddings.cols(), embeddings.view());
         hidden.resize(tokens.len() * width, 0.0);
-        let pool = self.pool.or_serial(hidden.len() > SERIAL);
+        let pool = self.pool.or_serial(hidden.len() > MIN_PARALLEL_ELEMENTS);
         pool.run_chunks(hidden, width, |first, out| {
             for (token, out) in tokens[first / width..].iter().zip(out.chunks_exact_mut(width)) {
                 table.decode_row(*token as usize, out);

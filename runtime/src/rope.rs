@@ -5,7 +5,7 @@ use stb_format::{ModelSpec, RopePairing, RopeScaling};
 use stb_kernels::Pool;
 
 /// At most this many values are rotated on one thread.
-const SERIAL: usize = 1 << 15;
+const MIN_PARALLEL_ELEMENTS: usize = 1 << 15;
 
 /// The scaled frequency 1 / θ^(2i/head_dim) of each pair i, in radians per position, `[head_dim / 2]`.
 pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScaling) -> Vec<f32> {
@@ -85,7 +85,7 @@ impl RopeAngles {
 
     /// Rotates the heads of `x`, [tokens, width], in place.
     pub(crate) fn rotate(&self, pool: &Pool, x: &mut [f32], width: usize) {
-        pool.or_serial(x.len() > SERIAL).run_chunks(x, width, |first, x| {
+        pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(x, width, |first, x| {
             let at = first / width * self.pairs;
             let (cos, sin) = (&self.cos[at..at + self.pairs], &self.sin[at..at + self.pairs]);
             for head in x.chunks_exact_mut(2 * self.pairs) {

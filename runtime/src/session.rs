@@ -272,7 +272,7 @@ impl Session {
     /// Appends tokens to the KV cache and stores the input of the sampler for the next token.
     fn append<S>(&mut self, tokens: &[u32], answer: &mut Answer<'_, S>) -> Result<()> {
         let Answer { sampler, banned, input, .. } = answer;
-        self.engine.next(&mut self.state, tokens, sampler, banned, input)?;
+        self.engine.forward_sampled(&mut self.state, tokens, sampler, banned, input)?;
         self.cached.extend_from_slice(tokens);
         Ok(())
     }

@@ -16,8 +16,8 @@ impl Sublayer {
     #[must_use]
     pub fn of(input: LinearInput) -> Self {
         match input {
-            LinearInput::Attention | LinearInput::AttentionOutput => Self::Attention,
-            LinearInput::Mlp | LinearInput::MlpDown => Self::Mlp,
+            LinearInput::Qkv | LinearInput::AttentionOutput => Self::Attention,
+            LinearInput::GateUp | LinearInput::Down => Self::Mlp,
         }
     }
 

@@ -26,7 +26,7 @@ pub fn compared(
     for _ in 0..steps {
         let logits = engine.forward(&mut here, &tokens)?.to_vec();
         let expected = all.choose(&mut SamplerInput::Logits(logits), banned);
-        engine.next(&mut there, &tokens, &mut found, banned, &mut next)?;
+        engine.forward_sampled(&mut there, &tokens, &mut found, banned, &mut next)?;
         from_device += usize::from(matches!(next, SamplerInput::TopK(_)));
         differ += usize::from(found.choose(&mut next, banned) != expected);
         tokens = vec![expected];

@@ -175,7 +175,7 @@ fn layers_for_calibration() {
     let loaded = layers.load(layer, Sublayer::Mlp).unwrap();
     let mut stop = |which, _: &cuda::LinearAlgebra, _: &cuda::Buffer<f32>| {
         Ok(match which {
-            LinearInput::MlpDown => ControlFlow::Break(()),
+            LinearInput::Down => ControlFlow::Break(()),
             _ => ControlFlow::Continue(()),
         })
     };

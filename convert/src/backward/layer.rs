@@ -169,7 +169,7 @@ impl Pass<'_> {
         sink: &mut dyn GradientSink,
     ) -> Vec<f32> {
         let isa = self.engine.isa;
-        sink.linear(Linear::Down, d_out, &recording.inputs[LinearInput::MlpDown]);
+        sink.linear(Linear::Down, d_out, &recording.inputs[LinearInput::Down]);
         let d_product = weights.linear(Linear::Down).apply_transposed(isa, d_out);
         let (d_gate, d_up): (Vec<f32>, Vec<f32>) = d_product
             .par_iter()
@@ -180,7 +180,7 @@ impl Pass<'_> {
                 (d * u * s * (1.0 + g * (1.0 - s)), d * g * s)
             })
             .unzip();
-        let normed = &recording.inputs[LinearInput::Mlp];
+        let normed = &recording.inputs[LinearInput::GateUp];
         sink.linear(Linear::Gate, &d_gate, normed);
         sink.linear(Linear::Up, &d_up, normed);
         let mut d_normed = weights.linear(Linear::Gate).apply_transposed(isa, &d_gate);
@@ -219,7 +219,7 @@ impl Pass<'_> {
                 self.engine.rotate(dq, q_width, true);
                 self.engine.rotate(dk, kv_width, true);
             });
-        let normed = &recording.inputs[LinearInput::Attention];
+        let normed = &recording.inputs[LinearInput::Qkv];
         let mut d_normed = weights.linear(Linear::Q).apply_transposed(isa, &dq);
         for (linear, d) in [(Linear::Q, &dq), (Linear::K, &dk), (Linear::V, &dv)] {
             sink.linear(linear, d, normed);

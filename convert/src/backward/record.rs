@@ -91,7 +91,7 @@ impl BlockOps for RecordingOps<'_> {
         Ok(ControlFlow::Continue(()))
     }
 
-    fn attention(&mut self, x: AttentionBuffers<'_, Vec<f32>>) -> Result<(), Infallible> {
+    fn attend(&mut self, x: AttentionBuffers<'_, Vec<f32>>) -> Result<(), Infallible> {
         let AttentionBuffers { q, k, v, attn_out } = x;
         let tokens = self.residuals.last().map_or(1, Vec::len) / self.engine.model.hidden_size();
         let (q_width, kv_width) = (q.len() / tokens, k.len() / tokens);

@@ -105,7 +105,7 @@ impl HessianChunk {
         fisher: &LayerFisher,
         damping: f64,
     ) -> Result<InputMap<Vec<Self>>> {
-        let tokens = fisher.inputs[LinearInput::Attention].len() / engine.model.hidden_size();
+        let tokens = fisher.inputs[LinearInput::Qkv].len() / engine.model.hidden_size();
         InputMap::try_from_fn(|input| {
             let x = &fisher.inputs[input];
             let cols = x.len() / tokens.max(1);

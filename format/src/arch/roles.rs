@@ -24,10 +24,10 @@ impl Linear {
     #[must_use]
     pub fn input(self) -> LinearInput {
         match self {
-            Self::Q | Self::K | Self::V => LinearInput::Attention,
+            Self::Q | Self::K | Self::V => LinearInput::Qkv,
             Self::O => LinearInput::AttentionOutput,
-            Self::Gate | Self::Up => LinearInput::Mlp,
-            Self::Down => LinearInput::MlpDown,
+            Self::Gate | Self::Up => LinearInput::GateUp,
+            Self::Down => LinearInput::Down,
         }
     }
 
@@ -50,23 +50,23 @@ impl Linear {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LinearInput {
     /// Input of q, k and v, [tokens, hidden].
-    Attention,
+    Qkv,
     /// Input of o, [tokens, heads · head_dim].
     AttentionOutput,
     /// Input of gate and up, [tokens, hidden].
-    Mlp,
+    GateUp,
     /// Input of down, [tokens, intermediate].
-    MlpDown,
+    Down,
 }
 
 impl LinearInput {
     /// All inputs in the order of computation.
-    pub const ALL: [Self; 4] = [Self::Attention, Self::AttentionOutput, Self::Mlp, Self::MlpDown];
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::AttentionOutput, Self::GateUp, Self::Down];
 
     /// Whether the linear layer with this input adds its output to the residual stream.
     #[must_use]
     pub fn writes_residual(self) -> bool {
-        matches!(self, Self::AttentionOutput | Self::MlpDown)
+        matches!(self, Self::AttentionOutput | Self::Down)
     }
 }
 
@@ -149,10 +149,10 @@ impl<T> InputMap<T> {
     /// A map with the values of `f`.
     pub fn from_fn(mut f: impl FnMut(LinearInput) -> T) -> Self {
         Self {
-            attention: f(LinearInput::Attention),
+            attention: f(LinearInput::Qkv),
             attention_output: f(LinearInput::AttentionOutput),
-            mlp: f(LinearInput::Mlp),
-            mlp_down: f(LinearInput::MlpDown),
+            mlp: f(LinearInput::GateUp),
+            mlp_down: f(LinearInput::Down),
         }
     }
 
@@ -162,10 +162,10 @@ impl<T> InputMap<T> {
     /// Errors of `f`.
     pub fn try_from_fn<E>(mut f: impl FnMut(LinearInput) -> Result<T, E>) -> Result<Self, E> {
         Ok(Self {
-            attention: f(LinearInput::Attention)?,
+            attention: f(LinearInput::Qkv)?,
             attention_output: f(LinearInput::AttentionOutput)?,
-            mlp: f(LinearInput::Mlp)?,
-            mlp_down: f(LinearInput::MlpDown)?,
+            mlp: f(LinearInput::GateUp)?,
+            mlp_down: f(LinearInput::Down)?,
         })
     }
 
@@ -203,10 +203,10 @@ impl<T> std::ops::Index<LinearInput> for InputMap<T> {
 
     fn index(&self, input: LinearInput) -> &T {
         match input {
-            LinearInput::Attention => &self.attention,
+            LinearInput::Qkv => &self.attention,
             LinearInput::AttentionOutput => &self.attention_output,
-            LinearInput::Mlp => &self.mlp,
-            LinearInput::MlpDown => &self.mlp_down,
+            LinearInput::GateUp => &self.mlp,
+            LinearInput::Down => &self.mlp_down,
         }
     }
 }
@@ -214,10 +214,10 @@ impl<T> std::ops::Index<LinearInput> for InputMap<T> {
 impl<T> std::ops::IndexMut<LinearInput> for InputMap<T> {
     fn index_mut(&mut self, input: LinearInput) -> &mut T {
         match input {
-            LinearInput::Attention => &mut self.attention,
+            LinearInput::Qkv => &mut self.attention,
             LinearInput::AttentionOutput => &mut self.attention_output,
-            LinearInput::Mlp => &mut self.mlp,
-            LinearInput::MlpDown => &mut self.mlp_down,
+            LinearInput::GateUp => &mut self.mlp,
+            LinearInput::Down => &mut self.mlp_down,
         }
     }
 }

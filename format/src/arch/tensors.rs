@@ -85,9 +85,9 @@ impl ModelSpec {
             Role::Bias(linear) => vec![rows(linear)],
             Role::Linear(linear) | Role::Expert(_, linear) => {
                 let cols = match linear.input() {
-                    LinearInput::Attention | LinearInput::Mlp => hidden,
+                    LinearInput::Qkv | LinearInput::GateUp => hidden,
                     LinearInput::AttentionOutput => q_width,
-                    LinearInput::MlpDown => intermediate,
+                    LinearInput::Down => intermediate,
                 };
                 vec![rows(linear), cols]
             }

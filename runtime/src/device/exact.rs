@@ -264,7 +264,7 @@ impl BlockOps for DecodedOps<'_, '_> {
         self.queue(input, x, &[matrix], &mut [residual], 1.0)
     }
 
-    fn attention(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
+    fn attend(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
         let AttentionBuffers { q, k, v, attn_out } = x;
         let Some(slots) = self.slots else { return Ok(()) };
         Ok(self.attend.queue(AttentionArgs {

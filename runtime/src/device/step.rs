@@ -203,7 +203,7 @@ impl BlockOps for StepOps<'_> {
         self.queue(x, &[matrix], &mut [residual], true)
     }
 
-    fn attention(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
+    fn attend(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
         let AttentionBuffers { q, k, v, attn_out } = x;
         Ok(self.attend.queue(AttentionArgs {
             slots: self.slots,

@@ -132,7 +132,7 @@ pub(crate) fn measure(
         let [decode, low, high] = time(5, || {
             state.truncate(prompt.len());
             for i in 0..generated {
-                engine.next(&mut state, &[i], &mut sampler, &[], &mut next)?;
+                engine.forward_sampled(&mut state, &[i], &mut sampler, &[], &mut next)?;
                 sampler.choose(&mut next, &[]);
             }
             Ok(())
