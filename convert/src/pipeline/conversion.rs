@@ -170,7 +170,7 @@ impl Run<'_> {
         let global_stages = std::mem::take(&mut self.stages);
         let finished = self.resume(&parts, &mut hidden, progress)?;
         for (index, part) in parts.iter().enumerate().skip(finished) {
-            self.layer(index, part, &mut hidden, progress)?;
+            self.convert_layer(index, part, &mut hidden, progress)?;
         }
         self.stages = global_stages;
         let after: Vec<_> = tensors.collect();

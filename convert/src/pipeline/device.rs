@@ -131,7 +131,7 @@ impl Run<'_> {
         targets: bool,
     ) -> anyhow::Result<InputSums> {
         let features = self.engine.model.hidden_size();
-        let (width, writes_residual) = (pair.now.input_width(input), input.writes_residual());
+        let (width, writes_residual) = (pair.partial.input_width(input), input.writes_residual());
         let started = Instant::now();
         let mut layers = accelerator.layers();
         let mut sums = DeviceSums::new(
@@ -140,7 +140,7 @@ impl Run<'_> {
             [width, features],
             targets.then_some(writes_residual),
         )?;
-        let sublayer = layers.load(pair.now, Sublayer::of(input))?;
+        let sublayer = layers.load(pair.partial, Sublayer::of(input))?;
         let original = match targets {
             true => Some(layers.load(pair.dense, Sublayer::of(input))?),
             false => None,

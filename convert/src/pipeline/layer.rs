@@ -8,7 +8,7 @@ use stb_runtime::{Error, Layer, Result, Weight};
 
 use super::job::Progress;
 use super::limits::BATCH;
-use super::refresh::{ALL_SUBLAYERS, InputHessian, LayerPair, StreamPosition, StreamProgress};
+use super::refresh::{ALL_SUBLAYERS, InputHessian, LayerPair, StreamPosition, StreamPositions};
 use super::run::{Capture, Hidden, QuantizedTensor, Run};
 use super::tensor::{
     check_range, decode_finite, pack_uncalibrated, squared_error, zero_dead_inputs,
@@ -25,15 +25,16 @@ use crate::resume::{SavedLayer, States};
 struct LayerInProgress {
     /// The layer of the checkpoint.
     dense: Layer,
-    /// The layer with the linear layers quantized so far.
-    now: Layer,
-    streams: StreamProgress,
+    /// The same with the linear layers that are quantized so far.
+    partial: Layer,
+    /// How far the hidden states have advanced in it.
+    streams: StreamPositions,
 }
 
 impl<'r> Run<'r> {
     /// Converts one decoder layer: Hessians, all its tensors, distillation if the recipe asks for it, then the inputs
     /// of the next layer, computed with the quantized weights.
-    pub(super) fn layer(
+    pub(super) fn convert_layer(
         &mut self,
         index: usize,
         tensors: &[&TensorPlan],
@@ -43,7 +44,7 @@ impl<'r> Run<'r> {
         let started = Instant::now();
         let layers = self.engine.model.layers.len();
         self.stages = Stages::default();
-        // Units of progress: calibration, each tensor, the second forward pass.
+        // Units of progress: calibration, each tensor, distillation, the inputs of the next layer.
         let units = tensors.len() as u64 + 3;
         let step = |done: u64, what: &str| {
             let text = format!("layer {} of {layers}: {what}", index + 1);
@@ -56,24 +57,25 @@ impl<'r> Run<'r> {
         let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
         let distilled = is_quantized && self.job.recipe.calibration.distill_layers.is_some();
         let dense = self.engine.model.layers[index].clone();
-        let streams = StreamProgress::default();
-        let mut in_progress = LayerInProgress { now: dense.clone(), dense, streams };
-        // Streams advance while the layer is quantized; distillation starts from its inputs.
+        let streams = StreamPositions::default();
+        let mut in_progress = LayerInProgress { partial: dense.clone(), dense, streams };
+        // The hidden states advance while the layer is quantized. Distillation starts from the inputs of the
+        // layer, so it keeps a copy.
         let inputs = if distilled { hidden.quantized.clone() } else { States::new() };
         let mut finished = self.quantize_layer(tensors, &mut in_progress, hidden, &step)?;
-        let LayerInProgress { dense, mut now, mut streams } = in_progress;
+        let LayerInProgress { dense, mut partial, mut streams } = in_progress;
         if index + 1 < layers || distilled {
             self.advance(ALL_SUBLAYERS, &dense, &mut hidden.dense, &mut streams.dense)?;
         }
         if distilled {
             step(units - 2, "distillation");
-            self.distill_layer(tensors, &mut now, &mut finished, &inputs, &hidden.dense)?;
+            self.distill_layer(tensors, &mut partial, &mut finished, &inputs, &hidden.dense)?;
             (hidden.quantized, streams.quantized) = (inputs, StreamPosition::default());
         }
         let (error, payloads) = self.write_layer(tensors, finished)?;
         step(units - 1, "next inputs");
         if index + 1 < layers {
-            self.advance(ALL_SUBLAYERS, &now, &mut hidden.quantized, &mut streams.quantized)?;
+            self.advance(ALL_SUBLAYERS, &partial, &mut hidden.quantized, &mut streams.quantized)?;
         } else {
             *hidden = Hidden::default();
         }
@@ -98,14 +100,15 @@ impl<'r> Run<'r> {
         step: &dyn Fn(u64, &str),
     ) -> anyhow::Result<Vec<QuantizedTensor>> {
         let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
-        let pruned = self.prune_first(tensors, &mut layer.now, &mut hidden.pruned)?;
+        let pruned = self.prune_layer(tensors, &mut layer.partial, &mut hidden.pruned)?;
         let refreshed = is_quantized && self.job.recipe.calibration.refreshed;
         let mut hessians: InputMap<Option<InputHessian>> = InputMap::default();
         if is_quantized && !refreshed {
-            hessians = self.hessians(&layer.now, &hidden.quantized)?.map(Some);
+            hessians = self.hessians(&layer.partial, &hidden.quantized)?.map(Some);
         }
         let mut finished: Vec<Option<QuantizedTensor>> = tensors.iter().map(|_| None).collect();
-        // The order of computation: each input then comes from quantized layers.
+        // In the order of computation, so that a refreshed Hessian comes from the quantized linear layers before
+        // it. Norms have no input and come first: None sorts before Some.
         let key = |i: &usize| (tensors[*i].linear().map(|(_, linear)| linear.input()), *i);
         let mut order: Vec<usize> = (0..tensors.len()).collect();
         order.sort_by_key(key);
@@ -117,14 +120,14 @@ impl<'r> Run<'r> {
             if let Some(input) = input.filter(|input| refreshed && hessians[*input].is_none()) {
                 // Keep only one Hessian in memory.
                 hessians = InputMap::default();
-                let layers = LayerPair { now: &layer.now, dense: &layer.dense };
+                let layers = LayerPair { partial: &layer.partial, dense: &layer.dense };
                 hessians[input] =
                     Some(self.refreshed_hessian(input, layers, hidden, &mut layer.streams)?);
             }
             let hessian = input.and_then(|input| hessians[input].as_ref());
             let pruned = linear.and_then(|linear| pruned.get(linear));
             finished[i] =
-                Some(self.quantize_tensor(tensors[i], hessian, pruned, &mut layer.now)?);
+                Some(self.quantize_tensor(tensors[i], hessian, pruned, &mut layer.partial)?);
         }
         Ok(finished.into_iter().flatten().collect())
     }
@@ -207,9 +210,10 @@ impl<'r> Run<'r> {
         Ok(())
     }
 
-    /// Prunes the layer for methods with a pruning pass of their own, using the Hessians after the pruned layers
-    /// before it, and advances `states`. Layer by layer, this equals a pass over the whole model.
-    fn prune_first(
+    /// Prunes the layer for methods that prune the whole model before they quantize, with Hessians of inputs that
+    /// the pruned layers before it compute, and computes the inputs of the next layer. The weights are those that
+    /// pruning the whole model first would give.
+    fn prune_layer(
         &mut self,
         tensors: &[&TensorPlan],
         layer: &mut Layer,

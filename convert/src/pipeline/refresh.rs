@@ -88,7 +88,7 @@ struct ActivationPair {
 /// A decoder layer with the linear layers quantized so far, and the same layer of the dense model.
 #[derive(Clone, Copy)]
 pub(super) struct LayerPair<'a> {
-    pub(super) now: &'a Layer,
+    pub(super) partial: &'a Layer,
     pub(super) dense: &'a Layer,
 }
 
@@ -115,7 +115,7 @@ pub(super) struct StreamPosition {
 
 /// The positions of the streams in [`Hidden`] from which Hessians are computed.
 #[derive(Default)]
-pub(super) struct StreamProgress {
+pub(super) struct StreamPositions {
     pub(super) quantized: StreamPosition,
     pub(super) dense: StreamPosition,
 }
@@ -164,10 +164,10 @@ impl Run<'_> {
         input: LinearInput,
         layers: LayerPair<'_>,
         hidden: &mut Hidden,
-        progress: &mut StreamProgress,
+        progress: &mut StreamPositions,
     ) -> anyhow::Result<InputHessian> {
         if Sublayer::of(input) == Sublayer::Mlp {
-            self.advance(1, layers.now, &mut hidden.quantized, &mut progress.quantized)?;
+            self.advance(1, layers.partial, &mut hidden.quantized, &mut progress.quantized)?;
         }
         let ridge = self.job.recipe.calibration.ridge;
         let sums = match self.accelerator {
@@ -203,11 +203,11 @@ impl Run<'_> {
         input: LinearInput,
         layers: LayerPair<'_>,
         hidden: &mut Hidden,
-        progress: &mut StreamProgress,
+        progress: &mut StreamPositions,
         targets: bool,
     ) -> anyhow::Result<InputSums> {
         let isa = self.engine.isa;
-        let (width, writes_residual) = (layers.now.input_width(input), input.writes_residual());
+        let (width, writes_residual) = (layers.partial.input_width(input), input.writes_residual());
         let features = self.engine.model.hidden_size();
         let mut hessian = Hessian::new(width);
         let mut sums = targets.then(|| TargetSums {
@@ -265,7 +265,7 @@ impl Run<'_> {
         let pairs = states.par_iter_mut().zip(dense);
         pairs
             .map(|(stream, dense)| {
-                let x = run(layers.now, stream, false);
+                let x = run(layers.partial, stream, false);
                 let Some(dense) = dense else {
                     return ActivationPair { x, inputs: Vec::new(), stream: Vec::new() };
                 };
