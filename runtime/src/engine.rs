@@ -104,7 +104,7 @@ pub(crate) enum Tail {
     /// The CPU computes all layers.
     Cpu,
     /// A GPU with the layers that are loaded on it.
-    Cuda(DeviceModel),
+    Cuda(Box<DeviceModel>),
 }
 
 impl Engine {
@@ -176,7 +176,7 @@ impl Engine {
     /// # Errors
     /// [`Error::Device`] if the device has too little memory, or no kernel for an encoding or a shape.
     pub fn use_device(mut self, device: &Device, layers: Option<usize>) -> Result<Self> {
-        self.tail = Tail::Cuda(self.load_device(device, layers)?);
+        self.tail = Tail::Cuda(Box::new(self.load_device(device, layers)?));
         Ok(self)
     }
 
@@ -203,7 +203,7 @@ impl Engine {
         };
         let load = |device| self.load_device(&device, options.device_layers);
         match Device::open(ordinal).map_err(Error::from).and_then(load) {
-            Ok(loaded) => self.tail = Tail::Cuda(loaded),
+            Ok(loaded) => self.tail = Tail::Cuda(Box::new(loaded)),
             // Device failures are errors even with `Auto`.
             Err(e) if options.device == DeviceChoice::Auto && e.kind().is_unsupported() => {
                 self.device_note = Some(e.to_string());

@@ -298,7 +298,7 @@ impl StudyRow<'_> {
     /// Converts the model, or resumes the conversion of an interrupted study.
     fn convert(&self, inputs: &CellInputs, events: &dyn Events) -> anyhow::Result<Converted> {
         let conversion = [&inputs.model_hash, &inputs.recipe, &inputs.calibration];
-        let name = digest(&conversion.map(|part| format!("{} {part}", part.len())).concat());
+        let name = digest(conversion.map(|part| format!("{} {part}", part.len())).concat());
         let folder = self.cells.join(format!("{CONVERSION_PREFIX}{}", &name[..24]));
         std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
         let file = folder.join("model.stb");

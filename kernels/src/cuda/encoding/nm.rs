@@ -161,17 +161,18 @@ impl PackedView for NmView<'_> {
     /// `units` are the bytes of the codes of a tile; `kind` is the bits of a block scale, plus 256
     /// if there are column factors.
     fn layout(&self, payload: PayloadStart) -> Result<MatrixLayout> {
-        let mut layout = MatrixLayout::default();
-        layout.segments = [
-            payload.offset(self.col_factors),
-            payload.offset(self.row_scales),
-            payload.offset(self.block_codes),
-            payload.offset(self.codes),
-        ];
-        layout.units = to_u32("a tile of bytes", self.tile_bytes)?;
-        layout.block = self.spec.block() as u32;
         let factors = if self.spec.has_col_factors() { COL_FACTORS } else { 0 };
-        layout.kind = u32::from(self.spec.scale_bits()) | factors;
-        Ok(layout)
+        Ok(MatrixLayout {
+            segments: [
+                payload.offset(self.col_factors),
+                payload.offset(self.row_scales),
+                payload.offset(self.block_codes),
+                payload.offset(self.codes),
+            ],
+            units: to_u32("a tile of bytes", self.tile_bytes)?,
+            block: self.spec.block() as u32,
+            kind: u32::from(self.spec.scale_bits()) | factors,
+            ..MatrixLayout::default()
+        })
     }
 }

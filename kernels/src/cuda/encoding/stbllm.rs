@@ -34,16 +34,17 @@ impl CudaEncoding for Stbllm {
 impl PackedView for StbllmView<'_> {
     /// `units` are the units of 64 columns of a row; `kind` is N.
     fn layout(&self, payload: PayloadStart) -> Result<MatrixLayout> {
-        let mut layout = MatrixLayout::default();
-        layout.segments = [
-            payload.offset(self.salient),
-            payload.offset(self.states),
-            payload.offset(self.signs),
-            payload.offset(self.scales),
-        ];
-        layout.units = self.units() as u32;
-        layout.block = self.spec.block() as u32;
-        layout.kind = self.spec.n() as u32;
-        Ok(layout)
+        Ok(MatrixLayout {
+            segments: [
+                payload.offset(self.salient),
+                payload.offset(self.states),
+                payload.offset(self.signs),
+                payload.offset(self.scales),
+            ],
+            units: self.units() as u32,
+            block: self.spec.block() as u32,
+            kind: self.spec.n() as u32,
+            ..MatrixLayout::default()
+        })
     }
 }
