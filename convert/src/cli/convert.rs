@@ -78,7 +78,7 @@ fn device(choice: DeviceChoice, quiet: bool) -> Result<Option<Device>, Error> {
             }
             Ok(None)
         }
-        Err(e) => Err(e.into()),
+        Err(e) => Err(e),
     }
 }
 
