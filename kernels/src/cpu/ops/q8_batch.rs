@@ -65,7 +65,7 @@ pub struct ActivationsQ8 {
     task_rows: usize,
 }
 
-/// Activations of up to [`TOKENS`] tokens, and the part of [`ActivationsQ8`] that receives them.
+/// Activations of up to `TOKENS` tokens, and the part of [`ActivationsQ8`] that receives them.
 #[derive(Debug)]
 pub struct QuantizeChunk<'a> {
     /// [token][column].

@@ -46,7 +46,7 @@ impl KvCache {
     /// An empty cache.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for shapes without a kernel, [`Error::Driver`].
+    /// [`Error::Unsupported`](crate::cuda::Error::Unsupported) for shapes without a kernel, [`Error::Driver`](crate::cuda::Error::Driver).
     pub fn new(device: &Device, shape: AttentionShape) -> Result<Self> {
         shape.check()?;
         let memory = device.zeros("keys and values", 0)?;
@@ -56,7 +56,7 @@ impl KvCache {
     /// Makes room for `tokens` tokens, at most `limit`. Returns whether the cache has moved.
     ///
     /// # Errors
-    /// [`Error::Memory`] with the bytes needed; [`Error::Driver`].
+    /// [`Error::Memory`](crate::cuda::Error::Memory) with the bytes needed; [`Error::Driver`](crate::cuda::Error::Driver).
     pub fn reserve(&mut self, tokens: usize, limit: usize) -> Result<bool> {
         if tokens <= self.capacity {
             return Ok(false);

@@ -43,7 +43,7 @@ impl Attention {
     /// `frequencies` are the radians per position of each pair of a head, `[width / 2]`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for shapes without a kernel; [`Error::Compiler`], [`Error::Driver`].
+    /// [`Error::Unsupported`](crate::cuda::Error::Unsupported) for shapes without a kernel; [`Error::Compiler`](crate::cuda::Error::Compiler), [`Error::Driver`](crate::cuda::Error::Driver).
     ///
     /// # Panics
     /// If the number of frequencies is wrong.

@@ -27,7 +27,7 @@ impl SlotMapping {
     /// Room for `tokens` slots.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::Driver`](crate::cuda::Error::Driver).
     pub fn new(device: &Device, tokens: usize) -> Result<Self> {
         let slots = device.zeros("slots of tokens", tokens)?;
         Ok(Self {
@@ -43,7 +43,7 @@ impl SlotMapping {
     /// Sets the slots to these positions of these sequences, whose caches have room.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::Driver`](crate::cuda::Error::Driver).
     ///
     /// # Panics
     /// For no tokens, or more than there is room for, a position without room, or caches of different
