@@ -55,6 +55,7 @@ macro_rules! nm_rates {
     (@case (($spec:expr) $N:ident $M:ident $code_bits:ident ($body:expr))
         ($n:literal, $m:literal) $done:lifetime) => {
         if ($spec.n(), $spec.m()) == ($n, $m) {
+            // An expression may use only some of the constants.
             #[allow(dead_code)]
             const $N: usize = $n;
             #[allow(dead_code)]
