@@ -41,10 +41,7 @@ impl ConfigFields for Fields<'_> {
     }
 
     fn u64(&self, name: &str) -> Option<u64> {
-        let value = self.0.get(name)?;
-        // Some files contain integers as floating-point numbers, such as 8192.0.
-        let whole = |v: &f64| (0.0..9e15).contains(v) && v.fract() == 0.0;
-        value.as_u64().or_else(|| value.as_f64().filter(whole).map(|v| v as u64))
+        integer(self.0.get(name)?)
     }
 
     fn f64(&self, name: &str) -> Option<f64> {
@@ -59,6 +56,19 @@ impl ConfigFields for Fields<'_> {
         Some(self.0.get(name)?.as_str()?.to_owned())
     }
 
+    fn u64s(&self, name: &str) -> Option<Vec<u64>> {
+        self.0.get(name)?.as_array()?.iter().map(integer).collect()
+    }
+
+    fn f64s(&self, name: &str) -> Option<Vec<f64>> {
+        self.0.get(name)?.as_array()?.iter().map(Value::as_f64).collect()
+    }
+
+    fn texts(&self, name: &str) -> Option<Vec<String>> {
+        let texts = self.0.get(name)?.as_array()?.iter();
+        texts.map(|text| Some(text.as_str()?.to_owned())).collect()
+    }
+
     fn object(&self, name: &str) -> Option<Box<dyn ConfigFields + '_>> {
         let value = self.0.get(name).filter(|v| v.is_object())?;
         Some(Box::new(Fields(value)))
@@ -67,6 +77,12 @@ impl ConfigFields for Fields<'_> {
     fn class(&self) -> Option<String> {
         Some(self.0.get("architectures")?.get(0)?.as_str()?.to_owned())
     }
+}
+
+/// An integer. Some files contain integers as floating-point numbers, such as 8192.0.
+fn integer(value: &Value) -> Option<u64> {
+    let whole = |v: &f64| (0.0..9e15).contains(v) && v.fract() == 0.0;
+    value.as_u64().or_else(|| value.as_f64().filter(whole).map(|v| v as u64))
 }
 
 /// One id, a list of ids, or nothing.
