@@ -2,16 +2,17 @@
 //! tokenizer files.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use stb_format::ModelSpec;
-use stb_format::arch::TensorSpec;
+use stb_format::arch::{Family, SourceTensor, TensorSpec};
 use stb_format::encoding::{Dense, Encoding};
 
-use crate::config::{TokenConfig, parse_config, token_ids};
+use crate::config::{Config, TokenConfig, parse_config, token_ids};
 use crate::error::{Error, Result};
 use crate::map::Bytes;
 use crate::weights::Weight;
@@ -21,6 +22,8 @@ use crate::weights::Weight;
 pub struct Checkpoint {
     /// The folder.
     pub folder: PathBuf,
+    /// The family, which names the tensors of the checkpoint.
+    pub family: &'static Family,
     /// The architecture.
     pub spec: ModelSpec,
     /// Token ids from `config.json` and `generation_config.json`.
@@ -37,7 +40,7 @@ pub struct Checkpoint {
     pub chat_template: Option<String>,
     /// The safetensors files.
     pub files: Vec<SourceFile>,
-    weights: BTreeMap<String, Weight>,
+    weights: BTreeMap<String, StoredWeight>,
 }
 
 /// A safetensors file of a checkpoint.
@@ -47,6 +50,30 @@ pub struct SourceFile {
     pub name: String,
     /// The content.
     pub bytes: Arc<Bytes>,
+}
+
+/// A tensor of the model within a stored tensor.
+#[derive(Debug)]
+struct StoredWeight {
+    /// The stored tensor as a matrix.
+    stored: Weight,
+    is_transposed: bool,
+    first_row: usize,
+    rows: usize,
+    is_vector: bool,
+}
+
+impl StoredWeight {
+    /// The tensor of the model: the stored tensor in place, or rows of it, or a transposed copy.
+    fn weight(&self) -> Result<Weight> {
+        let rows = self.first_row..self.first_row + self.rows;
+        let part = if self.is_transposed {
+            self.stored.transposed_rows(rows)?
+        } else {
+            self.stored.rows_in_place(rows)?
+        };
+        if self.is_vector { part.as_vector() } else { Ok(part) }
+    }
 }
 
 /// The relevant part of `model.safetensors.index.json`.
@@ -74,7 +101,7 @@ impl Checkpoint {
                 folder.display()
             ))
         })?;
-        let (spec, mut tokens) = parse_config(&config)?;
+        let Config { family, spec, mut tokens } = parse_config(&config)?;
         let generation_config = read_text(&folder.join("generation_config.json"))?;
         if let Some(text) = &generation_config {
             for id in generation_eos(text)? {
@@ -93,8 +120,9 @@ impl Checkpoint {
             let path = folder.join(&name);
             opened.push(SourceFile { name, bytes: Arc::new(Bytes::open(&path, map)?) });
         }
-        let weights = read_weights(&folder, &opened, &spec)?;
+        let weights = read_weights(&folder, &opened, family, &spec)?;
         Ok(Self {
+            family,
             spec,
             tokens,
             config,
@@ -114,10 +142,8 @@ impl Checkpoint {
     /// [`Error::Internal`] if the architecture has no such tensor. [`Checkpoint::open`] checks that
     /// all others exist.
     pub fn weight(&self, name: &str) -> Result<Weight> {
-        self.weights
-            .get(name)
-            .cloned()
-            .ok_or_else(|| Error::Internal { what: format!("no tensor {name}") })
+        let stored = self.weights.get(name);
+        stored.ok_or_else(|| Error::Internal { what: format!("no tensor {name}") })?.weight()
     }
 }
 
@@ -190,12 +216,17 @@ fn template_in_config(json: &str) -> Option<String> {
     }
 }
 
-/// The tensors of `spec` with their shapes. Other tensors are an error unless they are redundant.
-fn read_weights(
-    folder: &Path,
-    files: &[SourceFile],
-    spec: &ModelSpec,
-) -> Result<BTreeMap<String, Weight>> {
+/// A tensor of a weight file.
+struct FileTensor {
+    bytes: Arc<Bytes>,
+    range: Range<usize>,
+    /// The element type; an unsupported one is an error only if the model needs the tensor.
+    kind: std::result::Result<Dense, Dtype>,
+    shape: Vec<u64>,
+}
+
+/// The tensors of the weight files by name.
+fn file_tensors(folder: &Path, files: &[SourceFile]) -> Result<BTreeMap<String, FileTensor>> {
     let mut stored = BTreeMap::new();
     for file in files {
         let path = folder.join(&file.name);
@@ -212,38 +243,78 @@ fn read_weights(
             let shape: Vec<u64> = tensor.shape().iter().map(|d| *d as u64).collect();
             let start = tensor.data().as_ptr().addr() - file.bytes.as_ptr().addr();
             let range = start..start + tensor.data().len();
-            if stored.insert(name.to_owned(), (file.bytes.clone(), range, kind, shape)).is_some() {
+            let tensor = FileTensor { bytes: file.bytes.clone(), range, kind, shape };
+            if stored.insert(name.to_owned(), tensor).is_some() {
                 return Err(Error::invalid(format!("tensor {name} is in two files")));
             }
         }
     }
+    Ok(stored)
+}
+
+/// The tensors of `spec` with their shapes. Other tensors are an error unless the family ignores them.
+fn read_weights(
+    folder: &Path,
+    files: &[SourceFile],
+    family: &'static Family,
+    spec: &ModelSpec,
+) -> Result<BTreeMap<String, StoredWeight>> {
+    let stored = file_tensors(folder, files)?;
     let mut weights = BTreeMap::new();
-    for TensorSpec { name, shape, .. } in spec.tensors() {
-        let Some((bytes, range, kind, found)) = stored.remove(&name) else {
+    let mut used = BTreeSet::new();
+    for tensor in spec.tensors() {
+        let source = family.source(spec, &tensor).ok_or_else(|| {
+            let (family, name) = (family.name(), &tensor.name);
+            Error::Internal { what: format!("the family {family} has no name for {name}") }
+        })?;
+        let found = source.names.iter().find_map(|name| stored.get_key_value(name));
+        let Some((name, found)) = found else {
             return Err(Error::invalid(format!(
-                "{} has no tensor {name}, which config.json requires",
-                folder.display()
+                "{} has no tensor {}, which config.json requires",
+                folder.display(),
+                source.names[0]
             )));
         };
-        if found != shape {
-            return Err(Error::invalid(format!(
-                "tensor {name} has shape {found:?}, config.json gives {shape:?}"
-            )));
-        }
-        let kind = kind.map_err(|kind| {
-            Error::unsupported(format!(
-                "tensor {name} is stored as {kind:?}; F32, F16 and BF16 are supported"
-            ))
-        })?;
-        let cols = shape.last().copied().unwrap_or(1);
-        let rows = shape.iter().product::<u64>() / cols;
-        weights.insert(name, Weight::new(bytes, range, Encoding::Dense(kind), rows, cols)?);
+        used.insert(name);
+        weights.insert(tensor.name.clone(), locate_weight(name, found, &source, &tensor)?);
     }
-    if let Some(name) = stored.keys().find(|name| !spec.is_redundant(name)) {
+    let is_extra = |name: &&String| !used.contains(*name) && !family.is_ignored(spec, name);
+    if let Some(name) = stored.keys().find(is_extra) {
         return Err(Error::unsupported(format!(
-            "tensor {name} is not part of a {:?} model; dropping it would change the model",
-            spec.architecture
+            "tensor {name} is not part of a {} model; dropping it would change the model",
+            family.name()
         )));
     }
     Ok(weights)
+}
+
+/// Checks shape and type of the stored tensor `name` and finds `tensor` in it.
+fn locate_weight(
+    name: &str,
+    found: &FileTensor,
+    source: &SourceTensor,
+    tensor: &TensorSpec,
+) -> Result<StoredWeight> {
+    if found.shape != source.shape {
+        let (found, shape) = (&found.shape, &source.shape);
+        return Err(Error::invalid(format!(
+            "tensor {name} has shape {found:?}, config.json gives {shape:?}"
+        )));
+    }
+    let kind = found.kind.map_err(|kind| {
+        Error::unsupported(format!(
+            "tensor {name} is stored as {kind:?}; F32, F16 and BF16 are supported"
+        ))
+    })?;
+    // A vector is a column here, so that its elements are rows.
+    let rows = source.shape.first().copied().unwrap_or(1);
+    let cols = source.shape.get(1).copied().unwrap_or(1);
+    let (bytes, range) = (found.bytes.clone(), found.range.clone());
+    Ok(StoredWeight {
+        stored: Weight::new(bytes, range, Encoding::Dense(kind), rows, cols)?,
+        is_transposed: source.is_transposed,
+        first_row: source.first_row as usize,
+        rows: tensor.shape.first().map_or(1, |rows| *rows as usize),
+        is_vector: tensor.shape.len() == 1,
+    })
 }

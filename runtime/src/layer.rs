@@ -5,22 +5,43 @@ use stb_format::arch::{Linear, LinearInput, LinearMap, NormSite, Role, TensorSpe
 use crate::sublayer::Sublayer;
 use crate::weights::Weight;
 
-/// The weights of one decoder layer: matrices `M`, [out, in], and norm weights `V`. Every backend
-/// has its own `M` and `V`. Gradients use this type too.
+/// The weights of one decoder layer: matrices `M`, [out, in], and vectors `V`: norm weights and biases. Every
+/// backend has its own `M` and `V`. Gradients use this type too.
 #[derive(Clone, Debug)]
 pub struct Layer<M = Weight, V = Vec<f32>> {
     linears: LinearMap<M>,
-    norms: Vec<(NormSite, V)>,
+    vectors: Vec<(LayerVector, V)>,
+}
+
+/// A vector of a decoder layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerVector {
+    /// The weight of a norm.
+    Norm(NormSite),
+    /// The bias of a norm.
+    NormBias(NormSite),
+    /// The bias of a linear layer.
+    Bias(Linear),
+}
+
+impl LayerVector {
+    /// The sublayer that uses the vector.
+    fn sublayer(self) -> Sublayer {
+        match self {
+            Self::Norm(site) | Self::NormBias(site) => Sublayer::of_norm(site),
+            Self::Bias(linear) => Sublayer::of(linear.input()),
+        }
+    }
 }
 
 impl<M, V> Default for Layer<M, V> {
     fn default() -> Self {
-        Self { linears: LinearMap::default(), norms: Vec::new() }
+        Self { linears: LinearMap::default(), vectors: Vec::new() }
     }
 }
 
 impl<M, V> Layer<M, V> {
-    /// Builds a layer: `matrix` loads the linear layers and `vector` the norms among `tensors`.
+    /// Builds a layer: `matrix` loads the linear layers and `vector` the norms and biases among `tensors`.
     ///
     /// # Errors
     /// Errors of `matrix` and `vector`.
@@ -29,16 +50,22 @@ impl<M, V> Layer<M, V> {
         mut matrix: impl FnMut(&TensorSpec) -> Result<M, E>,
         mut vector: impl FnMut(&TensorSpec) -> Result<V, E>,
     ) -> Result<Self, E> {
-        let (mut linears, mut norms) = (Vec::new(), Vec::new());
+        let (mut linears, mut vectors) = (Vec::new(), Vec::new());
         for tensor in tensors {
-            match tensor.role {
-                Role::Linear(linear) => linears.push((linear, matrix(&tensor)?)),
-                Role::Norm(site) => norms.push((site, vector(&tensor)?)),
+            let key = match tensor.role {
+                Role::Linear(linear) => {
+                    linears.push((linear, matrix(&tensor)?));
+                    continue;
+                }
+                Role::Norm(site) => LayerVector::Norm(site),
+                Role::NormBias(site) => LayerVector::NormBias(site),
+                Role::Bias(linear) => LayerVector::Bias(linear),
                 // `crate::model` rejects blocks with other tensors.
-                _ => {}
-            }
+                _ => continue,
+            };
+            vectors.push((key, vector(&tensor)?));
         }
-        Ok(Self { linears: linears.into_iter().collect(), norms })
+        Ok(Self { linears: linears.into_iter().collect(), vectors })
     }
 
     /// The matrix of a linear layer.
@@ -69,14 +96,24 @@ impl<M, V> Layer<M, V> {
         &mut self.linears
     }
 
+    /// A vector of the layer, if the layer has it.
+    #[must_use]
+    pub fn vector(&self, key: LayerVector) -> Option<&V> {
+        self.vectors.iter().find(|(k, _)| *k == key).map(|(_, vector)| vector)
+    }
+
+    /// Mutable form of [`Layer::vector`].
+    pub fn vector_mut(&mut self, key: LayerVector) -> Option<&mut V> {
+        self.vectors.iter_mut().find(|(k, _)| *k == key).map(|(_, vector)| vector)
+    }
+
     /// The weight of a norm.
     ///
     /// # Panics
     /// If the decoder layer does not have it.
     #[must_use]
     pub fn norm(&self, site: NormSite) -> &V {
-        let found = self.norms.iter().find(|(s, _)| *s == site);
-        found.map(|(_, norm)| norm).expect("a norm of the block")
+        self.vector(LayerVector::Norm(site)).expect("a norm of the block")
     }
 
     /// Mutable form of [`Layer::norm`].
@@ -84,18 +121,17 @@ impl<M, V> Layer<M, V> {
     /// # Panics
     /// If the decoder layer does not have it.
     pub fn norm_mut(&mut self, site: NormSite) -> &mut V {
-        let found = self.norms.iter_mut().find(|(s, _)| *s == site);
-        found.map(|(_, norm)| norm).expect("a norm of the block")
+        self.vector_mut(LayerVector::Norm(site)).expect("a norm of the block")
     }
 
-    /// The weights of all norms, in the order of the tensors.
-    pub fn norms(&self) -> impl ExactSizeIterator<Item = (NormSite, &V)> {
-        self.norms.iter().map(|(site, norm)| (*site, norm))
+    /// All vectors, in the order of the tensors.
+    pub fn vectors(&self) -> impl ExactSizeIterator<Item = (LayerVector, &V)> {
+        self.vectors.iter().map(|(key, vector)| (*key, vector))
     }
 
-    /// Mutable form of [`Layer::norms`].
-    pub fn norms_mut(&mut self) -> impl ExactSizeIterator<Item = (NormSite, &mut V)> {
-        self.norms.iter_mut().map(|(site, norm)| (*site, norm))
+    /// Mutable form of [`Layer::vectors`].
+    pub fn vectors_mut(&mut self) -> impl ExactSizeIterator<Item = (LayerVector, &mut V)> {
+        self.vectors.iter_mut().map(|(key, vector)| (*key, vector))
     }
 
     /// A layer with only the weights of `sublayer`.
@@ -106,22 +142,22 @@ impl<M, V> Layer<M, V> {
         V: Clone,
     {
         let linears = self.linears.iter().filter(|(l, _)| Sublayer::of(l.input()) == sublayer);
-        let norms = self.norms.iter().filter(|(site, _)| Sublayer::of_norm(*site) == sublayer);
+        let vectors = self.vectors.iter().filter(|(key, _)| key.sublayer() == sublayer);
         Self {
             linears: linears.map(|(linear, m)| (linear, m.clone())).collect(),
-            norms: norms.cloned().collect(),
+            vectors: vectors.cloned().collect(),
         }
     }
 
-    /// Converts each matrix with `matrix` and each norm weight with `vector`.
+    /// Converts each matrix with `matrix` and each vector with `vector`.
     pub fn map<M2, V2>(
         &self,
         matrix: impl FnMut(Linear, &M) -> M2,
-        mut vector: impl FnMut(NormSite, &V) -> V2,
+        mut vector: impl FnMut(LayerVector, &V) -> V2,
     ) -> Layer<M2, V2> {
         Layer {
             linears: self.linears.map(matrix),
-            norms: self.norms.iter().map(|(site, norm)| (*site, vector(*site, norm))).collect(),
+            vectors: self.vectors.iter().map(|(key, v)| (*key, vector(*key, v))).collect(),
         }
     }
 
@@ -135,10 +171,10 @@ impl<M, V> Layer<M, V> {
         mut vector: impl FnMut(&V) -> Result<V2, E>,
     ) -> Result<Layer<M2, V2>, E> {
         let linears = self.linears.iter().map(|(linear, m)| Ok((linear, matrix(m)?)));
-        let norms = self.norms.iter().map(|(site, norm)| Ok((*site, vector(norm)?)));
+        let vectors = self.vectors.iter().map(|(key, v)| Ok((*key, vector(v)?)));
         Ok(Layer {
             linears: linears.collect::<Result<_, E>>()?,
-            norms: norms.collect::<Result<_, E>>()?,
+            vectors: vectors.collect::<Result<_, E>>()?,
         })
     }
 }

@@ -40,7 +40,7 @@ mod tokenizer;
 mod weights;
 
 pub use checkpoint::{Checkpoint, SourceFile};
-pub use config::{TokenConfig, parse_config};
+pub use config::{Config, TokenConfig, parse_config};
 pub use cpu::Observer;
 pub use device::{DeviceChoice, DeviceLayers, DeviceObserver, DeviceSublayer};
 pub use engine::{Engine, OpenOptions, Verify};
@@ -51,7 +51,7 @@ pub use eval::{
     score_question, zero_shot,
 };
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
-pub use layer::Layer;
+pub use layer::{Layer, LayerVector};
 pub use linear::{LinearScratch, LinearWeight, Threads, apply, apply_packed};
 pub use map::Bytes;
 pub use model::Model;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use stb_format::arch::{Activation, MlpKind, NormKind, NormPlacement, Position, Role, TensorSpec};
+use stb_format::arch::{Activation, MlpKind, NormKind, NormPlacement, QkNorm, Role, TensorSpec};
 use stb_format::{File, MetaView, ModelSpec, ValueRef};
 
 use crate::checkpoint::Checkpoint;
@@ -161,9 +161,9 @@ impl Model {
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
         let matrices: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();
-        let norms = self.layers.iter().flat_map(Layer::norms).map(|(_, norm)| norm.len());
-        let norms = norms.sum::<usize>() + self.norm.len();
-        matrices + 4 * norms as u64
+        let vectors = self.layers.iter().flat_map(Layer::vectors).map(|(_, vector)| vector.len());
+        let vectors = vectors.sum::<usize>() + self.norm.len();
+        matrices + 4 * vectors as u64
     }
 
     /// The tokenizer.
@@ -211,9 +211,9 @@ fn require_supported(spec: &ModelSpec, layer: u64) -> Result<()> {
     let missing = [
         (block.norm.kind != NormKind::Rms, "norms other than RMSNorm"),
         (block.norm.placement != NormPlacement::Pre, "norms after a sublayer"),
-        (block.attention.position != Position::Rope, "positions without RoPE"),
+        (block.attention.rope.is_none(), "positions without RoPE"),
         (block.attention.qkv_bias || block.attention.output_bias || block.mlp.bias, "biases"),
-        (block.attention.qk_norm, "norms of queries and keys"),
+        (block.attention.qk_norm != QkNorm::None, "norms of queries and keys"),
         (block.attention.window.is_some(), "attention windows"),
         (block.attention.soft_cap.is_some(), "soft caps of attention scores"),
         (block.mlp.kind != MlpKind::Gated, "an MLP without gate"),
@@ -223,8 +223,7 @@ fn require_supported(spec: &ModelSpec, layer: u64) -> Result<()> {
     match missing.into_iter().find(|(is_missing, _)| *is_missing) {
         None => Ok(()),
         Some((_, feature)) => Err(Error::unsupported(format!(
-            "{:?} models need {feature}, which this version cannot run",
-            spec.architecture
+            "this model needs {feature}, which this version cannot run"
         ))),
     }
 }

@@ -8,7 +8,7 @@ use stb_kernels::Pool;
 const MIN_PARALLEL_ELEMENTS: usize = 1 << 15;
 
 /// The scaled frequency 1 / θ^(2i/head_dim) of each pair i, in radians per position, `[head_dim / 2]`.
-pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: RopeScaling) -> Vec<f32> {
+pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64, scaling: &RopeScaling) -> Vec<f32> {
     let pairs = head_dim / 2;
     let frequency = |i: usize| 1.0 / theta.powf(2.0 * i as f64 / head_dim as f64);
     let scale = |frequency: f64| match scaling {
@@ -38,7 +38,7 @@ impl Rope {
     pub(crate) fn new(spec: &ModelSpec) -> Self {
         let head_dim = spec.head_dim as usize;
         Self {
-            frequencies: inverse_frequencies(head_dim, spec.rope_theta, spec.rope_scaling),
+            frequencies: inverse_frequencies(head_dim, spec.rope_theta, &spec.rope_scaling),
             interleaved: spec.rope_pairing == RopePairing::Interleaved,
         }
     }
@@ -121,8 +121,8 @@ mod tests {
             high_freq_factor: 4.0,
             original_context: 8192,
         };
-        let plain = inverse_frequencies(128, 500_000.0, RopeScaling::None);
-        let scaled = inverse_frequencies(128, 500_000.0, scaling);
+        let plain = inverse_frequencies(128, 500_000.0, &RopeScaling::None);
+        let scaled = inverse_frequencies(128, 500_000.0, &scaling);
         // transformers' _compute_llama3_parameters for the same configuration.
         assert_eq!(plain[0], scaled[0]);
         assert!((scaled[63] / plain[63] - 0.125).abs() < 1e-6);

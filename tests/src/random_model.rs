@@ -7,9 +7,9 @@ use std::path::Path;
 
 use anyhow::bail;
 use stb_convert::Recipe;
-use stb_format::arch::{Architecture, Role, TensorSpec};
+use stb_format::arch::{Role, TensorSpec};
 use stb_format::encoding::{Dense, IntGroup};
-use stb_format::{Activation, Encoding, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
+use stb_format::{Encoding, Meta, ModelSpec, Value, Writer};
 
 use crate::tiny::{self, tokenizer};
 use crate::vectors::content;
@@ -37,7 +37,6 @@ pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
             _ => bail!("{name} is not a shape; there are {}", SHAPES.join(", ")),
         };
     Ok(ModelSpec {
-        architecture: Architecture::LLAMA,
         vocab_size,
         hidden_size,
         intermediate_size,
@@ -48,10 +47,8 @@ pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
         context_length,
         norm_eps: 1e-5,
         rope_theta: 10_000.0,
-        rope_pairing: RopePairing::Half,
-        rope_scaling: RopeScaling::None,
         tied_embeddings: matches!(name, "llama-1b" | "tiny"),
-        activation: Activation::Silu,
+        ..ModelSpec::default()
     })
 }
 

@@ -55,7 +55,7 @@ pub fn write_shards(
     std::fs::create_dir_all(folder).expect("a folder");
     std::fs::write(folder.join("config.json"), config.to_string()).expect("config.json");
     std::fs::write(folder.join("tokenizer.json"), tokenizer()).expect("tokenizer.json");
-    let (spec, _) = parse_config(&config.to_string()).expect("a valid configuration");
+    let spec = parse_config(&config.to_string()).expect("a valid configuration").spec;
     let mut rng = Rng(99);
     let mut tensors = Vec::new();
     for TensorSpec { name, shape, .. } in spec.tensors() {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
-use stb_format::arch::Architecture;
+use stb_format::arch::Family;
 use stb_runtime::{Engine, ErrorKind, OpenOptions, State};
 use stb_tests::paths::{quill, root};
 use tempfile::TempDir;
@@ -71,9 +71,9 @@ fn readme_lists_the_families() {
     let row =
         readme.lines().find(|line| line.starts_with("| architecture (`model_type`)")).unwrap();
     let supported = row.split('|').nth(2).unwrap();
-    for model_type in Architecture::supported_model_types() {
+    for model_type in Family::supported_model_types() {
         assert!(supported.contains(&format!("`{model_type}`")), "{model_type}: {supported}");
     }
     let named = supported.matches('`').count() / 2;
-    assert_eq!(named, Architecture::supported_model_types().len(), "{supported}");
+    assert_eq!(named, Family::supported_model_types().len(), "{supported}");
 }

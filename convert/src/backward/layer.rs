@@ -364,8 +364,8 @@ mod tests {
             for (linear, _) in weights.linears().iter() {
                 check(linear.short_name(), &|w| &mut w.linear_mut(linear).values);
             }
-            for (site, _) in weights.norms() {
-                check(&format!("{site:?}"), &|w| w.norm_mut(site));
+            for (key, _) in weights.vectors() {
+                check(&format!("{key:?}"), &|w| w.vector_mut(key).unwrap());
             }
         });
     }

@@ -61,8 +61,10 @@ pub fn distill_layer(
             *old = Weight::from_payload(&payload, old.encoding().clone(), rows, cols)?;
         }
     }
-    for (site, norm) in layer.norms_mut() {
-        norm.clone_from(weights.norm(site));
+    for (key, vector) in layer.vectors_mut() {
+        if let Some(moved) = weights.vector(key) {
+            vector.clone_from(moved);
+        }
     }
     Ok(Outcome { before, after })
 }

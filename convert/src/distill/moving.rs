@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use stb_format::arch::{Linear, LinearMap, NormSite};
 use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
 use stb_format::half::f16;
-use stb_runtime::{Layer, Weight};
+use stb_runtime::{Layer, LayerVector, Weight};
 
 use crate::backward::{DenseLayer, DenseMatrix};
 use crate::quantize::nm::round_scales;
@@ -200,7 +200,10 @@ pub(super) struct MovingLayer {
 impl MovingLayer {
     pub(super) fn new(layer: &Layer) -> Self {
         let linears = layer.linears().iter();
-        let norms = layer.norms();
+        let norms = layer.vectors().filter_map(|(key, vector)| match key {
+            LayerVector::Norm(site) => Some((site, vector)),
+            LayerVector::NormBias(_) | LayerVector::Bias(_) => None,
+        });
         Self {
             linears: linears.filter_map(|(l, w)| Some((l, MovingScales::new(w)?))).collect(),
             norms: norms.map(|(site, norm)| (site, Logarithms::new(norm.clone()))).collect(),
@@ -214,7 +217,7 @@ impl MovingLayer {
                 Some(moving) => moving.zeros(),
                 None => DenseMatrix::decoded(weight),
             },
-            |_, _| Vec::new(),
+            |_, vector| vector.clone(),
         );
         self.write(&mut weights);
         weights

@@ -2,9 +2,9 @@
 
 use std::io::Cursor;
 
-use stb_format::arch::{Architecture, TensorSpec};
+use stb_format::arch::TensorSpec;
 use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
-use stb_format::{File, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
+use stb_format::{File, Meta, ModelSpec, RopeScaling, Value, Writer};
 
 use super::vector::Vector;
 use super::{content, patch};
@@ -124,7 +124,6 @@ fn metadata() -> Meta {
 /// A complete model of two layers with a small tokenizer.
 pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
     let spec = ModelSpec {
-        architecture: Architecture::LLAMA,
         vocab_size: 40,
         hidden_size: 32,
         intermediate_size: 48,
@@ -135,7 +134,6 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
         context_length: 64,
         norm_eps: 1e-5,
         rope_theta: 10000.0,
-        rope_pairing: RopePairing::Half,
         rope_scaling: RopeScaling::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,
@@ -143,7 +141,7 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
             original_context: 32,
         },
         tied_embeddings: true,
-        activation: stb_format::Activation::Silu,
+        ..ModelSpec::default()
     };
     let mut rng = Rng(7);
     let mut tensors = Tensors::new();
