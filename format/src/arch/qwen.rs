@@ -1,10 +1,10 @@
 //! Qwen2 and 2.5 (biases of q, k and v), Qwen3 (norms of heads) and Qwen3-MoE.
 
+use super::block::QkNorm;
 use super::config::{ConfigError, ConfigFields};
 use super::family::{EXPERTS, Family};
 use super::llama;
 use super::options::{activation, has_bias, layer_types, required_bool, required_u64, window};
-use super::block::QkNorm;
 use super::spec::{Biases, ExpertsSpec, LayerSet, ModelSpec};
 
 pub(super) static QWEN2: Family =
