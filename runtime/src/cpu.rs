@@ -3,11 +3,15 @@
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 
-use stb_format::arch::LinearInput;
+use stb_format::Activation;
+use stb_format::arch::{LinearInput, Norm, NormKind};
 use stb_kernels::{Isa, Pool, ops};
 
-use crate::block::{AttentionBuffers, BlockInput, BlockOps, Flow};
-use crate::kv_cache::QkvRows;
+use crate::block::{
+    AttentionBuffers, AttentionLayer, BlockInput, BlockOps, Flow, LinearWeights, NormWeights,
+    ResidualLinear,
+};
+use crate::kv_cache::{AttentionSettings, QkvRows};
 use crate::linear::{LinearScratch, apply};
 use crate::rope::RopeAngles;
 use crate::weights::Weight;
@@ -36,8 +40,11 @@ impl Observer for () {
 pub(crate) struct CpuOps<'a, A> {
     pub isa: Isa,
     pub pool: &'a Pool,
-    /// The ε of the norms.
-    pub eps: f32,
+    /// The formula and ε of the norms.
+    pub norm: Norm,
+    pub activation: Activation,
+    /// The width of a head.
+    pub head_dim: usize,
     pub angles: &'a RopeAngles,
     pub attend: A,
     pub scratch: &'a mut CpuScratch,
@@ -61,7 +68,7 @@ impl CpuScratch {
     }
 }
 
-impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
+impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
     type Matrix = Weight;
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
@@ -72,15 +79,23 @@ impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
-        matrices: [&Weight; N],
+        weights: [LinearWeights<'_, Weight, Vec<f32>>; N],
         out: [&mut Vec<f32>; N],
     ) -> Flow<Infallible> {
         let CpuScratch { linear, normed, .. } = &mut *self.scratch;
-        let x = compute_input(self.isa, self.pool, self.eps, x, normed);
+        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        let x = elementwise.input(x, self.norm, self.activation, normed);
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        apply(self.isa, self.pool, linear, matrices, x, out);
+        let mut out = out;
+        let matrices = weights.each_ref().map(|weights| weights.matrix);
+        apply(self.isa, self.pool, linear, matrices, x, out.each_mut().map(|out| &mut **out));
+        for (weights, out) in weights.iter().zip(out) {
+            if let Some(bias) = weights.bias {
+                elementwise.add_bias(out, bias);
+            }
+        }
         Ok(ControlFlow::Continue(()))
     }
 
@@ -88,73 +103,153 @@ impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
-        matrix: &Weight,
+        output: ResidualLinear<'_, Weight, Vec<f32>>,
         residual: &mut [f32],
     ) -> Flow<Infallible> {
         let CpuScratch { linear, normed, out } = &mut *self.scratch;
-        let x = compute_input(self.isa, self.pool, self.eps, x, normed);
+        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        let x = elementwise.input(x, self.norm, self.activation, normed);
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        apply(self.isa, self.pool, linear, [matrix], x, [out]);
+        apply(self.isa, self.pool, linear, [output.matrix], x, [out]);
+        if let Some(bias) = output.bias {
+            elementwise.add_bias(out, bias);
+        }
+        if let Some(norm) = output.norm {
+            elementwise.norm_rows(out, norm, self.norm, normed);
+            std::mem::swap(out, normed);
+        }
         add(self.pool, residual, out);
         Ok(ControlFlow::Continue(()))
     }
 
-    fn attend(&mut self, x: AttentionBuffers<'_, Vec<f32>>) -> Result<(), Infallible> {
+    fn normalize(
+        &mut self,
+        residual: &mut [f32],
+        norm: NormWeights<'_, Vec<f32>>,
+    ) -> Result<(), Infallible> {
+        let normed = &mut self.scratch.normed;
+        Elementwise { isa: self.isa, pool: self.pool }.norm_rows(residual, norm, self.norm, normed);
+        residual.copy_from_slice(normed);
+        Ok(())
+    }
+
+    fn attend(
+        &mut self,
+        layer: AttentionLayer<'_, Vec<f32>>,
+        x: AttentionBuffers<'_, Vec<f32>>,
+    ) -> Result<(), Infallible> {
         let AttentionBuffers { q, k, v, attn_out } = x;
-        let tokens = self.angles.tokens().max(1);
-        for heads in [&mut *q, &mut *k] {
-            let width = heads.len() / tokens;
-            self.angles.rotate(self.pool, heads, width);
+        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        let heads = [
+            (&mut *q, layer.q_norm, layer.spec.heads as usize),
+            (&mut *k, layer.k_norm, layer.spec.kv_heads as usize),
+        ];
+        for (x, weight, heads) in heads {
+            if let Some(weight) = weight {
+                let norm = NormWeights { weight, bias: None };
+                elementwise.norm_rows(x, norm, self.norm, &mut self.scratch.normed);
+                x.copy_from_slice(&self.scratch.normed);
+            }
+            if let Some(table) = layer.spec.rope {
+                self.angles.table(table).rotate(self.pool, x, heads * self.head_dim);
+            }
         }
         attn_out.resize(q.len(), 0.0);
-        (self.attend)(QkvRows { q, k, v, out: attn_out });
+        let settings = AttentionSettings::new(layer.spec);
+        (self.attend)(QkvRows { q, k, v, out: attn_out }, settings);
         Ok(())
     }
 }
 
-/// Computes the activations that a linear layer reads: a norm into `normed`, the product of gate and
-/// up in place.
-fn compute_input<'x>(
-    isa: Isa,
-    pool: &Pool,
-    eps: f32,
-    x: BlockInput<'x, Vec<f32>, Vec<f32>, [f32]>,
-    normed: &'x mut Vec<f32>,
-) -> &'x [f32] {
-    match x {
-        BlockInput::Plain(x) => x,
-        BlockInput::Norm { x, weight } => {
-            norm_rows(isa, pool, x, weight, eps, normed);
-            normed
+/// Elementwise operations, on several threads if there are many elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Elementwise<'p> {
+    pub isa: Isa,
+    pub pool: &'p Pool,
+}
+
+impl Elementwise<'_> {
+    /// Computes the activations that a linear layer reads: a norm into `normed`, an activation in place.
+    fn input<'x>(
+        self,
+        x: BlockInput<'x, Vec<f32>, Vec<f32>, [f32]>,
+        norm_spec: Norm,
+        activation: Activation,
+        normed: &'x mut Vec<f32>,
+    ) -> &'x [f32] {
+        let isa = self.isa;
+        match x {
+            BlockInput::Plain(x) => x,
+            BlockInput::Residual(x) => x,
+            BlockInput::Norm { x, norm } => {
+                self.norm_rows(x, norm, norm_spec, normed);
+                normed
+            }
+            BlockInput::Activated(x) => {
+                self.pool
+                    .or_serial(x.len() > MIN_PARALLEL_ELEMENTS)
+                    .run_chunks(x, CHUNK, |_, x| ops::activate(isa, activation, x));
+                x
+            }
+            BlockInput::Gated { gate, up } => {
+                self.pool.or_serial(gate.len() > MIN_PARALLEL_ELEMENTS).run_chunks(
+                    gate,
+                    CHUNK,
+                    |first, gate| {
+                        ops::activate_mul(isa, activation, gate, &up[first..first + gate.len()]);
+                    },
+                );
+                gate
+            }
         }
-        BlockInput::Gated { gate, up } => {
-            pool.or_serial(gate.len() > MIN_PARALLEL_ELEMENTS).run_chunks(
-                gate,
-                CHUNK,
-                |first, gate| {
-                    ops::silu_mul(isa, gate, &up[first..first + gate.len()]);
-                },
-            );
-            gate
-        }
+    }
+
+    /// Normalizes rows of `x` as wide as the weight into `out`, which is resized.
+    pub(crate) fn norm_rows(
+        self,
+        x: &[f32],
+        weights: NormWeights<'_, Vec<f32>>,
+        norm: Norm,
+        out: &mut Vec<f32>,
+    ) {
+        let (isa, width, eps) = (self.isa, weights.weight.len(), norm.eps as f32);
+        out.resize(x.len(), 0.0);
+        self.pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(out, width, |first, out| {
+            let x = &x[first..first + out.len()];
+            norm_row(isa, norm.kind, x, weights, eps, out);
+        });
+    }
+
+    /// Adds `bias` to each row of `x`.
+    fn add_bias(self, x: &mut [f32], bias: &[f32]) {
+        let pool = self.pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS);
+        pool.run_chunks(x, bias.len(), |_, x| {
+            x.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+        });
     }
 }
 
-/// RMSNorm of each row of `x`, [tokens, hidden], into `out`.
-pub(crate) fn norm_rows(
+/// Normalizes one row.
+fn norm_row(
     isa: Isa,
-    pool: &Pool,
+    kind: NormKind,
     x: &[f32],
-    weight: &[f32],
+    weights: NormWeights<'_, Vec<f32>>,
     eps: f32,
-    out: &mut Vec<f32>,
+    out: &mut [f32],
 ) {
-    out.resize(x.len(), 0.0);
-    pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(out, weight.len(), |first, out| {
-        ops::rms_norm(isa, &x[first..first + out.len()], weight, eps, out);
-    });
+    match (kind, weights.bias) {
+        (NormKind::Rms, _) => ops::rms_norm(isa, x, weights.weight, eps, out),
+        (NormKind::RmsPlusOne, _) => ops::rms_norm_plus_one(isa, x, weights.weight, eps, out),
+        (NormKind::Layer, Some(bias)) => {
+            ops::layer_norm(isa, x, [weights.weight, bias], eps, out);
+        }
+        (NormKind::Layer, None) => {
+            ops::layer_norm(isa, x, [weights.weight, &vec![0.0; x.len()]], eps, out);
+        }
+    }
 }
 
 /// `x += y`.

@@ -1,6 +1,8 @@
 //! The weights of a decoder layer, by role.
 
-use stb_format::arch::{Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
+use std::sync::Arc;
+
+use stb_format::arch::{Block, Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
 
 use crate::sublayer::Sublayer;
 use crate::weights::Weight;
@@ -9,6 +11,8 @@ use crate::weights::Weight;
 /// backend has its own `M` and `V`. Gradients use this type too.
 #[derive(Clone, Debug)]
 pub struct Layer<M = Weight, V = Vec<f32>> {
+    /// The description of the layer.
+    pub block: Arc<Block>,
     linears: LinearMap<M>,
     vectors: Vec<(LayerVector, V)>,
 }
@@ -34,18 +38,13 @@ impl LayerVector {
     }
 }
 
-impl<M, V> Default for Layer<M, V> {
-    fn default() -> Self {
-        Self { linears: LinearMap::default(), vectors: Vec::new() }
-    }
-}
-
 impl<M, V> Layer<M, V> {
     /// Builds a layer: `matrix` loads the linear layers and `vector` the norms and biases among `tensors`.
     ///
     /// # Errors
     /// Errors of `matrix` and `vector`.
     pub fn load<E>(
+        block: Block,
         tensors: impl Iterator<Item = TensorSpec>,
         mut matrix: impl FnMut(&TensorSpec) -> Result<M, E>,
         mut vector: impl FnMut(&TensorSpec) -> Result<V, E>,
@@ -65,7 +64,7 @@ impl<M, V> Layer<M, V> {
             };
             vectors.push((key, vector(&tensor)?));
         }
-        Ok(Self { linears: linears.into_iter().collect(), vectors })
+        Ok(Self { block: Arc::new(block), linears: linears.into_iter().collect(), vectors })
     }
 
     /// The matrix of a linear layer.
@@ -144,6 +143,7 @@ impl<M, V> Layer<M, V> {
         let linears = self.linears.iter().filter(|(l, _)| Sublayer::of(l.input()) == sublayer);
         let vectors = self.vectors.iter().filter(|(key, _)| key.sublayer() == sublayer);
         Self {
+            block: self.block.clone(),
             linears: linears.map(|(linear, m)| (linear, m.clone())).collect(),
             vectors: vectors.cloned().collect(),
         }
@@ -156,6 +156,7 @@ impl<M, V> Layer<M, V> {
         mut vector: impl FnMut(LayerVector, &V) -> V2,
     ) -> Layer<M2, V2> {
         Layer {
+            block: self.block.clone(),
             linears: self.linears.map(matrix),
             vectors: self.vectors.iter().map(|(key, v)| (*key, vector(*key, v))).collect(),
         }
@@ -173,6 +174,7 @@ impl<M, V> Layer<M, V> {
         let linears = self.linears.iter().map(|(linear, m)| Ok((linear, matrix(m)?)));
         let vectors = self.vectors.iter().map(|(key, v)| Ok((*key, vector(v)?)));
         Ok(Layer {
+            block: self.block.clone(),
             linears: linears.collect::<Result<_, E>>()?,
             vectors: vectors.collect::<Result<_, E>>()?,
         })

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use stb_format::arch::{Activation, MlpKind, NormKind, NormPlacement, QkNorm, Role, TensorSpec};
+use stb_format::arch::{NormSite, Role, TensorSpec};
 use stb_format::{File, MetaView, ModelSpec, ValueRef};
 
 use crate::checkpoint::Checkpoint;
@@ -19,13 +19,21 @@ use crate::weights::Weight;
 pub struct Model {
     /// The architecture.
     pub spec: ModelSpec,
-    /// Token embeddings, [vocab, hidden].
+    /// Token embeddings, [vocab, embedding].
     pub embeddings: Weight,
     /// Decoder layers.
     pub layers: Vec<Layer>,
-    /// The weight of the last norm, `[hidden]`.
+    /// Learned position embeddings, [context, hidden], if the model has them.
+    pub positions: Option<Weight>,
+    /// The projection of token embeddings to the residual stream, [hidden, embedding], if their widths differ.
+    pub project_in: Option<Weight>,
+    /// The projection of the residual stream to the input of the lm_head, [embedding, hidden].
+    pub project_out: Option<Weight>,
+    /// The weight of the last norm, `[hidden]`; empty if the model has no last norm.
     pub norm: Vec<f32>,
-    /// The lm_head, [vocab, hidden]; `None` with tied embeddings ([`Model::lm_head`] returns either).
+    /// The bias of the last norm, `[hidden]`.
+    pub norm_bias: Option<Vec<f32>>,
+    /// The lm_head, [vocab, embedding]; `None` with tied embeddings ([`Model::lm_head`] returns either).
     pub own_lm_head: Option<Weight>,
     /// The file or folder that the model was loaded from.
     pub source: PathBuf,
@@ -108,22 +116,21 @@ impl Model {
         let mut layers = Vec::new();
         for i in 0..spec.layers {
             require_supported(&spec, i)?;
-            layers.push(Layer::load(spec.layer_tensors(i), matrix, vector)?);
+            layers.push(Layer::load(spec.block(i), spec.layer_tensors(i), matrix, vector)?);
         }
-        let (mut embeddings, mut norm, mut own_lm_head) = (None, None, None);
-        for tensor in spec.tensors().filter(|tensor| tensor.layer.is_none()) {
-            match tensor.role {
-                Role::TokenEmbedding => embeddings = Some(matrix(&tensor)?),
-                Role::LmHead => own_lm_head = Some(matrix(&tensor)?),
-                _ => norm = Some(vector(&tensor)?),
-            }
-        }
-        let missing = || Error::Internal { what: "a model without embeddings or last norm".into() };
+        let outside = |role: Role| spec.tensors().find(|tensor| tensor.role == role);
+        let outside_matrix = |role| outside(role).as_ref().map(matrix).transpose();
+        let outside_vector = |role| outside(role).as_ref().map(vector).transpose();
+        let missing = || Error::Internal { what: "a model without embeddings".into() };
         Ok(Self {
-            embeddings: embeddings.ok_or_else(missing)?,
+            embeddings: outside_matrix(Role::TokenEmbedding)?.ok_or_else(missing)?,
+            positions: outside_matrix(Role::PositionEmbedding)?,
+            project_in: outside_matrix(Role::ProjectIn)?,
+            project_out: outside_matrix(Role::ProjectOut)?,
             layers,
-            norm: norm.ok_or_else(missing)?,
-            own_lm_head,
+            norm: outside_vector(Role::Norm(NormSite::Final))?.unwrap_or_default(),
+            norm_bias: outside_vector(Role::NormBias(NormSite::Final))?,
+            own_lm_head: outside_matrix(Role::LmHead)?,
             source: origin.source.to_owned(),
             file_bytes: origin.file_bytes,
             verified: origin.verified,
@@ -138,7 +145,7 @@ impl Model {
         self.spec.tensors().map(|tensor| tensor.shape.iter().product::<u64>()).sum()
     }
 
-    /// The matrix that turns hidden states into logits, [vocab, hidden].
+    /// The matrix that turns hidden states into logits, [vocab, embedding].
     #[must_use]
     pub fn lm_head(&self) -> &Weight {
         self.own_lm_head.as_ref().unwrap_or(&self.embeddings)
@@ -147,13 +154,14 @@ impl Model {
     /// The width of the residual stream.
     #[must_use]
     pub fn hidden_size(&self) -> usize {
-        self.norm.len()
+        self.spec.hidden_size as usize
     }
 
     /// The matrices of all linear layers and the lm_head, in the order of a forward pass.
     pub fn matrices(&self) -> impl Iterator<Item = &Weight> {
         let layers = self.layers.iter().flat_map(|layer| layer.linears().iter());
-        layers.map(|(_, weight)| weight).chain([self.lm_head()])
+        let projections = self.project_in.iter().chain(&self.project_out);
+        layers.map(|(_, weight)| weight).chain(projections).chain([self.lm_head()])
     }
 
     /// Bytes of weights that a forward pass of one token reads: the matrices and the norms (f32), without
@@ -207,24 +215,11 @@ impl Model {
 /// Rejects blocks with features that the forward pass ([`crate::block`]) lacks. The error names the
 /// feature.
 fn require_supported(spec: &ModelSpec, layer: u64) -> Result<()> {
-    let block = spec.block(layer);
-    let missing = [
-        (block.norm.kind != NormKind::Rms, "norms other than RMSNorm"),
-        (block.norm.placement != NormPlacement::Pre, "norms after a sublayer"),
-        (block.attention.rope.is_none(), "positions without RoPE"),
-        (block.attention.qkv_bias || block.attention.output_bias || block.mlp.bias, "biases"),
-        (block.attention.qk_norm != QkNorm::None, "norms of queries and keys"),
-        (block.attention.window.is_some(), "attention windows"),
-        (block.attention.soft_cap.is_some(), "soft caps of attention scores"),
-        (block.mlp.kind != MlpKind::Gated, "an MLP without gate"),
-        (block.mlp.activation != Activation::Silu, "activations other than SiLU"),
-        (block.mlp.experts.is_some(), "mixtures of experts"),
-    ];
-    match missing.into_iter().find(|(is_missing, _)| *is_missing) {
+    match spec.block(layer).mlp.experts {
         None => Ok(()),
-        Some((_, feature)) => Err(Error::unsupported(format!(
-            "this model needs {feature}, which this version cannot run"
-        ))),
+        Some(_) => Err(Error::unsupported(
+            "this model needs mixtures of experts, which this version cannot run".to_owned(),
+        )),
     }
 }
 

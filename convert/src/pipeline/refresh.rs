@@ -309,12 +309,11 @@ impl Run<'_> {
             self.stages.forward += started.elapsed().as_secs_f64();
             return Ok(());
         }
-        let last = layer.linear(sublayer.last_linear());
         for (batch, streams) in streams.chunks_mut(BATCH).enumerate() {
             check_interrupt()?;
             streams.par_iter_mut().enumerate().for_each(|(i, stream)| {
                 match kept.get(batch * BATCH + i) {
-                    Some(x) => self.engine.add_linear(last, x, stream),
+                    Some(x) => self.engine.finish_sublayer(sublayer, layer, x, stream),
                     None => drop(self.engine.run_sublayer(sublayer, layer, stream, &mut ())),
                 }
             });

@@ -121,7 +121,7 @@ impl LayerSet {
     #[must_use]
     pub fn matching(layers: u64, is_in: impl Fn(u64) -> bool) -> Self {
         let chosen: Vec<u64> = (0..layers).filter(|layer| is_in(*layer)).collect();
-        if crate::num::len_u64(chosen.len()) == layers { Self::All } else { Self::Only(chosen) }
+        if num::len_u64(chosen.len()) == layers { Self::All } else { Self::Only(chosen) }
     }
 }
 
@@ -270,6 +270,12 @@ impl ModelSpec {
     #[must_use]
     pub fn attention_scale(&self) -> f64 {
         self.attention_scale.unwrap_or_else(|| 1.0 / num::f64_of(self.head_dim).sqrt())
+    }
+
+    /// Whether there is a norm after the last layer.
+    #[must_use]
+    pub fn has_final_norm(&self) -> bool {
+        !self.no_final_norm
     }
 
     /// The elements of a head that RoPE rotates.
