@@ -1,7 +1,7 @@
 //! The parameters that distillation trains: the scales of quantized linear layers and the weights of norms.
 
 use rayon::prelude::*;
-use stb_format::arch::{Linear, LinearMap, NormSite};
+use stb_format::arch::{Linear, LinearMap, NormKind, NormSite};
 use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
 use stb_format::half::f16;
 use stb_runtime::{Layer, LayerVector, Weight};
@@ -52,6 +52,40 @@ impl Logarithms {
     /// The present values.
     pub(super) fn values(&self) -> Vec<f32> {
         self.start.iter().zip(&self.now).map(|(s, l)| s * l.exp()).collect()
+    }
+}
+
+/// The weight of a norm, trained by its factors: the weight, or 1 + weight where that is the formula of the norm.
+pub(super) struct MovingNorm {
+    kind: NormKind,
+    factors: Logarithms,
+}
+
+impl MovingNorm {
+    pub(super) fn new(kind: NormKind, weight: &[f32]) -> Self {
+        Self { kind, factors: Logarithms::new(factors(kind, weight)) }
+    }
+
+    /// One step of Adam; `gradient` is with respect to the weight, whose values are `weight`.
+    pub(super) fn step(&mut self, gradient: &[f32], weight: &[f32], rate: f64) {
+        self.factors.step(gradient, &factors(self.kind, weight), rate);
+    }
+
+    /// The present weight.
+    pub(super) fn weight(&self) -> Vec<f32> {
+        let mut weight = self.factors.values();
+        if self.kind == NormKind::RmsPlusOne {
+            weight.iter_mut().for_each(|w| *w -= 1.0);
+        }
+        weight
+    }
+}
+
+/// The factors of normalized values in a norm with this weight.
+fn factors(kind: NormKind, weight: &[f32]) -> Vec<f32> {
+    match kind {
+        NormKind::Rms | NormKind::Layer => weight.to_vec(),
+        NormKind::RmsPlusOne => weight.iter().map(|w| 1.0 + w).collect(),
     }
 }
 
@@ -194,19 +228,19 @@ impl MovingScales {
 pub(super) struct MovingLayer {
     /// The linear layers whose scales are trained.
     linears: LinearMap<MovingScales>,
-    norms: Vec<(NormSite, Logarithms)>,
+    norms: Vec<(NormSite, MovingNorm)>,
 }
 
 impl MovingLayer {
     pub(super) fn new(layer: &Layer) -> Self {
-        let linears = layer.linears().iter();
+        let (linears, kind) = (layer.linears().iter(), layer.block.norm.kind);
         let norms = layer.vectors().filter_map(|(key, vector)| match key {
             LayerVector::Norm(site) => Some((site, vector)),
             LayerVector::NormBias(_) | LayerVector::Bias(_) => None,
         });
         Self {
             linears: linears.filter_map(|(l, w)| Some((l, MovingScales::new(w)?))).collect(),
-            norms: norms.map(|(site, norm)| (site, Logarithms::new(norm.clone()))).collect(),
+            norms: norms.map(|(site, norm)| (site, MovingNorm::new(kind, norm))).collect(),
         }
     }
 
@@ -229,7 +263,7 @@ impl MovingLayer {
             moving.weights(weights.linear_mut(linear));
         }
         for (site, moving) in &self.norms {
-            *weights.norm_mut(*site) = moving.values();
+            *weights.norm_mut(*site) = moving.weight();
         }
     }
 
@@ -239,7 +273,7 @@ impl MovingLayer {
             |linear, _| {
                 self.linears.get(linear).map_or_else(DenseMatrix::default, MovingScales::zeros)
             },
-            |_, norm| vec![0.0; norm.len()],
+            |_, vector| vec![0.0; vector.len()],
         )
     }
 
@@ -260,6 +294,6 @@ impl MovingLayer {
 
     /// The present weight of a norm.
     pub(super) fn norm(&self, site: NormSite) -> Option<Vec<f32>> {
-        self.norms.iter().find(|(s, _)| *s == site).map(|(_, moving)| moving.values())
+        self.norms.iter().find(|(s, _)| *s == site).map(|(_, moving)| moving.weight())
     }
 }

@@ -194,10 +194,7 @@ impl Run<'_> {
                     hidden.dense.push(states.clone());
                 }
                 if let Some(table) = &table {
-                    let width = table.cols();
-                    for (token, state) in window.iter().zip(states.chunks_exact_mut(width)) {
-                        table.view().decode_row(*token as usize, state);
-                    }
+                    self.engine.embed_with(table, &window, 0..window.len(), &mut states)?;
                 }
                 hidden.quantized.push(states);
             }
