@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 
 use stb_format::arch::{Attention, Linear, LinearInput, MlpKind, NormPlacement, NormSite};
 
+use crate::experts::ExpertsLayer;
 use crate::layer::{Layer, LayerVector};
 use crate::sublayer::Sublayer;
 
@@ -128,6 +129,18 @@ pub trait BlockOps {
         residual: &mut Self::Residual,
     ) -> Flow<Self::Error>;
 
+    /// Adds the output of a mixture of experts, which reads the residual stream normalized with `norm`, to the
+    /// residual stream. For observers, its input is that of gate and up.
+    ///
+    /// # Errors
+    /// Errors of the backend.
+    fn experts(
+        &mut self,
+        norm: NormWeights<'_, Self::Vector>,
+        layer: ExpertsLayer<'_, Self::Matrix>,
+        residual: &mut Self::Residual,
+    ) -> Flow<Self::Error>;
+
     /// Normalizes the residual stream, [tokens, hidden], in place.
     ///
     /// # Errors
@@ -240,6 +253,10 @@ fn mlp<O: BlockOps>(
     scratch: &mut BlockScratch<O::Buffer>,
     residual: &mut O::Residual, // [tokens, hidden]
 ) -> Flow<O::Error> {
+    if let (Some(spec), Some(router)) = (layer.block.mlp.experts, layer.router()) {
+        let experts = ExpertsLayer { spec, router, experts: layer.experts() };
+        return ops.experts(norm_weights(layer, NormSite::Mlp), experts, residual);
+    }
     let BlockScratch { gate, up, .. } = scratch;
     let input = sublayer_input(layer, NormSite::Mlp, &*residual);
     let up_weights = weights(layer, Linear::Up);

@@ -11,6 +11,7 @@ use crate::block::{
     AttentionBuffers, AttentionLayer, BlockInput, BlockOps, Flow, LinearWeights, NormWeights,
     ResidualLinear,
 };
+use crate::experts::{ExpertOps, ExpertScratch, ExpertsLayer};
 use crate::kv_cache::{AttentionSettings, QkvRows};
 use crate::linear::{LinearScratch, apply};
 use crate::rope::RopeAngles;
@@ -26,6 +27,11 @@ pub trait Observer {
     /// Called with each input `x`, [tokens, in features], before the linear layers that read it.
     /// `Break` stops before these linear layers run; the residual stream stays unchanged.
     fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()>;
+
+    /// Called with the input `x`, [its tokens, in features], of linear layers of one expert, before these run.
+    fn observe_expert(&mut self, expert: usize, input: LinearInput, x: &[f32]) {
+        let _ = (expert, input, x);
+    }
 }
 
 /// Ignores all inputs.
@@ -59,6 +65,7 @@ pub(crate) struct CpuScratch {
     normed: Vec<f32>,
     /// The output of a sublayer before it is added to the residual stream, [tokens, hidden].
     out: Vec<f32>,
+    experts: ExpertScratch,
 }
 
 impl CpuScratch {
@@ -106,7 +113,7 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
         output: ResidualLinear<'_, Weight, Vec<f32>>,
         residual: &mut [f32],
     ) -> Flow<Infallible> {
-        let CpuScratch { linear, normed, out } = &mut *self.scratch;
+        let CpuScratch { linear, normed, out, .. } = &mut *self.scratch;
         let elementwise = Elementwise { isa: self.isa, pool: self.pool };
         let x = elementwise.input(x, self.norm, self.activation, normed);
         if self.observer.observe(input, x).is_break() {
@@ -121,6 +128,30 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
             std::mem::swap(out, normed);
         }
         add(self.pool, residual, out);
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn experts(
+        &mut self,
+        norm: NormWeights<'_, Vec<f32>>,
+        layer: ExpertsLayer<'_, Weight>,
+        residual: &mut [f32],
+    ) -> Flow<Infallible> {
+        let CpuScratch { linear, normed, experts, .. } = &mut *self.scratch;
+        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        elementwise.norm_rows(residual, norm, self.norm, normed);
+        if self.observer.observe(LinearInput::GateUp, normed).is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        let mut ops = ExpertOps {
+            isa: self.isa,
+            pool: self.pool,
+            activation: self.activation,
+            linear,
+            scratch: experts,
+            observer: &mut *self.observer,
+        };
+        ops.run(&layer, normed, residual);
         Ok(ControlFlow::Continue(()))
     }
 
@@ -188,9 +219,11 @@ impl Elementwise<'_> {
                 normed
             }
             BlockInput::Activated(x) => {
-                self.pool
-                    .or_serial(x.len() > MIN_PARALLEL_ELEMENTS)
-                    .run_chunks(x, CHUNK, |_, x| ops::activate(isa, activation, x));
+                self.pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(
+                    x,
+                    CHUNK,
+                    |_, x| ops::activate(isa, activation, x),
+                );
                 x
             }
             BlockInput::Gated { gate, up } => {
@@ -216,10 +249,14 @@ impl Elementwise<'_> {
     ) {
         let (isa, width, eps) = (self.isa, weights.weight.len(), norm.eps as f32);
         out.resize(x.len(), 0.0);
-        self.pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(out, width, |first, out| {
-            let x = &x[first..first + out.len()];
-            norm_row(isa, norm.kind, x, weights, eps, out);
-        });
+        self.pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(
+            out,
+            width,
+            |first, out| {
+                let x = &x[first..first + out.len()];
+                norm_row(isa, norm.kind, x, weights, eps, out);
+            },
+        );
     }
 
     /// Adds `bias` to each row of `x`.

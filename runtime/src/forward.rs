@@ -2,13 +2,14 @@
 
 use stb_kernels::{Pool, ops, packed};
 
-use crate::block::run_block;
 use crate::block::NormWeights;
+use crate::block::run_block;
 use crate::cpu::{CpuOps, Elementwise, MIN_PARALLEL_ELEMENTS};
 use crate::device::DeviceCaches;
 use crate::engine::{Engine, Tail};
 use crate::error::{Error, Result};
 use crate::kv_cache::{AttentionScratch, AttentionSettings, Heads, QkvRows};
+use crate::layer::{Layer, LayerMatrix};
 use crate::linear::{LinearScratch, apply};
 use crate::pass::{Output, OutputKind, Pass};
 use crate::sampler::{Sampler, SamplerInput};
@@ -265,9 +266,11 @@ impl Engine {
             let lm_head = self.model.lm_head();
             apply(self.isa, &self.pool, &mut cpu.linear, [lm_head], x, [&mut *logits]);
             if let Some(cap) = self.model.spec.logit_soft_cap {
-                self.pool
-                    .or_serial(logits.len() > MIN_PARALLEL_ELEMENTS)
-                    .run_chunks(logits, CAPPED_LOGITS, |_, x| ops::soft_cap(self.isa, cap as f32, x));
+                self.pool.or_serial(logits.len() > MIN_PARALLEL_ELEMENTS).run_chunks(
+                    logits,
+                    CAPPED_LOGITS,
+                    |_, x| ops::soft_cap(self.isa, cap as f32, x),
+                );
             }
             sink(Output::Logits { first: pass.first + i * LOGITS_BATCH, logits });
         }
@@ -275,8 +278,7 @@ impl Engine {
 
     /// The last norm of the model for `hidden`, [tokens, hidden], into `out`, which is resized.
     pub(crate) fn last_norm(&self, pool: &Pool, hidden: &[f32], out: &mut Vec<f32>) {
-        let weights =
-            NormWeights { weight: &self.model.norm, bias: self.model.norm_bias.as_ref() };
+        let weights = NormWeights { weight: &self.model.norm, bias: self.model.norm_bias.as_ref() };
         let elementwise = Elementwise { isa: self.isa, pool };
         elementwise.norm_rows(hidden, weights, self.model.spec.norm(), out);
     }
@@ -325,7 +327,8 @@ impl Engine {
         for (position, x) in positions.zip(hidden.chunks_exact_mut(learned.cols())) {
             if position >= learned.rows() {
                 let most = learned.rows();
-                let why = format!("the model has embeddings for {most} positions; shorten the text");
+                let why =
+                    format!("the model has embeddings for {most} positions; shorten the text");
                 return Err(Error::usage(why));
             }
             learned.view().decode_row(position, &mut embedding);
@@ -343,7 +346,8 @@ impl Engine {
             Some(kernel.prefill_batch(self.isa))
         };
         let layers = &self.model.layers[..self.host_layers()];
-        let mut matrices = layers.iter().flat_map(|layer| layer.linears().iter());
+        let mut matrices =
+            layers.iter().flat_map(Layer::matrices).filter(|(key, _)| *key != LayerMatrix::Router);
         let smallest = matrices
             .try_fold(MAX_PREFILL_BATCH, |most, (_, weight)| Some(most.min(kernel_batch(weight)?)));
         let most = smallest.unwrap_or(MAX_PREFILL_BATCH);

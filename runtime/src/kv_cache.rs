@@ -390,7 +390,8 @@ mod tests {
         let scale = 1.0 / 24f32.sqrt();
         for (window, soft_cap) in [(usize::MAX, None), (40, None), (7, Some(1.5))] {
             let settings = AttentionSettings { scale: scale * 1.1, window, soft_cap };
-            for (kind, tolerance) in [(KvKind::F32, 1e-5), (KvKind::F16, 2e-3), (KvKind::Q8, 3e-2)] {
+            for (kind, tolerance) in [(KvKind::F32, 1e-5), (KvKind::F16, 2e-3), (KvKind::Q8, 3e-2)]
+            {
                 check_attention(settings, kind, tolerance);
             }
         }

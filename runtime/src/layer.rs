@@ -15,6 +15,19 @@ pub struct Layer<M = Weight, V = Vec<f32>> {
     pub block: Arc<Block>,
     linears: LinearMap<M>,
     vectors: Vec<(LayerVector, V)>,
+    router: Option<M>,
+    experts: Vec<LinearMap<M>>,
+}
+
+/// A matrix of a decoder layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LayerMatrix {
+    /// The matrix of a linear layer.
+    Linear(Linear),
+    /// The router of a mixture of experts.
+    Router,
+    /// The matrix of a linear layer of an expert.
+    Expert(usize, Linear),
 }
 
 /// A vector of a decoder layer.
@@ -49,22 +62,37 @@ impl<M, V> Layer<M, V> {
         mut matrix: impl FnMut(&TensorSpec) -> Result<M, E>,
         mut vector: impl FnMut(&TensorSpec) -> Result<V, E>,
     ) -> Result<Self, E> {
-        let (mut linears, mut vectors) = (Vec::new(), Vec::new());
+        let (mut linears, mut vectors, mut router) = (Vec::new(), Vec::new(), None);
+        let mut experts: Vec<Vec<(Linear, M)>> = Vec::new();
         for tensor in tensors {
-            let key = match tensor.role {
-                Role::Linear(linear) => {
-                    linears.push((linear, matrix(&tensor)?));
-                    continue;
+            match tensor.role {
+                Role::Linear(linear) => linears.push((linear, matrix(&tensor)?)),
+                Role::Norm(site) => vectors.push((LayerVector::Norm(site), vector(&tensor)?)),
+                Role::NormBias(site) => {
+                    vectors.push((LayerVector::NormBias(site), vector(&tensor)?));
                 }
-                Role::Norm(site) => LayerVector::Norm(site),
-                Role::NormBias(site) => LayerVector::NormBias(site),
-                Role::Bias(linear) => LayerVector::Bias(linear),
-                // `crate::model` rejects blocks with other tensors.
-                _ => continue,
-            };
-            vectors.push((key, vector(&tensor)?));
+                Role::Bias(linear) => vectors.push((LayerVector::Bias(linear), vector(&tensor)?)),
+                Role::Router => router = Some(matrix(&tensor)?),
+                Role::Expert(expert, linear) => {
+                    let at = expert as usize;
+                    experts.resize_with(experts.len().max(at + 1), Vec::new);
+                    experts[at].push((linear, matrix(&tensor)?));
+                }
+                // Not in a layer.
+                Role::TokenEmbedding
+                | Role::PositionEmbedding
+                | Role::ProjectIn
+                | Role::ProjectOut
+                | Role::LmHead => {}
+            }
         }
-        Ok(Self { block: Arc::new(block), linears: linears.into_iter().collect(), vectors })
+        Ok(Self {
+            block: Arc::new(block),
+            linears: linears.into_iter().collect(),
+            vectors,
+            router,
+            experts: experts.into_iter().map(|expert| expert.into_iter().collect()).collect(),
+        })
     }
 
     /// The matrix of a linear layer.
@@ -93,6 +121,37 @@ impl<M, V> Layer<M, V> {
     /// Mutable form of [`Layer::linears`].
     pub fn linears_mut(&mut self) -> &mut LinearMap<M> {
         &mut self.linears
+    }
+
+    /// The router of the mixture of experts, [experts, hidden], if the layer has one.
+    #[must_use]
+    pub fn router(&self) -> Option<&M> {
+        self.router.as_ref()
+    }
+
+    /// The matrices of each expert; empty without a mixture of experts.
+    #[must_use]
+    pub fn experts(&self) -> &[LinearMap<M>] {
+        &self.experts
+    }
+
+    /// All matrices: linear layers, router, experts.
+    pub fn matrices(&self) -> impl Iterator<Item = (LayerMatrix, &M)> {
+        let linears = self.linears.iter().map(|(linear, m)| (LayerMatrix::Linear(linear), m));
+        let router = self.router.iter().map(|m| (LayerMatrix::Router, m));
+        let experts = self.experts.iter().enumerate().flat_map(|(expert, matrices)| {
+            matrices.iter().map(move |(linear, m)| (LayerMatrix::Expert(expert, linear), m))
+        });
+        linears.chain(router).chain(experts)
+    }
+
+    /// The matrix `key`, if the layer has it.
+    pub fn matrix_mut(&mut self, key: LayerMatrix) -> Option<&mut M> {
+        match key {
+            LayerMatrix::Linear(linear) => self.linears.get_mut(linear),
+            LayerMatrix::Router => self.router.as_mut(),
+            LayerMatrix::Expert(expert, linear) => self.experts.get_mut(expert)?.get_mut(linear),
+        }
     }
 
     /// A vector of the layer, if the layer has it.
@@ -146,19 +205,30 @@ impl<M, V> Layer<M, V> {
             block: self.block.clone(),
             linears: linears.map(|(linear, m)| (linear, m.clone())).collect(),
             vectors: vectors.cloned().collect(),
+            router: self.router.clone().filter(|_| sublayer == Sublayer::Mlp),
+            experts: match sublayer {
+                Sublayer::Mlp => self.experts.clone(),
+                Sublayer::Attention => Vec::new(),
+            },
         }
     }
 
     /// Converts each matrix with `matrix` and each vector with `vector`.
     pub fn map<M2, V2>(
         &self,
-        matrix: impl FnMut(Linear, &M) -> M2,
+        mut matrix: impl FnMut(LayerMatrix, &M) -> M2,
         mut vector: impl FnMut(LayerVector, &V) -> V2,
     ) -> Layer<M2, V2> {
+        let mut expert = |(index, matrices): (usize, &LinearMap<M>)| {
+            matrices.map(|linear, m| matrix(LayerMatrix::Expert(index, linear), m))
+        };
+        let experts = self.experts.iter().enumerate().map(&mut expert).collect();
         Layer {
             block: self.block.clone(),
-            linears: self.linears.map(matrix),
+            experts,
+            linears: self.linears.map(|linear, m| matrix(LayerMatrix::Linear(linear), m)),
             vectors: self.vectors.iter().map(|(key, v)| (*key, vector(*key, v))).collect(),
+            router: self.router.as_ref().map(|m| matrix(LayerMatrix::Router, m)),
         }
     }
 
@@ -171,11 +241,18 @@ impl<M, V> Layer<M, V> {
         mut matrix: impl FnMut(&M) -> Result<M2, E>,
         mut vector: impl FnMut(&V) -> Result<V2, E>,
     ) -> Result<Layer<M2, V2>, E> {
-        let linears = self.linears.iter().map(|(linear, m)| Ok((linear, matrix(m)?)));
+        let mut map = |matrices: &LinearMap<M>| {
+            let each = matrices.iter().map(|(linear, m)| Ok((linear, matrix(m)?)));
+            each.collect::<Result<LinearMap<M2>, E>>()
+        };
+        let linears = map(&self.linears)?;
+        let experts = self.experts.iter().map(map).collect::<Result<_, E>>()?;
         let vectors = self.vectors.iter().map(|(key, v)| Ok((*key, vector(v)?)));
         Ok(Layer {
             block: self.block.clone(),
-            linears: linears.collect::<Result<_, E>>()?,
+            linears,
+            experts,
+            router: self.router.as_ref().map(&mut matrix).transpose()?,
             vectors: vectors.collect::<Result<_, E>>()?,
         })
     }

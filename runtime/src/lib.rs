@@ -19,6 +19,7 @@ mod device;
 mod engine;
 mod error;
 mod eval;
+mod experts;
 mod forward;
 mod generate;
 mod kv_cache;
@@ -50,8 +51,9 @@ pub use eval::{
     Reference, Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity,
     score_question, zero_shot,
 };
+pub use experts::ExpertsLayer;
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
-pub use layer::{Layer, LayerVector};
+pub use layer::{Layer, LayerMatrix, LayerVector};
 pub use linear::{LinearScratch, LinearWeight, Threads, apply, apply_packed};
 pub use map::Bytes;
 pub use model::Model;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use stb_format::arch::{NormSite, Role, TensorSpec};
+use stb_format::arch::{MlpKind, NormPlacement, NormSite, Role, TensorSpec};
 use stb_format::{File, MetaView, ModelSpec, ValueRef};
 
 use crate::checkpoint::Checkpoint;
@@ -159,16 +159,18 @@ impl Model {
 
     /// The matrices of all linear layers and the lm_head, in the order of a forward pass.
     pub fn matrices(&self) -> impl Iterator<Item = &Weight> {
-        let layers = self.layers.iter().flat_map(|layer| layer.linears().iter());
+        let layers = self.layers.iter().flat_map(Layer::matrices);
         let projections = self.project_in.iter().chain(&self.project_out);
         layers.map(|(_, weight)| weight).chain(projections).chain([self.lm_head()])
     }
 
-    /// Bytes of weights that a forward pass of one token reads: the matrices and the norms (f32), without
-    /// the row of the embeddings.
+    /// Bytes of weights that a forward pass of one token reads: the matrices, of mixtures of experts those of
+    /// the active experts, and the vectors (f32), without the row of the embeddings.
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
-        let matrices: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();
+        let all: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();
+        let idle: u64 = self.layers.iter().map(idle_expert_bytes).sum();
+        let matrices = all - idle;
         let vectors = self.layers.iter().flat_map(Layer::vectors).map(|(_, vector)| vector.len());
         let vectors = vectors.sum::<usize>() + self.norm.len();
         matrices + 4 * vectors as u64
@@ -212,15 +214,28 @@ impl Model {
     }
 }
 
-/// Rejects blocks with features that the forward pass ([`crate::block`]) lacks. The error names the
-/// feature.
+/// Bytes of the experts of a layer that a token does not use.
+fn idle_expert_bytes(layer: &Layer) -> u64 {
+    let Some(spec) = layer.block.mlp.experts else { return 0 };
+    let experts = layer.experts().iter().flat_map(|expert| expert.iter());
+    let bytes: u64 = experts.map(|(_, weight)| weight.byte_len() as u64).sum();
+    bytes / spec.count.max(1) * spec.count.saturating_sub(spec.active)
+}
+
+/// Rejects combinations of features that the forward pass ([`crate::block`]) lacks.
 fn require_supported(spec: &ModelSpec, layer: u64) -> Result<()> {
-    match spec.block(layer).mlp.experts {
-        None => Ok(()),
-        Some(_) => Err(Error::unsupported(
-            "this model needs mixtures of experts, which this version cannot run".to_owned(),
-        )),
+    let block = spec.block(layer);
+    let is_plain = block.norm.placement == NormPlacement::Pre
+        && block.mlp.kind == MlpKind::Gated
+        && !block.mlp.bias;
+    if block.mlp.experts.is_some() && !is_plain {
+        return Err(Error::unsupported(
+            "this model has experts with biases, without gates or with norms after them, which this version \
+             cannot run"
+                .to_owned(),
+        ));
     }
+    Ok(())
 }
 
 impl Texts {

@@ -2,10 +2,10 @@
 
 use super::config::{ConfigError, ConfigFields};
 use super::family::{ExpertNames, Family, Piece, StoredAs};
+use super::llama;
 use super::options::{expert_count, required_u64, window};
 use super::roles::{Linear, NormSite, Role};
 use super::spec::{ExpertsSpec, LayerSet, ModelSpec};
-use super::llama;
 
 pub(super) static FAMILY: Family = Family {
     model_types: &["mixtral"],

@@ -7,12 +7,8 @@ use super::llama;
 use super::options::{expert_count, required_u64};
 use super::spec::{Biases, ExpertsSpec, LayerSet, ModelSpec};
 
-pub(super) static FAMILY: Family = Family {
-    model_types: &["olmoe"],
-    expert: Some(EXPERTS),
-    from_config,
-    ..llama::FAMILY
-};
+pub(super) static FAMILY: Family =
+    Family { model_types: &["olmoe"], expert: Some(EXPERTS), from_config, ..llama::FAMILY };
 
 fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     if let Some(clip) = config.f64("clip_qkv") {

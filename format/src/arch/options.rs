@@ -183,12 +183,11 @@ impl Scaling<'_> {
             Some(factor) => factor,
             None => num::f64_of(self.context) / num::f64_of(original.max(1)),
         };
-        let attention_factor = self.fields.f64("attention_factor").unwrap_or_else(|| {
-            match factor <= 1.0 {
+        let attention_factor =
+            self.fields.f64("attention_factor").unwrap_or_else(|| match factor <= 1.0 {
                 true => 1.0,
                 false => (1.0 + factor.ln() / num::f64_of(original.max(2)).ln()).sqrt(),
-            }
-        });
+            });
         Ok(RopeScaling::LongRope {
             short_factors: factors("short_factor")?,
             long_factors: factors("long_factor")?,

@@ -418,7 +418,9 @@ impl ModelSpec {
             let is_ascending = layers.is_sorted_by(|a, b| a < b);
             if !is_ascending || layers.last().is_some_and(|last| *last >= self.layers) {
                 let most = self.layers;
-                return fail(format!("model.{what} is not a list of ascending layers below {most}"));
+                return fail(format!(
+                    "model.{what} is not a list of ascending layers below {most}"
+                ));
             }
         }
         Ok(())

@@ -206,7 +206,12 @@ pub(super) fn write_scaling(scaling: &RopeScaling, meta: &mut Meta) -> Result<()
             set("attention_factor", Value::F64(*attention_factor))?;
             ("yarn", Some(factor), Some(original_context))
         }
-        RopeScaling::LongRope { short_factors, long_factors, attention_factor, original_context } => {
+        RopeScaling::LongRope {
+            short_factors,
+            long_factors,
+            attention_factor,
+            original_context,
+        } => {
             set("short_factors", numbers(short_factors))?;
             set("long_factors", numbers(long_factors))?;
             set("attention_factor", Value::F64(*attention_factor))?;

@@ -14,7 +14,8 @@ pub(super) fn require_supported(model: &Model) -> Result<()> {
         return Ok(());
     }
     Err(Error::unsupported(
-        "CUDA runs models that compute as LLaMA does, and this one does not; use --device cpu".to_owned(),
+        "CUDA runs models that compute as LLaMA does, and this one does not; use --device cpu"
+            .to_owned(),
     ))
 }
 

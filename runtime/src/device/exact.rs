@@ -15,8 +15,12 @@ use super::common::{
     attention_shape, kernel_input, matrix_only, missing_kernel, require_supported,
     residual_matrix_only, upload_norm,
 };
-use crate::block::{AttentionBuffers, AttentionLayer, BlockInput, BlockOps, BlockScratch, Flow, LinearWeights, NormWeights, ResidualLinear, run_sublayer};
+use crate::block::{
+    AttentionBuffers, AttentionLayer, BlockInput, BlockOps, BlockScratch, Flow, LinearWeights,
+    NormWeights, ResidualLinear, run_sublayer,
+};
 use crate::error::{Error, Result};
+use crate::experts::ExpertsLayer;
 use crate::layer::Layer;
 use crate::model::Model;
 use crate::rope::Rope;
@@ -267,6 +271,15 @@ impl BlockOps for DecodedOps<'_, '_> {
         residual: &mut Buffer<f32>,
     ) -> Flow<Error> {
         self.queue(input, x, &[residual_matrix_only(&output)?], &mut [residual], 1.0)
+    }
+
+    fn experts(
+        &mut self,
+        _: NormWeights<'_, Buffer<f32>>,
+        _: ExpertsLayer<'_, Decoded>,
+        _: &mut Buffer<f32>,
+    ) -> Flow<Error> {
+        Err(missing_kernel("mixtures of experts"))
     }
 
     fn normalize(&mut self, _: &mut Buffer<f32>, _: NormWeights<'_, Buffer<f32>>) -> Result<()> {

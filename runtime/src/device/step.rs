@@ -12,8 +12,12 @@ use super::caches::DeviceCaches;
 use super::common::{kernel_input, matrix_only, missing_kernel, residual_matrix_only};
 use super::model::DeviceModel;
 use super::scratch::{GEMV_BATCH, STEP_BATCH, StepScratch};
-use crate::block::{AttentionBuffers, AttentionLayer, BlockInput, BlockOps, Flow, LinearWeights, NormWeights, ResidualLinear, run_block};
+use crate::block::{
+    AttentionBuffers, AttentionLayer, BlockInput, BlockOps, Flow, LinearWeights, NormWeights,
+    ResidualLinear, run_block,
+};
 use crate::error::{Error, Result};
+use crate::experts::ExpertsLayer;
 use crate::pass::{OutputKind, Pass};
 
 /// `ready(scratch, first, count)` is called when the logits of tokens `first..first + count` of the
@@ -202,6 +206,15 @@ impl BlockOps for StepOps<'_> {
         residual: &mut Buffer<f32>,
     ) -> Flow<Error> {
         self.queue(x, &[residual_matrix_only(&output)?], &mut [residual], true)
+    }
+
+    fn experts(
+        &mut self,
+        _: NormWeights<'_, Buffer<f32>>,
+        _: ExpertsLayer<'_, Matrix>,
+        _: &mut Buffer<f32>,
+    ) -> Flow<Error> {
+        Err(missing_kernel("mixtures of experts"))
     }
 
     fn normalize(&mut self, _: &mut Buffer<f32>, _: NormWeights<'_, Buffer<f32>>) -> Result<()> {

@@ -246,11 +246,21 @@ mod tests {
                     values.iter().zip(&up).zip(plain.iter().zip(&gated))
                 {
                     let y = exact(activation, f64::from(*x));
-                    assert!((f64::from(*plain) - y).abs() < 1e-6, "{activation:?} {x}: {plain} {y}");
+                    assert!(
+                        (f64::from(*plain) - y).abs() < 1e-6,
+                        "{activation:?} {x}: {plain} {y}"
+                    );
                     let y = y * f64::from(*up);
-                    assert!((f64::from(*gated) - y).abs() < 3e-6, "{activation:?} {x}: {gated} {y}");
+                    assert!(
+                        (f64::from(*gated) - y).abs() < 3e-6,
+                        "{activation:?} {x}: {gated} {y}"
+                    );
                 }
-                assert_eq!(first.get_or_insert_with(|| plain.clone()), &plain, "{activation:?} {isa:?}");
+                assert_eq!(
+                    first.get_or_insert_with(|| plain.clone()),
+                    &plain,
+                    "{activation:?} {isa:?}"
+                );
             }
         }
     }

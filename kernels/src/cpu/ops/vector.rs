@@ -75,13 +75,7 @@ pub fn rms_norm_plus_one(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mu
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn layer_norm(
-    isa: Isa,
-    x: &[f32],
-    [weight, bias]: [&[f32]; 2],
-    eps: f32,
-    out: &mut [f32],
-) {
+pub fn layer_norm(isa: Isa, x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32, out: &mut [f32]) {
     assert!(x.len() == weight.len() && x.len() == bias.len() && x.len() == out.len());
     let n = x.len() as f32;
     // Lanes are added in one order on every instruction set.
