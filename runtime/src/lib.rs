@@ -51,7 +51,7 @@ pub use eval::{
     Reference, Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity,
     score_question, zero_shot,
 };
-pub use experts::ExpertsLayer;
+pub use experts::{Assignment, route_experts};
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use layer::{Layer, LayerMatrix, LayerVector};
 pub use linear::{LinearScratch, LinearWeight, Threads, apply, apply_packed};

@@ -4,8 +4,8 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 use stb_format::arch::{Linear, LinearInput, MlpKind, NormPlacement, NormSite};
-use stb_runtime::block::BlockScratch;
-use stb_runtime::{Engine, LayerVector, Sublayer};
+use stb_runtime::block::{BlockScratch, ExpertsLayer};
+use stb_runtime::{Engine, LayerMatrix, LayerVector, Sublayer};
 
 use super::activation::{gated_gradients, slope};
 use super::attention::SequenceAttention;
@@ -15,8 +15,8 @@ use super::record::Recording;
 
 /// Receives the gradients of a backward pass.
 pub(super) trait GradientSink {
-    /// The gradient of the output of a linear layer, `d` [tokens, out], and its input `x` [tokens, in].
-    fn linear(&mut self, linear: Linear, d: &[f32], x: &[f32]);
+    /// The gradient of the product with a matrix, `d` [tokens, out], and its input `x` [tokens, in].
+    fn matrix(&mut self, key: LayerMatrix, d: &[f32], x: &[f32]);
 
     /// The gradient of the weight of a norm, as long as the weight.
     fn norm(&mut self, site: NormSite, d: &[f32]);
@@ -87,7 +87,17 @@ impl<'a> LayerGradient<'a> {
     fn mlp(&mut self, d_out: &[f32]) -> Vec<f32> {
         let (isa, recording, weights) = (self.engine.isa, self.recording, self.weights);
         let mlp = &weights.block.mlp;
-        self.sink.linear(Linear::Down, d_out, &recording.inputs[LinearInput::Down]);
+        if let (Some(recorded), Some(spec), Some(router)) =
+            (&recording.experts, mlp.experts, weights.router())
+        {
+            let layer = ExpertsLayer { spec, router, experts: weights.experts() };
+            return recorded.backward(self.engine, &layer, d_out, self.sink);
+        }
+        self.sink.matrix(
+            LayerMatrix::Linear(Linear::Down),
+            d_out,
+            &recording.inputs[LinearInput::Down],
+        );
         let d_product = weights.linear(Linear::Down).apply_transposed(isa, d_out);
         let BlockScratch { gate, up, .. } = &recording.block;
         let input = &recording.inputs[LinearInput::GateUp];
@@ -100,8 +110,8 @@ impl<'a> LayerGradient<'a> {
                     .zip(up)
                     .map(|((d, g), u)| gated_gradients(mlp.activation, *d, *g, *u))
                     .unzip();
-                self.sink.linear(Linear::Gate, &d_gate, input);
-                self.sink.linear(Linear::Up, &d_up, input);
+                self.sink.matrix(LayerMatrix::Linear(Linear::Gate), &d_gate, input);
+                self.sink.matrix(LayerMatrix::Linear(Linear::Up), &d_up, input);
                 let mut d_input = weights.linear(Linear::Gate).apply_transposed(isa, &d_gate);
                 accumulate(&mut d_input, &up_gradient(&d_up));
                 d_input
@@ -109,7 +119,7 @@ impl<'a> LayerGradient<'a> {
             MlpKind::Plain => {
                 let d_up = d_product.par_iter().zip(up).map(|(d, u)| d * slope(mlp.activation, *u));
                 let d_up: Vec<f32> = d_up.collect();
-                self.sink.linear(Linear::Up, &d_up, input);
+                self.sink.matrix(LayerMatrix::Linear(Linear::Up), &d_up, input);
                 up_gradient(&d_up)
             }
         }
@@ -118,7 +128,11 @@ impl<'a> LayerGradient<'a> {
     /// The gradient of the input of attention, given that of `o`'s output; both are [tokens, hidden].
     fn attention(&mut self, d_out: &[f32]) -> Vec<f32> {
         let (isa, recording, weights) = (self.engine.isa, self.recording, self.weights);
-        self.sink.linear(Linear::O, d_out, &recording.inputs[LinearInput::AttentionOutput]);
+        self.sink.matrix(
+            LayerMatrix::Linear(Linear::O),
+            d_out,
+            &recording.inputs[LinearInput::AttentionOutput],
+        );
         let d_attn_out = weights.linear(Linear::O).apply_transposed(isa, d_out);
         let [mut dq, mut dk, dv] = self.qkv(&d_attn_out);
         // Keys were normalized after queries.
@@ -130,7 +144,7 @@ impl<'a> LayerGradient<'a> {
         let input = &recording.inputs[LinearInput::Qkv];
         let mut d_input = weights.linear(Linear::Q).apply_transposed(isa, &dq);
         for (linear, d) in [(Linear::Q, &dq), (Linear::K, &dk), (Linear::V, &dv)] {
-            self.sink.linear(linear, d, input);
+            self.sink.matrix(LayerMatrix::Linear(linear), d, input);
             if linear != Linear::Q {
                 accumulate(&mut d_input, &weights.linear(linear).apply_transposed(isa, d));
             }

@@ -1,10 +1,11 @@
 //! A decoder layer forward and backward.
 
 use rayon::prelude::*;
-use stb_format::arch::{InputMap, Linear, LinearMap, NormSite};
+use stb_format::arch::{InputMap, NormSite};
 use stb_kernels::Isa;
-use stb_runtime::Engine;
+use stb_runtime::{Engine, LayerMatrix};
 
+use super::experts::ExpertPart;
 use super::gradient::{GradientSink, LayerGradient, accumulate};
 use super::matrix::DenseLayer;
 use super::record::{Recording, record};
@@ -14,8 +15,17 @@ use crate::products::add_cross_products;
 pub(crate) struct LayerFisher {
     /// The inputs, [tokens, in].
     pub inputs: InputMap<Vec<f32>>,
-    /// The mean square of the gradient of each output, `[out]`.
-    pub outputs: LinearMap<Vec<f32>>,
+    /// The inputs of the experts that have tokens, if the layer is a mixture of experts.
+    pub experts: Vec<ExpertPart>,
+    /// The mean square of the gradient of each output over the tokens of the matrix, `[out]`.
+    pub outputs: Vec<(LayerMatrix, Vec<f32>)>,
+}
+
+impl LayerFisher {
+    /// The mean squares of the gradients of the outputs of a matrix; `None` for an expert without tokens.
+    pub fn outputs_of(&self, key: LayerMatrix) -> Option<&Vec<f32>> {
+        self.outputs.iter().find(|(k, _)| *k == key).map(|(_, squares)| squares)
+    }
 }
 
 /// Sums the gradients of weights over all calls.
@@ -25,9 +35,9 @@ struct WeightGradients<'a> {
 }
 
 impl GradientSink for WeightGradients<'_> {
-    fn linear(&mut self, linear: Linear, d: &[f32], x: &[f32]) {
-        let sum = self.sums.linear_mut(linear);
-        if !sum.values.is_empty() {
+    fn matrix(&mut self, key: LayerMatrix, d: &[f32], x: &[f32]) {
+        let sum = self.sums.matrix_mut(key).filter(|sum| !sum.values.is_empty());
+        if let Some(sum) = sum {
             add_cross_products(self.isa, d, sum.rows, x, sum.cols, &mut sum.values);
         }
     }
@@ -38,14 +48,16 @@ impl GradientSink for WeightGradients<'_> {
 }
 
 /// The mean squares of the gradients of the outputs of linear layers.
-struct OutputSquares<'a> {
-    weights: &'a DenseLayer,
-    squares: Vec<(Linear, Vec<f32>)>,
+struct OutputSquares {
+    squares: Vec<(LayerMatrix, Vec<f32>)>,
+    rows: Vec<(LayerMatrix, usize)>,
 }
 
-impl GradientSink for OutputSquares<'_> {
-    fn linear(&mut self, linear: Linear, d: &[f32], _: &[f32]) {
-        self.squares.push((linear, mean_squares(d, self.weights.linear(linear).rows)));
+impl GradientSink for OutputSquares {
+    fn matrix(&mut self, key: LayerMatrix, d: &[f32], _: &[f32]) {
+        if let Some((_, rows)) = self.rows.iter().find(|(k, _)| *k == key) {
+            self.squares.push((key, mean_squares(d, *rows)));
+        }
     }
 
     fn norm(&mut self, _: NormSite, _: &[f32]) {}
@@ -111,10 +123,11 @@ impl Pass<'_> {
         d_out: Vec<f32>,
     ) -> (LayerFisher, Vec<f32>) {
         let recording = self.forward(weights, x);
-        let mut sink = OutputSquares { weights, squares: Vec::new() };
+        let rows = weights.matrices().map(|(key, matrix)| (key, matrix.rows)).collect();
+        let mut sink = OutputSquares { squares: Vec::new(), rows };
         let d_in = self.backward(weights, &recording, d_out, &mut sink);
-        let outputs = sink.squares.into_iter().collect();
-        (LayerFisher { inputs: recording.inputs, outputs }, d_in)
+        let experts = recording.experts.map(|experts| experts.parts).unwrap_or_default();
+        (LayerFisher { inputs: recording.inputs, experts, outputs: sink.squares }, d_in)
     }
 
     fn forward(&self, weights: &DenseLayer, x: Vec<f32>) -> Recording {
@@ -212,8 +225,8 @@ mod tests {
                     slope.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
                 assert!((found - expected).abs() < 0.02 * expected, "{name}: {found} {expected}");
             };
-            for (linear, _) in weights.linears().iter() {
-                check(linear.short_name(), &|w| &mut w.linear_mut(linear).values);
+            for (key, _) in weights.matrices() {
+                check(&format!("{key:?}"), &|w| &mut w.matrix_mut(key).unwrap().values);
             }
             for (key, _) in weights.vectors() {
                 check(&format!("{key:?}"), &|w| w.vector_mut(key).unwrap());

@@ -2,6 +2,7 @@
 
 mod activation;
 mod attention;
+mod experts;
 mod gradient;
 mod head;
 mod layer;

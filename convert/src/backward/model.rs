@@ -114,7 +114,7 @@ mod tests {
     use std::path::Path;
 
     use stb_format::arch::Linear;
-    use stb_runtime::{Checkpoint, Weight};
+    use stb_runtime::{Checkpoint, LayerMatrix, Weight};
 
     use super::*;
 
@@ -131,7 +131,7 @@ mod tests {
         let (mut fisher, mut inputs) = (Vec::new(), Vec::new());
         backpropagate(&engine, &sequences, |index, all| {
             if index == layer {
-                fisher.clone_from(all.outputs.get(linear).unwrap());
+                fisher.clone_from(all.outputs_of(LayerMatrix::Linear(linear)).unwrap());
                 let cols = engine.model.layers[layer].linear(linear).cols();
                 inputs = mean_squares(&all.inputs[linear.input()], cols);
             }

@@ -7,12 +7,13 @@ use rayon::prelude::*;
 use stb_format::arch::{Block, InputMap, LinearInput};
 use stb_runtime::Engine;
 use stb_runtime::block::{
-    AttentionBuffers, AttentionLayer, BlockInput, BlockOps, BlockScratch, Flow, LinearWeights,
-    NormWeights, ResidualLinear, run_block,
+    AttentionBuffers, AttentionLayer, BlockInput, BlockOps, BlockScratch, ExpertsLayer, Flow,
+    LinearWeights, NormWeights, ResidualLinear, run_block,
 };
 
 use super::activation::activate;
 use super::attention::SequenceAttention;
+use super::experts::{ExpertRecording, record_experts};
 use super::matrix::{DenseLayer, DenseMatrix};
 use super::norm::NormOp;
 
@@ -25,6 +26,8 @@ pub(super) struct Recording {
     pub norm_inputs: Vec<Vec<f32>>,
     /// Queries and keys after RoPE, values, gate and up.
     pub block: BlockScratch<Vec<f32>>,
+    /// The mixture of experts, if the layer has one.
+    pub experts: Option<ExpertRecording>,
     /// The output of the layer, [tokens, hidden].
     pub out: Vec<f32>,
 }
@@ -32,8 +35,10 @@ pub(super) struct Recording {
 /// Runs sequences of `length` tokens, `x` [sequences · length, hidden], through a decoder layer.
 pub(super) fn record(engine: &Engine, length: usize, layer: &DenseLayer, x: Vec<f32>) -> Recording {
     let mut recording = Recording { out: x, ..Recording::default() };
-    let Recording { inputs, norm_inputs, block, out } = &mut recording;
-    let mut ops = RecordingOps { engine, block: &layer.block, length, inputs, norm_inputs };
+    let Recording { inputs, norm_inputs, block, experts, out } = &mut recording;
+    let block_spec = &layer.block;
+    let mut ops =
+        RecordingOps { engine, block: block_spec, length, inputs, norm_inputs, recorded: experts };
     let Ok(_) = run_block(&mut ops, layer, block, out);
     recording
 }
@@ -44,6 +49,7 @@ struct RecordingOps<'a> {
     length: usize,
     inputs: &'a mut InputMap<Vec<f32>>,
     norm_inputs: &'a mut Vec<Vec<f32>>,
+    recorded: &'a mut Option<ExpertRecording>,
 }
 
 impl RecordingOps<'_> {
@@ -115,6 +121,18 @@ impl BlockOps for RecordingOps<'_> {
             out = self.norm(out, norm);
         }
         residual.par_iter_mut().zip(&out).for_each(|(r, o)| *r += o);
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn experts(
+        &mut self,
+        norm: NormWeights<'_, Vec<f32>>,
+        layer: ExpertsLayer<'_, DenseMatrix>,
+        residual: &mut [f32],
+    ) -> Flow<Infallible> {
+        let x = self.norm(residual.to_vec(), norm);
+        *self.recorded = Some(record_experts(self.engine, &layer, &x, residual));
+        self.inputs[LinearInput::GateUp] = x;
         Ok(ControlFlow::Continue(()))
     }
 

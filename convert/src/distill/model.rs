@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::arch::{NormSite, Role, TensorSpec};
-use stb_runtime::{Engine, Layer, Result, Weight};
+use stb_runtime::{Engine, Layer, LayerMatrix, Result, Weight};
 
 use super::moving::{MovingLayer, MovingNorm, MovingScales};
 use super::{BATCH, DistillOptions, Outcome};
@@ -95,7 +95,9 @@ impl Distilled<'_> {
             (Role::LmHead, _) => Some(self.lm_head.as_mut()?.moving.as_mut()?.pack()),
             (Role::Norm(NormSite::Final), _) => dense(self.norm.weight()),
             (Role::Norm(site), Some(layer)) => dense(self.layers.get(layer)?.moving.norm(site)?),
-            (Role::Linear(linear), Some(layer)) => self.layers.get_mut(layer)?.moving.pack(linear),
+            (role, Some(layer)) => {
+                self.layers.get_mut(layer)?.moving.pack(LayerMatrix::of_role(role)?)
+            }
             _ => None,
         }
     }

@@ -1,10 +1,10 @@
 //! The parameters that distillation trains: the scales of quantized linear layers and the weights of norms.
 
 use rayon::prelude::*;
-use stb_format::arch::{Linear, LinearMap, NormKind, NormSite};
+use stb_format::arch::{NormKind, NormSite};
 use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
 use stb_format::half::f16;
-use stb_runtime::{Layer, LayerVector, Weight};
+use stb_runtime::{Layer, LayerMatrix, LayerVector, Weight};
 
 use crate::backward::{DenseLayer, DenseMatrix};
 use crate::quantize::nm::round_scales;
@@ -227,27 +227,32 @@ impl MovingScales {
 /// The trained scales and norms of a decoder layer.
 pub(super) struct MovingLayer {
     /// The linear layers whose scales are trained.
-    linears: LinearMap<MovingScales>,
+    matrices: Vec<(LayerMatrix, MovingScales)>,
     norms: Vec<(NormSite, MovingNorm)>,
 }
 
 impl MovingLayer {
     pub(super) fn new(layer: &Layer) -> Self {
-        let (linears, kind) = (layer.linears().iter(), layer.block.norm.kind);
+        let (matrices, kind) = (layer.matrices(), layer.block.norm.kind);
         let norms = layer.vectors().filter_map(|(key, vector)| match key {
             LayerVector::Norm(site) => Some((site, vector)),
             LayerVector::NormBias(_) | LayerVector::Bias(_) => None,
         });
         Self {
-            linears: linears.filter_map(|(l, w)| Some((l, MovingScales::new(w)?))).collect(),
+            matrices: matrices.filter_map(|(key, w)| Some((key, MovingScales::new(w)?))).collect(),
             norms: norms.map(|(site, norm)| (site, MovingNorm::new(kind, norm))).collect(),
         }
+    }
+
+    /// The trained scales of a matrix; `None` if they are not trained.
+    fn matrix(&self, key: LayerMatrix) -> Option<&MovingScales> {
+        self.matrices.iter().find(|(k, _)| *k == key).map(|(_, moving)| moving)
     }
 
     /// The weights of `layer` with the present parameters, rounded as they would be stored.
     pub(super) fn weights(&mut self, layer: &Layer) -> DenseLayer {
         let mut weights = layer.map(
-            |linear, weight| match self.linears.get(linear) {
+            |key, weight| match self.matrix(key) {
                 Some(moving) => moving.zeros(),
                 None => DenseMatrix::decoded(weight),
             },
@@ -259,8 +264,10 @@ impl MovingLayer {
 
     /// Writes the trained linear layers, rounded as they would be stored, and the norms to `weights`.
     pub(super) fn write(&mut self, weights: &mut DenseLayer) {
-        for (linear, moving) in self.linears.iter_mut() {
-            moving.weights(weights.linear_mut(linear));
+        for (key, moving) in &mut self.matrices {
+            if let Some(matrix) = weights.matrix_mut(*key) {
+                moving.weights(matrix);
+            }
         }
         for (site, moving) in &self.norms {
             *weights.norm_mut(*site) = moving.weight();
@@ -270,26 +277,26 @@ impl MovingLayer {
     /// Zero gradients of the trained parts; the matrices of other linear layers are empty.
     pub(super) fn zeros(&self, weights: &DenseLayer) -> DenseLayer {
         weights.map(
-            |linear, _| {
-                self.linears.get(linear).map_or_else(DenseMatrix::default, MovingScales::zeros)
-            },
+            |key, _| self.matrix(key).map_or_else(DenseMatrix::default, MovingScales::zeros),
             |_, vector| vec![0.0; vector.len()],
         )
     }
 
     /// One step of Adam along `gradient` from `weights`.
     pub(super) fn step(&mut self, gradient: &DenseLayer, weights: &DenseLayer, rate: f64) {
-        for (linear, moving) in self.linears.iter_mut() {
-            moving.step(gradient.linear(linear), rate);
+        for (key, moving) in &mut self.matrices {
+            if let Some(gradient) = gradient.matrix(*key) {
+                moving.step(gradient, rate);
+            }
         }
         for (site, moving) in &mut self.norms {
             moving.step(gradient.norm(*site), weights.norm(*site), rate);
         }
     }
 
-    /// The bytes to store for a linear layer; `None` if its scales are not trained.
-    pub(super) fn pack(&mut self, linear: Linear) -> Option<Vec<u8>> {
-        self.linears.get_mut(linear).map(MovingScales::pack)
+    /// The bytes to store for a matrix; `None` if its scales are not trained.
+    pub(super) fn pack(&mut self, key: LayerMatrix) -> Option<Vec<u8>> {
+        self.matrices.iter_mut().find(|(k, _)| *k == key).map(|(_, moving)| moving.pack())
     }
 
     /// The present weight of a norm.
