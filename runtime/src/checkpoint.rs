@@ -14,6 +14,7 @@ use stb_format::encoding::{Dense, Encoding};
 use crate::config::{TokenConfig, parse_config, token_ids};
 use crate::error::{Error, Result};
 use crate::map::Bytes;
+use crate::vocab;
 use crate::weights::Weight;
 
 /// An open dense checkpoint: validated configuration, weights in place, texts of the other files.
@@ -29,7 +30,8 @@ pub struct Checkpoint {
     pub config: String,
     /// The text of `generation_config.json`, if it exists.
     pub generation_config: Option<String>,
-    /// The text of `tokenizer.json`, if it exists.
+    /// The text of `tokenizer.json`, or one that is built from the other files of a tokenizer, if there
+    /// are any.
     pub tokenizer: Option<String>,
     /// The text of `tokenizer_config.json`, if it exists.
     pub tokenizer_config: Option<String>,
@@ -94,12 +96,16 @@ impl Checkpoint {
             opened.push(SourceFile { name, bytes: Arc::new(Bytes::open(&path, map)?) });
         }
         let weights = read_weights(&folder, &opened, &spec)?;
+        let tokenizer = match read_text(&folder.join("tokenizer.json"))? {
+            Some(json) => Some(json),
+            None => vocab::from_folder(&folder, tokenizer_config.as_deref())?,
+        };
         Ok(Self {
             spec,
             tokens,
             config,
             generation_config,
-            tokenizer: read_text(&folder.join("tokenizer.json"))?,
+            tokenizer,
             tokenizer_config,
             chat_template,
             files: opened,

@@ -64,5 +64,5 @@ pub use sublayer::Sublayer;
 pub use template::{ChatTemplate, Message};
 pub use threads::default_threads;
 pub use tokenizer::{TextStream, Tokenizer};
-pub use vocab::{TokenKind, Vocabulary, VocabularyKind};
+pub use vocab::{TokenKind, Vocabulary, VocabularyKind, from_folder, tokenizer_json};
 pub use weights::Weight;

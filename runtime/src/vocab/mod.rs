@@ -1,10 +1,22 @@
-//! Vocabularies that are not a `tokenizer.json`: those of GGUF files, SentencePiece models and pairs of
-//! `vocab.json` and `merges.txt`. [`tokenizer_json`] turns each into the text of a `tokenizer.json`.
+//! Vocabularies that are not a `tokenizer.json`: those of GGUF files, SentencePiece models and pairs
+//! of `vocab.json` and `merges.txt`. [`tokenizer_json`] turns each into the text of a
+//! `tokenizer.json`.
+
+mod charsmap;
+mod check;
+mod folder;
+mod json;
+mod merges;
+mod pre_tokenizer;
+mod sentencepiece;
+mod tiktoken;
 
 use crate::error::{Error, Result};
 
-/// A vocabulary with the rules that split text into its tokens. The fields are those of `tokenizer.ggml.*` in
-/// a GGUF file; the index of a token is its id.
+pub use folder::from_folder;
+
+/// A vocabulary with the rules that split text into its tokens. The fields are those of
+/// `tokenizer.ggml.*` in a GGUF file; the index of a token is its id.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Vocabulary {
     /// The algorithm.
@@ -12,33 +24,35 @@ pub struct Vocabulary {
     /// The name of the pre-tokenizer (`tokenizer.ggml.pre`). Only byte-level BPE uses it; `None` is
     /// `default`.
     pub pre: Option<String>,
-    /// The tokens. Byte-level BPE writes bytes as GPT-2's printable characters, SentencePiece writes a space
-    /// as `▁`.
+    /// The tokens. Byte-level BPE writes bytes as GPT-2's printable characters; the other kinds write a
+    /// space as `▁`, but not in user-defined and control tokens.
     pub tokens: Vec<String>,
-    /// One score per token: the highest merge first (SentencePiece BPE), or the log probability (unigram).
-    /// May be empty for the other kinds.
+    /// One score per token: the higher, the earlier it is merged (SentencePiece BPE), or the logarithm
+    /// of its probability (unigram). The other kinds have none and ignore them.
     pub scores: Vec<f32>,
     /// What each token is; empty if all are normal.
     pub token_kinds: Vec<TokenKind>,
-    /// Merges, the first one first: two tokens with a space between them. Only those kinds that do not derive
-    /// their merges from scores use it.
+    /// Merges in their order, each two tokens with a space between them. SentencePiece kinds derive
+    /// theirs from the scores.
     pub merges: Vec<String>,
-    /// Whether a space is put before a text and after a special token (SentencePiece). A GGUF file that does
-    /// not say means `true`.
+    /// Whether a space is put before a text and after a special token (SentencePiece only). A GGUF file
+    /// that does not say means `true`.
     pub add_space_prefix: bool,
-    /// Whether spaces at both ends and repeated spaces are removed (SentencePiece). A GGUF file that does not
-    /// say means `false`.
+    /// Whether spaces at both ends and repeated spaces are removed (SentencePiece only). A GGUF file
+    /// that does not say means `false`.
     pub remove_extra_whitespaces: bool,
-    /// SentencePiece's rules of normalization in their binary form, if there are any.
+    /// SentencePiece's rules of normalization in their binary form; empty for none.
     pub charsmap: Vec<u8>,
-    /// Whether white space after a special token is dropped. Phi-3 needs it; GGUF files do not say.
+    /// Whether white space after a special token is dropped. Phi-3 needs it; GGUF files do not say, so
+    /// llama.cpp tells by `general.name`, which contains `phi-3` or `phi3` in any case.
     pub strip_after_special: bool,
-    /// The token of characters that are not in the vocabulary; `None` for the first token of kind
+    /// The token of characters that the vocabulary lacks; `None` for the first token of kind
     /// [`TokenKind::Unknown`], if there is one.
     pub unknown: Option<u32>,
-    /// The begin token, if any.
+    /// The begin token; `None` for the usual one: 1 for SentencePiece BPE, else none.
     pub bos: Option<u32>,
-    /// Whether texts start with the begin token; `None` for what is usual for the kind and the pre-tokenizer.
+    /// Whether texts start with the begin token; `None` for what is usual: they do for SentencePiece
+    /// BPE and for the pre-tokenizers of Llama 3 and Tekken.
     pub add_bos: Option<bool>,
 }
 
@@ -68,8 +82,8 @@ impl VocabularyKind {
             "llama" => Ok(Self::SentencePieceBpe),
             "t5" => Ok(Self::Unigram),
             other => Err(Error::unsupported(format!(
-                "tokenizer model {other:?} is not supported, only gpt2, gemma4, llama and t5; convert the model \
-                 from its Hugging Face folder with tokenizer.json"
+                "tokenizer model {other:?} is not supported, only gpt2, gemma4, llama and t5; use \
+                 the model's Hugging Face folder with tokenizer.json"
             ))),
         }
     }
@@ -94,8 +108,8 @@ pub enum TokenKind {
 }
 
 impl TokenKind {
-    /// The kind with this number in `tokenizer.ggml.token_type` and in SentencePiece models. Other numbers
-    /// are normal tokens.
+    /// The kind with this number in `tokenizer.ggml.token_type` and in SentencePiece models. Other
+    /// numbers are normal tokens.
     #[must_use]
     pub fn from_number(number: i64) -> Self {
         match number {
@@ -108,3 +122,18 @@ impl TokenKind {
         }
     }
 }
+
+/// The text of the `tokenizer.json` that gives the ids of `vocabulary`.
+///
+/// # Errors
+/// [`Error::Invalid`] for arrays that do not fit each other, repeated tokens, merges of unknown tokens
+/// and tokens of more than 2048 bytes; [`Error::Unsupported`] for an unknown pre-tokenizer.
+pub fn tokenizer_json(vocabulary: &Vocabulary) -> Result<String> {
+    let tokens = check::tokens(vocabulary)?;
+    json::write(vocabulary, &tokens)
+}
+
+#[cfg(test)]
+mod file_tests;
+#[cfg(test)]
+mod tests;
