@@ -23,7 +23,7 @@ pub fn metadata(
     let text = |v: &str| Value::Text(v.to_owned());
     let tokenizer = checkpoint.tokenizer.as_deref().ok_or_else(|| {
         Error::invalid(format!(
-            "{} has no tokenizer.json; put the model's tokenizer.json next to the weights",
+            "{} has no tokenizer; put the model's tokenizer.json or tokenizer.model next to the weights",
             checkpoint.source.display()
         ))
     })?;

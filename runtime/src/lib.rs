@@ -37,6 +37,7 @@ mod sublayer;
 mod template;
 mod threads;
 mod tokenizer;
+mod vocab;
 mod weights;
 
 pub use checkpoint::{Checkpoint, SourceFile};
@@ -63,4 +64,5 @@ pub use sublayer::Sublayer;
 pub use template::{ChatTemplate, Message};
 pub use threads::default_threads;
 pub use tokenizer::{TextStream, Tokenizer};
+pub use vocab::{TokenKind, Vocabulary, VocabularyKind, from_folder, tokenizer_json};
 pub use weights::Weight;

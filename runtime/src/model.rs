@@ -173,7 +173,8 @@ impl Model {
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let json = self.texts.tokenizer.as_deref().ok_or_else(|| {
             Error::invalid(format!(
-                "{} has no tokenizer.json; put the model's tokenizer.json beside the weights",
+                "{} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the \
+                 weights",
                 self.source.display()
             ))
         })?;

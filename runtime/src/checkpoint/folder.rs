@@ -14,6 +14,7 @@ use super::{Checkpoint, SourceFile};
 use crate::config::{parse_config, token_ids};
 use crate::error::{Error, Result};
 use crate::map::Bytes;
+use crate::vocab;
 
 /// The relevant part of `model.safetensors.index.json`.
 #[derive(Deserialize)]
@@ -53,12 +54,16 @@ pub(super) fn open(source: &Path, map: bool) -> Result<Checkpoint> {
         opened.push(SourceFile { name, bytes: Arc::new(Bytes::open(&path, map)?) });
     }
     let weights = read_weights(&folder, &opened, &spec)?;
+    let tokenizer = match read_text(&folder.join("tokenizer.json"))? {
+        Some(json) => Some(json),
+        None => vocab::from_folder(&folder, tokenizer_config.as_deref())?,
+    };
     Ok(Checkpoint {
         spec,
         tokens,
         config,
         generation_config,
-        tokenizer: read_text(&folder.join("tokenizer.json"))?,
+        tokenizer,
         tokenizer_config,
         chat_template,
         files: opened,

@@ -181,9 +181,8 @@ fn weights(
 ) -> Result<BTreeMap<String, Source>> {
     let mut weights = BTreeMap::new();
     for tensor in spec.tensors() {
-        let name = gguf_name(tensor.role, tensor.layer).ok_or_else(|| Error::Internal {
-            what: format!("no GGUF name for {}", tensor.name),
-        })?;
+        let name = gguf_name(tensor.role, tensor.layer)
+            .ok_or_else(|| Error::Internal { what: format!("no GGUF name for {}", tensor.name) })?;
         let Some(found) = stored.remove(&name) else {
             return Err(Error::invalid(format!("the file has no tensor {name}")));
         };

@@ -17,7 +17,9 @@ pub(super) fn architecture(gguf: &Gguf<'_>) -> Result<&'static GgufArchitecture>
     if let Some(kind) = gguf.get("general.type").and_then(GgufValue::as_text)
         && kind != "model"
     {
-        return Err(Error::unsupported(format!("general.type is {kind}; only models are supported")));
+        return Err(Error::unsupported(format!(
+            "general.type is {kind}; only models are supported"
+        )));
     }
     let name = gguf.get("general.architecture").and_then(GgufValue::as_text);
     let name = name.ok_or_else(|| Error::invalid("the file has no text general.architecture"))?;
@@ -60,8 +62,8 @@ pub(super) fn config_json(
     }
     let embeddings = gguf_name(Role::TokenEmbedding, None).unwrap_or_default();
     let vocabulary = tensors.get(&embeddings).and_then(|tensor| tensor.shape.first());
-    let vocabulary = vocabulary
-        .ok_or_else(|| Error::invalid(format!("the file has no tensor {embeddings}")))?;
+    let vocabulary =
+        vocabulary.ok_or_else(|| Error::invalid(format!("the file has no tensor {embeddings}")))?;
     config.insert("vocab_size".into(), json!(vocabulary));
     config.insert("tie_word_embeddings".into(), (!has(Role::LmHead)).into());
     check_heads(&keys, &config)?;
@@ -178,7 +180,8 @@ fn key_scaling(keys: &Keys<'_>) -> Result<Option<Value>> {
     if kind == "none" {
         return Ok(None);
     }
-    let factor = factor.or(linear).ok_or_else(|| keys.wrong("rope.scaling.factor", "is missing"))?;
+    let factor =
+        factor.or(linear).ok_or_else(|| keys.wrong("rope.scaling.factor", "is missing"))?;
     let mut scaling = json!({ "rope_type": kind, "factor": factor });
     for (key, field) in [
         ("rope.scaling.original_context_length", "original_max_position_embeddings"),
@@ -287,7 +290,10 @@ mod tests {
         assert!(error.to_string().contains("rope_freqs.weight"), "{error}");
         assert_eq!(scaling_of(&bytes, Some(&[1.0; 32])).unwrap(), None);
         let linear = scaling_of(&bytes, Some(&[4.0; 32])).unwrap().unwrap();
-        assert_eq!((linear["rope_type"].as_str(), linear["factor"].as_f64()), (Some("linear"), Some(4.0)));
+        assert_eq!(
+            (linear["rope_type"].as_str(), linear["factor"].as_f64()),
+            (Some("linear"), Some(4.0))
+        );
     }
 
     #[test]

@@ -28,11 +28,11 @@ const SAMPLING: [(&str, &str); 5] = [
 ];
 
 /// The tokens that end an answer: end of text, of a turn, of a message.
-const END_KEYS: [&str; 3] = [
-    "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.eot_token_id",
-    "tokenizer.ggml.eom_token_id",
-];
+const END_KEYS: [&str; 3] =
+    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+
+/// The end token of SentencePiece vocabularies, if the file does not state one.
+const USUAL_EOS: u64 = 2;
 
 impl Texts {
     /// Reads the keys `tokenizer.*` and `general.sampling.*`.
@@ -50,10 +50,12 @@ impl Texts {
                 eos.push(id);
             }
         }
-        let tokenizer = match keys.vocabulary()? {
-            Some(vocabulary) => Some(tokenizer_json(&vocabulary)?),
-            None => None,
-        };
+        let vocabulary = keys.vocabulary()?;
+        let kind = vocabulary.as_ref().map(|vocabulary| vocabulary.kind);
+        if eos.is_empty() && kind == Some(VocabularyKind::SentencePieceBpe) {
+            eos.push(USUAL_EOS);
+        }
+        let tokenizer = vocabulary.as_ref().map(tokenizer_json).transpose()?;
         let mut sampling = Map::new();
         for (key, field) in SAMPLING {
             if let Some(value) = gguf.get(key) {
@@ -108,6 +110,12 @@ impl<'a> TokenizerKeys<'a> {
         value.as_array().and_then(read).ok_or_else(|| wrong(key, "an array of the right type"))
     }
 
+    /// Whether the model is a Phi-3, which only its name tells.
+    fn is_phi3(&self) -> Result<bool> {
+        let name = self.text("general.name")?.unwrap_or_default().to_lowercase();
+        Ok(name.contains("phi-3") || name.contains("phi3"))
+    }
+
     /// The vocabulary; `None` if the file has none.
     fn vocabulary(&self) -> Result<Option<Vocabulary>> {
         let model = match self.text("tokenizer.ggml.model")? {
@@ -137,7 +145,7 @@ impl<'a> TokenizerKeys<'a> {
             remove_extra_whitespaces: flag("tokenizer.ggml.remove_extra_whitespaces")?
                 .unwrap_or(false),
             charsmap: self.list("tokenizer.ggml.precompiled_charsmap", byte)?,
-            strip_after_special: false,
+            strip_after_special: self.is_phi3()?,
             unknown: self.id("tokenizer.ggml.unknown_token_id")?,
             bos: self.id("tokenizer.ggml.bos_token_id")?,
             add_bos: flag("tokenizer.ggml.add_bos_token")?,

@@ -33,7 +33,8 @@ pub struct Checkpoint {
     pub config: String,
     /// The text of `generation_config.json`, if it exists.
     pub generation_config: Option<String>,
-    /// The text of `tokenizer.json`, if it exists.
+    /// The text of `tokenizer.json`, or one that is built from the vocabulary of a GGUF file or from the other
+    /// files of a tokenizer, if there are any.
     pub tokenizer: Option<String>,
     /// The text of `tokenizer_config.json`, if it exists.
     pub tokenizer_config: Option<String>,
