@@ -38,6 +38,7 @@ mod sublayer;
 mod template;
 mod threads;
 mod tokenizer;
+mod vocab;
 mod weights;
 
 pub use checkpoint::{Checkpoint, SourceFile};
@@ -65,4 +66,5 @@ pub use sublayer::Sublayer;
 pub use template::{ChatTemplate, Message};
 pub use threads::default_threads;
 pub use tokenizer::{TextStream, Tokenizer};
+pub use vocab::{TokenKind, Vocabulary, VocabularyKind, from_folder, tokenizer_json};
 pub use weights::Weight;
