@@ -24,7 +24,7 @@ pub fn metadata(
     let tokenizer = checkpoint.tokenizer.as_deref().ok_or_else(|| {
         Error::invalid(format!(
             "{} has no tokenizer; put the model's tokenizer.json or tokenizer.model next to the weights",
-            checkpoint.folder.display()
+            checkpoint.source.display()
         ))
     })?;
     set("model.parameters", Value::U64(parameters))?;

@@ -90,16 +90,13 @@ pub struct Plan {
 /// The plan of a conversion of `checkpoint` by `recipe`.
 ///
 /// # Errors
-/// None in practice: the tensors of a checkpoint exist and are dense.
+/// None in practice: the tensors of a checkpoint exist.
 pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
     let linear = recipe.linear.method();
     let mut tensors = Vec::new();
     for tensor in checkpoint.spec.tensors() {
         let name = &tensor.name;
-        let Encoding::Dense(kind) = *checkpoint.weight(name)?.encoding() else {
-            return Err(Error::Internal { what: format!("{name} of a checkpoint is not dense") });
-        };
-        let keep = TensorMethod::Keep(kind);
+        let keep = TensorMethod::Keep(checkpoint.element_type(name)?);
         let method = match tensor.role {
             Role::TokenEmbedding => recipe.embeddings.map_or(keep, TensorMethod::Round),
             Role::LmHead => recipe.head.map_or(keep, TensorMethod::Round),

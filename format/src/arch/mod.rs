@@ -5,6 +5,7 @@
 
 mod block;
 mod config;
+mod gguf;
 mod llama;
 mod mistral;
 mod options;
@@ -15,5 +16,6 @@ mod tensors;
 
 pub use block::{Attention, Block, Experts, Mlp, MlpKind, Norm, NormKind, NormPlacement, Position};
 pub use config::{ConfigError, ConfigFields};
+pub use gguf::{GGUF_ROPE_DIVISORS, GgufArchitecture, GgufField, gguf_name};
 pub use roles::{InputMap, Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
 pub use spec::{Activation, Architecture, Family, ModelSpec, RopePairing, RopeScaling};
