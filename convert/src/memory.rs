@@ -28,7 +28,7 @@ impl Plan {
         let packed: u64 = first.map(|t| t.bytes).sum();
         let layers =
             calibration.distill_layers.map_or(0, |_| layer_memory(spec, calibrating.activations));
-        let step = calibrating.activations.max(factoring).max(self.quantizing_memory(checkpoint));
+        let step = calibrating.activations.max(factoring).max(self.quantizing_memory());
         let layer = hessians + calibrating.dense_target + packed + step.max(layers);
         let distill = calibration.distill.map_or(0, |_| {
             let sizes = DistilledStreams {
@@ -42,13 +42,13 @@ impl Plan {
     }
 
     /// Bytes needed to quantize the largest linear layer.
-    fn quantizing_memory(&self, checkpoint: &Checkpoint) -> u64 {
+    fn quantizing_memory(&self) -> u64 {
         let scratch = self.tensors.iter().map(|t| match t.method {
             TensorMethod::Linear(method) => method.quantizer().scratch_memory(t.tensor.shape[1]),
             TensorMethod::Keep(_) | TensorMethod::Round(_) => 0,
         });
-        let spec = &checkpoint.spec;
-        quantize::memory(spec.intermediate_size * spec.hidden_size) + scratch.max().unwrap_or(0)
+        let largest = self.tensors.iter().filter(|t| t.is_calibrated()).map(TensorPlan::elements);
+        quantize::memory(largest.max().unwrap_or(0)) + scratch.max().unwrap_or(0)
     }
 
     /// Bytes of codes and scales of all tensors that distillation trains.

@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 
 use stb_format::arch::{Attention, Linear, LinearInput, MlpKind, NormPlacement, NormSite};
 
-use crate::experts::ExpertsLayer;
+pub use crate::experts::ExpertsLayer;
 use crate::layer::{Layer, LayerVector};
 use crate::sublayer::Sublayer;
 

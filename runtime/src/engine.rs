@@ -108,15 +108,13 @@ pub(crate) enum Tail {
 }
 
 impl Engine {
-    /// Opens an `.stb` file, or a dense checkpoint if `path` is a folder, a `.safetensors` file or
-    /// an index of shards.
+    /// Opens an `.stb` file, or a checkpoint if `path` is a folder, a `.safetensors` file, an index of
+    /// shards or a `.gguf` file.
     ///
     /// # Errors
     /// The errors of [`Engine::open_stb`] and [`Checkpoint::open`].
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
-        let dense =
-            path.is_dir() || path.extension().is_some_and(|e| e == "safetensors" || e == "json");
-        if dense {
+        if Checkpoint::is_checkpoint(path) {
             let engine = Self::from_checkpoint(&Checkpoint::open(path, options.map)?)?;
             Self { kv: options.kv, pool: pool(options)?, ..engine }.on_device(options)
         } else {

@@ -5,13 +5,17 @@ use stb_format::arch::{Experts, Linear, LinearInput, LinearMap};
 use stb_kernels::{Isa, Pool, ops};
 
 use crate::cpu::{Observer, add};
+use crate::engine::Engine;
+use crate::layer::Layer;
 use crate::linear::{LinearScratch, apply};
 use crate::weights::Weight;
 
 /// A token of an expert.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Assignment {
+pub struct Assignment {
+    /// The index of the expert.
     pub expert: usize,
+    /// The index of the token.
     pub token: usize,
     /// The factor of the expert's output.
     pub weight: f32,
@@ -70,7 +74,7 @@ impl ExpertOps<'_> {
         let hidden = layer.router.cols();
         let ExpertScratch { logits, assignments, sum, .. } = &mut **scratch;
         apply(*isa, pool, linear, [layer.router], x, [&mut *logits]);
-        route(*isa, layer.spec, logits, assignments);
+        route_experts(*isa, layer.spec, logits, assignments);
         sum.clear();
         sum.resize(x.len(), 0.0);
         let assignments = std::mem::take(&mut scratch.assignments);
@@ -97,8 +101,7 @@ impl ExpertOps<'_> {
     ) {
         let (isa, pool, activation) = (self.isa, self.pool, self.activation);
         let ExpertScratch { x, gate, up, out, .. } = &mut *self.scratch;
-        let matrix = |linear| matrices.get(linear).expect("a matrix of an expert");
-        let [gate_weight, up_weight, down] = [Linear::Gate, Linear::Up, Linear::Down].map(matrix);
+        let [gate_weight, up_weight, down] = expert_matrices(matrices);
         let hidden = gate_weight.cols();
         x.clear();
         for token in tokens {
@@ -113,10 +116,49 @@ impl ExpertOps<'_> {
     }
 }
 
+/// The matrices of an expert.
+fn expert_matrices(matrices: &LinearMap<Weight>) -> [&Weight; 3] {
+    let matrix = |linear| matrices.get(linear).expect("a matrix of an expert");
+    [Linear::Gate, Linear::Up, Linear::Down].map(matrix)
+}
+
+impl Engine {
+    /// The experts of the tokens of `x`, the normalized input of the mixture of experts of `layer`, [tokens,
+    /// hidden]; none if the layer has no experts. Runs on the calling thread.
+    #[must_use]
+    pub fn route(&self, layer: &Layer, x: &[f32]) -> Vec<Assignment> {
+        let (Some(spec), Some(router)) = (layer.block.mlp.experts, layer.router()) else {
+            return Vec::new();
+        };
+        let (pool, mut logits) = (self.pool.or_serial(false), Vec::new());
+        apply(self.isa, pool, &mut LinearScratch::default(), [router], x, [&mut logits]);
+        let mut assignments = Vec::new();
+        route_experts(self.isa, spec, &mut logits, &mut assignments);
+        assignments
+    }
+
+    /// act(gate(x)) ∘ up(x) of an expert of `layer`, [tokens, intermediate]: the input of its last linear layer.
+    ///
+    /// # Panics
+    /// If the layer has no such expert.
+    #[must_use]
+    pub fn expert_product(&self, layer: &Layer, expert: usize, x: &[f32]) -> Vec<f32> {
+        let [gate_weight, up_weight, _] = expert_matrices(&layer.experts()[expert]);
+        let (mut gate, mut up) = (Vec::new(), Vec::new());
+        if x.is_empty() {
+            return gate;
+        }
+        let scratch = &mut LinearScratch::default();
+        apply(self.isa, &self.pool, scratch, [gate_weight, up_weight], x, [&mut gate, &mut up]);
+        ops::activate_mul(self.isa, self.model.spec.activation, &mut gate, &up);
+        gate
+    }
+}
+
 /// Chooses the experts of each token from the `logits` of the router, [tokens, experts], which become
 /// probabilities. The assignments are in the order of the experts, and of the tokens for each expert. Of equal
 /// probabilities the lower expert counts as larger.
-pub(crate) fn route(
+pub fn route_experts(
     isa: Isa,
     spec: Experts,
     logits: &mut [f32],
@@ -155,13 +197,13 @@ mod tests {
         let spec = Experts { count: 4, active: 2, normalize: true };
         let mut logits = [1.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0, 9.0];
         let mut found = Vec::new();
-        route(isa, spec, &mut logits, &mut found);
+        route_experts(isa, spec, &mut logits, &mut found);
         let places: Vec<(usize, usize)> = found.iter().map(|a| (a.expert, a.token)).collect();
         assert_eq!(places, [(0, 1), (1, 0), (2, 0), (3, 1)]);
         assert!((found[1].weight - 0.5).abs() < 1e-6 && (found[2].weight - 0.5).abs() < 1e-6);
         assert!((found[3].weight - 1.0 / (1.0 + (-9f32).exp())).abs() < 1e-6);
         let mut logits = [0.0; 4];
-        route(isa, Experts { normalize: false, ..spec }, &mut logits, &mut found);
+        route_experts(isa, Experts { normalize: false, ..spec }, &mut logits, &mut found);
         assert_eq!(
             found.iter().map(|a| (a.expert, a.weight)).collect::<Vec<_>>(),
             [(0, 0.25), (1, 0.25)]

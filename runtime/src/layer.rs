@@ -30,6 +30,19 @@ pub enum LayerMatrix {
     Expert(usize, Linear),
 }
 
+impl LayerMatrix {
+    /// The matrix with this role; `None` for vectors and tensors outside the decoder layers.
+    #[must_use]
+    pub fn of_role(role: Role) -> Option<Self> {
+        match role {
+            Role::Linear(linear) => Some(Self::Linear(linear)),
+            Role::Router => Some(Self::Router),
+            Role::Expert(expert, linear) => Some(Self::Expert(expert as usize, linear)),
+            _ => None,
+        }
+    }
+}
+
 /// A vector of a decoder layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayerVector {
@@ -146,6 +159,16 @@ impl<M, V> Layer<M, V> {
     }
 
     /// The matrix `key`, if the layer has it.
+    #[must_use]
+    pub fn matrix(&self, key: LayerMatrix) -> Option<&M> {
+        match key {
+            LayerMatrix::Linear(linear) => self.linears.get(linear),
+            LayerMatrix::Router => self.router.as_ref(),
+            LayerMatrix::Expert(expert, linear) => self.experts.get(expert)?.get(linear),
+        }
+    }
+
+    /// Mutable form of [`Layer::matrix`].
     pub fn matrix_mut(&mut self, key: LayerMatrix) -> Option<&mut M> {
         match key {
             LayerMatrix::Linear(linear) => self.linears.get_mut(linear),

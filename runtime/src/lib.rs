@@ -38,6 +38,7 @@ mod sublayer;
 mod template;
 mod threads;
 mod tokenizer;
+mod vocab;
 mod weights;
 
 pub use checkpoint::{Checkpoint, SourceFile};
@@ -51,7 +52,7 @@ pub use eval::{
     Reference, Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity,
     score_question, zero_shot,
 };
-pub use experts::ExpertsLayer;
+pub use experts::{Assignment, route_experts};
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use layer::{Layer, LayerMatrix, LayerVector};
 pub use linear::{LinearScratch, LinearWeight, Threads, apply, apply_packed};
@@ -65,4 +66,5 @@ pub use sublayer::Sublayer;
 pub use template::{ChatTemplate, Message};
 pub use threads::default_threads;
 pub use tokenizer::{TextStream, Tokenizer};
+pub use vocab::{TokenKind, Vocabulary, VocabularyKind, from_folder, tokenizer_json};
 pub use weights::Weight;

@@ -92,7 +92,7 @@ impl Model {
         Self::assemble(spec, texts, origin, find)
     }
 
-    /// A model from a dense checkpoint. Weights are used in place.
+    /// A model from a checkpoint. Weights that are dense in the file are used in place, others are dequantized.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a broken tokenizer, [`Error::Unsupported`] for a block that this version
@@ -100,7 +100,7 @@ impl Model {
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
         let texts = Texts::from_checkpoint(checkpoint)?;
         let file_bytes = checkpoint.files.iter().map(|f| f.bytes.len() as u64).sum();
-        let origin = Origin { source: &checkpoint.folder, file_bytes, verified: false };
+        let origin = Origin { source: &checkpoint.source, file_bytes, verified: false };
         let spec = checkpoint.spec.clone();
         Self::assemble(spec, texts, origin, |name| checkpoint.weight(name))
     }
@@ -183,7 +183,8 @@ impl Model {
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let json = self.texts.tokenizer.as_deref().ok_or_else(|| {
             Error::invalid(format!(
-                "{} has no tokenizer.json; put the model's tokenizer.json beside the weights",
+                "{} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the \
+                 weights",
                 self.source.display()
             ))
         })?;

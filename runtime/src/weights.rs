@@ -61,50 +61,6 @@ impl Weight {
         Self::new(bytes, 0..payload.len(), encoding, rows, cols)
     }
 
-    /// The rows `rows` of a dense matrix, in place.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] if the matrix is not dense or has fewer rows.
-    pub(crate) fn rows_in_place(&self, rows: Range<usize>) -> Result<Self> {
-        let size = self.dense_row_bytes(&rows, self.rows())?;
-        let start = self.range.start + rows.start * size;
-        let range = start..start + rows.len() * size;
-        Self::new(self.bytes.clone(), range, self.encoding.clone(), rows.len() as u64, self.cols)
-    }
-
-    /// A copy of the rows `rows` of the transpose of a dense matrix.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] if the matrix is not dense or has fewer columns.
-    pub(crate) fn transposed_rows(&self, rows: Range<usize>) -> Result<Self> {
-        let row_bytes = self.dense_row_bytes(&rows, self.cols())?;
-        let size = row_bytes / self.cols();
-        let mut payload = Vec::with_capacity(rows.len() * self.rows() * size);
-        for col in rows.clone() {
-            for row in self.bytes().chunks_exact(row_bytes) {
-                payload.extend_from_slice(&row[col * size..(col + 1) * size]);
-            }
-        }
-        Self::from_payload(&payload, self.encoding.clone(), rows.len() as u64, self.rows)
-    }
-
-    /// Bytes of a row of a dense matrix that has `most` rows (or columns), of which `rows` are asked for.
-    fn dense_row_bytes(&self, rows: &Range<usize>, most: usize) -> Result<usize> {
-        match &self.encoding {
-            Encoding::Dense(kind) if rows.end <= most => Ok(self.cols() * kind.bytes() as usize),
-            _ => Err(Error::Internal { what: format!("rows {rows:?} of a matrix with {most}") }),
-        }
-    }
-
-    /// The elements of a dense matrix as one row.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] if the matrix is not dense.
-    pub(crate) fn as_vector(&self) -> Result<Self> {
-        self.dense_row_bytes(&(0..0), 0)?;
-        Ok(Self { rows: 1, cols: self.rows * self.cols, ..self.clone() })
-    }
-
     /// The matrix in place.
     ///
     /// # Panics
@@ -143,6 +99,11 @@ impl Weight {
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[self.range.clone()]
+    }
+
+    /// The memory that holds the stored bytes.
+    pub(crate) fn shared_bytes(&self) -> &Arc<Bytes> {
+        &self.bytes
     }
 
     /// Decodes all weights, [rows, cols].

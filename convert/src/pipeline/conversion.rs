@@ -81,6 +81,7 @@ fn write_file(
         workspace,
         reports: Vec::new(),
         layers: Vec::new(),
+        expert_tokens: Vec::new(),
         stages: Stages::default(),
         resumed: 0,
     };
@@ -123,7 +124,7 @@ fn make_report(
     meta: &Meta,
 ) -> Report {
     let (file_bytes, parameters) = (job.plan.file_bytes(meta), job.plan.parameters());
-    let body = || job.plan.tensors.iter().filter(|t| t.linear().is_some());
+    let body = || job.plan.tensors.iter().filter(|t| t.matrix().is_some());
     let body_bytes: u64 = body().map(|t| t.bytes).sum();
     let body_weights: u64 = body().map(TensorPlan::elements).sum();
     let salient: Vec<f64> = tensors.iter().filter_map(|t| t.salient).collect();
@@ -194,10 +195,7 @@ impl Run<'_> {
                     hidden.dense.push(states.clone());
                 }
                 if let Some(table) = &table {
-                    let width = table.cols();
-                    for (token, state) in window.iter().zip(states.chunks_exact_mut(width)) {
-                        table.view().decode_row(*token as usize, state);
-                    }
+                    self.engine.embed_with(table, &window, 0..window.len(), &mut states)?;
                 }
                 hidden.quantized.push(states);
             }

@@ -59,10 +59,17 @@ pub(super) struct InputHessian {
 }
 
 /// Keeps one input of the layer; stops there unless `proceed` is set.
-struct KeepInput {
+pub(super) struct KeepInput {
     input: LinearInput,
     proceed: bool,
-    x: Vec<f32>,
+    pub(super) x: Vec<f32>,
+}
+
+impl KeepInput {
+    /// Keeps `input` and stops there.
+    pub(super) fn up_to(input: LinearInput) -> Self {
+        Self { input, proceed: false, x: Vec::new() }
+    }
 }
 
 impl Observer for KeepInput {

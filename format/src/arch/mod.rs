@@ -7,6 +7,7 @@ mod block;
 mod config;
 mod family;
 mod gemma;
+mod gguf;
 mod gpt2;
 mod llama;
 mod mistral;
@@ -25,6 +26,10 @@ mod tensors;
 pub use block::{Attention, Block, Experts, Mlp, MlpKind, Norm, NormKind, NormPlacement, QkNorm};
 pub use config::{ConfigError, ConfigFields};
 pub use family::{Family, SourceTensor};
+pub use gguf::{
+    GGUF_LONG_FACTORS, GGUF_ROPE_DIVISORS, GGUF_SHORT_FACTORS, GgufArchitecture, GgufField,
+    Implied, gguf_name,
+};
 pub use roles::{InputMap, Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
 pub use spec::{
     Activation, Biases, ExpertsSpec, LayerSet, ModelSpec, RopePairing, RopeScaling, RopeTable,
