@@ -7,7 +7,7 @@ use super::family::{Family, LLAMA_OUTSIDE, Piece, StoredAs};
 use super::llama;
 use super::options::{activation, has_bias, layer_types, required_f64, required_u64, window};
 use super::roles::{Linear, NormSite, Role};
-use super::spec::{Biases, LayerSet, ModelSpec};
+use super::spec::{Biases, LayerSet, ModelSpec, Window};
 use crate::num;
 
 pub(super) static GEMMA2: Family = Family {
@@ -75,7 +75,73 @@ fn gemma2(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     })
 }
 
+/// A configuration of Gemma 3 with the defaults of transformers, because those of the models with vision have only
+/// the fields that differ.
+struct Gemma3Fields<'a>(&'a dyn ConfigFields);
+
+impl ConfigFields for Gemma3Fields<'_> {
+    fn has(&self, name: &str) -> bool {
+        self.0.has(name) || self.text(name).is_some() || self.f64(name).is_some()
+    }
+
+    fn u64(&self, name: &str) -> Option<u64> {
+        let default = || match name {
+            "vocab_size" => Some(262_208),
+            "hidden_size" => Some(2304),
+            "intermediate_size" => Some(9216),
+            "num_hidden_layers" => Some(26),
+            "num_attention_heads" => Some(8),
+            "num_key_value_heads" => Some(4),
+            "head_dim" => Some(256),
+            "max_position_embeddings" => Some(131_072),
+            "sliding_window" => Some(4096),
+            _ => None,
+        };
+        self.0.u64(name).or_else(default)
+    }
+
+    fn f64(&self, name: &str) -> Option<f64> {
+        let default = || match name {
+            "rms_norm_eps" => Some(1e-6),
+            "rope_theta" => Some(1e6),
+            "query_pre_attn_scalar" => Some(256.0),
+            _ => None,
+        };
+        self.0.f64(name).or_else(default)
+    }
+
+    fn bool(&self, name: &str) -> Option<bool> {
+        self.0.bool(name)
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        let default = || (name == "hidden_activation").then(|| "gelu_pytorch_tanh".to_owned());
+        self.0.text(name).or_else(default)
+    }
+
+    fn u64s(&self, name: &str) -> Option<Vec<u64>> {
+        self.0.u64s(name)
+    }
+
+    fn f64s(&self, name: &str) -> Option<Vec<f64>> {
+        self.0.f64s(name)
+    }
+
+    fn texts(&self, name: &str) -> Option<Vec<String>> {
+        self.0.texts(name)
+    }
+
+    fn object(&self, name: &str) -> Option<Box<dyn ConfigFields + '_>> {
+        self.0.object(name)
+    }
+
+    fn class(&self) -> Option<String> {
+        self.0.class()
+    }
+}
+
 fn gemma3(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
+    let config = &Gemma3Fields(config);
     let spec = base(config)?;
     if config.bool("use_bidirectional_attention") == Some(true) {
         return Err(ConfigError::Unsupported("bidirectional attention is not supported".into()));
@@ -91,7 +157,8 @@ fn gemma3(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     let local = spec.local_rope_theta.or_else(|| config.f64("rope_local_base_freq"));
     Ok(ModelSpec {
         qk_norm: QkNorm::Head,
-        window: window(&spec, Some(required_u64(config, "sliding_window")?), windowed),
+        // Also if it covers the whole context: layers with it have their own RoPE.
+        window: Some(Window { size: required_u64(config, "sliding_window")?, layers: windowed }),
         local_rope_theta: Some(local.unwrap_or(10_000.0)),
         attention_soft_cap: config.f64("attn_logit_softcapping"),
         logit_soft_cap: config.f64("final_logit_softcapping"),

@@ -7,11 +7,11 @@ use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
 use stb_format::{File, Meta, ModelSpec, RopeScaling, Value, Writer};
 
 use super::vector::Vector;
-use super::{content, patch};
+use super::{content, decoders, patch};
 use crate::tiny::tokenizer;
 use stb_random::Rng;
 
-type Tensors = Vec<(String, Vec<u64>, Encoding, Vec<u8>)>;
+pub(super) type Tensors = Vec<(String, Vec<u64>, Encoding, Vec<u8>)>;
 
 pub(super) fn file(tensors: &Tensors, meta: &Meta) -> Vec<u8> {
     let mut writer = Writer::new(Cursor::new(Vec::new())).expect("memory takes anything");
@@ -143,7 +143,13 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
         tied_embeddings: true,
         ..ModelSpec::default()
     };
-    let mut rng = Rng(7);
+    let (tensors, meta) = model_of(&spec, 7);
+    (tensors, meta, spec)
+}
+
+/// A model of this `spec` with random weights in mixed encodings, vectors of ones and a small tokenizer.
+pub(super) fn model_of(spec: &ModelSpec, seed: u64) -> (Tensors, Meta) {
+    let mut rng = Rng(seed);
     let mut tensors = Tensors::new();
     for TensorSpec { name, shape, .. } in spec.tensors() {
         let (rows, cols) = (shape[0] as usize, shape.get(1).map_or(1, |c| *c as usize));
@@ -174,7 +180,7 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
     ] {
         meta.set(key, value).expect("a valid entry");
     }
-    (tensors, meta, spec)
+    (tensors, meta)
 }
 
 /// A tensor of an unknown encoding with an empty payload, and sections of length 0.
@@ -314,7 +320,9 @@ pub fn valid() -> Vec<Vector> {
             patch::edit(&smallest(), |b| patch::put16(b, 10, 7)),
         ),
     ];
+    let models = decoders::valid().into_iter();
     list.into_iter()
+        .chain(models)
         .map(|(name, about, bytes)| Vector {
             name: format!("{name}.stb"),
             about,
