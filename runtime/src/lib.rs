@@ -42,9 +42,7 @@ mod vocab;
 mod weights;
 
 pub use checkpoint::{Checkpoint, SourceFile, gguf_vocabulary};
-pub use checkpoint::{Checkpoint, SourceFile};
 pub use config::{Config, TokenConfig, parse_config};
-pub use config::{TokenConfig, parse_config};
 pub use cpu::Observer;
 pub use device::{DeviceChoice, DeviceLayers, DeviceObserver, DeviceSublayer};
 pub use engine::{Engine, OpenOptions, Verify};
