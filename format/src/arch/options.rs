@@ -60,9 +60,10 @@ pub(super) fn activation(config: &dyn ConfigFields, name: &str) -> ConfigResult<
     }
 }
 
-/// The window of `size` tokens in `layers`; `None` if it covers the whole context or no layer has it.
+/// The window of `size` tokens in `layers`; `None` if it covers the whole context, no layer has it, or the size is 0,
+/// as some files say for none.
 pub(super) fn window(spec: &ModelSpec, size: Option<u64>, layers: LayerSet) -> Option<Window> {
-    let size = size.filter(|size| *size < spec.context_length)?;
+    let size = size.filter(|size| (1..spec.context_length).contains(size))?;
     let is_empty = matches!(&layers, LayerSet::Only(layers) if layers.is_empty());
     (!is_empty).then_some(Window { size, layers })
 }

@@ -206,18 +206,20 @@ fn rotated_part(keys: &Keys<'_>, config: &Map<String, Value>) -> Result<Option<V
     }
 }
 
+/// Divisors of RoPE as a list.
+fn finite_numbers(values: &[f32]) -> Result<Vec<Value>> {
+    let each = values.iter().map(|value| number(GgufValue::F32(*value)));
+    each.collect::<Option<_>>().ok_or_else(|| Error::invalid("a divisor of RoPE is not finite"))
+}
+
 /// LongRoPE with the divisors of two tensors.
 fn long_scaling(keys: &Keys<'_>, short: &[f32], long: &[f32]) -> Result<Value> {
-    let factors = |values: &[f32]| -> Result<Vec<Value>> {
-        let each = values.iter().map(|value| number(GgufValue::F32(*value)));
-        each.collect::<Option<_>>().ok_or_else(|| Error::invalid("a divisor of RoPE is not finite"))
-    };
     let original = "rope.scaling.original_context_length";
     let context = keys.u64(original)?.ok_or_else(|| keys.wrong(original, "is missing"))?;
     let mut scaling = json!({
         "rope_type": "longrope",
-        "short_factor": factors(short)?,
-        "long_factor": factors(long)?,
+        "short_factor": finite_numbers(short)?,
+        "long_factor": finite_numbers(long)?,
         "original_max_position_embeddings": context,
     });
     if let Some(factor) = keys.number("rope.scaling.attn_factor")? {
@@ -290,10 +292,17 @@ fn divisor_scaling(keys: &Keys<'_>, divisors: &[f32]) -> Result<Option<Value>> {
             "original_max_position_embeddings": context as u64,
         })));
     }
-    Err(Error::unsupported(
-        "tensor rope_freqs.weight has divisors other than those of Llama 3's RoPE scaling with a trained context \
-         of 8192; convert the model from its Hugging Face folder, whose config.json states the scaling",
-    ))
+    // Any divisors: LongRoPE with the same ones for all contexts.
+    let context = keys.u64("context_length")?;
+    let context = context.ok_or_else(|| keys.wrong("context_length", "is missing"))?;
+    let values = finite_numbers(divisors)?;
+    Ok(Some(json!({
+        "rope_type": "longrope",
+        "short_factor": values,
+        "long_factor": values,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": context,
+    })))
 }
 
 #[cfg(test)]
@@ -346,8 +355,13 @@ mod tests {
         assert_eq!(scaling["factor"], 32.0);
         assert_eq!(scaling["original_max_position_embeddings"], 8192);
         divisors[20] *= 1.01;
-        let error = scaling_of(&bytes, Some(&divisors)).unwrap_err();
-        assert!(error.to_string().contains("rope_freqs.weight"), "{error}");
+        let bytes = file(&[
+            ("llama.rope.freq_base", 6, &500_000f32.to_le_bytes()),
+            ("llama.context_length", 4, &4096u32.to_le_bytes()),
+        ]);
+        let scaling = scaling_of(&bytes, Some(&divisors)).unwrap().unwrap();
+        assert_eq!((&scaling["rope_type"], &scaling["attention_factor"]), (&json!("longrope"), &json!(1.0)));
+        assert_eq!(scaling["long_factor"].as_array().unwrap().len(), 32);
         assert_eq!(scaling_of(&bytes, Some(&[1.0; 32])).unwrap(), None);
         let linear = scaling_of(&bytes, Some(&[4.0; 32])).unwrap().unwrap();
         assert_eq!(
