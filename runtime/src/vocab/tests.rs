@@ -169,7 +169,8 @@ fn contradictions_are_named() {
         change(&mut vocabulary);
         refused(&vocabulary)
     };
-    let cases: [(&dyn Fn(&mut Vocabulary), &str); 6] = [
+    type Change<'a> = &'a dyn Fn(&mut Vocabulary);
+    let cases: [(Change, &str); 6] = [
         (&|v| v.tokens.clear(), "0 tokens"),
         (&|v| v.scores.truncate(3), "3 scores"),
         (&|v| v.token_kinds.truncate(3), "3 token types"),
