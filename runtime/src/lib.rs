@@ -40,7 +40,7 @@ mod tokenizer;
 mod vocab;
 mod weights;
 
-pub use checkpoint::{Checkpoint, SourceFile};
+pub use checkpoint::{Checkpoint, SourceFile, gguf_vocabulary};
 pub use config::{TokenConfig, parse_config};
 pub use cpu::Observer;
 pub use device::{DeviceChoice, DeviceLayers, DeviceObserver, DeviceSublayer};

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use stb_runtime::{Tokenizer, from_folder};
-use stb_tests::cli::skip;
 use stb_tests::paths::shared;
+use stb_tests::programs::skip;
 
 /// Strings that break tokenizers, without special tokens.
 const ODD: [&str; 24] = [
@@ -158,7 +158,7 @@ fn gpt_2_from_vocab_json_and_merges() {
     for (text, ids) in [
         ("Hello world", &[15496, 995][..]),
         ("Hello, y'all!", &[15496, 11, 331, 6, 439, 0]),
-        (" 12345\n\n", &[17031, 2231, 198, 198]),
+        (" 12345\n\n", &[17031, 2231, 628]),
         ("<|endoftext|>Hi", &[50256, 17250]),
     ] {
         assert_eq!(tokenizer.encode(text).unwrap(), ids, "{text:?}");

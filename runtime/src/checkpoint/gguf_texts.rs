@@ -50,7 +50,7 @@ impl GgufTexts {
                 eos.push(id);
             }
         }
-        let vocabulary = keys.vocabulary()?;
+        let vocabulary = gguf_vocabulary(gguf)?;
         let kind = vocabulary.as_ref().map(|vocabulary| vocabulary.kind);
         if eos.is_empty() && kind == Some(VocabularyKind::SentencePieceBpe) {
             eos.push(USUAL_EOS);
@@ -74,6 +74,14 @@ impl GgufTexts {
             eos,
         })
     }
+}
+
+/// The vocabulary of a GGUF file (keys `tokenizer.ggml.*`); `None` if it has none.
+///
+/// # Errors
+/// [`Error::Invalid`] for a key with a wrong value, [`Error::Unsupported`] for an unknown tokenizer.
+pub fn gguf_vocabulary(gguf: &Gguf<'_>) -> Result<Option<Vocabulary>> {
+    TokenizerKeys(gguf).vocabulary()
 }
 
 fn wrong(key: &str, expected: &str) -> Error {
@@ -116,7 +124,6 @@ impl<'a> TokenizerKeys<'a> {
         Ok(name.contains("phi-3") || name.contains("phi3"))
     }
 
-    /// The vocabulary; `None` if the file has none.
     fn vocabulary(&self) -> Result<Option<Vocabulary>> {
         let model = match self.text("tokenizer.ggml.model")? {
             None | Some("none" | "no_vocab") => return Ok(None),

@@ -19,6 +19,8 @@ use crate::map::Bytes;
 use crate::weights::Weight;
 use source::Source;
 
+pub use gguf_texts::gguf_vocabulary;
+
 /// An open checkpoint: validated configuration, weights in place, and texts. The texts of a GGUF file are what
 /// its metadata say in the files of the Hugging Face layout.
 #[derive(Debug)]
