@@ -10,12 +10,12 @@ use stb_format::File;
 use stb_format::encoding::Dense;
 use stb_format::gguf::GgufType;
 use stb_runtime::{
-    Checkpoint, Engine, GenerateRequest, OpenOptions, PromptInput, Sampler, SamplerOptions,
-    Session, SessionOptions, State,
+    Checkpoint, Engine, GenerateRequest, Message, OpenOptions, Piece, PromptInput, Sampler,
+    SamplerOptions, Session, SessionOptions, State,
 };
 use stb_tests::gguf::{BuiltTensor, GgufBuilder, q8_0};
-use stb_tests::paths::shared;
-use stb_tests::programs::{convert, run, skip};
+use stb_tests::paths::{root, shared};
+use stb_tests::programs::{convert, note, run, skip};
 use stb_tests::tiny;
 
 /// The sizes of the random model: rows of matrices are whole blocks of Q8_0.
@@ -317,6 +317,41 @@ fn stories260k_equals_its_folder() {
     assert_eq!(greedy(&whole, prompt, 60), expected);
     assert_eq!(greedy(&folder.join("gguf/stories260K-f16.gguf"), prompt, 60), expected);
     assert_eq!(logits(&whole, &expected.0), logits(&folder, &expected.0));
+}
+
+/// `STB_SMOLLM2` names a folder with SmolLM2-135M-Instruct: a GGUF file in Q4_1, and `hf` with the same weights as
+/// a Hugging Face folder.
+#[test]
+fn smollm2_equals_its_folder() {
+    let Some(folder) = std::env::var_os("STB_SMOLLM2").map(PathBuf::from) else {
+        skip("the comparison of a real GGUF file with its folder needs STB_SMOLLM2");
+        return;
+    };
+    let file = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    let open = |path: &Path| Arc::new(Engine::open(path, &OpenOptions::exact()).unwrap());
+    let (file, folder) = (open(&file), open(&folder.join("hf")));
+    let text = std::fs::read_to_string(root().join("tests/data/stories.txt")).unwrap();
+    let ids = file.model.tokenizer().unwrap().encode_prompt(&text).unwrap();
+    assert_eq!(ids, folder.model.tokenizer().unwrap().encode_prompt(&text).unwrap());
+    note(&format!("{} equal ids of {} bytes of text", ids.len(), text.len()));
+    let answer = |engine: &Arc<Engine>, question: &str| {
+        let mut session = Session::new(Arc::clone(engine), SessionOptions::default()).unwrap();
+        let messages = [Message::new("user", question)];
+        let request = GenerateRequest {
+            max_tokens: Some(32),
+            ..GenerateRequest::new(PromptInput::Messages(&messages))
+        };
+        let options = SamplerOptions { temperature: 0.0, ..SamplerOptions::default() };
+        let mut sampler = Sampler::new(options);
+        let go_on = |_: Piece<'_>| ControlFlow::Continue(());
+        let answer = session.generate(&request, &mut sampler, go_on).unwrap();
+        (answer.tokens, answer.text)
+    };
+    for question in ["What is the capital of France?", "Name three colors.", "Was ist 2 + 3?"] {
+        let found = answer(&file, question);
+        assert_eq!(found, answer(&folder, question));
+        note(&format!("{question} {:?}", found.1));
+    }
 }
 
 #[test]
