@@ -9,7 +9,7 @@ use stb_format::gguf::{Gguf, GgufError, GgufTensor, GgufType};
 use stb_format::{Class, ModelSpec};
 
 use super::gguf_config::{architecture, config_json};
-use super::gguf_texts::Texts;
+use super::gguf_texts::GgufTexts;
 use super::source::{Source, StoredTensor, StoredType, Transform, add};
 use super::{Checkpoint, SourceFile};
 use crate::config::parse_config;
@@ -47,7 +47,7 @@ pub(super) fn open(source: &Path, map: bool) -> Result<Checkpoint> {
     let config = config_json(first, architecture, &stored, divisors.as_deref()).map_err(within)?;
     let (spec, mut tokens) = parse_config(&config).map_err(within)?;
     let weights = weights(stored, &spec, architecture).map_err(within)?;
-    let texts = Texts::read(first).map_err(within)?;
+    let texts = GgufTexts::read(first).map_err(within)?;
     (tokens.bos, tokens.eos) = (texts.bos, texts.eos);
     Ok(Checkpoint {
         source: source.to_owned(),
