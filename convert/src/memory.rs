@@ -10,9 +10,15 @@ use crate::{budget, hessian, pipeline, quantize};
 
 impl Plan {
     /// An upper estimate of the memory that conversion needs besides the mapped checkpoint, in bytes:
-    /// hidden states of all sequences, and one decoder layer's inputs, Hessians, factors and weights.
+    /// dequantized weights, hidden states of all sequences, and one decoder layer's inputs, Hessians,
+    /// factors and weights.
     #[must_use]
     pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
+        checkpoint.owned_bytes() + self.working_memory(checkpoint, recipe)
+    }
+
+    /// [`Plan::peak_memory`] without the weights.
+    fn working_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
         let spec = &checkpoint.spec;
         let budget = recipe.linear.target_bits().map_or(0, |_| budget::memory(spec));
         if !self.needs_calibration() {

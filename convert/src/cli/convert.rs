@@ -24,7 +24,8 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         None => CalibrationText::of(&recipe.calibration)?,
     };
     if recipe.linear.target_bits().is_some() {
-        check_memory(budget::memory(&checkpoint.spec), "choosing encodings", || {
+        let memory = checkpoint.owned_bytes() + budget::memory(&checkpoint.spec);
+        check_memory(memory, "choosing encodings", || {
             "use a machine with more, or a recipe of one encoding instead of --bits".into()
         })?;
     }

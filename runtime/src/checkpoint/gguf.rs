@@ -12,7 +12,7 @@ use stb_format::gguf::{Gguf, GgufError, GgufTensor, GgufType};
 use stb_format::{Class, ModelSpec};
 
 use super::gguf_config::{RopeDivisors, architecture, config_json};
-use super::gguf_texts::Texts;
+use super::gguf_texts::GgufTexts;
 use super::source::{Place, Source, StoredTensor, StoredType, Transform, add};
 use super::{Checkpoint, SourceFile};
 use crate::config::{Config, parse_config};
@@ -53,7 +53,7 @@ pub(super) fn open(source: &Path, map: bool) -> Result<Checkpoint> {
         spec.norm_kind = NormKind::Rms;
     }
     let weights = weights(&stored, &spec, architecture).map_err(within)?;
-    let texts = Texts::read(first).map_err(within)?;
+    let texts = GgufTexts::read(first).map_err(within)?;
     (tokens.bos, tokens.eos) = (texts.bos, texts.eos);
     Ok(Checkpoint {
         source: source.to_owned(),

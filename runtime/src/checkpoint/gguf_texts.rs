@@ -9,7 +9,7 @@ use crate::vocab::{TokenKind, Vocabulary, VocabularyKind, tokenizer_json};
 
 /// What the files beside the weights say in the Hugging Face layout.
 #[derive(Debug, Default)]
-pub(super) struct Texts {
+pub(super) struct GgufTexts {
     pub tokenizer: Option<String>,
     pub tokenizer_config: Option<String>,
     pub generation_config: Option<String>,
@@ -34,7 +34,7 @@ const END_KEYS: [&str; 3] =
 /// The end token of SentencePiece vocabularies, if the file does not state one.
 const USUAL_EOS: u64 = 2;
 
-impl Texts {
+impl GgufTexts {
     /// Reads the keys `tokenizer.*` and `general.sampling.*`.
     ///
     /// # Errors
