@@ -48,7 +48,11 @@ const LAYER: &[StoredAs] = &[
     StoredAs(Role::Norm(NormSite::Key), "self_attn.k_norm.weight", Piece::Whole),
     StoredAs(Role::Linear(Linear::O), "self_attn.o_proj.weight", Piece::Whole),
     StoredAs(Role::Bias(Linear::O), "self_attn.o_proj.bias", Piece::Whole),
-    StoredAs(Role::Norm(NormSite::AttentionOutput), "post_attention_layernorm.weight", Piece::Whole),
+    StoredAs(
+        Role::Norm(NormSite::AttentionOutput),
+        "post_attention_layernorm.weight",
+        Piece::Whole,
+    ),
     StoredAs(Role::Norm(NormSite::Mlp), "pre_feedforward_layernorm.weight", Piece::Whole),
     StoredAs(Role::Linear(Linear::Gate), "mlp.gate_proj.weight", Piece::Whole),
     StoredAs(Role::Linear(Linear::Up), "mlp.up_proj.weight", Piece::Whole),

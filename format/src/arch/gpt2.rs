@@ -46,9 +46,12 @@ pub(super) static FAMILY: Family = Family {
 };
 
 fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
-    for (name, usual) in [("scale_attn_weights", true), ("scale_attn_by_inverse_layer_idx", false)] {
+    for (name, usual) in [("scale_attn_weights", true), ("scale_attn_by_inverse_layer_idx", false)]
+    {
         if config.bool(name).is_some_and(|value| value != usual) {
-            return Err(ConfigError::Unsupported(format!("{name} other than {usual} is not supported")));
+            return Err(ConfigError::Unsupported(format!(
+                "{name} other than {usual} is not supported"
+            )));
         }
     }
     let hidden_size = required_u64(config, "n_embd")?;

@@ -2,10 +2,10 @@
 
 use super::config::{ConfigError, ConfigFields};
 use super::family::{ExpertNames, Family, Piece, StoredAs};
-use super::options::{required_u64, window};
+use super::llama;
+use super::options::{expert_count, required_u64, window};
 use super::roles::{Linear, NormSite, Role};
 use super::spec::{ExpertsSpec, LayerSet, ModelSpec};
-use super::llama;
 
 pub(super) static FAMILY: Family = Family {
     model_types: &["mixtral"],
@@ -33,7 +33,7 @@ fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     Ok(ModelSpec {
         window: window(&spec, config.u64("sliding_window"), LayerSet::All),
         experts: Some(ExpertsSpec {
-            count: required_u64(config, "num_local_experts")?,
+            count: expert_count(config)?,
             active: required_u64(config, "num_experts_per_tok")?,
             intermediate_size: spec.intermediate_size,
             normalize: true,

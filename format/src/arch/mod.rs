@@ -27,5 +27,6 @@ pub use config::{ConfigError, ConfigFields};
 pub use family::{Family, SourceTensor};
 pub use roles::{InputMap, Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
 pub use spec::{
-    Activation, Biases, ExpertsSpec, LayerSet, ModelSpec, RopePairing, RopeScaling, RopeTable, Window,
+    Activation, Biases, ExpertsSpec, LayerSet, ModelSpec, RopePairing, RopeScaling, RopeTable,
+    Window,
 };

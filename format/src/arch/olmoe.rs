@@ -4,15 +4,11 @@ use super::block::QkNorm;
 use super::config::{ConfigError, ConfigFields};
 use super::family::{EXPERTS, Family};
 use super::llama;
-use super::options::required_u64;
+use super::options::{expert_count, required_u64};
 use super::spec::{Biases, ExpertsSpec, LayerSet, ModelSpec};
 
-pub(super) static FAMILY: Family = Family {
-    model_types: &["olmoe"],
-    expert: Some(EXPERTS),
-    from_config,
-    ..llama::FAMILY
-};
+pub(super) static FAMILY: Family =
+    Family { model_types: &["olmoe"], expert: Some(EXPERTS), from_config, ..llama::FAMILY };
 
 fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     if let Some(clip) = config.f64("clip_qkv") {
@@ -25,7 +21,7 @@ fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
         biases: Biases { mlp: false, ..spec.biases },
         qk_norm: QkNorm::Full,
         experts: Some(ExpertsSpec {
-            count: required_u64(config, "num_experts")?,
+            count: expert_count(config)?,
             active: required_u64(config, "num_experts_per_tok")?,
             intermediate_size: spec.intermediate_size,
             normalize: config.bool("norm_topk_prob").unwrap_or(false),

@@ -46,7 +46,8 @@ pub(super) static FAMILY: Family = Family {
 
 fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     if config.bool("layer_norm_elementwise_affine") == Some(false) {
-        let what = "layer_norm_elementwise_affine is false; norms without weights are not supported";
+        let what =
+            "layer_norm_elementwise_affine is false; norms without weights are not supported";
         return Err(ConfigError::Unsupported(what.into()));
     }
     let hidden_size = required_u64(config, "hidden_size")?;

@@ -21,6 +21,12 @@ pub(super) fn required_bool(config: &dyn ConfigFields, name: &str) -> ConfigResu
     config.bool(name).ok_or_else(|| missing(name))
 }
 
+/// The number of experts of a layer: `num_experts`, or `num_local_experts`, as transformers 5 writes it for some
+/// families.
+pub(super) fn expert_count(config: &dyn ConfigFields) -> ConfigResult<u64> {
+    config.u64("num_local_experts").map_or_else(|| required_u64(config, "num_experts"), Ok)
+}
+
 fn missing(name: &str) -> ConfigError {
     ConfigError::Invalid(format!("config.json has no {name}, or its type is wrong"))
 }
@@ -177,12 +183,11 @@ impl Scaling<'_> {
             Some(factor) => factor,
             None => num::f64_of(self.context) / num::f64_of(original.max(1)),
         };
-        let attention_factor = self.fields.f64("attention_factor").unwrap_or_else(|| {
-            match factor <= 1.0 {
+        let attention_factor =
+            self.fields.f64("attention_factor").unwrap_or_else(|| match factor <= 1.0 {
                 true => 1.0,
                 false => (1.0 + factor.ln() / num::f64_of(original.max(2)).ln()).sqrt(),
-            }
-        });
+            });
         Ok(RopeScaling::LongRope {
             short_factors: factors("short_factor")?,
             long_factors: factors("long_factor")?,
@@ -191,9 +196,9 @@ impl Scaling<'_> {
         })
     }
 
-    /// The trained context: in the scaling, or, in Phi-3, beside it.
+    /// The trained context: in the scaling, or, in Phi-3, beside it, which comes first.
     fn original(&self) -> Option<u64> {
-        self.fields.u64(ORIGINAL).or_else(|| self.config.u64(ORIGINAL))
+        self.config.u64(ORIGINAL).or_else(|| self.fields.u64(ORIGINAL))
     }
 
     fn required(&self, name: &str) -> ConfigResult<f64> {

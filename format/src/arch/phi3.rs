@@ -29,8 +29,5 @@ pub(super) static FAMILY: Family = Family {
 
 fn from_config(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     let spec = llama::from_config(config)?;
-    Ok(ModelSpec {
-        window: window(&spec, config.u64("sliding_window"), LayerSet::All),
-        ..spec
-    })
+    Ok(ModelSpec { window: window(&spec, config.u64("sliding_window"), LayerSet::All), ..spec })
 }

@@ -1,10 +1,12 @@
 //! Qwen2 and 2.5 (biases of q, k and v), Qwen3 (norms of heads) and Qwen3-MoE.
 
+use super::block::QkNorm;
 use super::config::{ConfigError, ConfigFields};
 use super::family::{EXPERTS, Family};
 use super::llama;
-use super::options::{activation, has_bias, layer_types, required_bool, required_u64, window};
-use super::block::QkNorm;
+use super::options::{
+    activation, expert_count, has_bias, layer_types, required_bool, required_u64, window,
+};
 use super::spec::{Biases, ExpertsSpec, LayerSet, ModelSpec};
 
 pub(super) static QWEN2: Family =
@@ -39,7 +41,7 @@ fn qwen3_moe(config: &dyn ConfigFields) -> Result<ModelSpec, ConfigError> {
     };
     Ok(ModelSpec {
         experts: Some(ExpertsSpec {
-            count: required_u64(config, "num_experts")?,
+            count: expert_count(config)?,
             active: required_u64(config, "num_experts_per_tok")?,
             intermediate_size: required_u64(config, "moe_intermediate_size")?,
             normalize: required_bool(config, "norm_topk_prob")?,

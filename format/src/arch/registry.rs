@@ -3,7 +3,7 @@
 use super::config::{ConfigError, ConfigFields};
 use super::family::Family;
 use super::spec::ModelSpec;
-use super::{gemma, gpt2, llama, mistral, mixtral, olmoe, options, opt, phi3, qwen, smollm3};
+use super::{gemma, gpt2, llama, mistral, mixtral, olmoe, opt, options, phi3, qwen, smollm3};
 
 /// All supported families. Add new families here.
 static FAMILIES: &[&Family] = &[

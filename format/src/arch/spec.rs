@@ -321,6 +321,9 @@ impl ModelSpec {
             sizes.push(("experts.count", experts.count, MAX_EXPERTS));
             sizes.push(("experts.active", experts.active, experts.count));
             sizes.push(("experts.intermediate_size", experts.intermediate_size, MAX_SIZE));
+            if self.mlp == MlpKind::Plain {
+                return fail("experts without gates".into());
+            }
         }
         for (what, size, most) in sizes {
             if size == 0 || size > most {
@@ -384,6 +387,9 @@ impl ModelSpec {
                 *original_context == 0 || high_freq_factor <= low_freq_factor
             }
             RopeScaling::Yarn { beta_fast, beta_slow, original_context, .. } => {
+                if self.rope_theta <= 1.0 {
+                    return fail(format!("yarn with a base of {}", self.rope_theta));
+                }
                 *original_context == 0 || beta_fast <= beta_slow
             }
             RopeScaling::LongRope { short_factors, long_factors, original_context, .. } => {
@@ -412,7 +418,9 @@ impl ModelSpec {
             let is_ascending = layers.is_sorted_by(|a, b| a < b);
             if !is_ascending || layers.last().is_some_and(|last| *last >= self.layers) {
                 let most = self.layers;
-                return fail(format!("model.{what} is not a list of ascending layers below {most}"));
+                return fail(format!(
+                    "model.{what} is not a list of ascending layers below {most}"
+                ));
             }
         }
         Ok(())

@@ -34,8 +34,11 @@ const LAYER: &[(Role, &str)] = &[
 ];
 
 /// The matrices of an expert: the linear layer, and the name after the index of the expert.
-const EXPERT: &[(Linear, &str)] =
-    &[(Linear::Gate, "gate_proj.weight"), (Linear::Up, "up_proj.weight"), (Linear::Down, "down_proj.weight")];
+const EXPERT: &[(Linear, &str)] = &[
+    (Linear::Gate, "gate_proj.weight"),
+    (Linear::Up, "up_proj.weight"),
+    (Linear::Down, "down_proj.weight"),
+];
 
 /// The tensors outside the decoder layers that come before these.
 const BEFORE: &[(Role, &str)] = &[

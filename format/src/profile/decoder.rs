@@ -162,10 +162,14 @@ pub(super) fn read_scaling(keys: &Keys<'_, '_>, is_decoder: bool) -> Result<Rope
     }
 }
 
-/// Decimal numbers, separated by one space.
+/// Decimal numbers without sign, separated by one space.
 fn read_numbers(keys: &Keys<'_, '_>, key: &str) -> Result<Vec<f64>> {
-    let numbers = keys.text(key)?.split(' ').map(str::parse::<f64>);
-    numbers.collect::<std::result::Result<_, _>>().map_err(|_| {
+    let number = |word: &str| {
+        // Rust also reads signs, `.5`, `inf` and `nan`.
+        let starts_with_digit = word.starts_with(|first: char| first.is_ascii_digit());
+        word.parse().ok().filter(|_| starts_with_digit)
+    };
+    keys.text(key)?.split(' ').map(number).collect::<Option<_>>().ok_or_else(|| {
         Error::new(Rule::ModelKey, format!("key {key} does not hold numbers separated by spaces"))
     })
 }
@@ -202,7 +206,12 @@ pub(super) fn write_scaling(scaling: &RopeScaling, meta: &mut Meta) -> Result<()
             set("attention_factor", Value::F64(*attention_factor))?;
             ("yarn", Some(factor), Some(original_context))
         }
-        RopeScaling::LongRope { short_factors, long_factors, attention_factor, original_context } => {
+        RopeScaling::LongRope {
+            short_factors,
+            long_factors,
+            attention_factor,
+            original_context,
+        } => {
             set("short_factors", numbers(short_factors))?;
             set("long_factors", numbers(long_factors))?;
             set("attention_factor", Value::F64(*attention_factor))?;
