@@ -15,3 +15,6 @@ pub(crate) use head::{ModelHead, embedded_gradient, uncap};
 pub(crate) use layer::{LayerFisher, Pass};
 pub(crate) use matrix::{DenseLayer, DenseMatrix, decode_layer};
 pub(crate) use model::{TableStatistics, backpropagate};
+
+#[cfg(test)]
+mod tests;

@@ -304,3 +304,29 @@ impl MovingLayer {
         self.norms.iter().find(|(s, _)| *s == site).map(|(_, moving)| moving.weight())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The factors of a norm move against the gradient, by at most the rate relative to their size; a weight of zero
+    /// moves where 1 + weight is the factor.
+    #[test]
+    fn norms_move_their_factors() {
+        let (weight, gradient, rate) = ([0.0, -0.5, 1.0], [1.0, -1.0, 1.0], 0.1);
+        for (kind, offset) in [(NormKind::Rms, 0.0), (NormKind::RmsPlusOne, 1.0)] {
+            let mut moving = MovingNorm::new(kind, &weight);
+            assert_eq!(moving.weight(), weight, "{kind:?}");
+            moving.step(&gradient, &weight, rate);
+            for ((before, after), gradient) in weight.iter().zip(moving.weight()).zip(gradient) {
+                let change = (after - before) / (before + offset);
+                if before + offset == 0.0 {
+                    assert_eq!(after, *before, "{kind:?}");
+                } else {
+                    assert!((after - before) * gradient < 0.0, "{kind:?}: {before} {after}");
+                    assert!(change.abs() <= 1.01 * rate as f32, "{kind:?}: {before} {after}");
+                }
+            }
+        }
+    }
+}
