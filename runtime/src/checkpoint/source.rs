@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use rayon::prelude::*;
 use stb_format::arch::TensorSpec;
 use stb_format::encoding::{Dense, Encoding};
 use stb_format::gguf::GgufType;
@@ -140,25 +141,24 @@ impl Source {
             return Weight::new(bytes.clone(), range.clone(), encoding, *rows, *cols);
         }
         let payload = bytes.get(range.clone()).unwrap_or_default();
-        let rows_of = |size: usize| {
-            let row = move |row| {
-                let start = self.transform.stored_row(row, *rows as usize) * size;
-                payload.get(start..start + size).unwrap_or_default()
-            };
-            (0..*rows as usize).map(row)
+        let (row_count, width) = (*rows as usize, *cols as usize);
+        // The stored bytes of a row of `size` bytes.
+        let stored = |row: usize, size: usize| {
+            let start = self.transform.stored_row(row, row_count) * size;
+            payload.get(start..start + size).unwrap_or_default()
         };
         match self.kind {
             StoredType::Dense(kind) => {
-                let rows_of_bytes = rows_of(*cols as usize * kind.bytes() as usize);
-                let payload: Vec<u8> = rows_of_bytes.flatten().copied().collect();
-                Weight::from_payload(&payload, Encoding::Dense(kind), *rows, *cols)
+                let size = width * kind.bytes() as usize;
+                let mut copy = Vec::with_capacity(row_count * size);
+                (0..row_count).for_each(|row| copy.extend_from_slice(stored(row, size)));
+                Weight::from_payload(&copy, Encoding::Dense(kind), *rows, *cols)
             }
             StoredType::Gguf(kind) => {
                 let size = kind.byte_len(*cols).unwrap_or(0) as usize;
-                let mut values = vec![0.0; *rows as usize * *cols as usize];
-                for (bytes, out) in rows_of(size).zip(values.chunks_exact_mut(*cols as usize)) {
-                    kind.decode(bytes, out);
-                }
+                let mut values = vec![0.0; row_count * width];
+                let decode = |(row, out): (usize, &mut [f32])| kind.decode(stored(row, size), out);
+                values.par_chunks_exact_mut(width).enumerate().for_each(decode);
                 Weight::from_floats(values, *rows, *cols)
             }
         }
