@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use rayon::prelude::*;
 use stb_format::arch::TensorSpec;
 use stb_format::encoding::{Dense, Encoding};
 use stb_format::gguf::GgufType;
@@ -184,9 +185,10 @@ impl Source {
             StoredType::Gguf(kind) => {
                 let size = kind.byte_len(self.cols as u64).unwrap_or(0) as usize;
                 let mut values = vec![0.0; self.rows * self.cols];
-                for (row, out) in values.chunks_exact_mut(self.cols.max(1)).enumerate() {
+                let decode = |(row, out): (usize, &mut [f32])| {
                     kind.decode(self.stored_row(row, size), out);
-                }
+                };
+                values.par_chunks_exact_mut(self.cols.max(1)).enumerate().for_each(decode);
                 Weight::from_floats(values, rows, cols)
             }
         }
@@ -202,8 +204,10 @@ impl Source {
     /// The elements of a dense tensor, of `size` bytes each, in the order of the tensor of the model.
     fn transformed(&self, size: usize) -> Vec<u8> {
         if self.transform != Transform::Transposed {
-            let rows = (0..self.rows).map(|row| self.stored_row(row, self.cols * size));
-            return rows.flatten().copied().collect();
+            let row_bytes = self.cols * size;
+            let mut out = Vec::with_capacity(self.rows * row_bytes);
+            (0..self.rows).for_each(|row| out.extend_from_slice(self.stored_row(row, row_bytes)));
+            return out;
         }
         // The stored tensor has a row for each column; its rows hold all rows of the transpose.
         let payload = self.tensor.bytes.get(self.tensor.range.clone()).unwrap_or_default();
