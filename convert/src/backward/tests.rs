@@ -5,7 +5,8 @@ use std::io::Cursor;
 use std::path::Path;
 
 use stb_format::arch::{
-    Biases, LayerSet, MlpKind, NormKind, NormPlacement, QkNorm, RopeScaling, TensorSpec, Window,
+    Biases, ExpertsSpec, LayerSet, MlpKind, NormKind, NormPlacement, QkNorm, RopeScaling,
+    TensorSpec, Window,
 };
 use stb_format::encoding::Dense;
 use stb_format::{Activation, Encoding, Meta, ModelSpec, RopePairing, Value, Writer};
@@ -237,6 +238,8 @@ fn models() -> Vec<(&'static str, ModelSpec)> {
                 ..gemma2()
             },
         ),
+        ("mixtral", experts(true, LayerSet::All)),
+        ("olmoe", experts(false, LayerSet::Only(vec![1]))),
         ("opt", opt()),
         (
             "opt with norms after the sublayers",
@@ -270,6 +273,12 @@ fn models() -> Vec<(&'static str, ModelSpec)> {
             },
         ),
     ]
+}
+
+/// A mixture of experts in the second layer, or in all.
+fn experts(normalize: bool, layers: LayerSet) -> ModelSpec {
+    let experts = ExpertsSpec { count: 4, active: 2, intermediate_size: 20, normalize, layers };
+    ModelSpec { experts: Some(experts), ..llama() }
 }
 
 fn quill() -> Engine {

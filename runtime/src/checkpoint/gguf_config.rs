@@ -360,7 +360,10 @@ mod tests {
             ("llama.context_length", 4, &4096u32.to_le_bytes()),
         ]);
         let scaling = scaling_of(&bytes, Some(&divisors)).unwrap().unwrap();
-        assert_eq!((&scaling["rope_type"], &scaling["attention_factor"]), (&json!("longrope"), &json!(1.0)));
+        assert_eq!(
+            (&scaling["rope_type"], &scaling["attention_factor"]),
+            (&json!("longrope"), &json!(1.0))
+        );
         assert_eq!(scaling["long_factor"].as_array().unwrap().len(), 32);
         assert_eq!(scaling_of(&bytes, Some(&[1.0; 32])).unwrap(), None);
         let linear = scaling_of(&bytes, Some(&[4.0; 32])).unwrap().unwrap();
