@@ -1,5 +1,6 @@
 //! An estimate of the memory that a conversion needs.
 
+use stb_format::Meta;
 use stb_runtime::Checkpoint;
 
 use crate::distill::memory::{DistilledStreams, layer_memory, model_memory};
@@ -45,6 +46,24 @@ impl Plan {
             model_memory(spec, self.moving_memory(), &sizes)
         });
         budget.max(distill).max(calibrating.states + layer)
+    }
+
+    /// An upper estimate of the disk space that conversion needs, in bytes: the file, and with calibration the
+    /// finished layers and the hidden states that let an interrupted conversion resume; while these are saved, those
+    /// of the layer before are still there.
+    #[must_use]
+    pub fn disk_space(&self, checkpoint: &Checkpoint, recipe: &Recipe, meta: &Meta) -> u64 {
+        let file = self.file_bytes(meta);
+        if !self.needs_calibration() {
+            return file;
+        }
+        let layers: u64 =
+            self.tensors.iter().filter(|t| t.tensor.layer.is_some()).map(|t| t.bytes).sum();
+        let spec = &checkpoint.spec;
+        let streams =
+            1 + u64::from(self.prunes_first()) + u64::from(recipe.calibration.follows_dense());
+        let tokens = pipeline::memory::tokens(spec, &recipe.calibration);
+        file + layers + 2 * streams * tokens * spec.hidden_size * 4
     }
 
     /// Bytes needed to quantize the largest linear layer.

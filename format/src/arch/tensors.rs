@@ -106,6 +106,22 @@ impl ModelSpec {
             .chain(outside(AFTER))
     }
 
+    /// The parameters that a token uses: all but those of experts that are not active.
+    #[must_use]
+    pub fn active_parameters(&self) -> u64 {
+        let elements = |tensor: &TensorSpec| {
+            tensor.shape.iter().fold(1u64, |product, size| product.saturating_mul(*size))
+        };
+        let is_active = |tensor: &TensorSpec| match tensor.role {
+            Role::Expert(expert, _) => {
+                self.experts.as_ref().is_some_and(|experts| u64::from(expert) < experts.active)
+            }
+            _ => true,
+        };
+        let active = self.tensors().filter(is_active);
+        active.fold(0u64, |sum, tensor| sum.saturating_add(elements(&tensor)))
+    }
+
     /// The tensors of decoder layer `layer`, in the order of a forward pass.
     pub fn layer_tensors(&self, layer: u64) -> impl Iterator<Item = TensorSpec> + '_ {
         let block = self.block(layer);
