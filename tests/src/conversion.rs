@@ -38,32 +38,18 @@ pub fn converted(
     length: usize,
     device: Option<Device>,
 ) -> anyhow::Result<Report> {
+    let checkpoint = Checkpoint::open(source, true)?;
     let recipe = Recipe::load(recipe)?.changed(|file| {
         (file.calibration.samples, file.calibration.length) = (samples, length);
     })?;
     let calibration = CalibrationText::file(text)?;
-    converted_by(source, target, &recipe, &calibration, device)
-}
-
-/// Converts the checkpoint `source` to `target` by `recipe`. `device`, if there is one, computes the large products.
-///
-/// # Errors
-/// As for [`prepare`] and [`convert`].
-pub fn converted_by(
-    source: &Path,
-    target: &Path,
-    recipe: &Recipe,
-    calibration: &CalibrationText,
-    device: Option<Device>,
-) -> anyhow::Result<Report> {
-    let checkpoint = Checkpoint::open(source, true)?;
-    let (plan, meta) = prepare(&checkpoint, recipe, calibration)?;
+    let (plan, meta) = prepare(&checkpoint, &recipe, &calibration)?;
     let job = Job {
         checkpoint: &checkpoint,
-        recipe,
+        recipe: &recipe,
         plan,
         meta,
-        calibration,
+        calibration: &calibration,
         target,
         force: true,
         device,
