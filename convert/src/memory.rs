@@ -15,7 +15,15 @@ impl Plan {
     /// factors and weights.
     #[must_use]
     pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
-        checkpoint.owned_bytes() + self.working_memory(checkpoint, recipe)
+        // Distillation, budgets and allocations run the whole dense model.
+        let needs_all = recipe.calibration.distill.is_some()
+            || recipe.linear.target_bits().is_some()
+            || recipe.linear.method().is_some_and(|m| m.quantizer().kept_by_layer().is_some());
+        let weights = match needs_all {
+            true => checkpoint.owned_bytes(),
+            false => checkpoint.owned_bytes_by_layer(),
+        };
+        weights + self.working_memory(checkpoint, recipe)
     }
 
     /// [`Plan::peak_memory`] without the weights.

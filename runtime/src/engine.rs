@@ -156,6 +156,15 @@ impl Engine {
         Ok(Self::on_cpu(Model::from_checkpoint(checkpoint)?, detect_isa()?))
     }
 
+    /// An engine for the checkpoint without its decoder layers: it embeds tokens and runs layers that
+    /// [`Model::load_layer`] loads, so that one of them is in memory at a time.
+    ///
+    /// # Errors
+    /// The errors of [`Engine::from_checkpoint`].
+    pub fn without_layers(checkpoint: &Checkpoint) -> Result<Self> {
+        Ok(Self::on_cpu(Model::without_layers(checkpoint)?, detect_isa()?))
+    }
+
     fn on_cpu(model: Model, isa: Isa) -> Self {
         Self {
             rope: Rope::new(&model.spec),

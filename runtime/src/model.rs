@@ -89,7 +89,8 @@ impl Model {
             Weight::new(bytes.clone(), range, tensor.encoding().clone(), rows, cols)
         };
         let origin = Origin { source: path, file_bytes: bytes.len() as u64, verified };
-        Self::assemble(spec, texts, origin, find)
+        let layers = load_layers(&spec, find)?;
+        Self::assemble(spec, texts, origin, layers, find)
     }
 
     /// A model from a checkpoint. Weights that are dense in the file are used in place, others are dequantized.
@@ -102,22 +103,41 @@ impl Model {
         let file_bytes = checkpoint.files.iter().map(|f| f.bytes.len() as u64).sum();
         let origin = Origin { source: &checkpoint.source, file_bytes, verified: false };
         let spec = checkpoint.spec.clone();
-        Self::assemble(spec, texts, origin, |name| checkpoint.weight(name))
+        let find = |name: &str| checkpoint.weight(name);
+        let layers = load_layers(&spec, find)?;
+        Self::assemble(spec, texts, origin, layers, find)
+    }
+
+    /// A model from a checkpoint without its decoder layers, which [`Model::load_layer`] loads.
+    ///
+    /// # Errors
+    /// The errors of [`Model::from_checkpoint`].
+    pub(crate) fn without_layers(checkpoint: &Checkpoint) -> Result<Self> {
+        let texts = Texts::from_checkpoint(checkpoint)?;
+        let file_bytes = checkpoint.files.iter().map(|f| f.bytes.len() as u64).sum();
+        let origin = Origin { source: &checkpoint.source, file_bytes, verified: false };
+        (0..checkpoint.spec.layers).try_for_each(|i| require_supported(&checkpoint.spec, i))?;
+        let spec = checkpoint.spec.clone();
+        Self::assemble(spec, texts, origin, Vec::new(), |name| checkpoint.weight(name))
+    }
+
+    /// Decoder layer `index` of `checkpoint`.
+    ///
+    /// # Errors
+    /// The errors of [`Checkpoint::weight`].
+    pub fn load_layer(checkpoint: &Checkpoint, index: usize) -> Result<Layer> {
+        load_layer(&checkpoint.spec, index as u64, |name| checkpoint.weight(name))
     }
 
     fn assemble(
         spec: ModelSpec,
         texts: Texts,
         origin: Origin<'_>,
+        layers: Vec<Layer>,
         find: impl Fn(&str) -> Result<Weight>,
     ) -> Result<Self> {
         let matrix = |tensor: &TensorSpec| find(&tensor.name);
         let vector = |tensor: &TensorSpec| find(&tensor.name).map(|weight| weight.decode());
-        let mut layers = Vec::new();
-        for i in 0..spec.layers {
-            require_supported(&spec, i)?;
-            layers.push(Layer::load(spec.block(i), spec.layer_tensors(i), matrix, vector)?);
-        }
         let outside = |role: Role| spec.tensors().find(|tensor| tensor.role == role);
         let outside_matrix = |role| outside(role).as_ref().map(matrix).transpose();
         let outside_vector = |role| outside(role).as_ref().map(vector).transpose();
@@ -213,6 +233,25 @@ impl Model {
     pub fn sampling_default(&self, key: &str) -> Option<f64> {
         self.texts.sampling.iter().find(|(k, _)| *k == key).map(|(_, v)| *v)
     }
+}
+
+/// All decoder layers of a model, whose weights `find` finds by name.
+fn load_layers(spec: &ModelSpec, find: impl Fn(&str) -> Result<Weight>) -> Result<Vec<Layer>> {
+    let load = |layer| {
+        require_supported(spec, layer)?;
+        load_layer(spec, layer, &find)
+    };
+    (0..spec.layers).map(load).collect()
+}
+
+fn load_layer(
+    spec: &ModelSpec,
+    layer: u64,
+    find: impl Fn(&str) -> Result<Weight>,
+) -> Result<Layer> {
+    let matrix = |tensor: &TensorSpec| find(&tensor.name);
+    let vector = |tensor: &TensorSpec| find(&tensor.name).map(|weight| weight.decode());
+    Layer::load(spec.block(layer), spec.layer_tensors(layer), matrix, vector)
 }
 
 /// Bytes of the experts of a layer that a token does not use.

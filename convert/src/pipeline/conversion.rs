@@ -28,7 +28,7 @@ use crate::resume::Workspace;
 pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> {
     let started = Instant::now();
     refuse_existing(job.target, job.force)?;
-    let engine = Engine::from_checkpoint(job.checkpoint)?;
+    let engine = Engine::without_layers(job.checkpoint)?;
     let mut meta = job.meta.clone();
     metadata::add_hashes(&mut meta, job.checkpoint)?;
     let accelerator = match &job.device {
@@ -155,7 +155,7 @@ impl Run<'_> {
     /// Converts and writes all tensors. Returns the number of calibration tokens.
     fn convert_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
         let job = self.job;
-        let layers = self.engine.model.layers.len();
+        let layers = self.job.checkpoint.spec.layers as usize;
         let mut hidden = self.embed_windows()?;
         let tokens =
             hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.engine.model.hidden_size();

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use stb_format::arch::{InputMap, Linear, LinearInput, LinearMap, Role};
-use stb_runtime::{Error, Layer, Result, Weight};
+use stb_runtime::{Error, Layer, Model, Result, Weight};
 
 use super::job::Progress;
 use super::limits::BATCH;
@@ -42,7 +42,7 @@ impl<'r> Run<'r> {
         progress: &dyn Progress,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        let layers = self.engine.model.layers.len();
+        let layers = self.job.checkpoint.spec.layers as usize;
         self.stages = Stages::default();
         // Units of progress: calibration, each tensor, distillation, the inputs of the next layer.
         let units = tensors.len() as u64 + 3;
@@ -56,7 +56,7 @@ impl<'r> Run<'r> {
         }
         let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
         let distilled = is_quantized && self.job.recipe.calibration.distill_layers.is_some();
-        let dense = self.engine.model.layers[index].clone();
+        let dense = Model::load_layer(self.job.checkpoint, index)?;
         let streams = StreamPositions::default();
         let mut in_progress = LayerInProgress { partial: dense.clone(), dense, streams };
         // The hidden states advance while the layer is quantized. Distillation starts from the inputs of the

@@ -121,6 +121,20 @@ impl Checkpoint {
         self.weights.values().map(Source::owned_bytes).sum()
     }
 
+    /// Like [`Checkpoint::owned_bytes`], with one decoder layer at a time.
+    #[must_use]
+    pub fn owned_bytes_by_layer(&self) -> u64 {
+        let (mut outside, mut layers) = (0, BTreeMap::new());
+        for tensor in self.spec.tensors() {
+            let bytes = self.weights.get(&tensor.name).map_or(0, Source::owned_bytes);
+            match tensor.layer {
+                Some(layer) => *layers.entry(layer).or_insert(0) += bytes,
+                None => outside += bytes,
+            }
+        }
+        outside + layers.into_values().max().unwrap_or(0)
+    }
+
     fn source_of(&self, name: &str) -> Result<&Source> {
         let missing = || Error::Internal { what: format!("no tensor {name}") };
         self.weights.get(name).ok_or_else(missing)
