@@ -33,3 +33,9 @@ pub(crate) fn f64_of(n: u64) -> f64 {
 pub(crate) fn truncated(x: f64) -> u64 {
     x as u64
 }
+
+/// A width of at most 65536 as `f32`, exactly.
+#[allow(clippy::as_conversions)]
+pub(crate) fn f32_of(n: u64) -> f32 {
+    n as f32
+}

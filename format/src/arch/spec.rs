@@ -266,10 +266,10 @@ impl ModelSpec {
         is_known && *self == llama
     }
 
-    /// The factor of attention scores.
+    /// The factor of attention scores. 1 / √head_dim is rounded as f32 arithmetic does, step by step.
     #[must_use]
     pub fn attention_scale(&self) -> f64 {
-        self.attention_scale.unwrap_or_else(|| 1.0 / num::f64_of(self.head_dim).sqrt())
+        self.attention_scale.unwrap_or_else(|| f64::from(1.0 / num::f32_of(self.head_dim).sqrt()))
     }
 
     /// Whether there is a norm after the last layer.
