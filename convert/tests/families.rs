@@ -30,9 +30,8 @@ struct Example {
     /// The checkpoint, and the files made of it.
     folder: TempDir,
     checkpoint: Checkpoint,
-    dense: Engine,
-    /// The calibration sequences.
-    sequences: Vec<Vec<u32>>,
+    /// The calibration sequences, with the logarithms of the dense model's probabilities, [tokens, vocab].
+    sequences: Vec<(Vec<u32>, Vec<f64>)>,
 }
 
 impl Example {
@@ -47,10 +46,14 @@ impl Example {
         let checkpoint = Checkpoint::open(folder.path(), true).unwrap();
         let dense = Engine::from_checkpoint(&checkpoint).unwrap();
         let options = Calibration { samples: SAMPLES, length: LENGTH, ..Calibration::default() };
-        let text = CalibrationText::built_in();
         let tokenizer = dense.model.tokenizer().unwrap();
-        let sequences = text.windows(&tokenizer, &options, LENGTH).unwrap();
-        Self { name, folder, checkpoint, dense, sequences }
+        let windows = calibration().windows(&tokenizer, &options, LENGTH).unwrap();
+        let with_targets = |tokens: Vec<u32>| {
+            let targets = log_probabilities(&dense, &tokens);
+            (tokens, targets)
+        };
+        let sequences = windows.into_iter().map(with_targets).collect();
+        Self { name, folder, checkpoint, sequences }
     }
 
     /// Converts the model by a shipped recipe with `change`, and embeddings and lm_head of 8 bits. Returns the mean KL
@@ -62,8 +65,7 @@ impl Example {
             change(file);
         });
         let recipe = recipe.unwrap();
-        let (target, calibration) =
-            (self.folder.path().join("model.stb"), CalibrationText::built_in());
+        let (target, calibration) = (self.folder.path().join("model.stb"), calibration());
         let (plan, meta) = prepare(&self.checkpoint, &recipe, &calibration).unwrap();
         let job = Job {
             checkpoint: &self.checkpoint,
@@ -76,22 +78,27 @@ impl Example {
             device: None,
         };
         let report = convert(job, &Quiet).unwrap_or_else(|e| panic!("{}: {e}", self.name));
-        let engine = Engine::open(&target, &OpenOptions::exact()).unwrap();
+        let options = OpenOptions { threads: Some(1), ..OpenOptions::exact() };
+        let engine = Engine::open(&target, &options).unwrap();
         (self.divergence(&engine), report.true_bits_per_parameter)
     }
 
     fn divergence(&self, engine: &Engine) -> f64 {
         let mut sum = 0.0;
-        for tokens in &self.sequences {
-            let [dense, ours] =
-                [&self.dense, engine].map(|engine| log_probabilities(engine, tokens));
-            for (p, q) in dense.iter().zip(ours) {
+        for (tokens, dense) in &self.sequences {
+            for (p, q) in dense.iter().zip(log_probabilities(engine, tokens)) {
                 assert!(q.is_finite(), "{}", self.name);
                 sum += p.exp() * (p - q);
             }
         }
         sum / (SAMPLES * LENGTH) as f64
     }
+}
+
+/// A short text: the built-in one takes longer to tokenize than these models to convert.
+fn calibration() -> CalibrationText {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../LICENSE-APACHE");
+    CalibrationText::file(&path).unwrap()
 }
 
 /// The logarithms of the probabilities after each of `tokens`, [tokens, vocab].
