@@ -132,6 +132,9 @@ fn examples() -> impl Iterator<Item = Example> {
         "gemma3",
         "llama",
         "llama-biases",
+        "mixtral",
+        "olmoe",
+        "qwen3_moe",
     ];
     names.into_iter().map(move |name| Example::new(&folder.join(name)))
 }

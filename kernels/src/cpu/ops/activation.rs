@@ -152,7 +152,7 @@ fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
 fn gelu_tanh<S: Simd>(s: S, x: S::F) -> S::F {
     let cube = s.mul(s.mul(x, x), x);
     let inner = s.mul_add(cube, s.splat(0.044_715), x);
-    s.mul(x, sigmoid(s, s.mul(inner, s.splat(1.595_769_1))))
+    s.mul(x, sigmoid(s, s.mul(inner, s.splat(1.595_769_2))))
 }
 
 /// x · Φ(x), with erf to an absolute error of 1.5e-7 (Abramowitz and Stegun, 7.1.26).
