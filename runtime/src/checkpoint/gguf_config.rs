@@ -66,8 +66,12 @@ pub(super) fn config_json(
         vocabulary.ok_or_else(|| Error::invalid(format!("the file has no tensor {embeddings}")))?;
     config.insert("vocab_size".into(), json!(vocabulary));
     config.insert("tie_word_embeddings".into(), (!has(Role::LmHead)).into());
-    check_heads(&keys, &config)?;
+    let head_width = head_width(&keys, &config)?;
     let scaling = match divisors {
+        Some(divisors) if head_width.is_some_and(|width| width != 2 * divisors.len() as u64) => {
+            let what = "tensor rope_freqs.weight does not have one divisor per pair of a head";
+            return Err(Error::invalid(what));
+        }
         Some(divisors) => divisor_scaling(&keys, divisors)?,
         None => key_scaling(&keys)?,
     };
@@ -150,11 +154,12 @@ pub(super) fn number(value: GgufValue<'_>) -> Option<Value> {
     }
 }
 
-/// Refuses heads whose values have another width than their keys, and RoPE on a part of a head.
-fn check_heads(keys: &Keys<'_>, config: &Map<String, Value>) -> Result<()> {
+/// The width of a head, if the keys state it. Refuses heads whose values have another width than their keys, and
+/// RoPE on a part of a head.
+fn head_width(keys: &Keys<'_>, config: &Map<String, Value>) -> Result<Option<u64>> {
     let field = |name: &str| config.get(name).and_then(Value::as_u64);
     let per_head = || field("hidden_size")?.checked_div(field("num_attention_heads")?);
-    let Some(width) = field("head_dim").or_else(per_head) else { return Ok(()) };
+    let Some(width) = field("head_dim").or_else(per_head) else { return Ok(None) };
     for key in ["attention.value_length", "rope.dimension_count"] {
         if let Some(value) = keys.u64(key)?.filter(|value| *value != width) {
             return Err(Error::unsupported(format!(
@@ -163,7 +168,7 @@ fn check_heads(keys: &Keys<'_>, config: &Map<String, Value>) -> Result<()> {
             )));
         }
     }
-    Ok(())
+    Ok(Some(width))
 }
 
 /// The RoPE scaling that the keys `rope.scaling.*` state.
