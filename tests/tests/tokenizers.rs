@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
-use stb_runtime::{Tokenizer, from_folder};
+use stb_runtime::{Checkpoint, Tokenizer, from_folder};
 use stb_tests::paths::shared;
 use stb_tests::programs::skip;
 
@@ -163,4 +163,23 @@ fn gpt_2_from_vocab_json_and_merges() {
     ] {
         assert_eq!(tokenizer.encode(text).unwrap(), ids, "{text:?}");
     }
+}
+
+/// The same tokenizer as part of a checkpoint whose folder has no `tokenizer.json`.
+#[test]
+fn a_checkpoint_with_a_sentence_piece_model() {
+    let (Some(model), Some(tokenizer)) =
+        (shared("data/models/stories260k"), shared("data/tokenizers/tok512/tok512.model"))
+    else {
+        return skip("stories260k is not here");
+    };
+    let folder = folder_with(&model, &["config.json", "model.safetensors"]);
+    std::fs::copy(tokenizer, folder.path().join("tokenizer.model")).unwrap();
+    let checkpoint = Checkpoint::open(folder.path(), false).unwrap();
+    assert_eq!(checkpoint.begin_token().unwrap(), (Some(1), true));
+    let built = Tokenizer::new(&checkpoint.tokenizer.unwrap(), None, Vec::new(), 512).unwrap();
+    let own = read(&model.join("tokenizer.json"));
+    let own = Tokenizer::new(&own, None, Vec::new(), 512).unwrap();
+    let text = "Once upon a time, there was a little girl.";
+    assert_eq!(built.encode(text).unwrap(), own.encode(text).unwrap());
 }

@@ -22,7 +22,7 @@ struct Document<'t> {
     pre_tokenizer: Value,
     post_processor: Value,
     decoder: Value,
-    model: Model<'t>,
+    model: ModelPart<'t>,
 }
 
 /// A token that is recognized before anything else.
@@ -39,7 +39,7 @@ struct AddedToken<'t> {
 
 #[derive(Serialize)]
 #[serde(tag = "type")]
-enum Model<'t> {
+enum ModelPart<'t> {
     #[serde(rename = "BPE")]
     Bpe {
         unk_token: Option<&'t str>,
@@ -106,12 +106,12 @@ fn listed_bpe<'t>(
     vocabulary: &'t Vocabulary,
     tokens: &'t Tokens<'_>,
     pre: &PreTokenizer,
-) -> Result<Model<'t>> {
+) -> Result<ModelPart<'t>> {
     let mut merges = merges::from_list(&vocabulary.merges, &tokens.ids())?;
     if pre.plain {
         merges.extend(merges::of_line_feeds(&tokens.texts)?);
     }
-    Ok(Model::Bpe {
+    Ok(ModelPart::Bpe {
         unk_token: if pre.plain { unknown(vocabulary, tokens) } else { None },
         fuse_unk: pre.plain,
         byte_fallback: pre.plain,
@@ -122,13 +122,13 @@ fn listed_bpe<'t>(
 }
 
 /// BPE with merges from the scores. Tokens that are not text take no part.
-fn scored_bpe<'t>(vocabulary: &'t Vocabulary, tokens: &'t Tokens<'_>) -> Result<Model<'t>> {
+fn scored_bpe<'t>(vocabulary: &'t Vocabulary, tokens: &'t Tokens<'_>) -> Result<ModelPart<'t>> {
     let is_text = |kind: &TokenKind| {
         matches!(kind, TokenKind::Normal | TokenKind::UserDefined | TokenKind::Unused)
     };
     let parts: Vec<usize> =
         tokens.kinds.iter().enumerate().filter(|(_, k)| is_text(k)).map(|(id, _)| id).collect();
-    Ok(Model::Bpe {
+    Ok(ModelPart::Bpe {
         unk_token: unknown(vocabulary, tokens),
         fuse_unk: true,
         byte_fallback: tokens.kinds.contains(&TokenKind::Byte),
@@ -138,9 +138,9 @@ fn scored_bpe<'t>(vocabulary: &'t Vocabulary, tokens: &'t Tokens<'_>) -> Result<
     })
 }
 
-fn unigram<'t>(vocabulary: &'t Vocabulary, tokens: &'t Tokens<'_>) -> Model<'t> {
+fn unigram<'t>(vocabulary: &'t Vocabulary, tokens: &'t Tokens<'_>) -> ModelPart<'t> {
     let scores = vocabulary.scores.iter().copied();
-    Model::Unigram {
+    ModelPart::Unigram {
         unk_id: vocabulary.unknown.or_else(|| tokens.first(TokenKind::Unknown)),
         byte_fallback: tokens.kinds.contains(&TokenKind::Byte),
         vocab: tokens.texts.iter().map(AsRef::as_ref).zip(scores).collect(),

@@ -1,8 +1,9 @@
 //! The expressions that split text into words before byte-level BPE, by the names of GGUF files.
 //!
-//! They are the models' own. llama.cpp rewrites some of them for an engine that lacks classes of
-//! Unicode; where the rewritten form splits some texts differently (`tekken`, `gpt-4o`, `kimi-k2`,
-//! `tiny_aya` and their relatives), this table keeps what the models were trained with.
+//! They are the models' own. llama.cpp's engine does not tell upper from lower case (`tekken`,
+//! `gpt-4o`, `kimi-k2`, `tiny_aya`, `youtu` and their relatives) and has digits and white space of ASCII
+//! only in a few expressions (`superbpe`, `deepseek-llm`, `deepseek-coder`). It splits some texts
+//! differently there; this table keeps what the models were trained with.
 
 use crate::error::{Error, Result};
 

@@ -15,7 +15,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vocabulary> {
     let mut vocabulary = Vocabulary::default();
     let mut trainer = Trainer::default();
     let mut normalizer = Normalizer::default();
-    let mut message = Message(bytes);
+    let mut message = WireMessage(bytes);
     while let Some((field, value)) = message.next()? {
         match (field, value) {
             (1, Field::Bytes(piece)) => push_piece(&mut vocabulary, piece)?,
@@ -53,7 +53,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vocabulary> {
 /// Adds a `SentencePiece`.
 fn push_piece(vocabulary: &mut Vocabulary, bytes: &[u8]) -> Result<()> {
     let (mut text, mut score, mut kind) = (String::new(), 0.0, TokenKind::Normal);
-    let mut message = Message(bytes);
+    let mut message = WireMessage(bytes);
     while let Some((field, value)) = message.next()? {
         match (field, value) {
             (1, Field::Bytes(piece)) => {
@@ -93,7 +93,7 @@ impl Default for Trainer {
 impl Trainer {
     fn parse(bytes: &[u8]) -> Result<Self> {
         let mut spec = Self::default();
-        let mut message = Message(bytes);
+        let mut message = WireMessage(bytes);
         while let Some((field, value)) = message.next()? {
             match (field, value) {
                 (3, Field::Number(model)) => spec.model = model,
@@ -123,7 +123,7 @@ impl Default for Normalizer<'_> {
 impl<'m> Normalizer<'m> {
     fn parse(bytes: &'m [u8]) -> Result<Self> {
         let mut spec = Self::default();
-        let mut message = Message(bytes);
+        let mut message = WireMessage(bytes);
         while let Some((field, value)) = message.next()? {
             match (field, value) {
                 (2, Field::Bytes(map)) => spec.charsmap = map,
@@ -142,7 +142,7 @@ fn broken(what: &str) -> Error {
 }
 
 /// The rest of a message.
-struct Message<'m>(&'m [u8]);
+struct WireMessage<'m>(&'m [u8]);
 
 /// A value on the wire.
 enum Field<'m> {
@@ -152,7 +152,7 @@ enum Field<'m> {
     Fixed64,
 }
 
-impl<'m> Message<'m> {
+impl<'m> WireMessage<'m> {
     /// The next field with its number; `None` at the end.
     fn next(&mut self) -> Result<Option<(u64, Field<'m>)>> {
         if self.0.is_empty() {

@@ -169,7 +169,8 @@ fn contradictions_are_named() {
         change(&mut vocabulary);
         refused(&vocabulary)
     };
-    let cases: [(&dyn Fn(&mut Vocabulary), &str); 6] = [
+    type Change<'a> = &'a dyn Fn(&mut Vocabulary);
+    let cases: [(Change, &str); 6] = [
         (&|v| v.tokens.clear(), "0 tokens"),
         (&|v| v.scores.truncate(3), "3 scores"),
         (&|v| v.token_kinds.truncate(3), "3 token types"),
@@ -245,5 +246,143 @@ proptest! {
                 tokenizer.decode(&ids).unwrap();
             }
         }
+    }
+}
+
+/// The pieces, between bars, into which each pre-tokenizer splits [`PIECES_OF`]: those of the Python
+/// package `tokenizers`, which has another engine, and of llama.cpp. The latter does not join accents
+/// with letters for `tekken`, `gpt-4o` and `kimi-k2`.
+const PIECES: [(&str, &str); 30] = [
+    (
+        "default",
+        "I|'|LL| été|234|5| E|\u{301}|ÉCOLEx|\r\n\n | 中文カナa|9|/|\n \n|(|x|.|y|)…| |123|456|7",
+    ),
+    (
+        "gpt-2",
+        "I|'|LL| été|2345| E|\u{301}|ÉCOLEx|\r\n\n | 中文カナa|9|/|\n |\n|(|x|.|y|)…| 1234567",
+    ),
+    (
+        "starcoder",
+        "I|'|LL| été|2|3|4|5| E|\u{301}|ÉCOLEx|\r\n\n | 中文カナa|9|/|\n |\n|(|x|.|y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "falcon",
+        "I|'|LL| été|234|5| E|\u{301}|ÉCOLEx|\r\n\n | 中文カナa|9|/|\n \n|(|x|.|y|)…| |123|456|7",
+    ),
+    (
+        "llama-bpe",
+        "I|'LL| été|234|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |123|456|7",
+    ),
+    (
+        "glm4",
+        "I|'LL| été|234|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |123|456|7",
+    ),
+    (
+        "chatglm-bpe",
+        "I|'LL| été|234|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |123|456|7",
+    ),
+    (
+        "minicpm5",
+        "I|'LL| été|234|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |123|456|7",
+    ),
+    (
+        "jais-2",
+        "I|'LL| été|234|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |123|456|7",
+    ),
+    (
+        "qwen2",
+        "I|'LL| été|2|3|4|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "qwen35",
+        "I|'LL| été|2|3|4|5| E\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "laguna",
+        "I|'LL| été|2|3|4|5| E|\u{301}ÉCOLEx|\r|\n\n| | 中文カナa|9|/|\n| |\n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "ufakzeka",
+        "I|'LL| été|2|3|4|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "bailingmoe",
+        "I|'LL| été|2|3|4|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "seed-coder",
+        "I|'LL| été|2|3|4|5| E|\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/|\n \n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "exaone-moe",
+        "I|'LL| été|2|3|4|5| E\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "tekken",
+        "I|'LL| été|2|3|4|5| E\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "gpt-4o",
+        "I'LL| été|234|5| E\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |123|456|7",
+    ),
+    (
+        "tiny_aya",
+        "I'LL| été|2|345| E\u{301}ÉCOLEx|\r\n\n| | 中文カナa|9|/\n| \n|(x|.y|)…| |1|234|567",
+    ),
+    (
+        "kimi-k2",
+        "I'LL| été|234|5| E\u{301}ÉCOLEx|\r\n\n| | |中文|カナa|9|/\n| \n|(x|.y|)…| |123|456|7",
+    ),
+    (
+        "deepseek-llm",
+        "I|'|LL| é|t|é|2345| E|\u{301}|É|COLEx|\r|\n|\n|  |中文カナ|a|9|/|\n| |\n|(|x|.|y|)|…| |1234567",
+    ),
+    (
+        "deepseek-coder",
+        "I|'|LL| été|2|3|4|5| E|\u{301}|ÉCOLEx|\r|\n|\n| | |中文カナ|a|9|/|\n| |\n|(|x|.|y|)|…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "deepseek-v3",
+        "I|'LL| été|234|5| E\u{301}ÉCOLEx|\r\n\n|  |中文カナ|a|9|/\n| \n|(x|.y|)…| |123|456|7",
+    ),
+    (
+        "spark2_5",
+        "I|'LL| été|2|3|4|5| E\u{301}ÉCOLEx|\r|\n|\n|  |中文カナ|a|9|/|\n| |\n|(x|.y|)…| |1|2|3|4|5|6|7",
+    ),
+    (
+        "afmoe",
+        "I|'LL| été|2|345| E\u{301}ÉCOLEx|\r\n\n|  |中文カナ|a|9|/\n| \n|(x|.y|)…| |1|234|567",
+    ),
+    (
+        "youtu",
+        "I'LL| été|2|3|4|5| E\u{301}ÉCOLEx|\r\n\n|  |中文カナ|a|9|/\n| \n|(x|.y|)|…| |1|2|3|4|5|6|7",
+    ),
+    ("superbpe", "I'LL été|2|345| E\u{301}ÉCOLEx\r\n\n  中文カナa|9|/\n \n(x.y)… |1|234|567"),
+    ("bloom", "I'LL| été2345| E\u{301}ÉCOLEx|\r\n\n | 中文カナa9/|\n \n(|x|.|y|)…| 1234567"),
+    (
+        "viking",
+        "I'LL| été|2|3|4|5| E\u{301}ÉCOLEx|\r\n\n | 中文カナa|9|/|\n \n(|x|.|y|)…| |1|2|3|4|5|6|7",
+    ),
+    ("gemma4", "I'LL été2345 E\u{301}ÉCOLEx\r|\n\n|  中文カナa9/|\n| |\n|(x.y)… 1234567"),
+];
+
+const PIECES_OF: &str = "I'LL été2345 E\u{301}ÉCOLEx\r\n\n  中文カナa9/\n \n(x.y)… 1234567";
+
+#[test]
+fn pre_tokenizers_split_text_into_words() {
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
+    for (name, pieces) in PIECES {
+        let vocabulary = Vocabulary { pre: Some(name.into()), ..byte_level() };
+        let mut file: serde_json::Value =
+            serde_json::from_str(&tokenizer_json(&vocabulary).unwrap()).unwrap();
+        // Without the last step, which writes bytes as characters.
+        let steps = file["pre_tokenizer"]["pretokenizers"].as_array_mut().unwrap();
+        steps.retain(|step| step["type"] == "Split");
+        let tokenizer = tokenizers::Tokenizer::from_bytes(file.to_string()).unwrap();
+        let mut text = PreTokenizedString::from(PIECES_OF);
+        tokenizer.get_pre_tokenizer().unwrap().pre_tokenize(&mut text).unwrap();
+        let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        let found: Vec<&str> = splits.iter().map(|(piece, _, _)| *piece).collect();
+        assert_eq!(found.join("|"), pieces, "{name}");
     }
 }
