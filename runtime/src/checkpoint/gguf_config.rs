@@ -89,7 +89,14 @@ pub(super) fn config_json(
     if let Some(part) = rotated_part(&keys, &config)? {
         config.insert("partial_rotary_factor".into(), part);
     }
+    let rotated = keys.u64("rope.dimension_count")?.or_else(|| head_width(&config, 0));
     let scaling = match divisors {
+        RopeDivisors::Plain(divisors)
+            if rotated.is_some_and(|width| width != 2 * divisors.len() as u64) =>
+        {
+            let what = "tensor rope_freqs.weight does not have one divisor per pair of a head";
+            return Err(Error::invalid(what));
+        }
         RopeDivisors::Plain(divisors) => divisor_scaling(&keys, &divisors)?,
         RopeDivisors::Long { short, long } => Some(long_scaling(&keys, &short, &long)?),
         RopeDivisors::None => key_scaling(&keys)?,
