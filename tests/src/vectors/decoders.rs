@@ -101,7 +101,7 @@ pub(super) fn changed_decoder(changes: &[(&str, Option<Value>)]) -> Vec<u8> {
 /// Valid files: name, description, content.
 pub(super) fn valid() -> [(&'static str, &'static str, Vec<u8>); 4] {
     let text = |value: &str| Some(Value::Text(value.to_owned()));
-    let llama = changed(
+    let strange = changed(
         llama(),
         &[
             ("model.norm_placement", Some(Value::U64(1))),
@@ -131,7 +131,7 @@ pub(super) fn valid() -> [(&'static str, &'static str, Vec<u8>); 4] {
             unused,
         ),
         ("decoder-plain", "a decoder without any key of its own", plain),
-        ("llama-with-decoder-keys", "keys of decoders in a model that is none", llama),
+        ("llama-with-decoder-keys", "keys of decoders in a model that is none", strange),
     ]
 }
 
