@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value as Json;
-use stb_runtime::{Engine, OpenOptions, State};
+use stb_convert::export::export;
+use stb_format::File;
+use stb_format::encoding::{Dense, Encoding};
+use stb_runtime::{Checkpoint, Engine, OpenOptions, State};
 use stb_tests::conversion::converted;
 use stb_tests::paths::root;
 use tempfile::TempDir;
@@ -52,11 +55,12 @@ impl Model {
         values.map(|value| value.as_f64().unwrap()).collect()
     }
 
-    /// The model as an .stb file in 8 bits.
-    fn packed(&self) -> PathBuf {
-        let target = self.folder.path().join("packed.stb");
+    /// The model as an .stb file.
+    fn converted(&self, recipe: &str) -> PathBuf {
+        let target = self.folder.path().join(format!("{recipe}.stb"));
         let text = root().join("tests/data/stories.txt");
-        let report = converted(self.folder.path(), &target, "int8", &text, 4, 32, None);
+        // Sequences of the shortest context among the models.
+        let report = converted(self.folder.path(), &target, recipe, &text, 128, 24, None);
         report.unwrap_or_else(|e| panic!("{}: {e:#}", self.name));
         target
     }
@@ -129,11 +133,69 @@ fn checkpoints_compute_the_same() {
 fn files_of_8_bits_compute_nearly_the_same() {
     for model in models() {
         let name = &model.name;
-        let engine = open(&model.packed());
+        let engine = open(&model.converted("int8"));
         let (losses, _) = losses(&engine, &model.ids("ids"));
         let (found, expected) = (mean(&losses), mean(&model.floats("losses")));
         assert!((found - expected).abs() < 0.1, "{name}: loss {found}, expected {expected}");
         let expected = &model.ids("greedy")[..20];
         assert_eq!(greedy(&engine, &model.ids("prompt"), expected.len()), expected, "{name}");
     }
+}
+
+/// The tensors of an exported checkpoint: name, shape, values.
+fn tensors(folder: &Path) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: Vec<_> = file
+        .iter()
+        .map(|(name, tensor)| {
+            let kind = match tensor.dtype() {
+                safetensors::Dtype::F16 => Dense::F16,
+                safetensors::Dtype::F32 => Dense::F32,
+                other => panic!("{name}: {other:?}"),
+            };
+            let (rows, cols) = (1, tensor.shape().iter().product::<usize>() as u64);
+            let view = Encoding::Dense(kind).view(rows, cols, tensor.data()).unwrap().decode();
+            (name.to_owned(), tensor.shape().to_vec(), view)
+        })
+        .collect();
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    tensors
+}
+
+/// A file without loss, exported, is the checkpoint that it was made from, except for the rows of OPT's position
+/// embeddings that no token uses.
+#[test]
+fn exports_have_the_layout_of_the_family() {
+    for model in models() {
+        let (name, folder) = (&model.name, model.folder.path().join("exported"));
+        let bytes = std::fs::read(model.converted("source")).unwrap();
+        let file = File::open(&bytes).unwrap();
+        export(&file, Path::new("packed.stb"), &folder, Dense::F16).unwrap();
+        let (found, mut expected) = (tensors(&folder), tensors(model.folder.path()));
+        for (name, shape, values) in &mut expected {
+            if name == "model.decoder.embed_positions.weight" {
+                values[..2 * shape[1]].fill(0.0);
+            }
+        }
+        assert_eq!(found.len(), expected.len(), "{name}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!(found, expected, "{name}");
+        }
+        Checkpoint::open(&folder, true).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+}
+
+/// Without the `config.json` of a checkpoint, the tensors keep the names of the file.
+#[test]
+fn exports_without_a_configuration_have_the_names_of_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(root().join("spec/vectors/valid/decoder.stb")).unwrap();
+    let file = File::open(&bytes).unwrap();
+    export(&file, Path::new("decoder.stb"), folder.path(), Dense::F32).unwrap();
+    let mut names: Vec<&str> = file.tensors().iter().map(|tensor| tensor.name()).collect();
+    names.sort_unstable();
+    let exported = tensors(folder.path());
+    assert_eq!(exported.iter().map(|tensor| &*tensor.0).collect::<Vec<_>>(), names);
+    assert!(!folder.path().join("config.json").exists());
 }
