@@ -129,6 +129,27 @@ fn checkpoints_compute_the_same() {
     }
 }
 
+/// GGUF files that llama.cpp's converter made from the folders compute the same.
+#[test]
+fn gguf_files_compute_the_same() {
+    let folder = root().join("tests/data/families-gguf");
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let Some(name) = path.file_name().unwrap().to_str().unwrap().strip_suffix(".gguf") else {
+            continue;
+        };
+        let model = Model::open(&families().join(name));
+        let (losses, _) = losses(&open(&path), &model.ids("ids"));
+        for (position, (found, expected)) in losses.iter().zip(model.floats("losses")).enumerate() {
+            let difference = (found - expected).abs();
+            assert!(difference < 1e-3, "{name}: loss {found} at {position}, expected {expected}");
+        }
+        count += 1;
+    }
+    assert!(count > 8, "{count} files");
+}
+
 #[test]
 fn files_of_8_bits_compute_nearly_the_same() {
     for model in models() {

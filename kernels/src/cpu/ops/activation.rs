@@ -18,7 +18,7 @@ pub fn activate_mul(isa: Isa, activation: Activation, gate: &mut [f32], up: &[f3
 
 /// `x[i] = act(x[i])`.
 pub fn activate(isa: Isa, activation: Activation, x: &mut [f32]) {
-    isa.run(PlainTask { activation, x });
+    isa.run(ActivateTask { activation, x });
 }
 
 /// `x[i] = cap · tanh(x[i] / cap)`.
@@ -77,12 +77,12 @@ impl Task for GatedTask<'_> {
     }
 }
 
-struct PlainTask<'a> {
+struct ActivateTask<'a> {
     activation: Activation,
     x: &'a mut [f32],
 }
 
-impl Task for PlainTask<'_> {
+impl Task for ActivateTask<'_> {
     type Output = ();
 
     #[inline(always)]
