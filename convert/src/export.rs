@@ -8,6 +8,7 @@ use std::path::Path;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::View;
+use stb_format::arch::{NormKind, Role};
 use stb_format::encoding::Dense;
 use stb_format::{File, ModelSpec, Tensor};
 use stb_runtime::{Config, Error, Result, parse_config};
@@ -26,6 +27,8 @@ struct Piece<'a> {
     /// The first row, or element of a vector; the first column if it is transposed.
     first: usize,
     is_transposed: bool,
+    /// What the family's norms add to the weight, if the file's weights include it, as those from GGUF do.
+    included: f32,
 }
 
 impl Exported<'_> {
@@ -41,7 +44,10 @@ impl Piece<'_> {
         let Ok(view) = self.tensor.view() else { return };
         let mut values = vec![0.0; view.rows() * view.cols()];
         let rows = values.par_chunks_exact_mut(view.cols()).enumerate();
-        rows.for_each(|(r, row)| view.decode_row(r, row));
+        rows.for_each(|(r, row)| {
+            view.decode_row(r, row);
+            row.iter_mut().for_each(|v| *v -= self.included);
+        });
         if self.is_transposed {
             for (r, row) in values.chunks_exact(view.cols()).enumerate() {
                 for (value, out) in row.iter().zip(out.chunks_exact_mut(width)) {
@@ -129,7 +135,7 @@ pub fn export(file: &File<'_>, source: &Path, folder: &Path, kind: Dense) -> Res
 /// A tensor under its own name.
 fn whole<'a>(tensor: &'a Tensor<'a>, kind: Dense) -> (String, Exported<'a>) {
     let shape = tensor.shape().iter().map(|d| *d as usize).collect();
-    let pieces = vec![Piece { tensor, first: 0, is_transposed: false }];
+    let pieces = vec![Piece { tensor, first: 0, is_transposed: false, included: 0.0 }];
     (tensor.name().to_owned(), Exported { shape, kind, pieces })
 }
 
@@ -156,7 +162,12 @@ fn in_layout_of<'a>(
         let whole =
             exported.entry(name).or_insert_with(|| Exported { shape, kind, pieces: Vec::new() });
         let (first, is_transposed) = (layout.first_row as usize, layout.is_transposed);
-        whole.pieces.push(Piece { tensor, first, is_transposed });
+        let kinds = (config.spec.norm_kind, spec.norm_kind, wanted.role);
+        let included = match kinds {
+            (NormKind::RmsPlusOne, NormKind::Rms, Role::Norm(_)) => 1.0,
+            _ => 0.0,
+        };
+        whole.pieces.push(Piece { tensor, first, is_transposed, included });
     }
     Ok(exported.into_iter().collect())
 }
