@@ -220,6 +220,10 @@ impl Factor {
     /// [`Error::Invalid`] if it is not positive definite: NaN activations or no damping.
     pub fn new(hessian: &Hessian) -> Result<Self> {
         let n = hessian.size;
+        // The input of a linear layer that the decoder layer does not have.
+        if n == 0 {
+            return Ok(Self { size: 0, u: Vec::new(), m: Vec::new() });
+        }
         // The upper factor is the lower factor of the matrix with rows and columns reversed.
         let mut lower = Mat::<f64>::from_fn(n, n, |i, j| {
             f64::from(hessian.matrix[(n - 1 - i) * n + (n - 1 - j)])
