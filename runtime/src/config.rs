@@ -158,6 +158,22 @@ mod tests {
         assert_eq!((spec.rope_theta, spec.rope_scaling), (1e6, RopeScaling::None));
     }
 
+    /// The configuration of the 4B model with vision has only what differs from the defaults of transformers.
+    #[test]
+    fn gemma_3_with_vision_has_defaults() {
+        let config = r#"{"model_type": "gemma3", "text_config": {"hidden_size": 2560,
+            "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}}"#;
+        let spec = parse_config(config).unwrap().spec;
+        let sizes = (spec.vocab_size, spec.heads, spec.kv_heads, spec.head_dim);
+        assert_eq!(sizes, (262_208, 8, 4, 256));
+        assert_eq!((spec.rope_theta, spec.local_rope_theta), (1e6, Some(1e4)));
+        assert_eq!(spec.rope_scaling, RopeScaling::Linear { factor: 8.0 });
+        assert_eq!(spec.block(4).attention.window, Some(1024));
+        assert_eq!(spec.block(5).attention.window, None);
+        assert_eq!(spec.attention_scale(), 1.0 / 16.0);
+    }
+
     #[test]
     fn unsupported_options_are_named_in_the_error() {
         for (extra, word) in [
