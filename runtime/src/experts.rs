@@ -4,10 +4,11 @@ use stb_format::Activation;
 use stb_format::arch::{Experts, Linear, LinearInput, LinearMap};
 use stb_kernels::{Isa, Pool, ops};
 
-use crate::cpu::{Observer, add};
+use crate::elementwise::add;
 use crate::engine::Engine;
 use crate::layer::Layer;
 use crate::linear::{LinearScratch, apply};
+use crate::observer::Observer;
 use crate::weights::Weight;
 
 /// A token of an expert.

@@ -4,8 +4,9 @@ use stb_kernels::{Pool, ops, packed};
 
 use crate::block::NormWeights;
 use crate::block::run_block;
-use crate::cpu::{CpuOps, Elementwise, MIN_PARALLEL_ELEMENTS};
+use crate::cpu::CpuOps;
 use crate::device::DeviceCaches;
+use crate::elementwise::{Elementwise, MIN_PARALLEL_ELEMENTS};
 use crate::engine::{Engine, Tail};
 use crate::error::{Error, Result};
 use crate::kv_cache::{AttentionScratch, AttentionSettings, Heads, QkvRows};

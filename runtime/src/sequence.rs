@@ -7,10 +7,11 @@ use stb_format::arch::Block;
 use stb_kernels::kv::KvKind;
 
 use crate::block::{BlockInput, BlockScratch, finish_sublayer, run_sublayer};
-use crate::cpu::{CpuOps, CpuScratch, Observer};
+use crate::cpu::{CpuOps, CpuScratch};
 use crate::engine::Engine;
 use crate::kv_cache::{AttentionScratch, Heads, KvCache, QkvRows};
 use crate::layer::Layer;
+use crate::observer::Observer;
 use crate::rope::RopeAngles;
 use crate::sublayer::Sublayer;
 

@@ -6,8 +6,8 @@ use stb_runtime::block::ExpertsLayer;
 use stb_runtime::{Assignment, Engine, LayerMatrix, route_experts};
 
 use super::activation::{activate, gated_gradients};
-use super::gradient::{GradientSink, accumulate};
 use super::matrix::DenseMatrix;
+use super::sink::{GradientSink, accumulate};
 
 /// What the backward pass needs of the experts of a layer.
 pub(crate) struct ExpertRecording {

@@ -12,15 +12,7 @@ use super::attention::SequenceAttention;
 use super::matrix::DenseLayer;
 use super::norm::NormOp;
 use super::record::Recording;
-
-/// Receives the gradients of a backward pass.
-pub(super) trait GradientSink {
-    /// The gradient of the product with a matrix, `d` [tokens, out], and its input `x` [tokens, in].
-    fn matrix(&mut self, key: LayerMatrix, d: &[f32], x: &[f32]);
-
-    /// The gradient of the weight of a norm, as long as the weight.
-    fn norm(&mut self, site: NormSite, d: &[f32]);
-}
+use super::sink::{GradientSink, accumulate};
 
 /// The backward pass of a decoder layer for sequences of one length. Hands the gradients of norms and linear layers
 /// to a sink, from the last to the first. Biases have no gradients: nothing trains them.
@@ -195,9 +187,4 @@ impl<'a> LayerGradient<'a> {
         NormOp { isa, norm, weight, bias: None }.backward(x, dy, dx, &mut dw);
         self.sink.norm(site, &dw);
     }
-}
-
-/// Adds `from` to `to`.
-pub(super) fn accumulate(to: &mut [f32], from: &[f32]) {
-    to.par_iter_mut().zip(from).for_each(|(to, from)| *to += from);
 }

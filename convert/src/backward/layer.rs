@@ -6,9 +6,10 @@ use stb_kernels::Isa;
 use stb_runtime::{Engine, LayerMatrix};
 
 use super::experts::ExpertPart;
-use super::gradient::{GradientSink, LayerGradient, accumulate};
+use super::gradient::LayerGradient;
 use super::matrix::DenseLayer;
 use super::record::{Recording, record};
+use super::sink::{GradientSink, accumulate};
 use crate::products::add_cross_products;
 
 /// The inputs of the linear layers of a decoder layer and the Fisher diagonal of their outputs.

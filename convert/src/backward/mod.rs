@@ -10,6 +10,7 @@ mod matrix;
 mod model;
 mod norm;
 mod record;
+mod sink;
 
 pub(crate) use head::{ModelHead, embedded_gradient, uncap};
 pub(crate) use layer::{LayerFisher, Pass};

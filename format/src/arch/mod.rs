@@ -23,7 +23,10 @@ mod smollm3;
 mod spec;
 mod tensors;
 
-pub use block::{Attention, Block, Experts, Mlp, MlpKind, Norm, NormKind, NormPlacement, QkNorm};
+pub use block::{
+    Activation, Attention, Block, Experts, Mlp, MlpKind, Norm, NormKind, NormPlacement, QkNorm,
+    RopeTable,
+};
 pub use config::{ConfigError, ConfigFields};
 pub use family::{Family, SourceTensor};
 pub use gguf::{
@@ -31,7 +34,4 @@ pub use gguf::{
     Implied, gguf_name,
 };
 pub use roles::{InputMap, Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
-pub use spec::{
-    Activation, Biases, ExpertsSpec, LayerSet, ModelSpec, RopePairing, RopeScaling, RopeTable,
-    Window,
-};
+pub use spec::{Biases, ExpertsSpec, LayerSet, ModelSpec, RopePairing, RopeScaling, Window};

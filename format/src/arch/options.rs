@@ -1,7 +1,8 @@
 //! Fields of `config.json` that families share.
 
+use super::block::Activation;
 use super::config::{ConfigError, ConfigFields};
-use super::spec::{Activation, LayerSet, ModelSpec, RopeScaling, Window};
+use super::spec::{LayerSet, ModelSpec, RopeScaling, Window};
 use crate::num;
 
 type ConfigResult<T> = Result<T, ConfigError>;

@@ -1,22 +1,11 @@
 //! [`ModelSpec`]: the sizes and options of a model.
 
-use super::block::{MlpKind, NormKind, NormPlacement, QkNorm};
+use super::block::{
+    Activation, Attention, Block, Experts, Mlp, MlpKind, Norm, NormKind, NormPlacement, QkNorm,
+    RopeTable,
+};
 use crate::error::{Error, Result, Rule};
 use crate::num;
-
-/// An activation function.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Activation {
-    /// `silu`: x · sigmoid(x).
-    #[default]
-    Silu,
-    /// `relu`: max(x, 0).
-    Relu,
-    /// `gelu`: x · Φ(x).
-    Gelu,
-    /// `gelu_tanh`: the approximation of `gelu` by tanh.
-    GeluTanh,
-}
 
 /// The pairs of elements of a head that RoPE rotates. Files must state it, because a wrong guess would
 /// go unnoticed.
@@ -27,15 +16,6 @@ pub enum RopePairing {
     Half,
     /// `interleaved`: element 2i with element 2i + 1, as in Meta's and GGUF's LLaMA.
     Interleaved,
-}
-
-/// The frequency table that the RoPE of a layer uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RopeTable {
-    /// [`ModelSpec::rope_theta`] with [`ModelSpec::rope_scaling`].
-    Global,
-    /// [`ModelSpec::local_rope_theta`] without scaling: the windowed layers of Gemma 3.
-    Local,
 }
 
 /// The scaling of RoPE frequencies for contexts beyond the trained one.
@@ -424,6 +404,51 @@ impl ModelSpec {
             }
         }
         Ok(())
+    }
+}
+
+impl ModelSpec {
+    /// The description of decoder layer `layer`.
+    #[must_use]
+    pub fn block(&self, layer: u64) -> Block {
+        let windowed = self.window.as_ref().filter(|window| window.layers.contains(layer));
+        let rope = self.rope_layers.contains(layer).then(|| match self.local_rope_theta {
+            Some(_) if windowed.is_some() => RopeTable::Local,
+            _ => RopeTable::Global,
+        });
+        let experts = self.experts.as_ref().filter(|experts| experts.layers.contains(layer));
+        Block {
+            norm: self.norm(),
+            attention: Attention {
+                heads: self.heads,
+                kv_heads: self.kv_heads,
+                head_dim: self.head_dim,
+                scale: self.attention_scale(),
+                rope: rope.filter(|_| !self.learned_positions),
+                qkv_bias: self.biases.qkv,
+                output_bias: self.biases.attention_output,
+                qk_norm: self.qk_norm,
+                window: windowed.map(|window| window.size),
+                soft_cap: self.attention_soft_cap,
+            },
+            mlp: Mlp {
+                kind: self.mlp,
+                activation: self.activation,
+                intermediate_size: experts.map_or(self.intermediate_size, |e| e.intermediate_size),
+                bias: self.biases.mlp,
+                experts: experts.map(|e| Experts {
+                    count: e.count,
+                    active: e.active,
+                    normalize: e.normalize,
+                }),
+            },
+        }
+    }
+
+    /// The formula, placement and ε of the norms.
+    #[must_use]
+    pub fn norm(&self) -> Norm {
+        Norm { kind: self.norm_kind, placement: self.norm_placement, eps: self.norm_eps }
     }
 }
 
