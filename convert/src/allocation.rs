@@ -88,7 +88,7 @@ fn outlier_ratios(
 fn layer_norms(plan: &Plan, checkpoint: &Checkpoint) -> Result<Vec<f64>> {
     let mut squares = vec![0.0; checkpoint.spec.layers as usize];
     for tensor in &plan.tensors {
-        if let Some((i, _)) = tensor.linear() {
+        if let Some((i, _)) = tensor.matrix() {
             let weights = checkpoint.weight(&tensor.tensor.name)?.decode();
             squares[i] += weights.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>();
         }

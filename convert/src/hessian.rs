@@ -114,6 +114,35 @@ impl Hessian {
         self.matrix.iter_mut().step_by(self.size + 1).for_each(|d| *d += add);
     }
 
+    /// Shrinks the Hessian of few tokens: with n `tokens` and d features it gets the weight n / (n + d), so one of
+    /// d tokens a half, and `target` with the same trace the rest; without a target, a multiple of the identity.
+    /// Without tokens, the target itself remains.
+    pub fn shrink(&mut self, tokens: usize, target: Option<&Self>) {
+        let size = self.size;
+        let own = tokens as f32 / (tokens + size).max(1) as f32;
+        let trace = |hessian: &Self| hessian.diagonal().iter().map(|d| f64::from(*d)).sum::<f64>();
+        let mean = match trace(self) / size.max(1) as f64 {
+            mean if mean > 0.0 => mean,
+            _ => target.map_or(1.0, |target| trace(target) / size.max(1) as f64),
+        };
+        self.matrix.par_iter_mut().for_each(|h| *h *= own);
+        match target {
+            Some(target) => {
+                let target_mean = trace(target) / size.max(1) as f64;
+                let scale = if target_mean > 0.0 { mean / target_mean } else { 0.0 };
+                let factor = (1.0 - own) * scale as f32;
+                self.matrix
+                    .par_iter_mut()
+                    .zip(&target.matrix)
+                    .for_each(|(h, target)| *h += factor * target);
+            }
+            None => {
+                let add = (1.0 - own) * mean as f32;
+                self.matrix.iter_mut().step_by(size + 1).for_each(|d| *d += add);
+            }
+        }
+    }
+
     /// Multiplies the diagonal by 1 + `ridge`, which does not depend on the scale of a feature. Dead features get 1,
     /// and a damping of 1e-4 keeps the matrix positive definite.
     pub fn add_ridge(&mut self, ridge: f64) {
@@ -191,6 +220,10 @@ impl Factor {
     /// [`Error::Invalid`] if it is not positive definite: NaN activations or no damping.
     pub fn new(hessian: &Hessian) -> Result<Self> {
         let n = hessian.size;
+        // The input of a linear layer that the decoder layer does not have.
+        if n == 0 {
+            return Ok(Self { size: 0, u: Vec::new(), m: Vec::new() });
+        }
         // The upper factor is the lower factor of the matrix with rows and columns reversed.
         let mut lower = Mat::<f64>::from_fn(n, n, |i, j| {
             f64::from(hessian.matrix[(n - 1 - i) * n + (n - 1 - j)])
@@ -282,6 +315,24 @@ mod tests {
                 assert!(i <= j || (at(&factor.u, i, j) == 0.0 && at(&factor.m, i, j) == 0.0));
             }
         }
+    }
+
+    #[test]
+    fn few_tokens_are_shrunk_towards_the_target_of_the_same_trace() {
+        let target = Hessian::from_matrix(vec![2.0, 1.0, 1.0, 2.0], 2);
+        let few = || Hessian::from_matrix(vec![4.0, 0.0, 0.0, 4.0], 2);
+        let mut hessian = few();
+        hessian.shrink(2, Some(&target));
+        assert_eq!(hessian.matrix(), [4.0, 1.0, 1.0, 4.0]);
+        let mut hessian = Hessian::from_matrix(vec![4.0, 2.0, 2.0, 0.0], 2);
+        hessian.shrink(2, None);
+        assert_eq!(hessian.matrix(), [3.0, 1.0, 1.0, 1.0]);
+        let mut hessian = Hessian::from_matrix(vec![0.0; 4], 2);
+        hessian.shrink(0, Some(&target));
+        assert_eq!(hessian.matrix(), target.matrix());
+        let mut hessian = Hessian::from_matrix(vec![0.0; 4], 2);
+        hessian.shrink(0, None);
+        assert_eq!(hessian.matrix(), [1.0, 0.0, 0.0, 1.0]);
     }
 
     #[test]

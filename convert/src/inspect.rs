@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use serde::Serialize;
+use stb_format::arch::Role;
 use stb_format::{Encoding, File, ModelSpec, Value, ValueRef};
 use stb_kernels::cuda::gemm_units;
 
@@ -17,6 +18,9 @@ pub struct Inspection {
     pub file_bytes: u64,
     /// Elements of all tensors.
     pub parameters: u64,
+    /// Parameters that a token of a mixture of experts uses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub active_parameters: Option<u64>,
     /// 8 × file bytes ÷ parameters.
     pub true_bits_per_parameter: f64,
     /// Stored bits per weight of the decoder's linear layers.
@@ -80,10 +84,13 @@ pub fn inspect(file: &File<'_>) -> Inspection {
         offset: s.offset,
         bytes: s.bytes.len() as u64,
     });
-    // Empty if the file is valid but not a model.
-    let linears: HashSet<String> = ModelSpec::from_file(file)
-        .map(|spec| spec.tensors().filter(|t| t.linear().is_some()).map(|t| t.name).collect())
-        .unwrap_or_default();
+    // Nothing if the file is valid but not a model.
+    let spec = ModelSpec::from_file(file).ok();
+    let is_matrix = |role: Role| matches!(role, Role::Linear(_) | Role::Expert(..));
+    let linears: HashSet<String> = spec
+        .iter()
+        .flat_map(|spec| spec.tensors().filter(|t| is_matrix(t.role)).map(|t| t.name))
+        .collect();
     let linear = |t: &stb_format::Tensor<'_>| linears.contains(t.name());
     let tensors = file.tensors().iter().map(|t| Tensor {
         name: t.name().to_owned(),
@@ -104,6 +111,7 @@ pub fn inspect(file: &File<'_>) -> Inspection {
         written: file.written(),
         file_bytes: file.bytes().len() as u64,
         parameters: file.parameters(),
+        active_parameters: spec.filter(|s| s.experts.is_some()).map(|s| s.active_parameters()),
         true_bits_per_parameter: file.true_bits(),
         body_bits: body_bytes as f64 * 8.0 / body_weights.max(1) as f64,
         sections: sections.collect(),
@@ -147,6 +155,9 @@ impl Inspection {
             "format {} (readers from {}), {} bytes, {} parameters",
             self.written, self.min_reader, self.file_bytes, self.parameters
         );
+        if let Some(active) = self.active_parameters {
+            let _ = writeln!(out, "of these, a token uses {active} (mixture of experts)");
+        }
         for s in &self.sections {
             let _ =
                 writeln!(out, "section {:<8} at {:>12}  {:>12} bytes", s.kind, s.offset, s.bytes);

@@ -1,5 +1,6 @@
 //! An estimate of the memory that a conversion needs.
 
+use stb_format::Meta;
 use stb_runtime::Checkpoint;
 
 use crate::distill::memory::{DistilledStreams, layer_memory, model_memory};
@@ -10,9 +11,23 @@ use crate::{budget, hessian, pipeline, quantize};
 
 impl Plan {
     /// An upper estimate of the memory that conversion needs besides the mapped checkpoint, in bytes:
-    /// hidden states of all sequences, and one decoder layer's inputs, Hessians, factors and weights.
+    /// dequantized weights, hidden states of all sequences, and one decoder layer's inputs, Hessians,
+    /// factors and weights.
     #[must_use]
     pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
+        // Distillation, budgets and allocations run the whole dense model.
+        let needs_all = recipe.calibration.distill.is_some()
+            || recipe.linear.target_bits().is_some()
+            || recipe.linear.method().is_some_and(|m| m.quantizer().kept_by_layer().is_some());
+        let weights = match needs_all {
+            true => checkpoint.owned_bytes(),
+            false => checkpoint.owned_bytes_by_layer(),
+        };
+        weights + self.working_memory(checkpoint, recipe)
+    }
+
+    /// [`Plan::peak_memory`] without the weights.
+    fn working_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
         let spec = &checkpoint.spec;
         let budget = recipe.linear.target_bits().map_or(0, |_| budget::memory(spec));
         if !self.needs_calibration() {
@@ -28,7 +43,7 @@ impl Plan {
         let packed: u64 = first.map(|t| t.bytes).sum();
         let layers =
             calibration.distill_layers.map_or(0, |_| layer_memory(spec, calibrating.activations));
-        let step = calibrating.activations.max(factoring).max(self.quantizing_memory(checkpoint));
+        let step = calibrating.activations.max(factoring).max(self.quantizing_memory());
         let layer = hessians + calibrating.dense_target + packed + step.max(layers);
         let distill = calibration.distill.map_or(0, |_| {
             let sizes = DistilledStreams {
@@ -41,14 +56,32 @@ impl Plan {
         budget.max(distill).max(calibrating.states + layer)
     }
 
+    /// An upper estimate of the disk space that conversion needs, in bytes: the file, and with calibration the
+    /// finished layers and the hidden states that let an interrupted conversion resume; while these are saved, those
+    /// of the layer before are still there.
+    #[must_use]
+    pub fn disk_space(&self, checkpoint: &Checkpoint, recipe: &Recipe, meta: &Meta) -> u64 {
+        let file = self.file_bytes(meta);
+        if !self.needs_calibration() {
+            return file;
+        }
+        let layers: u64 =
+            self.tensors.iter().filter(|t| t.tensor.layer.is_some()).map(|t| t.bytes).sum();
+        let spec = &checkpoint.spec;
+        let streams =
+            1 + u64::from(self.prunes_first()) + u64::from(recipe.calibration.follows_dense());
+        let tokens = pipeline::memory::tokens(spec, &recipe.calibration);
+        file + layers + 2 * streams * tokens * spec.hidden_size * 4
+    }
+
     /// Bytes needed to quantize the largest linear layer.
-    fn quantizing_memory(&self, checkpoint: &Checkpoint) -> u64 {
+    fn quantizing_memory(&self) -> u64 {
         let scratch = self.tensors.iter().map(|t| match t.method {
             TensorMethod::Linear(method) => method.quantizer().scratch_memory(t.tensor.shape[1]),
             TensorMethod::Keep(_) | TensorMethod::Round(_) => 0,
         });
-        let spec = &checkpoint.spec;
-        quantize::memory(spec.intermediate_size * spec.hidden_size) + scratch.max().unwrap_or(0)
+        let largest = self.tensors.iter().filter(|t| t.is_calibrated()).map(TensorPlan::elements);
+        quantize::memory(largest.max().unwrap_or(0)) + scratch.max().unwrap_or(0)
     }
 
     /// Bytes of codes and scales of all tensors that distillation trains.

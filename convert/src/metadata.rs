@@ -23,8 +23,8 @@ pub fn metadata(
     let text = |v: &str| Value::Text(v.to_owned());
     let tokenizer = checkpoint.tokenizer.as_deref().ok_or_else(|| {
         Error::invalid(format!(
-            "{} has no tokenizer.json; put the model's tokenizer.json next to the weights",
-            checkpoint.folder.display()
+            "{} has no tokenizer; put the model's tokenizer.json or tokenizer.model next to the weights",
+            checkpoint.source.display()
         ))
     })?;
     set("model.parameters", Value::U64(parameters))?;

@@ -3,7 +3,7 @@
 use stb_format::arch::{Linear, Role, TensorSpec};
 use stb_format::encoding::{Dense, IntGroup};
 use stb_format::{Encoding, Meta, file_size};
-use stb_runtime::{Checkpoint, Error, Result};
+use stb_runtime::{Checkpoint, Error, LayerMatrix, Result};
 
 use crate::quantize::Method;
 use crate::recipe::Recipe;
@@ -73,7 +73,22 @@ impl TensorPlan {
         Ok(())
     }
 
-    /// The index of the decoder layer and the linear layer in it; `None` for other tensors.
+    /// The index of the decoder layer and the matrix of a linear layer or an expert in it; `None` for other
+    /// tensors.
+    #[must_use]
+    pub fn matrix(&self) -> Option<(usize, LayerMatrix)> {
+        let key = LayerMatrix::of_role(self.tensor.role).filter(|key| *key != LayerMatrix::Router);
+        self.tensor.layer.zip(key)
+    }
+
+    /// Whether the tensor is quantized with calibration.
+    #[must_use]
+    pub fn is_calibrated(&self) -> bool {
+        matches!(self.method, TensorMethod::Linear(_))
+    }
+
+    /// The index of the decoder layer and the linear layer in it; `None` for other tensors, also for those of
+    /// experts.
     #[must_use]
     pub fn linear(&self) -> Option<(usize, Linear)> {
         self.tensor.layer.zip(self.tensor.linear())
@@ -90,20 +105,19 @@ pub struct Plan {
 /// The plan of a conversion of `checkpoint` by `recipe`.
 ///
 /// # Errors
-/// None in practice: the tensors of a checkpoint exist and are dense.
+/// None in practice: the tensors of a checkpoint exist.
 pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
     let linear = recipe.linear.method();
     let mut tensors = Vec::new();
     for tensor in checkpoint.spec.tensors() {
         let name = &tensor.name;
-        let Encoding::Dense(kind) = *checkpoint.weight(name)?.encoding() else {
-            return Err(Error::Internal { what: format!("{name} of a checkpoint is not dense") });
-        };
-        let keep = TensorMethod::Keep(kind);
+        let keep = TensorMethod::Keep(checkpoint.element_type(name)?);
         let method = match tensor.role {
             Role::TokenEmbedding => recipe.embeddings.map_or(keep, TensorMethod::Round),
             Role::LmHead => recipe.head.map_or(keep, TensorMethod::Round),
-            Role::Linear(_) => linear.map_or(keep, TensorMethod::Linear),
+            Role::Linear(_) | Role::Expert(..) => linear.map_or(keep, TensorMethod::Linear),
+            // A wrong choice of experts would cost more than the few bytes of the router.
+            Role::Router => TensorMethod::Keep(Dense::F32),
             _ => keep,
         };
         tensors.push(TensorPlan::new(tensor, method)?);
@@ -162,7 +176,7 @@ impl Plan {
     #[must_use]
     pub fn nominal_bits(&self, salient: f64) -> Option<f64> {
         let (mut bits, mut weights) = (0.0, 0u64);
-        for tensor in self.tensors.iter().filter(|t| t.linear().is_some()) {
+        for tensor in self.tensors.iter().filter(|t| t.matrix().is_some()) {
             let TensorMethod::Linear(method) = tensor.method else { return None };
             let kept = method.quantizer().nominal_kept()?;
             let n = tensor.elements();

@@ -66,7 +66,7 @@ impl Stages {
 }
 
 /// A decoder layer of a report.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Index, from 0.
     pub index: usize,
@@ -76,6 +76,9 @@ pub struct LayerReport {
     pub seconds: f64,
     /// The time of each stage.
     pub stages: Stages,
+    /// Calibration tokens of each expert of a mixture of experts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub expert_tokens: Vec<u64>,
 }
 
 /// A whole conversion.

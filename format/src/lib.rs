@@ -40,6 +40,7 @@
 pub mod arch;
 pub mod encoding;
 mod error;
+pub mod gguf;
 mod limits;
 mod meta;
 mod num;

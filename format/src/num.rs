@@ -21,3 +21,21 @@ pub(crate) fn first_nonzero(bytes: &[u8]) -> Option<usize> {
 pub(crate) fn len_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
+
+/// A size as `f64`; sizes of models are below 2^53.
+#[allow(clippy::as_conversions)]
+pub(crate) fn f64_of(n: u64) -> f64 {
+    n as f64
+}
+
+/// The integer part of `x`; 0 for negative numbers and NaN.
+#[allow(clippy::as_conversions)]
+pub(crate) fn truncated(x: f64) -> u64 {
+    x as u64
+}
+
+/// A width of at most 65536 as `f32`, exactly.
+#[allow(clippy::as_conversions)]
+pub(crate) fn f32_of(n: u64) -> f32 {
+    n as f32
+}

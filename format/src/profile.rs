@@ -1,11 +1,20 @@
 //! The model profile (spec, metadata §2): conversion between the `model.*` metadata keys and
 //! [`ModelSpec`], and a check of the tensors.
 
-use crate::arch::{Activation, Architecture, ModelSpec, RopePairing, RopeScaling, TensorSpec};
+mod decoder;
+mod keys;
+
+use self::keys::{Keys, unknown};
+use crate::arch::{Activation, ModelSpec, NormKind, RopePairing, TensorSpec};
 use crate::error::{Error, Result, Rule};
-use crate::meta::{Meta, MetaView, Value, ValueRef};
+use crate::meta::{Meta, MetaView, Value};
 use crate::num::len_u64;
 use crate::reader::File;
+
+/// `model.architecture` of models that compute as LLaMA does.
+const LLAMA: &str = "llama";
+/// `model.architecture` of all others: the keys of the specification, metadata §2.5, say how they differ.
+const DECODER: &str = "decoder";
 
 impl ModelSpec {
     /// Reads and checks the profile of an open file (STB-R-060 to STB-R-064).
@@ -37,34 +46,31 @@ impl ModelSpec {
     /// Reads and checks the `model.*` keys.
     fn from_meta(meta: &MetaView<'_>) -> Result<Self> {
         let keys = Keys(meta);
-        let known = |key: &str, allowed: &str| {
-            let found = keys.text(key)?;
-            if found == allowed { Ok(()) } else { Err(unknown(key, found)) }
+        let is_decoder = match keys.text("model.architecture")? {
+            LLAMA => false,
+            DECODER => true,
+            other => return Err(unknown("model.architecture", other)),
         };
-        let name = keys.text("model.architecture")?;
-        let architecture = Architecture::by_name(name);
-        let architecture = architecture.ok_or_else(|| unknown("model.architecture", name))?;
-        known("model.norm", "rmsnorm")?;
-        known("model.activation", "silu")?;
+        let norm_kind = match keys.text("model.norm")? {
+            "rmsnorm" => NormKind::Rms,
+            "rmsnorm_plus_one" if is_decoder => NormKind::RmsPlusOne,
+            "layernorm" if is_decoder => NormKind::Layer,
+            other => return Err(unknown("model.norm", other)),
+        };
+        let activation = match keys.text("model.activation")? {
+            "silu" => Activation::Silu,
+            "relu" if is_decoder => Activation::Relu,
+            "gelu" if is_decoder => Activation::Gelu,
+            "gelu_tanh" if is_decoder => Activation::GeluTanh,
+            other => return Err(unknown("model.activation", other)),
+        };
         let rope_pairing = match keys.text("model.rope.pairing")? {
             "half" => RopePairing::Half,
             "interleaved" => RopePairing::Interleaved,
             other => return Err(unknown("model.rope.pairing", other)),
         };
-        let factor = || keys.f64("model.rope.factor");
-        let rope_scaling = match keys.text("model.rope.scaling")? {
-            "none" => RopeScaling::None,
-            "linear" => RopeScaling::Linear { factor: factor()? },
-            "llama3" => RopeScaling::Llama3 {
-                factor: factor()?,
-                low_freq_factor: keys.f64("model.rope.low_freq_factor")?,
-                high_freq_factor: keys.f64("model.rope.high_freq_factor")?,
-                original_context: keys.u64("model.rope.original_context")?,
-            },
-            other => return Err(unknown("model.rope.scaling", other)),
-        };
+        let rope_scaling = decoder::read_scaling(&keys, is_decoder)?;
         let spec = Self {
-            architecture,
             vocab_size: keys.u64("model.vocab_size")?,
             hidden_size: keys.u64("model.hidden_size")?,
             intermediate_size: keys.u64("model.intermediate_size")?,
@@ -73,15 +79,25 @@ impl ModelSpec {
             kv_heads: keys.u64("model.kv_heads")?,
             head_dim: keys.u64("model.head_dim")?,
             context_length: keys.u64("model.context_length")?,
+            norm_kind,
             norm_eps: keys.f64("model.norm_eps")?,
             rope_theta: keys.f64("model.rope.theta")?,
             rope_pairing,
             rope_scaling,
             tied_embeddings: keys.bool("model.tied_embeddings")?,
-            activation: Activation::Silu,
+            activation,
+            ..Self::default()
         };
+        let spec = if is_decoder { decoder::read(&keys, spec)? } else { spec };
         spec.check()?;
         Ok(spec)
+    }
+
+    /// The value of `model.architecture` in a file: `llama`, which readers of revision 1.1 know, if the model
+    /// computes as LLaMA does.
+    #[must_use]
+    pub fn architecture(&self) -> &'static str {
+        if self.is_llama() { LLAMA } else { DECODER }
     }
 
     /// Writes the `model.*` keys of this model to `meta`.
@@ -90,9 +106,20 @@ impl ModelSpec {
     /// None for a spec that passes [`ModelSpec::check`].
     pub fn write_meta(&self, meta: &mut Meta) -> Result<()> {
         let text = |v: &str| Value::Text(v.to_owned());
-        meta.set("model.architecture", text(self.architecture.name()))?;
-        meta.set("model.norm", text("rmsnorm"))?;
-        meta.set("model.activation", text("silu"))?;
+        meta.set("model.architecture", text(self.architecture()))?;
+        let norm = match self.norm_kind {
+            NormKind::Rms => "rmsnorm",
+            NormKind::RmsPlusOne => "rmsnorm_plus_one",
+            NormKind::Layer => "layernorm",
+        };
+        meta.set("model.norm", text(norm))?;
+        let activation = match self.activation {
+            Activation::Silu => "silu",
+            Activation::Relu => "relu",
+            Activation::Gelu => "gelu",
+            Activation::GeluTanh => "gelu_tanh",
+        };
+        meta.set("model.activation", text(activation))?;
         for (key, value) in [
             ("model.vocab_size", self.vocab_size),
             ("model.hidden_size", self.hidden_size),
@@ -113,20 +140,8 @@ impl ModelSpec {
             RopePairing::Interleaved => "interleaved",
         };
         meta.set("model.rope.pairing", text(pairing))?;
-        match self.rope_scaling {
-            RopeScaling::None => meta.set("model.rope.scaling", text("none")),
-            RopeScaling::Linear { factor } => {
-                meta.set("model.rope.factor", Value::F64(factor))?;
-                meta.set("model.rope.scaling", text("linear"))
-            }
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                meta.set("model.rope.factor", Value::F64(factor))?;
-                meta.set("model.rope.low_freq_factor", Value::F64(low_freq_factor))?;
-                meta.set("model.rope.high_freq_factor", Value::F64(high_freq_factor))?;
-                meta.set("model.rope.original_context", Value::U64(original_context))?;
-                meta.set("model.rope.scaling", text("llama3"))
-            }
-        }
+        decoder::write_scaling(&self.rope_scaling, meta)?;
+        if self.is_llama() { Ok(()) } else { decoder::write(self, meta) }
     }
 
     /// STB-R-063: the file has exactly the tensors of the model, in any order.
@@ -151,62 +166,5 @@ impl ModelSpec {
             return Err(Error::new(Rule::ModelTensor, "not part of the model").in_tensor(extra));
         }
         Ok(())
-    }
-}
-
-fn unknown(key: &str, value: &str) -> Error {
-    Error::new(
-        Rule::ModelArchitecture,
-        format!("{key} is {value:?}, which this reader does not support"),
-    )
-}
-
-/// Typed access to required keys (STB-R-060).
-struct Keys<'m, 'a>(&'m MetaView<'a>);
-
-impl<'a> Keys<'_, 'a> {
-    fn required(&self, key: &str, kind: &str) -> Result<ValueRef<'a>> {
-        self.0.get(key).ok_or_else(|| {
-            Error::new(Rule::ModelKey, format!("key {key} is missing, {kind} expected"))
-        })
-    }
-
-    fn wrong<T>(key: &str, kind: &str) -> Result<T> {
-        Err(Error::new(Rule::ModelKey, format!("key {key} does not hold {kind}")))
-    }
-
-    fn text(&self, key: &str) -> Result<&'a str> {
-        match self.required(key, "text")? {
-            ValueRef::Text(v) => Ok(v),
-            _ => Self::wrong(key, "text"),
-        }
-    }
-
-    fn u64(&self, key: &str) -> Result<u64> {
-        match self.required(key, "an integer")? {
-            ValueRef::U64(v) => Ok(v),
-            _ => Self::wrong(key, "an integer"),
-        }
-    }
-
-    fn f64(&self, key: &str) -> Result<f64> {
-        match self.required(key, "a number")? {
-            ValueRef::F64(v) => Ok(v),
-            _ => Self::wrong(key, "a number"),
-        }
-    }
-
-    fn bool(&self, key: &str) -> Result<bool> {
-        match self.required(key, "a truth value")? {
-            ValueRef::Bool(v) => Ok(v),
-            _ => Self::wrong(key, "a truth value"),
-        }
-    }
-
-    fn list(&self, key: &str) -> Result<Vec<u64>> {
-        match self.required(key, "a list of integers")?.to_value() {
-            Value::U64List(v) => Ok(v),
-            _ => Self::wrong(key, "a list of integers"),
-        }
     }
 }

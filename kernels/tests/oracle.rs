@@ -375,7 +375,7 @@ fn vector_operations_match_f64_on_every_isa() {
             }
 
             let mut gate = x.clone();
-            ops::silu_mul(isa, &mut gate, &w);
+            ops::activate_mul(isa, stb_format::Activation::Silu, &mut gate, &w);
             for ((found, v), w) in gate.iter().zip(&dx).zip(&dw) {
                 close(*found, v / (1.0 + (-v).exp()) * w, v.abs(), &format!("silu, {what}"));
             }

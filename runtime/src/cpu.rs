@@ -3,41 +3,32 @@
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 
-use stb_format::arch::LinearInput;
-use stb_kernels::{Isa, Pool, ops};
+use stb_format::Activation;
+use stb_format::arch::{LinearInput, Norm};
+use stb_kernels::{Isa, Pool};
 
-use crate::block::{AttentionBuffers, BlockInput, BlockOps, Flow};
-use crate::kv_cache::QkvRows;
+use crate::block::{
+    AttentionBuffers, AttentionLayer, BlockInput, BlockOps, Flow, LinearWeights, NormWeights,
+    ResidualLinear,
+};
+use crate::elementwise::{Elementwise, add};
+use crate::experts::{ExpertOps, ExpertScratch, ExpertsLayer};
+use crate::kv_cache::{AttentionSettings, QkvRows};
 use crate::linear::{LinearScratch, apply};
+use crate::observer::Observer;
 use crate::rope::RopeAngles;
 use crate::weights::Weight;
-
-/// Elementwise operations on at most this many values run on one thread.
-pub(crate) const MIN_PARALLEL_ELEMENTS: usize = 1 << 15;
-/// Values per task of elementwise operations.
-const CHUNK: usize = 1 << 14;
-
-/// Observes the inputs of linear layers. Calibration collects its statistics this way.
-pub trait Observer {
-    /// Called with each input `x`, [tokens, in features], before the linear layers that read it.
-    /// `Break` stops before these linear layers run; the residual stream stays unchanged.
-    fn observe(&mut self, input: LinearInput, x: &[f32]) -> ControlFlow<()>;
-}
-
-/// Ignores all inputs.
-impl Observer for () {
-    fn observe(&mut self, _: LinearInput, _: &[f32]) -> ControlFlow<()> {
-        ControlFlow::Continue(())
-    }
-}
 
 /// The operations of a decoder layer on the CPU. `attend` appends keys and values to the KV cache and
 /// computes attention.
 pub(crate) struct CpuOps<'a, A> {
     pub isa: Isa,
     pub pool: &'a Pool,
-    /// The ε of the norms.
-    pub eps: f32,
+    /// The formula and ε of the norms.
+    pub norm: Norm,
+    pub activation: Activation,
+    /// The width of a head.
+    pub head_dim: usize,
     pub angles: &'a RopeAngles,
     pub attend: A,
     pub scratch: &'a mut CpuScratch,
@@ -52,6 +43,7 @@ pub(crate) struct CpuScratch {
     normed: Vec<f32>,
     /// The output of a sublayer before it is added to the residual stream, [tokens, hidden].
     out: Vec<f32>,
+    experts: ExpertScratch,
 }
 
 impl CpuScratch {
@@ -61,7 +53,7 @@ impl CpuScratch {
     }
 }
 
-impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
+impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
     type Matrix = Weight;
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
@@ -72,15 +64,23 @@ impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
-        matrices: [&Weight; N],
+        weights: [LinearWeights<'_, Weight, Vec<f32>>; N],
         out: [&mut Vec<f32>; N],
     ) -> Flow<Infallible> {
         let CpuScratch { linear, normed, .. } = &mut *self.scratch;
-        let x = compute_input(self.isa, self.pool, self.eps, x, normed);
+        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        let x = elementwise.input(x, self.norm, self.activation, normed);
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        apply(self.isa, self.pool, linear, matrices, x, out);
+        let mut out = out;
+        let matrices = weights.each_ref().map(|weights| weights.matrix);
+        apply(self.isa, self.pool, linear, matrices, x, out.each_mut().map(|out| &mut **out));
+        for (weights, out) in weights.iter().zip(out) {
+            if let Some(bias) = weights.bias {
+                elementwise.add_bias(out, bias);
+            }
+        }
         Ok(ControlFlow::Continue(()))
     }
 
@@ -88,80 +88,86 @@ impl<A: FnMut(QkvRows<'_>)> BlockOps for CpuOps<'_, A> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Vec<f32>, Vec<f32>, [f32]>,
-        matrix: &Weight,
+        output: ResidualLinear<'_, Weight, Vec<f32>>,
         residual: &mut [f32],
     ) -> Flow<Infallible> {
-        let CpuScratch { linear, normed, out } = &mut *self.scratch;
-        let x = compute_input(self.isa, self.pool, self.eps, x, normed);
+        let CpuScratch { linear, normed, out, .. } = &mut *self.scratch;
+        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        let x = elementwise.input(x, self.norm, self.activation, normed);
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        apply(self.isa, self.pool, linear, [matrix], x, [out]);
+        apply(self.isa, self.pool, linear, [output.matrix], x, [out]);
+        if let Some(bias) = output.bias {
+            elementwise.add_bias(out, bias);
+        }
+        if let Some(norm) = output.norm {
+            elementwise.norm_rows(out, norm, self.norm, normed);
+            std::mem::swap(out, normed);
+        }
         add(self.pool, residual, out);
         Ok(ControlFlow::Continue(()))
     }
 
-    fn attend(&mut self, x: AttentionBuffers<'_, Vec<f32>>) -> Result<(), Infallible> {
-        let AttentionBuffers { q, k, v, attn_out } = x;
-        let tokens = self.angles.tokens().max(1);
-        for heads in [&mut *q, &mut *k] {
-            let width = heads.len() / tokens;
-            self.angles.rotate(self.pool, heads, width);
+    fn experts(
+        &mut self,
+        norm: NormWeights<'_, Vec<f32>>,
+        layer: ExpertsLayer<'_, Weight>,
+        residual: &mut [f32],
+    ) -> Flow<Infallible> {
+        let CpuScratch { linear, normed, experts, .. } = &mut *self.scratch;
+        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        elementwise.norm_rows(residual, norm, self.norm, normed);
+        if self.observer.observe(LinearInput::GateUp, normed).is_break() {
+            return Ok(ControlFlow::Break(()));
         }
-        attn_out.resize(q.len(), 0.0);
-        (self.attend)(QkvRows { q, k, v, out: attn_out });
+        let mut ops = ExpertOps {
+            isa: self.isa,
+            pool: self.pool,
+            activation: self.activation,
+            linear,
+            scratch: experts,
+            observer: &mut *self.observer,
+        };
+        ops.run(&layer, normed, residual);
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn normalize(
+        &mut self,
+        residual: &mut [f32],
+        norm: NormWeights<'_, Vec<f32>>,
+    ) -> Result<(), Infallible> {
+        let normed = &mut self.scratch.normed;
+        Elementwise { isa: self.isa, pool: self.pool }.norm_rows(residual, norm, self.norm, normed);
+        residual.copy_from_slice(normed);
         Ok(())
     }
-}
 
-/// Computes the activations that a linear layer reads: a norm into `normed`, the product of gate and
-/// up in place.
-fn compute_input<'x>(
-    isa: Isa,
-    pool: &Pool,
-    eps: f32,
-    x: BlockInput<'x, Vec<f32>, Vec<f32>, [f32]>,
-    normed: &'x mut Vec<f32>,
-) -> &'x [f32] {
-    match x {
-        BlockInput::Plain(x) => x,
-        BlockInput::Norm { x, weight } => {
-            norm_rows(isa, pool, x, weight, eps, normed);
-            normed
+    fn attend(
+        &mut self,
+        layer: AttentionLayer<'_, Vec<f32>>,
+        x: AttentionBuffers<'_, Vec<f32>>,
+    ) -> Result<(), Infallible> {
+        let AttentionBuffers { q, k, v, attn_out } = x;
+        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        let heads = [
+            (&mut *q, layer.q_norm, layer.spec.heads as usize),
+            (&mut *k, layer.k_norm, layer.spec.kv_heads as usize),
+        ];
+        for (x, weight, heads) in heads {
+            if let Some(weight) = weight {
+                let norm = NormWeights { weight, bias: None };
+                elementwise.norm_rows(x, norm, self.norm, &mut self.scratch.normed);
+                x.copy_from_slice(&self.scratch.normed);
+            }
+            if let Some(table) = layer.spec.rope {
+                self.angles.table(table).rotate(self.pool, x, heads * self.head_dim);
+            }
         }
-        BlockInput::Gated { gate, up } => {
-            pool.or_serial(gate.len() > MIN_PARALLEL_ELEMENTS).run_chunks(
-                gate,
-                CHUNK,
-                |first, gate| {
-                    ops::silu_mul(isa, gate, &up[first..first + gate.len()]);
-                },
-            );
-            gate
-        }
+        attn_out.resize(q.len(), 0.0);
+        let settings = AttentionSettings::new(layer.spec);
+        (self.attend)(QkvRows { q, k, v, out: attn_out }, settings);
+        Ok(())
     }
-}
-
-/// RMSNorm of each row of `x`, [tokens, hidden], into `out`.
-pub(crate) fn norm_rows(
-    isa: Isa,
-    pool: &Pool,
-    x: &[f32],
-    weight: &[f32],
-    eps: f32,
-    out: &mut Vec<f32>,
-) {
-    out.resize(x.len(), 0.0);
-    pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(out, weight.len(), |first, out| {
-        ops::rms_norm(isa, &x[first..first + out.len()], weight, eps, out);
-    });
-}
-
-/// `x += y`.
-pub(crate) fn add(pool: &Pool, x: &mut [f32], y: &[f32]) {
-    pool.or_serial(x.len() > MIN_PARALLEL_ELEMENTS).run_chunks(x, CHUNK, |first, x| {
-        for (x, y) in x.iter_mut().zip(&y[first..]) {
-            *x += y;
-        }
-    });
 }

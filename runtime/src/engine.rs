@@ -108,15 +108,13 @@ pub(crate) enum Tail {
 }
 
 impl Engine {
-    /// Opens an `.stb` file, or a dense checkpoint if `path` is a folder, a `.safetensors` file or
-    /// an index of shards.
+    /// Opens an `.stb` file, or a checkpoint if `path` is a folder, a `.safetensors` file, an index of
+    /// shards or a `.gguf` file.
     ///
     /// # Errors
     /// The errors of [`Engine::open_stb`] and [`Checkpoint::open`].
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
-        let dense =
-            path.is_dir() || path.extension().is_some_and(|e| e == "safetensors" || e == "json");
-        if dense {
+        if Checkpoint::is_checkpoint(path) {
             let engine = Self::from_checkpoint(&Checkpoint::open(path, options.map)?)?;
             Self { kv: options.kv, pool: pool(options)?, ..engine }.on_device(options)
         } else {
@@ -156,6 +154,15 @@ impl Engine {
     /// [`Error::Unsupported`] for a block that this version lacks.
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
         Ok(Self::on_cpu(Model::from_checkpoint(checkpoint)?, detect_isa()?))
+    }
+
+    /// An engine for the checkpoint without its decoder layers: it embeds tokens and runs layers that
+    /// [`Model::load_layer`] loads, so that one of them is in memory at a time.
+    ///
+    /// # Errors
+    /// The errors of [`Engine::from_checkpoint`].
+    pub fn without_layers(checkpoint: &Checkpoint) -> Result<Self> {
+        Ok(Self::on_cpu(Model::without_layers(checkpoint)?, detect_isa()?))
     }
 
     fn on_cpu(model: Model, isa: Isa) -> Self {

@@ -1,14 +1,17 @@
 //! The forward pass of a model: embeddings, decoder layers, last norm, lm_head.
 
-use stb_kernels::packed;
+use stb_kernels::{Pool, ops, packed};
 
+use crate::block::NormWeights;
 use crate::block::run_block;
-use crate::cpu::{CpuOps, MIN_PARALLEL_ELEMENTS, norm_rows};
+use crate::cpu::CpuOps;
 use crate::device::DeviceCaches;
+use crate::elementwise::{Elementwise, MIN_PARALLEL_ELEMENTS};
 use crate::engine::{Engine, Tail};
 use crate::error::{Error, Result};
-use crate::kv_cache::{AttentionScratch, Heads, QkvRows};
-use crate::linear::apply;
+use crate::kv_cache::{AttentionScratch, AttentionSettings, Heads, QkvRows};
+use crate::layer::{Layer, LayerMatrix};
+use crate::linear::{LinearScratch, apply};
 use crate::pass::{Output, OutputKind, Pass};
 use crate::sampler::{Sampler, SamplerInput};
 use crate::state::{ForwardScratch, State};
@@ -22,6 +25,8 @@ const MAX_PREFILL_BATCH: usize = 512;
 const PREFILL_GROUP: usize = 32;
 /// Tokens whose logits are computed at a time.
 const LOGITS_BATCH: usize = 64;
+/// Logits per task of the soft cap.
+const CAPPED_LOGITS: usize = 1 << 14;
 
 impl Engine {
     /// Appends `tokens` and returns the logits after the last one, `[vocab]`.
@@ -180,18 +185,27 @@ impl Engine {
         scratch: &mut ForwardScratch,
     ) -> Result<()> {
         let ForwardScratch { hidden, angles, attention, block, cpu, .. } = scratch;
-        self.embed(tokens, hidden)?;
         match &*states {
-            [state] => self.rope.angles(state.tokens..state.tokens + tokens.len(), angles),
-            _ => self.rope.angles(states.iter().map(|state| state.tokens), angles),
+            [state] => {
+                let positions = state.tokens..state.tokens + tokens.len();
+                self.embed_with(&self.model.embeddings, tokens, positions.clone(), hidden)?;
+                self.rope.angles(positions.map(|p| (p, state.context())), angles);
+            }
+            _ => {
+                let positions = states.iter().map(|state| state.tokens);
+                self.embed_with(&self.model.embeddings, tokens, positions, hidden)?;
+                self.rope.angles(states.iter().map(|s| (s.tokens, s.context())), angles);
+            }
         }
         for (i, layer) in self.model.layers[..self.host_layers()].iter().enumerate() {
             let mut ops = CpuOps {
                 isa: self.isa,
                 pool: &self.pool,
-                eps: self.model.spec.norm_eps as f32,
+                norm: self.model.spec.norm(),
+                activation: self.model.spec.activation,
+                head_dim: self.model.spec.head_dim as usize,
                 angles,
-                attend: |x: QkvRows<'_>| self.attend(states, i, attention, x),
+                attend: |x: QkvRows<'_>, settings| self.attend(states, i, attention, settings, x),
                 scratch: cpu,
                 observer: &mut (),
             };
@@ -208,17 +222,19 @@ impl Engine {
         states: &mut [State],
         layer: usize,
         scratch: &mut AttentionScratch,
+        settings: AttentionSettings,
         x: QkvRows<'_>,
     ) {
         if let [state] = states {
-            return state.caches[layer].attend(self.isa, &self.pool, scratch, x);
+            return state.caches[layer].attend(self.isa, &self.pool, scratch, settings, x);
         }
         let Heads { q_width, kv_width, .. } = Heads::of(&self.model.spec);
         let rows = x.q.chunks_exact(q_width).zip(x.out.chunks_exact_mut(q_width));
         let keys = x.k.chunks_exact(kv_width).zip(x.v.chunks_exact(kv_width));
         for ((state, (q, out)), (k, v)) in states.iter_mut().zip(rows).zip(keys) {
             let cache = &mut state.caches[layer];
-            cache.attend(self.isa, &self.pool, scratch, QkvRows { q, k, v, out });
+            let x = QkvRows { q, k, v, out };
+            cache.attend(self.isa, &self.pool, scratch, settings, x);
         }
     }
 
@@ -230,38 +246,95 @@ impl Engine {
         scratch: &mut ForwardScratch,
         sink: &mut dyn FnMut(Output<'_>),
     ) {
-        let ForwardScratch { hidden, normed, logits, cpu, .. } = scratch;
+        let ForwardScratch { hidden, normed, projected, logits, cpu, .. } = scratch;
         let width = self.model.hidden_size();
         let selected = match pass.output {
             OutputKind::CacheOnly => return,
             OutputKind::AllLogits => &hidden[..],
             OutputKind::LastLogits | OutputKind::TopK(_) => &hidden[hidden.len() - width..],
         };
-        let eps = self.model.spec.norm_eps as f32;
         for (i, hidden) in selected.chunks(LOGITS_BATCH * width).enumerate() {
-            norm_rows(self.isa, &self.pool, hidden, &self.model.norm, eps, normed);
-            // [n, vocab] = [n, hidden] · [vocab, hidden]ᵀ
+            let mut x = hidden;
+            if self.model.spec.has_final_norm() {
+                self.last_norm(&self.pool, hidden, normed);
+                x = normed;
+            }
+            if let Some(project_out) = &self.model.project_out {
+                apply(self.isa, &self.pool, &mut cpu.linear, [project_out], x, [&mut *projected]);
+                x = projected;
+            }
+            // [n, vocab] = [n, embedding] · [vocab, embedding]ᵀ
             let lm_head = self.model.lm_head();
-            apply(self.isa, &self.pool, &mut cpu.linear, [lm_head], normed, [&mut *logits]);
+            apply(self.isa, &self.pool, &mut cpu.linear, [lm_head], x, [&mut *logits]);
+            if let Some(cap) = self.model.spec.logit_soft_cap {
+                self.pool.or_serial(logits.len() > MIN_PARALLEL_ELEMENTS).run_chunks(
+                    logits,
+                    CAPPED_LOGITS,
+                    |_, x| ops::soft_cap(self.isa, cap as f32, x),
+                );
+            }
             sink(Output::Logits { first: pass.first + i * LOGITS_BATCH, logits });
         }
     }
 
-    /// Writes the embeddings of `tokens`, [tokens, hidden], to `hidden`, which is resized.
+    /// The last norm of the model for `hidden`, [tokens, hidden], into `out`, which is resized.
+    pub(crate) fn last_norm(&self, pool: &Pool, hidden: &[f32], out: &mut Vec<f32>) {
+        let weights = NormWeights { weight: &self.model.norm, bias: self.model.norm_bias.as_ref() };
+        let elementwise = Elementwise { isa: self.isa, pool };
+        elementwise.norm_rows(hidden, weights, self.model.spec.norm(), out);
+    }
+
+    /// Writes the embeddings of `tokens` at the start of a sequence, [tokens, hidden], to `hidden`, which is
+    /// resized.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a token is not in the vocabulary.
+    /// [`Error::Invalid`] if a token is not in the vocabulary, [`Error::Usage`] if there are more tokens than
+    /// positions.
     pub fn embed(&self, tokens: &[u32], hidden: &mut Vec<f32>) -> Result<()> {
+        self.embed_with(&self.model.embeddings, tokens, 0..tokens.len(), hidden)
+    }
+
+    /// Like [`Engine::embed`], with the token embeddings of `table` and at any positions.
+    ///
+    /// # Errors
+    /// The errors of [`Engine::embed`].
+    pub fn embed_with(
+        &self,
+        table: &Weight,
+        tokens: &[u32],
+        positions: impl Iterator<Item = usize>,
+        hidden: &mut Vec<f32>,
+    ) -> Result<()> {
         self.check_vocabulary(tokens)?;
-        let embeddings = &self.model.embeddings;
-        let (width, table) = (embeddings.cols(), embeddings.view());
+        let (width, rows) = (table.cols(), table.view());
         hidden.resize(tokens.len() * width, 0.0);
+        let scale = self.model.spec.embedding_scale.map(|scale| scale as f32);
         let pool = self.pool.or_serial(hidden.len() > MIN_PARALLEL_ELEMENTS);
         pool.run_chunks(hidden, width, |first, out| {
             for (token, out) in tokens[first / width..].iter().zip(out.chunks_exact_mut(width)) {
-                table.decode_row(*token as usize, out);
+                rows.decode_row(*token as usize, out);
+                if let Some(scale) = scale {
+                    out.iter_mut().for_each(|x| *x *= scale);
+                }
             }
         });
+        if let Some(project_in) = &self.model.project_in {
+            let embedded = std::mem::take(hidden);
+            let scratch = &mut LinearScratch::default();
+            apply(self.isa, &self.pool, scratch, [project_in], &embedded, [hidden]);
+        }
+        let Some(learned) = &self.model.positions else { return Ok(()) };
+        let mut embedding = vec![0.0; learned.cols()];
+        for (position, x) in positions.zip(hidden.chunks_exact_mut(learned.cols())) {
+            if position >= learned.rows() {
+                let most = learned.rows();
+                let why =
+                    format!("the model has embeddings for {most} positions; shorten the text");
+                return Err(Error::usage(why));
+            }
+            learned.view().decode_row(position, &mut embedding);
+            x.iter_mut().zip(&embedding).for_each(|(x, e)| *x += e);
+        }
         Ok(())
     }
 
@@ -274,7 +347,8 @@ impl Engine {
             Some(kernel.prefill_batch(self.isa))
         };
         let layers = &self.model.layers[..self.host_layers()];
-        let mut matrices = layers.iter().flat_map(|layer| layer.linears().iter());
+        let mut matrices =
+            layers.iter().flat_map(Layer::matrices).filter(|(key, _)| *key != LayerMatrix::Router);
         let smallest = matrices
             .try_fold(MAX_PREFILL_BATCH, |most, (_, weight)| Some(most.min(kernel_batch(weight)?)));
         let most = smallest.unwrap_or(MAX_PREFILL_BATCH);

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use stb_format::ModelSpec;
+use stb_format::arch::Attention;
 use stb_kernels::kv::{KvKind, KvRows, mix, scores};
 use stb_kernels::{Isa, Panels, Pool, dense, gemm, ops};
 
@@ -26,6 +27,41 @@ pub(crate) struct Heads {
     pub kv_width: usize,
     /// Head width.
     pub width: usize,
+}
+
+/// How a layer computes attention.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttentionSettings {
+    /// The factor of scores.
+    scale: f32,
+    /// The number of tokens that a token attends to, itself included.
+    window: usize,
+    /// The soft cap of scores.
+    soft_cap: Option<f32>,
+}
+
+impl AttentionSettings {
+    /// The settings of `attention`.
+    pub(crate) fn new(attention: &Attention) -> Self {
+        Self {
+            scale: attention.scale as f32,
+            window: attention.window.map_or(usize::MAX, |window| window as usize),
+            soft_cap: attention.soft_cap.map(|cap| cap as f32),
+        }
+    }
+
+    /// The first key that the query of `position` attends to.
+    fn first_key(self, position: usize) -> usize {
+        (position + 1).saturating_sub(self.window)
+    }
+
+    /// Turns scores into weights.
+    fn weigh(self, isa: Isa, scores: &mut [f32]) {
+        if let Some(cap) = self.soft_cap {
+            ops::soft_cap(isa, cap, scores);
+        }
+        ops::softmax(isa, scores);
+    }
 }
 
 impl Heads {
@@ -133,6 +169,7 @@ impl KvCache {
         isa: Isa,
         pool: &Pool,
         scratch: &mut AttentionScratch,
+        settings: AttentionSettings,
         x: QkvRows<'_>,
     ) {
         let QkvRows { q, k, v, out } = x;
@@ -144,7 +181,7 @@ impl KvCache {
         pool.run_chunks(&mut self.by_head, 1, |index, head| {
             for head in head {
                 head.append(isa, heads, index, k, v);
-                head.attend(isa, heads, index, q);
+                head.attend(isa, heads, settings, index, q);
             }
         });
         let group_width = heads.group() * heads.width;
@@ -167,6 +204,17 @@ impl KvCache {
     }
 }
 
+/// The queries of the heads that share a KV head.
+#[derive(Clone, Copy)]
+struct QueryHeads<'a> {
+    heads: Heads,
+    settings: AttentionSettings,
+    /// The index of the KV head.
+    index: usize,
+    /// Queries of all heads, [tokens, q_width].
+    q: &'a [f32],
+}
+
 impl KvHead {
     fn append(&mut self, isa: Isa, heads: Heads, index: usize, k: &[f32], v: &[f32]) {
         let part = index * heads.width..(index + 1) * heads.width;
@@ -176,27 +224,37 @@ impl KvHead {
         }
     }
 
-    fn attend(&mut self, isa: Isa, heads: Heads, index: usize, q: &[f32]) {
+    fn attend(
+        &mut self,
+        isa: Isa,
+        heads: Heads,
+        settings: AttentionSettings,
+        index: usize,
+        q: &[f32],
+    ) {
+        let query = QueryHeads { heads, settings, index, q };
         let tokens = q.len() / heads.q_width;
         self.scratch.out.clear();
         self.scratch.out.resize(tokens * heads.group() * heads.width, 0.0);
         if tokens < GEMM_MIN_TOKENS {
             for token in 0..tokens {
-                self.attend_token(isa, heads, index, token, q);
+                self.attend_token(isa, query, token);
             }
         } else {
-            HEAD_PANELS.with_borrow_mut(|panels| self.attend_batch(isa, heads, index, q, panels));
+            HEAD_PANELS.with_borrow_mut(|panels| self.attend_batch(isa, query, panels));
         }
     }
 
     /// Attention of one token of `q`: scores, softmax, weighted sum of the values. All query heads of
     /// the group use a block of keys or values while it is in cache.
-    fn attend_token(&mut self, isa: Isa, heads: Heads, index: usize, token: usize, q: &[f32]) {
+    fn attend_token(&mut self, isa: Isa, query: QueryHeads<'_>, token: usize) {
+        let QueryHeads { heads, settings, index, q } = query;
         let Self { keys, values, scratch } = self;
         let HeadScratch { queries, scores: score_rows, attn_out, out } = scratch;
         let (group, width, padded) = (heads.group(), heads.width, keys.padded_width());
-        let visible = keys.len() - (q.len() / heads.q_width - 1 - token);
-        let scale = 1.0 / (width as f32).sqrt();
+        let end = keys.len() - (q.len() / heads.q_width - 1 - token);
+        let first = settings.first_key(end - 1);
+        let visible = end - first;
         let q = &q[token * heads.q_width + index * group * width..][..group * width];
         queries.clear();
         queries.resize(group * padded, 0.0);
@@ -207,10 +265,10 @@ impl KvHead {
         for from in (0..visible).step_by(CACHED_KEYS) {
             for (q, row) in queries.chunks_exact(padded).zip(score_rows.chunks_exact_mut(visible)) {
                 let to = from + CACHED_KEYS.min(visible - from);
-                scores(isa, q, keys, from, scale, &mut row[from..to]);
+                scores(isa, q, keys, first + from, settings.scale, &mut row[from..to]);
             }
         }
-        score_rows.chunks_exact_mut(visible).for_each(|row| ops::softmax(isa, row));
+        score_rows.chunks_exact_mut(visible).for_each(|row| settings.weigh(isa, row));
         attn_out.clear();
         attn_out.resize(group * padded, 0.0);
         for from in (0..visible).step_by(CACHED_KEYS) {
@@ -218,7 +276,7 @@ impl KvHead {
                 score_rows.chunks_exact(visible).zip(attn_out.chunks_exact_mut(padded))
             {
                 let to = from + CACHED_KEYS.min(visible - from);
-                mix(isa, &row[from..to], values, from, attn_out);
+                mix(isa, &row[from..to], values, first + from, attn_out);
             }
         }
         let out = &mut out[token * group * width..][..group * width];
@@ -228,23 +286,19 @@ impl KvHead {
     }
 
     /// Attention of all tokens of `q`, with two GEMMs per query head and block of queries.
-    fn attend_batch(
-        &mut self,
-        isa: Isa,
-        heads: Heads,
-        index: usize,
-        q: &[f32],
-        panels: &mut HeadPanels,
-    ) {
+    fn attend_batch(&mut self, isa: Isa, query: QueryHeads<'_>, panels: &mut HeadPanels) {
+        let QueryHeads { heads, settings, index, q } = query;
         let Self { keys, values, scratch } = self;
-        let (group, width, seen) = (heads.group(), heads.width, keys.len());
+        let (group, width) = (heads.group(), heads.width);
         let tokens = q.len() / heads.q_width;
         let HeadPanels { decoded, keys: key_panels, values: value_panels } = panels;
+        // Keys before the window of the first query are left out.
+        let first = settings.first_key(keys.len() - tokens);
+        let seen = keys.len() - first;
         keys.read(isa, decoded);
-        key_panels.pack_strided(decoded, seen, width, width);
+        key_panels.pack_strided(&decoded[first * width..], seen, width, width);
         values.read(isa, decoded);
-        value_panels.pack_transposed(decoded, width, seen, width);
-        let scale = 1.0 / (width as f32).sqrt();
+        value_panels.pack_transposed(&decoded[first * width..], width, seen, width);
         let HeadScratch { queries, scores, attn_out, out } = scratch;
         for (h, from) in
             (0..group).flat_map(|h| (0..tokens).step_by(QUERY_BLOCK).map(move |t| (h, t)))
@@ -255,16 +309,19 @@ impl KvHead {
             queries.clear();
             for q in q[from * heads.q_width..].chunks_exact(heads.q_width).take(count) {
                 let head = (index * group + h) * width;
-                queries.extend(q[head..head + width].iter().map(|q| q * scale));
+                queries.extend(q[head..head + width].iter().map(|q| q * settings.scale));
             }
             let visible_keys = key_panels.first(visible, width);
             let stride = visible_keys.row_stride();
             scores.resize(count * stride, 0.0);
             gemm(isa, &dense(queries, count, width), visible_keys, 0, scores);
-            // Causal mask: softmax over past keys, weight zero for future keys.
+            // The mask: softmax over the past keys of the window, weight zero for all others.
             for (i, row) in scores.chunks_exact_mut(stride).enumerate() {
-                let (past, future) = row.split_at_mut(visible - count + i + 1);
-                ops::softmax(isa, past);
+                let position = visible - count + i;
+                let (past, future) = row.split_at_mut(position + 1);
+                let (before, window) = past.split_at_mut(settings.first_key(position));
+                settings.weigh(isa, window);
+                before.fill(0.0);
                 future.fill(0.0);
             }
             // `dense` takes rows without padding.
@@ -290,8 +347,14 @@ mod tests {
         (0..n).map(|i| ((i * k) % 97) as f32 / 48.0 - 1.0).collect()
     }
 
-    /// softmax(q · kᵀ / √width) · v with a causal mask, in f64.
-    fn naive(heads: Heads, q: &[f32], keys: &[f32], values: &[f32]) -> Vec<f64> {
+    /// softmax(cap(scale · q · kᵀ)) · v with a causal mask and a window, in f64.
+    fn naive(
+        heads: Heads,
+        settings: AttentionSettings,
+        q: &[f32],
+        keys: &[f32],
+        values: &[f32],
+    ) -> Vec<f64> {
         let (tokens, seen) = (q.len() / heads.q_width, keys.len() / heads.kv_width);
         let mut out = Vec::new();
         for (t, head) in
@@ -302,15 +365,19 @@ mod tests {
                 let at = s * heads.kv_width + head / heads.group() * heads.width;
                 all[at..at + heads.width].iter().map(|v| f64::from(*v)).collect()
             };
-            let weights: Vec<f64> = (0..=seen - tokens + t)
+            let position = seen - tokens + t;
+            let visible = (0..=position).filter(|s| position - s < settings.window);
+            let weights: Vec<(usize, f64)> = visible
                 .map(|s| {
                     let terms = row(keys, s).into_iter().zip(q).map(|(k, q)| k * f64::from(*q));
-                    (terms.sum::<f64>() / (heads.width as f64).sqrt()).exp()
+                    let score = terms.sum::<f64>() * f64::from(settings.scale);
+                    let capped = settings.soft_cap.map(f64::from).map(|c| c * (score / c).tanh());
+                    (s, capped.unwrap_or(score).exp())
                 })
                 .collect();
-            let total: f64 = weights.iter().sum();
+            let total: f64 = weights.iter().map(|(_, w)| w).sum();
             for i in 0..heads.width {
-                let terms = weights.iter().enumerate().map(|(s, w)| w * row(values, s)[i]);
+                let terms = weights.iter().map(|(s, w)| w * row(values, *s)[i]);
                 out.push(terms.sum::<f64>() / total);
             }
         }
@@ -320,31 +387,39 @@ mod tests {
     /// Batches and single tokens, with and without cached tokens, for every KV cache type.
     #[test]
     fn attention_matches_its_definition() {
+        let scale = 1.0 / 24f32.sqrt();
+        for (window, soft_cap) in [(usize::MAX, None), (40, None), (7, Some(1.5))] {
+            let settings = AttentionSettings { scale: scale * 1.1, window, soft_cap };
+            for (kind, tolerance) in [(KvKind::F32, 1e-5), (KvKind::F16, 2e-3), (KvKind::Q8, 3e-2)]
+            {
+                check_attention(settings, kind, tolerance);
+            }
+        }
+    }
+
+    fn check_attention(settings: AttentionSettings, kind: KvKind, tolerance: f64) {
         let heads = Heads { q_width: 4 * 24, kv_width: 2 * 24, width: 24 };
         let isa = Isa::detect().unwrap();
         let pool = Pool::new(2).unwrap();
-        for (kind, tolerance) in [(KvKind::F32, 1e-5), (KvKind::F16, 2e-3), (KvKind::Q8, 3e-2)] {
-            for (earlier, tokens) in [(0, 5), (0, 70), (70, 130), (1, 64), (300, 1), (0, 1), (9, 3)]
-            {
-                let q = test_values((earlier + tokens) * heads.q_width, 7);
-                let keys = test_values((earlier + tokens) * heads.kv_width, 11);
-                let values = test_values((earlier + tokens) * heads.kv_width, 13);
-                let mut cache = KvCache::new(kind, heads);
-                let mut out = vec![0.0; q.len()];
-                let (q_split, kv_split) = (earlier * heads.q_width, earlier * heads.kv_width);
-                let ranges = [(0..q_split, 0..kv_split), (q_split..q.len(), kv_split..keys.len())];
-                for (q_range, kv_range) in ranges {
-                    let (k, v) = (&keys[kv_range.clone()], &values[kv_range]);
-                    let out = &mut out[q_range.clone()];
-                    let mut scratch = AttentionScratch::default();
-                    let q = &q[q_range];
-                    cache.attend(isa, &pool, &mut scratch, QkvRows { q, k, v, out });
-                }
-                let exact = naive(heads, &q[q_split..], &keys, &values);
-                for (a, b) in out[q_split..].iter().zip(&exact) {
-                    let error = (f64::from(*a) - b).abs();
-                    assert!(error < tolerance, "{kind:?} {tokens} after {earlier}: {a} {b}");
-                }
+        for (earlier, tokens) in [(0, 5), (0, 70), (70, 130), (1, 64), (300, 1), (0, 1), (9, 3)] {
+            let q = test_values((earlier + tokens) * heads.q_width, 7);
+            let keys = test_values((earlier + tokens) * heads.kv_width, 11);
+            let values = test_values((earlier + tokens) * heads.kv_width, 13);
+            let mut cache = KvCache::new(kind, heads);
+            let mut out = vec![0.0; q.len()];
+            let (q_split, kv_split) = (earlier * heads.q_width, earlier * heads.kv_width);
+            let ranges = [(0..q_split, 0..kv_split), (q_split..q.len(), kv_split..keys.len())];
+            for (q_range, kv_range) in ranges {
+                let (k, v) = (&keys[kv_range.clone()], &values[kv_range]);
+                let out = &mut out[q_range.clone()];
+                let mut scratch = AttentionScratch::default();
+                let q = &q[q_range];
+                cache.attend(isa, &pool, &mut scratch, settings, QkvRows { q, k, v, out });
+            }
+            let exact = naive(heads, settings, &q[q_split..], &keys, &values);
+            for (a, b) in out[q_split..].iter().zip(&exact) {
+                let error = (f64::from(*a) - b).abs();
+                assert!(error < tolerance, "{kind:?} {tokens} after {earlier}: {a} {b}");
             }
         }
     }

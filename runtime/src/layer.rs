@@ -1,44 +1,111 @@
 //! The weights of a decoder layer, by role.
 
-use stb_format::arch::{Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
+use std::sync::Arc;
+
+use stb_format::arch::{Block, Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
 
 use crate::sublayer::Sublayer;
 use crate::weights::Weight;
 
-/// The weights of one decoder layer: matrices `M`, [out, in], and norm weights `V`. Every backend
-/// has its own `M` and `V`. Gradients use this type too.
+/// The weights of one decoder layer: matrices `M`, [out, in], and vectors `V`: norm weights and biases. Every
+/// backend has its own `M` and `V`. Gradients use this type too.
 #[derive(Clone, Debug)]
 pub struct Layer<M = Weight, V = Vec<f32>> {
+    /// The description of the layer.
+    pub block: Arc<Block>,
     linears: LinearMap<M>,
-    norms: Vec<(NormSite, V)>,
+    vectors: Vec<(LayerVector, V)>,
+    router: Option<M>,
+    experts: Vec<LinearMap<M>>,
 }
 
-impl<M, V> Default for Layer<M, V> {
-    fn default() -> Self {
-        Self { linears: LinearMap::default(), norms: Vec::new() }
+/// A matrix of a decoder layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LayerMatrix {
+    /// The matrix of a linear layer.
+    Linear(Linear),
+    /// The router of a mixture of experts.
+    Router,
+    /// The matrix of a linear layer of an expert.
+    Expert(usize, Linear),
+}
+
+impl LayerMatrix {
+    /// The matrix with this role; `None` for vectors and tensors outside the decoder layers.
+    #[must_use]
+    pub fn of_role(role: Role) -> Option<Self> {
+        match role {
+            Role::Linear(linear) => Some(Self::Linear(linear)),
+            Role::Router => Some(Self::Router),
+            Role::Expert(expert, linear) => Some(Self::Expert(expert as usize, linear)),
+            _ => None,
+        }
+    }
+}
+
+/// A vector of a decoder layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerVector {
+    /// The weight of a norm.
+    Norm(NormSite),
+    /// The bias of a norm.
+    NormBias(NormSite),
+    /// The bias of a linear layer.
+    Bias(Linear),
+}
+
+impl LayerVector {
+    /// The sublayer that uses the vector.
+    fn sublayer(self) -> Sublayer {
+        match self {
+            Self::Norm(site) | Self::NormBias(site) => Sublayer::of_norm(site),
+            Self::Bias(linear) => Sublayer::of(linear.input()),
+        }
     }
 }
 
 impl<M, V> Layer<M, V> {
-    /// Builds a layer: `matrix` loads the linear layers and `vector` the norms among `tensors`.
+    /// Builds a layer: `matrix` loads the linear layers and `vector` the norms and biases among `tensors`.
     ///
     /// # Errors
     /// Errors of `matrix` and `vector`.
     pub fn load<E>(
+        block: Block,
         tensors: impl Iterator<Item = TensorSpec>,
         mut matrix: impl FnMut(&TensorSpec) -> Result<M, E>,
         mut vector: impl FnMut(&TensorSpec) -> Result<V, E>,
     ) -> Result<Self, E> {
-        let (mut linears, mut norms) = (Vec::new(), Vec::new());
+        let (mut linears, mut vectors, mut router) = (Vec::new(), Vec::new(), None);
+        let mut experts: Vec<Vec<(Linear, M)>> = Vec::new();
         for tensor in tensors {
             match tensor.role {
                 Role::Linear(linear) => linears.push((linear, matrix(&tensor)?)),
-                Role::Norm(site) => norms.push((site, vector(&tensor)?)),
-                // `crate::model` rejects blocks with other tensors.
-                _ => {}
+                Role::Norm(site) => vectors.push((LayerVector::Norm(site), vector(&tensor)?)),
+                Role::NormBias(site) => {
+                    vectors.push((LayerVector::NormBias(site), vector(&tensor)?));
+                }
+                Role::Bias(linear) => vectors.push((LayerVector::Bias(linear), vector(&tensor)?)),
+                Role::Router => router = Some(matrix(&tensor)?),
+                Role::Expert(expert, linear) => {
+                    let at = expert as usize;
+                    experts.resize_with(experts.len().max(at + 1), Vec::new);
+                    experts[at].push((linear, matrix(&tensor)?));
+                }
+                // Not in a layer.
+                Role::TokenEmbedding
+                | Role::PositionEmbedding
+                | Role::ProjectIn
+                | Role::ProjectOut
+                | Role::LmHead => {}
             }
         }
-        Ok(Self { linears: linears.into_iter().collect(), norms })
+        Ok(Self {
+            block: Arc::new(block),
+            linears: linears.into_iter().collect(),
+            vectors,
+            router,
+            experts: experts.into_iter().map(|expert| expert.into_iter().collect()).collect(),
+        })
     }
 
     /// The matrix of a linear layer.
@@ -69,14 +136,65 @@ impl<M, V> Layer<M, V> {
         &mut self.linears
     }
 
+    /// The router of the mixture of experts, [experts, hidden], if the layer has one.
+    #[must_use]
+    pub fn router(&self) -> Option<&M> {
+        self.router.as_ref()
+    }
+
+    /// The matrices of each expert; empty without a mixture of experts.
+    #[must_use]
+    pub fn experts(&self) -> &[LinearMap<M>] {
+        &self.experts
+    }
+
+    /// All matrices: linear layers, router, experts.
+    pub fn matrices(&self) -> impl Iterator<Item = (LayerMatrix, &M)> {
+        let linears = self.linears.iter().map(|(linear, m)| (LayerMatrix::Linear(linear), m));
+        let router = self.router.iter().map(|m| (LayerMatrix::Router, m));
+        let experts = self.experts.iter().enumerate().flat_map(|(expert, matrices)| {
+            matrices.iter().map(move |(linear, m)| (LayerMatrix::Expert(expert, linear), m))
+        });
+        linears.chain(router).chain(experts)
+    }
+
+    /// The matrix `key`, if the layer has it.
+    #[must_use]
+    pub fn matrix(&self, key: LayerMatrix) -> Option<&M> {
+        match key {
+            LayerMatrix::Linear(linear) => self.linears.get(linear),
+            LayerMatrix::Router => self.router.as_ref(),
+            LayerMatrix::Expert(expert, linear) => self.experts.get(expert)?.get(linear),
+        }
+    }
+
+    /// Mutable form of [`Layer::matrix`].
+    pub fn matrix_mut(&mut self, key: LayerMatrix) -> Option<&mut M> {
+        match key {
+            LayerMatrix::Linear(linear) => self.linears.get_mut(linear),
+            LayerMatrix::Router => self.router.as_mut(),
+            LayerMatrix::Expert(expert, linear) => self.experts.get_mut(expert)?.get_mut(linear),
+        }
+    }
+
+    /// A vector of the layer, if the layer has it.
+    #[must_use]
+    pub fn vector(&self, key: LayerVector) -> Option<&V> {
+        self.vectors.iter().find(|(k, _)| *k == key).map(|(_, vector)| vector)
+    }
+
+    /// Mutable form of [`Layer::vector`].
+    pub fn vector_mut(&mut self, key: LayerVector) -> Option<&mut V> {
+        self.vectors.iter_mut().find(|(k, _)| *k == key).map(|(_, vector)| vector)
+    }
+
     /// The weight of a norm.
     ///
     /// # Panics
     /// If the decoder layer does not have it.
     #[must_use]
     pub fn norm(&self, site: NormSite) -> &V {
-        let found = self.norms.iter().find(|(s, _)| *s == site);
-        found.map(|(_, norm)| norm).expect("a norm of the block")
+        self.vector(LayerVector::Norm(site)).expect("a norm of the block")
     }
 
     /// Mutable form of [`Layer::norm`].
@@ -84,18 +202,17 @@ impl<M, V> Layer<M, V> {
     /// # Panics
     /// If the decoder layer does not have it.
     pub fn norm_mut(&mut self, site: NormSite) -> &mut V {
-        let found = self.norms.iter_mut().find(|(s, _)| *s == site);
-        found.map(|(_, norm)| norm).expect("a norm of the block")
+        self.vector_mut(LayerVector::Norm(site)).expect("a norm of the block")
     }
 
-    /// The weights of all norms, in the order of the tensors.
-    pub fn norms(&self) -> impl ExactSizeIterator<Item = (NormSite, &V)> {
-        self.norms.iter().map(|(site, norm)| (*site, norm))
+    /// All vectors, in the order of the tensors.
+    pub fn vectors(&self) -> impl ExactSizeIterator<Item = (LayerVector, &V)> {
+        self.vectors.iter().map(|(key, vector)| (*key, vector))
     }
 
-    /// Mutable form of [`Layer::norms`].
-    pub fn norms_mut(&mut self) -> impl ExactSizeIterator<Item = (NormSite, &mut V)> {
-        self.norms.iter_mut().map(|(site, norm)| (*site, norm))
+    /// Mutable form of [`Layer::vectors`].
+    pub fn vectors_mut(&mut self) -> impl ExactSizeIterator<Item = (LayerVector, &mut V)> {
+        self.vectors.iter_mut().map(|(key, vector)| (*key, vector))
     }
 
     /// A layer with only the weights of `sublayer`.
@@ -106,22 +223,35 @@ impl<M, V> Layer<M, V> {
         V: Clone,
     {
         let linears = self.linears.iter().filter(|(l, _)| Sublayer::of(l.input()) == sublayer);
-        let norms = self.norms.iter().filter(|(site, _)| Sublayer::of_norm(*site) == sublayer);
+        let vectors = self.vectors.iter().filter(|(key, _)| key.sublayer() == sublayer);
         Self {
+            block: self.block.clone(),
             linears: linears.map(|(linear, m)| (linear, m.clone())).collect(),
-            norms: norms.cloned().collect(),
+            vectors: vectors.cloned().collect(),
+            router: self.router.clone().filter(|_| sublayer == Sublayer::Mlp),
+            experts: match sublayer {
+                Sublayer::Mlp => self.experts.clone(),
+                Sublayer::Attention => Vec::new(),
+            },
         }
     }
 
-    /// Converts each matrix with `matrix` and each norm weight with `vector`.
+    /// Converts each matrix with `matrix` and each vector with `vector`.
     pub fn map<M2, V2>(
         &self,
-        matrix: impl FnMut(Linear, &M) -> M2,
-        mut vector: impl FnMut(NormSite, &V) -> V2,
+        mut matrix: impl FnMut(LayerMatrix, &M) -> M2,
+        mut vector: impl FnMut(LayerVector, &V) -> V2,
     ) -> Layer<M2, V2> {
+        let mut expert = |(index, matrices): (usize, &LinearMap<M>)| {
+            matrices.map(|linear, m| matrix(LayerMatrix::Expert(index, linear), m))
+        };
+        let experts = self.experts.iter().enumerate().map(&mut expert).collect();
         Layer {
-            linears: self.linears.map(matrix),
-            norms: self.norms.iter().map(|(site, norm)| (*site, vector(*site, norm))).collect(),
+            block: self.block.clone(),
+            experts,
+            linears: self.linears.map(|linear, m| matrix(LayerMatrix::Linear(linear), m)),
+            vectors: self.vectors.iter().map(|(key, v)| (*key, vector(*key, v))).collect(),
+            router: self.router.as_ref().map(|m| matrix(LayerMatrix::Router, m)),
         }
     }
 
@@ -134,11 +264,19 @@ impl<M, V> Layer<M, V> {
         mut matrix: impl FnMut(&M) -> Result<M2, E>,
         mut vector: impl FnMut(&V) -> Result<V2, E>,
     ) -> Result<Layer<M2, V2>, E> {
-        let linears = self.linears.iter().map(|(linear, m)| Ok((linear, matrix(m)?)));
-        let norms = self.norms.iter().map(|(site, norm)| Ok((*site, vector(norm)?)));
+        let mut map = |matrices: &LinearMap<M>| {
+            let each = matrices.iter().map(|(linear, m)| Ok((linear, matrix(m)?)));
+            each.collect::<Result<LinearMap<M2>, E>>()
+        };
+        let linears = map(&self.linears)?;
+        let experts = self.experts.iter().map(map).collect::<Result<_, E>>()?;
+        let vectors = self.vectors.iter().map(|(key, v)| Ok((*key, vector(v)?)));
         Ok(Layer {
-            linears: linears.collect::<Result<_, E>>()?,
-            norms: norms.collect::<Result<_, E>>()?,
+            block: self.block.clone(),
+            linears,
+            experts,
+            router: self.router.as_ref().map(&mut matrix).transpose()?,
+            vectors: vectors.collect::<Result<_, E>>()?,
         })
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use stb_format::arch::{Activation, MlpKind, NormKind, NormPlacement, Position, Role, TensorSpec};
+use stb_format::arch::{MlpKind, NormPlacement, NormSite, Role, TensorSpec};
 use stb_format::{File, MetaView, ModelSpec, ValueRef};
 
 use crate::checkpoint::Checkpoint;
@@ -19,13 +19,21 @@ use crate::weights::Weight;
 pub struct Model {
     /// The architecture.
     pub spec: ModelSpec,
-    /// Token embeddings, [vocab, hidden].
+    /// Token embeddings, [vocab, embedding].
     pub embeddings: Weight,
     /// Decoder layers.
     pub layers: Vec<Layer>,
-    /// The weight of the last norm, `[hidden]`.
+    /// Learned position embeddings, [context, hidden], if the model has them.
+    pub positions: Option<Weight>,
+    /// The projection of token embeddings to the residual stream, [hidden, embedding], if their widths differ.
+    pub project_in: Option<Weight>,
+    /// The projection of the residual stream to the input of the lm_head, [embedding, hidden].
+    pub project_out: Option<Weight>,
+    /// The weight of the last norm, `[hidden]`; empty if the model has no last norm.
     pub norm: Vec<f32>,
-    /// The lm_head, [vocab, hidden]; `None` with tied embeddings ([`Model::lm_head`] returns either).
+    /// The bias of the last norm, `[hidden]`.
+    pub norm_bias: Option<Vec<f32>>,
+    /// The lm_head, [vocab, embedding]; `None` with tied embeddings ([`Model::lm_head`] returns either).
     pub own_lm_head: Option<Weight>,
     /// The file or folder that the model was loaded from.
     pub source: PathBuf,
@@ -81,10 +89,11 @@ impl Model {
             Weight::new(bytes.clone(), range, tensor.encoding().clone(), rows, cols)
         };
         let origin = Origin { source: path, file_bytes: bytes.len() as u64, verified };
-        Self::assemble(spec, texts, origin, find)
+        let layers = load_layers(&spec, find)?;
+        Self::assemble(spec, texts, origin, layers, find)
     }
 
-    /// A model from a dense checkpoint. Weights are used in place.
+    /// A model from a checkpoint. Weights that are dense in the file are used in place, others are dequantized.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a broken tokenizer, [`Error::Unsupported`] for a block that this version
@@ -92,38 +101,56 @@ impl Model {
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
         let texts = Texts::from_checkpoint(checkpoint)?;
         let file_bytes = checkpoint.files.iter().map(|f| f.bytes.len() as u64).sum();
-        let origin = Origin { source: &checkpoint.folder, file_bytes, verified: false };
+        let origin = Origin { source: &checkpoint.source, file_bytes, verified: false };
         let spec = checkpoint.spec.clone();
-        Self::assemble(spec, texts, origin, |name| checkpoint.weight(name))
+        let find = |name: &str| checkpoint.weight(name);
+        let layers = load_layers(&spec, find)?;
+        Self::assemble(spec, texts, origin, layers, find)
+    }
+
+    /// A model from a checkpoint without its decoder layers, which [`Model::load_layer`] loads.
+    ///
+    /// # Errors
+    /// The errors of [`Model::from_checkpoint`].
+    pub(crate) fn without_layers(checkpoint: &Checkpoint) -> Result<Self> {
+        let texts = Texts::from_checkpoint(checkpoint)?;
+        let file_bytes = checkpoint.files.iter().map(|f| f.bytes.len() as u64).sum();
+        let origin = Origin { source: &checkpoint.source, file_bytes, verified: false };
+        (0..checkpoint.spec.layers).try_for_each(|i| require_supported(&checkpoint.spec, i))?;
+        let spec = checkpoint.spec.clone();
+        Self::assemble(spec, texts, origin, Vec::new(), |name| checkpoint.weight(name))
+    }
+
+    /// Decoder layer `index` of `checkpoint`.
+    ///
+    /// # Errors
+    /// The errors of [`Checkpoint::weight`].
+    pub fn load_layer(checkpoint: &Checkpoint, index: usize) -> Result<Layer> {
+        load_layer(&checkpoint.spec, index as u64, |name| checkpoint.weight(name))
     }
 
     fn assemble(
         spec: ModelSpec,
         texts: Texts,
         origin: Origin<'_>,
+        layers: Vec<Layer>,
         find: impl Fn(&str) -> Result<Weight>,
     ) -> Result<Self> {
         let matrix = |tensor: &TensorSpec| find(&tensor.name);
         let vector = |tensor: &TensorSpec| find(&tensor.name).map(|weight| weight.decode());
-        let mut layers = Vec::new();
-        for i in 0..spec.layers {
-            require_supported(&spec, i)?;
-            layers.push(Layer::load(spec.layer_tensors(i), matrix, vector)?);
-        }
-        let (mut embeddings, mut norm, mut own_lm_head) = (None, None, None);
-        for tensor in spec.tensors().filter(|tensor| tensor.layer.is_none()) {
-            match tensor.role {
-                Role::TokenEmbedding => embeddings = Some(matrix(&tensor)?),
-                Role::LmHead => own_lm_head = Some(matrix(&tensor)?),
-                _ => norm = Some(vector(&tensor)?),
-            }
-        }
-        let missing = || Error::Internal { what: "a model without embeddings or last norm".into() };
+        let outside = |role: Role| spec.tensors().find(|tensor| tensor.role == role);
+        let outside_matrix = |role| outside(role).as_ref().map(matrix).transpose();
+        let outside_vector = |role| outside(role).as_ref().map(vector).transpose();
+        let missing = || Error::Internal { what: "a model without embeddings".into() };
         Ok(Self {
-            embeddings: embeddings.ok_or_else(missing)?,
+            embeddings: outside_matrix(Role::TokenEmbedding)?.ok_or_else(missing)?,
+            positions: outside_matrix(Role::PositionEmbedding)?,
+            project_in: outside_matrix(Role::ProjectIn)?,
+            project_out: outside_matrix(Role::ProjectOut)?,
             layers,
-            norm: norm.ok_or_else(missing)?,
-            own_lm_head,
+            norm: outside_vector(Role::Norm(NormSite::Final))?.unwrap_or_default(),
+            norm_bias: outside_vector(Role::NormBias(NormSite::Final))?,
+            own_lm_head: outside_matrix(Role::LmHead)?,
             source: origin.source.to_owned(),
             file_bytes: origin.file_bytes,
             verified: origin.verified,
@@ -138,7 +165,7 @@ impl Model {
         self.spec.tensors().map(|tensor| tensor.shape.iter().product::<u64>()).sum()
     }
 
-    /// The matrix that turns hidden states into logits, [vocab, hidden].
+    /// The matrix that turns hidden states into logits, [vocab, embedding].
     #[must_use]
     pub fn lm_head(&self) -> &Weight {
         self.own_lm_head.as_ref().unwrap_or(&self.embeddings)
@@ -147,23 +174,26 @@ impl Model {
     /// The width of the residual stream.
     #[must_use]
     pub fn hidden_size(&self) -> usize {
-        self.norm.len()
+        self.spec.hidden_size as usize
     }
 
     /// The matrices of all linear layers and the lm_head, in the order of a forward pass.
     pub fn matrices(&self) -> impl Iterator<Item = &Weight> {
-        let layers = self.layers.iter().flat_map(|layer| layer.linears().iter());
-        layers.map(|(_, weight)| weight).chain([self.lm_head()])
+        let layers = self.layers.iter().flat_map(Layer::matrices);
+        let projections = self.project_in.iter().chain(&self.project_out);
+        layers.map(|(_, weight)| weight).chain(projections).chain([self.lm_head()])
     }
 
-    /// Bytes of weights that a forward pass of one token reads: the matrices and the norms (f32), without
-    /// the row of the embeddings.
+    /// Bytes of weights that a forward pass of one token reads: the matrices, of mixtures of experts those of
+    /// the active experts, and the vectors (f32), without the row of the embeddings.
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
-        let matrices: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();
-        let norms = self.layers.iter().flat_map(Layer::norms).map(|(_, norm)| norm.len());
-        let norms = norms.sum::<usize>() + self.norm.len();
-        matrices + 4 * norms as u64
+        let all: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();
+        let idle: u64 = self.layers.iter().map(idle_expert_bytes).sum();
+        let matrices = all - idle;
+        let vectors = self.layers.iter().flat_map(Layer::vectors).map(|(_, vector)| vector.len());
+        let vectors = vectors.sum::<usize>() + self.norm.len();
+        matrices + 4 * vectors as u64
     }
 
     /// The tokenizer.
@@ -173,7 +203,8 @@ impl Model {
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let json = self.texts.tokenizer.as_deref().ok_or_else(|| {
             Error::invalid(format!(
-                "{} has no tokenizer.json; put the model's tokenizer.json beside the weights",
+                "{} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the \
+                 weights",
                 self.source.display()
             ))
         })?;
@@ -204,29 +235,47 @@ impl Model {
     }
 }
 
-/// Rejects blocks with features that the forward pass ([`crate::block`]) lacks. The error names the
-/// feature.
+/// All decoder layers of a model, whose weights `find` finds by name.
+fn load_layers(spec: &ModelSpec, find: impl Fn(&str) -> Result<Weight>) -> Result<Vec<Layer>> {
+    let load = |layer| {
+        require_supported(spec, layer)?;
+        load_layer(spec, layer, &find)
+    };
+    (0..spec.layers).map(load).collect()
+}
+
+fn load_layer(
+    spec: &ModelSpec,
+    layer: u64,
+    find: impl Fn(&str) -> Result<Weight>,
+) -> Result<Layer> {
+    let matrix = |tensor: &TensorSpec| find(&tensor.name);
+    let vector = |tensor: &TensorSpec| find(&tensor.name).map(|weight| weight.decode());
+    Layer::load(spec.block(layer), spec.layer_tensors(layer), matrix, vector)
+}
+
+/// Bytes of the experts of a layer that a token does not use.
+fn idle_expert_bytes(layer: &Layer) -> u64 {
+    let Some(spec) = layer.block.mlp.experts else { return 0 };
+    let experts = layer.experts().iter().flat_map(|expert| expert.iter());
+    let bytes: u64 = experts.map(|(_, weight)| weight.byte_len() as u64).sum();
+    bytes / spec.count.max(1) * spec.count.saturating_sub(spec.active)
+}
+
+/// Rejects combinations of features that the forward pass ([`crate::block`]) lacks.
 fn require_supported(spec: &ModelSpec, layer: u64) -> Result<()> {
     let block = spec.block(layer);
-    let missing = [
-        (block.norm.kind != NormKind::Rms, "norms other than RMSNorm"),
-        (block.norm.placement != NormPlacement::Pre, "norms after a sublayer"),
-        (block.attention.position != Position::Rope, "positions without RoPE"),
-        (block.attention.qkv_bias || block.attention.output_bias || block.mlp.bias, "biases"),
-        (block.attention.qk_norm, "norms of queries and keys"),
-        (block.attention.window.is_some(), "attention windows"),
-        (block.attention.soft_cap.is_some(), "soft caps of attention scores"),
-        (block.mlp.kind != MlpKind::Gated, "an MLP without gate"),
-        (block.mlp.activation != Activation::Silu, "activations other than SiLU"),
-        (block.mlp.experts.is_some(), "mixtures of experts"),
-    ];
-    match missing.into_iter().find(|(is_missing, _)| *is_missing) {
-        None => Ok(()),
-        Some((_, feature)) => Err(Error::unsupported(format!(
-            "{:?} models need {feature}, which this version cannot run",
-            spec.architecture
-        ))),
+    let is_plain = block.norm.placement == NormPlacement::Pre
+        && block.mlp.kind == MlpKind::Gated
+        && !block.mlp.bias;
+    if block.mlp.experts.is_some() && !is_plain {
+        return Err(Error::unsupported(
+            "this model has experts with biases, without gates or with norms after them, which this version \
+             cannot run"
+                .to_owned(),
+        ));
     }
+    Ok(())
 }
 
 impl Texts {

@@ -3,17 +3,17 @@
 
 use std::ops::ControlFlow;
 
+use stb_format::arch::Block;
 use stb_kernels::kv::KvKind;
 
-use crate::block::{BlockScratch, run_sublayer};
-use crate::cpu::{CpuOps, CpuScratch, Observer, add};
+use crate::block::{BlockInput, BlockScratch, finish_sublayer, run_sublayer};
+use crate::cpu::{CpuOps, CpuScratch};
 use crate::engine::Engine;
 use crate::kv_cache::{AttentionScratch, Heads, KvCache, QkvRows};
 use crate::layer::Layer;
-use crate::linear::{LinearScratch, apply};
+use crate::observer::Observer;
 use crate::rope::RopeAngles;
 use crate::sublayer::Sublayer;
-use crate::weights::Weight;
 
 impl Engine {
     /// Runs one decoder layer over a whole sequence and updates `hidden`, [tokens, hidden]. `observer`
@@ -35,16 +35,20 @@ impl Engine {
         let pool = self.pool.or_serial(false);
         let mut angles = RopeAngles::default();
         if sublayer == Sublayer::Attention {
-            self.rope.angles(0..hidden.len() / self.model.hidden_size(), &mut angles);
+            self.sequence_angles(hidden.len() / self.model.hidden_size(), &mut angles);
         }
         let mut cache = KvCache::new(KvKind::F32, Heads::of(&self.model.spec));
         let mut attention = AttentionScratch::default();
         let mut ops = CpuOps {
             isa: self.isa,
             pool,
-            eps: self.model.spec.norm_eps as f32,
+            norm: self.model.spec.norm(),
+            activation: self.model.spec.activation,
+            head_dim: self.model.spec.head_dim as usize,
             angles: &angles,
-            attend: |x: QkvRows<'_>| cache.attend(self.isa, pool, &mut attention, x),
+            attend: |x: QkvRows<'_>, settings| {
+                cache.attend(self.isa, pool, &mut attention, settings, x);
+            },
             scratch: &mut CpuScratch::default(),
             observer,
         };
@@ -53,22 +57,46 @@ impl Engine {
         flow
     }
 
-    /// `hidden += x · weightᵀ`, as in the last linear layer of a sublayer: `x` is [tokens, in],
-    /// `hidden` [tokens, out].
-    pub fn add_linear(&self, weight: &Weight, x: &[f32], hidden: &mut [f32]) {
-        let (pool, mut out) = (self.pool.or_serial(false), Vec::new());
-        apply(self.isa, pool, &mut LinearScratch::default(), [weight], x, [&mut out]);
-        add(pool, hidden, &out);
+    /// The last linear layer of `sublayer` and what follows it: `x`, [tokens, in], is its input, `hidden`,
+    /// [tokens, hidden], the residual stream, which is updated.
+    pub fn finish_sublayer(
+        &self,
+        sublayer: Sublayer,
+        layer: &Layer,
+        x: &Vec<f32>,
+        hidden: &mut [f32],
+    ) {
+        let pool = self.pool.or_serial(false);
+        let mut ops = CpuOps {
+            isa: self.isa,
+            pool,
+            norm: self.model.spec.norm(),
+            activation: self.model.spec.activation,
+            head_dim: self.model.spec.head_dim as usize,
+            angles: &RopeAngles::default(),
+            attend: |_: QkvRows<'_>, _| {},
+            scratch: &mut CpuScratch::default(),
+            observer: &mut (),
+        };
+        // The CPU cannot fail, and no observer stops the layer.
+        let Ok(_) = finish_sublayer(&mut ops, sublayer, layer, BlockInput::Plain(x), hidden);
     }
 
-    /// Applies RoPE in place to the heads of `x`, [tokens, width], at the start of a sequence. With
-    /// `inverse`, applies the inverse rotation, which is the transpose.
-    pub fn rotate(&self, x: &mut [f32], width: usize, inverse: bool) {
+    /// Applies the RoPE of `layer` in place to the heads of `x`, [tokens, width], at the start of a sequence.
+    /// With `transposed`, applies the transposed rotation: the inverse, unless the scaling of RoPE scales the
+    /// rotated values.
+    pub fn rotate(&self, layer: &Block, x: &mut [f32], width: usize, transposed: bool) {
+        let Some(table) = layer.attention.rope else { return };
         let mut angles = RopeAngles::default();
-        self.rope.angles(0..x.len() / width, &mut angles);
-        if inverse {
-            angles.invert();
+        self.sequence_angles(x.len() / width, &mut angles);
+        if transposed {
+            angles.transpose();
         }
-        angles.rotate(self.pool.or_serial(false), x, width);
+        angles.table(table).rotate(self.pool.or_serial(false), x, width);
+    }
+
+    /// The angles of a whole sequence of `tokens` tokens.
+    fn sequence_angles(&self, tokens: usize, angles: &mut RopeAngles) {
+        self.rope.angles((0..tokens).map(|position| (position, tokens)), angles);
     }
 }

@@ -31,6 +31,8 @@ pub(crate) struct ForwardScratch {
     pub hidden: Vec<f32>,
     /// The residual stream after the last norm, [tokens, hidden].
     pub normed: Vec<f32>,
+    /// The input of the lm_head if it is narrower than the residual stream, [tokens, embedding].
+    pub projected: Vec<f32>,
     /// Logits of a batch, [tokens, vocab].
     pub logits: Vec<f32>,
     pub angles: RopeAngles,

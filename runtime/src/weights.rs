@@ -101,6 +101,11 @@ impl Weight {
         &self.bytes[self.range.clone()]
     }
 
+    /// The memory that holds the stored bytes.
+    pub(crate) fn shared_bytes(&self) -> &Arc<Bytes> {
+        &self.bytes
+    }
+
     /// Decodes all weights, [rows, cols].
     #[must_use]
     pub fn decode(&self) -> Vec<f32> {

@@ -12,7 +12,10 @@ import struct
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from container import CRITICAL, SECTION_NAMES, StbFile
+from decoder import Decoder
 from errors import StbError, memory_guard
 from weights import ENCODING_NAMES
 
@@ -27,15 +30,19 @@ def main() -> int:
         ("inspect", inspect, "show sections, tensors and metadata"),
         ("verify", verify, "check everything that the format asks for"),
         ("hashes", hashes, "print the hashes of all decoded tensors, and the metadata, as JSON"),
+        ("losses", losses, "print the loss of each of the given tokens after the first, as JSON"),
         ("test", test, "run all vectors of a manifest"),
     ):
         command = commands.add_parser(name, help=about)
         command.add_argument("file", type=Path, metavar="MANIFEST" if name == "test" else "FILE")
+        if name == "losses":
+            command.add_argument("ids", type=int, nargs="+", metavar="ID")
         command.set_defaults(function=function)
     arguments = parser.parse_args()
     try:
         with memory_guard():
-            return arguments.function(arguments.file)
+            extra = [arguments.ids] if "ids" in arguments else []
+            return arguments.function(arguments.file, *extra)
     except StbError as error:
         print(f"{arguments.file}: {error}", file=sys.stderr)
         return REFUSED
@@ -82,6 +89,18 @@ def verify(path: Path) -> int:
 
 def hashes(path: Path) -> int:
     print(json.dumps(describe(StbFile.open(path)), indent=1))
+    return 0
+
+
+def losses(path: Path, ids: list[int]) -> int:
+    """−ln of the probability that the model gives each token after those before it."""
+    decoder = Decoder(StbFile.open(path))
+    if not all(0 <= id_ < decoder.profile.vocab_size for id_ in ids):
+        raise StbError(None, "an id is outside the vocabulary")
+    logits = decoder.logits(ids[:-1], context=len(ids))
+    logits -= logits.max(axis=-1, keepdims=True)
+    found = logits[range(len(ids) - 1), ids[1:]]
+    print(json.dumps((np.log(np.exp(logits).sum(axis=-1)) - found).tolist()))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 pub mod choices;
 pub mod conversion;
+pub mod gguf;
 pub mod paths;
 pub mod programs;
 pub mod random_model;

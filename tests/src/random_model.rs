@@ -7,23 +7,26 @@ use std::path::Path;
 
 use anyhow::bail;
 use stb_convert::Recipe;
-use stb_format::arch::{Architecture, Role, TensorSpec};
+use stb_format::arch::{ExpertsSpec, LayerSet, QkNorm, Role, TensorSpec};
 use stb_format::encoding::{Dense, IntGroup};
-use stb_format::{Activation, Encoding, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
+use stb_format::{Encoding, Meta, ModelSpec, Value, Writer};
 
 use crate::tiny::{self, tokenizer};
 use crate::vectors::content;
 use stb_random::Rng;
 
 /// The names that [`shape`] accepts.
-pub const SHAPES: [&str; 6] =
-    ["llama-1b", "llama-7b", "llama-13b", "llama-3-8b", "llama-70b", "tiny"];
+pub const SHAPES: [&str; 7] =
+    ["llama-1b", "llama-7b", "llama-13b", "llama-3-8b", "llama-70b", "qwen3-30b-a3b", "tiny"];
 
 /// The architecture called `name`; `layers` replaces its number of decoder layers.
 ///
 /// # Errors
 /// If the name is not in [`SHAPES`].
 pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
+    if name == "qwen3-30b-a3b" {
+        return Ok(mixture(layers.unwrap_or(48)));
+    }
     // vocabulary, hidden, intermediate, layers, heads, key and value heads, context
     let [vocab_size, hidden_size, intermediate_size, depth, heads, kv_heads, context_length] =
         match name {
@@ -37,7 +40,6 @@ pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
             _ => bail!("{name} is not a shape; there are {}", SHAPES.join(", ")),
         };
     Ok(ModelSpec {
-        architecture: Architecture::LLAMA,
         vocab_size,
         hidden_size,
         intermediate_size,
@@ -48,11 +50,34 @@ pub fn shape(name: &str, layers: Option<u64>) -> anyhow::Result<ModelSpec> {
         context_length,
         norm_eps: 1e-5,
         rope_theta: 10_000.0,
-        rope_pairing: RopePairing::Half,
-        rope_scaling: RopeScaling::None,
         tied_embeddings: matches!(name, "llama-1b" | "tiny"),
-        activation: Activation::Silu,
+        ..ModelSpec::default()
     })
+}
+
+/// Qwen3-30B-A3B: 128 experts, 8 of them per token.
+fn mixture(layers: u64) -> ModelSpec {
+    ModelSpec {
+        vocab_size: 151_936,
+        hidden_size: 2048,
+        intermediate_size: 6144,
+        layers,
+        heads: 32,
+        kv_heads: 4,
+        head_dim: 128,
+        context_length: 40_960,
+        norm_eps: 1e-6,
+        rope_theta: 1_000_000.0,
+        qk_norm: QkNorm::Head,
+        experts: Some(ExpertsSpec {
+            count: 128,
+            active: 8,
+            intermediate_size: 768,
+            normalize: true,
+            layers: LayerSet::All,
+        }),
+        ..ModelSpec::default()
+    }
 }
 
 /// Writes a model of this architecture with the encodings of `recipe`. Tensors of the same shape and encoding
@@ -76,7 +101,7 @@ pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyh
         let encoding = match role {
             Role::TokenEmbedding => embeddings.clone(),
             Role::LmHead => head.clone(),
-            Role::Linear(_) => body.clone(),
+            Role::Linear(_) | Role::Expert(..) => body.clone(),
             _ => Encoding::Dense(Dense::F32),
         };
         parameters += shape.iter().product::<u64>();
@@ -106,6 +131,13 @@ pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyh
 /// If the folder cannot be written.
 pub fn checkpoint(folder: &Path, spec: &ModelSpec) {
     let mut config = tiny::config();
+    if let Some(experts) = &spec.experts {
+        config["model_type"] = "qwen3_moe".into();
+        config["norm_topk_prob"] = experts.normalize.into();
+        config["num_experts"] = experts.count.into();
+        config["num_experts_per_tok"] = experts.active.into();
+        config["moe_intermediate_size"] = experts.intermediate_size.into();
+    }
     for (key, value) in [
         ("vocab_size", 64),
         ("hidden_size", spec.hidden_size),

@@ -4,9 +4,8 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value as Json, json};
-use stb_format::arch::TensorSpec;
 use stb_format::encoding::Dense;
-use stb_runtime::parse_config;
+use stb_runtime::{Config, parse_config};
 
 use stb_random::Rng;
 
@@ -55,10 +54,14 @@ pub fn write_shards(
     std::fs::create_dir_all(folder).expect("a folder");
     std::fs::write(folder.join("config.json"), config.to_string()).expect("config.json");
     std::fs::write(folder.join("tokenizer.json"), tokenizer()).expect("tokenizer.json");
-    let (spec, _) = parse_config(&config.to_string()).expect("a valid configuration");
+    let Config { family, spec, .. } =
+        parse_config(&config.to_string()).expect("a valid configuration");
     let mut rng = Rng(99);
     let mut tensors = Vec::new();
-    for TensorSpec { name, shape, .. } in spec.tensors() {
+    for tensor in spec.tensors() {
+        let source = family.source(&spec, &tensor).expect("a name in checkpoints");
+        assert_eq!(source.shape, tensor.shape, "a family that stores tensors as they are");
+        let (name, shape) = (source.names[0].clone(), tensor.shape);
         let count = shape.iter().product::<u64>() as usize;
         let spread = if shape.len() == 1 { 0.1 } else { 0.5 };
         let center = if shape.len() == 1 { 1.0 } else { 0.0 };

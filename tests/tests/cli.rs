@@ -175,7 +175,7 @@ fn checkpoints_that_cannot_be_converted_are_refused() {
     };
     let nothing = |_: &Path| {};
     refuse(5, "mamba", &with("model_type", "mamba".into()), &nothing);
-    refuse(5, "gelu", &with("hidden_act", "gelu".into()), &nothing);
+    refuse(5, "mish", &with("hidden_act", "mish".into()), &nothing);
     refuse(4, "shape", &with("intermediate_size", 104.into()), &nothing);
     refuse(4, "no tensor", &with("num_hidden_layers", 3.into()), &nothing);
     refuse(5, "model.layers.1", &with("num_hidden_layers", 1.into()), &nothing);

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
-use stb_format::arch::Architecture;
+use stb_format::arch::Family;
 use stb_runtime::{Engine, ErrorKind, OpenOptions, State};
 use stb_tests::paths::{quill, root};
 use tempfile::TempDir;
@@ -42,16 +42,19 @@ fn mistral_without_its_window_is_llama() {
     assert_eq!(logits(mistral.path()), logits(&quill()));
 }
 
-/// A window shorter than the context is refused; so is the one of 4096 tokens that a missing field means.
+/// A missing field of Mistral means a window of 4096 tokens, null means none.
 #[test]
-fn mistral_with_a_window_is_refused() {
-    for (name, value) in [("sliding_window", 64), ("max_position_embeddings", 32_768)] {
-        let fields = [("model_type", Some(json!("mistral"))), (name, Some(json!(value)))];
-        let mistral = changed_quill(&fields);
-        let error = Engine::open(mistral.path(), &OpenOptions::exact()).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-        assert!(error.to_string().contains("sliding window"), "{error}");
-    }
+fn a_missing_window_of_mistral_is_that_of_its_first_version() {
+    let window = |fields: &[(&str, Option<Value>)]| {
+        let model_type = ("model_type", Some(json!("mistral")));
+        let context = ("max_position_embeddings", Some(json!(32_768)));
+        let mistral = changed_quill(&[&[model_type, context], fields].concat());
+        let engine = Engine::open(mistral.path(), &OpenOptions::exact()).unwrap();
+        engine.model.spec.block(0).attention.window
+    };
+    assert_eq!(window(&[]), Some(4096));
+    assert_eq!(window(&[("sliding_window", Some(json!(null)))]), None);
+    assert_eq!(window(&[("sliding_window", Some(json!(64)))]), Some(64));
 }
 
 /// A family that this version lacks is refused with the list of those it has.
@@ -71,9 +74,9 @@ fn readme_lists_the_families() {
     let row =
         readme.lines().find(|line| line.starts_with("| architecture (`model_type`)")).unwrap();
     let supported = row.split('|').nth(2).unwrap();
-    for model_type in Architecture::supported_model_types() {
+    for model_type in Family::supported_model_types() {
         assert!(supported.contains(&format!("`{model_type}`")), "{model_type}: {supported}");
     }
     let named = supported.matches('`').count() / 2;
-    assert_eq!(named, Architecture::supported_model_types().len(), "{supported}");
+    assert_eq!(named, Family::supported_model_types().len(), "{supported}");
 }

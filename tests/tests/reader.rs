@@ -107,6 +107,38 @@ fn converted_models() {
     }
 }
 
+/// The reader computes what transformers computes, for models of all families.
+#[test]
+fn losses_of_models() {
+    let Some(python) = python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(root().join("tests/data/families")).unwrap() {
+        let source = entry.unwrap().path();
+        let Ok(expected) = std::fs::read_to_string(source.join("expected.json")) else { continue };
+        let expected: Json = serde_json::from_str(&expected).unwrap();
+        let name = source.file_name().unwrap().to_str().unwrap();
+        let checkpoint = folder.path().join(name);
+        std::fs::create_dir(&checkpoint).unwrap();
+        for file in ["config.json", "model.safetensors", "../tokenizer.json"] {
+            let path = source.join(file);
+            std::fs::copy(&path, checkpoint.join(path.file_name().unwrap())).unwrap();
+        }
+        let file = folder.path().join(format!("{name}.stb"));
+        convert(&checkpoint, &file, &["--recipe", "source"]);
+        let ids = expected["ids"].as_array().unwrap().iter().map(Json::to_string);
+        let args = [vec!["losses".to_owned(), text(&file).to_owned()], ids.collect()].concat();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let losses: Json = serde_json::from_str(&read(python, &args).success()).unwrap();
+        let (losses, expected) =
+            (losses.as_array().unwrap(), expected["losses"].as_array().unwrap());
+        assert_eq!(losses.len(), expected.len(), "{name}");
+        for (found, expected) in losses.iter().zip(expected) {
+            let difference = (found.as_f64().unwrap() - expected.as_f64().unwrap()).abs();
+            assert!(difference < 1e-3, "{name}: {found}, expected {expected}");
+        }
+    }
+}
+
 /// Errors are one line with the rule, and the exit status is the documented one.
 #[test]
 fn damaged_files() {

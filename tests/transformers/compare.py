@@ -42,6 +42,11 @@ def compare(folder: pathlib.Path, source: pathlib.Path, recipe: str) -> bool:
     ids = tokenizer(TEXT, add_special_tokens=False).input_ids
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
+    return compare_logits(recipe, theirs, packed, ids)
+
+
+def compare_logits(name: str, theirs: numpy.ndarray, packed: pathlib.Path, ids: list[int]) -> bool:
+    """Compares logits [tokens, vocabulary] with those of a packed model after the same tokens."""
     found = cargo("stb-tests", "--example", "logits", packed, ",".join(map(str, ids)))
     ours = numpy.frombuffer(found, "<f4").reshape(len(ids), -1)
 
@@ -49,7 +54,7 @@ def compare(folder: pathlib.Path, source: pathlib.Path, recipe: str) -> bool:
     same = bool((ours.argmax(-1) == theirs.argmax(-1)).all())
     equal = same and difference <= TOLERANCE * largest
     print(
-        f"{recipe}: {len(ids)} tokens x {ours.shape[1]} logits, largest {largest:.3f}, "
+        f"{name}: {len(ids)} tokens x {ours.shape[1]} logits, largest {largest:.3f}, "
         f"largest difference {difference:.2e}, most likely tokens "
         f"{'the same' if same else 'NOT the same'}: {'equal' if equal else 'NOT EQUAL'}"
     )

@@ -1,14 +1,15 @@
 //! Causal attention of one sequence, forward and backward, as matrix products. The masked half of each product is
 //! computed and discarded; this is still several times as fast as token by token.
 
+use stb_format::arch::Attention;
 use stb_kernels::{Isa, Panels, ops};
-use stb_runtime::Engine;
 
 use crate::products::{add_cross_products, product_of};
 
 /// Queries [tokens, q_width], keys and values [tokens, kv_width] of a sequence, rotated.
-pub(super) struct Attention<'a> {
+pub(super) struct SequenceAttention<'a> {
     isa: Isa,
+    spec: &'a Attention,
     q_width: usize,
     kv_width: usize,
     /// Values per head.
@@ -18,19 +19,19 @@ pub(super) struct Attention<'a> {
     v: &'a [f32],
 }
 
-impl<'a> Attention<'a> {
-    /// Attention of one sequence of `length` tokens with its queries, keys and values.
-    pub fn new(engine: &Engine, length: usize, qkv: [&'a [f32]; 3]) -> Self {
-        let [q, k, v] = qkv;
-        Self {
-            isa: engine.isa,
-            q_width: q.len() / length,
-            kv_width: k.len() / length,
-            width: engine.model.spec.head_dim as usize,
-            q,
-            k,
-            v,
-        }
+/// The attention probabilities of one head, [tokens, tokens]: zero outside the window.
+struct Probabilities {
+    values: Vec<f32>,
+    /// The derivative of the soft cap at each score; `None` without a soft cap.
+    slopes: Option<Vec<f32>>,
+}
+
+impl<'a> SequenceAttention<'a> {
+    /// Attention of one sequence with its queries, keys and values.
+    pub fn new(isa: Isa, spec: &'a Attention, [q, k, v]: [&'a [f32]; 3]) -> Self {
+        let width = spec.head_dim as usize;
+        let (q_width, kv_width) = (spec.heads as usize * width, spec.kv_heads as usize * width);
+        Self { isa, spec, q_width, kv_width, width, q, k, v }
     }
 
     /// Each head's offset in a row of queries, and its KV head's offset in a row of keys.
@@ -50,23 +51,39 @@ impl<'a> Attention<'a> {
     }
 
     fn scale(&self) -> f32 {
-        1.0 / (self.width as f32).sqrt()
+        self.spec.scale as f32
     }
 
-    /// The attention probabilities of one head, [tokens, tokens]: zero above the diagonal.
-    fn probabilities(&self, q: &[f32], k: &[f32]) -> Vec<f32> {
+    /// The first key that the query of `position` attends to.
+    fn first_key(&self, position: usize) -> usize {
+        self.spec.window.map_or(0, |window| (position + 1).saturating_sub(window as usize))
+    }
+
+    fn probabilities(&self, q: &[f32], k: &[f32]) -> Probabilities {
         let mut panels = Panels::default();
         panels.pack(k, self.width);
         let tokens = self.tokens();
-        let mut probabilities = product_of(self.isa, q, self.width, &panels, tokens);
+        let mut values = product_of(self.isa, q, self.width, &panels, tokens);
+        let cap = self.spec.soft_cap.map(|cap| cap as f32);
+        let mut slopes = cap.map(|_| vec![0.0; values.len()]);
         let scale = self.scale();
-        for (t, row) in probabilities.chunks_exact_mut(tokens).enumerate() {
-            let (causal, masked) = row.split_at_mut(t + 1);
-            causal.iter_mut().for_each(|s| *s *= scale);
-            ops::softmax(self.isa, causal);
+        for (t, row) in values.chunks_exact_mut(tokens).enumerate() {
+            let (past, masked) = row.split_at_mut(t + 1);
+            let (before, visible) = past.split_at_mut(self.first_key(t));
+            visible.iter_mut().for_each(|s| *s *= scale);
+            if let (Some(cap), Some(slopes)) = (cap, &mut slopes) {
+                ops::soft_cap(self.isa, cap, visible);
+                let slopes = &mut slopes[t * tokens + before.len()..];
+                // The derivative of c · tanh(s / c) is 1 − tanh².
+                for (slope, s) in slopes.iter_mut().zip(&*visible) {
+                    *slope = 1.0 - (s / cap) * (s / cap);
+                }
+            }
+            ops::softmax(self.isa, visible);
+            before.fill(0.0);
             masked.fill(0.0);
         }
-        probabilities
+        Probabilities { values, slopes }
     }
 
     /// `left`, [tokens, tokens], times `right`, [tokens, width].
@@ -101,7 +118,7 @@ impl<'a> Attention<'a> {
             let q = self.head(self.q, self.q_width, q_at);
             let [k, v] = [self.k, self.v].map(|all| self.head(all, self.kv_width, kv_at));
             let probabilities = self.probabilities(&q, &k);
-            self.add(attn_out, self.q_width, q_at, &self.multiply(&probabilities, &v));
+            self.add(attn_out, self.q_width, q_at, &self.multiply(&probabilities.values, &v));
         }
     }
 
@@ -113,7 +130,7 @@ impl<'a> Attention<'a> {
             let q = self.head(self.q, self.q_width, q_at);
             let [k, v] = [self.k, self.v].map(|all| self.head(all, self.kv_width, kv_at));
             let d_out = self.head(d_attn_out, self.q_width, q_at);
-            let probabilities = self.probabilities(&q, &k);
+            let Probabilities { values: probabilities, slopes } = self.probabilities(&q, &k);
             self.add_transposed(dv, self.kv_width, kv_at, [&probabilities, &d_out]);
             let mut panels = Panels::default();
             panels.pack(&v, self.width);
@@ -122,6 +139,9 @@ impl<'a> Attention<'a> {
             for (d, p) in d.chunks_exact_mut(tokens).zip(probabilities.chunks_exact(tokens)) {
                 let mean = ops::dot(self.isa, d, p);
                 d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean) * scale);
+            }
+            if let Some(slopes) = slopes {
+                d.iter_mut().zip(slopes).for_each(|(d, slope)| *d *= slope);
             }
             self.add(dq, self.q_width, q_at, &self.multiply(&d, &k));
             self.add_transposed(dk, self.kv_width, kv_at, [&d, &q]);

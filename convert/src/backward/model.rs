@@ -8,25 +8,22 @@
 use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 use rayon::prelude::*;
-use stb_kernels::{Isa, Panels};
-use stb_runtime::{Engine, Weight};
+use stb_runtime::Engine;
 
+use super::head::{ModelHead, embedded_gradient, uncap};
 use super::layer::{LayerFisher, Pass, mean_squares};
 use super::matrix::decode_layer;
-use crate::products::product_of;
 
-/// Rows of the lm_head that are decoded at a time.
-const HEAD_ROWS: usize = 4096;
 /// Seed for sampling the tokens y.
 const SEED: u64 = 0;
 
 /// Statistics that weigh errors of the embeddings and the lm_head.
 pub(crate) struct TableStatistics {
-    /// Mean squares of the gradients of the embedded tokens, `[hidden]`.
+    /// Mean squares of the gradients of the rows of the embeddings that the tokens select, `[embedding]`.
     pub embedded: Vec<f32>,
-    /// Mean squares of the inputs of the lm_head, `[hidden]`.
+    /// Mean squares of the inputs of the lm_head, `[embedding]`.
     pub head_inputs: Vec<f32>,
-    /// Mean squares of the gradients of the logits, `[vocab]`.
+    /// Mean squares of the gradients of the outputs of the lm_head, `[vocab]`.
     pub logits: Vec<f32>,
 }
 
@@ -56,86 +53,41 @@ pub(crate) fn backpropagate(
         streams.push(stream);
     }
     let last = streams.pop().unwrap_or_default();
-    let (mut statistics, mut gradient) = head(&pass, &last);
+    let (mut statistics, mut gradient) = head_statistics(engine, &last);
     for (index, weights) in engine.model.layers.iter().enumerate().rev() {
         let weights = decode_layer(weights);
         let (fisher, d_in) = pass.fisher(&weights, streams.pop().unwrap_or_default(), gradient);
         gradient = d_in;
         layer(index, &fisher)?;
     }
-    statistics.embedded = mean_squares(&gradient, hidden);
+    let width = engine.model.embeddings.cols();
+    statistics.embedded = mean_squares(&embedded_gradient(engine, gradient), width);
     Ok(statistics)
 }
 
-/// The final norm and the lm_head, forward and backward, for the residual stream `stream`, [tokens, hidden].
-/// Returns the statistics and the gradient of `stream`.
-fn head(pass: &Pass<'_>, stream: &[f32]) -> (TableStatistics, Vec<f32>) {
-    let (vocab, hidden) = (pass.engine.model.lm_head().rows(), pass.engine.model.hidden_size());
-    let normed = pass.norm(stream, &pass.engine.model.norm);
-    let mut logits = logits(pass.engine.isa, pass.engine.model.lm_head(), &normed);
+/// Last norm and lm_head, forward and backward, for the residual stream `stream`, [tokens, hidden]. Returns the
+/// statistics and the gradient of `stream`.
+fn head_statistics(engine: &Engine, stream: &[f32]) -> (TableStatistics, Vec<f32>) {
+    let head = ModelHead::of(engine);
+    let (vocab, width) = (head.lm_head.rows(), head.lm_head.cols());
+    let inputs = head.inputs(stream);
+    let mut logits = head.logits(&inputs);
+    let slopes = head.cap_slopes(&logits);
     let mut random = Pcg64Mcg::seed_from_u64(SEED);
-    let tokens = normed.len() / hidden;
+    let tokens = inputs.len() / width;
     let draws: Vec<f64> = (0..tokens).map(|_| random.next_u64() as f64 / 2f64.powi(64)).collect();
     logits
         .par_chunks_exact_mut(vocab)
         .zip(draws)
         .for_each(|(logits, draw)| subtract_sampled_token(logits, draw));
-    let d_normed = logits_backward(pass.engine.isa, pass.engine.model.lm_head(), &logits);
-    let mut d_stream = vec![0.0; stream.len()];
-    let mut d_norm = vec![0.0; hidden];
-    pass.norm_backward(stream, &pass.engine.model.norm, &d_normed, &mut d_stream, &mut d_norm);
+    uncap(&mut logits, slopes);
+    let (d_stream, _) = head.inputs_backward(stream, head.logits_backward(&logits));
     let statistics = TableStatistics {
         embedded: Vec::new(),
-        head_inputs: mean_squares(&normed, hidden),
+        head_inputs: mean_squares(&inputs, width),
         logits: mean_squares(&logits, vocab),
     };
     (statistics, d_stream)
-}
-
-/// The logits of the lm_head `weight` for `normed`, [tokens, hidden]: [tokens, vocab].
-pub(crate) fn logits(isa: Isa, weight: &Weight, normed: &[f32]) -> Vec<f32> {
-    let (vocab, hidden) = (weight.rows(), weight.cols());
-    let mut logits = vec![0.0; normed.len() / hidden * vocab];
-    let mut panels = Panels::default();
-    for (from, rows) in row_chunks(weight) {
-        panels.pack(&rows, hidden);
-        let width = rows.len() / hidden;
-        let part = product_of(isa, normed, hidden, &panels, width);
-        for (logits, part) in logits.chunks_exact_mut(vocab).zip(part.chunks_exact(width)) {
-            logits[from..from + width].copy_from_slice(part);
-        }
-    }
-    logits
-}
-
-/// The gradient of the inputs of the lm_head `weight`, [tokens, hidden], given that of the logits,
-/// [tokens, vocab].
-pub(crate) fn logits_backward(isa: Isa, weight: &Weight, d_logits: &[f32]) -> Vec<f32> {
-    let (vocab, hidden) = (weight.rows(), weight.cols());
-    let mut d_normed = vec![0.0; d_logits.len() / vocab * hidden];
-    let mut panels = Panels::default();
-    for (from, rows) in row_chunks(weight) {
-        let width = rows.len() / hidden;
-        panels.pack_transposed(&rows, hidden, width, hidden);
-        let part: Vec<f32> =
-            d_logits.chunks_exact(vocab).flat_map(|g| &g[from..from + width]).copied().collect();
-        let part = product_of(isa, &part, width, &panels, hidden);
-        d_normed.iter_mut().zip(part).for_each(|(d, p)| *d += p);
-    }
-    d_normed
-}
-
-/// Decodes `weight` in chunks of rows: the index of the first row, and the values [rows, cols].
-fn row_chunks(weight: &Weight) -> impl Iterator<Item = (usize, Vec<f32>)> {
-    let (rows, cols) = (weight.rows(), weight.cols());
-    (0..rows).step_by(HEAD_ROWS).map(move |from| {
-        let mut values = vec![0.0; HEAD_ROWS.min(rows - from) * cols];
-        values
-            .par_chunks_exact_mut(cols)
-            .enumerate()
-            .for_each(|(i, row)| weight.view().decode_row(from + i, row));
-        (from, values)
-    })
 }
 
 /// Samples a token from the distribution of `logits` and replaces these by the gradient of −log p of that
@@ -162,7 +114,7 @@ mod tests {
     use std::path::Path;
 
     use stb_format::arch::Linear;
-    use stb_runtime::Checkpoint;
+    use stb_runtime::{Checkpoint, LayerMatrix, Weight};
 
     use super::*;
 
@@ -179,7 +131,7 @@ mod tests {
         let (mut fisher, mut inputs) = (Vec::new(), Vec::new());
         backpropagate(&engine, &sequences, |index, all| {
             if index == layer {
-                fisher.clone_from(all.outputs.get(linear).unwrap());
+                fisher.clone_from(all.outputs_of(LayerMatrix::Linear(linear)).unwrap());
                 let cols = engine.model.layers[layer].linear(linear).cols();
                 inputs = mean_squares(&all.inputs[linear.input()], cols);
             }
@@ -193,8 +145,7 @@ mod tests {
                 let mut states = Vec::new();
                 engine.embed(tokens, &mut states).unwrap();
                 engine.model.layers.iter().for_each(|l| engine.run_layer(l, &mut states, &mut ()));
-                let pass = Pass { engine, length: tokens.len() };
-                let normed = pass.norm(&states, &engine.model.norm);
+                let normed = ModelHead::of(engine).inputs(&states);
                 let head = engine.model.lm_head().decode();
                 for h in normed.chunks_exact(engine.model.hidden_size()) {
                     let dot = |w: &[f32]| -> f64 {

@@ -8,7 +8,9 @@
 use stb_format::arch::{InputMap, LinearInput, Role};
 use stb_format::{Encoding, ModelSpec};
 use stb_kernels::Isa;
-use stb_runtime::{Checkpoint, Engine, Result, Weight};
+use stb_runtime::{Checkpoint, Engine, LayerMatrix, Result, Weight};
+
+mod experts;
 
 use super::candidate::Candidate;
 use crate::backward::{LayerFisher, TableStatistics, backpropagate};
@@ -55,16 +57,20 @@ pub(super) fn candidates(
     let sequences = source.windows(&engine.model.tokenizer()?, &options, length)?;
     let mut found: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
     let statistics = backpropagate(&engine, &sequences, |index, fisher| {
-        let hessians = HessianChunk::for_layer(&engine, fisher, recipe.calibration.damping)?;
+        let damping = recipe.calibration.damping;
+        let hessians = HessianChunk::for_layer(&engine, fisher, damping)?;
         for (tensor, found) in plan.tensors.iter().zip(&mut found) {
             let Some((_, linear)) = tensor.linear().filter(|(i, _)| *i == index) else { continue };
-            if let Some(outputs) = fisher.outputs.get(linear) {
+            if let Some(outputs) = fisher.outputs_of(LayerMatrix::Linear(linear)) {
                 let weight = checkpoint.weight(&tensor.tensor.name)?;
-                *found = linear_candidates(tensor, &weight, outputs, &hessians[linear.input()])?;
+                let all = TokenShare(1.0);
+                *found =
+                    linear_candidates(tensor, &weight, outputs, &hessians[linear.input()], all)?;
             }
             check_interrupt()?;
         }
-        Ok(())
+        let layer = experts::LayerCosts { plan, checkpoint, index, fisher, damping };
+        layer.add(&engine, &mut found)
     })?;
     let tables = Tables::new(&statistics, &engine, &sequences);
     for (tensor, found) in plan.tensors.iter().zip(&mut found) {
@@ -109,9 +115,14 @@ impl HessianChunk {
         InputMap::try_from_fn(|input| {
             let x = &fisher.inputs[input];
             let cols = x.len() / tokens.max(1);
-            let chunks = (0..cols).step_by(CHUNK);
-            chunks.map(|from| Self::new(engine.isa, x, cols, from, damping)).collect()
+            Self::all(engine.isa, x, cols, damping)
         })
+    }
+
+    /// The Hessians of `x`, [tokens, cols], by chunk of columns; none without tokens.
+    fn all(isa: Isa, x: &[f32], cols: usize, damping: f64) -> Result<Vec<Self>> {
+        let chunks = (0..cols).step_by(CHUNK).filter(|_| !x.is_empty());
+        chunks.map(|from| Self::new(isa, x, cols, from, damping)).collect()
     }
 
     fn new(isa: Isa, x: &[f32], cols: usize, from: usize, damping: f64) -> Result<Self> {
@@ -179,15 +190,21 @@ fn row_weight(values: &[f32], rows: &[usize]) -> f64 {
     if sampled > 0.0 { all / sampled } else { 0.0 }
 }
 
-/// The candidates of a linear layer. `fisher` is the mean square of the gradient of each output, `[out]`.
+/// The share of all tokens that a matrix computes with: below 1 for experts.
+#[derive(Clone, Copy)]
+struct TokenShare(f64);
+
+/// The candidates of a linear layer. `fisher` is the mean square of the gradient of each output, `[out]`, over the
+/// tokens of the layer.
 fn linear_candidates(
     tensor: &TensorPlan,
     weight: &Weight,
     fisher: &[f32],
     hessians: &[HessianChunk],
+    tokens: TokenShare,
 ) -> Result<Vec<Candidate>> {
     let (rows, values) = sample_rows(weight, ROWS);
-    let factor = 0.5 * row_weight(fisher, &rows);
+    let factor = 0.5 * tokens.0 * row_weight(fisher, &rows);
     let chunks: Vec<Vec<f32>> =
         hessians.iter().map(|h| h.columns(&values, weight.cols())).collect();
     let mut found = Vec::new();

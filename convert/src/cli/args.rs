@@ -73,7 +73,7 @@ pub(super) enum Dtype {
 
 #[derive(Args)]
 pub(super) struct ConvertArgs {
-    /// A folder in the Hugging Face layout, a .safetensors file, or an index of shards
+    /// A folder in the Hugging Face layout, a .safetensors or .gguf file, or an index of shards
     pub src: Option<PathBuf>,
     /// The .stb file to write
     pub out: Option<PathBuf>,
@@ -157,7 +157,7 @@ pub(super) struct StudyArgs {
 
 #[derive(Args)]
 pub(super) struct FlipArgs {
-    /// A folder in the Hugging Face layout, a .safetensors file, or an index of shards
+    /// A folder in the Hugging Face layout, a .safetensors or .gguf file, or an index of shards
     pub src: PathBuf,
     /// A folder for flips.csv, flips.md and flips.svg
     pub out: PathBuf,

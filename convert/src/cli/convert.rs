@@ -24,7 +24,8 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         None => CalibrationText::of(&recipe.calibration)?,
     };
     if recipe.linear.target_bits().is_some() {
-        check_memory(budget::memory(&checkpoint.spec), "choosing encodings", || {
+        let memory = checkpoint.owned_bytes() + budget::memory(&checkpoint.spec);
+        check_memory(memory, "choosing encodings", || {
             "use a machine with more, or a recipe of one encoding instead of --bits".into()
         })?;
     }
@@ -37,6 +38,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         let samples = recipe.calibration.samples;
         format!("use fewer --calib-samples (now {samples}) or shorter ones with --calib-len")
     })?;
+    check_disk(out, plan.disk_space(&checkpoint, &recipe, &meta))?;
     let bar = Bar::new(args.quiet);
     let job = Job {
         checkpoint: &checkpoint,
@@ -94,6 +96,24 @@ fn check_memory(needed: u64, what: &str, advice: impl Fn() -> String) -> Result<
             needed / 1_000_000,
             available / 1_000_000,
             advice()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Fails before hours of work if the file system of `out` has less than `needed` bytes left.
+fn check_disk(out: &Path, needed: u64) -> Result<(), Error> {
+    let folder = match out.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    // A folder that does not exist is reported when the file is created.
+    match fs4::available_space(folder) {
+        Ok(available) if needed > available => Err(Error::usage(format!(
+            "the conversion needs up to {} MB of disk space, {} has {} MB: free some, or write to another disk",
+            needed / 1_000_000,
+            folder.display(),
+            available / 1_000_000
         ))),
         _ => Ok(()),
     }
@@ -166,6 +186,8 @@ fn dry_run(
     }
     let memory = plan.peak_memory(checkpoint, recipe) as f64 / 1e6;
     print(format_args!("peak memory {memory:.0} MB besides the mapped source, at most"))?;
+    let disk = plan.disk_space(checkpoint, recipe, meta) as f64 / 1e6;
+    print(format_args!("disk space  {disk:.0} MB, at most"))?;
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Distillation of one quantized decoder layer: trains its scales and norms so that its output approximates the
 //! output of the same layer in the dense model.
 
-use stb_runtime::{Engine, Layer, Result, Weight};
+use stb_runtime::{Engine, Layer, LayerMatrix, Result, Weight};
 
 use super::moving::MovingLayer;
 use super::{BATCH, DistillOptions, Outcome};
@@ -55,14 +55,17 @@ pub fn distill_layer(
     if after.is_nan() || after >= before {
         return Ok(Outcome { before, after: before });
     }
-    for (linear, old) in layer.linears_mut().iter_mut() {
-        if let Some(payload) = moving.pack(linear) {
+    let keys: Vec<LayerMatrix> = layer.matrices().map(|(key, _)| key).collect();
+    for key in keys {
+        if let Some((payload, old)) = moving.pack(key).zip(layer.matrix_mut(key)) {
             let (rows, cols) = (old.rows() as u64, old.cols() as u64);
             *old = Weight::from_payload(&payload, old.encoding().clone(), rows, cols)?;
         }
     }
-    for (site, norm) in layer.norms_mut() {
-        norm.clone_from(weights.norm(site));
+    for (key, vector) in layer.vectors_mut() {
+        if let Some(moved) = weights.vector(key) {
+            vector.clone_from(moved);
+        }
     }
     Ok(Outcome { before, after })
 }

@@ -7,11 +7,11 @@
 use rayon::prelude::*;
 use stb_format::Encoding;
 use stb_format::arch::{NormSite, Role, TensorSpec};
-use stb_runtime::{Engine, Layer, Result, Weight};
+use stb_runtime::{Engine, Layer, LayerMatrix, Result, Weight};
 
-use super::moving::{Logarithms, MovingLayer, MovingScales};
+use super::moving::{MovingLayer, MovingNorm, MovingScales};
 use super::{BATCH, DistillOptions, Outcome};
-use crate::backward::{DenseLayer, DenseMatrix, Pass, logits, logits_backward};
+use crate::backward::{DenseLayer, DenseMatrix, ModelHead, Pass, embedded_gradient, uncap};
 use crate::interrupt::check_interrupt;
 use crate::products::add_cross_products;
 
@@ -73,7 +73,7 @@ impl MovingTable {
 pub(crate) struct Distilled<'a> {
     embeddings: MovingTable,
     layers: Vec<DistilledLayer<'a>>,
-    norm: Logarithms,
+    norm: MovingNorm,
     lm_head: Option<MovingTable>,
     /// The KL divergence from the dense model on the training sequences, in nats per token.
     pub outcome: Outcome,
@@ -93,9 +93,11 @@ impl Distilled<'_> {
         match (tensor.role, tensor.layer) {
             (Role::TokenEmbedding, _) => Some(self.embeddings.moving.as_mut()?.pack()),
             (Role::LmHead, _) => Some(self.lm_head.as_mut()?.moving.as_mut()?.pack()),
-            (Role::Norm(NormSite::Final), _) => dense(self.norm.values()),
+            (Role::Norm(NormSite::Final), _) => dense(self.norm.weight()),
             (Role::Norm(site), Some(layer)) => dense(self.layers.get(layer)?.moving.norm(site)?),
-            (Role::Linear(linear), Some(layer)) => self.layers.get_mut(layer)?.moving.pack(linear),
+            (role, Some(layer)) => {
+                self.layers.get_mut(layer)?.moving.pack(LayerMatrix::of_role(role)?)
+            }
             _ => None,
         }
     }
@@ -121,7 +123,7 @@ pub(crate) fn distill_model<'a>(
         targets: dense_head_inputs(dense, sequences)?,
         embeddings: MovingTable::new(&engine.model.embeddings),
         layers: engine.model.layers.iter().map(DistilledLayer::new).collect(),
-        norm: Logarithms::new(engine.model.norm.clone()),
+        norm: MovingNorm::new(engine.model.spec.norm_kind, &engine.model.norm),
         lm_head: engine.model.own_lm_head.as_ref().map(MovingTable::new),
     };
     let before = distillation.loss(sequences)?;
@@ -144,7 +146,7 @@ pub(crate) fn distill_model<'a>(
     Ok(Distilled { embeddings, layers, norm, lm_head, outcome: Outcome { before, after } })
 }
 
-/// The inputs of the dense model's lm_head, [tokens, hidden] for each batch.
+/// The inputs of the dense model's lm_head, [tokens, embedding] for each batch.
 fn dense_head_inputs(dense: &Engine, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Vec<f32>>> {
     let mut all = Vec::new();
     for batch in sequences.chunks(BATCH) {
@@ -156,8 +158,7 @@ fn dense_head_inputs(dense: &Engine, sequences: &[Vec<u32>]) -> anyhow::Result<V
         states.par_iter_mut().for_each(|stream| {
             dense.model.layers.iter().for_each(|layer| dense.run_layer(layer, stream, &mut ()));
         });
-        let length = batch.first().map_or(1, Vec::len);
-        all.push(Pass { engine: dense, length }.norm(&states.concat(), &dense.model.norm));
+        all.push(ModelHead::of(dense).inputs(&states.concat()));
     }
     Ok(all)
 }
@@ -170,7 +171,7 @@ struct Distillation<'a, 'b> {
     targets: Vec<Vec<f32>>,
     embeddings: MovingTable,
     layers: Vec<DistilledLayer<'a>>,
-    norm: Logarithms,
+    norm: MovingNorm,
     /// `None` if the embeddings are the lm_head.
     lm_head: Option<MovingTable>,
 }
@@ -188,28 +189,17 @@ impl Distillation<'_, '_> {
 
     /// The mean loss of batch `index`; takes a training step if there is a learning rate.
     fn step(&mut self, index: usize, batch: &[Vec<u32>], rate: Option<f64>) -> anyhow::Result<f64> {
+        let (inputs, stream) = self.forward(batch, rate.is_some())?;
         let Self { pass, dense, targets, embeddings, layers, norm, lm_head } = self;
-        let (isa, hidden) = (pass.engine.isa, pass.engine.model.hidden_size());
-        let tokens = || batch.iter().flatten().map(|token| *token as usize);
-        let mut stream = vec![0.0; tokens().count() * hidden];
-        for (token, state) in tokens().zip(stream.chunks_exact_mut(hidden)) {
-            embeddings.weight.view().decode_row(token, state);
-        }
-        let mut inputs = Vec::new();
-        for layer in &mut *layers {
-            let out = pass.output(&layer.weights(), stream.clone());
-            if rate.is_some() {
-                inputs.push(std::mem::replace(&mut stream, out));
-            } else {
-                stream = out;
-            }
-        }
-        let weight = norm.values();
-        let normed = pass.norm(&stream, &weight);
-        let head_weight = &lm_head.as_ref().unwrap_or(embeddings).weight;
-        let vocab = head_weight.rows();
-        let mut d_logits = logits(isa, head_weight, &normed);
-        let targets = logits(isa, dense.model.lm_head(), &targets[index]);
+        let isa = pass.engine.isa;
+        let weight = norm.weight();
+        let table = lm_head.as_ref().unwrap_or(embeddings);
+        let head = ModelHead { engine: pass.engine, norm: &weight, lm_head: &table.weight };
+        let head_inputs = head.inputs(&stream);
+        let mut d_logits = head.logits(&head_inputs);
+        let slopes = rate.and_then(|_| head.cap_slopes(&d_logits));
+        let (vocab, width) = (head.lm_head.rows(), head.lm_head.cols());
+        let targets = ModelHead::of(dense).logits(&targets[index]);
         let losses: Vec<f64> = d_logits
             .par_chunks_exact_mut(vocab)
             .zip(targets.par_chunks_exact(vocab))
@@ -217,24 +207,25 @@ impl Distillation<'_, '_> {
             .collect();
         let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
         let Some(rate) = rate else { return Ok(loss) };
-        let d_normed = logits_backward(isa, head_weight, &d_logits);
+        uncap(&mut d_logits, slopes);
+        let d_inputs = head.logits_backward(&d_logits);
         let mut d_table = embeddings.gradient();
         let mut d_head = lm_head.as_ref().and_then(MovingTable::gradient);
         let d_weight = if lm_head.is_some() { &mut d_head } else { &mut d_table };
         if let Some(d_weight) = d_weight {
-            add_cross_products(isa, &d_logits, vocab, &normed, hidden, &mut d_weight.values);
+            add_cross_products(isa, &d_logits, vocab, &head_inputs, width, &mut d_weight.values);
         }
         drop((d_logits, targets));
-        let mut d_stream = vec![0.0; stream.len()];
-        let mut d_norm = vec![0.0; weight.len()];
-        pass.norm_backward(&stream, &weight, &d_normed, &mut d_stream, &mut d_norm);
+        let (mut d_stream, d_norm) = head.inputs_backward(&stream, d_inputs);
         norm.step(&d_norm, &weight, rate);
         for (layer, x) in layers.iter_mut().zip(inputs).rev() {
             d_stream = layer.step(pass, x, d_stream, rate);
         }
         if let Some(d_table) = &mut d_table {
-            for (token, d) in tokens().zip(d_stream.chunks_exact(hidden)) {
-                let row = &mut d_table.values[token * hidden..(token + 1) * hidden];
+            let d_rows = embedded_gradient(pass.engine, d_stream);
+            for (token, d) in batch.iter().flatten().zip(d_rows.chunks_exact(d_table.cols)) {
+                let from = *token as usize * d_table.cols;
+                let row = &mut d_table.values[from..from + d_table.cols];
                 row.iter_mut().zip(d).for_each(|(row, d)| *row += d);
             }
         }
@@ -243,6 +234,33 @@ impl Distillation<'_, '_> {
             lm_head.step(d_head.as_ref(), rate)?;
         }
         Ok(loss)
+    }
+
+    /// Runs a batch through the layers. Returns the input of each layer, if `keep` is set, and the output of the last,
+    /// [tokens, hidden].
+    fn forward(
+        &mut self,
+        batch: &[Vec<u32>],
+        keep: bool,
+    ) -> anyhow::Result<(Vec<Vec<f32>>, Vec<f32>)> {
+        let Self { pass, embeddings, layers, .. } = self;
+        let mut stream = Vec::new();
+        for tokens in batch {
+            let mut states = Vec::new();
+            let positions = 0..tokens.len();
+            pass.engine.embed_with(&embeddings.weight, tokens, positions, &mut states)?;
+            stream.extend(states);
+        }
+        let mut inputs = Vec::new();
+        for layer in layers {
+            let out = pass.output(&layer.weights(), stream.clone());
+            if keep {
+                inputs.push(std::mem::replace(&mut stream, out));
+            } else {
+                stream = out;
+            }
+        }
+        Ok((inputs, stream))
     }
 }
 

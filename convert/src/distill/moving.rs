@@ -1,10 +1,10 @@
 //! The parameters that distillation trains: the scales of quantized linear layers and the weights of norms.
 
 use rayon::prelude::*;
-use stb_format::arch::{Linear, LinearMap, NormSite};
+use stb_format::arch::{NormKind, NormSite};
 use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
 use stb_format::half::f16;
-use stb_runtime::{Layer, Weight};
+use stb_runtime::{Layer, LayerMatrix, LayerVector, Weight};
 
 use crate::backward::{DenseLayer, DenseMatrix};
 use crate::quantize::nm::round_scales;
@@ -52,6 +52,40 @@ impl Logarithms {
     /// The present values.
     pub(super) fn values(&self) -> Vec<f32> {
         self.start.iter().zip(&self.now).map(|(s, l)| s * l.exp()).collect()
+    }
+}
+
+/// The weight of a norm, trained by its factors: the weight, or 1 + weight where that is the formula of the norm.
+pub(super) struct MovingNorm {
+    kind: NormKind,
+    factors: Logarithms,
+}
+
+impl MovingNorm {
+    pub(super) fn new(kind: NormKind, weight: &[f32]) -> Self {
+        Self { kind, factors: Logarithms::new(factors(kind, weight)) }
+    }
+
+    /// One step of Adam; `gradient` is with respect to the weight, whose values are `weight`.
+    pub(super) fn step(&mut self, gradient: &[f32], weight: &[f32], rate: f64) {
+        self.factors.step(gradient, &factors(self.kind, weight), rate);
+    }
+
+    /// The present weight.
+    pub(super) fn weight(&self) -> Vec<f32> {
+        let mut weight = self.factors.values();
+        if self.kind == NormKind::RmsPlusOne {
+            weight.iter_mut().for_each(|w| *w -= 1.0);
+        }
+        weight
+    }
+}
+
+/// The factors of normalized values in a norm with this weight.
+fn factors(kind: NormKind, weight: &[f32]) -> Vec<f32> {
+    match kind {
+        NormKind::Rms | NormKind::Layer => weight.to_vec(),
+        NormKind::RmsPlusOne => weight.iter().map(|w| 1.0 + w).collect(),
     }
 }
 
@@ -193,28 +227,36 @@ impl MovingScales {
 /// The trained scales and norms of a decoder layer.
 pub(super) struct MovingLayer {
     /// The linear layers whose scales are trained.
-    linears: LinearMap<MovingScales>,
-    norms: Vec<(NormSite, Logarithms)>,
+    matrices: Vec<(LayerMatrix, MovingScales)>,
+    norms: Vec<(NormSite, MovingNorm)>,
 }
 
 impl MovingLayer {
     pub(super) fn new(layer: &Layer) -> Self {
-        let linears = layer.linears().iter();
-        let norms = layer.norms();
+        let (matrices, kind) = (layer.matrices(), layer.block.norm.kind);
+        let norms = layer.vectors().filter_map(|(key, vector)| match key {
+            LayerVector::Norm(site) => Some((site, vector)),
+            LayerVector::NormBias(_) | LayerVector::Bias(_) => None,
+        });
         Self {
-            linears: linears.filter_map(|(l, w)| Some((l, MovingScales::new(w)?))).collect(),
-            norms: norms.map(|(site, norm)| (site, Logarithms::new(norm.clone()))).collect(),
+            matrices: matrices.filter_map(|(key, w)| Some((key, MovingScales::new(w)?))).collect(),
+            norms: norms.map(|(site, norm)| (site, MovingNorm::new(kind, norm))).collect(),
         }
+    }
+
+    /// The trained scales of a matrix; `None` if they are not trained.
+    fn matrix(&self, key: LayerMatrix) -> Option<&MovingScales> {
+        self.matrices.iter().find(|(k, _)| *k == key).map(|(_, moving)| moving)
     }
 
     /// The weights of `layer` with the present parameters, rounded as they would be stored.
     pub(super) fn weights(&mut self, layer: &Layer) -> DenseLayer {
         let mut weights = layer.map(
-            |linear, weight| match self.linears.get(linear) {
+            |key, weight| match self.matrix(key) {
                 Some(moving) => moving.zeros(),
                 None => DenseMatrix::decoded(weight),
             },
-            |_, _| Vec::new(),
+            |_, vector| vector.clone(),
         );
         self.write(&mut weights);
         weights
@@ -222,41 +264,69 @@ impl MovingLayer {
 
     /// Writes the trained linear layers, rounded as they would be stored, and the norms to `weights`.
     pub(super) fn write(&mut self, weights: &mut DenseLayer) {
-        for (linear, moving) in self.linears.iter_mut() {
-            moving.weights(weights.linear_mut(linear));
+        for (key, moving) in &mut self.matrices {
+            if let Some(matrix) = weights.matrix_mut(*key) {
+                moving.weights(matrix);
+            }
         }
         for (site, moving) in &self.norms {
-            *weights.norm_mut(*site) = moving.values();
+            *weights.norm_mut(*site) = moving.weight();
         }
     }
 
     /// Zero gradients of the trained parts; the matrices of other linear layers are empty.
     pub(super) fn zeros(&self, weights: &DenseLayer) -> DenseLayer {
         weights.map(
-            |linear, _| {
-                self.linears.get(linear).map_or_else(DenseMatrix::default, MovingScales::zeros)
-            },
-            |_, norm| vec![0.0; norm.len()],
+            |key, _| self.matrix(key).map_or_else(DenseMatrix::default, MovingScales::zeros),
+            |_, vector| vec![0.0; vector.len()],
         )
     }
 
     /// One step of Adam along `gradient` from `weights`.
     pub(super) fn step(&mut self, gradient: &DenseLayer, weights: &DenseLayer, rate: f64) {
-        for (linear, moving) in self.linears.iter_mut() {
-            moving.step(gradient.linear(linear), rate);
+        for (key, moving) in &mut self.matrices {
+            if let Some(gradient) = gradient.matrix(*key) {
+                moving.step(gradient, rate);
+            }
         }
         for (site, moving) in &mut self.norms {
             moving.step(gradient.norm(*site), weights.norm(*site), rate);
         }
     }
 
-    /// The bytes to store for a linear layer; `None` if its scales are not trained.
-    pub(super) fn pack(&mut self, linear: Linear) -> Option<Vec<u8>> {
-        self.linears.get_mut(linear).map(MovingScales::pack)
+    /// The bytes to store for a matrix; `None` if its scales are not trained.
+    pub(super) fn pack(&mut self, key: LayerMatrix) -> Option<Vec<u8>> {
+        self.matrices.iter_mut().find(|(k, _)| *k == key).map(|(_, moving)| moving.pack())
     }
 
     /// The present weight of a norm.
     pub(super) fn norm(&self, site: NormSite) -> Option<Vec<f32>> {
-        self.norms.iter().find(|(s, _)| *s == site).map(|(_, moving)| moving.values())
+        self.norms.iter().find(|(s, _)| *s == site).map(|(_, moving)| moving.weight())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The factors of a norm move against the gradient, by at most the rate relative to their size; a weight of zero
+    /// moves where 1 + weight is the factor.
+    #[test]
+    fn norms_move_their_factors() {
+        let (weight, gradient, rate) = ([0.0, -0.5, 1.0], [1.0, -1.0, 1.0], 0.1);
+        for (kind, offset) in [(NormKind::Rms, 0.0), (NormKind::RmsPlusOne, 1.0)] {
+            let mut moving = MovingNorm::new(kind, &weight);
+            assert_eq!(moving.weight(), weight, "{kind:?}");
+            moving.step(&gradient, &weight, rate);
+            for ((before, after), gradient) in weight.iter().zip(moving.weight()).zip(gradient) {
+                let change = (after - before) / (before + offset);
+                if before + offset == 0.0 {
+                    assert_eq!(after, *before, "{kind:?}");
+                } else {
+                    assert!((after - before) * gradient < 0.0, "{kind:?}: {before} {after}");
+                    assert!(change.abs() <= 1.01 * rate as f32, "{kind:?}: {before} {after}");
+                }
+            }
+        }
     }
 }

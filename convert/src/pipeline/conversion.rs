@@ -28,7 +28,7 @@ use crate::resume::Workspace;
 pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> {
     let started = Instant::now();
     refuse_existing(job.target, job.force)?;
-    let engine = Engine::from_checkpoint(job.checkpoint)?;
+    let engine = Engine::without_layers(job.checkpoint)?;
     let mut meta = job.meta.clone();
     metadata::add_hashes(&mut meta, job.checkpoint)?;
     let accelerator = match &job.device {
@@ -81,6 +81,7 @@ fn write_file(
         workspace,
         reports: Vec::new(),
         layers: Vec::new(),
+        expert_tokens: Vec::new(),
         stages: Stages::default(),
         resumed: 0,
     };
@@ -123,7 +124,7 @@ fn make_report(
     meta: &Meta,
 ) -> Report {
     let (file_bytes, parameters) = (job.plan.file_bytes(meta), job.plan.parameters());
-    let body = || job.plan.tensors.iter().filter(|t| t.linear().is_some());
+    let body = || job.plan.tensors.iter().filter(|t| t.matrix().is_some());
     let body_bytes: u64 = body().map(|t| t.bytes).sum();
     let body_weights: u64 = body().map(TensorPlan::elements).sum();
     let salient: Vec<f64> = tensors.iter().filter_map(|t| t.salient).collect();
@@ -154,7 +155,7 @@ impl Run<'_> {
     /// Converts and writes all tensors. Returns the number of calibration tokens.
     fn convert_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
         let job = self.job;
-        let layers = self.engine.model.layers.len();
+        let layers = self.job.checkpoint.spec.layers as usize;
         let mut hidden = self.embed_windows()?;
         let tokens =
             hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.engine.model.hidden_size();
@@ -194,10 +195,7 @@ impl Run<'_> {
                     hidden.dense.push(states.clone());
                 }
                 if let Some(table) = &table {
-                    let width = table.cols();
-                    for (token, state) in window.iter().zip(states.chunks_exact_mut(width)) {
-                        table.view().decode_row(*token as usize, state);
-                    }
+                    self.engine.embed_with(table, &window, 0..window.len(), &mut states)?;
                 }
                 hidden.quantized.push(states);
             }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use stb_format::arch::{InputMap, Linear, LinearInput, LinearMap, Role};
-use stb_runtime::{Error, Layer, Result, Weight};
+use stb_runtime::{Error, Layer, Model, Result, Weight};
 
 use super::job::Progress;
 use super::limits::BATCH;
@@ -22,13 +22,13 @@ use crate::report::{LayerReport, Stages};
 use crate::resume::{SavedLayer, States};
 
 /// A decoder layer while it is quantized.
-struct LayerInProgress {
+pub(super) struct LayerInProgress {
     /// The layer of the checkpoint.
-    dense: Layer,
+    pub(super) dense: Layer,
     /// The same with the linear layers that are quantized so far.
-    partial: Layer,
+    pub(super) partial: Layer,
     /// How far the hidden states have advanced in it.
-    streams: StreamPositions,
+    pub(super) streams: StreamPositions,
 }
 
 impl<'r> Run<'r> {
@@ -42,7 +42,7 @@ impl<'r> Run<'r> {
         progress: &dyn Progress,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        let layers = self.engine.model.layers.len();
+        let layers = self.job.checkpoint.spec.layers as usize;
         self.stages = Stages::default();
         // Units of progress: calibration, each tensor, distillation, the inputs of the next layer.
         let units = tensors.len() as u64 + 3;
@@ -56,7 +56,7 @@ impl<'r> Run<'r> {
         }
         let is_quantized = tensors.iter().any(|t| matches!(t.method, TensorMethod::Linear(_)));
         let distilled = is_quantized && self.job.recipe.calibration.distill_layers.is_some();
-        let dense = self.engine.model.layers[index].clone();
+        let dense = Model::load_layer(self.job.checkpoint, index)?;
         let streams = StreamPositions::default();
         let mut in_progress = LayerInProgress { partial: dense.clone(), dense, streams };
         // The hidden states advance while the layer is quantized. Distillation starts from the inputs of the
@@ -81,7 +81,7 @@ impl<'r> Run<'r> {
         }
         let encoding = tensors
             .iter()
-            .find(|t| t.linear().is_some())
+            .find(|t| t.matrix().is_some())
             .map_or(String::new(), |t| t.method.encoding().to_string());
         if self.job.plan.needs_calibration() {
             self.save_layer(index, error, payloads, hidden, started)?;
@@ -110,7 +110,8 @@ impl<'r> Run<'r> {
         // In the order of computation, so that a refreshed Hessian comes from the quantized linear layers before
         // it. Norms have no input and come first: None sorts before Some.
         let key = |i: &usize| (tensors[*i].linear().map(|(_, linear)| linear.input()), *i);
-        let mut order: Vec<usize> = (0..tensors.len()).collect();
+        let mut order: Vec<usize> =
+            (0..tensors.len()).filter(|i| tensors[*i].expert().is_none()).collect();
         order.sort_by_key(key);
         for (done, i) in order.into_iter().enumerate() {
             check_interrupt()?;
@@ -129,6 +130,7 @@ impl<'r> Run<'r> {
             finished[i] =
                 Some(self.quantize_tensor(tensors[i], hessian, pruned, &mut layer.partial)?);
         }
+        self.expert_tokens = self.quantize_experts(tensors, layer, hidden, &mut finished, step)?;
         Ok(finished.into_iter().flatten().collect())
     }
 
@@ -175,10 +177,12 @@ impl<'r> Run<'r> {
                     *norm = Weight::from_payload(&packed.payload, stored, 1, width)?.decode();
                     check_range(norm, &tensor.tensor.name)?;
                 }
-                (Role::Linear(linear), _) => {
-                    packed.payload = layer.linear(linear).bytes().to_vec();
+                _ => {
+                    let matrix = tensor.matrix().and_then(|(_, key)| layer.matrix(key));
+                    if let Some(matrix) = matrix {
+                        packed.payload = matrix.bytes().to_vec();
+                    }
                 }
-                _ => {}
             }
         }
         self.stages.distill_layers += started.elapsed().as_secs_f64();
@@ -201,8 +205,9 @@ impl<'r> Run<'r> {
             relative_error,
             seconds: started.elapsed().as_secs_f64(),
             stages: self.stages,
+            expert_tokens: std::mem::take(&mut self.expert_tokens),
         };
-        let saved = SavedLayer { tensors, layer, payloads };
+        let saved = SavedLayer { tensors, layer: layer.clone(), payloads };
         self.workspace.save(index, &saved, &hidden.fields())?;
         layer.stages.output += saving.elapsed().as_secs_f64();
         layer.seconds = started.elapsed().as_secs_f64();
@@ -264,7 +269,7 @@ impl<'r> Run<'r> {
     }
 
     /// Quantizes one tensor; a linear layer replaces that of `layer`.
-    fn quantize_tensor(
+    pub(super) fn quantize_tensor(
         &mut self,
         tensor: &TensorPlan,
         hessian: Option<&InputHessian>,
@@ -297,10 +302,11 @@ impl<'r> Run<'r> {
                 (packed, error)
             }
         };
-        if let Some((_, linear)) = tensor.linear() {
+        if let Some((_, key)) = tensor.matrix()
+            && let Some(matrix) = layer.matrix_mut(key)
+        {
             let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
-            *layer.linear_mut(linear) =
-                Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?;
+            *matrix = Weight::from_payload(&packed.payload, packed.encoding.clone(), rows, cols)?;
         }
         Ok(QuantizedTensor { packed, error, seconds: started.elapsed().as_secs_f64() })
     }
@@ -354,7 +360,8 @@ impl<'r> Run<'r> {
                 .collect();
             self.stages.forward += started.elapsed().as_secs_f64();
             let started = Instant::now();
-            for (input, hessian) in hessians.iter_mut() {
+            // Experts have Hessians of their own.
+            for (input, hessian) in hessians.iter_mut().filter(|(_, hessian)| hessian.size > 0) {
                 // One product for the whole batch: fewer passes over the matrix.
                 let x = captured.iter().map(|c| &c.0[input][..]).collect::<Vec<_>>().concat();
                 hessian.add(self.engine.isa, &x);

@@ -1,6 +1,7 @@
 //! An estimate of the memory that calibration needs.
 
 use stb_format::ModelSpec;
+use stb_format::arch::LayerSet;
 
 use super::limits::{BATCH, KEPT_BYTES};
 use crate::recipe::Calibration;
@@ -25,9 +26,19 @@ pub(crate) fn batch_tokens(spec: &ModelSpec, calibration: &Calibration) -> u64 {
     BATCH as u64 * (calibration.length as u64).min(spec.context_length)
 }
 
-/// Features of the four inputs of a decoder layer.
+/// Features of the four inputs of a decoder layer, the widest of all layers. Of the experts of a layer, one is
+/// quantized at a time.
 pub(crate) fn input_sizes(spec: &ModelSpec) -> [u64; 4] {
-    [spec.hidden_size, spec.heads * spec.head_dim, spec.hidden_size, spec.intermediate_size]
+    [spec.hidden_size, spec.heads * spec.head_dim, spec.hidden_size, intermediate_size(spec)]
+}
+
+/// The widest MLP of the model, or expert.
+fn intermediate_size(spec: &ModelSpec) -> u64 {
+    match &spec.experts {
+        Some(experts) if experts.layers == LayerSet::All => experts.intermediate_size,
+        Some(experts) => experts.intermediate_size.max(spec.intermediate_size),
+        None => spec.intermediate_size,
+    }
 }
 
 /// Estimates the memory. `prunes_first`: masks come from a pruning pass over the whole model.
@@ -45,15 +56,14 @@ pub(crate) fn memory(
         + u64::from(dense)
         + u64::from(calibration.distill_layers.is_some());
     let kept = if calibration.refreshed { KEPT_BYTES as u64 } else { 0 };
-    let widest = spec.intermediate_size.max(spec.heads * spec.head_dim);
-    let features = input_sizes(spec).iter().sum::<u64>() + 4 * spec.intermediate_size;
+    let intermediate = intermediate_size(spec);
+    let widest = intermediate.max(spec.heads * spec.head_dim);
+    let features = input_sizes(spec).iter().sum::<u64>() + 4 * intermediate;
+    // The inputs of the experts, and what one of them may read.
+    let routed = spec.experts.as_ref().map_or(0, |_| 3 * spec.hidden_size + 3 * intermediate);
     CalibrationMemory {
-        states: tokens * 4 * (spec.hidden_size * streams) + kept.min(tokens * 4 * widest),
-        dense_target: if dense {
-            (spec.intermediate_size + spec.hidden_size) * spec.intermediate_size * 4
-        } else {
-            0
-        },
+        states: tokens * 4 * (spec.hidden_size * streams + routed) + kept.min(tokens * 4 * widest),
+        dense_target: if dense { (intermediate + spec.hidden_size) * intermediate * 4 } else { 0 },
         activations: batch_tokens(spec, calibration) * features * 4,
     }
 }

@@ -3,6 +3,7 @@
 mod conversion;
 mod device;
 mod distill;
+mod experts;
 mod job;
 mod layer;
 pub(crate) mod limits;

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use rayon::prelude::*;
-use stb_format::arch::LinearInput;
+use stb_format::arch::{LinearInput, NormPlacement};
 use stb_kernels::Isa;
 use stb_runtime::{Layer, Observer, Result, Sublayer};
 
@@ -26,8 +26,8 @@ pub(super) const ALL_SUBLAYERS: usize = 2;
 pub(super) struct DenseTarget {
     /// E = (2/n) Σ (X̃ − X)ᵀ X, [in, in]; X̃ are the inputs in the dense model, X those here.
     inputs: Vec<f32>,
-    /// D = (2/n) Σ (R̃ − R)ᵀ X, [hidden, in]; R̃ is the residual stream in the dense model, R that here. `None` for
-    /// linear layers that do not write to it.
+    /// D = (2/n) Σ (R̃ − R)ᵀ X, [hidden, in]; R̃ is the residual stream in the dense model, R that here. `None` where
+    /// [`corrects_stream`] is false.
     stream: Option<Vec<f32>>,
     /// The factors of the Hessian with the ridge Λ.
     factor: Factor,
@@ -58,11 +58,25 @@ pub(super) struct InputHessian {
     pub(super) target: Option<DenseTarget>,
 }
 
+/// Whether the target of the linear layer that reads `input` makes up for the difference of the residual stream from
+/// the dense model: if the output is added to the stream as it is. Where a norm comes between (Gemma 2), a change of
+/// the output does not change the sum by as much, and the target is the output of the dense model alone.
+fn corrects_stream(layer: &Layer, input: LinearInput) -> bool {
+    input.writes_residual() && layer.block.norm.placement != NormPlacement::Sandwich
+}
+
 /// Keeps one input of the layer; stops there unless `proceed` is set.
-struct KeepInput {
+pub(super) struct KeepInput {
     input: LinearInput,
     proceed: bool,
-    x: Vec<f32>,
+    pub(super) x: Vec<f32>,
+}
+
+impl KeepInput {
+    /// Keeps `input` and stops there.
+    pub(super) fn up_to(input: LinearInput) -> Self {
+        Self { input, proceed: false, x: Vec::new() }
+    }
 }
 
 impl Observer for KeepInput {
@@ -212,7 +226,8 @@ impl Run<'_> {
         let mut hessian = Hessian::new(width);
         let mut sums = targets.then(|| TargetSums {
             inputs: CrossHessian::new(width, width),
-            stream: writes_residual.then(|| CrossHessian::new(features, width)),
+            stream: corrects_stream(layers.partial, input)
+                .then(|| CrossHessian::new(features, width)),
         });
         let tokens = hidden.quantized.iter().map(Vec::len).sum::<usize>() / features;
         let keep = writes_residual && tokens * width * size_of::<f32>() <= KEPT_BYTES;
@@ -260,6 +275,7 @@ impl Run<'_> {
             observer.x
         };
         let writes_residual = input.writes_residual();
+        let corrects_stream = corrects_stream(layers.partial, input);
         let mut dense: Vec<Option<&mut Vec<f32>>> = dense_states.into_iter().map(Some).collect();
         dense.resize_with(states.len(), || None);
         let pairs = states.par_iter_mut().zip(dense);
@@ -270,7 +286,7 @@ impl Run<'_> {
                     return ActivationPair { x, inputs: Vec::new(), stream: Vec::new() };
                 };
                 let residual =
-                    if writes_residual { difference(dense.clone(), stream) } else { Vec::new() };
+                    if corrects_stream { difference(dense.clone(), stream) } else { Vec::new() };
                 let inputs = difference(run(layers.dense, dense, writes_residual), &x);
                 ActivationPair { x, inputs, stream: residual }
             })
@@ -309,12 +325,11 @@ impl Run<'_> {
             self.stages.forward += started.elapsed().as_secs_f64();
             return Ok(());
         }
-        let last = layer.linear(sublayer.last_linear());
         for (batch, streams) in streams.chunks_mut(BATCH).enumerate() {
             check_interrupt()?;
             streams.par_iter_mut().enumerate().for_each(|(i, stream)| {
                 match kept.get(batch * BATCH + i) {
-                    Some(x) => self.engine.add_linear(last, x, stream),
+                    Some(x) => self.engine.finish_sublayer(sublayer, layer, x, stream),
                     None => drop(self.engine.run_sublayer(sublayer, layer, stream, &mut ())),
                 }
             });

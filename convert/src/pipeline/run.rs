@@ -24,6 +24,8 @@ pub(super) struct Run<'a> {
     pub(super) workspace: &'a mut Workspace,
     pub(super) reports: Vec<TensorReport>,
     pub(super) layers: Vec<LayerReport>,
+    /// Calibration tokens of each expert of the decoder layer in progress.
+    pub(super) expert_tokens: Vec<u64>,
     /// Times of the decoder layer in progress, or of the tensors outside the layers.
     pub(super) stages: Stages,
     /// Layers that an interrupted run had finished.

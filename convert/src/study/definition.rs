@@ -117,7 +117,7 @@ pub struct Study {
 pub struct StudyModel {
     /// For the table.
     pub name: String,
-    /// A folder, a `.safetensors` file or an index of shards.
+    /// A folder, a `.safetensors` file, an index of shards or a `.gguf` file.
     pub path: PathBuf,
     /// Tokens per window; `None` for the context of the model.
     pub context: Option<usize>,

@@ -1,7 +1,5 @@
 //! [`Block`]: a description of a decoder layer.
 
-use super::spec::{Activation, ModelSpec};
-
 /// A decoder layer: attention and an MLP, each with a residual connection.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Block {
@@ -25,9 +23,10 @@ pub struct Norm {
 }
 
 /// The formula of a norm; w is its weight, b its bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NormKind {
     /// x · w / sqrt(mean x² + ε): LLaMA and most models after it.
+    #[default]
     Rms,
     /// x · (1 + w) / sqrt(mean x² + ε): Gemma.
     RmsPlusOne,
@@ -36,9 +35,10 @@ pub enum NormKind {
 }
 
 /// The positions of the norms in a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NormPlacement {
     /// Before attention and before the MLP: most models.
+    #[default]
     Pre,
     /// After each residual sum: OPT-350M.
     Post,
@@ -55,30 +55,33 @@ pub struct Attention {
     pub kv_heads: u64,
     /// Width of a head.
     pub head_dim: u64,
-    /// The position encoding.
-    pub position: Position,
+    /// The factor of the scores q · k: 1 / √head_dim in most models.
+    pub scale: f64,
+    /// RoPE on queries and keys: its table of frequencies, or `None` for a layer without RoPE.
+    pub rope: Option<RopeTable>,
     /// Whether q, k and v have biases: Qwen2, OPT.
     pub qkv_bias: bool,
     /// Whether the attention output has a bias: OPT.
     pub output_bias: bool,
-    /// Whether each head of q and k is normalized before RoPE: Qwen3, Gemma 3.
-    pub qk_norm: bool,
-    /// The size of the sliding window, including the token itself: Mistral, Gemma. `None` for full
-    /// causal attention.
+    /// The norm of queries and keys before RoPE.
+    pub qk_norm: QkNorm,
+    /// The size w of the sliding window: a token attends to itself and the w − 1 tokens before it, as
+    /// in Mistral and Gemma. `None` for full causal attention.
     pub window: Option<u64>,
     /// The soft cap c: scores s become c · tanh(s / c), as in Gemma 2.
     pub soft_cap: Option<f64>,
 }
 
-/// A position encoding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Position {
-    /// RoPE on queries and keys. [`ModelSpec`] has its pairing, base and scaling.
-    Rope,
-    /// Learned position embeddings are added to the token embeddings: OPT, GPT-2.
-    Learned,
-    /// None: every fourth layer of SmolLM3.
+/// The norm of queries and keys before RoPE. Its formula is that of the other norms of the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum QkNorm {
+    /// None: most models.
+    #[default]
     None,
+    /// Each head is normalized on its own, with one weight `[head_dim]` for all heads: Qwen3, Gemma 3.
+    Head,
+    /// All heads are normalized together, with a weight `[heads · head_dim]`: OLMoE.
+    Full,
 }
 
 /// The feed-forward network of one layer.
@@ -88,7 +91,7 @@ pub struct Mlp {
     pub kind: MlpKind,
     /// The activation function.
     pub activation: Activation,
-    /// Width between the linear layers, per expert in a mixture of experts.
+    /// Width between the linear layers; of one expert in a mixture of experts.
     pub intermediate_size: u64,
     /// Whether the linear layers have biases: OPT, GPT-2.
     pub bias: bool,
@@ -97,48 +100,46 @@ pub struct Mlp {
 }
 
 /// The linear layers of an MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MlpKind {
     /// down(act(gate(x)) ∘ up(x)).
+    #[default]
     Gated,
     /// down(act(up(x))).
     Plain,
 }
 
-/// A mixture of experts.
+/// A mixture of experts. A router, a linear layer without bias, gives each expert a logit. The softmax
+/// over all logits weighs the outputs of the `active` experts with the largest logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Experts {
     /// Experts per layer.
     pub count: u64,
     /// Experts per token.
     pub active: u64,
+    /// Whether the weights of the active experts are divided by their sum.
+    pub normalize: bool,
 }
 
-impl ModelSpec {
-    /// The description of decoder layer `layer`. All layers are equal in the families that this
-    /// version supports.
-    #[must_use]
-    pub fn block(&self, _layer: u64) -> Block {
-        Block {
-            norm: Norm { kind: NormKind::Rms, placement: NormPlacement::Pre, eps: self.norm_eps },
-            attention: Attention {
-                heads: self.heads,
-                kv_heads: self.kv_heads,
-                head_dim: self.head_dim,
-                position: Position::Rope,
-                qkv_bias: false,
-                output_bias: false,
-                qk_norm: false,
-                window: None,
-                soft_cap: None,
-            },
-            mlp: Mlp {
-                kind: MlpKind::Gated,
-                activation: self.activation,
-                intermediate_size: self.intermediate_size,
-                bias: false,
-                experts: None,
-            },
-        }
-    }
+/// An activation function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activation {
+    /// `silu`: x · sigmoid(x).
+    #[default]
+    Silu,
+    /// `relu`: max(x, 0).
+    Relu,
+    /// `gelu`: x · Φ(x).
+    Gelu,
+    /// `gelu_tanh`: the approximation of `gelu` by tanh.
+    GeluTanh,
+}
+
+/// The frequency table that the RoPE of a layer uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeTable {
+    /// [`ModelSpec::rope_theta`] with [`ModelSpec::rope_scaling`].
+    Global,
+    /// [`ModelSpec::local_rope_theta`] without scaling: the windowed layers of Gemma 3.
+    Local,
 }

@@ -12,6 +12,12 @@ pub trait ConfigFields {
     fn bool(&self, name: &str) -> Option<bool>;
     /// A string.
     fn text(&self, name: &str) -> Option<String>;
+    /// A list of integers.
+    fn u64s(&self, name: &str) -> Option<Vec<u64>>;
+    /// A list of numbers.
+    fn f64s(&self, name: &str) -> Option<Vec<f64>>;
+    /// A list of strings.
+    fn texts(&self, name: &str) -> Option<Vec<String>>;
     /// An object; `None` if it is missing or null.
     fn object(&self, name: &str) -> Option<Box<dyn ConfigFields + '_>>;
     /// The first entry of `architectures`.

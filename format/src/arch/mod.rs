@@ -5,15 +5,33 @@
 
 mod block;
 mod config;
+mod family;
+mod gemma;
+mod gguf;
+mod gpt2;
 mod llama;
 mod mistral;
+mod mixtral;
+mod olmoe;
+mod opt;
 mod options;
+mod phi3;
+mod qwen;
 mod registry;
 mod roles;
+mod smollm3;
 mod spec;
 mod tensors;
 
-pub use block::{Attention, Block, Experts, Mlp, MlpKind, Norm, NormKind, NormPlacement, Position};
+pub use block::{
+    Activation, Attention, Block, Experts, Mlp, MlpKind, Norm, NormKind, NormPlacement, QkNorm,
+    RopeTable,
+};
 pub use config::{ConfigError, ConfigFields};
+pub use family::{Family, SourceTensor};
+pub use gguf::{
+    GGUF_LONG_FACTORS, GGUF_ROPE_DIVISORS, GGUF_SHORT_FACTORS, GgufArchitecture, GgufField,
+    Implied, gguf_name,
+};
 pub use roles::{InputMap, Linear, LinearInput, LinearMap, NormSite, Role, TensorSpec};
-pub use spec::{Activation, Architecture, Family, ModelSpec, RopePairing, RopeScaling};
+pub use spec::{Biases, ExpertsSpec, LayerSet, ModelSpec, RopePairing, RopeScaling, Window};

@@ -104,6 +104,10 @@ pub enum Role {
     Linear(Linear),
     /// The bias of a linear layer of the decoder.
     Bias(Linear),
+    /// The projection of token embeddings to the residual stream, [hidden, embedding].
+    ProjectIn,
+    /// The projection of the residual stream to the input of the lm_head, [embedding, hidden].
+    ProjectOut,
     /// The router of a mixture of experts, [experts, hidden].
     Router,
     /// The weights of a linear layer of one expert.
@@ -115,7 +119,7 @@ pub enum Role {
 /// A tensor of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// The name in the file and in the Hugging Face checkpoint.
+    /// The name in the file (spec, metadata §2.2).
     pub name: String,
     /// The dimensions in PyTorch order.
     pub shape: Vec<u64>,

@@ -90,7 +90,7 @@ pub(super) enum VerifyArg {
 
 #[derive(Args)]
 pub(super) struct RunArgs {
-    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    /// An .stb file; or a checkpoint: a folder, .safetensors or .gguf file, index of shards
     pub file: Option<PathBuf>,
     #[command(flatten)]
     pub load: LoadArgs,
@@ -158,7 +158,7 @@ pub(super) struct SamplingArgs {
 
 #[derive(Args)]
 pub(super) struct PerplexityArgs {
-    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    /// An .stb file; or a checkpoint: a folder, .safetensors or .gguf file, index of shards
     pub file: PathBuf,
     #[command(flatten)]
     pub load: LoadArgs,
@@ -188,7 +188,7 @@ pub(super) struct PerplexityArgs {
 
 #[derive(Args)]
 pub(super) struct ZeroShotArgs {
-    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    /// An .stb file; or a checkpoint: a folder, .safetensors or .gguf file, index of shards
     pub file: PathBuf,
     /// Files of questions, one JSON object per line, whose names start with the task's:
     /// winogrande, openbookqa, hellaswag, boolq, arc_easy, arc_challenge, rte or piqa
@@ -218,7 +218,7 @@ const MOST_TOKENS: i64 = 1 << 20;
 
 #[derive(Args)]
 pub(super) struct BenchArgs {
-    /// An .stb file; or a dense checkpoint: a folder, a .safetensors file, an index of shards
+    /// An .stb file; or a checkpoint: a folder, .safetensors or .gguf file, index of shards
     pub file: PathBuf,
     #[command(flatten)]
     pub load: LoadArgs,

@@ -11,9 +11,16 @@ use stb_kernels::cuda::{
 };
 use stb_kernels::kv::KvKind;
 
-use super::common::{attention_shape, kernel_input, upload_norm};
-use crate::block::{AttentionBuffers, BlockInput, BlockOps, BlockScratch, Flow, run_sublayer};
+use super::common::{
+    attention_shape, kernel_input, matrix_only, missing_kernel, require_supported,
+    residual_matrix_only, upload_norm,
+};
+use crate::block::{
+    AttentionBuffers, AttentionLayer, BlockInput, BlockOps, BlockScratch, Flow, LinearWeights,
+    NormWeights, ResidualLinear, run_sublayer,
+};
 use crate::error::{Error, Result};
+use crate::experts::ExpertsLayer;
 use crate::layer::Layer;
 use crate::model::Model;
 use crate::rope::Rope;
@@ -68,13 +75,14 @@ impl DeviceLayers {
     /// # Errors
     /// [`Error::Device`] if cuBLAS is missing or a shape has no kernel.
     pub fn new(device: &Device, model: &Model) -> Result<Self> {
+        require_supported(model)?;
         let attention = attention_shape(model, 1, KvKind::F32);
         let make = || device.zeros("activations", 0);
         Ok(Self {
             dense: LinearAlgebra::new(device)?,
             ops: ActivationOps::new(device),
             attention,
-            attend: Attention::new(device, attention, &Rope::new(&model.spec).frequencies)?,
+            attend: Attention::new(device, attention, &Rope::new(&model.spec).global.frequencies)?,
             caches: Vec::new(),
             eps: model.spec.norm_eps as f32,
             input: make()?,
@@ -212,7 +220,7 @@ impl DecodedOps<'_, '_> {
         beta: f32,
     ) -> Flow<Error> {
         let (tokens, cols) = (self.tokens, matrices.first().map_or(0, |m| m.cols));
-        let x = match kernel_input(x, self.eps) {
+        let x = match kernel_input(x, self.eps)? {
             ActivationInput::Plain(x) => x,
             input => {
                 if self.input.len() < tokens * cols {
@@ -248,9 +256,10 @@ impl BlockOps for DecodedOps<'_, '_> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
-        matrices: [&Decoded; N],
+        weights: [LinearWeights<'_, Decoded, Buffer<f32>>; N],
         mut out: [&mut Buffer<f32>; N],
     ) -> Flow<Error> {
+        let matrices = weights.iter().map(matrix_only).collect::<Result<Vec<_>>>()?;
         self.queue(input, x, &matrices, &mut out, 0.0)
     }
 
@@ -258,13 +267,30 @@ impl BlockOps for DecodedOps<'_, '_> {
         &mut self,
         input: LinearInput,
         x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
-        matrix: &Decoded,
+        output: ResidualLinear<'_, Decoded, Buffer<f32>>,
         residual: &mut Buffer<f32>,
     ) -> Flow<Error> {
-        self.queue(input, x, &[matrix], &mut [residual], 1.0)
+        self.queue(input, x, &[residual_matrix_only(&output)?], &mut [residual], 1.0)
     }
 
-    fn attend(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
+    fn experts(
+        &mut self,
+        _: NormWeights<'_, Buffer<f32>>,
+        _: ExpertsLayer<'_, Decoded>,
+        _: &mut Buffer<f32>,
+    ) -> Flow<Error> {
+        Err(missing_kernel("mixtures of experts"))
+    }
+
+    fn normalize(&mut self, _: &mut Buffer<f32>, _: NormWeights<'_, Buffer<f32>>) -> Result<()> {
+        Err(missing_kernel("norms of the residual stream"))
+    }
+
+    fn attend(
+        &mut self,
+        _: AttentionLayer<'_, Buffer<f32>>,
+        x: AttentionBuffers<'_, Buffer<f32>>,
+    ) -> Result<()> {
         let AttentionBuffers { q, k, v, attn_out } = x;
         let Some(slots) = self.slots else { return Ok(()) };
         Ok(self.attend.queue(AttentionArgs {

@@ -6,7 +6,7 @@ use stb_kernels::cuda::{self, ActivationPrecision, AttentionShape, Buffer, Devic
 use stb_kernels::kv::KvKind;
 
 use super::caches::DeviceCaches;
-use super::common::{attention_shape, upload_norm};
+use super::common::{attention_shape, require_supported, upload_norm};
 use super::scratch::StepScratch;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
@@ -55,6 +55,7 @@ impl DeviceModel {
     /// [`Error::Device`] if there is too little memory (the message includes the size), or an encoding
     /// or a shape has no kernel.
     pub(crate) fn load(device: &Device, model: &Model, options: DeviceOptions) -> Result<Self> {
+        require_supported(model)?;
         let all = model.layers.len();
         let first = all - options.layers.unwrap_or(all).min(all);
         check_memory(device, model, first)?;

@@ -53,7 +53,7 @@ impl StepScratch {
         Ok(Self {
             gemv: Gemv::new(device)?,
             gemm: Gemm::new(device)?,
-            attend: Attention::new(device, attention, &Rope::new(&model.spec).frequencies)?,
+            attend: Attention::new(device, attention, &Rope::new(&model.spec).global.frequencies)?,
             slots: SlotMapping::new(device, STEP_BATCH)?,
             ids: device.zeros("tokens", STEP_BATCH)?,
             hidden: make(hidden)?,

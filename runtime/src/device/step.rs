@@ -9,11 +9,15 @@ use stb_kernels::cuda::{
 };
 
 use super::caches::DeviceCaches;
-use super::common::kernel_input;
+use super::common::{kernel_input, matrix_only, missing_kernel, residual_matrix_only};
 use super::model::DeviceModel;
 use super::scratch::{GEMV_BATCH, STEP_BATCH, StepScratch};
-use crate::block::{AttentionBuffers, BlockInput, BlockOps, Flow, run_block};
+use crate::block::{
+    AttentionBuffers, AttentionLayer, BlockInput, BlockOps, Flow, LinearWeights, NormWeights,
+    ResidualLinear, run_block,
+};
 use crate::error::{Error, Result};
+use crate::experts::ExpertsLayer;
 use crate::pass::{OutputKind, Pass};
 
 /// `ready(scratch, first, count)` is called when the logits of tokens `first..first + count` of the
@@ -166,7 +170,7 @@ impl StepOps<'_> {
         out: &mut [&mut Buffer<f32>],
         add: bool,
     ) -> Flow<Error> {
-        let input = kernel_input(x, self.eps);
+        let input = kernel_input(x, self.eps)?;
         if self.tokens <= GEMV_BATCH {
             self.gemv.queue(matrices, input, self.precision, out, add, self.tokens)?;
         } else {
@@ -187,9 +191,10 @@ impl BlockOps for StepOps<'_> {
         &mut self,
         _: LinearInput,
         x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
-        matrices: [&Matrix; N],
+        weights: [LinearWeights<'_, Matrix, Buffer<f32>>; N],
         mut out: [&mut Buffer<f32>; N],
     ) -> Flow<Error> {
+        let matrices = weights.iter().map(matrix_only).collect::<Result<Vec<_>>>()?;
         self.queue(x, &matrices, &mut out, false)
     }
 
@@ -197,13 +202,30 @@ impl BlockOps for StepOps<'_> {
         &mut self,
         _: LinearInput,
         x: BlockInput<'_, Buffer<f32>, Buffer<f32>>,
-        matrix: &Matrix,
+        output: ResidualLinear<'_, Matrix, Buffer<f32>>,
         residual: &mut Buffer<f32>,
     ) -> Flow<Error> {
-        self.queue(x, &[matrix], &mut [residual], true)
+        self.queue(x, &[residual_matrix_only(&output)?], &mut [residual], true)
     }
 
-    fn attend(&mut self, x: AttentionBuffers<'_, Buffer<f32>>) -> Result<()> {
+    fn experts(
+        &mut self,
+        _: NormWeights<'_, Buffer<f32>>,
+        _: ExpertsLayer<'_, Matrix>,
+        _: &mut Buffer<f32>,
+    ) -> Flow<Error> {
+        Err(missing_kernel("mixtures of experts"))
+    }
+
+    fn normalize(&mut self, _: &mut Buffer<f32>, _: NormWeights<'_, Buffer<f32>>) -> Result<()> {
+        Err(missing_kernel("norms of the residual stream"))
+    }
+
+    fn attend(
+        &mut self,
+        _: AttentionLayer<'_, Buffer<f32>>,
+        x: AttentionBuffers<'_, Buffer<f32>>,
+    ) -> Result<()> {
         let AttentionBuffers { q, k, v, attn_out } = x;
         Ok(self.attend.queue(AttentionArgs {
             slots: self.slots,

@@ -2,6 +2,7 @@
 //! certain rule.
 
 pub(crate) mod content;
+mod decoders;
 mod documents;
 mod invalid;
 mod patch;

@@ -2,16 +2,16 @@
 
 use std::io::Cursor;
 
-use stb_format::arch::{Architecture, TensorSpec};
+use stb_format::arch::TensorSpec;
 use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
-use stb_format::{File, Meta, ModelSpec, RopePairing, RopeScaling, Value, Writer};
+use stb_format::{File, Meta, ModelSpec, RopeScaling, Value, Writer};
 
 use super::vector::Vector;
-use super::{content, patch};
+use super::{content, decoders, patch};
 use crate::tiny::tokenizer;
 use stb_random::Rng;
 
-type Tensors = Vec<(String, Vec<u64>, Encoding, Vec<u8>)>;
+pub(super) type Tensors = Vec<(String, Vec<u64>, Encoding, Vec<u8>)>;
 
 pub(super) fn file(tensors: &Tensors, meta: &Meta) -> Vec<u8> {
     let mut writer = Writer::new(Cursor::new(Vec::new())).expect("memory takes anything");
@@ -124,7 +124,6 @@ fn metadata() -> Meta {
 /// A complete model of two layers with a small tokenizer.
 pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
     let spec = ModelSpec {
-        architecture: Architecture::LLAMA,
         vocab_size: 40,
         hidden_size: 32,
         intermediate_size: 48,
@@ -135,7 +134,6 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
         context_length: 64,
         norm_eps: 1e-5,
         rope_theta: 10000.0,
-        rope_pairing: RopePairing::Half,
         rope_scaling: RopeScaling::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,
@@ -143,9 +141,15 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
             original_context: 32,
         },
         tied_embeddings: true,
-        activation: stb_format::Activation::Silu,
+        ..ModelSpec::default()
     };
-    let mut rng = Rng(7);
+    let (tensors, meta) = model_of(&spec, 7);
+    (tensors, meta, spec)
+}
+
+/// A model of this `spec` with random weights in mixed encodings, vectors of ones and a small tokenizer.
+pub(super) fn model_of(spec: &ModelSpec, seed: u64) -> (Tensors, Meta) {
+    let mut rng = Rng(seed);
     let mut tensors = Tensors::new();
     for TensorSpec { name, shape, .. } in spec.tensors() {
         let (rows, cols) = (shape[0] as usize, shape.get(1).map_or(1, |c| *c as usize));
@@ -176,7 +180,7 @@ pub(super) fn model() -> (Tensors, Meta, ModelSpec) {
     ] {
         meta.set(key, value).expect("a valid entry");
     }
-    (tensors, meta, spec)
+    (tensors, meta)
 }
 
 /// A tensor of an unknown encoding with an empty payload, and sections of length 0.
@@ -316,7 +320,9 @@ pub fn valid() -> Vec<Vector> {
             patch::edit(&smallest(), |b| patch::put16(b, 10, 7)),
         ),
     ];
+    let models = decoders::valid().into_iter();
     list.into_iter()
+        .chain(models)
         .map(|(name, about, bytes)| Vector {
             name: format!("{name}.stb"),
             about,

@@ -59,61 +59,40 @@ pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) 
     }
 }
 
-/// `gate[i] = silu(gate[i]) · up[i]`, with silu(x) = x / (1 + exp(−x)).
+/// RMSNorm with 1 + w: `out[i] = x[i] · (1 + weight[i]) / sqrt(mean(x²) + eps)`.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn silu_mul(isa: Isa, gate: &mut [f32], up: &[f32]) {
-    assert_eq!(gate.len(), up.len());
-    isa.run(SiluMulTask { gate, up });
-}
-
-struct SiluMulTask<'a> {
-    gate: &'a mut [f32],
-    up: &'a [f32],
-}
-
-impl Task for SiluMulTask<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Bytes>(self, s: S) {
-        let one = s.splat(1.0);
-        for_vectors(
-            s,
-            self.gate,
-            self.up,
-            #[inline(always)]
-            |s, gate, up| {
-                let minus = s.sub(s.splat(0.0), gate);
-                s.mul(s.div(gate, s.add(one, exp(s, minus))), up)
-            },
-        );
+pub fn rms_norm_plus_one(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == out.len());
+    let scale = 1.0 / (dot(isa, x, x) / x.len() as f32 + eps).sqrt();
+    for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
+        *o = (x * scale) * (1.0 + w);
     }
 }
 
-/// Applies `f` to vectors of both slices and writes to the first; tails are padded with zeros.
-#[inline(always)]
-fn for_vectors<S: Simd>(s: S, a: &mut [f32], b: &[f32], f: impl Fn(S, S::F, S::F) -> S::F) {
-    let (a_vectors, a_tail) = a.as_chunks_mut::<16>();
-    let (b_vectors, b_tail) = b.as_chunks::<16>();
-    for (a, b) in a_vectors.iter_mut().zip(b_vectors) {
-        let v = f(s, s.load(a), s.load(b));
-        s.store(v, a);
+/// LayerNorm: `out[i] = (x[i] − mean(x)) · weight[i] / sqrt(var(x) + eps) + bias[i]`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn layer_norm(isa: Isa, x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32, out: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == bias.len() && x.len() == out.len());
+    let n = x.len() as f32;
+    // Lanes are added in one order on every instruction set.
+    let mean = x.iter().sum::<f32>() / n;
+    for (o, x) in out.iter_mut().zip(x) {
+        *o = x - mean;
     }
-    let n = a_tail.len().min(b_tail.len());
-    let (mut a, mut b) = ([0.0; 16], [0.0; 16]);
-    a[..n].copy_from_slice(&a_tail[..n]);
-    b[..n].copy_from_slice(&b_tail[..n]);
-    let v = f(s, s.load(&a), s.load(&b));
-    s.store(v, &mut a);
-    a_tail[..n].copy_from_slice(&a[..n]);
+    let scale = 1.0 / (dot(isa, out, out) / n + eps).sqrt();
+    for ((o, w), b) in out.iter_mut().zip(weight).zip(bias) {
+        *o = (*o * scale) * w + b;
+    }
 }
 
 /// exp with a relative error below 2e-7, the same bits on every instruction set: the argument is
 /// split into a power of two and a remainder for a polynomial (Cody and Waite).
 #[inline(always)]
-fn exp<S: Simd>(s: S, x: S::F) -> S::F {
+pub(super) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     // Outside this range the result would overflow or become subnormal.
     let x = s.min(s.max(x, s.splat(-87.3)), s.splat(88.3));
     let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));

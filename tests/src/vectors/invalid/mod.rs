@@ -1,5 +1,6 @@
 //! Files that every reader must refuse, each because of one rule.
 
+mod decoders;
 mod order;
 mod payloads;
 mod tables;
@@ -22,6 +23,7 @@ pub fn invalid() -> Vec<Vector> {
     payloads::payloads(&mut list);
     payloads::models(&mut list);
     order::combinations(&mut list);
+    decoders::decoders(&mut list);
     list.0
 }
 
