@@ -184,13 +184,25 @@ impl Model {
         layers.map(|(_, weight)| weight).chain(projections).chain([self.lm_head()])
     }
 
+    /// The number of weights that a token is multiplied with: those of the matrices, of mixtures of experts those
+    /// of the active experts.
+    #[must_use]
+    pub fn active_weights(&self) -> u64 {
+        self.active_sum(|weight| (weight.rows() * weight.cols()) as u64)
+    }
+
+    /// The sum of `size` over the matrices that a token uses. All experts of a layer count the same.
+    fn active_sum(&self, size: impl Fn(&Weight) -> u64 + Copy) -> u64 {
+        let all: u64 = self.matrices().map(size).sum();
+        let idle: u64 = self.layers.iter().map(|layer| idle_experts(layer, size)).sum();
+        all - idle
+    }
+
     /// Bytes of weights that a forward pass of one token reads: the matrices, of mixtures of experts those of
     /// the active experts, and the vectors (f32), without the row of the embeddings.
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
-        let all: u64 = self.matrices().map(|w| w.byte_len() as u64).sum();
-        let idle: u64 = self.layers.iter().map(idle_expert_bytes).sum();
-        let matrices = all - idle;
+        let matrices = self.active_sum(|weight| weight.byte_len() as u64);
         let vectors = self.layers.iter().flat_map(Layer::vectors).map(|(_, vector)| vector.len());
         let vectors = vectors.sum::<usize>() + self.norm.len();
         matrices + 4 * vectors as u64
@@ -254,12 +266,12 @@ fn load_layer(
     Layer::load(spec.block(layer), spec.layer_tensors(layer), matrix, vector)
 }
 
-/// Bytes of the experts of a layer that a token does not use.
-fn idle_expert_bytes(layer: &Layer) -> u64 {
+/// The sum of `size` over the experts of a layer that a token does not use.
+fn idle_experts(layer: &Layer, size: impl Fn(&Weight) -> u64) -> u64 {
     let Some(spec) = layer.block.mlp.experts else { return 0 };
     let experts = layer.experts().iter().flat_map(|expert| expert.iter());
-    let bytes: u64 = experts.map(|(_, weight)| weight.byte_len() as u64).sum();
-    bytes / spec.count.max(1) * spec.count.saturating_sub(spec.active)
+    let all: u64 = experts.map(|(_, weight)| size(weight)).sum();
+    all / spec.count.max(1) * spec.count.saturating_sub(spec.active)
 }
 
 /// Rejects combinations of features that the forward pass ([`crate::block`]) lacks.

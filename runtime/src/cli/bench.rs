@@ -133,9 +133,9 @@ struct Report<'a> {
     read: Spread,
     multiply: Spread,
     cache_bytes: usize,
-    /// Number of weights of all linear layers, without lm_head.
+    /// Number of weights that a token is multiplied with, without lm_head.
     layer_weights: f64,
-    /// Number of weights of all linear layers and lm_head.
+    /// Number of weights that a token is multiplied with, with lm_head.
     weights: f64,
     /// Bytes per second of weights and KV cache that decoding reads.
     bandwidth: f64,
@@ -144,7 +144,7 @@ struct Report<'a> {
 impl<'a> Report<'a> {
     fn new(engine: &'a Engine, args: &BenchArgs, runs: Runs, load: f64, first_token: f64) -> Self {
         let size = |w: &stb_runtime::Weight| (w.rows() * w.cols()) as f64;
-        let weights: f64 = engine.model.matrices().map(size).sum();
+        let weights = engine.model.active_weights() as f64;
         let decode = Spread::of(runs.decode);
         let passes = decode.median / f64::from(args.batch);
         let read =
