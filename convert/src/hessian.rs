@@ -45,6 +45,10 @@ impl Hessian {
         let size = self.size;
         assert!(x.len().is_multiple_of(size), "whole tokens");
         let tokens = x.len() / size;
+        // An expert may have no tokens.
+        if tokens == 0 {
+            return;
+        }
         let mut panels = Panels::default();
         // The panels hold the columns of H; the product sums over tokens.
         panels.pack_transposed(x, size, tokens, size);
@@ -315,6 +319,18 @@ mod tests {
                 assert!(i <= j || (at(&factor.u, i, j) == 0.0 && at(&factor.m, i, j) == 0.0));
             }
         }
+    }
+
+    /// An expert that no calibration token uses.
+    #[test]
+    fn no_tokens_leave_the_target() {
+        let target = Hessian::from_matrix(vec![2.0, 1.0, 1.0, 2.0], 2);
+        let mut hessian = Hessian::new(2);
+        hessian.add(Isa::detect().unwrap(), &[]);
+        hessian.count_sequence();
+        hessian.finish();
+        hessian.shrink(0, Some(&target));
+        assert_eq!(hessian.matrix(), target.matrix());
     }
 
     #[test]
