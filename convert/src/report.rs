@@ -7,7 +7,7 @@ use crate::quantize::Seconds;
 /// One tensor of a report.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TensorReport {
-    /// The Hugging Face name.
+    /// The name in the file.
     pub name: String,
     /// In PyTorch's order: [out, in] for a linear layer.
     pub shape: Vec<u64>,

@@ -53,6 +53,12 @@ impl CpuScratch {
     }
 }
 
+impl<'a, A> CpuOps<'a, A> {
+    fn elementwise(&self) -> Elementwise<'a> {
+        Elementwise { isa: self.isa, pool: self.pool }
+    }
+}
+
 impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
     type Matrix = Weight;
     type Vector = Vec<f32>;
@@ -67,8 +73,8 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
         weights: [LinearWeights<'_, Weight, Vec<f32>>; N],
         out: [&mut Vec<f32>; N],
     ) -> Flow<Infallible> {
+        let elementwise = self.elementwise();
         let CpuScratch { linear, normed, .. } = &mut *self.scratch;
-        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
         let x = elementwise.input(x, self.norm, self.activation, normed);
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
@@ -91,8 +97,8 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
         output: ResidualLinear<'_, Weight, Vec<f32>>,
         residual: &mut [f32],
     ) -> Flow<Infallible> {
+        let elementwise = self.elementwise();
         let CpuScratch { linear, normed, out, .. } = &mut *self.scratch;
-        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
         let x = elementwise.input(x, self.norm, self.activation, normed);
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
@@ -115,8 +121,8 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
         layer: ExpertsLayer<'_, Weight>,
         residual: &mut [f32],
     ) -> Flow<Infallible> {
+        let elementwise = self.elementwise();
         let CpuScratch { linear, normed, experts, .. } = &mut *self.scratch;
-        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
         elementwise.norm_rows(residual, norm, self.norm, normed);
         if self.observer.observe(LinearInput::GateUp, normed).is_break() {
             return Ok(ControlFlow::Break(()));
@@ -138,8 +144,9 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
         residual: &mut [f32],
         norm: NormWeights<'_, Vec<f32>>,
     ) -> Result<(), Infallible> {
+        let elementwise = self.elementwise();
         let normed = &mut self.scratch.normed;
-        Elementwise { isa: self.isa, pool: self.pool }.norm_rows(residual, norm, self.norm, normed);
+        elementwise.norm_rows(residual, norm, self.norm, normed);
         residual.copy_from_slice(normed);
         Ok(())
     }
@@ -150,7 +157,7 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
         x: AttentionBuffers<'_, Vec<f32>>,
     ) -> Result<(), Infallible> {
         let AttentionBuffers { q, k, v, attn_out } = x;
-        let elementwise = Elementwise { isa: self.isa, pool: self.pool };
+        let elementwise = self.elementwise();
         let heads = [
             (&mut *q, layer.q_norm, layer.spec.heads as usize),
             (&mut *k, layer.k_norm, layer.spec.kv_heads as usize),

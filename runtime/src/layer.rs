@@ -131,11 +131,6 @@ impl<M, V> Layer<M, V> {
         &self.linears
     }
 
-    /// Mutable form of [`Layer::linears`].
-    pub fn linears_mut(&mut self) -> &mut LinearMap<M> {
-        &mut self.linears
-    }
-
     /// The router of the mixture of experts, [experts, hidden], if the layer has one.
     #[must_use]
     pub fn router(&self) -> Option<&M> {
