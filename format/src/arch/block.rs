@@ -138,8 +138,10 @@ pub enum Activation {
 /// The frequency table that the RoPE of a layer uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeTable {
-    /// [`ModelSpec::rope_theta`] with [`ModelSpec::rope_scaling`].
+    /// [`ModelSpec::rope_theta`](super::ModelSpec::rope_theta) with
+    /// [`ModelSpec::rope_scaling`](super::ModelSpec::rope_scaling).
     Global,
-    /// [`ModelSpec::local_rope_theta`] without scaling: the windowed layers of Gemma 3.
+    /// [`ModelSpec::local_rope_theta`](super::ModelSpec::local_rope_theta) without scaling: the windowed layers
+    /// of Gemma 3.
     Local,
 }
