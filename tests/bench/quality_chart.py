@@ -77,6 +77,25 @@ class Panel:
         return out
 
 
+def single(title: str, rows: list[dict], names: list[str]) -> str:
+    """One panel as SVG: bits of the whole file, with `names` of the families in the legend."""
+    global WIDTH, HEIGHT
+    WIDTH, HEIGHT = 690, 360
+    width, height = 770, 510
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+        ' font-family="sans-serif" font-size="13">',
+        "<style>.title{font-size:15px;font-weight:bold}.end{text-anchor:end}.middle{text-anchor:middle}.small{font-size:11px}"
+        ".grid{stroke:#ddd}polyline{fill:none;stroke-width:2}</style>",
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        *Panel(56, 44, "true_bits", rows).draw(title),
+    ]
+    for i, (name, (_, color, _, _)) in enumerate(zip(names, FAMILIES)):
+        x, y = 64 + i % 3 * 240, height - 44 + i // 3 * 24
+        out.append(f'<circle cx="{x}" cy="{y - 4}" r="5" fill="{color}"/><text x="{x + 12}" y="{y}">{escape(name)}</text>')
+    return "\n".join([*out, "</svg>\n"])
+
+
 def write(path: pathlib.Path, rows: list[dict]) -> None:
     """Draws `rows`, those of compare_quality.py."""
     models = list(dict.fromkeys(row["model"] for row in rows))

@@ -8,7 +8,6 @@ embeddings have another type.
 """
 
 import pathlib
-from xml.sax.saxutils import escape
 
 import quality_chart
 
@@ -37,26 +36,13 @@ def table(text: str, model: str) -> list[dict]:
 
 def draw(rows: list[dict]) -> str:
     """The chart as SVG."""
-    quality_chart.WIDTH, quality_chart.HEIGHT = 690, 360
     quality_chart.RANGE = {"true_bits": (1.0, 5.5)}
     quality_chart.FAMILIES = [family for family in quality_chart.FAMILIES if family[0] in SHOWN]
     belongs = [family[2] for family in quality_chart.FAMILIES]
     rows = [row for row in rows if any(test(row) for test in belongs)]
     rows = [row for row in rows if row["type"] not in TRAINED and "embeddings" not in row["type"]]
-    panel = quality_chart.Panel(56, 44, "true_bits", rows)
-    width, height = 770, 510
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-        ' font-family="sans-serif" font-size="13">',
-        "<style>.title{font-size:15px;font-weight:bold}.end{text-anchor:end}.middle{text-anchor:middle}.small{font-size:11px}"
-        ".grid{stroke:#ddd}polyline{fill:none;stroke-width:2}</style>",
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        *panel.draw(f"{MODEL}: KL divergence from the checkpoint (nats per token), lower is better"),
-    ]
-    for i, (name, color, _, _) in enumerate(quality_chart.FAMILIES):
-        x, y = 64 + i % 3 * 240, height - 44 + i // 3 * 24
-        out.append(f'<circle cx="{x}" cy="{y - 4}" r="5" fill="{color}"/><text x="{x + 12}" y="{y}">{escape(SHOWN[name])}</text>')
-    return "\n".join([*out, "</svg>\n"])
+    names = [SHOWN[family[0]] for family in quality_chart.FAMILIES]
+    return quality_chart.single(f"{MODEL}: KL divergence from the checkpoint (nats per token), lower is better", rows, names)
 
 
 def main() -> None:
