@@ -47,7 +47,6 @@ impl Plan {
         let layer = hessians + calibrating.dense_target + packed + step.max(layers);
         let distill = calibration.distill.map_or(0, |_| {
             let sizes = DistilledStreams {
-                tokens: pipeline::memory::tokens(spec, calibration),
                 batch: pipeline::memory::batch_tokens(spec, calibration),
                 activations: calibrating.activations,
             };

@@ -216,34 +216,45 @@ impl Workspace {
         Ok(())
     }
 
-    /// Writes a file atomically: magic, parts, SHA-256 of both.
     fn write(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
-        let (path, temporary) = (self.folder.join(name), self.folder.join("new"));
-        let write = || -> std::io::Result<()> {
-            let mut file = std::io::BufWriter::new(File::create(&temporary)?);
-            let mut hash = Sha256::new();
-            for part in std::iter::once(&MAGIC[..]).chain(parts.iter().copied()) {
-                hash.update(part);
-                file.write_all(part)?;
-            }
-            file.write_all(&hash.finalize())?;
-            file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
-            std::fs::rename(&temporary, &path)
-        };
-        write().map_err(|e| Error::io(&path, e))
+        write_hashed(&self.folder.join(name), parts)
     }
 
-    /// The concatenated parts of a file written by [`Self::write`]; `None` if it is missing or damaged.
     fn read(&self, name: &str) -> Option<Vec<u8>> {
-        let mut bytes = std::fs::read(self.folder.join(name)).ok()?;
-        let (content, hash) = bytes.split_last_chunk::<HASH>()?;
-        if Sha256::digest(content).as_slice() != hash || !content.starts_with(MAGIC) {
-            return None;
-        }
-        bytes.truncate(bytes.len() - HASH);
-        bytes.drain(..MAGIC.len());
-        Some(bytes)
+        read_hashed(&self.folder.join(name))
     }
+}
+
+/// Writes a file atomically: magic, parts, SHA-256 of both.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn write_hashed(path: &Path, parts: &[&[u8]]) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let temporary = path.with_extension("new");
+        let mut file = std::io::BufWriter::new(File::create(&temporary)?);
+        let mut hash = Sha256::new();
+        for part in std::iter::once(&MAGIC[..]).chain(parts.iter().copied()) {
+            hash.update(part);
+            file.write_all(part)?;
+        }
+        file.write_all(&hash.finalize())?;
+        file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+        std::fs::rename(&temporary, path)
+    };
+    write().map_err(|e| Error::io(path, e))
+}
+
+/// The concatenated parts of a file written by [`write_hashed`]; `None` if it is missing or damaged.
+pub(crate) fn read_hashed(path: &Path) -> Option<Vec<u8>> {
+    let mut bytes = std::fs::read(path).ok()?;
+    let (content, hash) = bytes.split_last_chunk::<HASH>()?;
+    if Sha256::digest(content).as_slice() != hash || !content.starts_with(MAGIC) {
+        return None;
+    }
+    bytes.truncate(bytes.len() - HASH);
+    bytes.drain(..MAGIC.len());
+    Some(bytes)
 }
 
 fn layer_name(index: usize) -> String {

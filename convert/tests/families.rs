@@ -46,8 +46,7 @@ impl Example {
         let checkpoint = Checkpoint::open(folder.path(), true).unwrap();
         let dense = Engine::from_checkpoint(&checkpoint).unwrap();
         let options = Calibration { samples: SAMPLES, length: LENGTH, ..Calibration::default() };
-        let tokenizer = dense.model.tokenizer().unwrap();
-        let windows = calibration().windows(&tokenizer, &options, LENGTH).unwrap();
+        let windows = calibration().windows(&dense.model, &options, LENGTH).unwrap();
         let with_targets = |tokens: Vec<u32>| {
             let targets = log_probabilities(&dense, &tokens);
             (tokens, targets)

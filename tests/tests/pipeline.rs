@@ -310,7 +310,7 @@ fn rounded_activations_cost_little() {
     use stb_runtime::{Engine, OpenOptions, State};
     let folder = folder();
     let file = folder.path().join("m.stb");
-    let text = std::fs::read_to_string(root().join("convert/data/calibration.txt")).unwrap();
+    let text = std::fs::read_to_string(root().join("convert/data/calibration/books.txt")).unwrap();
     for recipe in ["nm-2of4", "nm-2of8"] {
         convert(&quill(), &file, &[&QUICK[..], &["--recipe", recipe, "--force"]].concat());
         let loss = |exact: bool, step: usize| {

@@ -86,7 +86,8 @@ pub(super) struct ConvertArgs {
     /// Print the plan, the size and the memory needed; convert nothing
     #[arg(long, help_heading = "What to do")]
     pub dry_run: bool,
-    /// Calibration text, UTF-8; default: that of the recipe, or the built-in public-domain text
+    /// Calibration text, UTF-8, or .jsonl with a chat or a text per line; self: the model writes it; default: that of
+    /// the recipe, or the built-in text
     #[arg(long, value_name = "FILE", help_heading = "Calibration")]
     pub calib: Option<PathBuf>,
     /// Calibration sequences; default: set by the recipe
@@ -102,7 +103,7 @@ pub(super) struct ConvertArgs {
     /// train its scales and norms. Better, but several times as long; default: set by the recipe, else none
     #[arg(long, alias = "tuning", value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
     pub distill_layers: Option<u32>,
-    /// Distill the whole model from the checkpoint: passes over the calibration sequences that train all
+    /// Distill the whole model from the checkpoint: N times as many fresh sequences as calibration has train all
     /// scales and norms. Better by far, but large models take days; default: set by the recipe, else none
     #[arg(long, alias = "fine-tuning", value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
     pub distill: Option<u32>,

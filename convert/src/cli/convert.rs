@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use stb_convert::budget;
-use stb_convert::calibration::CalibrationText;
+use stb_convert::calibration::{CalibrationText, SELF_WRITTEN};
+use stb_convert::output::refuse_existing;
 use stb_convert::prepare::prepare;
 use stb_convert::report::Report;
-use stb_convert::{Job, Plan, Recipe, convert};
+use stb_convert::{Job, Plan, Recipe, convert, plan, written};
 use stb_format::Meta;
 use stb_kernels::cuda::{Device, LinearAlgebra};
 use stb_runtime::{Checkpoint, DeviceChoice, Error};
@@ -19,10 +20,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     let Some(src) = &args.src else { usage("give a checkpoint and a file to write") };
     let checkpoint = Checkpoint::open(src, true)?;
     let recipe = recipe(args)?;
-    let source = match &args.calib {
-        Some(path) => CalibrationText::file(path)?,
-        None => CalibrationText::of(&recipe.calibration)?,
-    };
+    let source = calibration_text(args, &checkpoint, &recipe)?;
     if recipe.linear.target_bits().is_some() {
         let memory = checkpoint.owned_bytes() + budget::memory(&checkpoint.spec);
         check_memory(memory, "choosing encodings", || {
@@ -61,6 +59,45 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
         summary(out, &report);
     }
     Ok(())
+}
+
+/// The calibration text of the arguments or else of the recipe. Writes it if it is the model's own and anything needs it.
+fn calibration_text(
+    args: &ConvertArgs,
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+) -> anyhow::Result<CalibrationText> {
+    let of_recipe = recipe.calibration.text.as_deref().map(Path::new);
+    if args.calib.as_deref().or(of_recipe) != Some(Path::new(SELF_WRITTEN)) {
+        return Ok(match &args.calib {
+            Some(path) => CalibrationText::file(path)?,
+            None => CalibrationText::of(&recipe.calibration)?,
+        });
+    }
+    let budget = recipe.linear.target_bits().is_some();
+    let needed = budget || plan(checkpoint, recipe)?.needs_calibration();
+    if !needed || args.dry_run && !budget {
+        return Ok(CalibrationText::unwritten());
+    }
+    check_memory(written::memory(checkpoint), "writing the calibration text", || {
+        "use a machine with more, or another text for --calib".into()
+    })?;
+    if let Some(out) = &args.out {
+        refuse_existing(out, args.force)?;
+    }
+    let bar = Bar::new(args.quiet);
+    let folder = args.out.as_deref().map(folder_of);
+    let text = written::write_text(checkpoint, &recipe.calibration, folder, &bar);
+    bar.finish();
+    text
+}
+
+/// The folder of a file.
+fn folder_of(file: &Path) -> &Path {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
 }
 
 /// Opens the device of `choice`, and checks that its linear algebra works.
@@ -103,10 +140,7 @@ fn check_memory(needed: u64, what: &str, advice: impl Fn() -> String) -> Result<
 
 /// Fails before hours of work if the file system of `out` has less than `needed` bytes left.
 fn check_disk(out: &Path, needed: u64) -> Result<(), Error> {
-    let folder = match out.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
+    let folder = folder_of(out);
     // A folder that does not exist is reported when the file is created.
     match fs4::available_space(folder) {
         Ok(available) if needed > available => Err(Error::usage(format!(

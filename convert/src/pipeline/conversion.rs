@@ -156,7 +156,7 @@ impl Run<'_> {
     fn convert_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
         let job = self.job;
         let layers = self.job.checkpoint.spec.layers as usize;
-        let mut hidden = self.embed_windows()?;
+        let mut hidden = self.embed_windows(progress)?;
         let tokens =
             hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.engine.model.hidden_size();
         let mut tensors = job.plan.tensors.iter().peekable();
@@ -180,15 +180,24 @@ impl Run<'_> {
     }
 
     /// Embeds the calibration windows: the inputs of the first decoder layer. Empty without calibration.
-    fn embed_windows(&self) -> anyhow::Result<Hidden> {
+    fn embed_windows(&self, progress: &dyn Progress) -> anyhow::Result<Hidden> {
         let job = self.job;
         let mut hidden = Hidden::default();
         if job.plan.needs_calibration() {
-            let tokenizer = self.engine.model.tokenizer()?;
             let options = &job.recipe.calibration;
             let length = options.length.min(job.checkpoint.spec.context_length as usize);
             let table = self.stored_embeddings()?;
-            for window in job.calibration.windows(&tokenizer, options, length)? {
+            let drawn =
+                job.calibration.draw(&self.engine.model, options, length, 0, options.samples)?;
+            if drawn.fresh < drawn.windows.len() {
+                progress.note(&format!(
+                    "the calibration text has {} windows of {length} tokens; the other {} repeat \
+                     parts of it: a longer text or a smaller --calib-samples is better",
+                    drawn.fresh,
+                    drawn.windows.len() - drawn.fresh
+                ));
+            }
+            for window in drawn.windows {
                 let mut states = Vec::new();
                 self.engine.embed(&window, &mut states)?;
                 if job.recipe.calibration.follows_dense() {
@@ -244,7 +253,7 @@ impl Run<'_> {
             progress
                 .note("the saved layers of an unfinished conversion are damaged: starting again");
             self.workspace.forget();
-            *hidden = self.embed_windows()?;
+            *hidden = self.embed_windows(progress)?;
             return Ok(0);
         }
         for (part, layer) in parts.iter().zip(saved) {

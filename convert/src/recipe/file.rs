@@ -36,7 +36,7 @@ pub(crate) const RENAMED: [(&str, &str, &str); 4] = [
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct CalibrationFile {
-    /// A text file, UTF-8; default: the built-in text.
+    /// A text file, UTF-8, a `.jsonl` file, or `self` for a text that the model writes; default: the built-in text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
     /// The separator of documents, which are trimmed and get a begin token each; default: one document.
@@ -73,8 +73,8 @@ pub struct CalibrationFile {
     /// The learning rate of that distillation: the largest relative step.
     #[serde(skip_serializing_if = "Option::is_none", alias = "tuning-rate")]
     pub distill_layers_rate: Option<f64>,
-    /// Passes over the calibration sequences that train scales and norms of the whole model on the dense model's output
-    /// distribution; default: none.
+    /// Training sequences per calibration sequence, fresh ones for as long as the text has them, that train scales and
+    /// norms of the whole model on the dense model's output distribution; default: none.
     #[serde(skip_serializing_if = "Option::is_none", alias = "fine-tuning")]
     pub distill: Option<usize>,
     /// The learning rate of that distillation for a model with a KL divergence of at least one nat per token; below, it

@@ -11,7 +11,7 @@ use stb_runtime::{
 
 use super::cell::{Cell, CellInputs, fingerprint};
 use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
-use crate::calibration::CalibrationText;
+use crate::calibration::{CalibrationText, read_text};
 use crate::digest::digest;
 use crate::interrupt::Interrupted;
 use crate::pipeline::{Job, Progress, convert};
@@ -74,8 +74,8 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
     let _lock = lock(&cells)?;
     let mut texts = Vec::new();
     for text in &study.texts {
-        let source = CalibrationText::file(&text.path)?;
-        texts.push(LoadedText { entry: text, hash: digest(&source.text), text: source.text });
+        let content = read_text(&text.path)?;
+        texts.push(LoadedText { entry: text, hash: digest(&content), text: content });
     }
     // Read all texts first, so that a mistake in the last one does not cost hours.
     let mut sources = Vec::new();
@@ -235,7 +235,7 @@ impl StudyRow<'_> {
             .is_ok_and(|plan| plan.needs_calibration())
             || self.recipe.recipe.linear.target_bits().is_some();
         let calibration = match needs {
-            true => format!("{} sha256:{}", self.source.name, digest(&self.source.text)),
+            true => format!("{} sha256:{}", self.source.name, self.source.hash()),
             false => String::new(),
         };
         Ok(CellInputs {

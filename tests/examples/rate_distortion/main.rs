@@ -141,7 +141,7 @@ fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     let options = Calibration { samples: cli.tokens.div_ceil(length), ..Calibration::default() };
     let mut hidden = Vec::new();
     for window in
-        CalibrationText::built_in().windows(&engine.model.tokenizer()?, &options, length)?
+        CalibrationText::built_in().windows(&engine.model, &options, length)?
     {
         let mut states = Vec::new();
         engine.embed(&window, &mut states)?;
