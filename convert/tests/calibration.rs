@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use stb_convert::calibration::CalibrationText;
 use stb_convert::recipe::{Calibration, Draw};
 use stb_convert::{Progress, written};
-use stb_runtime::{Checkpoint, Model};
+use stb_runtime::{Checkpoint, Engine, Model};
 
 /// Keeps the notes.
 #[derive(Default)]
@@ -27,7 +27,7 @@ fn checkpoint() -> Checkpoint {
 }
 
 fn model() -> Model {
-    Model::without_layers(&checkpoint()).unwrap()
+    Engine::without_layers(&checkpoint()).unwrap().model
 }
 
 fn options(samples: usize) -> Calibration {
