@@ -70,6 +70,21 @@ impl<'a> Stream<'a> {
         Ok(drawn)
     }
 
+    /// The number of tokens of the text, counted up to at least `enough`.
+    ///
+    /// # Errors
+    /// Errors of the tokenizer.
+    pub(super) fn tokens(&self, encoder: &DocumentEncoder, enough: usize) -> Result<usize> {
+        let mut tokens = 0;
+        for document in self.order(0, enough.saturating_mul(PART_BYTES)) {
+            tokens += encoder.encode_separated(document)?.len();
+            if tokens >= enough {
+                break;
+            }
+        }
+        Ok(tokens)
+    }
+
     /// The documents of one pass. Kinds alternate so that each has the share of the bytes so far that it has of all;
     /// the documents of a kind are shuffled. Texts are cut into parts of at most about `part` bytes.
     pub(super) fn order(&self, pass: usize, part: usize) -> Vec<Document<'a>> {

@@ -83,6 +83,13 @@ pub(super) struct ConvertArgs {
     /// Choose encodings for this size of the whole file, in true bits per parameter
     #[arg(short, long, value_name = "X", conflicts_with = "recipe", value_parser = bits, help_heading = "What to do")]
     pub bits: Option<f64>,
+    /// Find the smallest file whose KL divergence from SRC is at most this, in nats per token, measured on text held
+    /// out from calibration; takes several conversions
+    #[arg(long, value_name = "X", conflicts_with_all = ["recipe", "bits", "no_check"], value_parser = divergence, help_heading = "What to do")]
+    pub max_kl: Option<f64>,
+    /// Do not measure the file; its metadata will say so
+    #[arg(long, help_heading = "What to do")]
+    pub no_check: bool,
     /// Print the plan, the size and the memory needed; convert nothing
     #[arg(long, help_heading = "What to do")]
     pub dry_run: bool,
@@ -130,6 +137,14 @@ fn bits(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(bits) if bits > 0.0 && bits <= 64.0 => Ok(bits),
         _ => Err("a number above 0 and at most 64 is needed".into()),
+    }
+}
+
+/// Parses a KL divergence in nats per token.
+fn divergence(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(kl) if kl > 0.0 && kl <= 100.0 => Ok(kl),
+        _ => Err("a number above 0 and at most 100 is needed".into()),
     }
 }
 

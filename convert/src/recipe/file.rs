@@ -206,6 +206,8 @@ linear_file! {
     share "share": f64,
     /// budget: true bits per parameter of the whole file.
     target_bits "target-bits": f64,
+    /// budget: the KL divergence from the dense model that the smallest file may have, in nats per token.
+    max_kl "max-kl": f64,
 }
 
 impl LinearFile {
@@ -213,6 +215,12 @@ impl LinearFile {
     #[must_use]
     pub fn budget(bits: f64) -> Self {
         Self { method: "budget".into(), target_bits: Some(bits), ..Self::default() }
+    }
+
+    /// Encodings chosen for the smallest file whose KL divergence from the dense model is at most `kl` nats per token.
+    #[must_use]
+    pub fn divergence(kl: f64) -> Self {
+        Self { method: "budget".into(), max_kl: Some(kl), ..Self::default() }
     }
 }
 
@@ -222,5 +230,13 @@ impl RecipeFile {
         self.name = format!("bits-{bits}");
         self.description = "Encodings chosen for a size".into();
         self.body = LinearFile::budget(bits);
+    }
+
+    /// Makes this a recipe for the smallest file whose KL divergence from the dense model is at most `kl` nats per
+    /// token.
+    pub fn set_max_kl(&mut self, kl: f64) {
+        self.name = format!("max-kl-{kl}");
+        self.description = "The smallest file within a KL divergence".into();
+        self.body = LinearFile::divergence(kl);
     }
 }
