@@ -11,7 +11,7 @@ fn main() -> io::Result<()> {
     let variable = |name| env::var_os(name).map(PathBuf::from).ok_or(io::ErrorKind::NotFound);
     let source = variable("CARGO_MANIFEST_DIR")?.join("data/calibration");
     let target = variable("OUT_DIR")?;
-    println!("cargo::rerun-if-changed={}", source.display());
+    writeln!(io::stdout(), "cargo::rerun-if-changed={}", source.display())?;
     for entry in fs::read_dir(&source)? {
         let path = entry?.path();
         compress(&path, &target)?;

@@ -215,7 +215,8 @@ impl Author<'_> {
 
 /// Each sequence: its length and its tokens, 4 bytes each.
 fn encode(sequences: &[Vec<u32>]) -> Vec<u8> {
-    let words = sequences.iter().flat_map(|s| std::iter::once(s.len() as u32).chain(s.iter().copied()));
+    let words =
+        sequences.iter().flat_map(|s| std::iter::once(s.len() as u32).chain(s.iter().copied()));
     words.flat_map(u32::to_le_bytes).collect()
 }
 

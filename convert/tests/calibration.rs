@@ -135,11 +135,7 @@ fn python_windows_come_from_the_whole_text() {
     let documents: Vec<String> = (0..40).map(|i| format!(" This is document {i}. ")).collect();
     let path = write(folder.path(), "a.txt", &documents.join("###"));
     let text = CalibrationText::file(&path).unwrap();
-    let options = Calibration {
-        draw: Draw::Python,
-        separator: Some("###".into()),
-        ..options(12)
-    };
+    let options = Calibration { draw: Draw::Python, separator: Some("###".into()), ..options(12) };
     let tokenizer = model.tokenizer().unwrap();
     let trimmed = documents.iter().map(|d| tokenizer.encode_prompt(d.trim()).unwrap());
     let tokens: Vec<u32> = trimmed.collect::<Vec<_>>().concat();
@@ -152,7 +148,8 @@ fn python_windows_come_from_the_whole_text() {
 fn files_of_chats_and_texts() {
     let folder = tempfile::tempdir().unwrap();
     let model = model();
-    let chat = r#"[{"role":"user","content":"Who was there?"},{"role":"assistant","content":"The cat."}]"#;
+    let chat =
+        r#"[{"role":"user","content":"Who was there?"},{"role":"assistant","content":"The cat."}]"#;
     let lines = format!("{chat}\n{{\"text\":\"Once upon a time there was a dog.\"}}\n");
     let text = CalibrationText::file(&write(folder.path(), "a.jsonl", &lines)).unwrap();
     let windows = text.windows(&model, &options(8), 16).unwrap();

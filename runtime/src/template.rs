@@ -65,8 +65,9 @@ impl ChatTemplate {
                 Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
             },
         );
-        environment
-            .add_function("strftime_now", |format: String| strftime(&chrono::Local::now(), &format));
+        environment.add_function("strftime_now", |format: String| {
+            strftime(&chrono::Local::now(), &format)
+        });
         environment.add_filter("tojson", tojson);
         environment
             .add_template_owned("chat", source.to_owned())

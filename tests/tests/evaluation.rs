@@ -501,7 +501,8 @@ fn shipped_studies_can_be_run() {
 fn flipped_signs_cost_perplexity() {
     let folder = folder();
     let sample = folder.path().join("sample.txt");
-    let source = std::fs::read_to_string(root().join("convert/data/calibration/books.txt")).unwrap();
+    let source =
+        std::fs::read_to_string(root().join("convert/data/calibration/books.txt")).unwrap();
     std::fs::write(&sample, source.chars().take(6000).collect::<String>()).unwrap();
     let out = folder.path().join("out");
     let recipe = folder.path().join("r.toml");

@@ -209,7 +209,8 @@ mod tests {
 
     #[test]
     fn lines_are_chats_or_texts() {
-        let text = "[{\"role\":\"user\",\"content\":\"Hi\"}]\n\n{\"messages\":[]}\n{\"text\":\"a\\nb\"}\n";
+        let text =
+            "[{\"role\":\"user\",\"content\":\"Hi\"}]\n\n{\"messages\":[]}\n{\"text\":\"a\\nb\"}\n";
         let lines = Line::parse(text, "x.jsonl").unwrap();
         let hi = [Message::new("user", "Hi")];
         let documents: Vec<Document<'_>> = lines.iter().map(Line::document).collect();
@@ -230,7 +231,10 @@ mod tests {
             })
         };
         assert_eq!(halves("one two three", 9), Some(("one two", " three")));
-        assert_eq!(halves("twenty letters here\nand more", 21), Some(("twenty letters here\n", "and more")));
+        assert_eq!(
+            halves("twenty letters here\nand more", 21),
+            Some(("twenty letters here\n", "and more"))
+        );
         assert_eq!(halves("ééé", 3), Some(("é", "éé")));
         assert_eq!(halves("word", 0), None);
         assert_eq!(Document::Chat(&[]).split(1), None);
