@@ -206,6 +206,44 @@ impl PythonRandom {
 mod tests {
     use super::*;
 
+    /// The windows of calibration come from all of the text but its end, which is held out.
+    #[test]
+    fn held_out_windows_share_no_token_with_calibration() {
+        let model =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/quill-4m");
+        let engine = stb_runtime::Engine::open(&model, &stb_runtime::OpenOptions::default());
+        let tokenizer = engine.unwrap().model.tokenizer().unwrap();
+        let text = |text: &str| CalibrationText { name: "a text".into(), text: text.into() };
+        let built_in = CalibrationText::built_in();
+        for (source, window) in [(built_in.clone(), 300), (text(&BUILT_IN[..4000]), 40)] {
+            for draw in [Draw::Pcg, Draw::Python] {
+                let options = Calibration { draw, samples: 1, ..Calibration::default() };
+                let held = source.held_out(&tokenizer, &options, window).unwrap();
+                let all = source.tokens(&tokenizer, None).unwrap();
+                let held_tokens = held.windows.concat();
+                if draw == Draw::Python && source.text != BUILT_IN {
+                    // All of the file is for calibration.
+                    assert!(held.text.starts_with("built-in sha256:"), "{}", held.text);
+                    continue;
+                }
+                assert!(held.text.starts_with(&source.name), "{}", held.text);
+                assert!(held.windows.len() >= 2 && held.windows[0].len() <= window);
+                assert!(held.windows.iter().all(|w| w.len() == held.windows[0].len()));
+                let back = (all.len() / HELD_OUT_SHARE).min(HELD_OUT_TOKENS);
+                assert!(held_tokens.len() * 10 >= back * 9, "{} of {back}", held_tokens.len());
+                let front = all.len() - back;
+                assert!(all[front..].starts_with(&held_tokens));
+                // Python never draws the last start.
+                let longest = front - usize::from(draw == Draw::Python);
+                let window = &source.windows(&tokenizer, &options, longest).unwrap()[0];
+                assert_eq!(window[..], all[..longest]);
+                assert!(source.windows(&tokenizer, &options, longest + 1).is_err());
+            }
+        }
+        let short = text("Once").held_out(&tokenizer, &Calibration::default(), 64);
+        assert!(short.unwrap_err().to_string().contains("--no-check"));
+    }
+
     /// `random.seed(0); [random.randint(0, 99999) for _ in range(5)]` and so on, from Python 3.
     #[test]
     fn python_draws() {
