@@ -71,8 +71,16 @@ pub struct Drawn {
 pub struct HeldOut {
     /// The windows, all of one length of at least 2 tokens, which do not overlap.
     pub windows: Vec<Vec<u32>>,
-    /// Name and SHA-256 of the text.
+    /// Name and SHA-256 of the text: `NAME sha256:DIGITS`.
     pub text: String,
+}
+
+impl HeldOut {
+    /// The name of the text.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.text.split(" sha256:").next().unwrap_or_default()
+    }
 }
 
 /// The documents of each kind, for calibration and held out.
@@ -233,7 +241,7 @@ impl CalibrationText {
             if length >= 2 {
                 let mut drawn = stream.windows(&encoder, length, 0, count)?;
                 drawn.windows.truncate(drawn.fresh);
-                let text = format!("{}, held out, sha256:{}", source.name, source.hash);
+                let text = format!("{} sha256:{}", source.name, source.hash);
                 return Ok(HeldOut { windows: drawn.windows, text });
             }
         }

@@ -57,7 +57,7 @@ pub(super) fn distill(
              ({}), from {:.4} to {:.4} on training text",
             on_held_out.before,
             on_held_out.after,
-            held_out.text,
+            held_out.name(),
             on_training.before,
             on_training.after
         )
@@ -65,7 +65,7 @@ pub(super) fn distill(
         format!(
             "distillation: no better than {:.4} nats per token from the dense model on held-out text \
              ({}), so the file stays as it was",
-            on_held_out.before, held_out.text
+            on_held_out.before, held_out.name()
         )
     });
     let output = rewrite(job, meta, file, output, &mut distilled)?;
