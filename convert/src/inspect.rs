@@ -4,8 +4,10 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 use stb_format::arch::Role;
-use stb_format::{Encoding, File, ModelSpec, Value, ValueRef};
+use stb_format::{Encoding, File, ModelSpec, Quality, Value, ValueRef};
 use stb_kernels::cuda::gemm_units;
+
+use crate::quality::QualityReport;
 
 /// The description of a file without its weights.
 #[derive(Clone, Debug, Serialize)]
@@ -25,6 +27,9 @@ pub struct Inspection {
     pub true_bits_per_parameter: f64,
     /// Stored bits per weight of the decoder's linear layers.
     pub body_bits: f64,
+    /// What the converter measured; absent in files that do not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quality: Option<QualityReport>,
     /// Sections in file order.
     pub sections: Vec<Section>,
     /// Metadata in key order; long texts are shortened.
@@ -114,6 +119,7 @@ pub fn inspect(file: &File<'_>) -> Inspection {
         active_parameters: spec.filter(|s| s.experts.is_some()).map(|s| s.active_parameters()),
         true_bits_per_parameter: file.true_bits(),
         body_bits: body_bytes as f64 * 8.0 / body_weights.max(1) as f64,
+        quality: Quality::read(file.meta()).as_ref().map(QualityReport::from),
         sections: sections.collect(),
         metadata: file.meta().iter().map(|(k, v)| (k.to_owned(), json_value(v))).collect(),
         tensors: tensors.collect(),
@@ -134,8 +140,9 @@ fn json_value(value: ValueRef<'_>) -> serde_json::Value {
     }
 }
 
-/// Escapes control characters, which could steer a terminal, and newlines. Quotes are not escaped.
-fn printable(text: &str) -> String {
+/// `text` with control characters escaped, which could steer a terminal, and newlines. Quotes are not escaped.
+#[must_use]
+pub fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| match c {
             '"' | '\'' => c.to_string().chars().collect::<Vec<_>>(),
@@ -200,6 +207,9 @@ impl Inspection {
             "\ndecoder layers {:.3} stored bits per weight\nwhole file     {:.3} true bits per parameter",
             self.body_bits, self.true_bits_per_parameter
         );
+        if let Some(quality) = &self.quality {
+            let _ = writeln!(out, "quality        {}", printable(&quality.line()));
+        }
         out
     }
 

@@ -27,6 +27,11 @@ pub enum Interrupted {
         "interrupted; {0} finished decoder layers are kept: run the same command again to resume"
     )]
     Later(usize),
+    /// This many finished conversions of a search for a size are kept.
+    #[error(
+        "interrupted; {0} finished conversions of the search are kept: run the same command again to resume"
+    )]
+    Searching(usize),
 }
 
 /// Fails if a stop has been requested.

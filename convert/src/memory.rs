@@ -1,13 +1,27 @@
 //! An estimate of the memory that a conversion needs.
 
-use stb_format::Meta;
-use stb_runtime::Checkpoint;
+use stb_format::{Meta, ModelSpec};
+use stb_runtime::{Checkpoint, PIECE_BYTES};
 
+use crate::calibration::{HELD_OUT_TOKENS, HELD_OUT_WINDOW};
 use crate::distill::memory::{DistilledStreams, layer_memory, model_memory};
 use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::int_group::rounded_distill_memory;
 use crate::recipe::Recipe;
 use crate::{budget, hessian, pipeline, quantize};
+
+/// Bytes of the hidden states of the windows on which the file is measured.
+fn check_states(spec: &ModelSpec) -> u64 {
+    HELD_OUT_TOKENS as u64 * spec.hidden_size * 4
+}
+
+/// Bytes needed to run the finished file: the hidden states, and the logits of both models for a piece of a window in
+/// each thread.
+fn check_memory(spec: &ModelSpec) -> u64 {
+    let window = HELD_OUT_WINDOW as u64 * spec.vocab_size * 4;
+    let piece = window.min(PIECE_BYTES).max(spec.vocab_size * 32 * 4);
+    check_states(spec) + 3 * piece * rayon::current_num_threads() as u64
+}
 
 impl Plan {
     /// An upper estimate of the memory that conversion needs besides the mapped checkpoint, in bytes:
@@ -17,7 +31,7 @@ impl Plan {
     pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
         // Distillation, budgets and allocations run the whole dense model.
         let needs_all = recipe.calibration.distill.is_some()
-            || recipe.linear.target_bits().is_some()
+            || recipe.linear.goal().is_some()
             || recipe.linear.method().is_some_and(|m| m.quantizer().kept_by_layer().is_some());
         let weights = match needs_all {
             true => checkpoint.owned_bytes(),
@@ -29,10 +43,11 @@ impl Plan {
     /// [`Plan::peak_memory`] without the weights.
     fn working_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
         let spec = &checkpoint.spec;
-        let budget = recipe.linear.target_bits().map_or(0, |_| budget::memory(spec));
+        let budget =
+            recipe.linear.goal().map_or(0, |_| budget::memory(spec)).max(check_memory(spec));
         if !self.needs_calibration() {
             let largest = self.tensors.iter().map(TensorPlan::elements).max().unwrap_or(0);
-            return budget.max(largest * 12);
+            return budget.max(largest * 12 + check_states(spec));
         }
         let calibration = &recipe.calibration;
         let calibrating = pipeline::memory::memory(spec, calibration, self.prunes_first());
@@ -47,13 +62,12 @@ impl Plan {
         let layer = hessians + calibrating.dense_target + packed + step.max(layers);
         let distill = calibration.distill.map_or(0, |_| {
             let sizes = DistilledStreams {
-                tokens: pipeline::memory::tokens(spec, calibration),
                 batch: pipeline::memory::batch_tokens(spec, calibration),
                 activations: calibrating.activations,
             };
             model_memory(spec, self.moving_memory(), &sizes)
         });
-        budget.max(distill).max(calibrating.states + layer)
+        budget.max(distill).max(calibrating.states + check_states(spec) + layer)
     }
 
     /// An upper estimate of the disk space that conversion needs, in bytes: the file, and with calibration the
@@ -62,8 +76,10 @@ impl Plan {
     #[must_use]
     pub fn disk_space(&self, checkpoint: &Checkpoint, recipe: &Recipe, meta: &Meta) -> u64 {
         let file = self.file_bytes(meta);
+        // A search keeps the best file while it makes the next.
+        let best = recipe.linear.max_kl().map_or(0, |_| file);
         if !self.needs_calibration() {
-            return file;
+            return file + best;
         }
         let layers: u64 =
             self.tensors.iter().filter(|t| t.tensor.layer.is_some()).map(|t| t.bytes).sum();
@@ -71,7 +87,8 @@ impl Plan {
         let streams =
             1 + u64::from(self.prunes_first()) + u64::from(recipe.calibration.follows_dense());
         let tokens = pipeline::memory::tokens(spec, &recipe.calibration);
-        file + layers + 2 * streams * tokens * spec.hidden_size * 4
+        let states = streams * tokens * spec.hidden_size * 4 + check_states(spec);
+        file + best + layers + 2 * states
     }
 
     /// Bytes needed to quantize the largest linear layer.

@@ -1,8 +1,9 @@
 //! Atomic output: a file appears complete or not at all.
 
-use std::io::{BufWriter, Seek, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use stb_format::MetaPatch;
 use stb_runtime::{Error, Result};
 
 /// An unfinished file, on the file system of its target.
@@ -39,16 +40,7 @@ impl OutputFile {
         let file = file.into_inner().map_err(|e| fail(e.into_error()))?;
         file.sync_all().map_err(fail)?;
         drop(file);
-        // Another program may have created the file in the meantime.
-        refuse_existing(&target, force)?;
-        std::fs::rename(&temporary, &target).map_err(fail)?;
-        // Sync the folder, so that the rename survives a crash; not all systems can open folders.
-        if let Some(folder) = target.parent().filter(|f| !f.as_os_str().is_empty())
-            && let Ok(folder) = std::fs::File::open(folder)
-        {
-            let _ = folder.sync_all();
-        }
-        Ok(())
+        move_into_place(&temporary, &target, force)
     }
 
     /// Closes the temporary file without renaming it, so that it can be read. Returns its path.
@@ -61,11 +53,53 @@ impl OutputFile {
         Ok(self.temporary)
     }
 
+    /// Writes out what is buffered, and returns the path of the temporary file, so that it can be read.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn readable(&mut self) -> Result<&Path> {
+        self.file.flush().map_err(|e| Error::io(&self.temporary, e))?;
+        Ok(&self.temporary)
+    }
+
+    /// Replaces the metadata. Nobody may have the file mapped.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn patch(&mut self, patch: &MetaPatch) -> Result<()> {
+        let mut write = || -> std::io::Result<()> {
+            self.file.seek(SeekFrom::Start(patch.offset))?;
+            self.file.write_all(&patch.meta)?;
+            self.file.seek(SeekFrom::Start(0))?;
+            self.file.write_all(&patch.head)?;
+            self.file.flush()?;
+            self.file.get_ref().set_len(patch.file_bytes())
+        };
+        write().map_err(|e| Error::io(&self.temporary, e))
+    }
+
     /// The target, for messages.
     #[must_use]
     pub fn target(&self) -> &Path {
         &self.target
     }
+}
+
+/// Renames a finished file to its target.
+///
+/// # Errors
+/// [`Error::Usage`] if a file of that name has appeared, [`Error::Io`].
+pub(crate) fn move_into_place(file: &Path, target: &Path, force: bool) -> Result<()> {
+    // Another program may have created the file in the meantime.
+    refuse_existing(target, force)?;
+    std::fs::rename(file, target).map_err(|e| Error::io(target, e))?;
+    // Sync the folder, so that the rename survives a crash; not all systems can open folders.
+    if let Some(folder) = target.parent().filter(|f| !f.as_os_str().is_empty())
+        && let Ok(folder) = std::fs::File::open(folder)
+    {
+        let _ = folder.sync_all();
+    }
+    Ok(())
 }
 
 /// Fails if `target` exists, unless it is a regular file and `force` is set.
@@ -95,7 +129,7 @@ impl Write for OutputFile {
 }
 
 impl Seek for OutputFile {
-    fn seek(&mut self, position: std::io::SeekFrom) -> std::io::Result<u64> {
+    fn seek(&mut self, position: SeekFrom) -> std::io::Result<u64> {
         self.file.seek(position)
     }
 }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::quality::{AnswerPair, QualityReport};
 use crate::quantize::Seconds;
 
 /// One tensor of a report.
@@ -47,6 +48,9 @@ pub struct Stages {
     pub distill: f64,
     /// Measuring the error of the stored weights.
     pub check: f64,
+    /// Measuring the file: the dense model and the file on windows held out from calibration.
+    #[serde(default)]
+    pub quality: f64,
     /// Writing the file, and saving the state for a later run.
     pub output: f64,
 }
@@ -61,6 +65,7 @@ impl Stages {
         self.distill_layers += other.distill_layers;
         self.distill += other.distill;
         self.check += other.check;
+        self.quality += other.quality;
         self.output += other.output;
     }
 }
@@ -81,8 +86,17 @@ pub struct LayerReport {
     pub expert_tokens: Vec<u64>,
 }
 
+/// A conversion of a search for the smallest file within a KL divergence.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// The size that was asked for, in true bits per parameter.
+    pub bits: f64,
+    /// The KL divergence measured, in nats per token; `None` if the predictions were not finite.
+    pub kl: Option<f64>,
+}
+
 /// A whole conversion.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     /// The recipe's name.
     pub recipe: String,
@@ -95,15 +109,23 @@ pub struct Report {
     /// Stored bits per weight of the decoder's linear layers.
     pub body_bits: f64,
     /// (1 + share of salient columns) · N/8, as the paper counts; not what is stored.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nominal_bits_paper: Option<f64>,
     /// The calibration text and its windows.
     pub calibration: String,
     /// Tokens of calibration.
     pub calibration_tokens: usize,
     /// Limitations of the file, where no encoding holds the values of its method.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+    /// What was measured with the file.
+    pub quality: QualityReport,
+    /// Answers of the dense model and the file to the same questions, if the model has a chat template.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub answers: Vec<AnswerPair>,
+    /// The conversions of a search for a size, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub search: Vec<Attempt>,
     /// Wall-clock time of this run.
     pub seconds: f64,
     /// Decoder layers that an interrupted run had finished.

@@ -16,8 +16,8 @@ use stb_runtime::{Error, Result};
 
 use crate::report::{LayerReport, TensorReport};
 
-/// The folder in use, for [`leave_at_once`].
-static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
+/// The folders in use, outer ones first, for [`leave_at_once`].
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// The first bytes of every file of this module; the last byte is the version.
 const MAGIC: &[u8; 8] = b"stbwork\x01";
@@ -80,7 +80,7 @@ impl Workspace {
             )));
         }
         if let Ok(mut unfinished) = UNFINISHED.lock() {
-            *unfinished = Some(folder.clone());
+            unfinished.push(folder.clone());
         }
         let mut workspace =
             Self { folder, _lock: lock, finished: 0, last_save: None, discarded: false };
@@ -89,7 +89,8 @@ impl Workspace {
                 workspace.finished = workspace.count_finished()
             }
             _ => {
-                workspace.discarded = workspace.layer_path(0).exists();
+                workspace.discarded =
+                    workspace.layer_path(0).exists() || workspace.has_conversions();
                 workspace.clear()?;
                 workspace.write("key", &[key.as_bytes()])?;
             }
@@ -125,9 +126,20 @@ impl Workspace {
     pub fn remove(self) {
         // If this fails, the next conversion uses or discards the folder.
         let _ = std::fs::remove_dir_all(&self.folder);
+        self.release();
+    }
+
+    /// Leaves the folder as it is.
+    pub fn release(self) {
         if let Ok(mut unfinished) = UNFINISHED.lock() {
-            *unfinished = None;
+            unfinished.retain(|folder| *folder != self.folder);
         }
+    }
+
+    /// Whether the folder holds a whole conversion of a search for a size, finished or not.
+    #[must_use]
+    pub fn has_conversions(&self) -> bool {
+        has_conversions(&self.folder)
     }
 
     /// Saves a finished layer, then the inputs of the next; the layer counts as finished only with these. Inputs that
@@ -210,52 +222,75 @@ impl Workspace {
         for entry in std::fs::read_dir(&self.folder).map_err(fail)? {
             let path = entry.map_err(fail)?.path();
             if path.file_name().is_some_and(|name| name != "lock") {
-                std::fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
+                let removed = match path.is_dir() {
+                    true => std::fs::remove_dir_all(&path),
+                    false => std::fs::remove_file(&path),
+                };
+                removed.map_err(|e| Error::io(&path, e))?;
             }
         }
         Ok(())
     }
 
-    /// Writes a file atomically: magic, parts, SHA-256 of both.
     fn write(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
-        let (path, temporary) = (self.folder.join(name), self.folder.join("new"));
-        let write = || -> std::io::Result<()> {
-            let mut file = std::io::BufWriter::new(File::create(&temporary)?);
-            let mut hash = Sha256::new();
-            for part in std::iter::once(&MAGIC[..]).chain(parts.iter().copied()) {
-                hash.update(part);
-                file.write_all(part)?;
-            }
-            file.write_all(&hash.finalize())?;
-            file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
-            std::fs::rename(&temporary, &path)
-        };
-        write().map_err(|e| Error::io(&path, e))
+        write_hashed(&self.folder.join(name), parts)
     }
 
-    /// The concatenated parts of a file written by [`Self::write`]; `None` if it is missing or damaged.
     fn read(&self, name: &str) -> Option<Vec<u8>> {
-        let mut bytes = std::fs::read(self.folder.join(name)).ok()?;
-        let (content, hash) = bytes.split_last_chunk::<HASH>()?;
-        if Sha256::digest(content).as_slice() != hash || !content.starts_with(MAGIC) {
-            return None;
-        }
-        bytes.truncate(bytes.len() - HASH);
-        bytes.drain(..MAGIC.len());
-        Some(bytes)
+        read_hashed(&self.folder.join(name))
     }
+}
+
+/// Writes a file atomically: magic, parts, SHA-256 of both.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn write_hashed(path: &Path, parts: &[&[u8]]) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let temporary = path.with_extension("new");
+        let mut file = std::io::BufWriter::new(File::create(&temporary)?);
+        let mut hash = Sha256::new();
+        for part in std::iter::once(&MAGIC[..]).chain(parts.iter().copied()) {
+            hash.update(part);
+            file.write_all(part)?;
+        }
+        file.write_all(&hash.finalize())?;
+        file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+        std::fs::rename(&temporary, path)
+    };
+    write().map_err(|e| Error::io(path, e))
+}
+
+/// The concatenated parts of a file written by [`write_hashed`]; `None` if it is missing or damaged.
+pub(crate) fn read_hashed(path: &Path) -> Option<Vec<u8>> {
+    let mut bytes = std::fs::read(path).ok()?;
+    let (content, hash) = bytes.split_last_chunk::<HASH>()?;
+    if Sha256::digest(content).as_slice() != hash || !content.starts_with(MAGIC) {
+        return None;
+    }
+    bytes.truncate(bytes.len() - HASH);
+    bytes.drain(..MAGIC.len());
+    Some(bytes)
 }
 
 fn layer_name(index: usize) -> String {
     format!("layer-{index:05}")
 }
 
+/// Whether `folder` holds the report of a finished conversion, or the folder of an unfinished one.
+fn has_conversions(folder: &Path) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|e| e.path())
+        .any(|path| path.is_dir() || path.extension().is_some_and(|e| e == "json"))
+}
+
 /// Removes the unfinished file, and the folder if no layer is finished. For a second Ctrl-C, which exits at once.
 pub fn leave_at_once() {
-    if let Ok(mut unfinished) = UNFINISHED.lock()
-        && let Some(folder) = unfinished.take()
-    {
-        if folder.join("states").exists() {
+    let Ok(mut unfinished) = UNFINISHED.lock() else { return };
+    // Inner folders first: an outer one stays if something in it does.
+    for folder in unfinished.drain(..).rev() {
+        if folder.join("states").exists() || has_conversions(&folder) {
             for name in ["output", "tuned"] {
                 let _ = std::fs::remove_file(folder.join(name));
             }

@@ -41,10 +41,10 @@ pub fn diagonals(
     samples: usize,
 ) -> Result<Diagonals> {
     let engine = Engine::from_checkpoint(checkpoint)?;
-    let options = Calibration { samples, ..calibration.clone() };
+    let options = Calibration { samples: samples.max(calibration.samples), ..calibration.clone() };
     let length = options.length.min(checkpoint.spec.context_length as usize);
     let mut hidden = Vec::new();
-    for window in source.windows(&engine.model.tokenizer()?, &options, length)? {
+    for window in source.sample(&engine.model, &options, length, samples)? {
         let mut states = Vec::new();
         engine.embed(&window, &mut states)?;
         hidden.push(states);

@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use stb_convert::calibration::CalibrationText;
-use stb_convert::prepare::prepare;
+use stb_convert::prepare::{Order, prepare};
 use stb_convert::recipe::{Calibration, RecipeFile};
-use stb_convert::{Job, Progress, Recipe, convert};
+use stb_convert::{Progress, Recipe};
 use stb_runtime::{Checkpoint, Engine, OpenOptions, State};
 use tempfile::TempDir;
 
@@ -46,8 +46,7 @@ impl Example {
         let checkpoint = Checkpoint::open(folder.path(), true).unwrap();
         let dense = Engine::from_checkpoint(&checkpoint).unwrap();
         let options = Calibration { samples: SAMPLES, length: LENGTH, ..Calibration::default() };
-        let tokenizer = dense.model.tokenizer().unwrap();
-        let windows = calibration().windows(&tokenizer, &options, LENGTH).unwrap();
+        let windows = calibration().windows(&dense.model, &options, LENGTH).unwrap();
         let with_targets = |tokens: Vec<u32>| {
             let targets = log_probabilities(&dense, &tokens);
             (tokens, targets)
@@ -66,18 +65,16 @@ impl Example {
         });
         let recipe = recipe.unwrap();
         let (target, calibration) = (self.folder.path().join("model.stb"), calibration());
-        let (plan, meta) = prepare(&self.checkpoint, &recipe, &calibration).unwrap();
-        let job = Job {
+        let prepared = prepare(&self.checkpoint, &recipe, &calibration, false).unwrap();
+        let order = Order {
             checkpoint: &self.checkpoint,
-            recipe: &recipe,
-            plan,
-            meta,
             calibration: &calibration,
             target: &target,
             force: true,
             device: None,
         };
-        let report = convert(job, &Quiet).unwrap_or_else(|e| panic!("{}: {e}", self.name));
+        let report =
+            prepared.convert(&order, &Quiet).unwrap_or_else(|e| panic!("{}: {e}", self.name));
         let options = OpenOptions { threads: Some(1), ..OpenOptions::exact() };
         let engine = Engine::open(&target, &options).unwrap();
         (self.divergence(&engine), report.true_bits_per_parameter)

@@ -167,6 +167,11 @@ impl Meta {
         Ok(())
     }
 
+    /// Removes all keys that begin with `prefix`.
+    pub(crate) fn remove_prefix(&mut self, prefix: &str) {
+        self.entries.retain(|key, _| !key.starts_with(prefix));
+    }
+
     /// The value of `key`.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&Value> {

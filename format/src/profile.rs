@@ -3,8 +3,10 @@
 
 mod decoder;
 mod keys;
+mod quality;
 
 use self::keys::{Keys, unknown};
+pub use self::quality::{Figure, Quality, QualityFigures, Verdict};
 use crate::arch::{Activation, ModelSpec, NormKind, RopePairing, TensorSpec};
 use crate::error::{Error, Result, Rule};
 use crate::meta::{Meta, MetaView, Value};

@@ -29,7 +29,7 @@ pub struct Section<'a> {
     pub offset: u64,
     /// The content, without the padding after it.
     pub bytes: &'a [u8],
-    checksum: u64,
+    pub(crate) checksum: u64,
 }
 
 /// An open file. Everything is validated except the content of the tensors.

@@ -80,7 +80,7 @@ impl<W: Write + Seek> Writer<W> {
         }
         let data_start = len_u64(HEAD_BYTES);
         let data_length = self.position.saturating_sub(data_start);
-        let data = section_entry(DATA, data_start, data_length, 0);
+        let data = section_entry(DATA, true, data_start, data_length, 0);
 
         let table = self.table().map_err(invalid)?;
         let table = self.section(TENSORS, &table)?;
@@ -164,7 +164,7 @@ impl<W: Write + Seek> Writer<W> {
         let offset = self.position;
         self.out.write_all(content)?;
         self.position = offset.saturating_add(len_u64(content.len()));
-        Ok(section_entry(kind, offset, len_u64(content.len()), crate::checksum(content)))
+        Ok(section_entry(kind, true, offset, len_u64(content.len()), crate::checksum(content)))
     }
 
     fn pad(&mut self, align: u64) -> io::Result<()> {
@@ -199,10 +199,16 @@ fn invalid(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, error)
 }
 
-fn section_entry(kind: u32, offset: u64, length: u64, checksum: u64) -> SectionEntry {
+pub(crate) fn section_entry(
+    kind: u32,
+    critical: bool,
+    offset: u64,
+    length: u64,
+    checksum: u64,
+) -> SectionEntry {
     SectionEntry {
         kind: kind.into(),
-        flags: CRITICAL.into(),
+        flags: if critical { CRITICAL } else { 0 }.into(),
         offset: offset.into(),
         length: length.into(),
         checksum: checksum.into(),
@@ -211,7 +217,7 @@ fn section_entry(kind: u32, offset: u64, length: u64, checksum: u64) -> SectionE
 }
 
 /// The 4096 bytes of the head.
-fn head(file_size: u64, sections: &[SectionEntry]) -> Vec<u8> {
+pub(crate) fn head(file_size: u64, sections: &[SectionEntry]) -> Vec<u8> {
     let header = Header {
         magic: MAGIC,
         min_reader: VERSION.into(),

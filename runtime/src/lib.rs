@@ -49,8 +49,9 @@ pub use device::{DeviceChoice, DeviceLayers, DeviceObserver, DeviceSublayer};
 pub use engine::{Engine, OpenOptions, Verify};
 pub use error::{Error, ErrorKind, Result, exit_code};
 pub use eval::{
-    ChoicePrompt, Divergence, Estimate, KeptLogits, Perplexity, PerplexityOptions, Question,
-    Reference, Score, Task, TaskResult, TextLayout, ZeroShotOptions, open_to_measure, perplexity,
+    ChoicePrompt, Divergence, Estimate, KeptLogits, PIECE_BYTES, Perplexity, PerplexityOptions,
+    Question, Reference, Score, Task, TaskResult, TextLayout, WindowLogits, WindowLosses,
+    ZeroShotOptions, compare_windows, open_for_windows, open_to_measure, perplexity,
     score_question, zero_shot,
 };
 pub use experts::{Assignment, route_experts};

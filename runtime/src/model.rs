@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use stb_format::arch::{MlpKind, NormPlacement, NormSite, Role, TensorSpec};
-use stb_format::{File, MetaView, ModelSpec, ValueRef};
+use stb_format::{File, MetaView, ModelSpec, Quality, ValueRef};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -53,6 +53,7 @@ struct Texts {
     eos: Vec<u64>,
     add_bos: bool,
     sampling: Vec<(&'static str, f64)>,
+    quality: Option<Quality>,
 }
 
 /// Sampling defaults that a model file may carry.
@@ -245,6 +246,12 @@ impl Model {
     pub fn sampling_default(&self, key: &str) -> Option<f64> {
         self.texts.sampling.iter().find(|(k, _)| *k == key).map(|(_, v)| *v)
     }
+
+    /// What the converter measured with the file; `None` for checkpoints and files that do not say.
+    #[must_use]
+    pub fn quality(&self) -> Option<&Quality> {
+        self.texts.quality.as_ref()
+    }
 }
 
 /// All decoder layers of a model, whose weights `find` finds by name.
@@ -309,6 +316,7 @@ impl Texts {
             eos: meta.u64_list("tokenizer.eos_ids").unwrap_or_default(),
             add_bos: meta.get("tokenizer.add_bos") == Some(ValueRef::Bool(true)),
             sampling: sampling.collect(),
+            quality: Quality::read(meta),
         }
     }
 
@@ -321,6 +329,7 @@ impl Texts {
             eos: checkpoint.tokens.eos.clone(),
             add_bos,
             sampling: checkpoint.sampling_defaults(),
+            quality: None,
         })
     }
 }

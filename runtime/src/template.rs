@@ -9,6 +9,8 @@ use crate::error::{Error, Result};
 
 /// The step limit of a template. Real templates take far fewer steps.
 const FUEL: u64 = 2_000_000;
+/// The date of [`ChatTemplate::at_fixed_date`], in seconds since 1970.
+const FIXED_DATE: i64 = 1_735_689_600;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +65,9 @@ impl ChatTemplate {
                 Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
             },
         );
-        environment.add_function("strftime_now", |format: String| strftime(&format));
+        environment.add_function("strftime_now", |format: String| {
+            strftime(&chrono::Local::now(), &format)
+        });
         environment.add_filter("tojson", tojson);
         environment
             .add_template_owned("chat", source.to_owned())
@@ -71,17 +75,38 @@ impl ChatTemplate {
         Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 
+    /// The same template at midnight of 1 January 2025, for texts that must not depend on the day.
+    #[must_use]
+    pub fn at_fixed_date(mut self) -> Self {
+        let date = chrono::DateTime::from_timestamp(FIXED_DATE, 0).unwrap_or_default();
+        self.environment
+            .add_function("strftime_now", move |format: String| strftime(&date, &format));
+        self
+    }
+
     /// The prompt for `messages`, up to the start of the assistant's answer.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the template fails, rejects the messages or exceeds the step limit.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
+        self.run(messages, true)
+    }
+
+    /// The text of a conversation that is over.
+    ///
+    /// # Errors
+    /// The errors of [`ChatTemplate::render`].
+    pub fn render_finished(&self, messages: &[Message]) -> Result<String> {
+        self.run(messages, false)
+    }
+
+    fn run(&self, messages: &[Message], prompt: bool) -> Result<String> {
         let fail = |e: minijinja::Error| Error::invalid(format!("the chat template failed: {e:#}"));
         let template = self.environment.get_template("chat").map_err(fail)?;
         template
             .render(minijinja::context! {
                 messages => Value::from(Serde(messages)),
-                add_generation_prompt => true,
+                add_generation_prompt => prompt,
                 bos_token => &self.bos,
                 eos_token => &self.eos,
             })
@@ -89,11 +114,14 @@ impl ChatTemplate {
     }
 }
 
-/// The current date in the `strftime` format of a template.
-fn strftime(format: &str) -> std::result::Result<String, minijinja::Error> {
+/// A date in the `strftime` format of a template.
+fn strftime<Zone: chrono::TimeZone<Offset: std::fmt::Display>>(
+    date: &chrono::DateTime<Zone>,
+    format: &str,
+) -> std::result::Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut out = String::new();
-    write!(out, "{}", chrono::Local::now().format(format)).map_err(|_| {
+    write!(out, "{}", date.format(format)).map_err(|_| {
         minijinja::Error::new(
             ErrorKind::InvalidOperation,
             format!("invalid date format {format:?}"),
@@ -176,6 +204,16 @@ mod tests {
         assert_eq!(text, "<s>[INST] Hi [/INST] Hello <b> </s><s>[INST] Bye [/INST]");
         let error = render(source, &[Message::new("tool", "x")]).unwrap_err();
         assert!(error.to_string().contains("no tool"), "{error}");
+    }
+
+    #[test]
+    fn finished_conversations_have_no_prompt_and_a_fixed_date() {
+        let source = "{{ strftime_now('%d %b %Y') }}:{% for m in messages %} {{ m.content }}{% endfor %}\
+            {% if add_generation_prompt %} >{% endif %}";
+        let template = ChatTemplate::new(source, "", "").unwrap().at_fixed_date();
+        let turns = [Message::new("user", "Hi"), Message::new("assistant", "Hello")];
+        assert_eq!(template.render_finished(&turns).unwrap(), "01 Jan 2025: Hi Hello");
+        assert_eq!(template.render(&turns[..1]).unwrap(), "01 Jan 2025: Hi >");
     }
 
     #[test]

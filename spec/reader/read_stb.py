@@ -20,6 +20,11 @@ from errors import StbError, memory_guard
 from weights import ENCODING_NAMES
 
 FAILED, REFUSED, UNREADABLE = 1, 3, 4
+# Metadata §2.8, quality.verdict
+WARNINGS = {
+    "broken": "the file is broken: its predictions are far from those of the original model",
+    "unchecked": "the file has not been compared with the original model",
+}
 SHOWN = 60                      # characters or elements of a metadata value that `inspect` shows
 
 
@@ -68,6 +73,8 @@ def inspect(path: Path) -> int:
         print(f"tensor {tensor.name}: {list(tensor.shape)}, {encoding}, {bits:.4f} bits per weight")
     for key, value in file.metadata.items():
         print(f"metadata {key} = {shorten(value)}")
+    if warning := WARNINGS.get(file.metadata.get("quality.verdict")):
+        print(warning)
     return 0
 
 

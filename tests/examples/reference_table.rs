@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use stb_convert::Recipe;
 use stb_convert::calibration::CalibrationText;
-use stb_convert::prepare::prepare;
-use stb_convert::{Job, Recipe, convert};
+use stb_convert::prepare::{Order, prepare};
 use stb_runtime::Checkpoint;
 use stb_tests::conversion::Notes;
 use stb_tests::paths::{root, shared};
@@ -130,9 +130,8 @@ fn run(
     calibration: &CalibrationText,
     target: &Path,
 ) -> anyhow::Result<()> {
-    let (plan, meta) = prepare(checkpoint, recipe, calibration)?;
-    let (force, device) = (true, None);
-    convert(Job { checkpoint, recipe, plan, meta, calibration, target, force, device }, &Notes)?;
+    let order = Order { checkpoint, calibration, target, force: true, device: None };
+    prepare(checkpoint, recipe, calibration, false)?.convert(&order, &Notes)?;
     Ok(())
 }
 

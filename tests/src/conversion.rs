@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use stb_convert::Recipe;
 use stb_convert::calibration::CalibrationText;
-use stb_convert::pipeline::{Progress, convert};
-use stb_convert::prepare::prepare;
+use stb_convert::pipeline::Progress;
+use stb_convert::prepare::{Order, prepare};
 use stb_convert::report::Report;
-use stb_convert::{Job, Recipe};
 use stb_kernels::cuda::Device;
 use stb_runtime::Checkpoint;
 
@@ -28,7 +28,7 @@ impl Progress for Notes {
 /// `length` tokens from the file `text`. `device`, if there is one, computes the large products.
 ///
 /// # Errors
-/// As for [`prepare`] and [`convert`].
+/// As for [`prepare`] and [`stb_convert::prepare::Prepared::convert`].
 pub fn converted(
     source: &Path,
     target: &Path,
@@ -43,16 +43,7 @@ pub fn converted(
         (file.calibration.samples, file.calibration.length) = (samples, length);
     })?;
     let calibration = CalibrationText::file(text)?;
-    let (plan, meta) = prepare(&checkpoint, &recipe, &calibration)?;
-    let job = Job {
-        checkpoint: &checkpoint,
-        recipe: &recipe,
-        plan,
-        meta,
-        calibration: &calibration,
-        target,
-        force: true,
-        device,
-    };
-    convert(job, &Notes)
+    let order =
+        Order { checkpoint: &checkpoint, calibration: &calibration, target, force: true, device };
+    prepare(&checkpoint, &recipe, &calibration, false)?.convert(&order, &Notes)
 }

@@ -86,7 +86,7 @@ fn mixture(layers: u64) -> ModelSpec {
 /// # Errors
 /// If the recipe has a budget, so that its encodings are not fixed, or if writing to `out` fails.
 pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyhow::Result<W> {
-    if recipe.linear.target_bits().is_some() {
+    if recipe.linear.goal().is_some() {
         bail!("{}: a recipe with fixed encodings is needed", recipe.name);
     }
     let dense = Encoding::Dense(Dense::F16);

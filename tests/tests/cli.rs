@@ -130,6 +130,14 @@ fn wrong_usage_is_explained() {
         ("stb-convert", vec![text(&source), text(folder.path()), "--force"], "regular file"),
         ("stb-convert", vec![text(&source), text(&out), "--recipe", "nonsense"], "stbllm-4of8"),
         ("stb-convert", vec![text(&source), text(&out), "--bits", "-1"], "above 0"),
+        ("stb-convert", vec![text(&source), text(&out), "--max-kl", "0"], "above 0"),
+        ("stb-convert", vec![text(&source), text(&out), "--max-kl", "1", "--bits", "3"], "--bits"),
+        (
+            "stb-convert",
+            vec![text(&source), text(&out), "--max-kl", "1", "--no-check"],
+            "--no-check",
+        ),
+        ("stb-convert", vec![text(&source), text(&out), "--no-check"], "--recipe"),
         ("stb-convert", vec![text(&source), text(&out), "--calib-len", "1"], "calib-len"),
         (
             "stb-convert",
@@ -321,7 +329,9 @@ fn ctrl_c_leaves_nothing_half_written() {
     let folder = folder();
     let out = folder.path().join("out.stb");
     // More calibration than finishes during the test.
-    let options = ["--calib-samples", "2000", text(&quill()), text(&out)].map(str::to_owned);
+    let recipe = ["--recipe", "stbllm-4of8", "--calib-samples", "2000"];
+    let source = quill();
+    let options = [&recipe[..], &[text(&source), text(&out)]].concat();
     let entries = || std::fs::read_dir(folder.path()).unwrap().count();
     let run = interrupt(command("stb-convert", &options), |child| {
         while entries() == 0 && child.try_wait().unwrap().is_none() {

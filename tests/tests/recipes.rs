@@ -60,7 +60,9 @@ fn every_preset_writes_its_encoding() {
     let (source, calib) = (folder.path().join("model"), calibration(&folder));
     tiny::write(&source, &tiny::config(), Dense::F16, |_, _| {});
     let (file, report) = (folder.path().join("m.stb"), folder.path().join("report.json"));
-    for (name, _) in PRESETS {
+    // Those that choose encodings have tests of their own.
+    let fixed = |name: &&str| Recipe::load(name).unwrap().linear.goal().is_none();
+    for name in PRESETS.iter().map(|(name, _)| *name).filter(fixed) {
         let options = [
             "--recipe",
             name,
@@ -313,13 +315,15 @@ fn one_conversion_at_a_time() {
     let folder = folder();
     let (out, unfinished) = (folder.path().join("m.stb"), folder.path().join(".m.stb.unfinished"));
     let source = quill();
-    let mut first = command("stb-convert", &[&SLOW[..], &[text(&source), text(&out)]].concat());
+    let options = ["--recipe", "stbllm-4of8"];
+    let all = [&options[..], &SLOW, &[text(&source), text(&out)]].concat();
+    let mut first = command("stb-convert", &all);
     let mut first = first.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let started = Instant::now();
     while !unfinished.join("output").exists() && started.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(2));
     }
-    let error = finished(&out, &[]).failure(2);
+    let error = finished(&out, &options).failure(2);
     assert!(error.contains("running"), "{error}");
     first.kill().unwrap();
     first.wait().unwrap();

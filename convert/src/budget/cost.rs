@@ -20,7 +20,7 @@ use crate::interrupt::check_interrupt;
 use crate::pipeline::decode_finite;
 use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::{Input, Method, decode, int_group};
-use crate::recipe::{Calibration, Recipe};
+use crate::recipe::Recipe;
 use crate::sensitivity::SEQUENCES;
 
 /// The most tokens in the backward pass, which keeps the inputs of every decoder layer for each token.
@@ -53,8 +53,7 @@ pub(super) fn candidates(
     let engine = Engine::from_checkpoint(checkpoint)?;
     let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize).min(TOKENS);
     let samples = recipe.calibration.samples.min(SEQUENCES).min(TOKENS / length.max(1)).max(1);
-    let options = Calibration { samples, ..recipe.calibration.clone() };
-    let sequences = source.windows(&engine.model.tokenizer()?, &options, length)?;
+    let sequences = source.sample(&engine.model, &recipe.calibration, length, samples)?;
     let mut found: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
     let statistics = backpropagate(&engine, &sequences, |index, fisher| {
         let damping = recipe.calibration.damping;

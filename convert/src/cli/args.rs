@@ -83,10 +83,18 @@ pub(super) struct ConvertArgs {
     /// Choose encodings for this size of the whole file, in true bits per parameter
     #[arg(short, long, value_name = "X", conflicts_with = "recipe", value_parser = bits, help_heading = "What to do")]
     pub bits: Option<f64>,
+    /// Find the smallest file whose KL divergence from SRC is at most this, in nats per token, measured on text held
+    /// out from calibration; takes several conversions
+    #[arg(long, value_name = "X", conflicts_with_all = ["recipe", "bits", "no_check"], value_parser = divergence, help_heading = "What to do")]
+    pub max_kl: Option<f64>,
+    /// Do not measure the file; its metadata will say so
+    #[arg(long, help_heading = "What to do")]
+    pub no_check: bool,
     /// Print the plan, the size and the memory needed; convert nothing
     #[arg(long, help_heading = "What to do")]
     pub dry_run: bool,
-    /// Calibration text, UTF-8; default: that of the recipe, or the built-in public-domain text
+    /// Calibration text, UTF-8, or .jsonl with a chat or a text per line; self: the model writes it; default: that of
+    /// the recipe, or the built-in text
     #[arg(long, value_name = "FILE", help_heading = "Calibration")]
     pub calib: Option<PathBuf>,
     /// Calibration sequences; default: set by the recipe
@@ -102,7 +110,7 @@ pub(super) struct ConvertArgs {
     /// train its scales and norms. Better, but several times as long; default: set by the recipe, else none
     #[arg(long, alias = "tuning", value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
     pub distill_layers: Option<u32>,
-    /// Distill the whole model from the checkpoint: passes over the calibration sequences that train all
+    /// Distill the whole model from the checkpoint: N times as many fresh sequences as calibration has train all
     /// scales and norms. Better by far, but large models take days; default: set by the recipe, else none
     #[arg(long, alias = "fine-tuning", value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000), help_heading = "Calibration")]
     pub distill: Option<u32>,
@@ -129,6 +137,14 @@ fn bits(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(bits) if bits > 0.0 && bits <= 64.0 => Ok(bits),
         _ => Err("a number above 0 and at most 64 is needed".into()),
+    }
+}
+
+/// Parses a KL divergence in nats per token.
+fn divergence(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(kl) if kl > 0.0 && kl <= 100.0 => Ok(kl),
+        _ => Err("a number above 0 and at most 100 is needed".into()),
     }
 }
 

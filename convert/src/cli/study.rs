@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use stb_convert::calibration::CalibrationText;
+use stb_convert::calibration::{CalibrationText, read_text};
 use stb_convert::flips::{self, FlipOptions};
 use stb_convert::interrupt::interrupted;
 use stb_convert::study::{self, Definition, Events, StudyModel, convert_file, write_whole};
@@ -102,7 +102,7 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
         Some(path) => CalibrationText::file(path)?,
         None => CalibrationText::of(&recipe.calibration)?,
     };
-    let text = CalibrationText::file(&args.text)?.text;
+    let text = read_text(&args.text)?;
     let temporary = args.out.join(".work");
     std::fs::create_dir_all(&temporary).map_err(|e| Error::io(&temporary, e))?;
     let file = temporary.join("model.stb");

@@ -14,10 +14,8 @@ pub(crate) fn layer_memory(spec: &ModelSpec, activations: u64) -> u64 {
     layer_weights(spec) + 2 * activations
 }
 
-/// Sizes of the calibration sequences and batches during distillation of the whole model.
+/// Sizes of the batches during distillation of the whole model.
 pub(crate) struct DistilledStreams {
-    /// Tokens of all sequences.
-    pub tokens: u64,
     /// Tokens of a batch.
     pub batch: u64,
     /// Bytes of the activations of a batch in a layer.
@@ -26,9 +24,8 @@ pub(crate) struct DistilledStreams {
 
 /// Bytes needed to distill the whole model. `moving` are the bytes of the codes and scales of all layers.
 pub(crate) fn model_memory(spec: &ModelSpec, moving: u64, sizes: &DistilledStreams) -> u64 {
-    let DistilledStreams { tokens, batch, activations } = *sizes;
+    let DistilledStreams { batch, activations } = *sizes;
     let streams = batch * spec.hidden_size * (spec.layers + 2) * 4;
     let logits = batch * spec.vocab_size * 12;
-    let model = moving + tokens * spec.hidden_size * 4 + streams + logits;
-    model + layer_weights(spec) + activations
+    moving + streams + logits + layer_weights(spec) + activations
 }

@@ -12,7 +12,7 @@ const BATCH: usize = 8;
 /// Length and learning rate of a distillation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DistillOptions {
-    /// Passes over the calibration sequences.
+    /// Passes over the calibration sequences; for the whole model, training sequences per calibration sequence.
     pub epochs: usize,
     /// The learning rate: the largest relative change of a parameter in a step. Falls to a tenth over the steps
     /// (cosine).

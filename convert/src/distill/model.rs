@@ -75,15 +75,17 @@ pub(crate) struct Distilled<'a> {
     layers: Vec<DistilledLayer<'a>>,
     norm: MovingNorm,
     lm_head: Option<MovingTable>,
-    /// The KL divergence from the dense model on the training sequences, in nats per token.
-    pub outcome: Outcome,
+    /// The KL divergence from the dense model on held-out sequences, in nats per token.
+    pub held_out: Outcome,
+    /// The same on the first training sequences, as many as there are held-out ones.
+    pub training: Outcome,
 }
 
 impl Distilled<'_> {
     /// The stored bytes of a tensor; `None` if distillation has not changed it. `encoding` is its encoding in the
     /// file.
     pub(crate) fn payload(&mut self, tensor: &TensorSpec, encoding: &Encoding) -> Option<Vec<u8>> {
-        if self.outcome.after >= self.outcome.before {
+        if self.held_out.after >= self.held_out.before {
             return None;
         }
         let dense = |values: Vec<f32>| match encoding {
@@ -103,7 +105,15 @@ impl Distilled<'_> {
     }
 }
 
-/// Distills the quantized model of `engine` from that of `dense` on `sequences`, all of one length. The learning rate
+/// The sequences of a distillation; those of one batch have one length.
+pub(crate) struct Sequences<'a> {
+    /// Each is used once.
+    pub training: &'a [Vec<u32>],
+    /// They decide whether the result is kept.
+    pub held_out: &'a [Vec<u32>],
+}
+
+/// Distills the quantized model of `engine` from that of `dense` with a learning rate of at most `options.rate`: it
 /// holds for a model with a KL divergence of at least one nat per token; below, it is multiplied by the root of the
 /// divergence. Calls `progress` with steps done, all steps, and the loss of the last step.
 ///
@@ -112,63 +122,57 @@ impl Distilled<'_> {
 pub(crate) fn distill_model<'a>(
     dense: &Engine,
     engine: &'a Engine,
-    sequences: &[Vec<u32>],
+    sequences: &Sequences<'_>,
     options: DistillOptions,
     progress: &dyn Fn(usize, usize, f64),
 ) -> anyhow::Result<Distilled<'a>> {
-    let pass = Pass { engine, length: sequences.first().map_or(1, Vec::len) };
+    let Sequences { training, held_out } = *sequences;
+    let pass = Pass { engine, length: 1 };
     let mut distillation = Distillation {
         pass,
         dense,
-        targets: dense_head_inputs(dense, sequences)?,
         embeddings: MovingTable::new(&engine.model.embeddings),
         layers: engine.model.layers.iter().map(DistilledLayer::new).collect(),
         norm: MovingNorm::new(engine.model.spec.norm_kind, &engine.model.norm),
         lm_head: engine.model.own_lm_head.as_ref().map(MovingTable::new),
     };
-    let before = distillation.loss(sequences)?;
+    let samples = &training[..held_out.len().min(training.len())];
+    let before = [distillation.loss(held_out)?, distillation.loss(samples)?];
     // The loss grows with the square of a step that is too large: the rate for a coarse model would harm a model
     // that is already close.
-    let options = DistillOptions { rate: options.rate * before.sqrt().min(1.0), ..options };
-    let all = options.epochs * sequences.len().div_ceil(BATCH);
-    let mut step = 0;
-    for _ in 0..options.epochs {
-        for (index, batch) in sequences.chunks(BATCH).enumerate() {
-            check_interrupt()?;
-            let loss = distillation.step(index, batch, Some(options.rate_at(step, all)))?;
-            step += 1;
-            progress(step, all, loss);
-        }
+    let options = DistillOptions { rate: options.rate * before[0].sqrt().min(1.0), ..options };
+    let all = training.len().div_ceil(BATCH);
+    for (step, batch) in training.chunks(BATCH).enumerate() {
+        check_interrupt()?;
+        let loss = distillation.step(batch, Some(options.rate_at(step, all)))?;
+        progress(step + 1, all, loss);
     }
-    let after = distillation.loss(sequences)?;
-    let after = if after.is_nan() { before } else { after.min(before) };
+    let after = [distillation.loss(held_out)?, distillation.loss(samples)?];
+    let [held_out, training] = match after[0] < before[0] {
+        true => std::array::from_fn(|i| Outcome { before: before[i], after: after[i] }),
+        false => before.map(|before| Outcome { before, after: before }),
+    };
     let Distillation { embeddings, layers, norm, lm_head, .. } = distillation;
-    Ok(Distilled { embeddings, layers, norm, lm_head, outcome: Outcome { before, after } })
+    Ok(Distilled { embeddings, layers, norm, lm_head, held_out, training })
 }
 
-/// The inputs of the dense model's lm_head, [tokens, embedding] for each batch.
-fn dense_head_inputs(dense: &Engine, sequences: &[Vec<u32>]) -> anyhow::Result<Vec<Vec<f32>>> {
-    let mut all = Vec::new();
-    for batch in sequences.chunks(BATCH) {
-        check_interrupt()?;
-        let mut states = vec![Vec::new(); batch.len()];
-        for (tokens, states) in batch.iter().zip(&mut states) {
-            dense.embed(tokens, states)?;
-        }
-        states.par_iter_mut().for_each(|stream| {
-            dense.model.layers.iter().for_each(|layer| dense.run_layer(layer, stream, &mut ()));
-        });
-        all.push(ModelHead::of(dense).inputs(&states.concat()));
+/// The dense model's logits for a batch of sequences, [tokens, vocab].
+fn dense_logits(dense: &Engine, batch: &[Vec<u32>]) -> anyhow::Result<Vec<f32>> {
+    let mut states = vec![Vec::new(); batch.len()];
+    for (tokens, states) in batch.iter().zip(&mut states) {
+        dense.embed(tokens, states)?;
     }
-    Ok(all)
+    states.par_iter_mut().for_each(|stream| {
+        dense.model.layers.iter().for_each(|layer| dense.run_layer(layer, stream, &mut ()));
+    });
+    let head = ModelHead::of(dense);
+    Ok(head.logits(&head.inputs(&states.concat())))
 }
 
 /// The state of a distillation.
 struct Distillation<'a, 'b> {
     pass: Pass<'a>,
     dense: &'b Engine,
-    /// The inputs of the dense model's lm_head, for each batch.
-    targets: Vec<Vec<f32>>,
     embeddings: MovingTable,
     layers: Vec<DistilledLayer<'a>>,
     norm: MovingNorm,
@@ -180,17 +184,18 @@ impl Distillation<'_, '_> {
     /// The mean loss over all sequences.
     fn loss(&mut self, sequences: &[Vec<u32>]) -> anyhow::Result<f64> {
         let mut sum = 0.0;
-        for (index, batch) in sequences.chunks(BATCH).enumerate() {
+        for batch in sequences.chunks(BATCH) {
             check_interrupt()?;
-            sum += self.step(index, batch, None)? * batch.len() as f64;
+            sum += self.step(batch, None)? * batch.len() as f64;
         }
         Ok(sum / sequences.len().max(1) as f64)
     }
 
-    /// The mean loss of batch `index`; takes a training step if there is a learning rate.
-    fn step(&mut self, index: usize, batch: &[Vec<u32>], rate: Option<f64>) -> anyhow::Result<f64> {
+    /// The mean loss of a batch; takes a training step if there is a learning rate.
+    fn step(&mut self, batch: &[Vec<u32>], rate: Option<f64>) -> anyhow::Result<f64> {
+        self.pass.length = batch.first().map_or(1, Vec::len);
         let (inputs, stream) = self.forward(batch, rate.is_some())?;
-        let Self { pass, dense, targets, embeddings, layers, norm, lm_head } = self;
+        let Self { pass, dense, embeddings, layers, norm, lm_head } = self;
         let isa = pass.engine.isa;
         let weight = norm.weight();
         let table = lm_head.as_ref().unwrap_or(embeddings);
@@ -199,7 +204,7 @@ impl Distillation<'_, '_> {
         let mut d_logits = head.logits(&head_inputs);
         let slopes = rate.and_then(|_| head.cap_slopes(&d_logits));
         let (vocab, width) = (head.lm_head.rows(), head.lm_head.cols());
-        let targets = ModelHead::of(dense).logits(&targets[index]);
+        let targets = dense_logits(dense, batch)?;
         let losses: Vec<f64> = d_logits
             .par_chunks_exact_mut(vocab)
             .zip(targets.par_chunks_exact(vocab))

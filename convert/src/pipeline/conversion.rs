@@ -3,20 +3,22 @@
 use std::time::Instant;
 
 use stb_format::arch::Role;
-use stb_format::{Meta, Writer};
+use stb_format::{Meta, Quality, Writer};
 use stb_runtime::{Engine, Error, Weight};
 
 use super::distill;
 use super::job::{Job, Progress};
 use super::run::{Hidden, QuantizedTensor, Run};
 use super::tensor::{decode_finite, pack_uncalibrated, squared_error};
+use crate::check;
 use crate::compute::Accelerator;
 use crate::interrupt::{Interrupted, check_interrupt};
 use crate::metadata;
 use crate::output::{OutputFile, refuse_existing};
 use crate::plan::TensorPlan;
+use crate::quality::QualityReport;
 use crate::report::{Report, Stages, TensorReport};
-use crate::resume::Workspace;
+use crate::resume::{States, Workspace};
 
 /// Runs the conversion and writes the file. Resumes an interrupted conversion of the same source, recipe and text
 /// after its last finished decoder layer; the bytes of the file do not depend on interruptions.
@@ -85,9 +87,9 @@ fn write_file(
         stages: Stages::default(),
         resumed: 0,
     };
-    let calibration_tokens = run.convert_tensors(progress)?;
+    let (calibration_tokens, states) = run.convert_tensors(progress)?;
     let writing = Instant::now();
-    let Run { writer, reports, layers, mut stages, resumed, .. } = run;
+    let Run { engine, writer, reports, layers, mut stages, resumed, .. } = run;
     let mut output = writer.finish(meta).map_err(fail)?;
     check_interrupt()?;
     let mut distilling = 0.0;
@@ -95,10 +97,24 @@ fn write_file(
         let (file, tuned) = (output.close()?, workspace.tuned_output());
         (output, distilling) = distill::distill(job, meta, &file, tuned, options, progress)?;
     }
+    let checking = Instant::now();
+    let mut meta = meta.clone();
+    let quality = match job.held_out {
+        Some(held_out) => {
+            progress.step(0, 1, "measuring the file");
+            let quality = check::measure(&engine, held_out, &states, output.readable()?)?;
+            check::write_quality(&quality, &mut meta, &mut output)?;
+            quality
+        }
+        None => Quality::unchecked(),
+    };
+    let checking = checking.elapsed().as_secs_f64();
     output.commit()?;
-    stages.output += writing.elapsed().as_secs_f64() - distilling;
+    stages.output += writing.elapsed().as_secs_f64() - distilling - checking;
     stages.distill = distilling;
-    let mut report = make_report(job, reports, calibration_tokens, meta);
+    stages.quality += checking;
+    let mut report = make_report(job, reports, calibration_tokens, &meta);
+    report.quality = QualityReport::from(&quality);
     layers.iter().for_each(|layer| stages.add(&layer.stages));
     report.stages = stages;
     report.layers = layers;
@@ -110,7 +126,8 @@ fn write_file(
 /// A text with everything on which the bytes of the file depend.
 fn key(job: &Job<'_>, meta: &Meta, engine: &Engine, accelerator: Option<&Accelerator>) -> String {
     let device = accelerator.map_or("", Accelerator::name);
-    let mut text = format!("{meta:?}\n{} {device}\n", engine.isa.name());
+    let windows = job.held_out.map_or(0, |held_out| held_out.windows.len());
+    let mut text = format!("{meta:?}\n{} {device}\n{windows} windows\n", engine.isa.name());
     for tensor in &job.plan.tensors {
         text += &format!("{} {:?} {:?}\n", tensor.tensor.name, tensor.tensor.shape, tensor.method);
     }
@@ -143,6 +160,9 @@ fn make_report(
         calibration,
         calibration_tokens,
         notes: job.plan.notes(),
+        quality: QualityReport::from(&Quality::unchecked()),
+        answers: Vec::new(),
+        search: Vec::new(),
         seconds: 0.0,
         resumed_layers: 0,
         stages: Stages::default(),
@@ -152,11 +172,12 @@ fn make_report(
 }
 
 impl Run<'_> {
-    /// Converts and writes all tensors. Returns the number of calibration tokens.
-    fn convert_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<usize> {
+    /// Converts and writes all tensors. Returns the number of calibration tokens, and the windows of the check after
+    /// the layers of the dense model.
+    fn convert_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<(usize, States)> {
         let job = self.job;
         let layers = self.job.checkpoint.spec.layers as usize;
-        let mut hidden = self.embed_windows()?;
+        let mut hidden = self.embed_windows(progress)?;
         let tokens =
             hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.engine.model.hidden_size();
         let mut tensors = job.plan.tensors.iter().peekable();
@@ -176,19 +197,34 @@ impl Run<'_> {
         self.stages = global_stages;
         let after: Vec<_> = tensors.collect();
         self.convert_global_tensors(&after)?;
-        Ok(tokens)
+        Ok((tokens, hidden.check))
     }
 
-    /// Embeds the calibration windows: the inputs of the first decoder layer. Empty without calibration.
-    fn embed_windows(&self) -> anyhow::Result<Hidden> {
+    /// Embeds the windows of calibration and check: the inputs of the first decoder layer. Those of calibration are
+    /// empty for plans without it.
+    fn embed_windows(&self, progress: &dyn Progress) -> anyhow::Result<Hidden> {
         let job = self.job;
         let mut hidden = Hidden::default();
+        for window in job.held_out.iter().flat_map(|held_out| &held_out.windows) {
+            let mut states = Vec::new();
+            self.engine.embed(window, &mut states)?;
+            hidden.check.push(states);
+        }
         if job.plan.needs_calibration() {
-            let tokenizer = self.engine.model.tokenizer()?;
             let options = &job.recipe.calibration;
             let length = options.length.min(job.checkpoint.spec.context_length as usize);
             let table = self.stored_embeddings()?;
-            for window in job.calibration.windows(&tokenizer, options, length)? {
+            let drawn =
+                job.calibration.draw(&self.engine.model, options, length, 0, options.samples)?;
+            if drawn.fresh < drawn.windows.len() {
+                progress.note(&format!(
+                    "the calibration text has {} windows of {length} tokens; the other {} repeat \
+                     parts of it: a longer text or a smaller --calib-samples is better",
+                    drawn.fresh,
+                    drawn.windows.len() - drawn.fresh
+                ));
+            }
+            for window in drawn.windows {
                 let mut states = Vec::new();
                 self.engine.embed(&window, &mut states)?;
                 if job.recipe.calibration.follows_dense() {
@@ -237,14 +273,16 @@ impl Run<'_> {
             let lengths: Vec<u64> = part.iter().map(|t| t.bytes).collect();
             saved.extend(self.workspace.load(index, &lengths));
         }
+        if finished == parts.len() {
+            *hidden = hidden.after_layers();
+        }
         let mut states = hidden.fields();
-        let complete = saved.len() == finished
-            && (finished == parts.len() || self.workspace.load_states(&mut states).is_some());
+        let complete = saved.len() == finished && self.workspace.load_states(&mut states).is_some();
         if !complete {
             progress
                 .note("the saved layers of an unfinished conversion are damaged: starting again");
             self.workspace.forget();
-            *hidden = self.embed_windows()?;
+            *hidden = self.embed_windows(progress)?;
             return Ok(0);
         }
         for (part, layer) in parts.iter().zip(saved) {

@@ -6,7 +6,7 @@ use stb_format::Meta;
 use stb_kernels::cuda::Device;
 use stb_runtime::Checkpoint;
 
-use crate::calibration::CalibrationText;
+use crate::calibration::{CalibrationText, HeldOut};
 use crate::plan::Plan;
 use crate::recipe::Recipe;
 
@@ -18,10 +18,12 @@ pub struct Job<'a> {
     pub recipe: &'a Recipe,
     /// The method for each tensor.
     pub plan: Plan,
-    /// The metadata, without the hashes of the source files.
+    /// The metadata, without the hashes of the source files and with room for the figures of the check.
     pub meta: Meta,
     /// The calibration text.
     pub calibration: &'a CalibrationText,
+    /// The windows on which the file is measured; `None` for a file that is not checked.
+    pub held_out: Option<&'a HeldOut>,
     /// The file to write.
     pub target: &'a Path,
     /// Whether an existing file may be replaced.

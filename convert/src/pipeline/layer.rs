@@ -64,6 +64,7 @@ impl<'r> Run<'r> {
         let inputs = if distilled { hidden.quantized.clone() } else { States::new() };
         let mut finished = self.quantize_layer(tensors, &mut in_progress, hidden, &step)?;
         let LayerInProgress { dense, mut partial, mut streams } = in_progress;
+        self.advance_check(&dense, &mut hidden.check)?;
         if index + 1 < layers || distilled {
             self.advance(ALL_SUBLAYERS, &dense, &mut hidden.dense, &mut streams.dense)?;
         }
@@ -77,7 +78,7 @@ impl<'r> Run<'r> {
         if index + 1 < layers {
             self.advance(ALL_SUBLAYERS, &partial, &mut hidden.quantized, &mut streams.quantized)?;
         } else {
-            *hidden = Hidden::default();
+            *hidden = hidden.after_layers();
         }
         let encoding = tensors
             .iter()
@@ -87,6 +88,15 @@ impl<'r> Run<'r> {
             self.save_layer(index, error, payloads, hidden, started)?;
         }
         progress.layer(index, layers, error, &encoding, started.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// Advances the streams of the check to the end of the dense `layer`.
+    fn advance_check(&mut self, layer: &Layer, streams: &mut States) -> anyhow::Result<()> {
+        let (started, forward) = (Instant::now(), self.stages.forward);
+        self.advance(ALL_SUBLAYERS, layer, streams, &mut StreamPosition::default())?;
+        self.stages.forward = forward;
+        self.stages.quality += started.elapsed().as_secs_f64();
         Ok(())
     }
 

@@ -41,12 +41,19 @@ pub(super) struct Hidden {
     pub(super) pruned: States,
     /// After the same layers of the dense model, for targets from the dense model.
     pub(super) dense: States,
+    /// The windows on which the file is measured, after the same layers of the dense model.
+    pub(super) check: States,
 }
 
 impl Hidden {
+    /// What is left after the last layer.
+    pub(super) fn after_layers(&mut self) -> Self {
+        Self { check: std::mem::take(&mut self.check), ..Self::default() }
+    }
+
     /// All streams, for saving and resuming.
-    pub(super) fn fields(&mut self) -> [&mut States; 3] {
-        [&mut self.quantized, &mut self.pruned, &mut self.dense]
+    pub(super) fn fields(&mut self) -> [&mut States; 4] {
+        [&mut self.quantized, &mut self.pruned, &mut self.dense, &mut self.check]
     }
 }
 

@@ -7,7 +7,7 @@ use crate::distill::DistillOptions;
 /// The calibration text, its windows, and the use of their statistics.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Calibration {
-    /// A text file, UTF-8; `None` for the built-in text.
+    /// A text file, UTF-8, a `.jsonl` file, or `self` for a text that the model writes; `None` for the built-in text.
     pub text: Option<String>,
     /// The separator of documents, which are trimmed and get a begin token each. `None` if the text is one document.
     pub separator: Option<String>,

@@ -36,7 +36,7 @@ pub(crate) const RENAMED: [(&str, &str, &str); 4] = [
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct CalibrationFile {
-    /// A text file, UTF-8; default: the built-in text.
+    /// A text file, UTF-8, a `.jsonl` file, or `self` for a text that the model writes; default: the built-in text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
     /// The separator of documents, which are trimmed and get a begin token each; default: one document.
@@ -73,8 +73,8 @@ pub struct CalibrationFile {
     /// The learning rate of that distillation: the largest relative step.
     #[serde(skip_serializing_if = "Option::is_none", alias = "tuning-rate")]
     pub distill_layers_rate: Option<f64>,
-    /// Passes over the calibration sequences that train scales and norms of the whole model on the dense model's output
-    /// distribution; default: none.
+    /// Training sequences per calibration sequence, fresh ones for as long as the text has them, that train scales and
+    /// norms of the whole model on the dense model's output distribution; default: none.
     #[serde(skip_serializing_if = "Option::is_none", alias = "fine-tuning")]
     pub distill: Option<usize>,
     /// The learning rate of that distillation for a model with a KL divergence of at least one nat per token; below, it
@@ -206,6 +206,8 @@ linear_file! {
     share "share": f64,
     /// budget: true bits per parameter of the whole file.
     target_bits "target-bits": f64,
+    /// budget: the KL divergence from the dense model that the smallest file may have, in nats per token.
+    max_kl "max-kl": f64,
 }
 
 impl LinearFile {
@@ -213,6 +215,12 @@ impl LinearFile {
     #[must_use]
     pub fn budget(bits: f64) -> Self {
         Self { method: "budget".into(), target_bits: Some(bits), ..Self::default() }
+    }
+
+    /// Encodings chosen for the smallest file whose KL divergence from the dense model is at most `kl` nats per token.
+    #[must_use]
+    pub fn divergence(kl: f64) -> Self {
+        Self { method: "budget".into(), max_kl: Some(kl), ..Self::default() }
     }
 }
 
@@ -222,5 +230,13 @@ impl RecipeFile {
         self.name = format!("bits-{bits}");
         self.description = "Encodings chosen for a size".into();
         self.body = LinearFile::budget(bits);
+    }
+
+    /// Makes this a recipe for the smallest file whose KL divergence from the dense model is at most `kl` nats per
+    /// token.
+    pub fn set_max_kl(&mut self, kl: f64) {
+        self.name = format!("max-kl-{kl}");
+        self.description = "The smallest file within a KL divergence".into();
+        self.body = LinearFile::divergence(kl);
     }
 }

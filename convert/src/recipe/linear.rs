@@ -21,10 +21,16 @@ pub enum LinearRecipe {
     /// All quantized by one method.
     Quantize(Method),
     /// Encodings with the least estimated error within a size, for all tensors including embeddings and lm_head.
-    Budget {
-        /// True bits per parameter of the whole file.
-        bits: f64,
-    },
+    Budget(Goal),
+}
+
+/// What decides on the size of a file whose encodings are chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Goal {
+    /// At most this many true bits per parameter of the whole file.
+    Bits(f64),
+    /// The smallest file whose measured KL divergence from the dense model is at most this many nats per token.
+    MaxKl(f64),
 }
 
 impl LinearRecipe {
@@ -33,16 +39,25 @@ impl LinearRecipe {
     pub fn method(&self) -> Option<Method> {
         match self {
             Self::Quantize(method) => Some(*method),
-            Self::Keep | Self::Budget { .. } => None,
+            Self::Keep | Self::Budget(_) => None,
         }
     }
 
-    /// The size budget, in true bits per parameter of the whole file.
+    /// What decides on the size; `None` if encodings are not chosen.
     #[must_use]
-    pub fn target_bits(&self) -> Option<f64> {
+    pub fn goal(&self) -> Option<Goal> {
         match self {
-            Self::Budget { bits } => Some(*bits),
+            Self::Budget(goal) => Some(*goal),
             Self::Keep | Self::Quantize(_) => None,
+        }
+    }
+
+    /// The KL divergence that a search for a size may reach, in nats per token; `None` if there is no search.
+    #[must_use]
+    pub fn max_kl(&self) -> Option<f64> {
+        match self.goal()? {
+            Goal::MaxKl(kl) => Some(kl),
+            Goal::Bits(_) => None,
         }
     }
 }
@@ -84,7 +99,7 @@ impl LinearFile {
             "int" => Method::Int(self.int()?),
             "pb-llm" => Method::PbLlm(self.pb_llm()?),
             "source" => return self.check_allowed(&[]).map(|()| LinearRecipe::Keep),
-            "budget" => return self.target_bits().map(|bits| LinearRecipe::Budget { bits }),
+            "budget" => return self.goal().map(LinearRecipe::Budget),
             other => {
                 let what = format!(
                     "there is no method {other:?}; stbllm, nm, int, pb-llm, budget and source exist"
@@ -95,11 +110,19 @@ impl LinearFile {
         Ok(LinearRecipe::Quantize(method))
     }
 
-    fn target_bits(&self) -> Resolved<f64> {
-        self.check_allowed(&["target-bits"])?;
-        match self.target_bits {
-            Some(bits) if bits > 0.0 && bits <= 64.0 => Ok(bits),
-            _ => Err(problem("target-bits", "budget takes target-bits above 0 and at most 64")),
+    fn goal(&self) -> Resolved<Goal> {
+        self.check_allowed(&["target-bits", "max-kl"])?;
+        match (self.target_bits, self.max_kl) {
+            (Some(bits), None) if bits > 0.0 && bits <= 64.0 => Ok(Goal::Bits(bits)),
+            (None, Some(kl)) if kl > 0.0 && kl <= 100.0 => Ok(Goal::MaxKl(kl)),
+            (None, Some(_)) => Err(problem("max-kl", "max-kl is above 0 and at most 100")),
+            (Some(_), Some(_)) => {
+                Err(problem("max-kl", "budget takes target-bits or max-kl, not both"))
+            }
+            _ => Err(problem(
+                "target-bits",
+                "budget takes target-bits above 0 and at most 64, or max-kl above 0",
+            )),
         }
     }
 

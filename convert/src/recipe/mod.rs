@@ -13,6 +13,6 @@ mod resolve;
 pub use calibration::{Calibration, Draw};
 pub(crate) use file::RENAMED;
 pub use file::{CalibrationFile, LinearFile, RecipeFile, RoundingFile};
-pub use linear::LinearRecipe;
+pub use linear::{Goal, LinearRecipe};
 pub use presets::{DEFAULT, PRESETS};
 pub use resolve::Recipe;

@@ -10,6 +10,7 @@ macro_rules! presets {
 }
 
 presets! {
+    "auto"
     "stbllm-4of8" "stbllm-5of8" "stbllm-6of8" "stbllm-si-4of8"
     "nm-1of8" "nm-1of4" "nm-2of8" "nm-2of4"
     "sign" "int2" "int3" "int4" "int8" "source"
@@ -20,4 +21,4 @@ presets! {
 }
 
 /// The default recipe.
-pub const DEFAULT: &str = "stbllm-4of8";
+pub const DEFAULT: &str = "auto";

@@ -434,7 +434,7 @@ mod tests {
         assert!(!wanda.recipe.to_toml().unwrap().lines().any(|line| line.starts_with("mask")));
         assert_eq!(wanda.recipe.calibration.seed, 3);
         assert_eq!((wanda.label.as_str(), bits.label.as_str()), ("Wanda", "bits-2"));
-        assert_eq!(bits.recipe.linear.target_bits(), Some(2.0));
+        assert_eq!(bits.recipe.linear.goal(), Some(crate::recipe::Goal::Bits(2.0)));
         study.check().unwrap();
 
         let study = definition.resolve(Path::new("a/b"), &[]).unwrap();

@@ -11,12 +11,12 @@ use stb_runtime::{
 
 use super::cell::{Cell, CellInputs, fingerprint};
 use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
-use crate::calibration::CalibrationText;
+use crate::calibration::{CalibrationText, read_text};
 use crate::digest::digest;
 use crate::interrupt::Interrupted;
-use crate::pipeline::{Job, Progress, convert};
+use crate::pipeline::Progress;
 use crate::plan::plan;
-use crate::prepare::prepare;
+use crate::prepare::{Order, prepare};
 use crate::recipe::Recipe;
 use crate::report::Report;
 
@@ -74,8 +74,8 @@ pub fn run(study: &Study, folder: &Path, events: &dyn Events) -> anyhow::Result<
     let _lock = lock(&cells)?;
     let mut texts = Vec::new();
     for text in &study.texts {
-        let source = CalibrationText::file(&text.path)?;
-        texts.push(LoadedText { entry: text, hash: digest(&source.text), text: source.text });
+        let content = read_text(&text.path)?;
+        texts.push(LoadedText { entry: text, hash: digest(&content), text: content });
     }
     // Read all texts first, so that a mistake in the last one does not cost hours.
     let mut sources = Vec::new();
@@ -233,9 +233,9 @@ impl StudyRow<'_> {
     fn inputs(&self, text: &LoadedText<'_>) -> Result<CellInputs> {
         let needs = plan(&self.model.checkpoint, &self.recipe.recipe)
             .is_ok_and(|plan| plan.needs_calibration())
-            || self.recipe.recipe.linear.target_bits().is_some();
+            || self.recipe.recipe.linear.goal().is_some();
         let calibration = match needs {
-            true => format!("{} sha256:{}", self.source.name, digest(&self.source.text)),
+            true => format!("{} sha256:{}", self.source.name, self.source.hash()),
             false => String::new(),
         };
         Ok(CellInputs {
@@ -325,7 +325,7 @@ struct Converted {
 /// Converts `checkpoint` by `recipe` into the file `target`; replaces an existing one.
 ///
 /// # Errors
-/// As for [`convert`] and [`plan`].
+/// As for [`prepare`] and [`Prepared::convert`](crate::prepare::Prepared::convert).
 pub fn convert_file(
     checkpoint: &Checkpoint,
     recipe: &Recipe,
@@ -333,11 +333,10 @@ pub fn convert_file(
     target: &Path,
     progress: &dyn Progress,
 ) -> anyhow::Result<Report> {
-    let (plan, meta) = prepare(checkpoint, recipe, source)?;
-    let calibration = source;
-    let (force, device) = (true, None);
-    let job = Job { checkpoint, recipe, plan, meta, calibration, target, force, device };
-    convert(job, progress)
+    // The study measures the file itself, on texts of its own.
+    let check = recipe.linear.max_kl().is_some();
+    let order = Order { checkpoint, calibration: source, target, force: true, device: None };
+    prepare(checkpoint, recipe, source, check)?.convert(&order, progress)
 }
 
 /// Identifies this build: its version and a hash of the program's file. Cells of other builds are used, but the table

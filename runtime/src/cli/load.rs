@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use stb_format::Verdict;
 use stb_runtime::{
     DeviceChoice, Engine, Error, KvKind, OpenOptions, Verify, default_threads, open_to_measure,
 };
 
 use super::args::{KvArg, LoadArgs, VerifyArg};
-use super::devices;
+use super::{devices, terminal};
 
 /// Runs `f` in a Rayon pool of `threads` threads. Evaluation computes whole windows in parallel.
 pub(super) fn in_pool(
@@ -30,6 +31,7 @@ pub(super) fn open_exact(file: &Path, args: &LoadArgs) -> Result<Engine, Error> 
     let options = OpenOptions { threads: Some(threads), ..open_options(args) };
     let engine = open_to_measure(file, &options)?;
     devices::explain(&engine);
+    warn(&engine);
     Ok(engine)
 }
 
@@ -38,7 +40,27 @@ pub(super) fn open(file: &Path, args: &LoadArgs) -> Result<(Engine, Duration), E
     let started = Instant::now();
     let engine = Engine::open(file, &open_options(args))?;
     devices::explain(&engine);
+    warn(&engine);
     Ok((engine, started.elapsed()))
+}
+
+/// Warns of a file that its converter found broken, or did not check.
+fn warn(engine: &Engine) {
+    let Some(quality) = engine.model.quality() else { return };
+    let file = engine.model.source.display();
+    match (quality.verdict, &quality.figures) {
+        (Verdict::Broken, Some(figures)) => terminal::note(format_args!(
+            "{file} is broken: its KL divergence from the original model is {:.2} nats per token; convert it to more bits",
+            figures.kl.value
+        )),
+        (Verdict::Broken, None) => terminal::note(format_args!(
+            "{file} is broken: its predictions are not finite; convert it to more bits"
+        )),
+        (Verdict::Unchecked, _) => terminal::note(format_args!(
+            "{file} has not been checked: it was converted with --no-check"
+        )),
+        _ => {}
+    }
 }
 
 fn open_options(args: &LoadArgs) -> OpenOptions {

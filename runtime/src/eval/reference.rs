@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::window::WindowLogits;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::state::State;
@@ -83,12 +84,8 @@ pub(super) struct ReferenceWindow<'a> {
     done: usize,
 }
 
-impl ReferenceWindow<'_> {
-    /// The logits of the next tokens of `window`, [tokens, vocab].
-    ///
-    /// # Errors
-    /// The errors of [`Engine::forward_all`].
-    pub(super) fn next(&mut self, window: &[u32], tokens: usize) -> Result<&[f32]> {
+impl WindowLogits for ReferenceWindow<'_> {
+    fn next(&mut self, window: &[u32], tokens: usize) -> Result<&[f32]> {
         let Self { reference, kept, state, logits, done } = self;
         let vocab = reference.engine.model.embeddings.rows();
         let piece = *done..*done + tokens;

@@ -140,9 +140,7 @@ fn layers(cli: &Cli) -> anyhow::Result<Vec<Layer>> {
     let length = 256.min(checkpoint.spec.context_length as usize);
     let options = Calibration { samples: cli.tokens.div_ceil(length), ..Calibration::default() };
     let mut hidden = Vec::new();
-    for window in
-        CalibrationText::built_in().windows(&engine.model.tokenizer()?, &options, length)?
-    {
+    for window in CalibrationText::built_in().windows(&engine.model, &options, length)? {
         let mut states = Vec::new();
         engine.embed(&window, &mut states)?;
         hidden.push(states);
