@@ -84,9 +84,10 @@ impl<W: Write + Seek> Writer<W> {
 
         let table = self.table().map_err(invalid)?;
         let table = self.section(TENSORS, &table)?;
+        let min_reader = meta.min_reader();
         let meta = self.section(META, &meta.to_bytes().map_err(invalid)?)?;
 
-        let head = head(self.position, &[data, table, meta]);
+        let head = head(min_reader, self.position, &[data, table, meta]);
         self.out.seek(SeekFrom::Start(0))?;
         self.out.write_all(&head)?;
         self.out.seek(SeekFrom::End(0))?;
@@ -211,10 +212,10 @@ fn section_entry(kind: u32, offset: u64, length: u64, checksum: u64) -> SectionE
 }
 
 /// The 4096 bytes of the head.
-fn head(file_size: u64, sections: &[SectionEntry]) -> Vec<u8> {
+fn head(min_reader: u16, file_size: u64, sections: &[SectionEntry]) -> Vec<u8> {
     let header = Header {
         magic: MAGIC,
-        min_reader: VERSION.into(),
+        min_reader: min_reader.into(),
         written: VERSION.into(),
         header_size: 64.into(),
         file_size: file_size.into(),
