@@ -80,8 +80,8 @@ fn every_preset_writes_its_encoding() {
             serde_json::from_str(&std::fs::read_to_string(&report).unwrap()).unwrap();
         let method = Recipe::load(name).unwrap().linear.method();
         let exported = folder.path().join(format!("{name}.export"));
-        for (tensor, encoding, ..) in linears(&file, &exported) {
-            match &method {
+        for (tensor, encoding, _, cols) in linears(&file, &exported) {
+            match &method.map(|method| method.fitted(cols)) {
                 // The allocation may give a layer another N.
                 Some(method) if matches!(encoding, Encoding::Stbllm(_)) => {
                     assert!(

@@ -208,7 +208,7 @@ fn linear_candidates(
     let chunks: Vec<Vec<f32>> =
         hessians.iter().map(|h| h.columns(&values, weight.cols())).collect();
     let mut found = Vec::new();
-    for method in Method::candidates() {
+    for method in Method::candidates(weight.cols()) {
         let mut loss = 0.0;
         for (values, hessian) in chunks.iter().zip(hessians) {
             let errors = hessian.errors(values, method)?;
@@ -235,7 +235,7 @@ fn table_candidates(
     let embedding_weight = row_weight(&tables.frequencies, &rows);
     let head_weight = row_weight(&statistics.logits, &rows);
     let mut found = Vec::new();
-    for spec in int_group::candidate_encodings() {
+    for spec in int_group::candidate_encodings(cols) {
         let stored = decode(&int_group::round(&values, rows.len(), cols, spec), rows.len(), cols);
         let mut loss = 0.0;
         for ((w, q), r) in values.chunks_exact(cols).zip(stored.chunks_exact(cols)).zip(&rows) {

@@ -110,7 +110,7 @@ impl Default for CalibrationFile {
 pub struct RoundingFile {
     /// 1, 2, 3, 4 or 8; 0 keeps the data type of the checkpoint.
     pub bits: u8,
-    /// Columns per scale.
+    /// Columns per scale, at most; see [`fit_group`](crate::quantize::int_group::fit_group).
     pub group: u16,
 }
 
@@ -196,7 +196,7 @@ linear_file! {
     propagation "propagation": String,
     /// int, pb-llm: bits per code.
     bits "bits": u8,
-    /// int: columns per scale.
+    /// int: columns per scale, at most; see [`fit_group`](crate::quantize::int_group::fit_group).
     group "group": u16,
     /// int: compensated (GPTQ) or nearest (RTN).
     rounding "rounding": String,
