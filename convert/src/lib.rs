@@ -31,6 +31,7 @@ pub mod report;
 pub mod resume;
 pub mod sensitivity;
 pub mod study;
+pub(crate) mod tables;
 
 pub use pipeline::{Job, Progress, convert};
 pub use plan::{Plan, plan};

@@ -7,9 +7,9 @@ use std::path::Path;
 
 use anyhow::bail;
 use stb_convert::Recipe;
-use stb_convert::quantize::int_group::fit_group;
+use stb_convert::quantize::int_group::{IntOptions, fit_group};
 use stb_format::arch::{ExpertsSpec, LayerSet, QkNorm, Role, TensorSpec};
-use stb_format::encoding::{Dense, IntGroup};
+use stb_format::encoding::Dense;
 use stb_format::{Encoding, Meta, ModelSpec, Value, Writer};
 
 use crate::tiny::{self, tokenizer};
@@ -94,8 +94,8 @@ pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyh
     let body = recipe.linear.method();
     let linear =
         |cols| body.map_or(dense.clone(), |method| method.fitted(cols).quantizer().encoding());
-    let table = |spec: Option<IntGroup>, cols| {
-        spec.map_or(dense.clone(), |spec| Encoding::IntGroup(fit_group(spec, cols)))
+    let table = |options: Option<IntOptions>, cols| {
+        options.map_or(dense.clone(), |o| Encoding::IntGroup(fit_group(o.spec, cols)))
     };
     let mut writer = Writer::new(out)?;
     let mut payloads: HashMap<(Vec<u64>, [u8; 16], u32), Vec<u8>> = HashMap::new();

@@ -18,8 +18,8 @@ use crate::products::TASK_ROWS;
 
 /// Columns whose errors are spread over the rest of the matrix at once.
 const BLOCK: usize = 128;
-/// Rounds of refitting scales and re-choosing codes in the candidates of a budget.
-const CANDIDATE_SWEEPS: usize = 4;
+/// Rounds of refitting scales and re-choosing codes in the candidates of a budget, and in tables.
+pub(crate) const CANDIDATE_SWEEPS: usize = 4;
 /// Scales tried for a group, between shares of the scale that just covers its largest value.
 const TRIES: usize = 17;
 

@@ -112,11 +112,14 @@ pub struct RoundingFile {
     pub bits: u8,
     /// Columns per scale, at most; see [`fit_group`](crate::quantize::int_group::fit_group).
     pub group: u16,
+    /// `nearest`, or `compensated`: against a Hessian that weighs errors by use, then 4 rounds of refits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<String>,
 }
 
 impl Default for RoundingFile {
     fn default() -> Self {
-        Self { bits: 4, group: 32 }
+        Self { bits: 4, group: 32, rounding: None }
     }
 }
 
