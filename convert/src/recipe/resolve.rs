@@ -203,6 +203,10 @@ mod tests {
         // Options that are not given are in the line of their section.
         refuse("name = 'x'\n\n[body]\nmethod = 'budget'", "recipe, line 3: budget takes");
         refuse("name = 'x'\n[body]\nmethod = 'nm'\n[head]\nbits = 5", "recipe, line 5: embeddings");
+        refuse(
+            "name = 'x'\n[body]\nmethod = 'nm'\n[head]\nbits = 0\nrounding = 'compensated'",
+            "recipe, line 6: bits = 0 rounds nothing",
+        );
         let order = format!("name = 'x'\n{body}mask = 'in-loop'\norder = 'last'");
         let error = Recipe::parse(&order).unwrap_err().to_string();
         assert!(error.ends_with("known: prune-first, quantize-first"), "{error}");
