@@ -78,7 +78,12 @@ impl Hessian {
 
     /// Scales by 2/n and fills the upper triangle.
     pub fn finish(&mut self) {
-        let scale = 2.0 / self.sequences.max(1) as f32;
+        self.finish_tokens(self.sequences);
+    }
+
+    /// [`Hessian::finish`] with n = `tokens`, so that the diagonal is twice the mean square of each feature.
+    pub(crate) fn finish_tokens(&mut self, tokens: usize) {
+        let scale = 2.0 / tokens.max(1) as f32;
         self.matrix.par_iter_mut().for_each(|h| *h *= scale);
         let size = self.size;
         for i in 0..size {

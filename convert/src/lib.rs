@@ -35,6 +35,7 @@ pub mod sensitivity;
 mod smallest;
 pub mod study;
 pub mod system;
+pub(crate) mod tables;
 pub mod written;
 
 pub use pipeline::{Job, Progress, convert};

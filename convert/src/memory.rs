@@ -8,6 +8,7 @@ use crate::distill::memory::{DistilledStreams, layer_memory, model_memory};
 use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::int_group::rounded_distill_memory;
 use crate::recipe::Recipe;
+use crate::tables::piece_weights;
 use crate::{budget, hessian, pipeline, quantize};
 
 /// Bytes of the hidden states of the windows on which the file is measured.
@@ -29,9 +30,10 @@ impl Plan {
     /// factors and weights.
     #[must_use]
     pub fn peak_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
-        // Distillation, budgets and allocations run the whole dense model.
+        // Distillation, budgets, Hessians of tables and allocations run the whole dense model.
         let needs_all = recipe.calibration.distill.is_some()
             || recipe.linear.goal().is_some()
+            || self.quantizes_tables()
             || recipe.linear.method().is_some_and(|m| m.quantizer().kept_by_layer().is_some());
         let weights = match needs_all {
             true => checkpoint.owned_bytes(),
@@ -43,8 +45,9 @@ impl Plan {
     /// [`Plan::peak_memory`] without the weights.
     fn working_memory(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
         let spec = &checkpoint.spec;
-        let budget =
-            recipe.linear.goal().map_or(0, |_| budget::memory(spec)).max(check_memory(spec));
+        let runs_backward = recipe.linear.goal().is_some() || self.quantizes_tables();
+        let budget = if runs_backward { budget::memory(spec) } else { 0 };
+        let budget = budget.max(check_memory(spec));
         if !self.needs_calibration() {
             let largest = self.tensors.iter().map(TensorPlan::elements).max().unwrap_or(0);
             return budget.max(largest * 12 + check_states(spec));
@@ -91,13 +94,22 @@ impl Plan {
         file + best + layers + 2 * states
     }
 
-    /// Bytes needed to quantize the largest linear layer.
+    /// Whether the embeddings or the lm_head are quantized with a Hessian.
+    fn quantizes_tables(&self) -> bool {
+        self.tensors.iter().any(|t| t.tensor.layer.is_none() && t.is_calibrated())
+    }
+
+    /// Bytes needed to quantize the largest linear layer, or piece of a table.
     fn quantizing_memory(&self) -> u64 {
         let scratch = self.tensors.iter().map(|t| match t.method {
             TensorMethod::Linear(method) => method.quantizer().scratch_memory(t.tensor.shape[1]),
             TensorMethod::Keep(_) | TensorMethod::Round(_) => 0,
         });
-        let largest = self.tensors.iter().filter(|t| t.is_calibrated()).map(TensorPlan::elements);
+        let at_once = |t: &TensorPlan| match t.tensor.layer {
+            Some(_) => t.elements(),
+            None => piece_weights(t.elements(), t.tensor.shape[1]),
+        };
+        let largest = self.tensors.iter().filter(|t| t.is_calibrated()).map(at_once);
         quantize::memory(largest.max().unwrap_or(0)) + scratch.max().unwrap_or(0)
     }
 

@@ -6,7 +6,8 @@ use stb_runtime::{Checkpoint, Error, Result, SourceFile};
 use crate::digest::digest;
 use crate::recipe::Recipe;
 
-/// The metadata without the hashes of the source files, which take a while; see [`add_hashes`].
+/// The metadata without the hashes of the source files, which take a while; see [`add_hashes`]. Long texts, such as
+/// the tokenizer, are deflated.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the checkpoint has no tokenizer or one that does not fit it.
@@ -58,7 +59,10 @@ pub fn metadata(
     if !calibration.is_empty() {
         set("provenance.calibration", text(calibration))?;
     }
-    set("provenance.sources", text(&sources(&checkpoint.files, None)))?;
+    meta.deflate_texts();
+    // Written as it is: its length is known before the hashes are.
+    let sources = Value::Text(sources(&checkpoint.files, None));
+    meta.set("provenance.sources", sources).map_err(internal)?;
     Ok(meta)
 }
 

@@ -6,6 +6,7 @@ use stb_format::{Encoding, Meta, file_size};
 use stb_runtime::{Checkpoint, Error, LayerMatrix, Result};
 
 use crate::quantize::Method;
+use crate::quantize::int_group::{IntOptions, fit_group};
 use crate::recipe::Recipe;
 
 /// How a tensor is converted.
@@ -15,7 +16,8 @@ pub enum TensorMethod {
     Keep(Dense),
     /// Each weight rounded independently.
     Round(IntGroup),
-    /// A linear layer, quantized against the Hessian of its inputs.
+    /// Quantized against a Hessian: a linear layer against that of its inputs, the embeddings and the lm_head against
+    /// one that weighs their errors by use.
     Linear(Method),
 }
 
@@ -112,10 +114,16 @@ pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
     for tensor in checkpoint.spec.tensors() {
         let name = &tensor.name;
         let keep = TensorMethod::Keep(checkpoint.element_type(name)?);
+        let cols = tensor.shape.last().map_or(0, |cols| *cols as usize);
+        let table = |options: IntOptions| match options.compensate {
+            true => TensorMethod::Linear(Method::Int(options).fitted(cols)),
+            false => TensorMethod::Round(fit_group(options.spec, cols)),
+        };
+        let quantize = |method: Method| TensorMethod::Linear(method.fitted(cols));
         let method = match tensor.role {
-            Role::TokenEmbedding => recipe.embeddings.map_or(keep, TensorMethod::Round),
-            Role::LmHead => recipe.head.map_or(keep, TensorMethod::Round),
-            Role::Linear(_) | Role::Expert(..) => linear.map_or(keep, TensorMethod::Linear),
+            Role::TokenEmbedding => recipe.embeddings.map_or(keep, table),
+            Role::LmHead => recipe.head.map_or(keep, table),
+            Role::Linear(_) | Role::Expert(..) => linear.map_or(keep, quantize),
             // A wrong choice of experts would cost more than the few bytes of the router.
             Role::Router => TensorMethod::Keep(Dense::F32),
             _ => keep,

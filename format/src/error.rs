@@ -68,6 +68,7 @@ rules! {
     MetaOrder "STB-R-023" Invalid "metadata keys are strictly ascending",
     MetaType "STB-R-024" Invalid "metadata value types are known",
     MetaValue "STB-R-025" Invalid "metadata values have the length and content of their type",
+    MetaDeflate "STB-R-026" Invalid "deflated texts are whole DEFLATE streams of UTF-8 in the stated length",
     TensorTable "STB-R-030" Invalid "the TENSORS section has the length its counts give",
     TensorShape "STB-R-031" Invalid "tensor dimensions are valid and within the limits",
     TensorName "STB-R-032" Invalid "tensor names are printable ASCII, 1 to 255 bytes, stored in order",

@@ -38,6 +38,7 @@
 )]
 
 pub mod arch;
+mod deflate;
 pub mod encoding;
 mod error;
 pub mod gguf;

@@ -3,8 +3,10 @@
 /// The first eight bytes of every file (STB-R-002): a byte that no text file starts with, `STB`,
 /// CR LF, ^Z and LF. Tools that convert line endings damage it visibly.
 pub const MAGIC: [u8; 8] = *b"\x8fSTB\r\n\x1a\n";
-/// The version of the format that this crate writes and the newest it reads.
-pub const VERSION: u16 = 1;
+/// The newest version of the format that this crate reads, and the version of its writer.
+pub const VERSION: u16 = 2;
+/// The oldest version whose readers know deflated texts (STB-R-024).
+pub(crate) const DEFLATED_TEXT_VERSION: u16 = 2;
 /// Bytes of the head: header, section directory, zero padding and checksum.
 pub const HEAD_BYTES: usize = 4096;
 /// Alignment of sections in bytes: one page, so that each section can be mapped separately.
@@ -27,3 +29,5 @@ pub const MAX_ELEMENTS: u64 = 1 << 48;
 pub const MAX_META_ENTRIES: u32 = 4096;
 /// The largest length of a metadata value in bytes.
 pub const MAX_META_VALUE_BYTES: u32 = 1 << 28;
+/// The largest sum of the lengths of all deflated texts of a file, inflated, in bytes.
+pub const MAX_INFLATED_BYTES: u64 = 1 << 28;

@@ -1,18 +1,24 @@
 //! The META section: typed key-value pairs in ascending key order (spec, metadata §1).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::deflate::{deflate, inflate, split};
 use crate::error::{Error, Result, Rule};
-use crate::limits::{MAX_META_ENTRIES, MAX_META_VALUE_BYTES, MAX_NAME_BYTES};
+use crate::limits::{
+    DEFLATED_TEXT_VERSION, MAX_INFLATED_BYTES, MAX_META_ENTRIES, MAX_META_VALUE_BYTES,
+    MAX_NAME_BYTES,
+};
 use crate::num::len_u64;
 use crate::raw::{MetaEntry, MetaHeader};
 
 /// A metadata value, owned.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
-    /// Type 1: UTF-8 text. Files such as `tokenizer.json` are stored verbatim.
+    /// Type 1: UTF-8 text. Files such as `tokenizer.json` are stored verbatim. Type 6 is the same text, stored
+    /// as a DEFLATE stream.
     Text(String),
     /// Type 2: an unsigned integer.
     U64(u64),
@@ -24,7 +30,7 @@ pub enum Value {
     U64List(Vec<u64>),
 }
 
-/// A metadata value in place in the file.
+/// A metadata value in place in the file, or in the [`MetaView`] if it is stored deflated.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum ValueRef<'a> {
     /// See [`Value::Text`].
@@ -55,15 +61,32 @@ impl ValueRef<'_> {
     }
 }
 
-/// The validated metadata of a file, in place.
+/// The validated metadata of a file: in place, apart from deflated texts, which are inflated when the file is
+/// opened and kept.
 #[derive(Clone, Debug, Default)]
 pub struct MetaView<'a> {
-    entries: Vec<(&'a str, ValueRef<'a>)>,
+    entries: Vec<(&'a str, Stored<'a>)>,
+}
+
+/// How a value is kept.
+#[derive(Clone, Debug)]
+enum Stored<'a> {
+    InPlace(ValueRef<'a>),
+    Inflated(String),
+}
+
+impl<'a> Stored<'a> {
+    fn get(&self) -> ValueRef<'_> {
+        match self {
+            Self::InPlace(value) => *value,
+            Self::Inflated(text) => ValueRef::Text(text),
+        }
+    }
 }
 
 impl<'a> MetaView<'a> {
-    /// Parses a META section at file offset `base`.
-    pub(crate) fn parse(section: &'a [u8], base: u64) -> Result<Self> {
+    /// Parses a META section at file offset `base` of a file for readers from version `min_reader`.
+    pub(crate) fn parse(section: &'a [u8], base: u64, min_reader: u16) -> Result<Self> {
         let total = len_u64(section.len());
         let fail = |rule, detail: String, rest: &[u8]| {
             Error::new(rule, detail)
@@ -85,10 +108,11 @@ impl<'a> MetaView<'a> {
                 format!("{count} metadata entries, at most {MAX_META_ENTRIES} are allowed");
             return Err(fail(Rule::MetaLimits, detail, section));
         }
-        let mut entries: Vec<(&str, ValueRef)> = Vec::new();
+        let mut entries: Vec<(&str, Stored)> = Vec::new();
+        let mut parser = Parser { min_reader, inflated: 0 };
         for index in 0..count {
             let last = entries.last().map(|(key, _)| *key);
-            let entry = parse_entry(rest, u64::from(index), last);
+            let entry = parser.entry(rest, u64::from(index), last);
             let (key, value, after) = entry.map_err(|(rule, detail)| fail(rule, detail, rest))?;
             entries.push((key, value));
             rest = after;
@@ -102,14 +126,14 @@ impl<'a> MetaView<'a> {
 
     /// The value of `key`.
     #[must_use]
-    pub fn get(&self, key: &str) -> Option<ValueRef<'a>> {
+    pub fn get(&self, key: &str) -> Option<ValueRef<'_>> {
         let index = self.entries.binary_search_by(|(k, _)| (*k).cmp(key)).ok()?;
-        self.entries.get(index).map(|(_, v)| *v)
+        self.entries.get(index).map(|(_, v)| v.get())
     }
 
     /// The text value of `key`, if it is present and text.
     #[must_use]
-    pub fn text(&self, key: &str) -> Option<&'a str> {
+    pub fn text(&self, key: &str) -> Option<&str> {
         match self.get(key)? {
             ValueRef::Text(v) => Some(v),
             _ => None,
@@ -126,15 +150,20 @@ impl<'a> MetaView<'a> {
     }
 
     /// All pairs in ascending key order.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&'a str, ValueRef<'a>)> + '_ {
-        self.entries.iter().copied()
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&'a str, ValueRef<'_>)> + '_ {
+        self.entries.iter().map(|(key, value)| (*key, value.get()))
     }
 }
+
+/// The fewest bytes that a deflated text saves; for less, a text stays readable in the file.
+const MIN_SAVING: usize = 256;
 
 /// Metadata for a [`Writer`](crate::Writer).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Meta {
     entries: BTreeMap<String, Value>,
+    /// The stored form of those texts that are written deflated.
+    deflated: BTreeMap<String, Vec<u8>>,
 }
 
 impl Meta {
@@ -164,12 +193,37 @@ impl Meta {
             return Err(Error::new(Rule::MetaValue, format!("the value of {key}")));
         }
         self.entries.insert(key.to_owned(), value);
+        self.deflated.remove(key);
         Ok(())
     }
 
     /// Removes all keys that begin with `prefix`.
     pub(crate) fn remove_prefix(&mut self, prefix: &str) {
         self.entries.retain(|key, _| !key.starts_with(prefix));
+        self.deflated.retain(|key, _| !key.starts_with(prefix));
+    }
+
+    /// Writes the texts that are set now deflated, where that saves at least 256 bytes. The file then needs
+    /// readers of version 2. A text that is set later, also one of these keys, is written as it is.
+    pub fn deflate_texts(&mut self) {
+        let mut total: u64 = 0;
+        for (key, value) in &self.entries {
+            let Value::Text(text) = value else { continue };
+            let sum = total.saturating_add(len_u64(text.len()));
+            if text.len() <= MIN_SAVING || sum > MAX_INFLATED_BYTES {
+                continue;
+            }
+            let stored = deflate(text);
+            if stored.len().saturating_add(MIN_SAVING) <= text.len() {
+                self.deflated.insert(key.clone(), stored);
+                total = sum;
+            }
+        }
+    }
+
+    /// The oldest format version whose readers know all types of these values.
+    pub(crate) fn min_reader(&self) -> u16 {
+        if self.deflated.is_empty() { 1 } else { DEFLATED_TEXT_VERSION }
     }
 
     /// The value of `key`.
@@ -178,10 +232,19 @@ impl Meta {
         self.entries.get(key)
     }
 
+    /// The type of a value and the bytes that store it.
+    fn stored(&self, key: &str, value: &Value) -> (u8, Cow<'_, [u8]>) {
+        match self.deflated.get(key) {
+            Some(bytes) => (DEFLATED_TEXT, Cow::Borrowed(bytes)),
+            None => (kind_of(value), Cow::Owned(value_bytes(value))),
+        }
+    }
+
     /// The length of the META section in bytes.
     pub(crate) fn len(&self) -> u64 {
         let entry = |(key, value): (&String, &Value)| {
-            len_u64(key.len()).saturating_add(len_u64(value_bytes(value).len())).saturating_add(8)
+            let (_, bytes) = self.stored(key, value);
+            len_u64(key.len()).saturating_add(len_u64(bytes.len())).saturating_add(8)
         };
         self.entries.iter().map(entry).sum::<u64>().saturating_add(8)
     }
@@ -195,35 +258,110 @@ impl Meta {
         let mut out = Vec::new();
         out.extend(MetaHeader { count: count.into(), reserved: 0.into() }.as_bytes());
         for (key, value) in &self.entries {
-            let bytes = value_bytes(value);
+            let (kind, bytes) = self.stored(key, value);
             let lengths = (u16::try_from(key.len()), u32::try_from(bytes.len()));
             let (Ok(key_length), Ok(value_length)) = lengths else {
                 return Err(Error::new(Rule::MetaLimits, format!("entry {key} is too long")));
             };
             let entry = MetaEntry {
                 key_length: key_length.into(),
-                kind: kind_of(value),
+                kind,
                 reserved: 0,
                 value_length: value_length.into(),
             };
             out.extend(entry.as_bytes());
             out.extend(key.as_bytes());
-            out.extend(bytes);
+            out.extend_from_slice(&bytes);
         }
         Ok(out)
     }
 }
 
-/// An entry: key, value and the bytes after it.
-type Entry<'a> = (&'a str, ValueRef<'a>, &'a [u8]);
+/// Value type of a deflated text.
+const DEFLATED_TEXT: u8 = 6;
 
-/// Entry `index`, at the start of `bytes`, after one whose key is `last`. An error is the broken rule
-/// with a detail.
-fn parse_entry<'a>(
-    bytes: &'a [u8],
-    index: u64,
-    last: Option<&str>,
-) -> std::result::Result<Entry<'a>, (Rule, String)> {
+/// An entry: key, value and the bytes after it.
+type Entry<'a> = (&'a str, Stored<'a>, &'a [u8]);
+
+/// A broken rule with a detail.
+type Broken = (Rule, String);
+
+/// Reads entries one after another.
+struct Parser {
+    min_reader: u16,
+    /// Bytes of the deflated texts so far, inflated.
+    inflated: u64,
+}
+
+impl Parser {
+    /// Entry `index`, at the start of `bytes`, after one whose key is `last`.
+    fn entry<'a>(
+        &mut self,
+        bytes: &'a [u8],
+        index: u64,
+        last: Option<&str>,
+    ) -> std::result::Result<Entry<'a>, Broken> {
+        let (entry, key, value, after) = split_entry(bytes, index)?;
+        let Some(key) = parse_key(key) else {
+            let detail = format!("the key of entry {index} has a character outside a-z 0-9 . _ -");
+            return Err((Rule::MetaKey, detail));
+        };
+        if let Some(last) = last
+            && last >= key
+        {
+            let detail = format!("key {key} comes after {last}");
+            return Err((Rule::MetaOrder, detail));
+        }
+        let newest = if self.min_reader < DEFLATED_TEXT_VERSION { 5 } else { DEFLATED_TEXT };
+        if !(1..=newest).contains(&entry.kind) {
+            let detail = format!(
+                "key {key} has value type {}, in a file for readers from version {}",
+                entry.kind, self.min_reader
+            );
+            return Err((Rule::MetaType, detail));
+        }
+        let invalid = || {
+            let detail = format!("the value of key {key} is not valid for type {}", entry.kind);
+            (Rule::MetaValue, detail)
+        };
+        if entry.reserved != 0 {
+            return Err(invalid());
+        }
+        let stored = if entry.kind == DEFLATED_TEXT {
+            let (length, stream) = split(value).ok_or_else(invalid)?;
+            Stored::Inflated(self.inflate(key, length, stream)?)
+        } else {
+            Stored::InPlace(parse_value(entry.kind, value).ok_or_else(invalid)?)
+        };
+        Ok((key, stored, after))
+    }
+
+    /// The deflated text of `length` bytes in `stream`, under `key`.
+    fn inflate(
+        &mut self,
+        key: &str,
+        length: u64,
+        stream: &[u8],
+    ) -> std::result::Result<String, Broken> {
+        self.inflated = self.inflated.saturating_add(length);
+        if self.inflated > MAX_INFLATED_BYTES {
+            let detail = format!(
+                "with the value of key {key}, deflated texts have {} bytes; at most {MAX_INFLATED_BYTES} are \
+                 allowed",
+                self.inflated
+            );
+            return Err((Rule::MetaLimits, detail));
+        }
+        inflate(length, stream)
+            .map_err(|what| (Rule::MetaDeflate, format!("the deflated text of key {key} {what}")))
+    }
+}
+
+/// The header of an entry, its key, its value, and the bytes after it.
+type Parts<'a> = (&'a MetaEntry, &'a [u8], &'a [u8], &'a [u8]);
+
+/// Cuts entry `index` off `bytes`.
+fn split_entry(bytes: &[u8], index: u64) -> std::result::Result<Parts<'_>, Broken> {
     let Ok((entry, after)) = MetaEntry::ref_from_prefix(bytes) else {
         return Err((Rule::MetaStructure, format!("entry {index} is cut off")));
     };
@@ -243,26 +381,7 @@ fn parse_entry<'a>(
     let Some((key, (value, after))) = split else {
         return Err((Rule::MetaStructure, format!("entry {index} is cut off")));
     };
-    let Some(key) = parse_key(key) else {
-        let detail = format!("the key of entry {index} has a character outside a-z 0-9 . _ -");
-        return Err((Rule::MetaKey, detail));
-    };
-    if let Some(last) = last
-        && last >= key
-    {
-        let detail = format!("key {key} comes after {last}");
-        return Err((Rule::MetaOrder, detail));
-    }
-    if !(1..=5).contains(&entry.kind) {
-        let detail = format!("key {key} has value type {}", entry.kind);
-        return Err((Rule::MetaType, detail));
-    }
-    let parsed = if entry.reserved == 0 { parse_value(entry.kind, value) } else { None };
-    let Some(parsed) = parsed else {
-        let detail = format!("the value of key {key} is not valid for type {}", entry.kind);
-        return Err((Rule::MetaValue, detail));
-    };
-    Ok((key, parsed, after))
+    Ok((entry, key, value, after))
 }
 
 fn parse_key(bytes: &[u8]) -> Option<&str> {
@@ -329,7 +448,7 @@ mod tests {
     fn round_trip_is_sorted_and_typed() {
         let meta = sample();
         let bytes = meta.to_bytes().unwrap();
-        let view = MetaView::parse(&bytes, 0).unwrap();
+        let view = MetaView::parse(&bytes, 0, 1).unwrap();
         let keys: Vec<_> = view.iter().map(|(k, _)| k).collect();
         assert_eq!(keys, ["a.u64", "b.text", "c.f64", "d.bool", "e.list"]);
         for (key, value) in view.iter() {
@@ -344,7 +463,7 @@ mod tests {
     fn every_truncation_is_an_error() {
         let bytes = sample().to_bytes().unwrap();
         for len in 0..bytes.len() {
-            let error = MetaView::parse(&bytes[..len], 0).unwrap_err();
+            let error = MetaView::parse(&bytes[..len], 0, 1).unwrap_err();
             assert_eq!(error.rule(), Rule::MetaStructure, "{len}");
         }
     }
@@ -358,5 +477,55 @@ mod tests {
         assert_eq!(rule(meta.set("Upper", Value::U64(0))), Rule::MetaKey);
         assert_eq!(rule(meta.set("nan", Value::F64(f64::NAN))), Rule::MetaValue);
         assert!(meta.set(&"k".repeat(255), Value::U64(0)).is_ok());
+    }
+
+    #[test]
+    fn long_texts_are_deflated_on_request_and_read_as_texts() {
+        let mut meta = sample();
+        meta.set("long", Value::Text("words and words ".repeat(100))).unwrap();
+        let plain = meta.len();
+        assert_eq!(meta.min_reader(), 1);
+        meta.deflate_texts();
+        assert_eq!(meta.min_reader(), 2);
+        assert!(meta.len() + 1400 < plain, "{} of {plain} bytes", meta.len());
+        let bytes = meta.to_bytes().unwrap();
+        assert_eq!(bytes.len() as u64, meta.len());
+        let view = MetaView::parse(&bytes, 0, 2).unwrap();
+        for (key, value) in view.iter() {
+            assert_eq!(Some(&value.to_value()), meta.get(key));
+        }
+        // A file that says that readers of version 1 understand it has no such value.
+        assert_eq!(MetaView::parse(&bytes, 0, 1).unwrap_err().rule(), Rule::MetaType);
+        for len in 0..bytes.len() {
+            assert!(MetaView::parse(&bytes[..len], 0, 2).is_err(), "{len}");
+        }
+        meta.set("long", Value::Text("short".into())).unwrap();
+        assert_eq!(meta.min_reader(), 1);
+    }
+
+    #[test]
+    fn short_and_incompressible_texts_stay_as_they_are() {
+        let mut meta = sample();
+        let mut state = 1u32;
+        let mut letter = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            char::from(33 + (state >> 25) as u8 % 90)
+        };
+        let noise: String = (0..600).map(|_| letter()).collect();
+        meta.set("noise", Value::Text(noise)).unwrap();
+        meta.set("short", Value::Text("a".repeat(256))).unwrap();
+        let before = meta.to_bytes().unwrap();
+        meta.deflate_texts();
+        assert_eq!(meta.to_bytes().unwrap(), before);
+    }
+
+    #[test]
+    fn deflated_texts_have_a_limit_together() {
+        let stream = &[0x03, 0x00];
+        let mut parser = Parser { min_reader: 2, inflated: MAX_INFLATED_BYTES - 1 };
+        assert_eq!(parser.inflate("k", 0, stream), Ok(String::new()));
+        assert_eq!(parser.inflate("k", 1, stream).unwrap_err().0, Rule::MetaDeflate);
+        assert_eq!(parser.inflate("k", 1, stream).unwrap_err().0, Rule::MetaLimits);
+        assert_eq!(parser.inflate("k", u64::MAX, stream).unwrap_err().0, Rule::MetaLimits);
     }
 }

@@ -28,6 +28,7 @@ impl MetaPatch {
         else {
             return Ok(None);
         };
+        let min_reader = meta.min_reader();
         let meta = meta.to_bytes()?;
         let mut entries: Vec<_> = before
             .iter()
@@ -38,7 +39,7 @@ impl MetaPatch {
         let checksum = crate::checksum(&meta);
         entries.push(section_entry(META, true, last.offset, len_u64(meta.len()), checksum));
         let size = last.offset.saturating_add(len_u64(meta.len()));
-        Ok(Some(Self { offset: last.offset, meta, head: head(size, &entries) }))
+        Ok(Some(Self { offset: last.offset, meta, head: head(min_reader, size, &entries) }))
     }
 
     /// The size of the file with the new metadata, in bytes.

@@ -63,8 +63,8 @@ impl<'a> File<'a> {
         };
         let (data, table, meta) = (find(DATA)?, find(TENSORS)?, find(META)?);
         let tensors = parse_table(table.bytes, table.offset, data.bytes, data.offset)?;
-        let meta = MetaView::parse(meta.bytes, meta.offset)?;
         let (min_reader, written) = (header.min_reader.get(), header.written.get());
+        let meta = MetaView::parse(meta.bytes, meta.offset, min_reader)?;
         Ok(Self { bytes, min_reader, written, sections, tensors, meta })
     }
 

@@ -84,9 +84,10 @@ impl<W: Write + Seek> Writer<W> {
 
         let table = self.table().map_err(invalid)?;
         let table = self.section(TENSORS, &table)?;
+        let min_reader = meta.min_reader();
         let meta = self.section(META, &meta.to_bytes().map_err(invalid)?)?;
 
-        let head = head(self.position, &[data, table, meta]);
+        let head = head(min_reader, self.position, &[data, table, meta]);
         self.out.seek(SeekFrom::Start(0))?;
         self.out.write_all(&head)?;
         self.out.seek(SeekFrom::End(0))?;
@@ -217,10 +218,10 @@ pub(crate) fn section_entry(
 }
 
 /// The 4096 bytes of the head.
-pub(crate) fn head(file_size: u64, sections: &[SectionEntry]) -> Vec<u8> {
+pub(crate) fn head(min_reader: u16, file_size: u64, sections: &[SectionEntry]) -> Vec<u8> {
     let header = Header {
         magic: MAGIC,
-        min_reader: VERSION.into(),
+        min_reader: min_reader.into(),
         written: VERSION.into(),
         header_size: 64.into(),
         file_size: file_size.into(),

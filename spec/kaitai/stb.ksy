@@ -1,6 +1,6 @@
 meta:
   id: stb
-  title: Language model with weights of few bits (.stb), format version 1
+  title: Language model with weights of few bits (.stb), format version 2
   file-extension: stb
   xref:
     mime: application/vnd.stb
@@ -82,15 +82,17 @@ types:
         doc: STB-R-002.
       - id: min_reader
         type: u2
-        valid: 1
+        valid:
+          min: 1
+          max: 2
         doc: |
           Oldest format version whose readers can read the file. It is 1 or more (STB-R-005), and this
-          description is one of version 1 (STB-R-003).
+          description is one of version 2 (STB-R-003).
       - id: written
         type: u2
         valid:
           min: min_reader
-        doc: Format version of the writer, not below min_reader (STB-R-005). It may be above 1.
+        doc: Format version of the writer, not below min_reader (STB-R-005). It may be above 2.
       - id: header_size
         type: u4
         valid: 64
@@ -735,7 +737,10 @@ types:
             - value_type::f64
             - value_type::bool
             - value_type::u64_list
-        doc: Type of the value (STB-R-024).
+            - value_type::deflated_text
+        doc: |
+          Type of the value (STB-R-024). That deflated texts are in files with a min_reader of 2 only is not
+          checked here.
       - id: reserved
         type: u1
         valid: 0
@@ -747,6 +752,7 @@ types:
             type == value_type::text ? _ <= 268435456
             : type == value_type::u64_list ? _ <= 268435456 and _ % 8 == 0
             : type == value_type::bool ? _ == 1
+            : type == value_type::deflated_text ? _ >= 8 and _ <= 268435456
             : _ == 8
         doc: At most 2^28 (STB-R-021), and the length of the type (STB-R-025).
       - id: key
@@ -768,6 +774,7 @@ types:
             'value_type::f64': f64_value
             'value_type::bool': bool_value
             'value_type::u64_list': u64_list_value
+            'value_type::deflated_text': deflated_text_value
         doc: STB-R-025.
 
   text_value:
@@ -777,6 +784,17 @@ types:
         size-eos: true
         encoding: UTF-8
         doc: UTF-8 without a terminator. U+0000 is allowed. It may hold control sequences for terminals.
+
+  deflated_text_value:
+    seq:
+      - id: length
+        type: u8
+        valid:
+          max: 268435456
+        doc: Bytes of the text. The sum of those of a file is at most 2^28 (STB-R-021); this is not checked here.
+      - id: stream
+        size-eos: true
+        doc: The text as raw DEFLATE, without a zlib header (STB-R-026). It is not inflated here.
 
   u64_value:
     -webide-representation: '{value:dec}'

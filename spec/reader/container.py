@@ -17,7 +17,7 @@ from metadata import read_metadata
 from weights import align_up, codec_for
 from xxh3 import xxh3_64
 
-VERSION = 1
+VERSION = 2
 MAGIC = bytes.fromhex("8f 53 54 42 0d 0a 1a 0a")
 
 HEAD_SIZE = 4096
@@ -86,7 +86,7 @@ class StbFile:
         self._data = self._bytes_of(by_type[DATA])
         tensors = read_tensors(self._bytes_of(by_type[TENSORS]), len(self._data))
         self.tensors = {tensor.name: tensor for tensor in tensors}
-        self.metadata = read_metadata(self._bytes_of(by_type[META]))
+        self.metadata = read_metadata(self._bytes_of(by_type[META]), self.min_reader)
 
     @classmethod
     @memory_guard()

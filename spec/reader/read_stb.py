@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Read .stb files, version 1: show, verify, hash all decoded weights, run the test vectors.
+"""Read .stb files, versions 1 and 2: show, verify, hash all decoded weights, run the test vectors.
 
 Errors go to standard error as one line. The exit status is 0 if all went well, 1 if a test vector
 failed, 2 for wrong usage, 3 for a file that was refused, 4 for a file that could not be read.

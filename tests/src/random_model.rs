@@ -7,8 +7,9 @@ use std::path::Path;
 
 use anyhow::bail;
 use stb_convert::Recipe;
+use stb_convert::quantize::int_group::{IntOptions, fit_group};
 use stb_format::arch::{ExpertsSpec, LayerSet, QkNorm, Role, TensorSpec};
-use stb_format::encoding::{Dense, IntGroup};
+use stb_format::encoding::Dense;
 use stb_format::{Encoding, Meta, ModelSpec, Value, Writer};
 
 use crate::tiny::{self, tokenizer};
@@ -91,17 +92,20 @@ pub fn write<W: Write + Seek>(spec: &ModelSpec, recipe: &Recipe, out: W) -> anyh
     }
     let dense = Encoding::Dense(Dense::F16);
     let body = recipe.linear.method();
-    let body = body.map_or(dense.clone(), |method| method.quantizer().encoding());
-    let table = |spec: Option<IntGroup>| spec.map_or(dense.clone(), Encoding::IntGroup);
-    let (embeddings, head) = (table(recipe.embeddings), table(recipe.head));
+    let linear =
+        |cols| body.map_or(dense.clone(), |method| method.fitted(cols).quantizer().encoding());
+    let table = |options: Option<IntOptions>, cols| {
+        options.map_or(dense.clone(), |o| Encoding::IntGroup(fit_group(o.spec, cols)))
+    };
     let mut writer = Writer::new(out)?;
     let mut payloads: HashMap<(Vec<u64>, [u8; 16], u32), Vec<u8>> = HashMap::new();
     let mut parameters = 0u64;
     for TensorSpec { name, shape, role, .. } in spec.tensors() {
+        let cols = shape[shape.len() - 1] as usize;
         let encoding = match role {
-            Role::TokenEmbedding => embeddings.clone(),
-            Role::LmHead => head.clone(),
-            Role::Linear(_) | Role::Expert(..) => body.clone(),
+            Role::TokenEmbedding => table(recipe.embeddings, cols),
+            Role::LmHead => table(recipe.head, cols),
+            Role::Linear(_) | Role::Expert(..) => linear(cols),
             _ => Encoding::Dense(Dense::F32),
         };
         parameters += shape.iter().product::<u64>();

@@ -87,8 +87,9 @@ fn bad_files_give_one_clear_error_and_the_documented_code() {
 /// A copy of a file with the version number of a later format.
 fn newer(good: &[u8]) -> Vec<u8> {
     let mut bytes = good.to_vec();
-    bytes[8] = 2;
-    bytes[10] = 2;
+    let version = (stb_format::VERSION + 1).to_le_bytes();
+    bytes[8..10].copy_from_slice(&version);
+    bytes[10..12].copy_from_slice(&version);
     let sum = stb_format::checksum(&bytes[..4088]);
     bytes[4088..4096].copy_from_slice(&sum.to_le_bytes());
     bytes

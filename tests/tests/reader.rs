@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
-use stb_format::File;
 use stb_format::encoding::Dense;
+use stb_format::{File, ValueRef};
 use stb_tests::paths::{quill, root, shared};
 use stb_tests::programs::{Run, convert, skip};
 use stb_tests::tiny;
@@ -69,6 +69,11 @@ fn compare(python: &Path, path: &Path) {
     }
     let keys = found["metadata"].as_object().unwrap();
     assert_eq!(keys.len(), file.meta().iter().count());
+    for (key, value) in file.meta().iter() {
+        if let ValueRef::Text(text) = value {
+            assert_eq!(keys[key]["text"].as_str(), Some(text), "{key}");
+        }
+    }
 }
 
 #[test]

@@ -13,6 +13,7 @@ use stb_runtime::Engine;
 use super::head::{ModelHead, embedded_gradient, uncap};
 use super::layer::{LayerFisher, Pass, mean_squares};
 use super::matrix::decode_layer;
+use crate::hessian::Hessian;
 
 /// Seed for sampling the tokens y.
 const SEED: u64 = 0;
@@ -21,8 +22,8 @@ const SEED: u64 = 0;
 pub(crate) struct TableStatistics {
     /// Mean squares of the gradients of the rows of the embeddings that the tokens select, `[embedding]`.
     pub embedded: Vec<f32>,
-    /// Mean squares of the inputs of the lm_head, `[embedding]`.
-    pub head_inputs: Vec<f32>,
+    /// The Hessian of the inputs of the lm_head: twice their mean product with themselves, `[embedding, embedding]`.
+    pub head_inputs: Hessian,
     /// Mean squares of the gradients of the outputs of the lm_head, `[vocab]`.
     pub logits: Vec<f32>,
 }
@@ -82,11 +83,11 @@ fn head_statistics(engine: &Engine, stream: &[f32]) -> (TableStatistics, Vec<f32
         .for_each(|(logits, draw)| subtract_sampled_token(logits, draw));
     uncap(&mut logits, slopes);
     let (d_stream, _) = head.inputs_backward(stream, head.logits_backward(&logits));
-    let statistics = TableStatistics {
-        embedded: Vec::new(),
-        head_inputs: mean_squares(&inputs, width),
-        logits: mean_squares(&logits, vocab),
-    };
+    let mut head_inputs = Hessian::new(width);
+    head_inputs.add(engine.isa, &inputs);
+    head_inputs.finish_tokens(tokens);
+    let statistics =
+        TableStatistics { embedded: Vec::new(), head_inputs, logits: mean_squares(&logits, vocab) };
     (statistics, d_stream)
 }
 

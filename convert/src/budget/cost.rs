@@ -19,16 +19,14 @@ use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
 use crate::pipeline::decode_finite;
 use crate::plan::{Plan, TensorMethod, TensorPlan};
-use crate::quantize::{Input, Method, decode, int_group};
+use crate::quantize::{Input, Method, decode};
 use crate::recipe::Recipe;
-use crate::sensitivity::SEQUENCES;
+use crate::tables::{TOKENS, TableHessian, TableUse, sequences};
 
-/// The most tokens in the backward pass, which keeps the inputs of every decoder layer for each token.
-const TOKENS: usize = 2048;
 /// Rows of a linear layer that are quantized, evenly spaced.
 const ROWS: usize = 128;
-/// Rows of the embeddings and the lm_head that are rounded, evenly spaced.
-const TABLE_ROWS: usize = 2048;
+/// Rows of the embeddings and the lm_head that are quantized, evenly spaced.
+const TABLE_ROWS: usize = 1024;
 /// Columns that are quantized together. Correlations between chunks are ignored.
 const CHUNK: usize = 1024;
 /// The power to which the expected KL divergence of a linear layer is raised. The expectation holds for small
@@ -51,9 +49,7 @@ pub(super) fn candidates(
         decode_finite(&checkpoint.weight(&tensor.tensor.name)?, &tensor.tensor.name)?;
     }
     let engine = Engine::from_checkpoint(checkpoint)?;
-    let length = recipe.calibration.length.min(checkpoint.spec.context_length as usize).min(TOKENS);
-    let samples = recipe.calibration.samples.min(SEQUENCES).min(TOKENS / length.max(1)).max(1);
-    let sequences = source.sample(&engine.model, &recipe.calibration, length, samples)?;
+    let sequences = sequences(&engine, recipe, source)?;
     let mut found: Vec<Vec<Candidate>> = vec![Vec::new(); plan.tensors.len()];
     let statistics = backpropagate(&engine, &sequences, |index, fisher| {
         let damping = recipe.calibration.damping;
@@ -75,7 +71,7 @@ pub(super) fn candidates(
     for (tensor, found) in plan.tensors.iter().zip(&mut found) {
         if matches!(tensor.tensor.role, Role::TokenEmbedding | Role::LmHead) {
             let weight = checkpoint.weight(&tensor.tensor.name)?;
-            *found = table_candidates(tensor, &weight, &tables)?;
+            *found = table_candidates(tensor, &weight, &tables, recipe.calibration.damping)?;
         }
     }
     Ok(found)
@@ -207,7 +203,7 @@ fn linear_candidates(
     let chunks: Vec<Vec<f32>> =
         hessians.iter().map(|h| h.columns(&values, weight.cols())).collect();
     let mut found = Vec::new();
-    for method in Method::candidates() {
+    for method in Method::candidates(weight.cols()) {
         let mut loss = 0.0;
         for (values, hessian) in chunks.iter().zip(hessians) {
             let errors = hessian.errors(values, method)?;
@@ -221,38 +217,42 @@ fn linear_candidates(
     Ok(found)
 }
 
-/// The candidates of the embeddings or the lm_head. Both are rounded, so the errors of columns are independent.
+/// The candidates of the embeddings or the lm_head.
 fn table_candidates(
     tensor: &TensorPlan,
     weight: &Weight,
     tables: &Tables<'_>,
-) -> Result<Vec<Candidate>> {
+    damping: f64,
+) -> anyhow::Result<Vec<Candidate>> {
     let cols = weight.cols();
     let (rows, values) = sample_rows(weight, TABLE_ROWS);
     let statistics = tables.statistics;
+    let usage = TableUse::new(tensor.tensor.role, tables.tied);
+    let hessian = TableHessian::new(statistics, usage, damping)?;
     // The weights of the sampled rows in the embeddings and in the lm_head.
     let embedding_weight = row_weight(&tables.frequencies, &rows);
     let head_weight = row_weight(&statistics.logits, &rows);
     let mut found = Vec::new();
-    for spec in int_group::candidate_encodings() {
-        let stored = decode(&int_group::round(&values, rows.len(), cols, spec), rows.len(), cols);
+    for method in Method::candidates(cols) {
+        let packed = hessian.quantize(tables.isa.into(), &values, method)?;
+        let stored = decode(&packed, rows.len(), cols);
+        let difference: Vec<f32> = values.iter().zip(&stored).map(|(w, q)| w - q).collect();
         let mut loss = 0.0;
-        for ((w, q), r) in values.chunks_exact(cols).zip(stored.chunks_exact(cols)).zip(&rows) {
-            let squares = |by: &[f32]| -> f64 {
-                w.iter().zip(q).zip(by).map(|((w, q), b)| f64::from((w - q) * (w - q) * b)).sum()
-            };
-            if tables.embeds(tensor) {
-                loss += embedding_weight
-                    * f64::from(tables.frequencies[*r])
-                    * squares(&statistics.embedded);
-            }
-            if tables.is_head(tensor) {
-                loss += head_weight
-                    * f64::from(statistics.logits[*r])
-                    * squares(&statistics.head_inputs);
+        if usage.embeds {
+            for (d, r) in difference.chunks_exact(cols).zip(&rows) {
+                let squares = d.iter().zip(&statistics.embedded).map(|(d, e)| f64::from(d * d * e));
+                let frequency = f64::from(tables.frequencies[*r]);
+                loss += embedding_weight * frequency * squares.sum::<f64>();
             }
         }
-        found.push(Candidate::new(tensor, TensorMethod::Round(spec), 0.5 * loss)?);
+        if usage.is_head {
+            let errors = output_errors(tables.isa, &difference, &statistics.head_inputs);
+            for (error, r) in errors.into_iter().zip(&rows) {
+                // The Hessian is twice the mean.
+                loss += head_weight * f64::from(statistics.logits[*r]) * 0.5 * error;
+            }
+        }
+        found.push(Candidate::new(tensor, TensorMethod::Linear(method), 0.5 * loss)?);
     }
     found.extend(keep_candidate(tensor, weight)?);
     Ok(found)
@@ -260,6 +260,7 @@ fn table_candidates(
 
 /// Weights of the errors of the embeddings and the lm_head.
 struct Tables<'a> {
+    isa: Isa,
     statistics: &'a TableStatistics,
     /// The frequency of each token in the calibration text, with one occurrence added to each.
     frequencies: Vec<f32>,
@@ -272,14 +273,7 @@ impl<'a> Tables<'a> {
         sequences.iter().flatten().for_each(|t| counts[*t as usize] += 1.0);
         let sum: f32 = counts.iter().sum();
         counts.iter_mut().for_each(|c| *c /= sum);
-        Self { statistics, frequencies: counts, tied: engine.model.own_lm_head.is_none() }
-    }
-
-    fn embeds(&self, tensor: &TensorPlan) -> bool {
-        tensor.tensor.role == Role::TokenEmbedding
-    }
-
-    fn is_head(&self, tensor: &TensorPlan) -> bool {
-        self.tied || !self.embeds(tensor)
+        let tied = engine.model.own_lm_head.is_none();
+        Self { isa: engine.isa, statistics, frequencies: counts, tied }
     }
 }

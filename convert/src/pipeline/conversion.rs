@@ -2,14 +2,13 @@
 
 use std::time::Instant;
 
-use stb_format::arch::Role;
 use stb_format::{Meta, Quality, Writer};
-use stb_runtime::{Engine, Error, Weight};
+use stb_runtime::{Engine, Error};
 
 use super::distill;
 use super::job::{Job, Progress};
-use super::run::{Hidden, QuantizedTensor, Run};
-use super::tensor::{decode_finite, pack_uncalibrated, squared_error};
+use super::run::{Hidden, Run};
+use super::tables::TableState;
 use crate::check;
 use crate::compute::Accelerator;
 use crate::interrupt::{Interrupted, check_interrupt};
@@ -86,6 +85,7 @@ fn write_file(
         expert_tokens: Vec::new(),
         stages: Stages::default(),
         resumed: 0,
+        tables: TableState::default(),
     };
     let (calibration_tokens, states) = run.convert_tensors(progress)?;
     let writing = Instant::now();
@@ -177,6 +177,7 @@ impl Run<'_> {
     fn convert_tensors(&mut self, progress: &dyn Progress) -> anyhow::Result<(usize, States)> {
         let job = self.job;
         let layers = self.job.checkpoint.spec.layers as usize;
+        self.measure_tables()?;
         let mut hidden = self.embed_windows(progress)?;
         let tokens =
             hidden.quantized.iter().map(Vec::len).sum::<usize>() / self.engine.model.hidden_size();
@@ -202,7 +203,7 @@ impl Run<'_> {
 
     /// Embeds the windows of calibration and check: the inputs of the first decoder layer. Those of calibration are
     /// empty for plans without it.
-    fn embed_windows(&self, progress: &dyn Progress) -> anyhow::Result<Hidden> {
+    fn embed_windows(&mut self, progress: &dyn Progress) -> anyhow::Result<Hidden> {
         let job = self.job;
         let mut hidden = Hidden::default();
         for window in job.held_out.iter().flat_map(|held_out| &held_out.windows) {
@@ -240,20 +241,6 @@ impl Run<'_> {
             hidden.pruned.clone_from(&hidden.quantized);
         }
         Ok(hidden)
-    }
-
-    /// The embeddings as they will be stored; `None` if layers are calibrated with those of the checkpoint.
-    fn stored_embeddings(&self) -> anyhow::Result<Option<Weight>> {
-        let mut tensors = self.job.plan.tensors.iter();
-        let plan = tensors.find(|t| t.tensor.role == Role::TokenEmbedding);
-        let Some(plan) = plan.filter(|_| self.job.recipe.calibration.refreshed) else {
-            return Ok(None);
-        };
-        let name = &plan.tensor.name;
-        let weight = self.job.checkpoint.weight(name)?;
-        let packed = pack_uncalibrated(plan, &weight, &decode_finite(&weight, name)?);
-        let (rows, cols) = (weight.rows() as u64, weight.cols() as u64);
-        Ok(Some(Weight::from_payload(&packed.payload, packed.encoding, rows, cols)?))
     }
 
     /// Writes the layers that an interrupted run has finished, and loads the states after them. Returns the number of
@@ -298,20 +285,5 @@ impl Run<'_> {
         self.resumed = finished;
         progress.note(&format!("resuming after {finished} of {} decoder layers", parts.len()));
         Ok(finished)
-    }
-
-    /// Converts and writes tensors outside the decoder layers.
-    fn convert_global_tensors(&mut self, tensors: &[&TensorPlan]) -> anyhow::Result<()> {
-        for tensor in tensors {
-            check_interrupt()?;
-            let started = Instant::now();
-            let weight = self.job.checkpoint.weight(&tensor.tensor.name)?;
-            let values = decode_finite(&weight, &tensor.tensor.name)?;
-            let packed = pack_uncalibrated(tensor, &weight, &values);
-            let error = squared_error(&packed, &weight, &values);
-            let seconds = started.elapsed().as_secs_f64();
-            self.write(tensor, &QuantizedTensor { packed, error, seconds })?;
-        }
-        Ok(())
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod limits;
 pub(crate) mod memory;
 mod refresh;
 mod run;
+mod tables;
 mod tensor;
 
 pub use conversion::convert;

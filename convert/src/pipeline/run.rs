@@ -8,6 +8,7 @@ use stb_format::arch::{InputMap, LinearInput};
 use stb_runtime::{Engine, Error, Observer};
 
 use super::job::Job;
+use super::tables::TableState;
 use crate::compute::{Accelerator, Compute};
 use crate::output::OutputFile;
 use crate::plan::TensorPlan;
@@ -30,6 +31,7 @@ pub(super) struct Run<'a> {
     pub(super) stages: Stages,
     /// Layers that an interrupted run had finished.
     pub(super) resumed: usize,
+    pub(super) tables: TableState,
 }
 
 /// The inputs of a decoder layer, [tokens, hidden] for each sequence.

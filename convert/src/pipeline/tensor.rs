@@ -32,7 +32,7 @@ pub(super) fn pack_uncalibrated(tensor: &TensorPlan, weight: &Weight, values: &[
     match tensor.method {
         TensorMethod::Keep(kind) => keep(kind),
         TensorMethod::Round(spec) => round(spec),
-        // Not reached: plans quantize only linear layers, and these have Hessians.
+        // Not reached: what plans quantize has a Hessian.
         TensorMethod::Linear(_) => keep(Dense::F32),
     }
 }

@@ -18,8 +18,8 @@ use crate::products::TASK_ROWS;
 
 /// Columns whose errors are spread over the rest of the matrix at once.
 const BLOCK: usize = 128;
-/// Rounds of refitting scales and re-choosing codes in the candidates of a budget.
-const CANDIDATE_SWEEPS: usize = 4;
+/// Rounds of refitting scales and re-choosing codes in the candidates of a budget, and in tables.
+pub(crate) const CANDIDATE_SWEEPS: usize = 4;
 /// Scales tried for a group, between shares of the scale that just covers its largest value.
 const TRIES: usize = 17;
 
@@ -56,10 +56,10 @@ impl IntOptions {
         Self { spec, grid, compensate: true, sweeps }
     }
 
-    /// The candidates of a budget.
-    pub(crate) fn candidates() -> impl Iterator<Item = Self> {
+    /// The candidates of a budget for a matrix of `cols` columns.
+    pub(crate) fn candidates(cols: usize) -> impl Iterator<Item = Self> {
         let sweeps = |spec: IntGroup| if spec.bits() < 8 { CANDIDATE_SWEEPS } else { 0 };
-        candidate_encodings().map(move |spec| Self::full(spec, sweeps(spec)))
+        candidate_encodings(cols).into_iter().map(move |spec| Self::full(spec, sweeps(spec)))
     }
 
     /// The narrowest encoding for codes of `grid`, without sweeps; `None` if there is none.
@@ -112,11 +112,27 @@ pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packe
     round_to(weights, rows, cols, &IntOptions { compensate: false, ..IntOptions::full(spec, 0) })
 }
 
-/// The candidate encodings of a budget.
-pub(crate) fn candidate_encodings() -> impl Iterator<Item = IntGroup> {
+/// The candidate encodings of a budget for a matrix of `cols` columns.
+pub(crate) fn candidate_encodings(cols: usize) -> Vec<IntGroup> {
     let all =
         [(1, 128), (2, 128), (2, 64), (3, 128), (3, 64), (4, 128), (4, 32), (8, 128), (8, 32)];
-    all.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group))
+    let specs = all.into_iter().filter_map(|(bits, group)| IntGroup::new(bits, group));
+    let mut found: Vec<IntGroup> = specs.map(|spec| fit_group(spec, cols)).collect();
+    found.dedup();
+    found
+}
+
+/// `spec` with the group that fits rows of `cols` columns: of all groups of at most its size the one that stores a row
+/// in the fewest bytes, of equal ones the smallest, which has the least error. It is that of `spec` if that divides
+/// `cols`: the last group of a row is stored in full.
+#[must_use]
+pub fn fit_group(spec: IntGroup, cols: usize) -> IntGroup {
+    let row_bytes = |spec: &IntGroup| {
+        cols.div_ceil(spec.group()) * (spec.group() * usize::from(spec.bits()) / 8 + 2)
+    };
+    let groups = [32, 64, 128].into_iter().filter(|group| usize::from(*group) <= spec.group());
+    let specs = groups.filter_map(|group| IntGroup::new(spec.bits(), group));
+    specs.min_by_key(row_bytes).unwrap_or(spec)
 }
 
 /// Bytes of codes, scales and gradients of a rounded matrix of `weights` weights during distillation.
@@ -389,6 +405,45 @@ fn best_scale(values: &[f32], codes: IntCodes) -> f16 {
 mod tests {
     use super::*;
     use stb_format::encoding::MatrixView;
+
+    #[test]
+    fn groups_fit_the_row() {
+        let fitted =
+            |bits, group, cols| fit_group(IntGroup::new(bits, group).unwrap(), cols).group();
+        // Multiples of the group keep it.
+        for bits in [1, 2, 3, 4, 8] {
+            for cols in [128, 1024, 4096, 11008] {
+                assert_eq!(fitted(bits, 128, cols), 128, "{bits} bits, {cols} columns");
+            }
+        }
+        // 576 columns are 4.5 groups of 128 and 9 of 64; one bit has the same bytes with both.
+        for bits in [1, 2, 3, 4, 8] {
+            assert_eq!(fitted(bits, 128, 576), 64, "{bits} bits");
+        }
+        assert_eq!(fitted(4, 128, 96), 32);
+        assert_eq!(fitted(4, 64, 128), 64);
+        assert_eq!(fitted(4, 32, 576), 32);
+        // Never more bytes, never a larger group.
+        for cols in 1..600 {
+            for spec in [IntGroup::new(4, 128).unwrap(), IntGroup::new(1, 64).unwrap()] {
+                let bytes = |spec| Encoding::IntGroup(spec).payload_len(&[64, cols]).unwrap();
+                let fit = fit_group(spec, cols as usize);
+                assert!(fit.group() <= spec.group() && bytes(fit) <= bytes(spec), "{cols}");
+            }
+        }
+    }
+
+    #[test]
+    fn candidates_differ_and_fit() {
+        let names = |cols| -> Vec<String> {
+            candidate_encodings(cols)
+                .into_iter()
+                .map(|s| format!("{}/{}", s.bits(), s.group()))
+                .collect()
+        };
+        assert_eq!(names(576), ["1/64", "2/64", "3/64", "4/64", "4/32", "8/64", "8/32"]);
+        assert_eq!(names(1536).len(), 9);
+    }
 
     #[test]
     fn errors_stay_within_half_a_step() {

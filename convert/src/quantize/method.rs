@@ -1,6 +1,6 @@
 //! The list of methods for linear layers.
 
-use super::int_group::IntOptions;
+use super::int_group::{IntOptions, fit_group};
 use super::nm::NmOptions;
 use super::pb_llm::PbLlmOptions;
 use super::quantizer::LinearQuantizer;
@@ -41,8 +41,20 @@ impl Method {
         }
     }
 
-    /// The candidate methods of a budget.
-    pub(crate) fn candidates() -> impl Iterator<Item = Self> {
-        IntOptions::candidates().map(Self::Int).chain(NmOptions::candidates().map(Self::Nm))
+    /// The candidate methods of a budget for a matrix of `cols` columns.
+    pub(crate) fn candidates(cols: usize) -> impl Iterator<Item = Self> {
+        IntOptions::candidates(cols).map(Self::Int).chain(NmOptions::candidates().map(Self::Nm))
+    }
+
+    /// This method with the group of integers that fits rows of `cols` columns; see [`fit_group`]. Scales of other
+    /// methods cover as many columns as there are in the last block of a row.
+    #[must_use]
+    pub fn fitted(self, cols: usize) -> Self {
+        match self {
+            Self::Int(options) => {
+                Self::Int(IntOptions { spec: fit_group(options.spec, cols), ..options })
+            }
+            other => other,
+        }
     }
 }

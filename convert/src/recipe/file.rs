@@ -110,13 +110,16 @@ impl Default for CalibrationFile {
 pub struct RoundingFile {
     /// 1, 2, 3, 4 or 8; 0 keeps the data type of the checkpoint.
     pub bits: u8,
-    /// Columns per scale.
+    /// Columns per scale, at most; see [`fit_group`](crate::quantize::int_group::fit_group).
     pub group: u16,
+    /// `nearest`, or `compensated`: against a Hessian that weighs errors by use, then 4 rounds of refits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<String>,
 }
 
 impl Default for RoundingFile {
     fn default() -> Self {
-        Self { bits: 4, group: 32 }
+        Self { bits: 4, group: 32, rounding: None }
     }
 }
 
@@ -196,7 +199,7 @@ linear_file! {
     propagation "propagation": String,
     /// int, pb-llm: bits per code.
     bits "bits": u8,
-    /// int: columns per scale.
+    /// int: columns per scale, at most; see [`fit_group`](crate::quantize::int_group::fit_group).
     group "group": u16,
     /// int: compensated (GPTQ) or nearest (RTN).
     rounding "rounding": String,

@@ -7,7 +7,8 @@ use super::calibration::Calibration;
 use super::file::{RecipeFile, RoundingFile};
 use super::linear::LinearRecipe;
 use super::presets::PRESETS;
-use super::problem::{Problem, Resolved};
+use super::problem::{Problem, Resolved, keyword};
+use crate::quantize::int_group::{CANDIDATE_SWEEPS, IntOptions};
 
 /// The methods for all tensors and the calibration, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,9 +22,9 @@ pub struct Recipe {
     /// The linear layers of the decoder.
     pub linear: LinearRecipe,
     /// The token embeddings, also the lm_head if they are tied; `None` keeps their data type.
-    pub embeddings: Option<IntGroup>,
+    pub embeddings: Option<IntOptions>,
     /// The lm_head, if it is not tied; `None` keeps its data type.
-    pub head: Option<IntGroup>,
+    pub head: Option<IntOptions>,
     /// The options as written, for the metadata of files.
     file: RecipeFile,
 }
@@ -110,14 +111,21 @@ fn resolve(file: RecipeFile) -> Resolved<Recipe> {
 }
 
 impl RoundingFile {
-    fn resolve(&self, section: &'static str) -> Resolved<Option<IntGroup>> {
+    fn resolve(&self, section: &'static str) -> Resolved<Option<IntOptions>> {
+        let words = &[("nearest", false), ("compensated", true)];
+        let compensate = keyword(section, "rounding", &self.rounding, words)?;
         if self.bits == 0 {
-            return Ok(None);
+            return match compensate {
+                false => Ok(None),
+                true => Err(Problem::new(section, "rounding", "bits = 0 rounds nothing")),
+            };
         }
-        IntGroup::new(self.bits, self.group).map(Some).ok_or_else(|| {
+        let spec = IntGroup::new(self.bits, self.group).ok_or_else(|| {
             let what = "embeddings and head take bits 0, 1, 2, 3, 4 or 8 and group 32, 64 or 128";
             Problem::new(section, "bits", what)
-        })
+        })?;
+        let sweeps = if compensate { CANDIDATE_SWEEPS } else { 0 };
+        Ok(Some(IntOptions { compensate, ..IntOptions::full(spec, sweeps) }))
     }
 }
 
@@ -195,6 +203,10 @@ mod tests {
         // Options that are not given are in the line of their section.
         refuse("name = 'x'\n\n[body]\nmethod = 'budget'", "recipe, line 3: budget takes");
         refuse("name = 'x'\n[body]\nmethod = 'nm'\n[head]\nbits = 5", "recipe, line 5: embeddings");
+        refuse(
+            "name = 'x'\n[body]\nmethod = 'nm'\n[head]\nbits = 0\nrounding = 'compensated'",
+            "recipe, line 6: bits = 0 rounds nothing",
+        );
         let order = format!("name = 'x'\n{body}mask = 'in-loop'\norder = 'last'");
         let error = Recipe::parse(&order).unwrap_err().to_string();
         assert!(error.ends_with("known: prune-first, quantize-first"), "{error}");

@@ -14,8 +14,8 @@ pub(super) fn unknown(key: &str, value: &str) -> Error {
 /// Typed access to required keys (STB-R-060).
 pub(super) struct Keys<'m, 'a>(pub &'m MetaView<'a>);
 
-impl<'a> Keys<'_, 'a> {
-    fn required(&self, key: &str, kind: &str) -> Result<ValueRef<'a>> {
+impl<'m> Keys<'m, '_> {
+    fn required(&self, key: &str, kind: &str) -> Result<ValueRef<'m>> {
         self.0.get(key).ok_or_else(|| {
             Error::new(Rule::ModelKey, format!("key {key} is missing, {kind} expected"))
         })
@@ -25,7 +25,7 @@ impl<'a> Keys<'_, 'a> {
         Err(Error::new(Rule::ModelKey, format!("key {key} does not hold {kind}")))
     }
 
-    pub fn text(&self, key: &str) -> Result<&'a str> {
+    pub fn text(&self, key: &str) -> Result<&'m str> {
         match self.required(key, "text")? {
             ValueRef::Text(v) => Ok(v),
             _ => Self::wrong(key, "text"),

@@ -225,7 +225,7 @@ mod tests {
             Quality::longest("an older text").write(&mut meta).unwrap();
             quality.write(&mut meta).unwrap();
             let bytes = meta.to_bytes().unwrap();
-            Quality::read(&MetaView::parse(&bytes, 0).unwrap())
+            Quality::read(&MetaView::parse(&bytes, 0, 2).unwrap())
         };
         let figure = |value| Figure { value, error: Some(value / 9.0) };
         let figures = QualityFigures {
@@ -257,7 +257,7 @@ mod tests {
         let mut meta = Meta::new();
         Quality::longest("t").write(&mut meta).unwrap();
         let read =
-            |meta: &Meta| Quality::read(&MetaView::parse(&meta.to_bytes().unwrap(), 0).unwrap());
+            |meta: &Meta| Quality::read(&MetaView::parse(&meta.to_bytes().unwrap(), 0, 2).unwrap());
         meta.set("quality.kl", Value::U64(1)).unwrap();
         assert_eq!(read(&meta), Some(Quality::unchecked()));
         meta.set(VERDICT, Value::Text("splendid".into())).unwrap();

@@ -45,6 +45,7 @@ pub fn registry() -> Value {
             { "id": 3, "name": "f64" },
             { "id": 4, "name": "bool" },
             { "id": 5, "name": "u64 list" },
+            { "id": 6, "name": "deflated text", "min_reader": 2 },
         ],
         "keys": keys(),
         "private_key_prefix": "x.",
@@ -66,6 +67,7 @@ pub fn registry() -> Value {
             "elements": stb_format::MAX_ELEMENTS,
             "metadata_entries": stb_format::MAX_META_ENTRIES,
             "metadata_value_bytes": stb_format::MAX_META_VALUE_BYTES,
+            "inflated_bytes": stb_format::MAX_INFLATED_BYTES,
         },
         "rules": Rule::ALL.iter().map(rule).collect::<Vec<_>>(),
     })
@@ -91,7 +93,7 @@ type Field = (usize, &'static str);
 const HEADER: &[Field] = &[
     (8, "magic"),
     (2, "min_reader 1"),
-    (2, "written 1"),
+    (2, "written 2"),
     (4, "header_size 64"),
     (8, "file_size"),
     (4, "section_count 3"),

@@ -186,6 +186,22 @@ pub(super) fn entry(key: &[u8], kind: u8, value: &[u8]) -> Vec<u8> {
     b
 }
 
+/// The value of a deflated text: the stated length, then the stream.
+pub(super) fn deflated(length: u64, stream: &[u8]) -> Vec<u8> {
+    [&length.to_le_bytes(), stream].concat()
+}
+
+/// The text "a" as a block of fixed codes.
+pub(super) const FIXED_A: &[u8] = &[0x4b, 0x04, 0x00];
+
+/// A copy with another META section, for readers from version 2.
+pub(super) fn with_meta_2(base: &[u8], meta: &[u8]) -> Vec<u8> {
+    edit(&with_meta(base, meta), |b| {
+        put16(b, 8, 2);
+        put16(b, 10, 2);
+    })
+}
+
 /// A META section of `entries` that states `count` of them.
 pub(super) fn meta(count: u32, entries: &[Vec<u8>]) -> Vec<u8> {
     let mut b = count.to_le_bytes().to_vec();

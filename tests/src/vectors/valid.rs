@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use stb_format::arch::TensorSpec;
 use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
-use stb_format::{File, Meta, ModelSpec, RopeScaling, Value, Writer};
+use stb_format::{File, Meta, ModelSpec, RopeScaling, Value, ValueRef, Writer};
 
 use super::vector::Vector;
 use super::{content, decoders, patch};
@@ -194,6 +194,62 @@ fn empty() -> Vec<u8> {
     patch::assemble(&sections)
 }
 
+/// Deflated texts with blocks of all kinds, in a file for readers from version 2.
+fn deflated_texts() -> Vec<u8> {
+    use miniz_oxide::deflate::compress_to_vec;
+    let words: String = (0..300u32).map(|i| format!("{} ", i * i % 1009)).collect();
+    // The second needle is 32768 bytes after the first, the longest distance there is.
+    let far = format!("needle{}needle", "0".repeat(32768 - 6));
+    let text = |text: &str, level| {
+        patch::deflated(text.len() as u64, &compress_to_vec(text.as_bytes(), level))
+    };
+    // One code of one bit; the other code of one bit is not used.
+    let end_only = [0x05, 0xe0, 0x01, 0x05, 0, 0, 0, 0, 0x20, 0xfc, 0x7f, 0x1d];
+    let one_distance =
+        [0x0d, 0xe0, 0x01, 0x09, 0, 0, 0, 0x80, 0x20, 0x6c, 0xad, 0xff, 0x23, 0x4a, 0x16];
+    let entries = [
+        patch::entry(b"bits-after-the-end", 6, &patch::deflated(1, &[0x4b, 0x04, 0xfc])),
+        patch::entry(b"dynamic", 6, &text(&words, 9)),
+        patch::entry(b"empty", 6, &patch::deflated(0, &[0x03, 0x00])),
+        patch::entry(b"end-only", 6, &patch::deflated(0, &end_only)),
+        patch::entry(b"far", 6, &text(&far, 6)),
+        patch::entry(b"fixed", 6, &patch::deflated(1, patch::FIXED_A)),
+        patch::entry(b"one-distance", 6, &patch::deflated(4, &one_distance)),
+        patch::entry(b"plain", 1, "not deflated".as_bytes()),
+        patch::entry(b"stored", 6, &text("naïve 日本語 🦀\0", 0)),
+        patch::entry(
+            b"two-blocks",
+            6,
+            &patch::deflated(2, &[0, 1, 0, 0xfe, 0xff, b'a', 1, 1, 0, 0xfe, 0xff, b'b']),
+        ),
+        patch::entry(b"x.private", 6, &text(&words[..400], 1)),
+    ];
+    let base = file(&dense("w", &[1], Dense::F32, &[1.0]), &Meta::new());
+    patch::with_meta_2(&base, &patch::meta(entries.len() as u32, &entries))
+}
+
+/// The model file with all its texts deflated, the short ones too.
+fn deflated_model() -> Vec<u8> {
+    let (tensors, meta, _) = model();
+    let base = file(&tensors, &meta);
+    let parsed = File::open(&base).expect("a valid model");
+    let entry = |(key, value): (&str, ValueRef<'_>)| {
+        let key = key.as_bytes();
+        match value {
+            ValueRef::Text(text) => {
+                let stream = miniz_oxide::deflate::compress_to_vec(text.as_bytes(), 6);
+                patch::entry(key, 6, &patch::deflated(text.len() as u64, &stream))
+            }
+            ValueRef::U64(v) => patch::entry(key, 2, &v.to_le_bytes()),
+            ValueRef::F64(v) => patch::entry(key, 3, &v.to_le_bytes()),
+            ValueRef::Bool(v) => patch::entry(key, 4, &[u8::from(v)]),
+            ValueRef::U64List(v) => patch::entry(key, 5, v.as_flattened()),
+        }
+    };
+    let entries: Vec<Vec<u8>> = parsed.meta().iter().map(entry).collect();
+    patch::with_meta_2(&base, &patch::meta(entries.len() as u32, &entries))
+}
+
 /// The model file with other values for some keys, or without them.
 pub(super) fn changed_model(changes: &[(&str, Option<Value>)]) -> Vec<u8> {
     let (tensors, meta, _) = model();
@@ -269,6 +325,12 @@ pub fn valid() -> Vec<Vector> {
             "every value type, empty values, scripts, a control sequence in a text",
             file(&dense("w", &[1], Dense::F32, &[1.0]), &metadata()),
         ),
+        (
+            "deflated",
+            "deflated texts: empty, blocks of each kind, one symbol, long distances, bits after the end",
+            deflated_texts(),
+        ),
+        ("deflated-model", "a model file in which every text is deflated", deflated_model()),
         (
             "longest-names",
             "a tensor name and a key of 255 bytes, the characters ! to ~ at their ends",

@@ -1,6 +1,7 @@
 //! Files that every reader must refuse, each because of one rule.
 
 mod decoders;
+mod deflated;
 mod order;
 mod payloads;
 mod tables;
@@ -18,6 +19,7 @@ pub fn invalid() -> Vec<Vector> {
     head(&mut list);
     section_rules(&mut list);
     tables::metadata(&mut list);
+    deflated::texts(&mut list);
     tables::table(&mut list);
     tables::encodings(&mut list);
     payloads::payloads(&mut list);
@@ -46,11 +48,11 @@ fn head(list: &mut VectorList) {
     );
     add(
         Rule::MinReader,
-        "version-2",
-        "only for readers of version 2",
+        "version-3",
+        "only for readers of version 3",
         edit(&base, |b| {
-            put16(b, 8, 2);
-            put16(b, 10, 2);
+            put16(b, 8, 3);
+            put16(b, 10, 3);
         }),
     );
     let mut flipped = base.clone();

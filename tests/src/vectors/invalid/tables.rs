@@ -94,7 +94,12 @@ pub(super) fn metadata(list: &mut VectorList) {
         meta(2, &[entry(b"ab", 4, &[1]), entry(b"a", 4, &[1])]),
     );
     add(Rule::MetaType, "type-0", "value type 0", meta(1, &[entry(b"k", 0, &[])]));
-    add(Rule::MetaType, "type-6", "value type 6", meta(1, &[entry(b"k", 6, &[])]));
+    add(
+        Rule::MetaType,
+        "type-6",
+        "a deflated text in a file for readers from version 1",
+        meta(1, &[entry(b"k", 6, &deflated(1, FIXED_A))]),
+    );
     add(
         Rule::MetaValue,
         "text",

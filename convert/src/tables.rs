@@ -1,0 +1,252 @@
+//! Quantizes the embeddings and the lm_head: the windows and the Hessian that weigh their errors.
+//!
+//! An error d of row r of the embeddings changes the output distribution by ½ f_r Σ_c e_c d_c² nats per token, where
+//! f_r is the frequency of token r and e the mean squared gradient of the embedded vector; one of row r of the lm_head
+//! by ½ g_r dᵀ C d, where g_r is the mean squared gradient of logit r and C the mean product of the inputs of the
+//! lm_head. All rows share a Hessian. In a tied matrix it is the sum of both over the rows: f_r and g_r are nearly
+//! proportional, since both follow the probability of the token.
+
+use stb_format::Encoding;
+use stb_format::arch::Role;
+use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
+use stb_runtime::{Engine, Error, Result};
+
+use crate::backward::TableStatistics;
+use crate::calibration::CalibrationText;
+use crate::compute::Compute;
+use crate::hessian::{Factor, Hessian};
+use crate::interrupt::check_interrupt;
+use crate::quantize::{Input, Method, Packed};
+use crate::recipe::Recipe;
+use crate::sensitivity::SEQUENCES;
+
+/// The most tokens in the backward pass, which keeps the inputs of every decoder layer for each token.
+pub(crate) const TOKENS: usize = 2048;
+/// Weights that are quantized at once, which bounds the memory.
+const PIECE: usize = 1 << 22;
+/// Rows of a piece are a multiple of the rows that an encoding packs together.
+const PIECE_ROWS: usize = 64;
+
+/// The windows of the backward pass.
+///
+/// # Errors
+/// [`stb_runtime::Error::Usage`] if the calibration text is too short.
+pub(crate) fn sequences(
+    engine: &Engine,
+    recipe: &Recipe,
+    source: &CalibrationText,
+) -> Result<Vec<Vec<u32>>> {
+    let context = engine.model.spec.context_length as usize;
+    let length = recipe.calibration.length.min(context).min(TOKENS);
+    let samples = recipe.calibration.samples.min(SEQUENCES).min(TOKENS / length.max(1)).max(1);
+    source.sample(&engine.model, &recipe.calibration, length, samples)
+}
+
+/// What the model computes with a matrix outside its decoder layers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TableUse {
+    /// Its rows are the embeddings of the tokens.
+    pub embeds: bool,
+    /// It is the lm_head.
+    pub is_head: bool,
+}
+
+impl TableUse {
+    /// The use of the matrix of `role` in a model with `tied` embeddings or not.
+    pub(crate) fn new(role: Role, tied: bool) -> Self {
+        let embeds = role == Role::TokenEmbedding;
+        Self { embeds, is_head: tied || !embeds }
+    }
+}
+
+/// The Hessian that all rows of a table share, with its factors.
+pub(crate) struct TableHessian {
+    damped: Hessian,
+    factor: Factor,
+    norms: Vec<f32>,
+}
+
+impl TableHessian {
+    /// The Hessian of a table with this use; see the module.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is not positive definite.
+    pub(crate) fn new(statistics: &TableStatistics, usage: TableUse, damping: f64) -> Result<Self> {
+        let width = statistics.embedded.len();
+        let mut matrix = vec![0.0; width * width];
+        if usage.is_head {
+            let logits: f32 = statistics.logits.iter().sum();
+            for (m, h) in matrix.iter_mut().zip(statistics.head_inputs.matrix()) {
+                *m = logits * h;
+            }
+        }
+        if usage.embeds {
+            for (m, e) in matrix.iter_mut().step_by(width + 1).zip(&statistics.embedded) {
+                *m += 2.0 * e;
+            }
+        }
+        let mut damped = Hessian::from_matrix(matrix, width);
+        let norms = damped.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
+        damped.damp(damping);
+        let factor = Factor::new(&damped)?;
+        Ok(Self { damped, factor, norms })
+    }
+
+    /// Quantizes `weights`, [rows, cols], piece by piece of rows.
+    ///
+    /// # Errors
+    /// Those of the method; [`crate::interrupt::Interrupted`].
+    pub(crate) fn quantize(
+        &self,
+        compute: Compute<'_>,
+        weights: &[f32],
+        method: Method,
+    ) -> anyhow::Result<Packed> {
+        let rows = (PIECE / self.damped.size.max(1)).next_multiple_of(PIECE_ROWS);
+        self.quantize_pieces(compute, weights, method, rows)
+    }
+
+    /// [`TableHessian::quantize`] with pieces of `rows` rows, a multiple of [`PIECE_ROWS`].
+    fn quantize_pieces(
+        &self,
+        compute: Compute<'_>,
+        weights: &[f32],
+        method: Method,
+        rows: usize,
+    ) -> anyhow::Result<Packed> {
+        let cols = self.damped.size;
+        let mut pieces = Vec::new();
+        for weights in weights.chunks(rows * cols) {
+            check_interrupt()?;
+            let input = Input {
+                compute,
+                weights,
+                rows: weights.len() / cols,
+                cols,
+                hessian: &self.damped,
+                factor: &self.factor,
+                norms: &self.norms,
+            };
+            pieces.push((input.rows, method.quantizer().quantize(&input, None)?));
+        }
+        Ok(join(pieces, cols)?)
+    }
+}
+
+/// The weights of the largest piece of a table with `weights` weights.
+pub(crate) fn piece_weights(weights: u64, cols: u64) -> u64 {
+    weights.min(PIECE as u64 + PIECE_ROWS as u64 * cols)
+}
+
+/// One matrix of pieces with rows below one another, each with its number of rows.
+fn join(mut pieces: Vec<(usize, Packed)>, cols: usize) -> Result<Packed> {
+    if pieces.len() == 1 {
+        return Ok(pieces.remove(0).1);
+    }
+    let internal = |what: &str| Error::Internal { what: what.to_owned() };
+    let rows = pieces.iter().map(|(rows, _)| rows).sum();
+    let Some((_, first)) = pieces.first() else { return Err(internal("a table without rows")) };
+    let encoding = first.encoding.clone();
+    let mut seconds = first.seconds;
+    pieces[1..].iter().for_each(|(_, piece)| seconds.add(&piece.seconds));
+    let mut views = Vec::new();
+    for (rows, piece) in &pieces {
+        let view = piece.encoding.view(*rows as u64, cols as u64, &piece.payload);
+        views.push(view.map_err(|e| internal(&e.to_string()))?);
+    }
+    let payload = match encoding {
+        Encoding::IntGroup(spec) => {
+            let mut all = IntGroupParts { spec, rows, cols, codes: Vec::new(), scales: Vec::new() };
+            for view in views {
+                let MatrixView::IntGroup(view) = view else { continue };
+                let piece = view.unpack();
+                all.codes.extend(piece.codes);
+                all.scales.extend(piece.scales);
+            }
+            all.pack()
+        }
+        Encoding::Nm(spec) => {
+            let mut all = NmParts {
+                spec,
+                rows,
+                cols,
+                col_factors: Vec::new(),
+                row_scales: Vec::new(),
+                block_codes: Vec::new(),
+                codes: Vec::new(),
+            };
+            for view in views {
+                let MatrixView::Nm(view) = view else { continue };
+                let piece = view.unpack();
+                all.row_scales.extend(piece.row_scales);
+                all.block_codes.extend(piece.block_codes);
+                all.codes.extend(piece.codes);
+            }
+            all.pack()
+        }
+        other => return Err(internal(&format!("a table in pieces of {other}"))),
+    };
+    Ok(Packed { encoding, payload, salient: None, seconds })
+}
+
+#[cfg(test)]
+mod tests {
+    use stb_kernels::Isa;
+
+    use super::*;
+    use crate::quantize::{decode, relative_error};
+
+    /// A table, [rows, 64], with the Hessian of correlated inputs.
+    fn table(rows: usize) -> (TableHessian, Vec<f32>) {
+        let cols = 64;
+        let noise = |i: usize| ((i * 7919 + i / 13 * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+        let isa = Isa::detect().unwrap();
+        let tokens = 256;
+        let x: Vec<f32> = (0..tokens * cols)
+            .map(|i| noise(i / cols * 31) * (1.0 + (i % cols) as f32 / 16.0) + 0.3 * noise(i))
+            .collect();
+        let mut head_inputs = Hessian::new(cols);
+        head_inputs.add(isa, &x);
+        head_inputs.finish_tokens(tokens);
+        let statistics =
+            TableStatistics { embedded: vec![0.01; cols], head_inputs, logits: vec![0.1; 8] };
+        let usage = TableUse { embeds: true, is_head: true };
+        let hessian = TableHessian::new(&statistics, usage, 0.01).unwrap();
+        (hessian, (0..rows * cols).map(|i| noise(i * 3 + 1)).collect())
+    }
+
+    #[test]
+    fn pieces_are_the_whole() {
+        let (hessian, weights) = table(164);
+        let compute = Isa::detect().unwrap().into();
+        for method in Method::candidates(64) {
+            let whole = hessian.quantize(compute, &weights, method).unwrap();
+            let joined = hessian.quantize_pieces(compute, &weights, method, 64).unwrap();
+            assert_eq!(joined.encoding, method.quantizer().encoding());
+            assert_eq!(joined.payload, whole.payload, "{}", whole.encoding);
+        }
+    }
+
+    #[test]
+    fn the_hessian_lowers_the_error() {
+        let (hessian, weights) = table(256);
+        let isa = Isa::detect().unwrap();
+        let input = Input {
+            compute: isa.into(),
+            weights: &weights,
+            rows: 256,
+            cols: 64,
+            hessian: &hessian.damped,
+            factor: &hessian.factor,
+            norms: &hessian.norms,
+        };
+        for method in Method::candidates(64) {
+            let Method::Int(options) = method else { continue };
+            let packed = hessian.quantize(isa.into(), &weights, method).unwrap();
+            let rounded = crate::quantize::int_group::round(&weights, 256, 64, options.spec);
+            let error = |packed: &Packed| relative_error(&input, &decode(packed, 256, 64)).unwrap();
+            let (own, rounded) = (error(&packed), error(&rounded));
+            assert!(own < 0.8 * rounded, "{}: {own}, rounded {rounded}", packed.encoding);
+        }
+    }
+}
