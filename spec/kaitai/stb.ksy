@@ -881,3 +881,6 @@ enums:
     5:
       id: u64_list
       doc: 8 bytes per element (Metadata §1).
+    6:
+      id: deflated_text
+      doc: A length and a stream of DEFLATE (Metadata §1).
