@@ -73,8 +73,8 @@ impl Calibration {
     }
 }
 
-/// The default ridge of targets from the dense model.
-const RIDGE: f64 = 0.1;
+/// The default ridge of targets from the dense model; `tests/bench/record/2026-11-30-real-model.md` compares others.
+const RIDGE: f64 = 1.0;
 /// The default learning rate of layer distillation.
 const LAYERS_RATE: f64 = 0.01;
 /// The default learning rate of model distillation; `tests/bench/record/2026-11-26-fine-tuning.md` compares others.
