@@ -83,7 +83,7 @@ mod tests {
             let size: usize = documents.iter().map(Document::size).sum();
             assert!(documents.len() >= 30 && size > 10_000, "{} documents", documents.len());
             for document in documents {
-                assert!(document.size() > 10, "{document:?}");
+                assert!(document.size() > 5, "{document:?}");
                 let texts = match document {
                     Document::Text { text, .. } => vec![*text],
                     Document::Chat(messages) => {
