@@ -91,7 +91,7 @@ impl Costs {
                 level[t] = k;
             }
         }
-        let mut chosen =
+        let mut chosen: Vec<Option<Candidate>> =
             self.hulls.iter().zip(level).map(|(hull, k)| hull.get(k).copied()).collect();
         self.fill(plan, &mut chosen, budget)?;
         Ok(chosen.iter().flatten().map(|c| c.error).sum())
@@ -191,7 +191,7 @@ impl Costs {
     fn fill(
         &self,
         plan: &mut Plan,
-        chosen: &mut Vec<Option<Candidate>>,
+        chosen: &mut [Option<Candidate>],
         budget: Budget,
     ) -> Result<()> {
         loop {
