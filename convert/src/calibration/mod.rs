@@ -221,7 +221,7 @@ impl CalibrationText {
     }
 
     /// At most `count` windows of at most `length` tokens for measurements, the same for every seed, and shorter ones
-    /// rather than fewer than [`FEWEST`]. They come from the part of the text that calibration does not use; from that
+    /// rather than fewer than four. They come from the part of the text that calibration does not use; from that
     /// part of the built-in text if all of a file is used, because it is short or its windows are drawn as in Python.
     ///
     /// # Errors

@@ -26,7 +26,7 @@ impl Prepared {
     /// Converts to the file of `order`: once, or until the size is found.
     ///
     /// # Errors
-    /// Those of [`convert`]; [`Error::Usage`] if even the largest file exceeds the KL divergence of a search.
+    /// Those of a conversion; [`Error::Usage`] if even the largest file exceeds the KL divergence of a search.
     pub fn convert(self, order: &Order<'_>, progress: &dyn Progress) -> anyhow::Result<Report> {
         match self.max_kl {
             Some(kl) => search_size(self, order, kl, progress),

@@ -11,6 +11,8 @@ const AIM: f64 = 0.93;
 const CONVERSIONS: usize = 4;
 /// The least change of size of a step while all files are on one side of the limit.
 const LEAST_STEP: f64 = 0.03;
+/// A file whose divergence is at most this multiple of the limit is nearly large enough.
+const NEAR: f64 = 1.5;
 /// Divergences below this are rounding.
 const FLOOR: f64 = 1e-9;
 
@@ -74,8 +76,10 @@ impl Search<'_> {
             }
             (Some(best), None) => guess.min(best.bits * (1.0 - LEAST_STEP)),
             (None, Some(worst)) => {
-                // Each miss makes the next step larger, so that the largest file is reached.
-                let step = LEAST_STEP * (1 << tried.len().min(8)) as f64;
+                // Each miss makes the next step larger, so that the largest file is reached; close to the limit, only
+                // after more conversions than there should be.
+                let free = if worst.kl <= NEAR * self.limit { CONVERSIONS } else { 0 };
+                let step = LEAST_STEP * (1 << tried.len().saturating_sub(free).min(8)) as f64;
                 guess.max(worst.bits * (1.0 + step / 2.0))
             }
             (None, None) => guess,
