@@ -38,6 +38,7 @@ pub mod system;
 pub(crate) mod tables;
 pub mod written;
 
+pub use memory::memory_to_choose;
 pub use pipeline::{Job, Progress, convert};
 pub use plan::{Plan, plan};
 pub use recipe::Recipe;

@@ -24,6 +24,15 @@ fn check_memory(spec: &ModelSpec) -> u64 {
     check_states(spec) + 3 * piece * rayon::current_num_threads() as u64
 }
 
+/// Bytes that a conversion needs at least whose encodings are still to be chosen: for that, and for the hidden states of
+/// all sequences.
+#[must_use]
+pub fn memory_to_choose(checkpoint: &Checkpoint, recipe: &Recipe) -> u64 {
+    let spec = &checkpoint.spec;
+    let states = pipeline::memory::memory(spec, &recipe.calibration, false).states;
+    checkpoint.owned_bytes().saturating_add(budget::memory(spec).max(states))
+}
+
 impl Plan {
     /// An upper estimate of the memory that conversion needs besides the mapped checkpoint, in bytes:
     /// dequantized weights, hidden states of all sequences, and one decoder layer's inputs, Hessians,

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use stb_convert::Recipe;
-use stb_convert::budget;
 use stb_convert::calibration::{CalibrationText, SELF_WRITTEN};
 use stb_convert::check::compare_answers;
 use stb_convert::inspect::printable;
+use stb_convert::memory_to_choose;
 use stb_convert::output::refuse_existing;
 use stb_convert::prepare::{Order, Prepared, prepare};
 use stb_convert::quality::AnswerPair;
@@ -32,9 +32,11 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     let recipe = recipe(args)?;
     let source = calibration_text(args, &checkpoint, &recipe)?;
     if recipe.linear.goal().is_some() {
-        let memory = checkpoint.owned_bytes() + budget::memory(&checkpoint.spec);
-        check_memory(memory, "choosing encodings", || {
-            "use a machine with more, or a recipe of one encoding such as --recipe int4".into()
+        check_memory(memory_to_choose(&checkpoint, &recipe), "choosing encodings", || {
+            let samples = recipe.calibration.samples;
+            format!(
+                "use fewer --calib-samples (now {samples}), or a recipe of one encoding such as --recipe int4"
+            )
         })?;
     }
     let prepared = prepare(&checkpoint, &recipe, &source, !args.no_check)?;
