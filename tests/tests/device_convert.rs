@@ -23,7 +23,7 @@ fn convert(
     device: Option<Device>,
 ) -> (Report, Vec<(String, Vec<f32>)>) {
     let (source, text) = (folder.join("source"), folder.join("calibration.txt"));
-    let report = converted(&source, target, recipe, &text, 5, 24, device).unwrap();
+    let report = converted(&source, target, recipe, &text, 10, 24, device).unwrap();
     let bytes = std::fs::read(target).unwrap();
     let file = File::open(&bytes).unwrap();
     let tensors = file.tensors().iter();
