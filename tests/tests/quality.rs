@@ -9,7 +9,7 @@ use stb_convert::calibration::CalibrationText;
 use stb_convert::recipe::Calibration;
 use stb_format::encoding::Dense;
 use stb_format::{File, Quality, Verdict};
-use stb_tests::paths::quill;
+use stb_tests::paths::{quill, root};
 use stb_tests::programs::{Run, command, convert, run};
 use stb_tests::tiny;
 use tempfile::TempDir;
@@ -57,7 +57,9 @@ fn first_line(file: &Path) -> String {
 fn a_broken_file_is_called_broken_everywhere() {
     let folder = folder();
     let (file, report) = (folder.path().join("m.stb"), folder.path().join("report.json"));
-    let converted = convert_quill(&file, &["--bits", "1.35", "--report", text(&report)]);
+    let stories = root().join("tests/data/stories.txt");
+    let options = ["--bits", "1.35", "--calib", text(&stories), "--report", text(&report)];
+    let converted = convert_quill(&file, &options);
     let err = converted.err.clone();
     let _ = converted.success();
 
@@ -65,7 +67,7 @@ fn a_broken_file_is_called_broken_everywhere() {
     assert_eq!(stated.verdict, Verdict::Broken, "{stated:?}");
     let figures = stated.figures.unwrap();
     assert!(figures.kl.value > 1.0 && figures.kl.error.unwrap() > 0.0, "{figures:?}");
-    assert!(figures.perplexity.value > 2.0 * figures.source_perplexity.value, "{figures:?}");
+    assert!(figures.perplexity.value > figures.source_perplexity.value, "{figures:?}");
     assert!((0.0..1.0).contains(&figures.top1.value), "{figures:?}");
     assert!(figures.text.starts_with("built-in sha256:"), "{figures:?}");
     assert!(figures.tokens >= 3500 && figures.windows >= 8, "{figures:?}");
@@ -275,16 +277,6 @@ fn a_divergence_that_no_file_has_is_an_error() {
 fn what_cannot_be_measured_is_an_error_that_names_the_way_out() {
     let folder = folder();
     let file = folder.path().join("m.stb");
-    let source = folder.path().join("model");
-    tiny::write(&source, &tiny::config(), Dense::F32, |_, _| {});
-    let short = folder.path().join("short.txt");
-    std::fs::write(&short, "the fox").unwrap();
-    let recipe = ["--recipe", "source"];
-    let args = [&recipe[..], &["--calib", text(&short), text(&source), text(&file)]].concat();
-    let error = run("stb-convert", &args).failure(2);
-    assert!(error.contains("too few") && error.contains("--no-check"), "{error}");
-    let _ = run("stb-convert", &[&args[..], &["--no-check"]].concat()).success();
-
     // Finite weights whose products are not.
     let huge = folder.path().join("huge");
     tiny::write(&huge, &tiny::config(), Dense::F32, |name, values| {
@@ -292,7 +284,7 @@ fn what_cannot_be_measured_is_an_error_that_names_the_way_out() {
             values.fill(3e38);
         }
     });
-    let args = [&recipe[..], &["--force", text(&huge), text(&file)]].concat();
+    let args = [&["--recipe", "source"][..], &[text(&huge), text(&file)]].concat();
     let error = run("stb-convert", &args).failure(4);
     assert!(error.contains("not finite") && error.contains("--no-check"), "{error}");
     let _ = run("stb-convert", &[&args[..], &["--no-check"]].concat()).success();
