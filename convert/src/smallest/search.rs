@@ -8,7 +8,7 @@ const CLOSE: f64 = 0.85;
 /// The share of the limit that a step aims at, so that small errors of the estimate still lead below the limit.
 const AIM: f64 = 0.93;
 /// Conversions, unless none of these is within the limit.
-const CONVERSIONS: usize = 4;
+const CONVERSIONS: usize = 5;
 /// The least change of size of a step while all files are on one side of the limit.
 const LEAST_STEP: f64 = 0.03;
 /// A file whose divergence is at most this multiple of the limit is nearly large enough.
