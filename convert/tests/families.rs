@@ -168,7 +168,7 @@ fn distillation_brings_models_closer() {
         let (plain, _) = example.convert("nm-2of8", |_| {});
         let (layers, _) =
             example.convert("nm-2of8", |file| file.calibration.distill_layers = Some(2));
-        let (whole, _) = example.convert("nm-2of8", |file| file.calibration.distill = Some(2));
+        let (whole, _) = example.convert("nm-2of8", |file| file.calibration.distill = Some(8));
         assert!(layers < 1.05 * plain, "{name}: {layers} after distillation of layers, {plain}");
         assert!(whole < 0.95 * plain, "{name}: {whole} after distillation, {plain} before");
     }
