@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use stb_format::{Quality, Verdict};
 
+use crate::calibration::text_name;
+
 /// The quality of a file, as in reports.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QualityReport {
@@ -86,7 +88,7 @@ impl QualityReport {
         };
         let percent = |share: f64| 100.0 * share;
         // The SHA-256 is in the metadata.
-        let name = f.text.split(" sha256:").next().unwrap_or_default();
+        let name = text_name(&f.text);
         format!(
             "{}: KL divergence {} nats per token, same top token {} %, perplexity {} (original {}), on {} tokens of \
              {name} that calibration has not seen",

@@ -1,7 +1,7 @@
 """Quality of a real model from 1 to 6 true bits: a table and a chart of everything that tells whether a file is still the model.
 
     python3 tests/bench/smollm2.py --model DIR --data ../shared/data --out OUT --build new=target/release [--build old=FOLDER]
-        [--llama-quantize PROGRAM --imatrix FILE] [--only REGEX]
+        [--llama-quantize PROGRAM --gguf FILE [--imatrix FILE]] [--only REGEX]
 
 DIR is a checkpoint in the Hugging Face layout (SmolLM2-135M-Instruct in the record). Each BUILD is a folder with `stb-convert` and
 `stb-run`; every file is measured by the `stb-run` of the first. With `--llama-quantize`, types of llama.cpp are made from
@@ -24,7 +24,7 @@ import time
 import quality_chart
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Name of the row, arguments of stb-convert; the first number is not the size: that is measured.
+# Name of the row: arguments of stb-convert. Sizes are measured, not taken from the names.
 RECIPES = {
     "default": [],
     "int4": ["--recipe", "int4"],
@@ -86,7 +86,8 @@ class Study:
                 self.program, "perplexity", file, "--text", text, "--ctx", 512, "--windows", WINDOWS[name],
                 "--reference", self.options.model, "--json"))  # fmt: skip
             row["true_bits"] = report["true_bits_per_parameter"]
-            row[name] = {"perplexity": report["perplexity"], "windows": report["windows"], **report["reference"]}
+            # The reference has a perplexity, too.
+            row[name] = {**report["reference"], "perplexity": report["perplexity"], "windows": report["windows"]}
         row["tasks"] = {task: self.accuracy(file, questions) for task, questions in TASKS.items()}
         row["answer"] = run(self.program, file, "--prompt", PROMPT, "--temp", 0, "-n", 32).strip()
         return row

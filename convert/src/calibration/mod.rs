@@ -79,8 +79,13 @@ impl HeldOut {
     /// The name of the text.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.text.split(" sha256:").next().unwrap_or_default()
+        text_name(&self.text)
     }
+}
+
+/// The name in a description of a text, `NAME sha256:DIGITS`.
+pub(crate) fn text_name(text: &str) -> &str {
+    text.split(" sha256:").next().unwrap_or_default()
 }
 
 /// The documents of each kind, for calibration and held out.

@@ -7,8 +7,7 @@ use stb_runtime::{Engine, Error};
 
 use super::distill;
 use super::job::{Job, Progress};
-use super::run::{Hidden, Run};
-use super::tables::TableState;
+use super::run::{Hidden, Run, TableState};
 use crate::check;
 use crate::compute::Accelerator;
 use crate::interrupt::{Interrupted, check_interrupt};

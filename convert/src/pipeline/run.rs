@@ -8,7 +8,7 @@ use stb_format::arch::{InputMap, LinearInput};
 use stb_runtime::{Engine, Error, Observer};
 
 use super::job::Job;
-use super::tables::TableState;
+use crate::backward::TableStatistics;
 use crate::compute::{Accelerator, Compute};
 use crate::output::OutputFile;
 use crate::plan::TensorPlan;
@@ -57,6 +57,15 @@ impl Hidden {
     pub(super) fn fields(&mut self) -> [&mut States; 4] {
         [&mut self.quantized, &mut self.pruned, &mut self.dense, &mut self.check]
     }
+}
+
+/// What the embeddings and the lm_head need before the decoder layers are converted.
+#[derive(Default)]
+pub(super) struct TableState {
+    /// Statistics of the dense model, if a table is quantized with a Hessian.
+    pub(super) statistics: Option<TableStatistics>,
+    /// The embeddings as they will be stored, if the layers are calibrated behind them.
+    pub(super) embeddings: Option<Packed>,
 }
 
 /// A tensor that has been quantized.

@@ -7,20 +7,11 @@ use stb_runtime::{Engine, Weight};
 
 use super::run::{QuantizedTensor, Run};
 use super::tensor::{decode_finite, pack_uncalibrated, squared_error};
-use crate::backward::{TableStatistics, backpropagate};
+use crate::backward::backpropagate;
 use crate::interrupt::check_interrupt;
 use crate::plan::{TensorMethod, TensorPlan};
 use crate::quantize::Packed;
 use crate::tables::{TableHessian, TableUse, sequences};
-
-/// What the embeddings and the lm_head need before the decoder layers are converted.
-#[derive(Default)]
-pub(super) struct TableState {
-    /// Statistics of the dense model, if a table is quantized with a Hessian.
-    statistics: Option<TableStatistics>,
-    /// The embeddings as they will be stored, if the layers are calibrated behind them.
-    embeddings: Option<Packed>,
-}
 
 impl Run<'_> {
     /// Runs the dense model, forward and backward, if a table is quantized with a Hessian.
