@@ -32,6 +32,7 @@ mod observer;
 mod pass;
 mod rope;
 mod sampler;
+pub mod scheduler;
 mod sequence;
 mod session;
 mod state;

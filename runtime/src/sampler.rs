@@ -1,5 +1,7 @@
 //! Chooses the next token from logits.
 
+use std::collections::BTreeMap;
+
 use rand_core::RngCore;
 use rand_core::SeedableRng;
 use rand_pcg::Pcg64Mcg;
@@ -8,10 +10,16 @@ use stb_kernels::cuda::{TopK, TopKRequest};
 /// Sampling parameters, in the order in which they apply.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplerOptions {
+    /// Added to the logits of these tokens. Tokens outside the vocabulary are ignored.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Positive logits of recent tokens are divided by the penalty, negative ones multiplied; 1 is off.
     pub repeat_penalty: f32,
     /// The number of recent tokens that are penalized.
     pub repeat_last: usize,
+    /// Subtracted from the logits of tokens that the answer has; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted from the logits of tokens for each time that the answer has them; 0 is off.
+    pub frequency_penalty: f32,
     /// Divides the logits. 0 selects the most likely token and ignores the fields below.
     pub temperature: f32,
     /// Keep the K most likely tokens; 0 keeps all.
@@ -27,8 +35,11 @@ pub struct SamplerOptions {
 impl Default for SamplerOptions {
     fn default() -> Self {
         Self {
+            logit_bias: Vec::new(),
             repeat_penalty: 1.0,
             repeat_last: 64,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             temperature: 0.8,
             top_k: 40,
             top_p: 0.95,
@@ -60,6 +71,8 @@ pub struct Sampler {
     options: SamplerOptions,
     random: Pcg64Mcg,
     recent: Vec<u32>,
+    /// The tokens of the answer with their counts, if they are penalized.
+    counts: BTreeMap<u32, u32>,
     logits: Vec<f32>,
     order: Vec<u32>,
     best: Vec<(u32, f32)>,
@@ -75,11 +88,18 @@ impl Sampler {
             options,
             random,
             recent: Vec::new(),
+            counts: BTreeMap::new(),
             logits: Vec::new(),
             order: Vec::new(),
             best: Vec::new(),
             seen: Vec::new(),
         }
+    }
+
+    /// Begins an answer to `prompt`, whose tokens the repeat penalty includes.
+    pub fn start(&mut self, prompt: &[u32]) {
+        self.counts.clear();
+        prompt.iter().for_each(|token| self.accept(*token));
     }
 
     /// Records a token for the repeat penalty.
@@ -94,6 +114,9 @@ impl Sampler {
     pub(crate) fn top_k_request<'a>(&'a mut self, banned: &'a [u32]) -> Option<TopKRequest<'a>> {
         let greedy = self.options.temperature <= 0.0;
         let count = if greedy { 1 } else { self.options.top_k };
+        if self.counts_tokens() || !self.options.logit_bias.is_empty() {
+            return None;
+        }
         let penalty = self.options.repeat_penalty;
         let penalized = if penalty == 1.0 { &[][..] } else { self.penalized() };
         let fits = (1..=TopK::MAX_COUNT).contains(&count)
@@ -143,7 +166,15 @@ impl Sampler {
             token
         };
         self.accept(token);
+        if self.counts_tokens() {
+            *self.counts.entry(token).or_default() += 1;
+        }
         token
+    }
+
+    /// Whether penalties depend on the tokens of the answer.
+    fn counts_tokens(&self) -> bool {
+        self.options.presence_penalty != 0.0 || self.options.frequency_penalty != 0.0
     }
 
     /// Recent tokens, each once.
@@ -155,14 +186,24 @@ impl Sampler {
     }
 
     fn penalize(&mut self) {
-        let penalty = self.options.repeat_penalty;
-        if penalty == 1.0 {
-            return;
-        }
-        self.penalized();
-        for token in &self.seen {
+        for (token, bias) in &self.options.logit_bias {
             if let Some(logit) = self.logits.get_mut(*token as usize) {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                *logit += bias;
+            }
+        }
+        let penalty = self.options.repeat_penalty;
+        if penalty != 1.0 {
+            self.penalized();
+            for token in &self.seen {
+                if let Some(logit) = self.logits.get_mut(*token as usize) {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
+        }
+        for (token, count) in &self.counts {
+            if let Some(logit) = self.logits.get_mut(*token as usize) {
+                let frequency = self.options.frequency_penalty * *count as f32;
+                *logit -= self.options.presence_penalty + frequency;
             }
         }
     }
@@ -283,6 +324,22 @@ mod tests {
         });
         let picks: Vec<u32> = (0..3).map(|_| greedy.sample(&[1.0, 0.9, -0.1])).collect();
         assert_eq!(picks, [0, 1, 0]);
+    }
+
+    #[test]
+    fn biases_and_penalties_of_the_answer_change_the_choice() {
+        let pick = |change: fn(&mut SamplerOptions)| {
+            let mut greedy = sampler(|o| {
+                o.temperature = 0.0;
+                change(o);
+            });
+            greedy.start(&[0, 0, 0]);
+            (0..4).map(|_| greedy.sample(&[1.0, 0.7, -0.1])).collect::<Vec<u32>>()
+        };
+        assert_eq!(pick(|_| {}), [0, 0, 0, 0]);
+        assert_eq!(pick(|o| o.logit_bias = vec![(2, 2.0), (0, -100.0), (9, 1.0)]), [2, 2, 2, 2]);
+        assert_eq!(pick(|o| o.presence_penalty = 0.5), [0, 1, 0, 0]);
+        assert_eq!(pick(|o| o.frequency_penalty = 0.2), [0, 0, 1, 0]);
     }
 
     #[test]

@@ -124,12 +124,11 @@ impl Session {
         let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
         SamplerOptions {
             repeat_penalty: number("repetition_penalty", default.repeat_penalty),
-            repeat_last: default.repeat_last,
             temperature: number("temperature", default.temperature),
             top_k: file("top_k").map_or(default.top_k, |v| v as usize),
             top_p: number("top_p", default.top_p),
             min_p: number("min_p", default.min_p),
-            seed: default.seed,
+            ..default
         }
     }
 
@@ -218,7 +217,7 @@ impl Session {
         let common = common.min(prompt.len().saturating_sub(1));
         self.state.truncate(common);
         self.cached.truncate(common);
-        prompt.iter().for_each(|t| answer.sampler.accept(*t));
+        answer.sampler.start(prompt);
         answer.timings.prefill_tokens = prompt.len() - common;
         let started = Instant::now();
         let mut flow = ControlFlow::Continue(());
@@ -287,7 +286,7 @@ struct Answer<'a, S> {
     stop_at_special: bool,
     input: SamplerInput,
     stream: TextStream<'a>,
-    text: StopFilter<'a>,
+    text: StopFilter,
     tokens: Vec<u32>,
     timings: Timings,
 }
