@@ -34,6 +34,8 @@ mod rope;
 mod sampler;
 pub mod scheduler;
 mod sequence;
+#[cfg(feature = "serve")]
+pub mod serve;
 mod session;
 mod state;
 mod stop;

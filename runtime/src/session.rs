@@ -7,6 +7,7 @@ use std::time::Instant;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
+use crate::model::Model;
 use crate::sampler::{Sampler, SamplerInput, SamplerOptions};
 use crate::state::State;
 use crate::stop::StopFilter;
@@ -119,17 +120,7 @@ impl Session {
     /// missing ones.
     #[must_use]
     pub fn suggested_sampling(&self) -> SamplerOptions {
-        let default = SamplerOptions::default();
-        let file = |key: &str| self.engine.model.sampling_default(key);
-        let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
-        SamplerOptions {
-            repeat_penalty: number("repetition_penalty", default.repeat_penalty),
-            temperature: number("temperature", default.temperature),
-            top_k: file("top_k").map_or(default.top_k, |v| v as usize),
-            top_p: number("top_p", default.top_p),
-            min_p: number("min_p", default.min_p),
-            ..default
-        }
+        suggested_sampling(&self.engine.model)
     }
 
     /// The token ids of a prompt.
@@ -274,6 +265,21 @@ impl Session {
         self.engine.forward_sampled(&mut self.state, tokens, sampler, banned, input)?;
         self.cached.extend_from_slice(tokens);
         Ok(())
+    }
+}
+
+/// Sampling parameters from the file of `model`, with the values of [`SamplerOptions::default`] for missing ones.
+pub(crate) fn suggested_sampling(model: &Model) -> SamplerOptions {
+    let default = SamplerOptions::default();
+    let file = |key: &str| model.sampling_default(key);
+    let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
+    SamplerOptions {
+        repeat_penalty: number("repetition_penalty", default.repeat_penalty),
+        temperature: number("temperature", default.temperature),
+        top_k: file("top_k").map_or(default.top_k, |v| v as usize),
+        top_p: number("top_p", default.top_p),
+        min_p: number("min_p", default.min_p),
+        ..default
     }
 }
 

@@ -1,7 +1,7 @@
 //! Chat templates: Jinja programs from the model file, executed with a step limit.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::value::{Kwargs, Serde, Value, merge_maps};
 use minijinja::{Environment, ErrorKind};
 use serde::{Deserialize, Serialize};
 
@@ -117,13 +117,13 @@ impl ChatTemplate {
     /// # Errors
     /// The errors of [`ChatTemplate::render`].
     pub fn render_chat(&self, input: ChatInput<'_>) -> Result<String> {
-        let context = minijinja::context! {
+        let own = minijinja::context! {
             messages => Value::from(Serde(input.messages)),
             tools => input.tools.map(|tools| Value::from(Serde(tools))),
-            ..self.context(true),
-            ..Value::from(Serde(input.variables)),
         };
-        self.evaluate(context)
+        // The first map with a name wins: a client cannot change the variables of every template.
+        let more = Value::from(Serde(input.variables));
+        self.evaluate(merge_maps([own, self.context(true), more]))
     }
 
     /// Whether the source of the template contains `text`, such as the name of a variable.
@@ -134,7 +134,7 @@ impl ChatTemplate {
 
     fn run(&self, messages: &[Message], prompt: bool) -> Result<String> {
         let messages = Value::from(Serde(messages));
-        self.evaluate(minijinja::context! { messages, ..self.context(prompt) })
+        self.evaluate(merge_maps([minijinja::context! { messages }, self.context(prompt)]))
     }
 
     /// The variables of every template.

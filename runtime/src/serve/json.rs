@@ -118,7 +118,8 @@ mod tests {
         assert!(error(b"{\"list\": [\"\xff\"]}").contains("param"));
         let deep = format!("{{\"list\": {}", "[".repeat(100_000));
         assert!(error(deep.as_bytes()).contains("error"));
-        let unknown = format!("{{\"list\": [], \"x\": {}{}}}", "[".repeat(100_000), "]".repeat(100_000));
+        let unknown =
+            format!("{{\"list\": [], \"x\": {}{}}}", "[".repeat(100_000), "]".repeat(100_000));
         assert!(parse::<Outer>(unknown.as_bytes()).is_ok());
     }
 }

@@ -20,7 +20,6 @@ const MAX_TOP: u32 = 20;
 /// How tokens are chosen and when an answer ends. Absent fields have the values of the model file, else those of
 /// `stb-run --help`.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub(crate) struct SamplingFields {
     /// Divides the logits; 0 selects the most likely token.
     #[schema(minimum = 0)]
@@ -69,7 +68,6 @@ pub(crate) struct SamplingFields {
 
 /// Options of a streamed answer.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub(crate) struct StreamOptions {
     /// Send the number of tokens in an event of its own at the end.
     pub include_usage: Option<bool>,
@@ -102,12 +100,14 @@ impl SamplingFields {
     /// 400 that names the wrong field.
     pub fn check(&self, defaults: &SamplerOptions, vocab: usize) -> Result<Sampling, ApiError> {
         let temperature = range("temperature", self.temperature, 0.0, f32::MAX)?;
-        let repeat_penalty = range("repeat_penalty", self.repeat_penalty, f32::MIN_POSITIVE, 100.0)?;
+        let repeat_penalty =
+            range("repeat_penalty", self.repeat_penalty, f32::MIN_POSITIVE, 100.0)?;
         let top_k = match self.top_k {
             None => defaults.top_k,
             Some(-1) => 0,
-            Some(k) => usize::try_from(k)
-                .map_err(|_| ApiError::field("top_k", format!("`top_k` is {k}, but must be at least -1")))?,
+            Some(k) => usize::try_from(k).map_err(|_| {
+                ApiError::field("top_k", format!("`top_k` is {k}, but must be at least -1"))
+            })?,
         };
         let options = SamplerOptions {
             temperature: temperature.unwrap_or(defaults.temperature),
@@ -135,7 +135,10 @@ impl SamplingFields {
     fn answers(&self) -> Result<u32, ApiError> {
         match self.n.unwrap_or(1) {
             n @ 1..=MAX_ANSWERS => Ok(n),
-            n => Err(ApiError::field("n", format!("`n` is {n}, but must be from 1 to {MAX_ANSWERS}"))),
+            n => Err(ApiError::field(
+                "n",
+                format!("`n` is {n}, but must be from 1 to {MAX_ANSWERS}"),
+            )),
         }
     }
 
@@ -147,7 +150,10 @@ impl SamplingFields {
         match value {
             -1 => Ok(None),
             n => usize::try_from(n).map(Some).map_err(|_| {
-                ApiError::field(name, format!("`{name}` is {n}, but must be at least 0 (or -1: no limit)"))
+                ApiError::field(
+                    name,
+                    format!("`{name}` is {n}, but must be at least 0 (or -1: no limit)"),
+                )
             }),
         }
     }
@@ -173,7 +179,8 @@ impl SamplingFields {
         let entry = |(key, value): (&String, &f32)| {
             let token = key.parse::<u32>().ok().filter(|id| (*id as usize) < vocab);
             let token = token.ok_or_else(|| {
-                let message = format!("`logit_bias` has the key {key:?}, which is no token id below {vocab}");
+                let message =
+                    format!("`logit_bias` has the key {key:?}, which is no token id below {vocab}");
                 ApiError::field("logit_bias", message)
             })?;
             let value = range("logit_bias", Some(*value), -100.0, 100.0)?.unwrap_or_default();
@@ -201,7 +208,10 @@ impl SamplingFields {
 pub(crate) fn alternatives(field: &str, value: Option<u32>) -> Result<usize, ApiError> {
     match value.unwrap_or(0) {
         n @ 0..=MAX_TOP => Ok(n as usize),
-        n => Err(ApiError::field(field, format!("`{field}` is {n}, but must be from 0 to {MAX_TOP}"))),
+        n => Err(ApiError::field(
+            field,
+            format!("`{field}` is {n}, but must be from 0 to {MAX_TOP}"),
+        )),
     }
 }
 
