@@ -81,7 +81,7 @@ pub(crate) struct KvPage {
 }
 
 impl KvPage {
-    fn new(shape: KvShape) -> Self {
+    pub(crate) fn new(shape: KvShape) -> Self {
         let rows = || KvRows::with_capacity(shape.kind, shape.heads.width, PAGE_TOKENS);
         let head = |_| KvHead { keys: rows(), values: rows() };
         Self { heads: (0..shape.layers * shape.heads.kv_heads()).map(head).collect() }
@@ -122,11 +122,6 @@ impl KvCache {
         Self { shape, pages: Vec::new(), device: None, len: 0, limit }
     }
 
-    /// A cache that begins with `pages`, which are full.
-    pub(crate) fn with_prefix(shape: KvShape, limit: usize, pages: Vec<Arc<KvPage>>) -> Self {
-        Self { len: pages.len() * PAGE_TOKENS, pages, ..Self::new(shape, limit) }
-    }
-
     /// The number of tokens.
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -152,7 +147,18 @@ impl KvCache {
         self.len * self.shape.token_bytes() + device
     }
 
-    /// Page `index`, which is full.
+    /// Appends a full page of another sequence with the same tokens so far.
+    ///
+    /// # Panics
+    /// If the last page of this cache is not full.
+    pub(crate) fn push_page(&mut self, page: Arc<KvPage>) {
+        assert!(self.len.is_multiple_of(PAGE_TOKENS), "whole pages");
+        self.pages.truncate(self.len / PAGE_TOKENS);
+        self.pages.push(page);
+        self.len += PAGE_TOKENS;
+    }
+
+    /// Page `index`, if it is full.
     pub(crate) fn full_page(&self, index: usize) -> Option<Arc<KvPage>> {
         let is_full = (index + 1) * PAGE_TOKENS <= self.len;
         self.pages.get(index).filter(|_| is_full).map(Arc::clone)
@@ -300,8 +306,8 @@ mod tests {
         append(&mut first, 150..151);
         assert_eq!(numbers(&first), counted(&[0..151]));
         assert!(first.full_page(2).is_none());
-        let pages: Vec<_> = (0..2).map(|i| first.full_page(i).unwrap()).collect();
-        let mut second = KvCache::with_prefix(SHAPE, 1000, pages);
+        let mut second = KvCache::new(SHAPE, 1000);
+        (0..2).for_each(|i| second.push_page(first.full_page(i).unwrap()));
         append(&mut second, 900..903);
         assert_eq!(numbers(&second), counted(&[0..128, 900..903]));
         assert!(Arc::ptr_eq(&first.pages[1], &second.pages[1]));
