@@ -7,7 +7,7 @@ use stb_kernels::{Isa, Pool, ops};
 use crate::elementwise::add;
 use crate::engine::Engine;
 use crate::layer::Layer;
-use crate::linear::{LinearScratch, apply};
+use crate::linear::{LinearScratch, Rows, apply};
 use crate::observer::Observer;
 use crate::weights::Weight;
 
@@ -59,6 +59,8 @@ pub(crate) struct ExpertOps<'a> {
     pub linear: &'a mut LinearScratch,
     pub scratch: &'a mut ExpertScratch,
     pub observer: &'a mut dyn Observer,
+    /// The number of prefill rows; decode rows follow.
+    pub prefill: usize,
 }
 
 impl ExpertOps<'_> {
@@ -71,10 +73,11 @@ impl ExpertOps<'_> {
         x: &[f32],
         residual: &mut [f32],
     ) {
-        let Self { isa, pool, linear, scratch, .. } = self;
+        let Self { isa, pool, linear, scratch, prefill, .. } = self;
         let hidden = layer.router.cols();
         let ExpertScratch { logits, assignments, sum, .. } = &mut **scratch;
-        apply(*isa, pool, linear, [layer.router], x, [&mut *logits]);
+        let rows = Rows { x, prefill: *prefill };
+        apply(*isa, pool, linear, [layer.router], rows, [&mut *logits]);
         route_experts(*isa, layer.spec, logits, assignments);
         sum.clear();
         sum.resize(x.len(), 0.0);
@@ -110,10 +113,12 @@ impl ExpertOps<'_> {
         }
         self.observer.observe_expert(expert, LinearInput::GateUp, x);
         let weights = [gate_weight, up_weight];
-        apply(isa, pool, self.linear, weights, x, [&mut *gate, &mut *up]);
+        let prefill = tokens.iter().filter(|token| token.token < self.prefill).count();
+        let rows = Rows { x, prefill };
+        apply(isa, pool, self.linear, weights, rows, [&mut *gate, &mut *up]);
         ops::activate_mul(isa, activation, gate, up);
         self.observer.observe_expert(expert, LinearInput::Down, gate);
-        apply(isa, pool, self.linear, [down], gate, [out]);
+        apply(isa, pool, self.linear, [down], Rows { x: gate, prefill }, [out]);
     }
 }
 
@@ -132,7 +137,8 @@ impl Engine {
             return Vec::new();
         };
         let (pool, mut logits) = (self.pool.or_serial(false), Vec::new());
-        apply(self.isa, pool, &mut LinearScratch::default(), [router], x, [&mut logits]);
+        let rows = Rows::alone(x, router.cols());
+        apply(self.isa, pool, &mut LinearScratch::default(), [router], rows, [&mut logits]);
         let mut assignments = Vec::new();
         route_experts(self.isa, spec, &mut logits, &mut assignments);
         assignments
@@ -150,7 +156,8 @@ impl Engine {
             return gate;
         }
         let scratch = &mut LinearScratch::default();
-        apply(self.isa, &self.pool, scratch, [gate_weight, up_weight], x, [&mut gate, &mut up]);
+        let rows = Rows::alone(x, gate_weight.cols());
+        apply(self.isa, &self.pool, scratch, [gate_weight, up_weight], rows, [&mut gate, &mut up]);
         ops::activate_mul(self.isa, self.model.spec.activation, &mut gate, &up);
         gate
     }

@@ -11,6 +11,7 @@
 //! # Ok::<(), stb_runtime::Error>(())
 //! ```
 
+mod attention;
 pub mod block;
 mod checkpoint;
 mod config;
@@ -30,9 +31,11 @@ mod map;
 mod model;
 mod observer;
 mod pass;
+mod ragged;
 mod rope;
 mod sampler;
 pub mod scheduler;
+mod scratch;
 mod sequence;
 #[cfg(feature = "serve")]
 pub mod serve;
@@ -61,7 +64,7 @@ pub use eval::{
 pub use experts::{Assignment, route_experts};
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use layer::{Layer, LayerMatrix, LayerVector};
-pub use linear::{LinearScratch, LinearWeight, Threads, apply, apply_packed};
+pub use linear::{LinearScratch, LinearWeight, Rows, Threads, apply, apply_packed};
 pub use map::Bytes;
 pub use model::Model;
 pub use observer::Observer;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
+use crate::linear::RowKind;
 use crate::model::Model;
 use crate::sampler::{Sampler, SamplerInput, SamplerOptions};
 use crate::state::State;
@@ -212,8 +213,9 @@ impl Session {
         answer.timings.prefill_tokens = prompt.len() - common;
         let started = Instant::now();
         let mut flow = ControlFlow::Continue(());
+        let kind = RowKind::of_prompt(prompt.len());
         for chunk in prompt[common..].chunks(PREFILL_CHUNK) {
-            self.append(chunk, answer)?;
+            self.append((chunk, kind), answer)?;
             if answer.request.is_canceled() {
                 flow = ControlFlow::Break(());
                 break;
@@ -251,7 +253,7 @@ impl Session {
             if self.state.len() >= self.state.context() {
                 break Finish::Context;
             }
-            self.append(&[token], answer)?;
+            self.append((&[token], RowKind::Decode), answer)?;
         };
         answer.finish()?;
         answer.timings.decode_tokens = answer.tokens.len();
@@ -260,10 +262,10 @@ impl Session {
     }
 
     /// Appends tokens to the KV cache and stores the input of the sampler for the next token.
-    fn append<S>(&mut self, tokens: &[u32], answer: &mut Answer<'_, S>) -> Result<()> {
+    fn append<S>(&mut self, tokens: (&[u32], RowKind), answer: &mut Answer<'_, S>) -> Result<()> {
         let Answer { sampler, banned, input, .. } = answer;
-        self.engine.forward_sampled(&mut self.state, tokens, sampler, banned, input)?;
-        self.cached.extend_from_slice(tokens);
+        self.engine.sampled(&mut self.state, tokens, sampler, banned, input)?;
+        self.cached.extend_from_slice(tokens.0);
         Ok(())
     }
 }

@@ -36,34 +36,35 @@ pub(super) struct Answer<'t> {
 }
 
 impl<'t> Answer<'t> {
-    pub(super) fn new(job: Job, sink: EventSink, tokenizer: &'t Tokenizer, vocab: usize) -> Self {
+    /// The answer to `prompt`, which has been taken out of `job`.
+    pub(super) fn new(
+        job: Job,
+        prompt: &[u32],
+        sink: EventSink,
+        (tokenizer, vocab): (&'t Tokenizer, usize),
+    ) -> Self {
         let mut sampler = Sampler::new(job.sampler.clone());
-        sampler.start(&job.prompt);
+        sampler.start(prompt);
         Self {
             tokenizer,
             sink,
             sampler,
-            stream: TextStream::new(tokenizer, &job.prompt),
+            stream: TextStream::new(tokenizer, prompt),
             text: StopFilter::new(&job.stop),
             mask: TokenMask::new(if job.constraint.is_some() { vocab } else { 0 }),
             started: Instant::now(),
             first_token: None,
-            usage: Usage { prompt_tokens: job.prompt.len(), ..Usage::default() },
+            usage: Usage { prompt_tokens: prompt.len(), ..Usage::default() },
             job,
         }
     }
 
-    pub(super) fn prompt(&self) -> &[u32] {
-        &self.job.prompt
+    /// The number of tokens generated.
+    pub(super) fn tokens(&self) -> usize {
+        self.usage.completion_tokens
     }
 
-    /// Records that the first `tokens` tokens of the prompt were in the prefix cache.
-    pub(super) fn set_cached(&mut self, tokens: usize) {
-        self.usage.cached_tokens = tokens;
-        self.usage.timings.prefill_tokens = self.job.prompt.len() - tokens;
-    }
-
-    /// Whether no token at all is asked for.
+    /// Whether the answer has as many tokens as were asked for.
     pub(super) fn is_full(&self) -> bool {
         self.job.max_tokens.is_some_and(|most| self.usage.completion_tokens >= most)
     }
@@ -132,25 +133,25 @@ impl<'t> Answer<'t> {
         Ok(any)
     }
 
-    /// Sends the rest of the text and the counts.
-    pub(super) fn finish(mut self, finish: Finish) -> Usage {
+    /// Sends the rest of the text and the counts; `cached` tokens of the prompt were in the prefix cache.
+    pub(super) fn finish(mut self, finish: Finish, cached: usize) {
         let rest = match self.stream.finish() {
             Ok(rest) => rest,
             Err(e) => {
-                let _ = (self.sink)(Event::Failed(e));
-                return self.usage;
+                return self.fail(e);
             }
         };
         let mut text = self.text.push(&rest);
         text.push_str(&self.text.flush());
         let now = Instant::now();
         let first = self.first_token.unwrap_or(now);
+        self.usage.cached_tokens = cached;
         let timings = &mut self.usage.timings;
+        timings.prefill_tokens = self.usage.prompt_tokens - cached;
         timings.prefill = first - self.started;
         timings.decode = now - first;
         timings.decode_tokens = self.usage.completion_tokens;
         let _: ControlFlow<()> = (self.sink)(Event::Done { finish, text, usage: self.usage });
-        self.usage
     }
 
     /// Sends the error that ended the answer.

@@ -2,10 +2,18 @@
 //!
 //! One thread owns the sequences. Jobs wait in one bounded queue; each has a sink for its events, which the
 //! thread calls.
+//!
+//! The same prompt with the same options and seed gets the same answer, bit for bit, whatever else is computed in
+//! the same passes, what the prefix cache holds and how the prompt is cut. Three rules make it so: the role of a
+//! prompt's rows follows from its length alone, and generated tokens are decode rows; kernels and attention give a
+//! row of one role the same bits in any batch (see the modules `linear` and `attention`); and the prefix cache has
+//! only pages of prefill rows.
 
 mod answer;
 mod job;
+mod prefix;
 mod queue;
+mod slot;
 mod statistics;
 mod worker;
 
@@ -72,6 +80,12 @@ impl Scheduler {
         if options.slots == 0 || context < 2 {
             return Err(Error::usage("a server needs a slot and a context of at least 2 tokens"));
         }
+        if let Some(positions) = &engine.model.positions
+            && context > positions.rows()
+        {
+            let most = positions.rows();
+            return Err(Error::usage(format!("the model has {most} positions; lower the context")));
+        }
         let queue = Arc::new(Queue::new(options.max_queue));
         let statistics = Arc::new(Mutex::new(Statistics::new(options.slots)));
         let vocabulary = engine.model.embeddings.rows();
@@ -114,6 +128,12 @@ impl Scheduler {
     pub fn embed(&self, tokens: Vec<u32>, sink: EmbeddingSink) -> Result<Ticket, SubmitError> {
         self.check(&tokens, self.context)?;
         self.queue.push(Work::Embedding(tokens, sink))
+    }
+
+    /// Cancels a job whose client has gone, waiting or running: its slot is free before the next pass. No event
+    /// follows. A job that has ended is ignored.
+    pub fn cancel(&self, ticket: Ticket) {
+        self.queue.cancel(ticket);
     }
 
     fn check(&self, tokens: &[u32], most: usize) -> Result<(), Error> {

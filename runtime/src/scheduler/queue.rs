@@ -28,14 +28,17 @@ pub(super) struct Queue {
 }
 
 struct QueueState {
-    work: VecDeque<Work>,
+    work: VecDeque<(u64, Work)>,
+    /// Jobs whose clients have gone and that may be running.
+    canceled: Vec<u64>,
     submitted: u64,
     closing: Option<Closing>,
 }
 
 impl Queue {
     pub(super) fn new(limit: usize) -> Self {
-        let state = QueueState { work: VecDeque::new(), submitted: 0, closing: None };
+        let state =
+            QueueState { work: VecDeque::new(), canceled: Vec::new(), submitted: 0, closing: None };
         Self { limit, state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -56,13 +59,32 @@ impl Queue {
             return Err(SubmitError::Busy);
         }
         state.submitted += 1;
-        state.work.push_back(work);
+        let id = state.submitted;
+        state.work.push_back((id, work));
         self.changed.notify_one();
-        Ok(Ticket { id: state.submitted })
+        Ok(Ticket { id })
     }
 
-    /// The next job, if there is one.
-    pub(super) fn take(&self) -> Option<Work> {
+    /// Removes a waiting job, or notes that a running one is canceled.
+    pub(super) fn cancel(&self, ticket: Ticket) {
+        let mut state = self.lock();
+        let waiting = state.work.len();
+        // Sinks are dropped without the lock.
+        let removed = state.work.iter().position(|(id, _)| *id == ticket.id);
+        let removed = removed.and_then(|index| state.work.remove(index));
+        if state.work.len() == waiting {
+            state.canceled.push(ticket.id);
+        }
+        drop((state, removed));
+    }
+
+    /// The jobs that were canceled since the last call. Some may have ended.
+    pub(super) fn take_canceled(&self) -> Vec<u64> {
+        std::mem::take(&mut self.lock().canceled)
+    }
+
+    /// The next job with its number, if there is one.
+    pub(super) fn take(&self) -> Option<(u64, Work)> {
         self.lock().work.pop_front()
     }
 
