@@ -26,7 +26,7 @@ HOSTILE = """# <img src=x onerror="window.broken=1">
 <script>window.broken=1</script> <iframe src="https://example.invalid/"></iframe> <svg onload="window.broken=1"></svg>
 
 [bad](javascript:window.broken=1) [bad](JaVaScRiPt:window.broken=1) [bad](data:text/html,<script>1</script>) [bad](vbscript:x)
-[bad](//example.invalid/x) [bad](/v1/models) [good](https://example.invalid/ok) <mailto:a@example.invalid> <javascript:alert(1)>
+[bad](//example.invalid/x) [bad](/v1/models) [good](https://example.invalid/ok) [good](mailto:a@example.invalid) <javascript:alert(1)>
 ![image](https://example.invalid/image.png) ![bad](javascript:window.broken=1) https://example.invalid/a"onclick="window.broken=1
 
 - <style>* { display: none }</style>
@@ -130,6 +130,7 @@ class Mock(BaseHTTPRequestHandler):
                 self.delta(content=f"word{i} " if command == "slow" else i)
                 time.sleep(0.02 if command == "slow" else 0.001)
             if command == "cut":
+                time.sleep(0.2)
                 self.close_connection = True
                 return
             ms = (time.monotonic() - begun) * 1000
