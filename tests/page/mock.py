@@ -53,13 +53,15 @@ TEXTS = {"hostile": HOSTILE, "deep": DEEP, "table": TABLE, "long": LONG, "words"
 
 
 class Mock(BaseHTTPRequestHandler):
-    """One connection. The last message is a command: "429", "503", "401", "cut", "slow", "think", "context", a name of TEXTS,
-    or anything else, which is answered by an echo."""
+    """One connection. The last message is a command: "429", "503", "401", "cut", "slow", "think", "context", a name
+    of TEXTS, or anything else, which is answered by an echo."""
 
     protocol_version = "HTTP/1.1"
     refused = {}
     seen = []
     info = INFO
+    down = gone = False
+    loading = 0
 
     def log_message(self, *_):
         pass
@@ -80,6 +82,8 @@ class Mock(BaseHTTPRequestHandler):
         self.reply(status, "application/json", json.dumps(value).encode(), **headers)
 
     def do_GET(self):
+        if Mock.down:
+            return self.hang_up()
         path = self.path.split("?")[0]
         if path == "/":
             page = PAGE.read_bytes()
@@ -92,6 +96,9 @@ class Mock(BaseHTTPRequestHandler):
                 "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
             )
             self.reply(200, "text/html; charset=utf-8", page, Content_Security_Policy=policy)
+        elif path == "/stb/info" and Mock.loading:
+            Mock.loading -= 1
+            self.error(503, "Loading model")
         elif path == "/stb/info":
             self.json(self.info)
         elif path == "/v1/models":
@@ -99,7 +106,12 @@ class Mock(BaseHTTPRequestHandler):
         else:
             self.error(404, "no such path")
 
+    def hang_up(self):
+        self.close_connection = True
+
     def do_POST(self):
+        if Mock.down:
+            return self.hang_up()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Mock.seen.append(body)
         messages = body.get("messages") or [{"content": body["prompt"]}]
