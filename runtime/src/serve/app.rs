@@ -7,7 +7,7 @@ use tokio::sync::Semaphore;
 
 use super::auth::Access;
 use super::error::ApiError;
-use super::log::Line;
+use super::log::LogLine;
 use super::metrics::Metrics;
 use super::models::Models;
 
@@ -48,14 +48,14 @@ impl App {
     /// Logs a prompt, if that was asked for.
     pub fn log_prompt(&self, prompt: &str) {
         if self.log_prompts {
-            Line::info("prompt").field("text", prompt).write();
+            LogLine::info("prompt").field("text", prompt).write();
         }
     }
 
     /// Logs an answer, if that was asked for.
     pub fn log_answer(&self, answer: impl FnOnce() -> String) {
         if self.log_prompts {
-            Line::info("answer").field("text", answer()).write();
+            LogLine::info("answer").field("text", answer()).write();
         }
     }
 }

@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_io_timeout::TimeoutStream;
 
 use super::app::App;
-use super::log::Line;
+use super::log::LogLine;
 use super::options::ServeOptions;
 use crate::error::{Error, Result};
 
@@ -75,7 +75,7 @@ pub(crate) async fn run(
         }
     }
     drop(listener);
-    Line::info("stopping").field("reason", "signal").write();
+    LogLine::info("stopping").field("reason", "signal").write();
     let finished = async {
         let drained = Arc::clone(&app);
         let drain = tokio::task::spawn_blocking(move || {
@@ -91,7 +91,7 @@ pub(crate) async fn run(
         // Clients that read slowly or not at all.
         () = tokio::time::sleep(app.timeout + WRITE_TIME) => {}
     }
-    Line::info("stopped").write();
+    LogLine::info("stopped").write();
     Ok(())
 }
 

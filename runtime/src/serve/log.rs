@@ -4,9 +4,9 @@ use std::fmt::{Display, Write as _};
 use std::io::Write as _;
 
 /// One line.
-pub(crate) struct Line(String);
+pub(crate) struct LogLine(String);
 
-impl Line {
+impl LogLine {
     /// A line about something that happened.
     pub fn info(event: &str) -> Self {
         Self::new("INFO", event)
@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn values_cannot_forge_lines() {
-        let line = Line::info("request").field("path", "/a").field("text", "x\n2026 ERROR \"a\"").0;
+        let line = LogLine::info("request").field("path", "/a").field("text", "x\n2026 ERROR \"a\"").0;
         assert!(line.ends_with(r#" INFO request path=/a text="x\n2026 ERROR \"a\"""#), "{line}");
     }
 }

@@ -43,7 +43,7 @@ use std::sync::Arc;
 
 use app::App;
 use auth::Access;
-use log::Line;
+use log::LogLine;
 use models::Models;
 use tokio::sync::oneshot;
 
@@ -73,7 +73,7 @@ pub fn serve(options: ServeOptions, opened: impl Fn(&Engine) + Send + 'static) -
         .map_err(|e| Error::usage(format!("cannot start threads: {e}")))?;
     let result = runtime.block_on(async {
         let (listener, address) = listen::bind(&options).await?;
-        Line::info("listening").field("address", format_args!("http://{address}")).write();
+        LogLine::info("listening").field("address", format_args!("http://{address}")).write();
         let access = Access::new(&options.keys, &options.origins, address.ip().is_loopback());
         let app = Arc::new(App::new(models, access, options.timeout, options.log_prompts));
         let router = router::router(Arc::clone(&app), &options.origins);
@@ -82,7 +82,7 @@ pub fn serve(options: ServeOptions, opened: impl Fn(&Engine) + Send + 'static) -
         let load = move || match loading.models.load(&options, &opened) {
             Ok(()) => {
                 for model in loading.models.iter() {
-                    Line::info("ready").field("model", &model.name).write();
+                    LogLine::info("ready").field("model", &model.name).write();
                 }
             }
             Err(e) => {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::http::{Method, StatusCode};
 
 use super::error::ApiError;
-use super::log::Line;
+use super::log::LogLine;
 use super::metrics::Metrics;
 
 /// One request. When the last user of the value is gone, the request is over and is logged.
@@ -77,7 +77,7 @@ impl Drop for Trace {
         if status < 400 && matches!(self.path.as_str(), "/health" | "/metrics") {
             return;
         }
-        let line = if status >= 500 { Line::error("request") } else { Line::info("request") };
+        let line = if status >= 500 { LogLine::error("request") } else { LogLine::info("request") };
         line.field("method", &self.method)
             .field("path", &self.path)
             .field("status", status)
