@@ -259,7 +259,8 @@ pub fn read_reply(mut stream: TcpStream) -> Reply {
     // A connection that is reset after the response was sent has given all of it.
     let _ = stream.read_to_end(&mut bytes);
     let text = String::from_utf8(bytes).expect("responses are UTF-8");
-    let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no response: {text:?}"));
+    let (head, body) =
+        text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no response: {text:?}"));
     let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).expect("a status");
     let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
     let body = if chunked { unchunked(body) } else { body.to_owned() };

@@ -56,7 +56,8 @@ mod tests {
 
     #[test]
     fn values_cannot_forge_lines() {
-        let line = LogLine::info("request").field("path", "/a").field("text", "x\n2026 ERROR \"a\"").0;
+        let line =
+            LogLine::info("request").field("path", "/a").field("text", "x\n2026 ERROR \"a\"").0;
         assert!(line.ends_with(r#" INFO request path=/a text="x\n2026 ERROR \"a\"""#), "{line}");
     }
 }

@@ -56,6 +56,8 @@ use crate::error::{Error, Result};
 const THREADS: usize = 2;
 /// Threads for work that takes long. Each request occupies at most one.
 const BLOCKING_THREADS: usize = 16;
+/// Bytes of the stack of each. Schemas and templates are nested.
+const STACK_BYTES: usize = 16 << 20;
 
 /// Serves models until SIGTERM or SIGINT. The address is bound, and printed to standard error, before the models are
 /// loaded. `opened` sees each engine.
@@ -68,6 +70,7 @@ pub fn serve(options: ServeOptions, opened: impl Fn(&Engine) + Send + 'static) -
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
         .max_blocking_threads(BLOCKING_THREADS)
+        .thread_stack_size(STACK_BYTES)
         .enable_all()
         .build()
         .map_err(|e| Error::usage(format!("cannot start threads: {e}")))?;

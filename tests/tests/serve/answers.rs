@@ -1,5 +1,7 @@
 //! What the server answers.
 
+use std::io::Read;
+
 use serde_json::{Value as Json, json};
 use stb_tests::paths::quill;
 use stb_tests::programs::run;
@@ -49,12 +51,22 @@ fn the_server_writes_what_the_terminal_writes() {
     let server = quill_server(&[]);
     let reply = server.post(TEXT, &continuation(STORY, json!({}))).success();
     let model = quill();
-    let args =
-        [model.to_str().unwrap(), "--no-template", "--temp", "0", "-n", "12", "--quiet", "--prompt", STORY];
+    let args = [
+        model.to_str().unwrap(),
+        "--no-template",
+        "--temp",
+        "0",
+        "-n",
+        "12",
+        "--quiet",
+        "--prompt",
+        STORY,
+    ];
     let terminal = run("stb-run", &args).success();
     assert_eq!(reply["choices"][0]["text"].as_str().unwrap(), terminal.trim_end_matches('\n'));
     // As text and as tokens.
-    let tokens = server.post("/tokenize", &json!({"content": STORY, "add_special": true})).success();
+    let tokens =
+        server.post("/tokenize", &json!({"content": STORY, "add_special": true})).success();
     let fields = json!({"prompt": tokens["tokens"], "echo": true});
     let again = server.post(TEXT, &continuation("", fields)).success();
     let text = again["choices"][0]["text"].as_str().unwrap();
@@ -115,7 +127,8 @@ fn log_probabilities_and_biases() {
     assert_eq!(logprobs["tokens"].as_array().unwrap().len(), 12);
     assert_eq!(logprobs["text_offset"][0], 0);
 
-    let first = server.post("/tokenize", &json!({"content": " cat"})).success()["tokens"][0].clone();
+    let first =
+        server.post("/tokenize", &json!({"content": " cat"})).success()["tokens"][0].clone();
     let fields = json!({"logit_bias": {first.to_string(): 100}, "max_tokens": 3});
     let biased = server.post(TEXT, &continuation(STORY, fields)).success();
     let text = biased["choices"][0]["text"].as_str().unwrap();
@@ -158,7 +171,8 @@ fn answers_follow_schemas_grammars_and_tools() {
     assert_eq!(message["content"], Json::Null);
     let call = &message["tool_calls"][0];
     assert_eq!(call["function"]["name"], "weather");
-    let arguments: Json = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+    let arguments: Json =
+        serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
     assert!(["Rome", "Oslo"].contains(&arguments["city"].as_str().unwrap()));
 
     let mut streamed = fields;
@@ -197,7 +211,8 @@ fn models_tokens_embeddings_and_descriptions() {
     let text = "The café is open, 日本.";
     let tokens = server.post("/tokenize", &json!({"content": text})).success();
     assert_eq!(server.post("/detokenize", &tokens).success()["content"], text);
-    let pieces = server.post("/tokenize", &json!({"content": "The end", "with_pieces": true})).success();
+    let pieces =
+        server.post("/tokenize", &json!({"content": "The end", "with_pieces": true})).success();
     let pieces = pieces["tokens"].as_array().unwrap().clone();
     assert_eq!(pieces.iter().map(|p| p["piece"].as_str().unwrap()).collect::<String>(), "The end");
 
@@ -219,7 +234,8 @@ fn models_tokens_embeddings_and_descriptions() {
     }
     let page = server.get("/");
     assert_eq!(page.status, 200);
-    let policy = page.head.lines().find(|l| l.to_ascii_lowercase().starts_with("content-security-policy"));
+    let policy =
+        page.head.lines().find(|l| l.to_ascii_lowercase().starts_with("content-security-policy"));
     assert!(policy.unwrap().contains("default-src 'none'") && !policy.unwrap().contains("unsafe"));
     assert!(server.metric("stb_http_requests_total") > 5.0);
 }
@@ -229,7 +245,15 @@ fn several_models_are_chosen_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("small.stb");
     stb_tests::programs::convert(&quill(), &file, &["--recipe", "source"]);
-    let server = Server::start(&[quill().to_str().unwrap(), "-m", file.to_str().unwrap(), "-c", "64", "-np", "2"]);
+    let server = Server::start(&[
+        quill().to_str().unwrap(),
+        "-m",
+        file.to_str().unwrap(),
+        "-c",
+        "64",
+        "-np",
+        "2",
+    ]);
     let ask = |model: Json| server.post(TEXT, &continuation("One day", json!({"model": model})));
     assert_eq!(ask("small".into()).success()["model"], "small");
     assert_eq!(ask("quill-4m".into()).success()["model"], "quill-4m");
@@ -243,8 +267,8 @@ fn several_models_are_chosen_by_name() {
 fn sigterm_finishes_streams() {
     let server = quill_server(&[]);
     let fields = json!({"stream": true, "max_tokens": 200, "ignore_eos": true});
-    let stream = server.begin(TEXT, &continuation(STORY, fields));
-    server.wait_for("stb_slots_busy", |busy| busy > 0.0);
+    let mut stream = server.begin(TEXT, &continuation(STORY, fields));
+    stream.read_exact(&mut [0]).unwrap();
     server.signal("TERM");
     let chunks = chunks(&read_reply(stream));
     assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "length");
