@@ -157,7 +157,8 @@ async fn embed(model: &Loaded, tokens: Vec<u32>) -> Result<Vec<f32>, ApiError> {
         SubmitError::Invalid(e) => ApiError::from(e).with_param("input"),
     })?;
     let result = receiver.await;
-    Ok(result.map_err(|_| ApiError::internal("The model has stopped answering."))??)
+    let result = result.map_err(|_| ApiError::internal("The model has stopped answering."))?;
+    result.map_err(|e| ApiError::of_job(&e))
 }
 
 fn normalize(values: &mut [f32]) {

@@ -99,6 +99,16 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
+    /// The error of a job that was queued. What is wrong with its request was found before: a usage error means that
+    /// the server is shutting down.
+    pub fn of_job(error: &Error) -> Self {
+        match error.kind() {
+            ErrorKind::Usage => Self::unavailable(&error.to_string()),
+            ErrorKind::Invalid => Self::bad_request(error.to_string()),
+            _ => Self::internal(error.to_string()),
+        }
+    }
+
     pub fn with_param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self

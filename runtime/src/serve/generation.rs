@@ -111,7 +111,7 @@ impl Generation {
         match tokio::time::timeout_at(self.deadline, self.events.recv()).await {
             Err(_) => Err(ApiError::timeout()),
             Ok(None) => Err(ApiError::internal("The model has stopped answering.")),
-            Ok(Some((_, Event::Failed(e)))) => Err(e.into()),
+            Ok(Some((_, Event::Failed(e)))) => Err(ApiError::of_job(&e)),
             Ok(Some(event)) => Ok(event),
         }
     }
