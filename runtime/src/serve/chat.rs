@@ -61,6 +61,7 @@ pub(crate) struct ChatRequest {
 /// A request that is ready to be queued.
 struct PreparedChat {
     model: Arc<Loaded>,
+    rule: Option<Rule>,
     order: Order,
     splitters: Vec<Splitter>,
     stream: bool,
@@ -84,7 +85,8 @@ pub(crate) async fn chat_completions(
     let body = json::read(request).await?;
     let shared = Arc::clone(&app);
     let prepared = app.prepare(move || prepare(&shared, &body)).await?;
-    let PreparedChat { model, order, splitters, stream, include_usage } = prepared;
+    let PreparedChat { model, rule, mut order, splitters, stream, include_usage } = prepared;
+    order.constraint = app.compile(&model, rule).await?;
     let generation = Generation::start(&model, order, app.timeout)?;
     let mut assembler = ChatAssembler::new(model, splitters, include_usage);
     if stream {
@@ -112,11 +114,8 @@ fn prepare(app: &App, body: &Bytes) -> Result<PreparedChat, ApiError> {
         let message = "`tool_choice` demands a call, which cannot follow another format";
         return Err(ApiError::field("tool_choice", message));
     }
-    let constraint = match forced.or(rule) {
-        Some(rule) => Some(model.grammars()?.compile(rule)?),
-        None => None,
-    };
-    let constrained = constraint.is_some();
+    let rule = forced.or(rule);
+    let constrained = rule.is_some();
     let splitter = |_| {
         let calls = (!tools.is_empty()).then(|| CallReader::new(format, tools.names()));
         match constrained {
@@ -132,10 +131,10 @@ fn prepare(app: &App, body: &Bytes) -> Result<PreparedChat, ApiError> {
         logprobs,
         chat: model.template.is_some(),
         calls: (!tools.is_empty()).then_some(format),
-        constraint,
+        constraint: None,
     };
     let (stream, include_usage) = (sampling_fields.streams(), sampling_fields.reports_usage());
-    Ok(PreparedChat { model, order, splitters, stream, include_usage })
+    Ok(PreparedChat { model, rule, order, splitters, stream, include_usage })
 }
 
 fn logprobs(chat: &ChatFields) -> Result<Option<usize>, ApiError> {

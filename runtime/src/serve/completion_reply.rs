@@ -171,7 +171,7 @@ impl Assembler for CompletionAssembler {
             }
             Event::Done { finish, text, usage } => {
                 let text = self.echoed(index) + &text;
-                self.totals.add(&usage, index % self.per_prompt == 0);
+                self.totals.add(&usage, index.is_multiple_of(self.per_prompt));
                 self.answers[index].done = true;
                 let finish_reason = Some(finish_name(finish));
                 let mut chunk =

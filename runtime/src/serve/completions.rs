@@ -13,7 +13,7 @@ use super::app::App;
 use super::completion_reply::{CompletionAssembler, TextCompletion};
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Generation, Order};
-use super::grammar::GrammarFields;
+use super::grammar::{GrammarFields, Rule};
 use super::models::Loaded;
 use super::prompt::Prompts;
 use super::sampling::{SamplingFields, alternatives};
@@ -56,6 +56,7 @@ pub(crate) struct CompletionRequest {
 /// A request that is ready to be queued.
 struct PreparedCompletion {
     model: Arc<Loaded>,
+    rule: Option<Rule>,
     order: Order,
     /// What is repeated before the answers to each prompt.
     echo: Vec<String>,
@@ -80,7 +81,8 @@ pub(crate) async fn completions(
     let body = json::read(request).await?;
     let shared = Arc::clone(&app);
     let prepared = app.prepare(move || prepare(&shared, &body)).await?;
-    let PreparedCompletion { model, order, echo, stream, include_usage } = prepared;
+    let PreparedCompletion { model, rule, mut order, echo, stream, include_usage } = prepared;
+    order.constraint = app.compile(&model, rule).await?;
     let reports = order.logprobs.is_some();
     let answers = order.sampling.answers as usize;
     let generation = Generation::start(&model, order, app.timeout)?;
@@ -130,10 +132,6 @@ fn prepare(app: &App, body: &Bytes) -> Result<PreparedCompletion, ApiError> {
     prompts
         .iter()
         .for_each(|prompt| app.log_prompt(&model.tokenizer.decode(prompt).unwrap_or_default()));
-    let constraint = match rule {
-        Some(rule) => Some(model.grammars()?.compile(rule)?),
-        None => None,
-    };
     let order = Order {
         field: "prompt",
         prompts,
@@ -141,10 +139,10 @@ fn prepare(app: &App, body: &Bytes) -> Result<PreparedCompletion, ApiError> {
         logprobs,
         chat: false,
         calls: None,
-        constraint,
+        constraint: None,
     };
     let (stream, include_usage) = (sampling_fields.streams(), sampling_fields.reports_usage());
-    Ok(PreparedCompletion { model, order, echo, stream, include_usage })
+    Ok(PreparedCompletion { model, rule, order, echo, stream, include_usage })
 }
 
 fn echo(given: &Prompts, tokens: &[Vec<u32>], model: &Loaded) -> Result<Vec<String>, ApiError> {

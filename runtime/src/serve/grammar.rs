@@ -19,6 +19,9 @@ const MAX_GRAMMAR: usize = 256 << 10;
 /// Limits of llguidance: work of the compilation (about 20 ms) and states of the lexer (about 2 kB each).
 const COMPILE_FUEL: u64 = 1_000_000;
 const LEXER_STATES: usize = 25_000;
+/// The most significant digits of `multipleOf`: a divisor has as many states as it is large, and finding them is not
+/// covered by the limits of llguidance.
+const DIVISOR_DIGITS: usize = 3;
 /// The longest token that a grammar can use, in bytes.
 const MAX_TOKEN: usize = 1024;
 
@@ -107,6 +110,11 @@ impl Rule {
         Self { field: "grammar", text: RuleText::Lark(text) }
     }
 
+    /// The field that the rule comes from.
+    pub fn field(&self) -> &'static str {
+        self.field
+    }
+
     /// The rule of a tool that has to be called.
     pub fn of_tools(text: String) -> Self {
         Self { field: "tools", text: RuleText::Lark(text) }
@@ -156,23 +164,26 @@ impl Grammars {
     /// 400 that names the field if the rule is invalid or too large.
     pub fn compile(&self, rule: Rule) -> std::result::Result<GrammarConstraint, ApiError> {
         let Rule { field, text } = rule;
-        let size = match &text {
-            RuleText::Schema(schema) => schema.to_string().len(),
-            RuleText::Lark(text) => text.len(),
+        let written = match &text {
+            RuleText::Schema(schema) => schema.to_string(),
+            RuleText::Lark(text) => text.clone(),
         };
-        if size > MAX_GRAMMAR {
-            let message = format!("`{field}` has {size} bytes, but may have {MAX_GRAMMAR}");
+        if written.len() > MAX_GRAMMAR {
+            let message =
+                format!("`{field}` has {} bytes, but may have {MAX_GRAMMAR}", written.len());
+            return Err(ApiError::field(field, message));
+        }
+        if written.split("\"multipleOf\"").skip(1).any(is_long_number) {
+            let message =
+                format!("`multipleOf` in `{field}` has more than {DIVISOR_DIGITS} digits");
             return Err(ApiError::field(field, message));
         }
         let grammar = match text {
-            RuleText::Schema(schema) => TopLevelGrammar::from_json_schema(schema),
+            RuleText::Schema(schema) => TopLevelGrammar::from_json_schema(with_options(schema)),
             RuleText::Lark(text) => TopLevelGrammar::from_lark(text),
         };
         let wrong = |e: anyhow::Error| {
-            let text = e.to_string();
-            // The first line says what is wrong; the rest is a stack of callers.
-            let line = text.lines().next().unwrap_or_default();
-            ApiError::field(field, format!("`{field}` cannot be used: {line}"))
+            ApiError::field(field, format!("`{field}` cannot be used: {}", first_line(&e)))
         };
         let parser = llguidance::panic_utils::catch_unwind(std::panic::AssertUnwindSafe(|| {
             self.factory.create_parser(grammar)
@@ -181,6 +192,14 @@ impl Grammars {
         let may_end = matcher.is_accepting().map_err(wrong)?;
         Ok(GrammarConstraint { matcher, may_end })
     }
+}
+
+/// Whether a text begins, after a colon, with a number of more significant digits than a divisor may have.
+fn is_long_number(text: &str) -> bool {
+    let number = text.trim_start().strip_prefix(':').unwrap_or_default().trim_start();
+    let end = number.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(number.len());
+    let digits: String = number[..end].chars().filter(char::is_ascii_digit).collect();
+    digits.trim_start_matches('0').len() > DIVISOR_DIGITS
 }
 
 /// An answer that follows a grammar.
@@ -196,8 +215,21 @@ impl GrammarConstraint {
     }
 }
 
+/// A schema with the options of llguidance that every schema here has: `oneOf` is read as `anyOf`.
+pub(crate) fn with_options(mut schema: Value) -> Value {
+    if let Some(object) = schema.as_object_mut() {
+        object.insert("x-guidance".into(), json!({"coerce_one_of": true}));
+    }
+    schema
+}
+
 fn failed(error: &anyhow::Error) -> Error {
-    Error::invalid(format!("the grammar failed: {error}"))
+    Error::invalid(format!("the grammar failed: {}", first_line(error)))
+}
+
+/// The first line of a message of llguidance says what is wrong; the rest is a stack of callers.
+fn first_line(error: &anyhow::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 impl Constraint for GrammarConstraint {
@@ -219,5 +251,35 @@ impl Constraint for GrammarConstraint {
 
     fn may_end(&self) -> bool {
         self.may_end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_divisors_are_found() {
+        for (text, long) in [
+            (": 1000}", true),
+            (":0.0125,", false),
+            (" : 99", false),
+            (": 1.2345", true),
+            (": \"x\"", false),
+        ] {
+            assert_eq!(is_long_number(text), long, "{text}");
+        }
+    }
+
+    #[test]
+    fn one_rule_of_one_kind() {
+        let rule = |text: &str| serde_json::from_str::<GrammarFields>(text).unwrap().rule();
+        assert!(rule(r#"{"response_format": {"type": "text"}, "grammar": ""}"#).unwrap().is_none());
+        assert!(rule(r#"{"response_format": {"type": "json_object"}}"#).unwrap().is_some());
+        assert!(
+            rule(r#"{"response_format": {"type": "json_object"}, "grammar": "start: \"a\""}"#)
+                .is_err()
+        );
+        assert!(rule(r#"{"grammar": "root ::= \"a\""}"#).is_err());
     }
 }

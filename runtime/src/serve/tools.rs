@@ -6,6 +6,7 @@ use utoipa::ToSchema;
 
 use super::calls::CallFormat;
 use super::error::ApiError;
+use super::grammar::with_options;
 
 /// The only type of tools.
 pub(crate) fn function() -> String {
@@ -170,12 +171,12 @@ impl Tools {
         let call = |tool: &Tool| {
             let parameters = tool.function.parameters.clone().filter(Value::is_object);
             let parameters = parameters.unwrap_or_else(|| json!({"type": "object"}));
-            json!({
+            with_options(json!({
                 "type": "object",
                 "properties": {"name": {"const": tool.function.name}, key: parameters},
                 "required": ["name", key],
                 "additionalProperties": false,
-            })
+            }))
         };
         let rules = self
             .forced
