@@ -189,6 +189,8 @@ impl Grammars {
             self.factory.create_parser(grammar)
         }));
         let mut matcher = Matcher::new(parser);
+        // The first mask takes longest, and finds out what cannot begin. It is kept for the scheduler.
+        let _ = matcher.compute_mask_or_eos().map_err(wrong)?;
         let may_end = matcher.is_accepting().map_err(wrong)?;
         Ok(GrammarConstraint { matcher, may_end })
     }

@@ -25,8 +25,9 @@ const CONNECTIONS: usize = 1024;
 const HEAD_TIME: Duration = Duration::from_secs(30);
 /// The longest time for which a client may take nothing of a response.
 const WRITE_TIME: Duration = Duration::from_secs(60);
-/// The most bytes of the head of a request, and the most headers.
-const HEAD_BYTES: usize = 64 << 10;
+/// The most bytes of the head of a request, and the most headers. hyper checks its buffer before it reads, so that a
+/// head may have up to twice as many bytes.
+const HEAD_BYTES: usize = 32 << 10;
 const HEADERS: usize = 100;
 
 /// Binds the address.
