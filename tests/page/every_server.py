@@ -48,7 +48,7 @@ def regenerates(page):
     assert "2 of 2" in page.js("document.querySelectorAll('.acts')[1].textContent")
     page.act(1, "Previous version")
     assert page.js(BODIES) == first, "the first answer has changed"
-    assert page.js("document.activeElement.ariaLabel") == "Previous version"
+    assert page.js("document.activeElement.ariaLabel") == "Next version", "the focus is lost"
 
 
 def edits(page):
