@@ -42,7 +42,7 @@ HOSTILE = """# <img src=x onerror="window.broken=1">
 </code></pre><script>window.broken=1</script>
 ```
 """
-DEEP = ">" * 3000 + " deep\n\n" + "".join("  " * i + "- item\n" for i in range(300)) + "\n" + "*" * 5000 + "a" + "*" * 5000 + "\n\n" + "[" * 5000 + "\n\n" + "`" * 999 + " " + "**a " * 3000
+DEEP = ">" * 3000 + " deep\n\n" + "".join("  " * i + "- item\n" for i in range(150)) + "\n" + "*" * 5000 + "a" + "*" * 5000 + "\n\n" + "[" * 5000 + "\n\n" + "`" * 999 + " " + "**a " * 3000
 TABLE = "|" + "a|" * 3000 + "\n|" + "-|" * 3000 + "\n" + ("|" + "b|" * 300 + "\n") * 100
 LONG = "".join(
     f"## Part {i}\n\nSome *plain* text with `code`, **strong words** and a [link](https://example.invalid/{i}).\n\n"
@@ -136,7 +136,7 @@ class Mock(BaseHTTPRequestHandler):
                 for word in "Let me think about **this** carefully.".split(" "):
                     self.delta(reasoning_content=word + " ")
                     time.sleep(0.02)
-            words = re.findall(r"\s*\S+\s*", text) if command in ("slow", "cut") or len(text) < 1000 else [text[i:i + 37] for i in range(0, len(text), 37)]
+            words = re.findall(r"\s*\S+\s*", text) if command in ("slow", "cut") or len(text) < 1000 else [text[i:i + 97] for i in range(0, len(text), 97)]
             begun = time.monotonic()
             for i in range(2000) if command == "slow" else words:
                 self.delta(content=f"word{i} " if command == "slow" else i)
