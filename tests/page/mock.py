@@ -42,7 +42,10 @@ HOSTILE = """# <img src=x onerror="window.broken=1">
 </code></pre><script>window.broken=1</script>
 ```
 """
-DEEP = ">" * 3000 + " deep\n\n" + "".join("  " * i + "- item\n" for i in range(150)) + "\n" + "*" * 5000 + "a" + "*" * 5000 + "\n\n" + "[" * 5000 + "\n\n" + "`" * 999 + " " + "**a " * 3000
+DEEP = "\n\n".join([
+    ">" * 3000 + " deep", "".join("  " * i + "- item\n" for i in range(150)), "*" * 5000 + "a" + "*" * 5000, "[" * 5000, "`" * 999 + " " + "**a " * 3000,
+    "`" + " a" * 10000 + "`", "[a](http://" * 1000,
+])
 TABLE = "|" + "a|" * 3000 + "\n|" + "-|" * 3000 + "\n" + ("|" + "b|" * 300 + "\n") * 100
 LONG = "".join(
     f"## Part {i}\n\nSome *plain* text with `code`, **strong words** and a [link](https://example.invalid/{i}).\n\n"

@@ -54,6 +54,7 @@ def markdown(page):
         ("text:\n- a\n\n1. x\n   ```\n   code\n   ```", "<p>text:</p><ul><li>a</li></ul>"),
         ("a  \nb\\*c", "<p>a<br>b*c</p>"),
         ("*open **bold", "<p>*open **bold</p>"),
+        ("` a ` https://example.invalid/a_b_(c)_*d*.", '<p><code>a</code> <a href="https://example.invalid/a_b_(c)_*d" title='),
         ("**`a`**: b", "<p><strong><code>a</code></strong>: b</p>"),
     ]
     for text, html in cases:
