@@ -8,6 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 PAGE = Path(__file__).resolve().parents[2] / "runtime/src/serve/page/index.html"
 KEY = "mock-key"
@@ -63,6 +64,7 @@ class Mock(BaseHTTPRequestHandler):
     refused = {}
     seen = []
     info = INFO
+    models = [INFO["name"]]
     down = gone = False
     loading = 0
 
@@ -96,16 +98,19 @@ class Mock(BaseHTTPRequestHandler):
                 hashes[tag] = base64.b64encode(hashlib.sha256(content).digest()).decode()
             policy = (
                 f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; connect-src 'self'; "
-                "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+                "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+                # No text at all may become markup or script.
+                "require-trusted-types-for 'script'; trusted-types 'none'"
             )
             self.reply(200, "text/html; charset=utf-8", page, Content_Security_Policy=policy)
         elif path == "/stb/info" and Mock.loading:
             Mock.loading -= 1
             self.error(503, "Loading model")
         elif path == "/stb/info":
-            self.json(self.info)
+            query = parse_qs(urlsplit(self.path).query)
+            self.json({**self.info, "name": query.get("model", Mock.models)[0]})
         elif path == "/v1/models":
-            self.json({"object": "list", "data": [{"id": self.info["name"], "object": "model"}]})
+            self.json({"object": "list", "data": [{"id": name, "object": "model"} for name in Mock.models]})
         else:
             self.error(404, "no such path")
 

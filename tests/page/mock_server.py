@@ -215,6 +215,24 @@ def without_template(page):
     page.open()
 
 
+def several_models(page):
+    mock.Mock.models = ["mock-7b", "a-model-with-a-rather-long-name-of-its-own"]
+    try:
+        page.open()
+        page.fresh()
+        page.js("(m => { m.selectedIndex = 1; m.onchange(); })(document.getElementById('model'))")
+        page.browser.wait("document.querySelector('#welcome h2')?.textContent.startsWith('a-model')")
+        page.send("words")
+        assert mock.Mock.seen[-1]["model"] == mock.Mock.models[1]
+        assert page.js("document.querySelector('.answer h2').textContent") == mock.Mock.models[1]
+        page.browser.resize(360, 640, touch=True)
+        assert not page.sideways(), page.sideways()
+    finally:
+        page.browser.resize(1200, 800)
+        mock.Mock.models = [mock.INFO["name"]]
+    page.open()
+
+
 def network_loss(page):
     page.fresh()
     mock.Mock.down = True
@@ -232,5 +250,6 @@ def network_loss(page):
 
 
 WITH_MOCK = [
-    hostile_text, markdown, grows_as_it_would_be_read, streams_and_stops, reasoning, screen_reader, errors, api_key, settings_reach_the_server, without_template, network_loss,
+    hostile_text, markdown, grows_as_it_would_be_read, streams_and_stops, reasoning, screen_reader, errors, api_key, settings_reach_the_server,
+    without_template, several_models, network_loss,
 ]
