@@ -138,11 +138,10 @@ def screen_reader(page):
 
 def errors(page):
     page.fresh()
-    for command, words in (("429", "busy"), ("503", "loading")):
+    for command, words in (("429", "busy"), ("503", "cannot answer yet")):
         mock.Mock.refused.clear()
         page.send(command, wait=False)
-        page.browser.wait(f"document.querySelector('.turn:last-child .notice')?.textContent.includes('{words}')" if command == "429"
-                          else "document.querySelector('.turn:last-child .notice')?.textContent.includes('cannot answer yet')")
+        page.browser.wait(f"document.querySelector('.turn:last-child .notice')?.textContent.includes('{words}')")
         page.act(page.js(TURNS) - 1, "Try now")
         page.idle()
         assert page.last().startswith(f"You said: {command}") and not page.notice()
