@@ -1,8 +1,10 @@
 """Drives Chromium through its debugging pipe. Needs nothing but Python and a Chromium (or Chrome) executable."""
 
 import base64
+import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +18,8 @@ KEYS = {
     "Enter": ("Enter", 13, "\r"), "Escape": ("Escape", 27, ""), "Tab": ("Tab", 9, ""), "ArrowUp": ("ArrowUp", 38, ""),
     "ArrowDown": ("ArrowDown", 40, ""), " ": ("Space", 32, " "),
 }
+# Seconds without any message after which the browser counts as hung.
+PATIENCE = 120
 MODIFIERS = {"alt": 1, "ctrl": 2, "shift": 8}
 
 
@@ -36,8 +40,8 @@ class Browser:
 
         def connect():
             # Chromium reads commands from descriptor 3 and writes replies to descriptor 4.
-            spare_read, spare_write = os.dup(theirs_read), os.dup(theirs_write)
-            high_read, high_write = os.dup(spare_read), os.dup(spare_write)
+            # The pipes may have these numbers already, so that both are copied first.
+            high_read, high_write = (fcntl.fcntl(pipe, fcntl.F_DUPFD_CLOEXEC, 10) for pipe in (theirs_read, theirs_write))
             os.dup2(high_read, 3)
             os.dup2(high_write, 4)
 
@@ -87,6 +91,8 @@ class Browser:
 
     def receive(self):
         while b"\0" not in self.buffer:
+            if not select.select([self.output], [], [], PATIENCE)[0]:
+                raise RuntimeError(f"the browser has been silent for {PATIENCE} s")
             data = os.read(self.output, 1 << 16)
             if not data:
                 raise EOFError("the browser has ended")
@@ -114,6 +120,10 @@ class Browser:
     def colors(self, scheme):
         """Pretends that the person prefers `scheme`, "light" or "dark"."""
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def pretend(self, platform):
+        """Pages that are opened from now on see this platform."""
+        self.send("Emulation.setUserAgentOverride", userAgent=self.evaluate("navigator.userAgent"), platform=platform)
 
     def open(self, url):
         self.send("Page.navigate", url=url)

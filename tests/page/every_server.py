@@ -48,7 +48,7 @@ def regenerates(page):
     assert "2 of 2" in page.js("document.querySelectorAll('.acts')[1].textContent")
     page.act(1, "Previous version")
     assert page.js(BODIES) == first, "the first answer has changed"
-    assert page.js("document.activeElement.ariaLabel") == "Previous version"
+    assert page.js("document.activeElement.ariaLabel") == "Next version", "the focus is lost"
 
 
 def edits(page):
@@ -190,6 +190,38 @@ def keyboard(page):
     page.idle()
 
 
+def keyboard_of_a_mac(page):
+    """There the Alt key types letters, and the shortcuts have Ctrl and Shift."""
+    ours = page.js("navigator.platform")
+    page.browser.pretend("MacIntel")
+    try:
+        page.open()
+        page.browser.press("k", "alt")
+        assert not page.js("document.getElementById('keys').open")
+        page.browser.press("k", "ctrl", "shift")
+        assert page.js("document.getElementById('keys').open")
+        assert "Ctrl Shift K" in page.js("[...document.querySelectorAll('#keyList dt')].map(e => [...e.children].map(k => k.textContent).join(' ')).join()")
+        page.browser.press("Escape")
+    finally:
+        page.browser.pretend(ours)
+    page.open()
+
+
+def two_tabs(page):
+    page.fresh()
+    page.send("Shared by two tabs")
+    wait_stored(page)
+    page.js("""(async () => {
+        const c = (await store.all()).find(c => c.id === current.id);
+        c.title = 'Changed elsewhere';
+        c.updated++;
+        await store.run('readwrite', s => s.put(c));
+        new BroadcastChannel('stb').postMessage(0);
+    })()""")
+    page.browser.wait("document.getElementById('title').textContent === 'Changed elsewhere'")
+    assert page.js(TURNS) == 2 and "Changed elsewhere" in page.js(TITLES)
+
+
 def phone(page):
     browser = page.browser
     browser.resize(360, 640, touch=True)
@@ -239,4 +271,7 @@ def colors(page):
     page.browser.colors("light")
 
 
-COMMON = [figures_of_the_file, answers, stops, regenerates, edits, keeps_conversations, renames_and_deletes, exports_and_imports, keyboard, phone, colors]
+COMMON = [
+    figures_of_the_file, answers, stops, regenerates, edits, keeps_conversations, renames_and_deletes, exports_and_imports, keyboard, keyboard_of_a_mac,
+    two_tabs, phone, colors,
+]

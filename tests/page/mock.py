@@ -8,6 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 PAGE = Path(__file__).resolve().parents[2] / "runtime/src/serve/page/index.html"
 KEY = "mock-key"
@@ -42,7 +43,10 @@ HOSTILE = """# <img src=x onerror="window.broken=1">
 </code></pre><script>window.broken=1</script>
 ```
 """
-DEEP = ">" * 3000 + " deep\n\n" + "".join("  " * i + "- item\n" for i in range(300)) + "\n" + "*" * 5000 + "a" + "*" * 5000 + "\n\n" + "[" * 5000 + "\n\n" + "`" * 999 + " " + "**a " * 3000
+DEEP = "\n\n".join([
+    ">" * 3000 + " deep", "".join("  " * i + "- item\n" for i in range(150)), "*" * 5000 + "a" + "*" * 5000, "[" * 5000, "`" * 999 + " " + "**a " * 3000,
+    "`" + " a" * 10000 + "`", "[a](http://" * 1000,
+])
 TABLE = "|" + "a|" * 3000 + "\n|" + "-|" * 3000 + "\n" + ("|" + "b|" * 300 + "\n") * 100
 LONG = "".join(
     f"## Part {i}\n\nSome *plain* text with `code`, **strong words** and a [link](https://example.invalid/{i}).\n\n"
@@ -60,6 +64,7 @@ class Mock(BaseHTTPRequestHandler):
     refused = {}
     seen = []
     info = INFO
+    models = [INFO["name"]]
     down = gone = False
     loading = 0
 
@@ -93,16 +98,19 @@ class Mock(BaseHTTPRequestHandler):
                 hashes[tag] = base64.b64encode(hashlib.sha256(content).digest()).decode()
             policy = (
                 f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; connect-src 'self'; "
-                "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+                "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+                # No text at all may become markup or script.
+                "require-trusted-types-for 'script'; trusted-types 'none'"
             )
             self.reply(200, "text/html; charset=utf-8", page, Content_Security_Policy=policy)
         elif path == "/stb/info" and Mock.loading:
             Mock.loading -= 1
             self.error(503, "Loading model")
         elif path == "/stb/info":
-            self.json(self.info)
+            query = parse_qs(urlsplit(self.path).query)
+            self.json({**self.info, "name": query.get("model", Mock.models)[0]})
         elif path == "/v1/models":
-            self.json({"object": "list", "data": [{"id": self.info["name"], "object": "model"}]})
+            self.json({"object": "list", "data": [{"id": name, "object": "model"} for name in Mock.models]})
         else:
             self.error(404, "no such path")
 
@@ -136,7 +144,7 @@ class Mock(BaseHTTPRequestHandler):
                 for word in "Let me think about **this** carefully.".split(" "):
                     self.delta(reasoning_content=word + " ")
                     time.sleep(0.02)
-            words = re.findall(r"\s*\S+\s*", text) if command in ("slow", "cut") or len(text) < 1000 else [text[i:i + 37] for i in range(0, len(text), 37)]
+            words = re.findall(r"\s*\S+\s*", text) if command in ("slow", "cut") or len(text) < 1000 else [text[i:i + 97] for i in range(0, len(text), 97)]
             begun = time.monotonic()
             for i in range(2000) if command == "slow" else words:
                 self.delta(content=f"word{i} " if command == "slow" else i)

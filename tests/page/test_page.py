@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mock  # noqa: E402
 from browser import Browser, find_chromium  # noqa: E402
 from every_server import COMMON  # noqa: E402
-from mock_server import WITH_MOCK  # noqa: E402
 from person import Page  # noqa: E402
+from with_mock import WITH_MOCK  # noqa: E402
 
 LIMIT = 60_000
 

@@ -54,6 +54,7 @@ def markdown(page):
         ("text:\n- a\n\n1. x\n   ```\n   code\n   ```", "<p>text:</p><ul><li>a</li></ul>"),
         ("a  \nb\\*c", "<p>a<br>b*c</p>"),
         ("*open **bold", "<p>*open **bold</p>"),
+        ("` a ` https://example.invalid/a_b_(c)_*d*.", '<p><code>a</code> <a href="https://example.invalid/a_b_(c)_*d" title='),
         ("**`a`**: b", "<p><strong><code>a</code></strong>: b</p>"),
     ]
     for text, html in cases:
@@ -137,11 +138,10 @@ def screen_reader(page):
 
 def errors(page):
     page.fresh()
-    for command, words in (("429", "busy"), ("503", "loading")):
+    for command, words in (("429", "busy"), ("503", "cannot answer yet")):
         mock.Mock.refused.clear()
         page.send(command, wait=False)
-        page.browser.wait(f"document.querySelector('.turn:last-child .notice')?.textContent.includes('{words}')" if command == "429"
-                          else "document.querySelector('.turn:last-child .notice')?.textContent.includes('cannot answer yet')")
+        page.browser.wait(f"document.querySelector('.turn:last-child .notice')?.textContent.includes('{words}')")
         page.act(page.js(TURNS) - 1, "Try now")
         page.idle()
         assert page.last().startswith(f"You said: {command}") and not page.notice()
@@ -214,6 +214,24 @@ def without_template(page):
     page.open()
 
 
+def several_models(page):
+    mock.Mock.models = ["mock-7b", "a-model-with-a-rather-long-name-of-its-own"]
+    try:
+        page.open()
+        page.fresh()
+        page.js("(m => { m.selectedIndex = 1; m.onchange(); })(document.getElementById('model'))")
+        page.browser.wait("document.querySelector('#welcome h2')?.textContent.startsWith('a-model')")
+        page.send("words")
+        assert mock.Mock.seen[-1]["model"] == mock.Mock.models[1]
+        assert page.js("document.querySelector('.answer h2').textContent") == mock.Mock.models[1]
+        page.browser.resize(360, 640, touch=True)
+        assert not page.sideways(), page.sideways()
+    finally:
+        page.browser.resize(1200, 800)
+        mock.Mock.models = [mock.INFO["name"]]
+    page.open()
+
+
 def network_loss(page):
     page.fresh()
     mock.Mock.down = True
@@ -231,5 +249,6 @@ def network_loss(page):
 
 
 WITH_MOCK = [
-    hostile_text, markdown, grows_as_it_would_be_read, streams_and_stops, reasoning, screen_reader, errors, api_key, settings_reach_the_server, without_template, network_loss,
+    hostile_text, markdown, grows_as_it_would_be_read, streams_and_stops, reasoning, screen_reader, errors, api_key, settings_reach_the_server,
+    without_template, several_models, network_loss,
 ]
