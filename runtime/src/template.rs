@@ -121,9 +121,9 @@ impl ChatTemplate {
             messages => Value::from(Serde(input.messages)),
             tools => input.tools.map(|tools| Value::from(Serde(tools))),
         };
-        // The first map with a name wins: a client cannot change the variables of every template.
+        // The last map with a name wins: a client cannot change the variables of every template.
         let more = Value::from(Serde(input.variables));
-        self.evaluate(merge_maps([own, self.context(true), more]))
+        self.evaluate(merge_maps([more, self.context(true), own]))
     }
 
     /// Whether the source of the template contains `text`, such as the name of a variable.
@@ -134,7 +134,7 @@ impl ChatTemplate {
 
     fn run(&self, messages: &[Message], prompt: bool) -> Result<String> {
         let messages = Value::from(Serde(messages));
-        self.evaluate(merge_maps([minijinja::context! { messages }, self.context(prompt)]))
+        self.evaluate(merge_maps([self.context(prompt), minijinja::context! { messages }]))
     }
 
     /// The variables of every template.

@@ -51,7 +51,8 @@ impl ByteStyle {
 /// The byte of `<0xNN>`.
 fn single_byte(text: &str) -> Option<u8> {
     let hex = text.strip_prefix("<0x")?.strip_suffix('>')?;
-    u8::from_str_radix(hex, 16).ok().filter(|_| hex.len() == 2)
+    let is_byte = hex.len() == 2 && hex.bytes().all(|b| b.is_ascii_hexdigit());
+    u8::from_str_radix(hex, 16).ok().filter(|_| is_byte)
 }
 
 /// The byte of each character of GPT-2's encoding: printable Latin-1 characters stand for themselves, the other bytes

@@ -172,6 +172,10 @@ fn render(
     let values = tools.values();
     let offered = (!spell && !values.is_empty()).then_some(&values[..]);
     let input = ChatInput { messages: &messages, tools: offered, variables: &variables };
-    let prompt = template.render_chat(input);
-    Ok((prompt.map_err(|e| ApiError::from(e).with_param("messages"))?, format))
+    let prompt = template.render_chat(input).map_err(|e| {
+        let text = e.to_string();
+        // The first line says what is wrong; the rest are the source and the variables.
+        ApiError::field("messages", text.lines().next().unwrap_or_default())
+    });
+    Ok((prompt?, format))
 }

@@ -62,10 +62,11 @@ pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
         let path = error.path().to_string();
         let cause = error.into_inner();
-        if !cause.is_data() {
-            return ApiError::bad_request(format!("The body is not valid JSON: {cause}"));
-        }
         let text = cause.to_string();
+        // serde_json counts numbers that are too large for their type as errors of syntax.
+        if !cause.is_data() && !text.starts_with("number out of range") {
+            return ApiError::bad_request(format!("The body is not valid JSON: {text}"));
+        }
         match missing_field(&text) {
             Some(field) => ApiError::field(inside(&path, field), text),
             None if path == "." => ApiError::bad_request(text),
