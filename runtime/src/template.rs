@@ -258,7 +258,7 @@ mod tests {
         variables.insert("x".into(), true.into());
         variables.insert("messages".into(), "no".into());
         let input = ChatInput { messages: &messages, tools: Some(&tools), variables: &variables };
-        assert_eq!(template.render_chat(input).unwrap(), r#"f true {"b": 1, "a": 2}"#);
+        assert_eq!(template.render_chat(input).unwrap(), r#"f True {"b": 1, "a": 2}"#);
         assert!(template.mentions("tools") && !template.mentions("ipython"));
     }
 
