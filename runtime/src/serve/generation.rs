@@ -171,3 +171,42 @@ fn sink(
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKENIZER: &str = r#"{"version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "decoder": null, "added_tokens": [
+        {"id": 1, "content": "[TOOL_CALLS]", "single_word": false, "lstrip": false, "rstrip": false,
+         "normalized": false, "special": true},
+        {"id": 2, "content": "[INST]", "single_word": false, "lstrip": false, "rstrip": false,
+         "normalized": false, "special": true}],
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "[TOOL_CALLS]": 1, "[INST]": 2}, "unk_token": "a"}}"#;
+
+    #[test]
+    fn special_tokens_begin_calls_or_end_answers() {
+        let tokenizer = Arc::new(Tokenizer::new(TOKENIZER, None, vec![], 3).unwrap());
+        assert!(Specials::of(&tokenizer, CallFormat::Llama3).is_none());
+        let specials = Specials::of(&tokenizer, CallFormat::Mistral);
+        let (sender, mut events) = unbounded_channel();
+        let mut sink = sink(3, 7, sender, specials);
+        let mut send = |token| sink(Event::Token { token, text: "x".into(), logprob: None });
+        assert!(send(0).is_continue() && send(1).is_continue() && send(2).is_break());
+        let mut texts = Vec::new();
+        while let Ok((index, event)) = events.try_recv() {
+            assert_eq!(index, 3);
+            match event {
+                Event::Token { text, .. } => texts.push(text),
+                Event::Done { usage, .. } => {
+                    assert_eq!((usage.prompt_tokens, usage.completion_tokens), (7, 2));
+                    texts.push("end".into());
+                }
+                Event::Failed(e) => panic!("{e}"),
+            }
+        }
+        assert_eq!(texts, ["x", "x[TOOL_CALLS]", "end"]);
+        drop(events);
+        assert!(send(0).is_break());
+    }
+}
