@@ -83,7 +83,7 @@ pub(super) struct LoadArgs {
     pub device: Option<DeviceChoice>,
     /// Decoder layers on the device, counted from the last; the CPU computes the rest. Also -ngl N.
     /// Implies --device auto unless --device is given [default: all]
-    #[arg(long, value_name = "N", env = "STB_NGL")]
+    #[arg(long, alias = "n-gpu-layers", value_name = "N", env = "STB_NGL")]
     pub gpu_layers: Option<usize>,
 }
 
