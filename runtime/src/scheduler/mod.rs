@@ -172,7 +172,8 @@ impl Scheduler {
 
     fn join(&self) {
         let thread = self.thread.lock().unwrap_or_else(|e| e.into_inner()).take();
-        if let Some(thread) = thread {
+        // A sink may have been the last to drop the scheduler; its thread cannot wait for itself.
+        if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
             // The thread catches the panics of jobs.
             let _ = thread.join();
         }
