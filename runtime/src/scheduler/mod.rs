@@ -9,10 +9,10 @@
 //! row of one role the same bits in any batch (see the modules `linear` and `attention`); and the prefix cache has
 //! only pages of prefill rows.
 
-mod answer;
 mod job;
 mod prefix;
 mod queue;
+mod reply;
 mod slot;
 mod statistics;
 mod worker;

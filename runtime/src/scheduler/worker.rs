@@ -6,9 +6,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use super::answer::{Answer, Step};
 use super::prefix::PrefixCache;
 use super::queue::{Closing, Queue, Work};
+use super::reply::{Reply, Step};
 use super::slot::{Purpose, Slot};
 use super::{SchedulerOptions, Statistics};
 use crate::engine::Engine;
@@ -134,7 +134,7 @@ impl Worker {
                 Work::Answer(mut job, sink) => {
                     let prompt = std::mem::take(&mut job.prompt);
                     let vocabulary = self.engine.model.embeddings.rows();
-                    let answer = Answer::new(*job, &prompt, sink, (&self.tokenizer, vocabulary));
+                    let answer = Reply::new(*job, &prompt, sink, (&self.tokenizer, vocabulary));
                     (prompt, Purpose::Answer(Box::new(answer)))
                 }
                 Work::Embedding(tokens, sink) => {
