@@ -10,6 +10,7 @@
 //! only pages of prefill rows.
 
 mod job;
+mod options;
 mod prefix;
 mod queue;
 mod reply;
@@ -24,31 +25,13 @@ pub use job::{
     Constraint, EmbeddingSink, Event, EventSink, Job, SubmitError, Ticket, TokenLogprob, TokenMask,
     Usage,
 };
+pub use options::SchedulerOptions;
 pub use statistics::Statistics;
 
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::tokenizer::Tokenizer;
 use queue::{Queue, Work};
-
-/// Options of a [`Scheduler`].
-#[derive(Clone, Copy, Debug)]
-pub struct SchedulerOptions {
-    /// Sequences that are computed together.
-    pub slots: usize,
-    /// The largest number of tokens of a sequence; `None` for the context length of the model.
-    pub context: Option<usize>,
-    /// Jobs that may wait for a slot.
-    pub max_queue: usize,
-    /// Bytes of keys and values of prompts that are kept for later prompts with the same start.
-    pub prefix_cache_bytes: usize,
-}
-
-impl Default for SchedulerOptions {
-    fn default() -> Self {
-        Self { slots: 8, context: None, max_queue: 64, prefix_cache_bytes: 256 << 20 }
-    }
-}
 
 /// Answers many jobs at once with one model. Dropping it cancels what is running.
 #[derive(Debug)]
