@@ -33,6 +33,7 @@ mod observer;
 mod pass;
 mod ragged;
 mod rope;
+mod routing;
 mod sampler;
 pub mod scheduler;
 mod scratch;

@@ -49,6 +49,9 @@ impl Default for SamplerOptions {
     }
 }
 
+/// The smallest number of candidates among which the best are selected.
+const SORTED_AT_ONCE: usize = 256;
+
 /// The input of a [`Sampler`] for the next token.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SamplerInput {
@@ -216,11 +219,19 @@ impl Sampler {
             y.total_cmp(&x).then(a.cmp(b))
         };
         order.clear();
-        order.extend(0..logits.len() as u32);
-        let keep = if options.top_k == 0 { order.len() } else { options.top_k.min(order.len()) };
-        if keep < order.len() {
-            order.select_nth_unstable_by(keep - 1, by_logit);
-            order.truncate(keep);
+        let keep = if options.top_k == 0 { logits.len() } else { options.top_k.min(logits.len()) };
+        // Most tokens are worse than the worst of the best ones so far; a later one of equal logit comes after it.
+        let room = (4 * keep).max(SORTED_AT_ONCE);
+        let mut bar = None;
+        for (id, logit) in logits.iter().enumerate() {
+            if bar.is_none_or(|bar| logit.total_cmp(&bar).is_gt()) {
+                order.push(id as u32);
+            }
+            if order.len() == room || id + 1 == logits.len() && order.len() > keep {
+                order.select_nth_unstable_by(keep - 1, by_logit);
+                order.truncate(keep);
+                bar = Some(logits[order[keep - 1] as usize]);
+            }
         }
         order.sort_unstable_by(by_logit);
         best.clear();
@@ -313,6 +324,21 @@ mod tests {
         assert_eq!(kept(|o| o.min_p = 0.2), 3);
         assert_eq!(kept(|o| o.temperature = 0.0), 1);
         assert_eq!(kept(|o| o.top_p = 0.0), 1);
+    }
+
+    #[test]
+    fn the_most_likely_tokens_are_found_among_many() {
+        let logits: Vec<f32> = (0..5000).map(|i| (i * 7919 % 1009) as f32).collect();
+        let mut all: Vec<u32> = (0..5000).collect();
+        all.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+        for top_k in [1, 40, 300, 4999, 5000, 9000, 0] {
+            let mut sampler = sampler(|o| o.top_k = top_k);
+            sampler.logits.clone_from(&logits);
+            let mut best = Vec::new();
+            sampler.find_best(&mut best);
+            let keep = if top_k == 0 { 5000 } else { top_k.min(5000) };
+            assert!(best.iter().map(|(id, _)| id).eq(&all[..keep]), "{top_k}");
+        }
     }
 
     #[test]

@@ -170,7 +170,8 @@ fn together(engine: &Arc<Engine>, rng: &mut Rng, expected: &[Answer], what: &str
     }
     for (number, (answer, expected)) in answers.iter().zip(expected).enumerate() {
         let what = format!("{what}, job {number}, {slots} slots, {bytes} bytes");
-        assert_eq!(answer.error, None, "{what}");
+        // Draining refuses those that still waited.
+        assert!(answer.error.is_none() || gone[number], "{what}: {answer:?}");
         if gone[number] && answer.finish.is_none() {
             assert!(expected.steps.starts_with(&answer.steps), "{what}");
         } else {

@@ -9,10 +9,11 @@
 //! row of one role the same bits in any batch (see the modules `linear` and `attention`); and the prefix cache has
 //! only pages of prefill rows.
 
-mod answer;
 mod job;
+mod options;
 mod prefix;
 mod queue;
+mod reply;
 mod slot;
 mod statistics;
 mod worker;
@@ -24,31 +25,13 @@ pub use job::{
     Constraint, EmbeddingSink, Event, EventSink, Job, SubmitError, Ticket, TokenLogprob, TokenMask,
     Usage,
 };
+pub use options::SchedulerOptions;
 pub use statistics::Statistics;
 
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::tokenizer::Tokenizer;
 use queue::{Queue, Work};
-
-/// Options of a [`Scheduler`].
-#[derive(Clone, Copy, Debug)]
-pub struct SchedulerOptions {
-    /// Sequences that are computed together.
-    pub slots: usize,
-    /// The largest number of tokens of a sequence; `None` for the context length of the model.
-    pub context: Option<usize>,
-    /// Jobs that may wait for a slot.
-    pub max_queue: usize,
-    /// Bytes of keys and values of prompts that are kept for later prompts with the same start.
-    pub prefix_cache_bytes: usize,
-}
-
-impl Default for SchedulerOptions {
-    fn default() -> Self {
-        Self { slots: 8, context: None, max_queue: 64, prefix_cache_bytes: 256 << 20 }
-    }
-}
 
 /// Answers many jobs at once with one model. Dropping it cancels what is running.
 #[derive(Debug)]
@@ -172,7 +155,8 @@ impl Scheduler {
 
     fn join(&self) {
         let thread = self.thread.lock().unwrap_or_else(|e| e.into_inner()).take();
-        if let Some(thread) = thread {
+        // A sink may have been the last to drop the scheduler; its thread cannot wait for itself.
+        if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
             // The thread catches the panics of jobs.
             let _ = thread.join();
         }

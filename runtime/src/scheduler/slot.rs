@@ -1,8 +1,8 @@
 //! [`Slot`]: a sequence that a scheduler computes.
 
-use super::answer::Answer;
 use super::job::EmbeddingSink;
 use super::prefix::{NO_PAGE, PageId, PrefixCache};
+use super::reply::Reply;
 use crate::engine::Engine;
 use crate::kv_cache::{KvCache, PAGE_TOKENS};
 use crate::linear::RowKind;
@@ -10,7 +10,7 @@ use crate::pass::{OutputKind, Segment};
 
 /// What a sequence is computed for.
 pub(super) enum Purpose<'t> {
-    Answer(Box<Answer<'t>>),
+    Answer(Box<Reply<'t>>),
     /// The mean of hidden states.
     Embedding {
         /// Their sum so far, [hidden].

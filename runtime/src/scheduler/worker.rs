@@ -6,11 +6,13 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use super::answer::{Answer, Step};
+use super::job::Event;
+use super::options::SchedulerOptions;
 use super::prefix::PrefixCache;
 use super::queue::{Closing, Queue, Work};
+use super::reply::{Reply, Step};
 use super::slot::{Purpose, Slot};
-use super::{SchedulerOptions, Statistics};
+use super::statistics::Statistics;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::Finish;
@@ -120,7 +122,7 @@ impl Worker {
             let error = Error::usage("the server is shutting down; send the request again later");
             // A sink that panics is not our concern here.
             let _ = catch_unwind(AssertUnwindSafe(|| match work {
-                Work::Answer(_, mut sink) => drop(sink(super::Event::Failed(error))),
+                Work::Answer(_, mut sink) => drop(sink(Event::Failed(error))),
                 Work::Embedding(_, sink) => sink(Err(error)),
             }));
         }
@@ -134,7 +136,7 @@ impl Worker {
                 Work::Answer(mut job, sink) => {
                     let prompt = std::mem::take(&mut job.prompt);
                     let vocabulary = self.engine.model.embeddings.rows();
-                    let answer = Answer::new(*job, &prompt, sink, (&self.tokenizer, vocabulary));
+                    let answer = Reply::new(*job, &prompt, sink, (&self.tokenizer, vocabulary));
                     (prompt, Purpose::Answer(Box::new(answer)))
                 }
                 Work::Embedding(tokens, sink) => {

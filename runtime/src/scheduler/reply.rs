@@ -1,4 +1,4 @@
-//! [`Answer`]: one job in progress, from logits to events.
+//! [`Reply`]: one job in progress, from logits to events.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -22,7 +22,7 @@ pub(super) enum Step {
 }
 
 /// A job in progress.
-pub(super) struct Answer<'t> {
+pub(super) struct Reply<'t> {
     tokenizer: &'t Tokenizer,
     sink: EventSink,
     job: Job,
@@ -35,7 +35,7 @@ pub(super) struct Answer<'t> {
     usage: Usage,
 }
 
-impl<'t> Answer<'t> {
+impl<'t> Reply<'t> {
     /// The answer to `prompt`, which has been taken out of `job`.
     pub(super) fn new(
         job: Job,
@@ -75,7 +75,7 @@ impl<'t> Answer<'t> {
     /// # Errors
     /// Those of the constraint and of the tokenizer.
     pub(super) fn step(&mut self, logits: &mut [f32], has_room: bool) -> Result<Step> {
-        let distribution = self.job.logprobs.map(|top| Distribution::new(logits, top));
+        let log_probabilities = self.job.logprobs.map(|top| LogProbabilities::new(logits, top));
         if !self.restrict(logits)? {
             return Ok(Step::Ended(Finish::Stop));
         }
@@ -91,7 +91,7 @@ impl<'t> Answer<'t> {
         }
         let text = self.text.push(&self.stream.push(token)?);
         self.usage.completion_tokens += 1;
-        let logprob = distribution.map(|d| d.of(token));
+        let logprob = log_probabilities.map(|d| d.of(token));
         if (self.sink)(Event::Token { token, text, logprob }).is_break() {
             return Ok(Step::Gone);
         }
@@ -169,14 +169,14 @@ fn forbid(logits: &mut [f32], tokens: &[u32]) {
 }
 
 /// The log probabilities of a step.
-struct Distribution {
+struct LogProbabilities {
     logits: Vec<f32>,
     /// The logarithm of the sum of all exp(logit).
     log_sum: f64,
     top: Vec<(u32, f32)>,
 }
 
-impl Distribution {
+impl LogProbabilities {
     fn new(logits: &[f32], top: usize) -> Self {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|x| f64::from(x - largest).exp()).sum();
