@@ -194,8 +194,8 @@ fn quantize(isa: Isa, kernel: &dyn PackedGemmQ8, x: &[f32], to: &mut Activations
     chunks.into_iter().for_each(|mut chunk| kernel.quantize(isa, &mut chunk));
 }
 
-/// The results of the portable kernels for each token alone: of GEMV for N:M codes, of GEMM for integers, whose
-/// GEMM adds in another order (checked to be close to GEMV).
+/// The results of the portable kernels for each token alone: of GEMV, or of GEMM if it adds in another order (checked
+/// to be close to GEMV).
 fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     let (rows, scalar) = (view.rows(), Isa::scalar());
     let mut all = vec![0.0; x.len() / view.cols() * rows];
@@ -203,7 +203,7 @@ fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
         let mut scratch = GemvScratch::default();
         let matrix = packed(view);
         gemv(scalar, matrix, matrix.prepare_q8(scalar, x, &mut scratch), 0, y);
-        if let (MatrixView::IntGroup(_), Some(kernel)) = (view, matrix.gemm_q8()) {
+        if let Some(kernel) = matrix.gemm_q8().filter(|kernel| !kernel.adds_like_gemv()) {
             let mut many = vec![0.0; rows];
             let mut tokens = ActivationsQ8::default();
             quantize(scalar, kernel, x, &mut tokens);

@@ -7,14 +7,14 @@ use stb_format::Activation;
 use stb_format::arch::{LinearInput, Norm};
 use stb_kernels::{Isa, Pool};
 
+use crate::attention::{AttentionSettings, QkvRows};
 use crate::block::{
     AttentionBuffers, AttentionLayer, BlockInput, BlockOps, Flow, LinearWeights, NormWeights,
     ResidualLinear,
 };
 use crate::elementwise::{Elementwise, add};
 use crate::experts::{ExpertOps, ExpertScratch, ExpertsLayer};
-use crate::kv_cache::{AttentionSettings, QkvRows};
-use crate::linear::{LinearScratch, apply};
+use crate::linear::{LinearScratch, Rows, apply};
 use crate::observer::Observer;
 use crate::rope::RopeAngles;
 use crate::weights::Weight;
@@ -33,6 +33,8 @@ pub(crate) struct CpuOps<'a, A> {
     pub attend: A,
     pub scratch: &'a mut CpuScratch,
     pub observer: &'a mut dyn Observer,
+    /// The number of prefill rows; decode rows follow.
+    pub prefill: usize,
 }
 
 /// Reusable buffers for the inputs and outputs of linear layers.
@@ -44,13 +46,6 @@ pub(crate) struct CpuScratch {
     /// The output of a sublayer before it is added to the residual stream, [tokens, hidden].
     out: Vec<f32>,
     experts: ExpertScratch,
-}
-
-impl CpuScratch {
-    /// With `q8`, linear layers may quantize their activations to 8 bits.
-    pub(crate) fn new(q8: bool) -> Self {
-        Self { linear: LinearScratch::new(q8), ..Self::default() }
-    }
 }
 
 impl<'a, A> CpuOps<'a, A> {
@@ -81,7 +76,8 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
         }
         let mut out = out;
         let matrices = weights.each_ref().map(|weights| weights.matrix);
-        apply(self.isa, self.pool, linear, matrices, x, out.each_mut().map(|out| &mut **out));
+        let rows = Rows { x, prefill: self.prefill };
+        apply(self.isa, self.pool, linear, matrices, rows, out.each_mut().map(|out| &mut **out));
         for (weights, out) in weights.iter().zip(out) {
             if let Some(bias) = weights.bias {
                 elementwise.add_bias(out, bias);
@@ -103,7 +99,8 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
         if self.observer.observe(input, x).is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        apply(self.isa, self.pool, linear, [output.matrix], x, [out]);
+        let rows = Rows { x, prefill: self.prefill };
+        apply(self.isa, self.pool, linear, [output.matrix], rows, [out]);
         if let Some(bias) = output.bias {
             elementwise.add_bias(out, bias);
         }
@@ -134,6 +131,7 @@ impl<A: FnMut(QkvRows<'_>, AttentionSettings)> BlockOps for CpuOps<'_, A> {
             linear,
             scratch: experts,
             observer: &mut *self.observer,
+            prefill: self.prefill,
         };
         ops.run(&layer, normed, residual);
         Ok(ControlFlow::Continue(()))

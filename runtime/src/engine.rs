@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::map::Bytes;
 use crate::model::Model;
 use crate::rope::Rope;
+use crate::scratch::ScratchPool;
 use crate::threads::default_threads;
 
 /// How much of a file is checked when it is opened. Structure, tensor table and metadata are always
@@ -96,6 +97,7 @@ pub struct Engine {
     pub device_note: Option<String>,
     pub(crate) rope: Rope,
     pub(crate) tail: Tail,
+    pub(crate) scratch: ScratchPool,
 }
 
 /// The backend of the last decoder layers and the logits.
@@ -175,6 +177,7 @@ impl Engine {
             pool: Pool::serial(),
             device_note: None,
             tail: Tail::Cpu,
+            scratch: ScratchPool::default(),
         }
     }
 

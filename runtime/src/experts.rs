@@ -5,9 +5,7 @@ use stb_format::arch::{Experts, Linear, LinearInput, LinearMap};
 use stb_kernels::{Isa, Pool, ops};
 
 use crate::elementwise::add;
-use crate::engine::Engine;
-use crate::layer::Layer;
-use crate::linear::{LinearScratch, apply};
+use crate::linear::{LinearScratch, Rows, apply};
 use crate::observer::Observer;
 use crate::weights::Weight;
 
@@ -59,6 +57,8 @@ pub(crate) struct ExpertOps<'a> {
     pub linear: &'a mut LinearScratch,
     pub scratch: &'a mut ExpertScratch,
     pub observer: &'a mut dyn Observer,
+    /// The number of prefill rows; decode rows follow.
+    pub prefill: usize,
 }
 
 impl ExpertOps<'_> {
@@ -71,10 +71,11 @@ impl ExpertOps<'_> {
         x: &[f32],
         residual: &mut [f32],
     ) {
-        let Self { isa, pool, linear, scratch, .. } = self;
+        let Self { isa, pool, linear, scratch, prefill, .. } = self;
         let hidden = layer.router.cols();
         let ExpertScratch { logits, assignments, sum, .. } = &mut **scratch;
-        apply(*isa, pool, linear, [layer.router], x, [&mut *logits]);
+        let rows = Rows { x, prefill: *prefill };
+        apply(*isa, pool, linear, [layer.router], rows, [&mut *logits]);
         route_experts(*isa, layer.spec, logits, assignments);
         sum.clear();
         sum.resize(x.len(), 0.0);
@@ -110,50 +111,19 @@ impl ExpertOps<'_> {
         }
         self.observer.observe_expert(expert, LinearInput::GateUp, x);
         let weights = [gate_weight, up_weight];
-        apply(isa, pool, self.linear, weights, x, [&mut *gate, &mut *up]);
+        let prefill = tokens.iter().filter(|token| token.token < self.prefill).count();
+        let rows = Rows { x, prefill };
+        apply(isa, pool, self.linear, weights, rows, [&mut *gate, &mut *up]);
         ops::activate_mul(isa, activation, gate, up);
         self.observer.observe_expert(expert, LinearInput::Down, gate);
-        apply(isa, pool, self.linear, [down], gate, [out]);
+        apply(isa, pool, self.linear, [down], Rows { x: gate, prefill }, [out]);
     }
 }
 
 /// The matrices of an expert.
-fn expert_matrices(matrices: &LinearMap<Weight>) -> [&Weight; 3] {
+pub(crate) fn expert_matrices(matrices: &LinearMap<Weight>) -> [&Weight; 3] {
     let matrix = |linear| matrices.get(linear).expect("a matrix of an expert");
     [Linear::Gate, Linear::Up, Linear::Down].map(matrix)
-}
-
-impl Engine {
-    /// The experts of the tokens of `x`, the normalized input of the mixture of experts of `layer`, [tokens,
-    /// hidden]; none if the layer has no experts. Runs on the calling thread.
-    #[must_use]
-    pub fn route(&self, layer: &Layer, x: &[f32]) -> Vec<Assignment> {
-        let (Some(spec), Some(router)) = (layer.block.mlp.experts, layer.router()) else {
-            return Vec::new();
-        };
-        let (pool, mut logits) = (self.pool.or_serial(false), Vec::new());
-        apply(self.isa, pool, &mut LinearScratch::default(), [router], x, [&mut logits]);
-        let mut assignments = Vec::new();
-        route_experts(self.isa, spec, &mut logits, &mut assignments);
-        assignments
-    }
-
-    /// act(gate(x)) ∘ up(x) of an expert of `layer`, [tokens, intermediate]: the input of its last linear layer.
-    ///
-    /// # Panics
-    /// If the layer has no such expert.
-    #[must_use]
-    pub fn expert_product(&self, layer: &Layer, expert: usize, x: &[f32]) -> Vec<f32> {
-        let [gate_weight, up_weight, _] = expert_matrices(&layer.experts()[expert]);
-        let (mut gate, mut up) = (Vec::new(), Vec::new());
-        if x.is_empty() {
-            return gate;
-        }
-        let scratch = &mut LinearScratch::default();
-        apply(self.isa, &self.pool, scratch, [gate_weight, up_weight], x, [&mut gate, &mut up]);
-        ops::activate_mul(self.isa, self.model.spec.activation, &mut gate, &up);
-        gate
-    }
 }
 
 /// Chooses the experts of each token from the `logits` of the router, [tokens, experts], which become

@@ -1,22 +1,21 @@
-//! Causal attention over cached keys and values.
+//! The keys and values of a sequence, in pages.
+//!
+//! A page has the keys and values of [`PAGE_TOKENS`] tokens of all layers. Sequences that begin alike share pages; a
+//! sequence that appends to a shared page gets its own copy first. A page that no sequence and no prefix cache uses
+//! is freed.
 
-use std::cell::RefCell;
+use std::sync::Arc;
 
 use stb_format::ModelSpec;
-use stb_format::arch::Attention;
-use stb_kernels::kv::{KvKind, KvRows, mix, scores};
-use stb_kernels::{Isa, Panels, Pool, dense, gemm, ops};
+use stb_kernels::kv::{KvKind, KvRows};
+use stb_kernels::{Isa, Pool, cuda};
 
-/// Queries per GEMM over the keys.
-const QUERY_BLOCK: usize = 64;
-/// The smallest number of tokens for which attention uses GEMM.
-const GEMM_MIN_TOKENS: usize = 4;
-/// Keys or values of a head that fit into the cache while all queries of the head use them.
-const CACHED_KEYS: usize = 256;
-/// Below this many values, one thread copies the output.
-const SERIAL_COPY: usize = 1 << 16;
-/// Below this many multiplications, threads cost more than they save.
-const SERIAL_WORK: usize = 1 << 15;
+use crate::error::{Error, Result};
+
+/// Tokens per page.
+pub(crate) const PAGE_TOKENS: usize = 64;
+/// Keys or values of fewer elements are appended by one thread.
+const SERIAL_APPEND: usize = 1 << 15;
 
 /// Widths of queries, keys and heads.
 #[derive(Clone, Copy, Debug)]
@@ -27,41 +26,6 @@ pub(crate) struct Heads {
     pub kv_width: usize,
     /// Head width.
     pub width: usize,
-}
-
-/// How a layer computes attention.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct AttentionSettings {
-    /// The factor of scores.
-    scale: f32,
-    /// The number of tokens that a token attends to, itself included.
-    window: usize,
-    /// The soft cap of scores.
-    soft_cap: Option<f32>,
-}
-
-impl AttentionSettings {
-    /// The settings of `attention`.
-    pub(crate) fn new(attention: &Attention) -> Self {
-        Self {
-            scale: attention.scale as f32,
-            window: attention.window.map_or(usize::MAX, |window| window as usize),
-            soft_cap: attention.soft_cap.map(|cap| cap as f32),
-        }
-    }
-
-    /// The first key that the query of `position` attends to.
-    fn first_key(self, position: usize) -> usize {
-        (position + 1).saturating_sub(self.window)
-    }
-
-    /// Turns scores into weights.
-    fn weigh(self, isa: Isa, scores: &mut [f32]) {
-        if let Some(cap) = self.soft_cap {
-            ops::soft_cap(isa, cap, scores);
-        }
-        ops::softmax(isa, scores);
-    }
 }
 
 impl Heads {
@@ -77,350 +41,297 @@ impl Heads {
     }
 
     /// Query heads that share a KV head.
-    fn group(self) -> usize {
+    pub(crate) fn group(self) -> usize {
         self.q_width / self.kv_width
+    }
+
+    /// KV heads.
+    pub(crate) fn kv_heads(self) -> usize {
+        self.kv_width / self.width
     }
 }
 
-/// Queries, keys and values of a batch of tokens after RoPE, and the attention output.
-#[derive(Debug)]
-pub(crate) struct QkvRows<'a> {
-    /// Queries, [tokens, q_width].
-    pub q: &'a [f32],
-    /// Keys, [tokens, kv_width].
-    pub k: &'a [f32],
-    /// Values, [tokens, kv_width].
-    pub v: &'a [f32],
-    /// Attention output, [tokens, q_width].
-    pub out: &'a mut [f32],
+/// What a cache stores for a token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KvShape {
+    pub kind: KvKind,
+    pub heads: Heads,
+    pub layers: usize,
 }
 
-/// The KV cache of one decoder layer.
-#[derive(Clone, Debug)]
-pub(crate) struct KvCache {
-    heads: Heads,
-    /// One entry per KV head.
-    by_head: Vec<KvHead>,
+impl KvShape {
+    /// Bytes of the keys and values of a token.
+    pub(crate) fn token_bytes(self) -> usize {
+        2 * self.layers * self.heads.kv_heads() * self.kind.row_bytes(self.heads.width)
+    }
 }
 
 /// Keys (after RoPE) and values of one KV head.
 #[derive(Clone, Debug)]
-struct KvHead {
-    keys: KvRows,
-    values: KvRows,
-    /// Borrowed from [`AttentionScratch`] during [`KvCache::attend`], else empty.
-    scratch: HeadScratch,
+pub(crate) struct KvHead {
+    pub keys: KvRows,
+    pub values: KvRows,
 }
 
-/// Reusable buffers for the attention of one layer at a time, by KV head.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct AttentionScratch(Vec<HeadScratch>);
-
-/// Reusable buffers for the query heads of one KV head.
-#[derive(Clone, Debug, Default)]
-struct HeadScratch {
-    /// Queries: of one token, [group, padded width], or of a block, [block, width].
-    queries: Vec<f32>,
-    /// Attention scores: of one token, [group, keys], or of a block, [block, padded keys].
-    scores: Vec<f32>,
-    /// Padded attention output of one token or block.
-    attn_out: Vec<f32>,
-    /// Attention output of all tokens, [tokens, group · width].
-    out: Vec<f32>,
+/// The keys and values of some consecutive tokens, at most [`PAGE_TOKENS`].
+#[derive(Debug)]
+pub(crate) struct KvPage {
+    /// [layer][KV head].
+    heads: Vec<KvHead>,
 }
 
-/// Keys and values of one KV head, packed for GEMM.
-#[derive(Default)]
-struct HeadPanels {
-    /// The decoded keys or values, [tokens, width].
-    decoded: Vec<f32>,
-    keys: Panels,
-    values: Panels,
-}
-
-thread_local! {
-    /// The panels of the head that the thread computes.
-    static HEAD_PANELS: RefCell<HeadPanels> = RefCell::default();
-}
-
-impl KvCache {
-    pub(crate) fn new(kind: KvKind, heads: Heads) -> Self {
-        let rows = || KvRows::new(kind, heads.width);
-        let head = || KvHead { keys: rows(), values: rows(), scratch: HeadScratch::default() };
-        Self { heads, by_head: (0..heads.kv_width / heads.width).map(|_| head()).collect() }
+impl KvPage {
+    pub(crate) fn new(shape: KvShape) -> Self {
+        let rows = || KvRows::with_capacity(shape.kind, shape.heads.width, PAGE_TOKENS);
+        let head = |_| KvHead { keys: rows(), values: rows() };
+        Self { heads: (0..shape.layers * shape.heads.kv_heads()).map(head).collect() }
     }
 
-    pub(crate) fn truncate(&mut self, tokens: usize) {
-        for head in &mut self.by_head {
+    /// Keeps the first `tokens` tokens.
+    fn truncate(&mut self, tokens: usize) {
+        for head in &mut self.heads {
             head.keys.truncate(tokens);
             head.values.truncate(tokens);
         }
     }
 
-    /// Bytes of the keys and values.
+    /// A copy of the first `tokens` tokens.
+    fn first(&self, tokens: usize) -> Self {
+        let mut copy = Self { heads: self.heads.clone() };
+        copy.truncate(tokens);
+        copy
+    }
+}
+
+/// The keys and values of one sequence.
+#[derive(Debug)]
+pub(crate) struct KvCache {
+    shape: KvShape,
+    /// Pages of the layers that the CPU computes. Tokens from `len` on, if there are any, mean nothing.
+    pages: Vec<Arc<KvPage>>,
+    /// The keys and values of the layers on a GPU; allocated with the first token.
+    pub device: Option<cuda::KvCache>,
+    len: usize,
+    /// The largest number of tokens.
+    limit: usize,
+}
+
+impl KvCache {
+    /// An empty cache for at most `limit` tokens.
+    pub(crate) fn new(shape: KvShape, limit: usize) -> Self {
+        Self { shape, pages: Vec::new(), device: None, len: 0, limit }
+    }
+
+    /// The number of tokens.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The largest number of tokens.
+    pub(crate) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    pub(crate) fn heads(&self) -> Heads {
+        self.shape.heads
+    }
+
+    /// Keeps the first `tokens` tokens. Memory is kept for the next ones.
+    pub(crate) fn truncate(&mut self, tokens: usize) {
+        self.len = self.len.min(tokens);
+    }
+
+    /// Bytes of the keys and values of the tokens.
     pub(crate) fn bytes(&self) -> usize {
-        self.by_head.iter().map(|head| head.keys.bytes() + head.values.bytes()).sum()
+        let device = self.device.as_ref().map_or(0, cuda::KvCache::bytes);
+        self.len * self.shape.token_bytes() + device
     }
 
-    /// Appends the keys and values of a batch of tokens and computes causal attention of their queries
-    /// over all cached tokens.
-    pub(crate) fn attend(
-        &mut self,
-        isa: Isa,
-        pool: &Pool,
-        scratch: &mut AttentionScratch,
-        settings: AttentionSettings,
-        x: QkvRows<'_>,
-    ) {
-        let QkvRows { q, k, v, out } = x;
-        self.swap_scratch(scratch);
-        let heads = self.heads;
-        let tokens = q.len() / heads.q_width;
-        let seen = self.by_head.first().map_or(0, |head| head.keys.len()) + tokens;
-        let pool = pool.or_serial(q.len() * seen >= SERIAL_WORK);
-        pool.run_chunks(&mut self.by_head, 1, |index, head| {
-            for head in head {
-                head.append(isa, heads, index, k, v);
-                head.attend(isa, heads, settings, index, q);
-            }
-        });
-        let group_width = heads.group() * heads.width;
-        let by_head = &self.by_head;
-        pool.or_serial(q.len() >= SERIAL_COPY).run_chunks(out, heads.q_width, |first, out| {
-            let t = first / heads.q_width;
-            for (out, head) in out.chunks_exact_mut(group_width).zip(by_head) {
-                out.copy_from_slice(&head.scratch.out[t * group_width..][..group_width]);
-            }
-        });
-        self.swap_scratch(scratch);
+    /// Appends a full page of another sequence with the same tokens so far.
+    ///
+    /// # Panics
+    /// If the last page of this cache is not full.
+    pub(crate) fn push_page(&mut self, page: Arc<KvPage>) {
+        assert!(self.len.is_multiple_of(PAGE_TOKENS), "whole pages");
+        self.pages.truncate(self.len / PAGE_TOKENS);
+        self.pages.push(page);
+        self.len += PAGE_TOKENS;
     }
 
-    /// Moves the buffers of `scratch` into the heads, or back.
-    fn swap_scratch(&mut self, scratch: &mut AttentionScratch) {
-        scratch.0.resize_with(self.by_head.len().max(scratch.0.len()), HeadScratch::default);
-        for (head, buffers) in self.by_head.iter_mut().zip(&mut scratch.0) {
-            std::mem::swap(&mut head.scratch, buffers);
+    /// Page `index`, if it is full.
+    pub(crate) fn full_page(&self, index: usize) -> Option<Arc<KvPage>> {
+        let is_full = (index + 1) * PAGE_TOKENS <= self.len;
+        self.pages.get(index).filter(|_| is_full).map(Arc::clone)
+    }
+
+    /// Checks that `count` more tokens fit.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if they do not.
+    pub(crate) fn check_room(&self, count: usize) -> Result<()> {
+        let total = self.len.saturating_add(count);
+        if total > self.limit {
+            return Err(Error::usage(format!(
+                "{total} tokens do not fit into a context of {}; shorten the prompt or raise -c",
+                self.limit
+            )));
         }
+        Ok(())
+    }
+
+    /// Makes the pages of the next `count` tokens ready for [`KvCache::append`]: they exist and no other sequence
+    /// uses them.
+    pub(crate) fn reserve(&mut self, count: usize) {
+        for index in self.len / PAGE_TOKENS..(self.len + count).div_ceil(PAGE_TOKENS) {
+            let used = self.len.saturating_sub(index * PAGE_TOKENS);
+            let Some(page) = self.pages.get_mut(index) else {
+                self.pages.push(Arc::new(KvPage::new(self.shape)));
+                continue;
+            };
+            match Arc::get_mut(page) {
+                Some(page) => page.truncate(used),
+                None if used == 0 => *page = Arc::new(KvPage::new(self.shape)),
+                None => *page = Arc::new(page.first(used)),
+            }
+        }
+    }
+
+    /// Appends the keys and values of tokens, [tokens, kv_width], in one layer.
+    ///
+    /// # Panics
+    /// If [`KvCache::reserve`] was not called for them.
+    pub(crate) fn append(&mut self, isa: Isa, pool: &Pool, layer: usize, k: &[f32], v: &[f32]) {
+        let Heads { kv_width, width, .. } = self.shape.heads;
+        let (mut k, mut v, mut position) = (k, v, self.len);
+        while !k.is_empty() {
+            let count = (PAGE_TOKENS - position % PAGE_TOKENS).min(k.len() / kv_width);
+            let (these_k, these_v);
+            (these_k, k) = k.split_at(count * kv_width);
+            (these_v, v) = v.split_at(count * kv_width);
+            let page = Arc::get_mut(&mut self.pages[position / PAGE_TOKENS]);
+            let page = page.expect("a page that no other sequence uses");
+            let heads = self.shape.heads.kv_heads();
+            let heads = &mut page.heads[layer * heads..][..heads];
+            let pool = pool.or_serial(these_k.len() >= SERIAL_APPEND);
+            pool.run_chunks(heads, 1, |index, heads| {
+                let rows = these_k.chunks_exact(kv_width).zip(these_v.chunks_exact(kv_width));
+                for head in heads {
+                    for (k, v) in rows.clone() {
+                        head.keys.push(isa, &k[index * width..][..width]);
+                        head.values.push(isa, &v[index * width..][..width]);
+                    }
+                }
+            });
+            position += count;
+        }
+    }
+
+    /// The parts of tokens `first..end` of a KV head in a layer by page: the index of the part's first token, the
+    /// keys and values of its page, and the row of the token in them. Includes tokens that are appended but not
+    /// counted in [`KvCache::len`] yet.
+    pub(crate) fn parts(
+        &self,
+        layer: usize,
+        head: usize,
+        first: usize,
+        end: usize,
+    ) -> impl Iterator<Item = KvPart<'_>> + Clone {
+        let index = layer * self.shape.heads.kv_heads() + head;
+        let pages = first / PAGE_TOKENS..end.div_ceil(PAGE_TOKENS);
+        pages.map(move |page| {
+            let start = page * PAGE_TOKENS;
+            let from = first.max(start);
+            KvPart {
+                head: &self.pages[page].heads[index],
+                first: from - first,
+                row: from - start,
+                count: end.min(start + PAGE_TOKENS) - from,
+            }
+        })
+    }
+
+    /// Counts `count` tokens that were appended in all layers.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.len += count;
     }
 }
 
-/// The queries of the heads that share a KV head.
-#[derive(Clone, Copy)]
-struct QueryHeads<'a> {
-    heads: Heads,
-    settings: AttentionSettings,
-    /// The index of the KV head.
-    index: usize,
-    /// Queries of all heads, [tokens, q_width].
-    q: &'a [f32],
-}
-
-impl KvHead {
-    fn append(&mut self, isa: Isa, heads: Heads, index: usize, k: &[f32], v: &[f32]) {
-        let part = index * heads.width..(index + 1) * heads.width;
-        for (k, v) in k.chunks_exact(heads.kv_width).zip(v.chunks_exact(heads.kv_width)) {
-            self.keys.push(isa, &k[part.clone()]);
-            self.values.push(isa, &v[part.clone()]);
-        }
-    }
-
-    fn attend(
-        &mut self,
-        isa: Isa,
-        heads: Heads,
-        settings: AttentionSettings,
-        index: usize,
-        q: &[f32],
-    ) {
-        let query = QueryHeads { heads, settings, index, q };
-        let tokens = q.len() / heads.q_width;
-        self.scratch.out.clear();
-        self.scratch.out.resize(tokens * heads.group() * heads.width, 0.0);
-        if tokens < GEMM_MIN_TOKENS {
-            for token in 0..tokens {
-                self.attend_token(isa, query, token);
-            }
-        } else {
-            HEAD_PANELS.with_borrow_mut(|panels| self.attend_batch(isa, query, panels));
-        }
-    }
-
-    /// Attention of one token of `q`: scores, softmax, weighted sum of the values. All query heads of
-    /// the group use a block of keys or values while it is in cache.
-    fn attend_token(&mut self, isa: Isa, query: QueryHeads<'_>, token: usize) {
-        let QueryHeads { heads, settings, index, q } = query;
-        let Self { keys, values, scratch } = self;
-        let HeadScratch { queries, scores: score_rows, attn_out, out } = scratch;
-        let (group, width, padded) = (heads.group(), heads.width, keys.padded_width());
-        let end = keys.len() - (q.len() / heads.q_width - 1 - token);
-        let first = settings.first_key(end - 1);
-        let visible = end - first;
-        let q = &q[token * heads.q_width + index * group * width..][..group * width];
-        queries.clear();
-        queries.resize(group * padded, 0.0);
-        for (query, q) in queries.chunks_exact_mut(padded).zip(q.chunks_exact(width)) {
-            query[..width].copy_from_slice(q);
-        }
-        score_rows.resize(group * visible, 0.0);
-        for from in (0..visible).step_by(CACHED_KEYS) {
-            for (q, row) in queries.chunks_exact(padded).zip(score_rows.chunks_exact_mut(visible)) {
-                let to = from + CACHED_KEYS.min(visible - from);
-                scores(isa, q, keys, first + from, settings.scale, &mut row[from..to]);
-            }
-        }
-        score_rows.chunks_exact_mut(visible).for_each(|row| settings.weigh(isa, row));
-        attn_out.clear();
-        attn_out.resize(group * padded, 0.0);
-        for from in (0..visible).step_by(CACHED_KEYS) {
-            for (row, attn_out) in
-                score_rows.chunks_exact(visible).zip(attn_out.chunks_exact_mut(padded))
-            {
-                let to = from + CACHED_KEYS.min(visible - from);
-                mix(isa, &row[from..to], values, first + from, attn_out);
-            }
-        }
-        let out = &mut out[token * group * width..][..group * width];
-        for (out, attn_out) in out.chunks_exact_mut(width).zip(attn_out.chunks_exact(padded)) {
-            out.copy_from_slice(&attn_out[..width]);
-        }
-    }
-
-    /// Attention of all tokens of `q`, with two GEMMs per query head and block of queries.
-    fn attend_batch(&mut self, isa: Isa, query: QueryHeads<'_>, panels: &mut HeadPanels) {
-        let QueryHeads { heads, settings, index, q } = query;
-        let Self { keys, values, scratch } = self;
-        let (group, width) = (heads.group(), heads.width);
-        let tokens = q.len() / heads.q_width;
-        let HeadPanels { decoded, keys: key_panels, values: value_panels } = panels;
-        // Keys before the window of the first query are left out.
-        let first = settings.first_key(keys.len() - tokens);
-        let seen = keys.len() - first;
-        keys.read(isa, decoded);
-        key_panels.pack_strided(&decoded[first * width..], seen, width, width);
-        values.read(isa, decoded);
-        value_panels.pack_transposed(&decoded[first * width..], width, seen, width);
-        let HeadScratch { queries, scores, attn_out, out } = scratch;
-        for (h, from) in
-            (0..group).flat_map(|h| (0..tokens).step_by(QUERY_BLOCK).map(move |t| (h, t)))
-        {
-            let count = QUERY_BLOCK.min(tokens - from);
-            // The number of keys that the last query of the block attends to.
-            let visible = seen - tokens + from + count;
-            queries.clear();
-            for q in q[from * heads.q_width..].chunks_exact(heads.q_width).take(count) {
-                let head = (index * group + h) * width;
-                queries.extend(q[head..head + width].iter().map(|q| q * settings.scale));
-            }
-            let visible_keys = key_panels.first(visible, width);
-            let stride = visible_keys.row_stride();
-            scores.resize(count * stride, 0.0);
-            gemm(isa, &dense(queries, count, width), visible_keys, 0, scores);
-            // The mask: softmax over the past keys of the window, weight zero for all others.
-            for (i, row) in scores.chunks_exact_mut(stride).enumerate() {
-                let position = visible - count + i;
-                let (past, future) = row.split_at_mut(position + 1);
-                let (before, window) = past.split_at_mut(settings.first_key(position));
-                settings.weigh(isa, window);
-                before.fill(0.0);
-                future.fill(0.0);
-            }
-            // `dense` takes rows without padding.
-            for i in 1..count {
-                scores.copy_within(i * stride..i * stride + visible, i * visible);
-            }
-            let weights = dense(&scores[..count * visible], count, visible);
-            let visible_values = value_panels.first(width, visible);
-            attn_out.resize(count * visible_values.row_stride(), 0.0);
-            gemm(isa, &weights, visible_values, 0, attn_out);
-            for (i, row) in attn_out.chunks_exact(visible_values.row_stride()).enumerate() {
-                out[((from + i) * group + h) * width..][..width].copy_from_slice(&row[..width]);
-            }
-        }
-    }
+/// Consecutive tokens of a KV head in one page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KvPart<'a> {
+    pub head: &'a KvHead,
+    /// Index of the first token among those asked for.
+    pub first: usize,
+    /// Its row in the page.
+    pub row: usize,
+    /// The number of tokens.
+    pub count: usize,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn test_values(n: usize, k: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * k) % 97) as f32 / 48.0 - 1.0).collect()
-    }
+    const HEADS: Heads = Heads { q_width: 16, kv_width: 16, width: 8 };
+    const SHAPE: KvShape = KvShape { kind: KvKind::F32, heads: HEADS, layers: 2 };
 
-    /// softmax(cap(scale · q · kᵀ)) · v with a causal mask and a window, in f64.
-    fn naive(
-        heads: Heads,
-        settings: AttentionSettings,
-        q: &[f32],
-        keys: &[f32],
-        values: &[f32],
-    ) -> Vec<f64> {
-        let (tokens, seen) = (q.len() / heads.q_width, keys.len() / heads.kv_width);
-        let mut out = Vec::new();
-        for (t, head) in
-            (0..tokens).flat_map(|t| (0..heads.q_width / heads.width).map(move |h| (t, h)))
-        {
-            let q = &q[t * heads.q_width + head * heads.width..][..heads.width];
-            let row = |all: &[f32], s: usize| -> Vec<f64> {
-                let at = s * heads.kv_width + head / heads.group() * heads.width;
-                all[at..at + heads.width].iter().map(|v| f64::from(*v)).collect()
-            };
-            let position = seen - tokens + t;
-            let visible = (0..=position).filter(|s| position - s < settings.window);
-            let weights: Vec<(usize, f64)> = visible
-                .map(|s| {
-                    let terms = row(keys, s).into_iter().zip(q).map(|(k, q)| k * f64::from(*q));
-                    let score = terms.sum::<f64>() * f64::from(settings.scale);
-                    let capped = settings.soft_cap.map(f64::from).map(|c| c * (score / c).tanh());
-                    (s, capped.unwrap_or(score).exp())
-                })
-                .collect();
-            let total: f64 = weights.iter().map(|(_, w)| w).sum();
-            for i in 0..heads.width {
-                let terms = weights.iter().map(|(s, w)| w * row(values, *s)[i]);
-                out.push(terms.sum::<f64>() / total);
-            }
+    /// Appends tokens whose keys and values are their numbers.
+    fn append(cache: &mut KvCache, numbers: std::ops::Range<usize>) {
+        cache.reserve(numbers.len());
+        let rows: Vec<f32> = numbers.clone().flat_map(|n| [n as f32; 16]).collect();
+        for layer in 0..2 {
+            cache.append(Isa::scalar(), &Pool::serial(), layer, &rows, &rows);
         }
-        out
+        cache.advance(numbers.len());
     }
 
-    /// Batches and single tokens, with and without cached tokens, for every KV cache type.
+    fn numbers(cache: &KvCache) -> Vec<f32> {
+        let mut all = Vec::new();
+        for part in cache.parts(1, 1, 0, cache.len()) {
+            let mut rows = vec![0.0; part.count * HEADS.width];
+            part.head.values.read(Isa::scalar(), part.row, &mut rows);
+            all.extend(rows.chunks(HEADS.width).map(|row| row[0]));
+        }
+        all
+    }
+
+    fn counted(numbers: impl Iterator<Item = usize>) -> Vec<f32> {
+        numbers.map(|n| n as f32).collect()
+    }
+
     #[test]
-    fn attention_matches_its_definition() {
-        let scale = 1.0 / 24f32.sqrt();
-        for (window, soft_cap) in [(usize::MAX, None), (40, None), (7, Some(1.5))] {
-            let settings = AttentionSettings { scale: scale * 1.1, window, soft_cap };
-            for (kind, tolerance) in [(KvKind::F32, 1e-5), (KvKind::F16, 2e-3), (KvKind::Q8, 3e-2)]
-            {
-                check_attention(settings, kind, tolerance);
-            }
-        }
+    fn sequences_share_pages_until_they_append() {
+        let mut first = KvCache::new(SHAPE, 1000);
+        append(&mut first, 0..150);
+        append(&mut first, 150..151);
+        assert_eq!(numbers(&first), counted(0..151));
+        assert!(first.full_page(2).is_none());
+        let mut second = KvCache::new(SHAPE, 1000);
+        (0..2).for_each(|i| second.push_page(first.full_page(i).unwrap()));
+        append(&mut second, 900..903);
+        assert_eq!(numbers(&second), counted((0..128).chain(900..903)));
+        assert!(Arc::ptr_eq(&first.pages[1], &second.pages[1]));
+        // Going back into a shared page copies what is kept of it.
+        second.truncate(100);
+        append(&mut second, 800..840);
+        assert_eq!(numbers(&second), counted((0..100).chain(800..840)));
+        first.truncate(0);
+        append(&mut first, 500..600);
+        assert_eq!(numbers(&first), counted(500..600));
+        assert_eq!(numbers(&second), counted((0..100).chain(800..840)));
+        assert_eq!(second.bytes(), 140 * 2 * 2 * 2 * 16 * 4);
+        assert!(second.check_room(860).is_ok() && second.check_room(861).is_err());
     }
 
-    fn check_attention(settings: AttentionSettings, kind: KvKind, tolerance: f64) {
-        let heads = Heads { q_width: 4 * 24, kv_width: 2 * 24, width: 24 };
-        let isa = Isa::detect().unwrap();
-        let pool = Pool::new(2).unwrap();
-        for (earlier, tokens) in [(0, 5), (0, 70), (70, 130), (1, 64), (300, 1), (0, 1), (9, 3)] {
-            let q = test_values((earlier + tokens) * heads.q_width, 7);
-            let keys = test_values((earlier + tokens) * heads.kv_width, 11);
-            let values = test_values((earlier + tokens) * heads.kv_width, 13);
-            let mut cache = KvCache::new(kind, heads);
-            let mut out = vec![0.0; q.len()];
-            let (q_split, kv_split) = (earlier * heads.q_width, earlier * heads.kv_width);
-            let ranges = [(0..q_split, 0..kv_split), (q_split..q.len(), kv_split..keys.len())];
-            for (q_range, kv_range) in ranges {
-                let (k, v) = (&keys[kv_range.clone()], &values[kv_range]);
-                let out = &mut out[q_range.clone()];
-                let mut scratch = AttentionScratch::default();
-                let q = &q[q_range];
-                cache.attend(isa, &pool, &mut scratch, settings, QkvRows { q, k, v, out });
-            }
-            let exact = naive(heads, settings, &q[q_split..], &keys, &values);
-            for (a, b) in out[q_split..].iter().zip(&exact) {
-                let error = (f64::from(*a) - b).abs();
-                assert!(error < tolerance, "{kind:?} {tokens} after {earlier}: {a} {b}");
-            }
-        }
+    #[test]
+    fn pages_are_freed_with_their_last_user() {
+        let mut cache = KvCache::new(SHAPE, 1000);
+        append(&mut cache, 0..64);
+        let page = cache.full_page(0).unwrap();
+        let weak = Arc::downgrade(&page);
+        drop(cache);
+        assert!(weak.upgrade().is_some());
+        drop(page);
+        assert!(weak.upgrade().is_none());
     }
 }

@@ -11,6 +11,7 @@
 //! # Ok::<(), stb_runtime::Error>(())
 //! ```
 
+mod attention;
 pub mod block;
 mod checkpoint;
 mod config;
@@ -30,15 +31,22 @@ mod map;
 mod model;
 mod observer;
 mod pass;
+mod ragged;
 mod rope;
+mod routing;
 mod sampler;
+pub mod scheduler;
+mod scratch;
 mod sequence;
+#[cfg(feature = "serve")]
+pub mod serve;
 mod session;
 mod state;
 mod stop;
 mod sublayer;
 mod template;
 mod threads;
+mod token_bytes;
 mod tokenizer;
 mod vocab;
 mod weights;
@@ -57,7 +65,7 @@ pub use eval::{
 pub use experts::{Assignment, route_experts};
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use layer::{Layer, LayerMatrix, LayerVector};
-pub use linear::{LinearScratch, LinearWeight, Threads, apply, apply_packed};
+pub use linear::{LinearScratch, LinearWeight, Rows, Threads, apply, apply_packed};
 pub use map::Bytes;
 pub use model::Model;
 pub use observer::Observer;
@@ -66,7 +74,7 @@ pub use session::{Session, SessionOptions};
 pub use state::State;
 pub use stb_kernels::kv::KvKind;
 pub use sublayer::Sublayer;
-pub use template::{ChatTemplate, Message};
+pub use template::{ChatInput, ChatTemplate, Message};
 pub use threads::default_threads;
 pub use tokenizer::{TextStream, Tokenizer};
 pub use vocab::{TokenKind, Vocabulary, VocabularyKind, from_folder, tokenizer_json};

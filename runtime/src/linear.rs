@@ -1,4 +1,9 @@
 //! Linear layers on one token or many, split over threads by rows.
+//!
+//! The kernels of an encoding may add in different orders, so the rows of a batch have roles: a prefill row always
+//! goes through GEMM and a decode row always through GEMV, or through a GEMM that adds like GEMV. All kernels give a
+//! row the same bits whatever the other rows are. The result for a row therefore depends on the row and its role
+//! alone, never on the rest of the batch.
 
 use stb_kernels::{
     ActivationsQ8, GEMV_MAX_BATCH, GemvInput, GemvScratch, Isa, PackedGemmQ8, PackedMatrix, Panels,
@@ -46,6 +51,38 @@ impl LinearScratch {
     pub fn new(q8: bool) -> Self {
         Self { q8, ..Self::default() }
     }
+
+    /// Sets whether activations are quantized to 8 bits if a kernel supports it.
+    pub(crate) fn set_q8(&mut self, q8: bool) {
+        self.q8 = q8;
+    }
+}
+
+/// The input of a linear layer: prefill rows first, then decode rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// Activations, [tokens, in].
+    pub x: &'a [f32],
+    /// The number of prefill rows.
+    pub prefill: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The rows of one sequence, [tokens, cols]: prefill rows if there are several, else a decode row.
+    #[must_use]
+    pub fn alone(x: &'a [f32], cols: usize) -> Self {
+        let tokens = x.len() / cols;
+        Self { x, prefill: if tokens > 1 { tokens } else { 0 } }
+    }
+}
+
+/// The role of a row of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum RowKind {
+    /// Computed with GEMM.
+    Prefill,
+    /// Computed with GEMV.
+    Decode,
 }
 
 /// `outputs[i] = x · weights[i]ᵀ` for matrices that share their input: `x` is [tokens, in], each
@@ -53,13 +90,13 @@ impl LinearScratch {
 /// matrices.
 ///
 /// # Panics
-/// If the matrices have different widths or `x` is not a whole number of tokens.
+/// If the matrices have different widths, or `rows` has not whole tokens or fewer than prefill rows.
 pub fn apply<const N: usize>(
     isa: Isa,
     pool: &Pool,
     scratch: &mut LinearScratch,
     weights: [&Weight; N],
-    x: &[f32],
+    rows: Rows<'_>,
     outputs: [&mut Vec<f32>; N],
 ) {
     let views = weights.map(Weight::view);
@@ -67,7 +104,7 @@ pub fn apply<const N: usize>(
         matrix: packed(&views[i]),
         bytes: weights[i].byte_len(),
     });
-    apply_packed(Threads { isa, pool }, scratch, weights, x, outputs);
+    apply_packed(Threads { isa, pool }, scratch, weights, rows, outputs);
 }
 
 /// An instruction set, and the threads that use it.
@@ -87,31 +124,66 @@ pub fn apply_packed<const N: usize>(
     threads: Threads<'_>,
     scratch: &mut LinearScratch,
     weights: [LinearWeight<'_>; N],
-    x: &[f32],
+    rows: Rows<'_>,
     outputs: [&mut Vec<f32>; N],
 ) {
     let cols = weights[0].matrix.cols();
     assert!(weights.iter().all(|w| w.matrix.cols() == cols), "matrices of one input");
-    assert!(x.len().is_multiple_of(cols), "whole tokens");
-    let tokens = x.len() / cols;
-    if tokens == 1 {
-        return small_batch(threads, scratch, &weights, x, outputs);
-    }
-    let mut outputs = outputs;
-    for (weight, out) in weights.iter().zip(&mut outputs) {
+    assert!(rows.x.len().is_multiple_of(cols), "whole tokens");
+    let tokens = rows.x.len() / cols;
+    let like_gemv = |w: &LinearWeight<'_>| w.matrix.gemm_q8().is_some_and(|k| k.adds_like_gemv());
+    // Roles make no difference here, and one product is faster than two.
+    let prefill = match scratch.q8 && weights.iter().all(like_gemv) {
+        true => 0,
+        false => rows.prefill,
+    };
+    let (prefill_x, decode_x) = rows.x.split_at(prefill * cols);
+    let mut prefill_out: [&mut [f32]; N] = std::array::from_fn(|_| Default::default());
+    let mut decode_out: [&mut [f32]; N] = std::array::from_fn(|_| Default::default());
+    let parts = prefill_out.iter_mut().zip(&mut decode_out);
+    for ((out, weight), (of_prefill, of_decode)) in outputs.into_iter().zip(&weights).zip(parts) {
         out.resize(tokens * weight.matrix.rows(), 0.0);
+        (*of_prefill, *of_decode) = out.split_at_mut(prefill * weight.matrix.rows());
     }
-    let isa = threads.isa;
+    for (kind, x, out) in
+        [(RowKind::Prefill, prefill_x, prefill_out), (RowKind::Decode, decode_x, decode_out)]
+    {
+        if !x.is_empty() {
+            apply_rows(threads, scratch, weights, (kind, x), out);
+        }
+    }
+}
+
+/// [`apply_packed`] for rows of one role.
+fn apply_rows<const N: usize>(
+    threads: Threads<'_>,
+    scratch: &mut LinearScratch,
+    weights: [LinearWeight<'_>; N],
+    (kind, x): (RowKind, &[f32]),
+    outputs: [&mut [f32]; N],
+) {
+    let (tokens, q8) = (x.len() / weights[0].matrix.cols(), scratch.q8);
     let kernels = weights.map(|weight| {
-        let kernel = weight.matrix.gemm_q8().filter(|_| scratch.q8);
-        kernel.filter(|kernel| tokens >= kernel.min_batch(isa))
+        let kernel = weight.matrix.gemm_q8().filter(|_| q8)?;
+        let fits = match kernel.adds_like_gemv() {
+            true => tokens >= kernel.min_batch(threads.isa),
+            false => kind == RowKind::Prefill,
+        };
+        fits.then_some(kernel)
     });
+    let uses_gemv = |weight: &LinearWeight<'_>| {
+        let like_gemv = weight.matrix.gemm_q8().is_some_and(|k| k.adds_like_gemv());
+        kind == RowKind::Decode || q8 && like_gemv
+    };
     let alike = |w: &LinearWeight<'_>| shares_activations(weights[0].matrix, w.matrix, true);
     if let Some(kernels) = all(kernels)
         && weights.iter().all(alike)
     {
         quantize(threads, kernels[0], x, &mut scratch.batch);
         return batch_q8(threads, &scratch.batch, &kernels, outputs);
+    }
+    if kernels.iter().all(Option::is_none) && weights.iter().all(uses_gemv) {
+        return small_batches(threads, scratch, &weights, x, outputs);
     }
     // The matrix for which the activations in `scratch.batch` were quantized.
     let mut last: Option<&dyn PackedMatrix> = None;
@@ -122,11 +194,30 @@ pub fn apply_packed<const N: usize>(
                 last = Some(weight.matrix);
             }
             batch_q8(threads, &scratch.batch, &[kernel], [out]);
-        } else if scratch.q8 && tokens <= weight.matrix.gemv_max_batch().min(GEMV_MAX_BATCH) {
-            small_batch(threads, scratch, &[weight], x, [out]);
+        } else if uses_gemv(&weight) {
+            small_batches(threads, scratch, &[weight], x, [out]);
         } else {
             batch_exact(threads, scratch, weight.matrix, x, out);
         }
+    }
+}
+
+/// GEMV for batches of the largest size that pays off.
+fn small_batches<const N: usize>(
+    threads: Threads<'_>,
+    scratch: &mut LinearScratch,
+    weights: &[LinearWeight<'_>; N],
+    x: &[f32],
+    outputs: [&mut [f32]; N],
+) {
+    let mut rest = outputs;
+    for x in x.chunks(GEMV_MAX_BATCH * weights[0].matrix.cols()) {
+        let tokens = x.len() / weights[0].matrix.cols();
+        let mut parts: [&mut [f32]; N] = std::array::from_fn(|_| Default::default());
+        for ((part, rest), weight) in parts.iter_mut().zip(&mut rest).zip(weights) {
+            (*part, *rest) = std::mem::take(rest).split_at_mut(tokens * weight.matrix.rows());
+        }
+        small_batch(threads, scratch, weights, x, parts);
     }
 }
 
@@ -142,7 +233,7 @@ fn small_batch<const N: usize>(
     scratch: &mut LinearScratch,
     weights: &[LinearWeight<'_>; N],
     x: &[f32],
-    outputs: [&mut Vec<f32>; N],
+    outputs: [&mut [f32]; N],
 ) {
     let LinearScratch { q8, inputs, by_rows, .. } = scratch;
     let cols = weights[0].matrix.cols();
@@ -161,12 +252,7 @@ fn small_batch<const N: usize>(
     let chunk = chunk.clamp(2 * ROW_TILE, 32 * ROW_TILE);
     let (isa, pool) = (threads.isa, threads.pool.or_serial(total * cols >= SERIAL_WORK));
     if tokens == 1 {
-        let mut rows = weights.iter().map(|w| w.matrix.rows());
-        let parts = outputs.map(|out| {
-            out.resize(rows.next().unwrap_or(0), 0.0);
-            &mut out[..]
-        });
-        pool.run_parts(parts, chunk, |i, first, y| {
+        pool.run_parts(outputs, chunk, |i, first, y| {
             gemv(isa, weights[i].matrix, inputs(i)[0].input(), first, y);
         });
         return;
@@ -229,9 +315,8 @@ fn prepare<const N: usize>(
 }
 
 /// Reorders [piece][token][row], with pieces of up to `chunk` rows, to [token][row].
-fn spread(pieces: &[f32], rows: usize, chunk: usize, out: &mut Vec<f32>) {
+fn spread(pieces: &[f32], rows: usize, chunk: usize, out: &mut [f32]) {
     let tokens = pieces.len() / rows.max(1);
-    out.resize(pieces.len(), 0.0);
     let mut rest = pieces;
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
@@ -258,7 +343,7 @@ fn batch_q8<const N: usize>(
     threads: Threads<'_>,
     x: &ActivationsQ8,
     kernels: &[&dyn PackedGemmQ8; N],
-    outputs: [&mut Vec<f32>; N],
+    outputs: [&mut [f32]; N],
 ) {
     let Threads { isa, pool } = threads;
     // Tasks of nearly equal size, and the same number for each thread.

@@ -54,6 +54,8 @@ struct Texts {
     add_bos: bool,
     sampling: Vec<(&'static str, f64)>,
     quality: Option<Quality>,
+    architecture: Option<String>,
+    recipe: Option<String>,
 }
 
 /// Sampling defaults that a model file may carry.
@@ -247,6 +249,18 @@ impl Model {
         self.texts.sampling.iter().find(|(k, _)| *k == key).map(|(_, v)| *v)
     }
 
+    /// The `model_type` of the configuration that the model comes from, such as `llama`.
+    #[must_use]
+    pub fn architecture(&self) -> Option<&str> {
+        self.texts.architecture.as_deref()
+    }
+
+    /// The name of the recipe that the file was converted with; `None` for checkpoints and files that do not say.
+    #[must_use]
+    pub fn recipe(&self) -> Option<&str> {
+        self.texts.recipe.as_deref()
+    }
+
     /// What the converter measured with the file; `None` for checkpoints and files that do not say.
     #[must_use]
     pub fn quality(&self) -> Option<&Quality> {
@@ -297,6 +311,18 @@ fn require_supported(spec: &ModelSpec, layer: u64) -> Result<()> {
     Ok(())
 }
 
+/// `model_type` of a `config.json`.
+fn model_type(config: &str) -> Option<String> {
+    let config: serde_json::Value = serde_json::from_str(config).ok()?;
+    config.get("model_type")?.as_str().map(str::to_owned)
+}
+
+/// The name in the settings of a conversion, TOML.
+fn recipe_name(settings: &str) -> Option<String> {
+    let value = |line: &str| line.strip_prefix("name = \"")?.strip_suffix('"').map(str::to_owned);
+    settings.lines().find_map(value)
+}
+
 impl Texts {
     fn from_meta(meta: &MetaView<'_>) -> Self {
         let text = |key: &str| meta.text(key).map(str::to_owned);
@@ -317,6 +343,10 @@ impl Texts {
             add_bos: meta.get("tokenizer.add_bos") == Some(ValueRef::Bool(true)),
             sampling: sampling.collect(),
             quality: Quality::read(meta),
+            architecture: text("source.config.json")
+                .and_then(|config| model_type(&config))
+                .or_else(|| text("model.architecture")),
+            recipe: text("provenance.recipe").as_deref().and_then(recipe_name),
         }
     }
 
@@ -330,6 +360,8 @@ impl Texts {
             add_bos,
             sampling: checkpoint.sampling_defaults(),
             quality: None,
+            architecture: model_type(&checkpoint.config),
+            recipe: None,
         })
     }
 }

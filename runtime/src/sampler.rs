@@ -1,5 +1,7 @@
 //! Chooses the next token from logits.
 
+use std::collections::BTreeMap;
+
 use rand_core::RngCore;
 use rand_core::SeedableRng;
 use rand_pcg::Pcg64Mcg;
@@ -8,10 +10,16 @@ use stb_kernels::cuda::{TopK, TopKRequest};
 /// Sampling parameters, in the order in which they apply.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplerOptions {
+    /// Added to the logits of these tokens. Tokens outside the vocabulary are ignored.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Positive logits of recent tokens are divided by the penalty, negative ones multiplied; 1 is off.
     pub repeat_penalty: f32,
     /// The number of recent tokens that are penalized.
     pub repeat_last: usize,
+    /// Subtracted from the logits of tokens that the answer has; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted from the logits of tokens for each time that the answer has them; 0 is off.
+    pub frequency_penalty: f32,
     /// Divides the logits. 0 selects the most likely token and ignores the fields below.
     pub temperature: f32,
     /// Keep the K most likely tokens; 0 keeps all.
@@ -27,8 +35,11 @@ pub struct SamplerOptions {
 impl Default for SamplerOptions {
     fn default() -> Self {
         Self {
+            logit_bias: Vec::new(),
             repeat_penalty: 1.0,
             repeat_last: 64,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             temperature: 0.8,
             top_k: 40,
             top_p: 0.95,
@@ -37,6 +48,9 @@ impl Default for SamplerOptions {
         }
     }
 }
+
+/// The smallest number of candidates among which the best are selected.
+const SORTED_AT_ONCE: usize = 256;
 
 /// The input of a [`Sampler`] for the next token.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,6 +74,8 @@ pub struct Sampler {
     options: SamplerOptions,
     random: Pcg64Mcg,
     recent: Vec<u32>,
+    /// The tokens of the answer with their counts, if they are penalized.
+    counts: BTreeMap<u32, u32>,
     logits: Vec<f32>,
     order: Vec<u32>,
     best: Vec<(u32, f32)>,
@@ -75,11 +91,18 @@ impl Sampler {
             options,
             random,
             recent: Vec::new(),
+            counts: BTreeMap::new(),
             logits: Vec::new(),
             order: Vec::new(),
             best: Vec::new(),
             seen: Vec::new(),
         }
+    }
+
+    /// Begins an answer to `prompt`, whose tokens the repeat penalty includes.
+    pub fn start(&mut self, prompt: &[u32]) {
+        self.counts.clear();
+        prompt.iter().for_each(|token| self.accept(*token));
     }
 
     /// Records a token for the repeat penalty.
@@ -94,6 +117,9 @@ impl Sampler {
     pub(crate) fn top_k_request<'a>(&'a mut self, banned: &'a [u32]) -> Option<TopKRequest<'a>> {
         let greedy = self.options.temperature <= 0.0;
         let count = if greedy { 1 } else { self.options.top_k };
+        if self.counts_tokens() || !self.options.logit_bias.is_empty() {
+            return None;
+        }
         let penalty = self.options.repeat_penalty;
         let penalized = if penalty == 1.0 { &[][..] } else { self.penalized() };
         let fits = (1..=TopK::MAX_COUNT).contains(&count)
@@ -143,7 +169,15 @@ impl Sampler {
             token
         };
         self.accept(token);
+        if self.counts_tokens() {
+            *self.counts.entry(token).or_default() += 1;
+        }
         token
+    }
+
+    /// Whether penalties depend on the tokens of the answer.
+    fn counts_tokens(&self) -> bool {
+        self.options.presence_penalty != 0.0 || self.options.frequency_penalty != 0.0
     }
 
     /// Recent tokens, each once.
@@ -155,14 +189,24 @@ impl Sampler {
     }
 
     fn penalize(&mut self) {
-        let penalty = self.options.repeat_penalty;
-        if penalty == 1.0 {
-            return;
-        }
-        self.penalized();
-        for token in &self.seen {
+        for (token, bias) in &self.options.logit_bias {
             if let Some(logit) = self.logits.get_mut(*token as usize) {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                *logit += bias;
+            }
+        }
+        let penalty = self.options.repeat_penalty;
+        if penalty != 1.0 {
+            self.penalized();
+            for token in &self.seen {
+                if let Some(logit) = self.logits.get_mut(*token as usize) {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
+        }
+        for (token, count) in &self.counts {
+            if let Some(logit) = self.logits.get_mut(*token as usize) {
+                let frequency = self.options.frequency_penalty * *count as f32;
+                *logit -= self.options.presence_penalty + frequency;
             }
         }
     }
@@ -175,11 +219,19 @@ impl Sampler {
             y.total_cmp(&x).then(a.cmp(b))
         };
         order.clear();
-        order.extend(0..logits.len() as u32);
-        let keep = if options.top_k == 0 { order.len() } else { options.top_k.min(order.len()) };
-        if keep < order.len() {
-            order.select_nth_unstable_by(keep - 1, by_logit);
-            order.truncate(keep);
+        let keep = if options.top_k == 0 { logits.len() } else { options.top_k.min(logits.len()) };
+        // Most tokens are worse than the worst of the best ones so far; a later one of equal logit comes after it.
+        let room = (4 * keep).max(SORTED_AT_ONCE);
+        let mut bar = None;
+        for (id, logit) in logits.iter().enumerate() {
+            if bar.is_none_or(|bar| logit.total_cmp(&bar).is_gt()) {
+                order.push(id as u32);
+            }
+            if order.len() == room || id + 1 == logits.len() && order.len() > keep {
+                order.select_nth_unstable_by(keep - 1, by_logit);
+                order.truncate(keep);
+                bar = Some(logits[order[keep - 1] as usize]);
+            }
         }
         order.sort_unstable_by(by_logit);
         best.clear();
@@ -275,6 +327,21 @@ mod tests {
     }
 
     #[test]
+    fn the_most_likely_tokens_are_found_among_many() {
+        let logits: Vec<f32> = (0..5000).map(|i| (i * 7919 % 1009) as f32).collect();
+        let mut all: Vec<u32> = (0..5000).collect();
+        all.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+        for top_k in [1, 40, 300, 4999, 5000, 9000, 0] {
+            let mut sampler = sampler(|o| o.top_k = top_k);
+            sampler.logits.clone_from(&logits);
+            let mut best = Vec::new();
+            sampler.find_best(&mut best);
+            let keep = if top_k == 0 { 5000 } else { top_k.min(5000) };
+            assert!(best.iter().map(|(id, _)| id).eq(&all[..keep]), "{top_k}");
+        }
+    }
+
+    #[test]
     fn greedy_breaks_ties_by_index_and_penalty_changes_the_choice() {
         assert_eq!(argmax(&[f32::NAN, 1.0, 3.0, 3.0]), 2);
         let mut greedy = sampler(|o| {
@@ -283,6 +350,22 @@ mod tests {
         });
         let picks: Vec<u32> = (0..3).map(|_| greedy.sample(&[1.0, 0.9, -0.1])).collect();
         assert_eq!(picks, [0, 1, 0]);
+    }
+
+    #[test]
+    fn biases_and_penalties_of_the_answer_change_the_choice() {
+        let pick = |change: fn(&mut SamplerOptions)| {
+            let mut greedy = sampler(|o| {
+                o.temperature = 0.0;
+                change(o);
+            });
+            greedy.start(&[0, 0, 0]);
+            (0..4).map(|_| greedy.sample(&[1.0, 0.7, -0.1])).collect::<Vec<u32>>()
+        };
+        assert_eq!(pick(|_| {}), [0, 0, 0, 0]);
+        assert_eq!(pick(|o| o.logit_bias = vec![(2, 2.0), (0, -100.0), (9, 1.0)]), [2, 2, 2, 2]);
+        assert_eq!(pick(|o| o.presence_penalty = 0.5), [0, 1, 0, 0]);
+        assert_eq!(pick(|o| o.frequency_penalty = 0.2), [0, 0, 1, 0]);
     }
 
     #[test]

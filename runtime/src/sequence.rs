@@ -6,12 +6,15 @@ use std::ops::ControlFlow;
 use stb_format::arch::Block;
 use stb_kernels::kv::KvKind;
 
+use crate::attention::{AttendLayer, AttentionScratch, QkvRows, attend};
 use crate::block::{BlockInput, BlockScratch, finish_sublayer, run_sublayer};
 use crate::cpu::{CpuOps, CpuScratch};
 use crate::engine::Engine;
-use crate::kv_cache::{AttentionScratch, Heads, KvCache, QkvRows};
+use crate::kv_cache::{Heads, KvCache, KvShape};
 use crate::layer::Layer;
+use crate::linear::{RowKind, Threads};
 use crate::observer::Observer;
+use crate::pass::{OutputKind, Segment};
 use crate::rope::RopeAngles;
 use crate::sublayer::Sublayer;
 
@@ -33,12 +36,23 @@ impl Engine {
         observer: &mut dyn Observer,
     ) -> ControlFlow<()> {
         let pool = self.pool.or_serial(false);
-        let mut angles = RopeAngles::default();
+        let tokens = hidden.len() / self.model.hidden_size();
+        let (mut angles, mut attention) = (RopeAngles::default(), AttentionScratch::default());
+        let shape = KvShape { kind: KvKind::F32, heads: Heads::of(&self.model.spec), layers: 1 };
+        let mut cache = KvCache::new(shape, tokens);
         if sublayer == Sublayer::Attention {
-            self.sequence_angles(hidden.len() / self.model.hidden_size(), &mut angles);
+            self.sequence_angles(tokens, &mut angles);
+            cache.reserve(tokens);
         }
-        let mut cache = KvCache::new(KvKind::F32, Heads::of(&self.model.spec));
-        let mut attention = AttentionScratch::default();
+        let mut sequence = [Segment {
+            id: 0,
+            cache: &mut cache,
+            count: tokens,
+            tokens: &[],
+            kind: RowKind::Prefill,
+            output: OutputKind::CacheOnly,
+        }];
+        let threads = Threads { isa: self.isa, pool };
         let mut ops = CpuOps {
             isa: self.isa,
             pool,
@@ -47,10 +61,12 @@ impl Engine {
             head_dim: self.model.spec.head_dim as usize,
             angles: &angles,
             attend: |x: QkvRows<'_>, settings| {
-                cache.attend(self.isa, pool, &mut attention, settings, x);
+                let at = AttendLayer { threads, settings, layer: 0 };
+                attend(at, &mut sequence, &mut attention, x);
             },
             scratch: &mut CpuScratch::default(),
             observer,
+            prefill: several(tokens),
         };
         let Ok(flow) =
             run_sublayer(&mut ops, sublayer, layer, &mut BlockScratch::default(), hidden);
@@ -77,6 +93,7 @@ impl Engine {
             attend: |_: QkvRows<'_>, _| {},
             scratch: &mut CpuScratch::default(),
             observer: &mut (),
+            prefill: several(hidden.len() / self.model.hidden_size()),
         };
         // The CPU cannot fail, and no observer stops the layer.
         let Ok(_) = finish_sublayer(&mut ops, sublayer, layer, BlockInput::Plain(x), hidden);
@@ -99,4 +116,9 @@ impl Engine {
     fn sequence_angles(&self, tokens: usize, angles: &mut RopeAngles) {
         self.rope.angles((0..tokens).map(|position| (position, tokens)), angles);
     }
+}
+
+/// The number of prefill rows among `tokens` rows: a single one is a decode row.
+fn several(tokens: usize) -> usize {
+    if tokens > 1 { tokens } else { 0 }
 }

@@ -7,6 +7,8 @@ use std::time::Instant;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
+use crate::linear::RowKind;
+use crate::model::Model;
 use crate::sampler::{Sampler, SamplerInput, SamplerOptions};
 use crate::state::State;
 use crate::stop::StopFilter;
@@ -119,18 +121,7 @@ impl Session {
     /// missing ones.
     #[must_use]
     pub fn suggested_sampling(&self) -> SamplerOptions {
-        let default = SamplerOptions::default();
-        let file = |key: &str| self.engine.model.sampling_default(key);
-        let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
-        SamplerOptions {
-            repeat_penalty: number("repetition_penalty", default.repeat_penalty),
-            repeat_last: default.repeat_last,
-            temperature: number("temperature", default.temperature),
-            top_k: file("top_k").map_or(default.top_k, |v| v as usize),
-            top_p: number("top_p", default.top_p),
-            min_p: number("min_p", default.min_p),
-            seed: default.seed,
-        }
+        suggested_sampling(&self.engine.model)
     }
 
     /// The token ids of a prompt.
@@ -218,12 +209,13 @@ impl Session {
         let common = common.min(prompt.len().saturating_sub(1));
         self.state.truncate(common);
         self.cached.truncate(common);
-        prompt.iter().for_each(|t| answer.sampler.accept(*t));
+        answer.sampler.start(prompt);
         answer.timings.prefill_tokens = prompt.len() - common;
         let started = Instant::now();
         let mut flow = ControlFlow::Continue(());
+        let kind = RowKind::of_prompt(prompt.len());
         for chunk in prompt[common..].chunks(PREFILL_CHUNK) {
-            self.append(chunk, answer)?;
+            self.append((chunk, kind), answer)?;
             if answer.request.is_canceled() {
                 flow = ControlFlow::Break(());
                 break;
@@ -261,7 +253,7 @@ impl Session {
             if self.state.len() >= self.state.context() {
                 break Finish::Context;
             }
-            self.append(&[token], answer)?;
+            self.append((&[token], RowKind::Decode), answer)?;
         };
         answer.finish()?;
         answer.timings.decode_tokens = answer.tokens.len();
@@ -270,11 +262,26 @@ impl Session {
     }
 
     /// Appends tokens to the KV cache and stores the input of the sampler for the next token.
-    fn append<S>(&mut self, tokens: &[u32], answer: &mut Answer<'_, S>) -> Result<()> {
+    fn append<S>(&mut self, tokens: (&[u32], RowKind), answer: &mut Answer<'_, S>) -> Result<()> {
         let Answer { sampler, banned, input, .. } = answer;
-        self.engine.forward_sampled(&mut self.state, tokens, sampler, banned, input)?;
-        self.cached.extend_from_slice(tokens);
+        self.engine.sampled(&mut self.state, tokens, sampler, banned, input)?;
+        self.cached.extend_from_slice(tokens.0);
         Ok(())
+    }
+}
+
+/// Sampling parameters from the file of `model`, with the values of [`SamplerOptions::default`] for missing ones.
+pub(crate) fn suggested_sampling(model: &Model) -> SamplerOptions {
+    let default = SamplerOptions::default();
+    let file = |key: &str| model.sampling_default(key);
+    let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
+    SamplerOptions {
+        repeat_penalty: number("repetition_penalty", default.repeat_penalty),
+        temperature: number("temperature", default.temperature),
+        top_k: file("top_k").map_or(default.top_k, |v| v as usize),
+        top_p: number("top_p", default.top_p),
+        min_p: number("min_p", default.min_p),
+        ..default
     }
 }
 
@@ -287,7 +294,7 @@ struct Answer<'a, S> {
     stop_at_special: bool,
     input: SamplerInput,
     stream: TextStream<'a>,
-    text: StopFilter<'a>,
+    text: StopFilter,
     tokens: Vec<u32>,
     timings: Timings,
 }

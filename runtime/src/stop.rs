@@ -1,8 +1,8 @@
 //! [`StopFilter`] finds stop texts across the pieces of a stream.
 
 /// Removes stop texts from a stream. Text that may be the beginning of a stop text is held back.
-pub(crate) struct StopFilter<'a> {
-    stops: &'a [String],
+pub(crate) struct StopFilter {
+    stops: Vec<String>,
     held: String,
     /// All text that was returned.
     pub released: String,
@@ -10,9 +10,9 @@ pub(crate) struct StopFilter<'a> {
     pub stopped: bool,
 }
 
-impl<'a> StopFilter<'a> {
-    pub fn new(stops: &'a [String]) -> Self {
-        Self { stops, held: String::new(), released: String::new(), stopped: false }
+impl StopFilter {
+    pub fn new(stops: &[String]) -> Self {
+        Self { stops: stops.to_vec(), held: String::new(), released: String::new(), stopped: false }
     }
 
     /// Appends `new` and returns the text that can be shown now.

@@ -1,13 +1,14 @@
 //! Chat templates: Jinja programs from the model file, executed with a step limit.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::value::{Kwargs, Serde, Value, merge_maps};
 use minijinja::{Environment, ErrorKind};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The step limit of a template. Real templates take far fewer steps.
+/// The step limit of a template. Real templates take far fewer steps. The data that a template creates counts, too: a
+/// step for 64 bytes.
 const FUEL: u64 = 2_000_000;
 /// The date of [`ChatTemplate::at_fixed_date`], in seconds since 1970.
 const FIXED_DATE: i64 = 1_735_689_600;
@@ -27,6 +28,17 @@ impl Message {
     pub fn new(role: &str, content: &str) -> Self {
         Self { role: role.to_owned(), content: content.to_owned() }
     }
+}
+
+/// What a chat template renders beyond plain turns.
+#[derive(Clone, Copy, Debug)]
+pub struct ChatInput<'a> {
+    /// The messages, each an object with `role`, `content` and whatever else the template reads.
+    pub messages: &'a [serde_json::Value],
+    /// The functions that the model may call, in OpenAI's format.
+    pub tools: Option<&'a [serde_json::Value]>,
+    /// More variables of the template, such as `enable_thinking`.
+    pub variables: &'a serde_json::Map<String, serde_json::Value>,
 }
 
 /// A compiled chat template.
@@ -100,17 +112,43 @@ impl ChatTemplate {
         self.run(messages, false)
     }
 
+    /// The prompt for a conversation with tools, up to the start of the assistant's answer.
+    ///
+    /// # Errors
+    /// The errors of [`ChatTemplate::render`].
+    pub fn render_chat(&self, input: ChatInput<'_>) -> Result<String> {
+        let own = minijinja::context! {
+            messages => Value::from(Serde(input.messages)),
+            tools => input.tools.map(|tools| Value::from(Serde(tools))),
+        };
+        // The last map with a name wins: a client cannot change the variables of every template.
+        let more = Value::from(Serde(input.variables));
+        self.evaluate(merge_maps([more, self.context(true), own]))
+    }
+
+    /// Whether the source of the template contains `text`, such as the name of a variable.
+    #[must_use]
+    pub fn mentions(&self, text: &str) -> bool {
+        self.environment.get_template("chat").is_ok_and(|template| template.source().contains(text))
+    }
+
     fn run(&self, messages: &[Message], prompt: bool) -> Result<String> {
+        let messages = Value::from(Serde(messages));
+        self.evaluate(merge_maps([self.context(prompt), minijinja::context! { messages }]))
+    }
+
+    /// The variables of every template.
+    fn context(&self, prompt: bool) -> Value {
+        minijinja::context! {
+            add_generation_prompt => prompt,
+            bos_token => &self.bos,
+            eos_token => &self.eos,
+        }
+    }
+
+    fn evaluate(&self, context: Value) -> Result<String> {
         let fail = |e: minijinja::Error| Error::invalid(format!("the chat template failed: {e:#}"));
-        let template = self.environment.get_template("chat").map_err(fail)?;
-        template
-            .render(minijinja::context! {
-                messages => Value::from(Serde(messages)),
-                add_generation_prompt => prompt,
-                bos_token => &self.bos,
-                eos_token => &self.eos,
-            })
-            .map_err(fail)
+        self.environment.get_template("chat").and_then(|t| t.render(context)).map_err(fail)
     }
 }
 
@@ -207,6 +245,24 @@ mod tests {
     }
 
     #[test]
+    fn tools_and_variables_reach_the_template() {
+        let source = "{% for t in tools %}{{ t.function.name }} {% endfor %}{{ x }} \
+            {{ messages[0].tool_calls[0].function.arguments | tojson }}";
+        let template = ChatTemplate::new(source, "", "").unwrap();
+        let json = |text: &str| serde_json::from_str::<Vec<serde_json::Value>>(text).unwrap();
+        let messages = json(
+            r#"[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"b": 1, "a": 2}}}]}]"#,
+        );
+        let tools = json(r#"[{"type": "function", "function": {"name": "f"}}]"#);
+        let mut variables = serde_json::Map::new();
+        variables.insert("x".into(), true.into());
+        variables.insert("messages".into(), "no".into());
+        let input = ChatInput { messages: &messages, tools: Some(&tools), variables: &variables };
+        assert_eq!(template.render_chat(input).unwrap(), r#"f True {"b": 1, "a": 2}"#);
+        assert!(template.mentions("tools") && !template.mentions("ipython"));
+    }
+
+    #[test]
     fn finished_conversations_have_no_prompt_and_a_fixed_date() {
         let source = "{{ strftime_now('%d %b %Y') }}:{% for m in messages %} {{ m.content }}{% endfor %}\
             {% if add_generation_prompt %} >{% endif %}";
@@ -227,6 +283,9 @@ mod tests {
         let endless =
             "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}";
         assert!(render(endless, &[]).is_err());
+        let growing = "{% set n = namespace(x='0123456789') %}{% for i in range(64) %}\
+            {% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x | length }}";
+        assert!(render(growing, &[]).is_err());
         assert!(render("{% if %}", &[]).is_err());
         assert!(render("{{ strftime_now('%') }}", &[]).is_err());
         assert_eq!(render("{{ strftime_now('%Y') | length }}", &[]).unwrap(), "4");

@@ -1,6 +1,7 @@
 //! Text to token ids and back.
 
 use crate::error::{Error, Result};
+use crate::token_bytes::ByteStyle;
 
 /// The tokenizer of a model, with its begin and end tokens.
 pub struct Tokenizer {
@@ -81,6 +82,26 @@ impl Tokenizer {
     #[must_use]
     pub fn is_special(&self, id: u32) -> bool {
         self.special.contains(&id)
+    }
+
+    /// The id of a token by its written form, such as `<s>`.
+    #[must_use]
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text)
+    }
+
+    /// The bytes that each token stands for, by id; empty for ids without a token. A special token has the bytes of
+    /// its written form.
+    #[must_use]
+    pub fn token_bytes(&self) -> Vec<Vec<u8>> {
+        let style = ByteStyle::of(&self.inner);
+        let added = self.inner.get_added_tokens_decoder();
+        let bytes = |id: u32| match (added.get(&id), self.inner.id_to_token(id)) {
+            (Some(token), _) => token.content.clone().into_bytes(),
+            (None, Some(text)) => style.bytes(&text),
+            (None, None) => Vec::new(),
+        };
+        (0..self.vocab_size as u32).map(bytes).collect()
     }
 
     /// The number of embeddings of the model.

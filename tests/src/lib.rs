@@ -6,5 +6,6 @@ pub mod gguf;
 pub mod paths;
 pub mod programs;
 pub mod random_model;
+pub mod server;
 pub mod tiny;
 pub mod vectors;

@@ -109,6 +109,7 @@ pub fn command<S: AsRef<OsStr>>(name: &str, args: &[S]) -> Command {
         "STB_KV",
         "STB_MLOCK",
         "STB_NGL",
+        "STB_API_KEY",
     ] {
         command.env_remove(variable);
     }

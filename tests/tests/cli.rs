@@ -367,6 +367,7 @@ fn help_texts_are_as_committed() {
         ("stb-run", vec!["perplexity", "--help"], "stb-run-perplexity.txt"),
         ("stb-run", vec!["zero-shot", "--help"], "stb-run-zero-shot.txt"),
         ("stb-run", vec!["bench", "--help"], "stb-run-bench.txt"),
+        ("stb-run", vec!["serve", "--help"], "stb-run-serve.txt"),
         ("stb-convert", vec!["--help"], "stb-convert.txt"),
         ("stb-convert", vec!["recipes"], "stb-convert-recipes.txt"),
         ("stb-convert", vec!["study", "--help"], "stb-convert-study.txt"),

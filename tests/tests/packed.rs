@@ -10,7 +10,7 @@ use stb_kernels::{
     packed,
 };
 use stb_random::Rng;
-use stb_runtime::{LinearScratch, LinearWeight, Threads, apply_packed};
+use stb_runtime::{LinearScratch, LinearWeight, Rows, Threads, apply_packed};
 use stb_tests::random_model::random;
 
 /// Weights of −1, 0 or 1, five in a byte as digits of base 3, times one scale per row. A row is its scale as
@@ -211,12 +211,31 @@ impl Case<'_> {
 fn linear(threads: Threads<'_>, cases: [&Case<'_>; 2], x: &[f32]) {
     for q8 in [false, true] {
         let weights = cases.map(|case| LinearWeight { matrix: case.matrix, bytes: case.bytes });
-        let mut outputs = [Vec::new(), Vec::new()];
+        let cols = cases[0].matrix.cols();
         let mut scratch = LinearScratch::new(q8);
-        apply_packed(threads, &mut scratch, weights, x, outputs.each_mut());
-        for (case, out) in cases.iter().zip(&outputs) {
-            let rows = case.matrix.rows();
-            case.check(x, q8, |row, t| out[t * rows + row], "linear");
+        let mut apply = |x: &[f32], prefill: usize| {
+            let mut outputs = [Vec::new(), Vec::new()];
+            let rows = Rows { x, prefill };
+            apply_packed(threads, &mut scratch, weights, rows, outputs.each_mut());
+            outputs
+        };
+        let tokens = x.len() / cols;
+        for prefill in [0, tokens / 2, tokens] {
+            let outputs = apply(x, prefill);
+            for (case, out) in cases.iter().zip(&outputs) {
+                let rows = case.matrix.rows();
+                case.check(x, q8, |row, t| out[t * rows + row], "linear");
+            }
+            // A row has the same bits alone.
+            for (t, x) in x.chunks(cols).enumerate().step_by(7) {
+                for (out, alone) in outputs.iter().zip(apply(x, usize::from(t < prefill))) {
+                    let rows = alone.len();
+                    assert!(
+                        out[t * rows..][..rows] == alone,
+                        "row {t} with {prefill} prefill rows"
+                    );
+                }
+            }
         }
     }
 }

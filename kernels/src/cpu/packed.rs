@@ -109,6 +109,10 @@ pub trait PackedGemmQ8: PackedMatrix {
     /// codes first.
     fn min_batch(&self, isa: Isa) -> usize;
 
+    /// Whether each output is the same chain of operations as in [`gemv`](crate::gemv) with quantized
+    /// activations, and so has the same bits.
+    fn adds_like_gemv(&self) -> bool;
+
     /// The batch size beyond which [`gemm_q8`](crate::gemm_q8) gets no faster per token.
     fn prefill_batch(&self, isa: Isa) -> usize;
 

@@ -104,12 +104,12 @@ fn sampling(args: &SamplingArgs, suggested: SamplerOptions) -> SamplerOptions {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     SamplerOptions {
         repeat_penalty: args.repeat_penalty.unwrap_or(suggested.repeat_penalty),
-        repeat_last: suggested.repeat_last,
         temperature: args.temp.unwrap_or(suggested.temperature),
         top_k: args.top_k.unwrap_or(suggested.top_k),
         top_p: args.top_p.unwrap_or(suggested.top_p),
         min_p: args.min_p.unwrap_or(suggested.min_p),
         seed: args.seed.unwrap_or(clock.as_nanos() as u64),
+        ..suggested
     }
 }
 

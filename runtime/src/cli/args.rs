@@ -26,8 +26,21 @@ pub(super) struct Cli {
     pub run: RunArgs,
 }
 
+impl Cli {
+    /// Whether the command ends on signals in its own way.
+    pub fn catches_signals(&self) -> bool {
+        #[cfg(feature = "serve")]
+        return matches!(self.command, Some(Command::Serve(_)));
+        #[cfg(not(feature = "serve"))]
+        false
+    }
+}
+
 #[derive(Subcommand)]
 pub(super) enum Command {
+    /// Serve models over HTTP with OpenAI's API and a web page
+    #[cfg(feature = "serve")]
+    Serve(super::serve::ServeArgs),
     /// Measure perplexity on a text, and KL divergence from another model
     Perplexity(PerplexityArgs),
     /// Measure accuracy on multiple-choice tasks
@@ -70,7 +83,7 @@ pub(super) struct LoadArgs {
     pub device: Option<DeviceChoice>,
     /// Decoder layers on the device, counted from the last; the CPU computes the rest. Also -ngl N.
     /// Implies --device auto unless --device is given [default: all]
-    #[arg(long, value_name = "N", env = "STB_NGL")]
+    #[arg(long, alias = "n-gpu-layers", value_name = "N", env = "STB_NGL")]
     pub gpu_layers: Option<usize>,
 }
 
@@ -284,7 +297,11 @@ pub(super) fn task_names() -> String {
     format!("use one of {}", Task::ALL.map(Task::name).join(", "))
 }
 
-/// Replaces `-ngl`, the option of llama.cpp, which clap cannot parse as a short option.
+/// Replaces `-ngl` and `-np`, options of llama.cpp, which clap cannot parse as short options.
 pub(super) fn long_names(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
-    args.map(|arg| if arg == "-ngl" { "--gpu-layers".into() } else { arg })
+    args.map(|arg| match arg.to_str() {
+        Some("-ngl") => "--gpu-layers".into(),
+        Some("-np") => "--slots".into(),
+        _ => arg,
+    })
 }

@@ -30,8 +30,7 @@ pub(super) fn open_exact(file: &Path, args: &LoadArgs) -> Result<Engine, Error> 
     let threads = args.threads.map_or_else(default_threads, usize::from);
     let options = OpenOptions { threads: Some(threads), ..open_options(args) };
     let engine = open_to_measure(file, &options)?;
-    devices::explain(&engine);
-    warn(&engine);
+    explain(&engine);
     Ok(engine)
 }
 
@@ -39,9 +38,14 @@ pub(super) fn open_exact(file: &Path, args: &LoadArgs) -> Result<Engine, Error> 
 pub(super) fn open(file: &Path, args: &LoadArgs) -> Result<(Engine, Duration), Error> {
     let started = Instant::now();
     let engine = Engine::open(file, &open_options(args))?;
-    devices::explain(&engine);
-    warn(&engine);
+    explain(&engine);
     Ok((engine, started.elapsed()))
+}
+
+/// Prints what the user should know about an engine: a fallback to the CPU, and a file of low quality.
+pub(super) fn explain(engine: &Engine) {
+    devices::explain(engine);
+    warn(engine);
 }
 
 /// Warns of a file that its converter found broken, or did not check.
@@ -63,7 +67,8 @@ fn warn(engine: &Engine) {
     }
 }
 
-fn open_options(args: &LoadArgs) -> OpenOptions {
+/// The options of the command line.
+pub(super) fn open_options(args: &LoadArgs) -> OpenOptions {
     let verify = match args.verify {
         VerifyArg::Auto => Verify::Auto,
         VerifyArg::Full => Verify::Full,

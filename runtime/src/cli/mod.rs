@@ -8,6 +8,8 @@ mod devices;
 mod evaluate;
 mod load;
 mod run;
+#[cfg(feature = "serve")]
+mod serve;
 mod terminal;
 
 use std::process::ExitCode;
@@ -18,7 +20,9 @@ use load::in_pool;
 
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse_from(args::long_names(std::env::args_os()));
-    terminal::catch_interrupts();
+    if !cli.catches_signals() {
+        terminal::catch_interrupts();
+    }
     let result = match cli.command {
         Some(Command::Completions { shell }) => {
             let mut command = Cli::command();
@@ -30,6 +34,8 @@ pub(crate) fn main() -> ExitCode {
         }
         Some(Command::ZeroShot(args)) => in_pool(args.load.threads, || evaluate::zero_shot(&args)),
         Some(Command::Bench(args)) => bench::bench(&args),
+        #[cfg(feature = "serve")]
+        Some(Command::Serve(args)) => serve::run(args),
         None if cli.list_devices => devices::list(),
         None => match &cli.run.file {
             Some(file) => run::run(file, &cli.run),

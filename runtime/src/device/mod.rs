@@ -12,7 +12,7 @@ mod model;
 mod scratch;
 mod step;
 
-pub(crate) use caches::{DeviceCache, DeviceCaches};
+pub(crate) use caches::DeviceCaches;
 pub use choice::DeviceChoice;
 pub use exact::{DeviceLayers, DeviceObserver, DeviceSublayer};
 pub(crate) use model::{DeviceModel, DeviceOptions};

@@ -11,7 +11,7 @@ use super::scratch::StepScratch;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
 use crate::model::Model;
-use crate::pass::{Output, OutputKind, Pass};
+use crate::pass::{Output, OutputKind, OutputSink, Pass};
 use crate::weights::Weight;
 
 /// Memory that a model needs in addition to its weights: activations and the first blocks of the KV
@@ -100,7 +100,7 @@ impl DeviceModel {
 
     /// Runs `pass`: appends its tokens to the sequences and sends its outputs to `sink`. `hidden` is the
     /// residual stream before the first layer on the device, [tokens, hidden], or `None` if the device
-    /// has all layers.
+    /// has all layers. Logits of several sequences have the index of the first one.
     ///
     /// # Errors
     /// [`Error::Device`] if the device has too little memory, or failed.
@@ -109,10 +109,10 @@ impl DeviceModel {
         caches: &mut DeviceCaches<'_>,
         pass: Pass<'_>,
         hidden: Option<&[f32]>,
-        sink: &mut dyn FnMut(Output<'_>),
+        sink: &mut OutputSink<'_>,
     ) -> Result<()> {
         let scratch = &mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let vocabulary = self.lm_head().rows();
+        let vocabulary = self.vocabulary();
         let mut logits = Vec::new();
         self.steps(scratch, caches, pass, hidden, &mut |scratch, first, count| {
             if let OutputKind::TopK(request) = pass.output {
@@ -122,9 +122,14 @@ impl DeviceModel {
             }
             logits.resize(count * vocabulary, 0.0);
             scratch.logits.read(&mut logits)?;
-            sink(Output::Logits { first: pass.first + first, logits: &mut logits });
+            sink(Output::Logits { id: 0, first, logits: &logits });
             Ok(())
         })
+    }
+
+    /// The number of logits of a token.
+    pub(crate) fn vocabulary(&self) -> usize {
+        self.lm_head().rows()
     }
 
     pub(super) fn lm_head(&self) -> &Matrix {

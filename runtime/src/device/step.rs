@@ -50,9 +50,10 @@ impl DeviceModel {
             let with_logits = match pass.output {
                 OutputKind::AllLogits => 0..count,
                 OutputKind::LastLogits | OutputKind::TopK(_) if is_end => count - 1..count,
-                OutputKind::LastLogits | OutputKind::TopK(_) | OutputKind::CacheOnly => {
-                    count..count
-                }
+                OutputKind::LastLogits
+                | OutputKind::TopK(_)
+                | OutputKind::CacheOnly
+                | OutputKind::Hidden => count..count,
             };
             if count == 1 && with_logits == (0..1) {
                 self.run_single(scratch)?;

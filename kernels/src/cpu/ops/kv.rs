@@ -16,6 +16,19 @@ pub enum KvKind {
     Q8,
 }
 
+impl KvKind {
+    /// Bytes of a row of `width` elements.
+    #[must_use]
+    pub fn row_bytes(self, width: usize) -> usize {
+        let numbers = width.next_multiple_of(LANES);
+        match self {
+            Self::F32 => numbers * 4,
+            Self::F16 => numbers * 2,
+            Self::Q8 => numbers + 4,
+        }
+    }
+}
+
 /// Elements per chunk of a row.
 const LANES: usize = 16;
 
@@ -37,13 +50,14 @@ enum KvStorage {
 }
 
 impl KvRows {
-    /// No rows yet.
+    /// No rows yet, with memory for `capacity` rows.
     #[must_use]
-    pub fn new(kind: KvKind, width: usize) -> Self {
+    pub fn with_capacity(kind: KvKind, width: usize, capacity: usize) -> Self {
+        let chunks = capacity * width.div_ceil(LANES);
         let chunks = match kind {
-            KvKind::F32 => KvStorage::F32(Vec::new()),
-            KvKind::F16 => KvStorage::F16(Vec::new()),
-            KvKind::Q8 => KvStorage::Q8(Vec::new(), Vec::new()),
+            KvKind::F32 => KvStorage::F32(Vec::with_capacity(chunks)),
+            KvKind::F16 => KvStorage::F16(Vec::with_capacity(chunks)),
+            KvKind::Q8 => KvStorage::Q8(Vec::with_capacity(chunks), Vec::with_capacity(capacity)),
         };
         Self { width, len: 0, chunks }
     }
@@ -90,21 +104,12 @@ impl KvRows {
         }
     }
 
-    /// Decodes all rows to `to`, [rows, width].
-    pub fn read(&self, isa: Isa, to: &mut Vec<f32>) {
-        to.resize(self.len * self.width, 0.0);
-        isa.run(ReadTask { rows: self, to });
-    }
-
-    /// Bytes in use.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        let numbers = self.len * self.padded_width();
-        match &self.chunks {
-            KvStorage::F32(_) => numbers * 4,
-            KvStorage::F16(_) => numbers * 2,
-            KvStorage::Q8(_, scales) => numbers + scales.len() * 4,
-        }
+    /// Decodes rows from `first` on to `to`, [rows, width].
+    ///
+    /// # Panics
+    /// If there are fewer rows.
+    pub fn read(&self, isa: Isa, first: usize, to: &mut [f32]) {
+        isa.run(ReadTask { rows: self, first, to });
     }
 }
 
@@ -226,6 +231,7 @@ impl<S: Simd> LoadRows<S> for (&[[u8; LANES]], &[f32]) {
 
 struct ReadTask<'a> {
     rows: &'a KvRows,
+    first: usize,
     to: &'a mut [f32],
 }
 
@@ -234,19 +240,19 @@ impl Task for ReadTask<'_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        let width = self.rows.width;
+        let (width, first) = (self.rows.width, self.first);
         match &self.rows.chunks {
-            KvStorage::F32(v) => read(s, &v[..], width, self.to),
-            KvStorage::F16(v) => read(s, &v[..], width, self.to),
-            KvStorage::Q8(v, scales) => read(s, (&v[..], &scales[..]), width, self.to),
+            KvStorage::F32(v) => read(s, &v[..], width, first, self.to),
+            KvStorage::F16(v) => read(s, &v[..], width, first, self.to),
+            KvStorage::Q8(v, scales) => read(s, (&v[..], &scales[..]), width, first, self.to),
         }
     }
 }
 
 #[inline(always)]
-fn read<S: Simd, R: LoadRows<S>>(s: S, rows: R, width: usize, to: &mut [f32]) {
+fn read<S: Simd, R: LoadRows<S>>(s: S, rows: R, width: usize, first: usize, to: &mut [f32]) {
     let chunks = width.div_ceil(LANES);
-    for (t, to) in to.chunks_exact_mut(width).enumerate() {
+    for (t, to) in (first..).zip(to.chunks_exact_mut(width)) {
         let scale = s.splat(rows.scale(t));
         for (k, to) in to.chunks_mut(LANES).enumerate() {
             let v = s.sub(rows.load(s, t * chunks + k), s.splat(R::OFFSET));

@@ -74,6 +74,10 @@ impl PackedGemmQ8 for IntGroupView<'_> {
         if self.spec.bits() == 4 { 28 } else { 13 }
     }
 
+    fn adds_like_gemv(&self) -> bool {
+        false
+    }
+
     fn prefill_batch(&self, _: Isa) -> usize {
         128
     }

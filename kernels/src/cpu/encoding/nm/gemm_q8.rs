@@ -63,6 +63,10 @@ impl PackedGemmQ8 for NmView<'_> {
         }
     }
 
+    fn adds_like_gemv(&self) -> bool {
+        true
+    }
+
     fn prefill_batch(&self, isa: Isa) -> usize {
         match isa.run(ChoosePath { tokens: usize::MAX }) {
             GemmPath::Amx => 512,
