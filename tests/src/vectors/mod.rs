@@ -39,8 +39,11 @@ pub fn generated() -> Vec<(String, Vec<u8>)> {
     files
 }
 
+/// JSON with sorted keys, so that the text depends on its content alone.
 fn pretty(json: &Json) -> Vec<u8> {
-    let mut text = serde_json::to_string_pretty(json).expect("JSON of plain values");
+    let mut sorted = json.clone();
+    sorted.sort_all_objects();
+    let mut text = serde_json::to_string_pretty(&sorted).expect("JSON of plain values");
     text.push('\n');
     text.into_bytes()
 }
