@@ -217,10 +217,15 @@ impl GrammarConstraint {
     }
 }
 
-/// A schema with the options of llguidance that every schema here has: `oneOf` is read as `anyOf`.
+/// What may stand between the parts of JSON. Models that are small or unsure would otherwise write blanks without end.
+const WHITESPACE: &str = r"( |\n[ \t]{0,20})";
+
+/// A schema with the options of llguidance that every schema here has: `oneOf` is read as `anyOf`, and there is little
+/// white space.
 pub(crate) fn with_options(mut schema: Value) -> Value {
     if let Some(object) = schema.as_object_mut() {
-        object.insert("x-guidance".into(), json!({"coerce_one_of": true}));
+        let options = json!({"coerce_one_of": true, "whitespace_pattern": WHITESPACE});
+        object.insert("x-guidance".into(), options);
     }
     schema
 }
