@@ -115,12 +115,14 @@ pub fn tokenizer() -> String {
             })
         })
         .collect();
-    serde_json::json!({
+    let mut tokenizer = serde_json::json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
         "normalizer": null,
         "pre_tokenizer": { "type": "Split", "pattern": { "Regex": "." }, "behavior": "Isolated", "invert": false },
         "post_processor": null, "decoder": { "type": "Fuse" },
         "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "<unk>" },
-    })
-    .to_string()
+    });
+    // The vectors of the specification have this text.
+    tokenizer.sort_all_objects();
+    tokenizer.to_string()
 }
