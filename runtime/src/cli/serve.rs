@@ -41,7 +41,7 @@ pub(super) struct ServeArgs {
     /// File with keys, one per line
     #[arg(long, value_name = "FILE", help_heading = "Server")]
     pub api_key_file: Option<PathBuf>,
-    /// Origin whose pages may use the server, such as https://example.com, or * for all; may be
+    /// Origin whose pages may use the server, such as `https://example.com`, or `*` for all; may be
     /// given several times
     #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
     pub cors_origin: Vec<String>,

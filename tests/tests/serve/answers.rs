@@ -133,7 +133,7 @@ fn log_probabilities_and_biases() {
     let biased = server.post(TEXT, &continuation(STORY, fields)).success();
     let text = biased["choices"][0]["text"].as_str().unwrap();
     let once = server.post("/detokenize", &json!({"tokens": [first]})).success();
-    assert_eq!(text.trim(), vec![once["content"].as_str().unwrap().trim(); 3].join(" "), "{text}");
+    assert_eq!(text.trim(), [once["content"].as_str().unwrap().trim(); 3].join(" "), "{text}");
 }
 
 #[test]
