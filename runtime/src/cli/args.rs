@@ -4,8 +4,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use stb_runtime::{DeviceChoice, Task};
+use clap::{Args, Parser, Subcommand};
+use stb_runtime::Task;
+
+use super::load::LoadArgs;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
     read, 4 file invalid, 5 not supported, 130 interrupted.\n\
@@ -53,52 +55,6 @@ pub(super) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
-}
-
-/// Options for loading a model.
-#[derive(Args, Clone)]
-pub(super) struct LoadArgs {
-    /// Threads; default: one per physical core that this process may use
-    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub threads: Option<u16>,
-    /// Read the file into memory instead of mapping it
-    #[arg(long, env = "STB_NO_MMAP")]
-    pub no_mmap: bool,
-    /// Lock the mapped file in memory, so that it is never paged out
-    #[arg(long, env = "STB_MLOCK", conflicts_with = "no_mmap")]
-    pub mlock: bool,
-    /// What to check before use: tensor checksums of files up to 1 GiB, everything, or structure
-    /// and metadata only
-    #[arg(long, value_name = "WHAT", env = "STB_VERIFY", default_value = "auto")]
-    pub verify: VerifyArg,
-    /// Do not quantize activations to 8 bits; slower
-    #[arg(long, env = "STB_EXACT")]
-    pub exact: bool,
-    /// Type of the KV cache [default: f16; f32 with --exact]
-    #[arg(long, value_name = "TYPE", env = "STB_KV")]
-    pub kv: Option<KvArg>,
-    /// Where to compute: cpu, cuda, cuda:N, or auto for a CUDA device if there is one [default: cpu,
-    /// until the kernels have been proven on devices]
-    #[arg(long, value_name = "DEVICE", env = "STB_DEVICE")]
-    pub device: Option<DeviceChoice>,
-    /// Decoder layers on the device, counted from the last; the CPU computes the rest. Also -ngl N.
-    /// Implies --device auto unless --device is given [default: all]
-    #[arg(long, alias = "n-gpu-layers", value_name = "N", env = "STB_NGL")]
-    pub gpu_layers: Option<usize>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub(super) enum KvArg {
-    F32,
-    F16,
-    Q8,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub(super) enum VerifyArg {
-    Auto,
-    Full,
-    Off,
 }
 
 #[derive(Args)]

@@ -1,15 +1,61 @@
-//! Opens models with the options of the command line.
+//! The options for loading a model, and opening one with them.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use clap::{Args, ValueEnum};
 use stb_format::Verdict;
 use stb_runtime::{
     DeviceChoice, Engine, Error, KvKind, OpenOptions, Verify, default_threads, open_to_measure,
 };
 
-use super::args::{KvArg, LoadArgs, VerifyArg};
 use super::{devices, terminal};
+
+/// Options for loading a model.
+#[derive(Args, Clone)]
+pub(super) struct LoadArgs {
+    /// Threads; default: one per physical core that this process may use
+    #[arg(short, long, value_name = "N", env = "STB_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Read the file into memory instead of mapping it
+    #[arg(long, env = "STB_NO_MMAP")]
+    pub no_mmap: bool,
+    /// Lock the mapped file in memory, so that it is never paged out
+    #[arg(long, env = "STB_MLOCK", conflicts_with = "no_mmap")]
+    pub mlock: bool,
+    /// What to check before use: tensor checksums of files up to 1 GiB, everything, or structure
+    /// and metadata only
+    #[arg(long, value_name = "WHAT", env = "STB_VERIFY", default_value = "auto")]
+    pub verify: VerifyArg,
+    /// Do not quantize activations to 8 bits; slower
+    #[arg(long, env = "STB_EXACT")]
+    pub exact: bool,
+    /// Type of the KV cache [default: f16; f32 with --exact]
+    #[arg(long, value_name = "TYPE", env = "STB_KV")]
+    pub kv: Option<KvArg>,
+    /// Where to compute: cpu, cuda, cuda:N, or auto for a CUDA device if there is one [default: cpu,
+    /// until the kernels have been proven on devices]
+    #[arg(long, value_name = "DEVICE", env = "STB_DEVICE")]
+    pub device: Option<DeviceChoice>,
+    /// Decoder layers on the device, counted from the last; the CPU computes the rest. Also -ngl N.
+    /// Implies --device auto unless --device is given [default: all]
+    #[arg(long, alias = "n-gpu-layers", value_name = "N", env = "STB_NGL")]
+    pub gpu_layers: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum KvArg {
+    F32,
+    F16,
+    Q8,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum VerifyArg {
+    Auto,
+    Full,
+    Off,
+}
 
 /// Runs `f` in a Rayon pool of `threads` threads. Evaluation computes whole windows in parallel.
 pub(super) fn in_pool(

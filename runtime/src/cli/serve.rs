@@ -8,8 +8,7 @@ use stb_runtime::Error;
 use stb_runtime::scheduler::SchedulerOptions;
 use stb_runtime::serve::{ServeOptions, serve};
 
-use super::args::LoadArgs;
-use super::load;
+use super::load::{self, LoadArgs};
 
 #[derive(Args)]
 pub(super) struct ServeArgs {
