@@ -40,9 +40,12 @@ pub(super) struct ServeArgs {
     /// File with keys, one per line
     #[arg(long, value_name = "FILE", help_heading = "Server")]
     pub api_key_file: Option<PathBuf>,
-    /// Origin whose pages may use the server, such as `https://example.com`, or `*` for all; may be
-    /// given several times
+    // Not a documentation comment, where the address would have to be marked as a link.
     #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
+    #[arg(
+        help = "Origin whose pages may use the server, such as https://example.com, or * for all; may be \
+        given several times"
+    )]
     pub cors_origin: Vec<String>,
     /// Longest time for an answer in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=86_400), help_heading = "Server")]
