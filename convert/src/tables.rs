@@ -4,17 +4,19 @@
 //! f_r is the frequency of token r and e the mean squared gradient of the embedded vector; one of row r of the lm_head
 //! by ½ g_r dᵀ C d, where g_r is the mean squared gradient of logit r and C the mean product of the inputs of the
 //! lm_head. All rows share a Hessian. In a tied matrix it is the sum of both over the rows: f_r and g_r are nearly
-//! proportional, since both follow the probability of the token.
+//! proportional, since both follow the probability of the token. Methods that treat rows differently rank them by the
+//! loss without the row, d = −w.
 
 use stb_format::Encoding;
 use stb_format::arch::Role;
 use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
+use stb_kernels::{Isa, dense};
 use stb_runtime::{Engine, Error, Result};
 
 use crate::backward::TableStatistics;
 use crate::calibration::CalibrationText;
 use crate::compute::Compute;
-use crate::hessian::{Factor, Hessian};
+use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
 use crate::quantize::{Input, Method, Packed};
 use crate::recipe::Recipe;
@@ -59,19 +61,25 @@ impl TableUse {
     }
 }
 
-/// The Hessian that all rows of a table share, with its factors.
-pub(crate) struct TableHessian {
+/// The Hessian that all rows of a table share, with its factors, and the weight of each row.
+pub(crate) struct TableHessian<'a> {
+    statistics: &'a TableStatistics,
+    usage: TableUse,
     damped: Hessian,
     factor: Factor,
     norms: Vec<f32>,
 }
 
-impl TableHessian {
+impl<'a> TableHessian<'a> {
     /// The Hessian of a table with this use; see the module.
     ///
     /// # Errors
     /// [`Error::Invalid`] if it is not positive definite.
-    pub(crate) fn new(statistics: &TableStatistics, usage: TableUse, damping: f64) -> Result<Self> {
+    pub(crate) fn new(
+        statistics: &'a TableStatistics,
+        usage: TableUse,
+        damping: f64,
+    ) -> Result<Self> {
         let width = statistics.embedded.len();
         let mut matrix = vec![0.0; width * width];
         if usage.is_head {
@@ -89,10 +97,64 @@ impl TableHessian {
         let norms = damped.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
         damped.damp(damping);
         let factor = Factor::new(&damped)?;
-        Ok(Self { damped, factor, norms })
+        Ok(Self { statistics, usage, damped, factor, norms })
     }
 
-    /// Quantizes `weights`, [rows, cols], piece by piece of rows.
+    /// The expected KL divergence, in nats per token, that errors of rows of the table cause: for each row of `rows`
+    /// with its error in `errors`, [rows, cols].
+    pub(crate) fn row_losses(
+        &self,
+        isa: Isa,
+        rows: impl IntoIterator<Item = usize>,
+        errors: &[f32],
+    ) -> Vec<f64> {
+        let TableStatistics { embedded, head_inputs, logits, shares } = self.statistics;
+        let squares = match self.usage.is_head {
+            true => output_errors(isa, errors, head_inputs),
+            false => vec![0.0; errors.len() / embedded.len()],
+        };
+        let of_row = |((row, error), square): ((usize, &[f32]), f64)| {
+            // The Hessian is twice the mean.
+            let of_head = f64::from(logits[row]) * 0.5 * square;
+            let of_embedding = match self.usage.embeds {
+                true => error.iter().zip(embedded).map(|(d, e)| f64::from(d * d * e)).sum(),
+                false => 0.0,
+            };
+            0.5 * (of_head + f64::from(shares[row]) * of_embedding)
+        };
+        rows.into_iter().zip(errors.chunks_exact(embedded.len())).zip(squares).map(of_row).collect()
+    }
+
+    /// [`TableHessian::row_losses`] of each row of the table if it were zero.
+    ///
+    /// # Errors
+    /// [`crate::interrupt::Interrupted`].
+    pub(crate) fn losses_without(
+        &self,
+        isa: Isa,
+        weights: &MatrixView<'_>,
+    ) -> anyhow::Result<Vec<f64>> {
+        let (step, cols) = (self.piece_rows(), weights.cols());
+        let mut losses = Vec::new();
+        for first in (0..weights.rows()).step_by(step) {
+            check_interrupt()?;
+            let rows = first..(first + step).min(weights.rows());
+            let mut values = vec![0.0; rows.len() * cols];
+            for (row, out) in rows.clone().zip(values.chunks_exact_mut(cols)) {
+                weights.decode_row(row, out);
+            }
+            losses.extend(self.row_losses(isa, rows, &values));
+        }
+        Ok(losses)
+    }
+
+    /// Rows of a piece.
+    fn piece_rows(&self) -> usize {
+        (PIECE / self.damped.size.max(1)).next_multiple_of(PIECE_ROWS)
+    }
+
+    /// Quantizes `weights`, [rows, cols], piece by piece of rows. With a method that ranks rows, these are all rows of
+    /// the table.
     ///
     /// # Errors
     /// Those of the method; [`crate::interrupt::Interrupted`].
@@ -102,8 +164,16 @@ impl TableHessian {
         weights: &[f32],
         method: Method,
     ) -> anyhow::Result<Packed> {
-        let rows = (PIECE / self.damped.size.max(1)).next_multiple_of(PIECE_ROWS);
-        self.quantize_pieces(compute, weights, method, rows)
+        let rows = self.piece_rows();
+        let Method::MixedRows(options) = method else {
+            return self.quantize_pieces(compute, weights, method, rows);
+        };
+        let cols = self.damped.size;
+        let all = MatrixView::Dense(dense(weights, weights.len() / cols, cols));
+        let losses = self.losses_without(compute.isa, &all)?;
+        options.quantize_ranked(weights, cols, &losses, |weights, method| {
+            self.quantize_pieces(compute, weights, method, rows)
+        })
     }
 
     /// [`TableHessian::quantize`] with pieces of `rows` rows, a multiple of [`PIECE_ROWS`].
@@ -191,13 +261,12 @@ fn join(mut pieces: Vec<(usize, Packed)>, cols: usize) -> Result<Packed> {
 
 #[cfg(test)]
 mod tests {
-    use stb_kernels::Isa;
-
     use super::*;
+    use crate::quantize::mixed_rows::MixedRowsOptions;
     use crate::quantize::{decode, relative_error};
 
     /// A table, [rows, 64], with the Hessian of correlated inputs.
-    fn table(rows: usize) -> (TableHessian, Vec<f32>) {
+    fn table(rows: usize) -> (TableStatistics, Vec<f32>) {
         let cols = 64;
         let noise = |i: usize| ((i * 7919 + i / 13 * 104_729) % 2003) as f32 / 1001.5 - 1.0;
         let isa = Isa::detect().unwrap();
@@ -208,16 +277,24 @@ mod tests {
         let mut head_inputs = Hessian::new(cols);
         head_inputs.add(isa, &x);
         head_inputs.finish_tokens(tokens);
-        let statistics =
-            TableStatistics { embedded: vec![0.01; cols], head_inputs, logits: vec![0.1; 8] };
-        let usage = TableUse { embeds: true, is_head: true };
-        let hessian = TableHessian::new(&statistics, usage, 0.01).unwrap();
-        (hessian, (0..rows * cols).map(|i| noise(i * 3 + 1)).collect())
+        let weights: Vec<f32> = (0..rows).map(|r| 1.0 / (1 + r * 7 % rows) as f32).collect();
+        let statistics = TableStatistics {
+            embedded: vec![0.01; cols],
+            head_inputs,
+            logits: weights.clone(),
+            shares: weights,
+        };
+        (statistics, (0..rows * cols).map(|i| noise(i * 3 + 1)).collect())
+    }
+
+    fn hessian(statistics: &TableStatistics) -> TableHessian<'_> {
+        TableHessian::new(statistics, TableUse { embeds: true, is_head: true }, 0.01).unwrap()
     }
 
     #[test]
     fn pieces_are_the_whole() {
-        let (hessian, weights) = table(164);
+        let (statistics, weights) = table(164);
+        let hessian = hessian(&statistics);
         let compute = Isa::detect().unwrap().into();
         for method in Method::candidates(64) {
             let whole = hessian.quantize(compute, &weights, method).unwrap();
@@ -229,7 +306,8 @@ mod tests {
 
     #[test]
     fn the_hessian_lowers_the_error() {
-        let (hessian, weights) = table(256);
+        let (statistics, weights) = table(256);
+        let hessian = hessian(&statistics);
         let isa = Isa::detect().unwrap();
         let input = Input {
             compute: isa.into(),
@@ -248,5 +326,31 @@ mod tests {
             let (own, rounded) = (error(&packed), error(&rounded));
             assert!(own < 0.8 * rounded, "{}: {own}, rounded {rounded}", packed.encoding);
         }
+    }
+
+    #[test]
+    fn rows_that_matter_most_get_more_bits() {
+        let rows = 192;
+        let (statistics, weights) = table(rows);
+        let hessian = hessian(&statistics);
+        let isa = Isa::detect().unwrap();
+        let method = |bits| {
+            Method::candidates(64).find(|m| matches!(m, Method::Int(o) if o.spec.bits() == bits))
+        };
+        let (Some(Method::Int(fine)), Some(coarse)) = (method(8), method(2)) else {
+            panic!("candidates")
+        };
+        let mixed = Method::MixedRows(MixedRowsOptions::new(8, fine, coarse).unwrap());
+        let loss = |method| {
+            let stored = decode(&hessian.quantize(isa.into(), &weights, method).unwrap(), rows, 64);
+            let errors: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
+            hessian.row_losses(isa, 0..rows, &errors)
+        };
+        let (mixed, coarse): (Vec<f64>, Vec<f64>) = (loss(mixed), loss(coarse));
+        let better: Vec<usize> = (0..rows).filter(|r| mixed[*r] < 0.01 * coarse[*r]).collect();
+        assert_eq!(better.len(), 8);
+        // The weight of a row is 1 / (1 + 7 r mod 192).
+        assert!(better.iter().all(|r| r * 7 % rows < 12), "{better:?}");
+        assert!(mixed.iter().sum::<f64>() < 0.6 * coarse.iter().sum::<f64>());
     }
 }

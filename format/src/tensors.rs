@@ -92,7 +92,7 @@ impl<'a> Tensor<'a> {
         Err(Error::new(Rule::TensorChecksum, detail).at(self.offset).in_tensor(self.name))
     }
 
-    /// Checks the content of the payload: padding, finite values, masks (STB-R-041 to STB-R-044).
+    /// Checks the content of the payload: padding, finite values, masks (STB-R-041 to STB-R-045).
     ///
     /// # Errors
     /// The first broken rule.

@@ -259,7 +259,7 @@ types:
     -webide-representation: '{name}, {encoding}'
     doc: |
       One tensor. Not checked here are the characters of names (STB-R-032), that names are unique (STB-R-033),
-      checksums (STB-R-040) and what is inside payloads (STB-R-041 to 044).
+      checksums (STB-R-040) and what is inside payloads (STB-R-041 to 045).
     doc-ref: Container §3.3
     params:
       - id: name_start
@@ -295,10 +295,10 @@ types:
         valid:
           expr: >-
             ndim == 2 or (_ != encoding::int_group and _ != encoding::odd_group
-            and _ != encoding::stbllm and _ != encoding::nm)
+            and _ != encoding::stbllm and _ != encoding::nm and _ != encoding::mixed_rows)
         doc: |
-          How the weights are stored. Ids from 0x80000000 up are for private use. Encodings 16, 17, 32 and
-          48 are for two dimensions (STB-R-037).
+          How the weights are stored. Ids from 0x80000000 up are for private use. Encodings 16, 17, 32, 48
+          and 64 are for two dimensions (STB-R-037).
         doc-ref: Encodings
       - id: reserved2
         type: u4
@@ -316,7 +316,9 @@ types:
             'encoding::odd_group': int_group_params
             'encoding::stbllm': stbllm_params
             'encoding::nm': nm_params
-        doc: Parameters of the encoding (STB-R-036). Bytes for an encoding that is not known.
+        doc: |
+          Parameters of the encoding (STB-R-036). Bytes for mixed rows (Encodings §6) and for an encoding that is
+          not known.
       - id: dims
         type: u8
         repeat: expr
@@ -369,7 +371,7 @@ types:
             'encoding::nm': nm_payload
         doc: |
           The stored bytes, cut into segments for encodings 16, 17, 32 and 48. For dense tensors, the elements
-          in row-major order. Bytes for an encoding that is not known.
+          in row-major order. Bytes for mixed rows and for an encoding that is not known.
         doc-ref: Encodings §1
       gap:
         io: _root._io
@@ -869,6 +871,9 @@ enums:
     48:
       id: nm
       doc: N:M sparse signs (Encodings §5).
+    64:
+      id: mixed_rows
+      doc: All rows in one encoding, some a second time in another (Encodings §6). Not taken apart here.
   value_type:
     1:
       id: text

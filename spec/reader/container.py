@@ -115,7 +115,7 @@ class StbFile:
 
     @memory_guard()
     def weights(self, name: str) -> np.ndarray:
-        """Decode a tensor, after the checks of its payload (STB-R-050, 040 to 044)."""
+        """Decode a tensor, after the checks of its payload (STB-R-050, 040 to 045)."""
         tensor = self.tensors[name]
         if tensor.codec is None:
             raise StbError("STB-R-050", f"{name} has the unknown encoding {tensor.encoding}")

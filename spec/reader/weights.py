@@ -81,7 +81,7 @@ class Dense:
 
 
 class Matrix:
-    """What encodings 16, 17, 32 and 48 have in common (§1): two dimensions, segments, rows.
+    """What encodings 16, 17, 32, 48 and 64 have in common (§1): two dimensions, segments, rows.
 
     A subclass sets its parameters in `read_params`, gives the lengths of its segments, checks the
     content of a payload, and decodes some of its rows.
@@ -411,9 +411,49 @@ class JointNM(Matrix):
         return scales.transpose(0, 2, 1).reshape(len(scales) * rows, self.blocks)
 
 
-ENCODING_NAMES = {1: "f32", 2: "f16", 3: "bf16", 16: "int group", 32: "stbllm", 48: "nm"}
+class MixedRows(Matrix):
+    """Encoding 64 (§6): all rows in one encoding, and the listed rows a second time in another."""
+
+    def read_params(self, params):
+        self.count = int.from_bytes(params[:4], "little")
+        self.listed_id, self.all_id = params[4:6]
+        self.listed_params = params[6:10] + bytes(12)
+        self.all_params = params[10:] + bytes(10)
+        factors = self.all_id == 48 and self.all_params[3] & 1
+        require_params(
+            self.count > 0 and self.listed_id in (16, 17)
+            and self.all_id in (16, 17, 48) and not factors,
+            b"",
+            f"{self.count} rows of encoding {self.listed_id}, all rows of {self.all_id}",
+        )
+
+    def segment_lengths(self):
+        self.listed = MATRIX_CODECS[self.listed_id](self.listed_params, (self.count, self.cols))
+        self.all = MATRIX_CODECS[self.all_id](self.all_params, (self.rows, self.cols))
+        return [self.count * 4, self.listed.length, self.all.length]
+
+    def check(self, payload):
+        self.require_unused_zero(payload, True)
+        rows, listed, everything = self.split(payload)
+        rows = rows.view("<u4").astype(np.int64)
+        if rows[-1] >= self.rows or (np.diff(rows) <= 0).any():
+            raise StbError("STB-R-045", "the listed rows are not ascending rows of the matrix")
+        self.listed.check(listed.tobytes())
+        self.all.check(everything.tobytes())
+
+    def decode(self, payload):
+        rows, listed, everything = self.split(payload)
+        weights = self.all.decode(everything.tobytes())
+        weights[rows.view("<u4")] = self.listed.decode(listed.tobytes())
+        return weights
+
+
+ENCODING_NAMES = {
+    1: "f32", 2: "f16", 3: "bf16", 16: "int group", 17: "odd group", 32: "stbllm", 48: "nm",
+    64: "mixed rows",
+}
 DENSE_TYPES = {1: "<f4", 2: "<f2", 3: "<u2"}
-MATRIX_CODECS = {16: IntGroup, 17: OddGroup, 32: Stbllm, 48: JointNM}
+MATRIX_CODECS = {16: IntGroup, 17: OddGroup, 32: Stbllm, 48: JointNM, 64: MixedRows}
 
 
 def codec_for(encoding: int, params: bytes, shape: tuple[int, ...]):

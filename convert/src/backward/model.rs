@@ -24,8 +24,10 @@ pub(crate) struct TableStatistics {
     pub embedded: Vec<f32>,
     /// The Hessian of the inputs of the lm_head: twice their mean product with themselves, `[embedding, embedding]`.
     pub head_inputs: Hessian,
-    /// Mean squares of the gradients of the outputs of the lm_head, `[vocab]`.
+    /// Mean squares of the gradients of the outputs of the lm_head, `[vocab]`: the mean of p (1 − p) of each token.
     pub logits: Vec<f32>,
+    /// Mean probabilities of the tokens, which stand for their frequencies as inputs, `[vocab]`.
+    pub shares: Vec<f32>,
 }
 
 /// Runs the forward and backward pass of the dense model on sequences of one length. Calls `layer` for each
@@ -81,14 +83,36 @@ fn head_statistics(engine: &Engine, stream: &[f32]) -> (TableStatistics, Vec<f32
         .par_chunks_exact_mut(vocab)
         .zip(draws)
         .for_each(|(logits, draw)| subtract_sampled_token(logits, draw));
+    let (shares, squares) = token_statistics(&logits, slopes.as_deref(), vocab);
     uncap(&mut logits, slopes);
     let (d_stream, _) = head.inputs_backward(stream, head.logits_backward(&logits));
     let mut head_inputs = Hessian::new(width);
     head_inputs.add(engine.isa, &inputs);
     head_inputs.finish_tokens(tokens);
-    let statistics =
-        TableStatistics { embedded: Vec::new(), head_inputs, logits: mean_squares(&logits, vocab) };
+    let statistics = TableStatistics { embedded: Vec::new(), head_inputs, logits: squares, shares };
     (statistics, d_stream)
+}
+
+/// The mean of p, and of p (1 − p) times the squared slope of the soft cap, of each token of the vocabulary. `gradients`
+/// is p − 1 for the sampled token of a row and p for the others, [tokens, vocab]. Both means have less noise than those
+/// of samples.
+fn token_statistics(
+    gradients: &[f32],
+    slopes: Option<&[f32]>,
+    vocab: usize,
+) -> (Vec<f32>, Vec<f32>) {
+    let tokens = (gradients.len() / vocab).max(1) as f32;
+    let column = |c: usize| {
+        let (mut share, mut square) = (0.0, 0.0);
+        for at in (c..gradients.len()).step_by(vocab) {
+            let gradient = gradients[at];
+            share += if gradient < 0.0 { 1.0 + gradient } else { gradient };
+            let slope = slopes.map_or(1.0, |slopes| slopes[at]);
+            square += gradient.abs() * (1.0 - gradient.abs()) * slope * slope;
+        }
+        (share / tokens, square / tokens)
+    };
+    (0..vocab).into_par_iter().map(column).unzip()
 }
 
 /// Samples a token from the distribution of `logits` and replaces these by the gradient of −log p of that

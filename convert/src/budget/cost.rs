@@ -11,9 +11,11 @@ use stb_kernels::Isa;
 use stb_runtime::{Checkpoint, Engine, LayerMatrix, Result, Weight};
 
 mod experts;
+mod tables;
 
+use self::tables::TableCosts;
 use super::candidate::Candidate;
-use crate::backward::{LayerFisher, TableStatistics, backpropagate};
+use crate::backward::{LayerFisher, backpropagate};
 use crate::calibration::CalibrationText;
 use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
@@ -21,12 +23,10 @@ use crate::pipeline::decode_finite;
 use crate::plan::{Plan, TensorMethod, TensorPlan};
 use crate::quantize::{Input, Method, decode};
 use crate::recipe::Recipe;
-use crate::tables::{TOKENS, TableHessian, TableUse, sequences};
+use crate::tables::{TOKENS, sequences};
 
 /// Rows of a linear layer that are quantized, evenly spaced.
 const ROWS: usize = 128;
-/// Rows of the embeddings and the lm_head that are quantized, evenly spaced.
-const TABLE_ROWS: usize = 1024;
 /// Columns that are quantized together. Correlations between chunks are ignored.
 const CHUNK: usize = 1024;
 /// The power to which the expected KL divergence of a linear layer is raised. The expectation holds for small
@@ -67,11 +67,16 @@ pub(super) fn candidates(
         let layer = experts::LayerCosts { plan, checkpoint, index, fisher, damping };
         layer.add(&engine, &mut found)
     })?;
-    let tables = Tables::new(&statistics, &engine, &sequences);
+    let tables = TableCosts {
+        isa: engine.isa,
+        statistics: &statistics,
+        tied: engine.model.own_lm_head.is_none(),
+        damping: recipe.calibration.damping,
+    };
     for (tensor, found) in plan.tensors.iter().zip(&mut found) {
         if matches!(tensor.tensor.role, Role::TokenEmbedding | Role::LmHead) {
             let weight = checkpoint.weight(&tensor.tensor.name)?;
-            *found = table_candidates(tensor, &weight, &tables, recipe.calibration.damping)?;
+            *found = tables.candidates(tensor, &weight)?;
         }
     }
     Ok(found)
@@ -215,65 +220,4 @@ fn linear_candidates(
     }
     found.extend(keep_candidate(tensor, weight)?);
     Ok(found)
-}
-
-/// The candidates of the embeddings or the lm_head.
-fn table_candidates(
-    tensor: &TensorPlan,
-    weight: &Weight,
-    tables: &Tables<'_>,
-    damping: f64,
-) -> anyhow::Result<Vec<Candidate>> {
-    let cols = weight.cols();
-    let (rows, values) = sample_rows(weight, TABLE_ROWS);
-    let statistics = tables.statistics;
-    let usage = TableUse::new(tensor.tensor.role, tables.tied);
-    let hessian = TableHessian::new(statistics, usage, damping)?;
-    // The weights of the sampled rows in the embeddings and in the lm_head.
-    let embedding_weight = row_weight(&tables.frequencies, &rows);
-    let head_weight = row_weight(&statistics.logits, &rows);
-    let mut found = Vec::new();
-    for method in Method::candidates(cols) {
-        let packed = hessian.quantize(tables.isa.into(), &values, method)?;
-        let stored = decode(&packed, rows.len(), cols);
-        let difference: Vec<f32> = values.iter().zip(&stored).map(|(w, q)| w - q).collect();
-        let mut loss = 0.0;
-        if usage.embeds {
-            for (d, r) in difference.chunks_exact(cols).zip(&rows) {
-                let squares = d.iter().zip(&statistics.embedded).map(|(d, e)| f64::from(d * d * e));
-                let frequency = f64::from(tables.frequencies[*r]);
-                loss += embedding_weight * frequency * squares.sum::<f64>();
-            }
-        }
-        if usage.is_head {
-            let errors = output_errors(tables.isa, &difference, &statistics.head_inputs);
-            for (error, r) in errors.into_iter().zip(&rows) {
-                // The Hessian is twice the mean.
-                loss += head_weight * f64::from(statistics.logits[*r]) * 0.5 * error;
-            }
-        }
-        found.push(Candidate::new(tensor, TensorMethod::Linear(method), 0.5 * loss)?);
-    }
-    found.extend(keep_candidate(tensor, weight)?);
-    Ok(found)
-}
-
-/// Weights of the errors of the embeddings and the lm_head.
-struct Tables<'a> {
-    isa: Isa,
-    statistics: &'a TableStatistics,
-    /// The frequency of each token in the calibration text, with one occurrence added to each.
-    frequencies: Vec<f32>,
-    tied: bool,
-}
-
-impl<'a> Tables<'a> {
-    fn new(statistics: &'a TableStatistics, engine: &Engine, sequences: &[Vec<u32>]) -> Self {
-        let mut counts = vec![1.0f32; engine.model.embeddings.rows()];
-        sequences.iter().flatten().for_each(|t| counts[*t as usize] += 1.0);
-        let sum: f32 = counts.iter().sum();
-        counts.iter_mut().for_each(|c| *c /= sum);
-        let tied = engine.model.own_lm_head.is_none();
-        Self { isa: engine.isa, statistics, frequencies: counts, tied }
-    }
 }

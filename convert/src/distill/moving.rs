@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 use stb_format::arch::{NormKind, NormSite};
-use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
+use stb_format::encoding::{IntGroupParts, MatrixView, MixedRowsParts, NmParts};
 use stb_format::half::f16;
 use stb_runtime::{Layer, LayerMatrix, LayerVector, Weight};
 
@@ -97,6 +97,14 @@ enum ScaledCodes {
 
 /// A quantized matrix whose scales are trained.
 pub(super) struct MovingScales {
+    /// All rows.
+    all: ScaledRows,
+    /// The rows that are stored a second time with more bits, and what the format keeps of them.
+    listed: Option<(MixedRowsParts, ScaledRows)>,
+}
+
+/// Rows of one encoding whose scales are trained.
+struct ScaledRows {
     codes: ScaledCodes,
     rows: usize,
     cols: usize,
@@ -111,7 +119,65 @@ pub(super) struct MovingScales {
 impl MovingScales {
     /// `None` for a weight without scales that can be trained.
     pub(super) fn new(weight: &Weight) -> Option<Self> {
-        let (codes, span, scales) = match weight.view() {
+        match weight.view() {
+            MatrixView::MixedRows(view) => {
+                let listed = (view.unpack(), ScaledRows::new(MatrixView::IntGroup(view.fine))?);
+                Some(Self { all: ScaledRows::new(view.coarse.matrix())?, listed: Some(listed) })
+            }
+            view => Some(Self { all: ScaledRows::new(view)?, listed: None }),
+        }
+    }
+
+    /// Writes the weights with the present scales to `out`, [rows, cols], rounded as they would be stored.
+    pub(super) fn weights(&mut self, out: &mut DenseMatrix) {
+        self.all.weights(out);
+        if let Some((parts, rows)) = &mut self.listed {
+            let mut fine = rows.zeros();
+            rows.weights(&mut fine);
+            for (row, from) in parts.listed.iter().zip(fine.values.chunks_exact(fine.cols)) {
+                out.values[*row as usize * out.cols..][..out.cols].copy_from_slice(from);
+            }
+        }
+    }
+
+    /// Zeros in the shape of the matrix.
+    pub(super) fn zeros(&self) -> DenseMatrix {
+        self.all.zeros()
+    }
+
+    /// One step of Adam along the gradient of the weights, [rows, cols].
+    pub(super) fn step(&mut self, d_weights: &DenseMatrix, rate: f64) {
+        let Some((parts, rows)) = &mut self.listed else {
+            return self.all.step(d_weights, rate);
+        };
+        // What the coarse encoding has for a listed row is not used.
+        let (mut rest, mut fine) = (d_weights.clone(), rows.zeros());
+        for (row, to) in parts.listed.iter().zip(fine.values.chunks_exact_mut(fine.cols)) {
+            let from = &mut rest.values[*row as usize * rest.cols..][..rest.cols];
+            to.copy_from_slice(from);
+            from.fill(0.0);
+        }
+        rows.step(&fine, rate);
+        self.all.step(&rest, rate);
+    }
+
+    /// The bytes to store, with the present scales.
+    pub(super) fn pack(&mut self) -> Vec<u8> {
+        let coarse = self.all.pack();
+        match &mut self.listed {
+            Some((parts, rows)) => {
+                MixedRowsParts { fine: rows.pack(), coarse, ..parts.clone() }.pack()
+            }
+            None => coarse,
+        }
+    }
+}
+
+impl ScaledRows {
+    /// `None` for an encoding without scales that can be trained.
+    fn new(view: MatrixView<'_>) -> Option<Self> {
+        let (rows, cols) = (view.rows(), view.cols());
+        let (codes, span, scales) = match view {
             MatrixView::Nm(view) if !view.spec.has_col_factors() => {
                 let blocks = view.blocks();
                 let row_scale = |r: usize| f16::from_le_bytes(view.row_scales[r]).to_f32();
@@ -132,7 +198,6 @@ impl MovingScales {
             }
             _ => return None,
         };
-        let (rows, cols) = (weight.rows(), weight.cols());
         let moving = Logarithms::new(scales);
         Some(Self { codes, rows, cols, blocks: cols.div_ceil(span), span, moving })
     }
@@ -188,7 +253,7 @@ impl MovingScales {
     }
 
     /// Writes the weights with the present scales to `out`, [rows, cols], rounded as they would be stored.
-    pub(super) fn weights(&mut self, out: &mut DenseMatrix) {
+    fn weights(&mut self, out: &mut DenseMatrix) {
         let scales = self.round_scales();
         let (this, blocks) = (&*self, self.blocks);
         out.values.par_chunks_exact_mut(self.cols).enumerate().for_each(|(r, row)| {
@@ -199,12 +264,12 @@ impl MovingScales {
     }
 
     /// Zeros in the shape of the matrix.
-    pub(super) fn zeros(&self) -> DenseMatrix {
+    fn zeros(&self) -> DenseMatrix {
         DenseMatrix::new(self.rows, self.cols)
     }
 
     /// One step of Adam along the gradient of the weights, [rows, cols].
-    pub(super) fn step(&mut self, d_weights: &DenseMatrix, rate: f64) {
+    fn step(&mut self, d_weights: &DenseMatrix, rate: f64) {
         let mut gradient = vec![0.0; self.rows * self.blocks];
         gradient.par_chunks_exact_mut(self.blocks).enumerate().for_each(|(r, out)| {
             let row = &d_weights.values[r * self.cols..(r + 1) * self.cols];
@@ -215,7 +280,7 @@ impl MovingScales {
     }
 
     /// The bytes to store, with the present scales.
-    pub(super) fn pack(&mut self) -> Vec<u8> {
+    fn pack(&mut self) -> Vec<u8> {
         self.round_scales();
         match &self.codes {
             ScaledCodes::Nm(parts) => parts.pack(),

@@ -1,6 +1,7 @@
 //! The list of methods for linear layers.
 
 use super::int_group::{IntOptions, fit_group};
+use super::mixed_rows::MixedRowsOptions;
 use super::nm::NmOptions;
 use super::pb_llm::PbLlmOptions;
 use super::quantizer::LinearQuantizer;
@@ -17,6 +18,8 @@ pub enum Method {
     Int(IntOptions),
     /// Partial binarization.
     PbLlm(PbLlmOptions),
+    /// More bits for the rows that matter most.
+    MixedRows(MixedRowsOptions),
 }
 
 impl Method {
@@ -28,6 +31,7 @@ impl Method {
             Self::Nm(options) => options,
             Self::Int(options) => options,
             Self::PbLlm(options) => options,
+            Self::MixedRows(options) => options,
         }
     }
 
@@ -38,6 +42,7 @@ impl Method {
             Self::Nm(options) => options,
             Self::Int(options) => options,
             Self::PbLlm(options) => options,
+            Self::MixedRows(options) => options,
         }
     }
 

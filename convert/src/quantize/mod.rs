@@ -10,6 +10,7 @@ pub mod int_group;
 mod kept;
 mod method;
 pub mod metric;
+pub mod mixed_rows;
 pub mod nm;
 pub mod pb_llm;
 pub mod prune;

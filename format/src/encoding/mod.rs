@@ -8,6 +8,7 @@
 
 pub mod dense;
 pub mod int_group;
+pub mod mixed_rows;
 pub mod nm;
 mod segments;
 pub mod stbllm;
@@ -19,6 +20,7 @@ use crate::error::{Error, Result, Rule};
 
 pub use dense::{Dense, DenseView};
 pub use int_group::{IntGroup, IntGroupParts, IntGroupView};
+pub use mixed_rows::{CoarseRows, CoarseRowsView, MixedRows, MixedRowsParts, MixedRowsView};
 pub use nm::{Nm, NmParts, NmRate, NmView};
 pub use stbllm::{Stbllm, StbllmParts, StbllmView};
 pub use traits::{WeightEncoding, WeightView};
@@ -162,10 +164,12 @@ registry! {
     Stbllm: Stbllm => StbllmView,
     /// Id 48: N:M sparse signs, with positions and signs of a group packed together.
     Nm: Nm => NmView,
+    /// Id 64: one of the two above, with some rows stored again as integers of more bits.
+    MixedRows: MixedRows => MixedRowsView,
 }
 
 impl Encoding {
-    /// Checks the content of a payload (STB-R-041 to STB-R-044). Unknown encodings are not checked.
+    /// Checks the content of a payload (STB-R-041 to STB-R-045). Unknown encodings are not checked.
     ///
     /// # Errors
     /// The first broken rule, with its offset in the payload; STB-R-038 if the payload has the wrong

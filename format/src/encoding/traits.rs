@@ -44,7 +44,7 @@ pub trait WeightView: Copy + fmt::Debug {
     /// has no such row, `out` is unchanged.
     fn decode_row(&self, row: usize, out: &mut [f32]);
 
-    /// Checks the content of `payload`, the payload of this view (STB-R-041 to STB-R-044).
+    /// Checks the content of `payload`, the payload of this view (STB-R-041 to STB-R-045).
     ///
     /// # Errors
     /// The first broken rule, with its offset in the payload.

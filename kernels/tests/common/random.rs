@@ -1,7 +1,10 @@
 //! Random matrices of every encoding.
 
 use stb_format::Encoding;
-use stb_format::encoding::{Dense, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
+use stb_format::encoding::{
+    CoarseRows, Dense, IntGroup, IntGroupParts, MixedRows, MixedRowsParts, Nm, NmParts, Stbllm,
+    StbllmParts,
+};
 use stb_format::half::f16;
 use stb_random::Rng;
 
@@ -27,7 +30,22 @@ pub fn encodings() -> Vec<Encoding> {
             all.push(Encoding::Nm(Nm::new(n, m, bits, block, cols).unwrap()));
         }
     }
+    let fine = IntGroup::new(4, 64).unwrap();
+    let nm = CoarseRows::Nm(Nm::new(2, 8, 4, 128, false).unwrap());
+    let int = CoarseRows::IntGroup(IntGroup::new(2, 32).unwrap());
+    for (count, coarse) in [(1, nm), (9, nm), (9, int)] {
+        all.push(Encoding::MixedRows(MixedRows::new(count, fine, coarse).unwrap()));
+    }
     all
+}
+
+/// `count` different rows of `rows`, ascending.
+fn listed(rng: &mut Rng, rows: usize, count: usize) -> Vec<u32> {
+    let mut left: Vec<u32> = (0..rows as u32).collect();
+    while left.len() > count {
+        left.remove(rng.below(left.len()));
+    }
+    left
 }
 
 /// Random scales, uniform in −1..1.
@@ -65,7 +83,17 @@ pub fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> 
             }
             .pack()
         }
-        _ => unreachable!(),
+        Encoding::MixedRows(spec) => {
+            let (listed, fine) = (spec.count() as usize, Encoding::IntGroup(spec.fine()));
+            MixedRowsParts {
+                spec,
+                fine: payload(rng, &fine, listed, cols),
+                coarse: payload(rng, &spec.coarse().encoding(), rows, cols),
+                listed: self::listed(rng, rows, listed),
+            }
+            .pack()
+        }
+        Encoding::Unknown { .. } => unreachable!(),
     }
 }
 

@@ -1,6 +1,9 @@
 //! Random tensors of every encoding.
 
-use stb_format::encoding::{IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts};
+use stb_format::encoding::{
+    CoarseRows, IntGroup, IntGroupParts, MixedRows, MixedRowsParts, Nm, NmParts, Stbllm,
+    StbllmParts,
+};
 use stb_format::half::f16;
 
 use stb_random::Rng;
@@ -51,4 +54,21 @@ pub(crate) fn nm(rng: &mut Rng, spec: Nm, rows: usize, cols: usize) -> NmParts {
         block_codes: (0..rows * blocks).map(|_| rng.below(scale_codes) as u8).collect(),
         codes: (0..rows * cols.div_ceil(spec.m())).map(|_| rng.below(codes) as u16).collect(),
     }
+}
+
+/// The listed rows are spread evenly; the first one is in the middle of the first stretch.
+pub(crate) fn mixed_rows(
+    rng: &mut Rng,
+    spec: MixedRows,
+    rows: usize,
+    cols: usize,
+) -> MixedRowsParts {
+    let count = spec.count() as usize;
+    let listed = (0..count).map(|i| ((2 * i + 1) * rows / (2 * count)) as u32).collect();
+    let fine = int_group(rng, spec.fine(), count, cols).pack();
+    let coarse = match spec.coarse() {
+        CoarseRows::IntGroup(spec) => int_group(rng, spec, rows, cols).pack(),
+        CoarseRows::Nm(spec) => nm(rng, spec, rows, cols).pack(),
+    };
+    MixedRowsParts { spec, listed, fine, coarse }
 }

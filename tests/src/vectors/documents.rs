@@ -37,6 +37,7 @@ pub fn registry() -> Value {
             { "id": 17, "name": "odd group" },
             { "id": 32, "name": "stbllm" },
             { "id": 48, "name": "nm" },
+            { "id": 64, "name": "mixed rows" },
             { "from": 0x8000_0000u32, "to": 0xffff_ffffu32, "name": "private use" },
         ],
         "value_types": [

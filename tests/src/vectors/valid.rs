@@ -3,7 +3,7 @@
 use std::io::Cursor;
 
 use stb_format::arch::TensorSpec;
-use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
+use stb_format::encoding::{CoarseRows, Dense, Encoding, IntGroup, MixedRows, Nm, Stbllm};
 use stb_format::{File, Meta, ModelSpec, RopeScaling, Value, ValueRef, Writer};
 
 use super::vector::Vector;
@@ -94,6 +94,30 @@ pub(super) fn nm_tensors() -> Tensors {
                 let shape = vec![rows as u64, cols as u64];
                 tensors.push((name, shape, Encoding::Nm(spec), payload));
             }
+        }
+    }
+    tensors
+}
+
+/// All kinds of parts; one row, some and all rows listed.
+pub(super) fn mixed_tensors() -> Tensors {
+    let mut rng = Rng(64);
+    let int = |bits, group| IntGroup::new(bits, group).expect("valid parameters");
+    let nm = |n, m, bits, block| Nm::new(n, m, bits, block, false).expect("valid parameters");
+    let parts = [
+        (int(8, 32), CoarseRows::IntGroup(int(1, 128))),
+        (int(4, 64), CoarseRows::Nm(nm(2, 8, 4, 128))),
+        (int(3, 128), CoarseRows::Nm(nm(1, 4, 0, 0))),
+        (int(2, 64), CoarseRows::IntGroup(int(4, 32))),
+    ];
+    let mut tensors = Vec::new();
+    for (k, (fine, coarse)) in parts.into_iter().enumerate() {
+        for (count, rows, cols) in [(1, 1, 8), (1, 17, 172), (5, 33, 300), (16, 16, 64)] {
+            let spec = MixedRows::new(count, fine, coarse).expect("valid parameters");
+            let payload = content::mixed_rows(&mut rng, spec, rows, cols).pack();
+            let name = format!("mixed.{k}.{count}of{rows}x{cols}");
+            let shape = vec![rows as u64, cols as u64];
+            tensors.push((name, shape, Encoding::MixedRows(spec), payload));
         }
     }
     tensors
@@ -319,6 +343,11 @@ pub fn valid() -> Vec<Vector> {
             "nm",
             "every N:M and kind of scale, ragged tiles, quads, chunks and blocks",
             file(&nm_tensors(), &none),
+        ),
+        (
+            "mixed-rows",
+            "one, some and all rows stored twice, with all kinds of parts",
+            file(&mixed_tensors(), &none),
         ),
         (
             "metadata",

@@ -4,6 +4,7 @@ mod batch;
 mod dense;
 mod gemm_task;
 mod int_group;
+mod mixed_rows;
 mod nm;
 mod row_major;
 mod stbllm;
@@ -22,5 +23,6 @@ pub fn packed<'m>(view: &'m MatrixView<'_>) -> &'m dyn PackedMatrix {
         MatrixView::IntGroup(matrix) => matrix,
         MatrixView::Stbllm(matrix) => matrix,
         MatrixView::Nm(matrix) => matrix,
+        MatrixView::MixedRows(matrix) => matrix,
     }
 }

@@ -40,6 +40,7 @@ macro_rules! registry {
         fn layout(view: &MatrixView<'_>, payload: PayloadStart) -> Result<MatrixLayout> {
             match view {
                 $(MatrixView::$encoding(view) => view.layout(payload),)*
+                MatrixView::MixedRows(view) => Err(unsupported(&Encoding::MixedRows(view.spec))),
             }
         }
 

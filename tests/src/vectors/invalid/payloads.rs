@@ -3,7 +3,7 @@
 use stb_format::encoding::{Dense, Encoding};
 use stb_format::{Rule, Value};
 
-use super::tables::{int_file, nm_file, pair, single, stbllm_file};
+use super::tables::{int_file, mixed_file, nm_file, pair, single, stbllm_file};
 use crate::vectors::patch::*;
 use crate::vectors::valid;
 use crate::vectors::vector::VectorList;
@@ -91,6 +91,38 @@ pub(super) fn payloads(list: &mut VectorList) {
     edit(finite, "nm-factor", "an infinite column factor", &factors, &|p| {
         p[..2].copy_from_slice(&[0, 0xfc])
     });
+
+    // 2 rows of 3 listed: list at 0, 8 bytes; 2 x 40 with 8 bits at 64, 128 bytes of codes and 8 of scales, the second
+    // segment at 64 + 128; 3 x 40 signs at 256, 24 bytes of codes, scales at 256 + 64.
+    let mixed = mixed_file();
+    edit(padding, "mixed-list", "a byte between the list and the listed rows", &mixed, &|p| {
+        p[8] = 1
+    });
+    edit(padding, "mixed-between", "a byte between the listed rows and all rows", &mixed, &|p| {
+        p[255] = 1
+    });
+    edit(
+        padding,
+        "mixed-listed",
+        "a code of a column of a listed row that does not exist",
+        &mixed,
+        &|p| p[64 + 63] = 1,
+    );
+    edit(padding, "mixed-all", "a code of a column that does not exist", &mixed, &|p| {
+        p[256 + 7] = 0x80
+    });
+    edit(finite, "mixed-listed", "an infinite scale of a listed row", &mixed, &|p| {
+        p[192..194].copy_from_slice(&[0, 0x7c])
+    });
+    edit(finite, "mixed-all", "an infinite scale", &mixed, &infinite);
+    let list = Rule::PayloadRows;
+    edit(list, "twice", "the same row twice", &mixed, &|p| p[4..8].copy_from_slice(&[0; 4]));
+    edit(list, "order", "rows in falling order", &mixed, &|p| {
+        p[0] = 2;
+        p[4] = 1;
+    });
+    edit(list, "outside", "a row that does not exist", &mixed, &|p| p[4] = 3);
+    edit(list, "far-outside", "row 2^32 - 1", &mixed, &|p| p[4..8].copy_from_slice(&[255; 4]));
 
     // One weight more: the first group of the low plane becomes full.
     let count = Rule::StbllmCount;

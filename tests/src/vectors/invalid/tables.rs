@@ -1,6 +1,6 @@
 //! Metadata, the tensor table and the parameters of encodings.
 
-use stb_format::encoding::{Dense, Encoding, IntGroup, Nm, Stbllm};
+use stb_format::encoding::{CoarseRows, Dense, Encoding, IntGroup, MixedRows, Nm, Stbllm};
 use stb_format::{Meta, Rule};
 
 use crate::vectors::patch::*;
@@ -259,6 +259,14 @@ pub(super) fn nm_file(n: u8, m: u8, rows: usize, cols: usize, bits: u8, factors:
     single([rows, cols], Encoding::Nm(spec), payload)
 }
 
+/// Rows 0 and 2 of 3 with 8 bits, and all rows with 1 bit.
+pub(super) fn mixed_file() -> Vec<u8> {
+    let spec = |bits| IntGroup::new(bits, 32).expect("valid parameters");
+    let spec = MixedRows::new(2, spec(8), CoarseRows::IntGroup(spec(1))).expect("valid parameters");
+    let payload = content::mixed_rows(&mut Rng(4), spec, 3, 40).pack();
+    single([3, 40], Encoding::MixedRows(spec), payload)
+}
+
 pub(super) fn encodings(list: &mut VectorList) {
     // Parameters start at byte 32 of the section: header 16, entry offset 16.
     let mut add = |name: &str, about, base: &[u8], at: usize, value: u8| {
@@ -286,6 +294,20 @@ pub(super) fn encodings(list: &mut VectorList) {
     add("nm-scale-bits", "scales of 5 bits", &nm, 2, 5);
     add("nm-flags", "a flag that has no meaning", &nm, 3, 2);
     add("nm-block", "scale bits without a block", &nm, 4, 0);
+    let mixed = mixed_file();
+    add("mixed-count", "no listed row", &mixed, 0, 0);
+    add("mixed-listed-id", "listed rows of N:M signs", &mixed, 4, 48);
+    add("mixed-all-id", "all rows of a dense encoding", &mixed, 5, 1);
+    add("mixed-listed-bits", "listed rows with the bits of another encoding", &mixed, 6, 2);
+    add("mixed-all-bits", "all rows with the bits of another encoding", &mixed, 10, 8);
+    add("mixed-all-group", "groups of 33 columns", &mixed, 12, 33);
+    add("mixed-reserved", "a reserved byte of the parameters of all rows", &mixed, 15, 1);
+    let spec = IntGroup::new(8, 32).expect("valid parameters");
+    let rows = Nm::new(1, 4, 4, 32, false).expect("valid parameters");
+    let spec = MixedRows::new(1, spec, CoarseRows::Nm(rows)).expect("valid parameters");
+    let payload = content::mixed_rows(&mut Rng(5), spec, 2, 40).pack();
+    let factors = single([2, 40], Encoding::MixedRows(spec), payload);
+    add("mixed-factors", "all rows with column factors", &factors, 13, 1);
     let flat = with_table(&int, |t| {
         t[16 + 6] = 1;
         put64(t, 16 + 32, 80);
@@ -305,6 +327,13 @@ pub(super) fn encodings(list: &mut VectorList) {
     list.add(Rule::EncodingShape, "nm-3-dims", "N:M codes of three dimensions", deep);
     let other = with_table(&int_file(2, 4, 40), |t| t[32] = 3);
     list.add(Rule::TensorLength, "odd-3-bits", "payload of 2 bits, parameters of 3", other);
+    let deep = with_table(&mixed, |t| {
+        t[16 + 6] = 3;
+        put64(t, 16 + 48, 1);
+    });
+    list.add(Rule::EncodingShape, "mixed-3-dims", "mixed rows of three dimensions", deep);
+    let other = with_table(&mixed, |t| t[32] = 1);
+    list.add(Rule::TensorLength, "mixed-count", "payload of 2 listed rows, parameters of 1", other);
     let other = with_table(&nm, |t| t[32] = 2);
     list.add(Rule::TensorLength, "nm-2of8", "payload of 1:8, parameters of 2:8", other);
 }
