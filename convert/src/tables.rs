@@ -1,11 +1,12 @@
 //! Quantizes the embeddings and the lm_head: the windows and the Hessian that weigh their errors.
 //!
-//! An error d of row r of the embeddings changes the output distribution by ½ f_r Σ_c e_c d_c² nats per token, where
-//! f_r is the frequency of token r and e the mean squared gradient of the embedded vector; one of row r of the lm_head
-//! by ½ g_r dᵀ C d, where g_r is the mean squared gradient of logit r and C the mean product of the inputs of the
-//! lm_head. All rows share a Hessian. In a tied matrix it is the sum of both over the rows: f_r and g_r are nearly
+//! An error d of row r of the embeddings changes the output distribution by ½ f_r dᵀ E d nats per token, where f_r is the
+//! frequency of token r and E the mean product of the gradients of embedded vectors; one of row r of the lm_head by
+//! ½ g_r dᵀ C d, where g_r is the mean squared gradient of logit r and C the mean product of the inputs of the lm_head. All rows share a Hessian. In a tied matrix it is the sum of both over the rows: f_r and g_r are nearly
 //! proportional, since both follow the probability of the token. Methods that treat rows differently rank them by the
 //! loss without the row, d = −w.
+
+use std::iter::Sum;
 
 use stb_format::Encoding;
 use stb_format::arch::Role;
@@ -61,6 +62,31 @@ impl TableUse {
     }
 }
 
+/// The expected KL divergence from an error of a row, in nats per token, if it is small.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct RowLoss {
+    /// Of the row as one of the lm_head.
+    pub head: f64,
+    /// Of the row as one of the embeddings.
+    pub embedding: f64,
+}
+
+impl RowLoss {
+    /// Both together.
+    pub(crate) fn sum(self) -> f64 {
+        self.head + self.embedding
+    }
+}
+
+impl Sum for RowLoss {
+    fn sum<I: Iterator<Item = Self>>(losses: I) -> Self {
+        losses.fold(Self::default(), |a, b| Self {
+            head: a.head + b.head,
+            embedding: a.embedding + b.embedding,
+        })
+    }
+}
+
 /// The Hessian that all rows of a table share, with its factors, and the weight of each row.
 pub(crate) struct TableHessian<'a> {
     statistics: &'a TableStatistics,
@@ -80,7 +106,7 @@ impl<'a> TableHessian<'a> {
         usage: TableUse,
         damping: f64,
     ) -> Result<Self> {
-        let width = statistics.embedded.len();
+        let width = statistics.embedded.size;
         let mut matrix = vec![0.0; width * width];
         if usage.is_head {
             let logits: f32 = statistics.logits.iter().sum();
@@ -89,9 +115,8 @@ impl<'a> TableHessian<'a> {
             }
         }
         if usage.embeds {
-            for (m, e) in matrix.iter_mut().step_by(width + 1).zip(&statistics.embedded) {
-                *m += 2.0 * e;
-            }
+            // The frequencies add up to 1.
+            matrix.iter_mut().zip(statistics.embedded.matrix()).for_each(|(m, e)| *m += e);
         }
         let mut damped = Hessian::from_matrix(matrix, width);
         let norms = damped.diagonal().iter().map(|d| (d / 2.0).sqrt()).collect();
@@ -100,29 +125,27 @@ impl<'a> TableHessian<'a> {
         Ok(Self { statistics, usage, damped, factor, norms })
     }
 
-    /// The expected KL divergence, in nats per token, that errors of rows of the table cause: for each row of `rows`
-    /// with its error in `errors`, [rows, cols].
+    /// The expected loss that errors of rows of the table cause: for each row of `rows` with its error in `errors`,
+    /// [rows, cols].
     pub(crate) fn row_losses(
         &self,
         isa: Isa,
         rows: impl IntoIterator<Item = usize>,
         errors: &[f32],
-    ) -> Vec<f64> {
+    ) -> Vec<RowLoss> {
         let TableStatistics { embedded, head_inputs, logits, shares } = self.statistics;
-        let squares = match self.usage.is_head {
-            true => output_errors(isa, errors, head_inputs),
-            false => vec![0.0; errors.len() / embedded.len()],
+        let squares = |used: bool, hessian: &Hessian| match used {
+            true => output_errors(isa, errors, hessian),
+            false => vec![0.0; errors.len() / hessian.size],
         };
-        let of_row = |((row, error), square): ((usize, &[f32]), f64)| {
-            // The Hessian is twice the mean.
-            let of_head = f64::from(logits[row]) * 0.5 * square;
-            let of_embedding = match self.usage.embeds {
-                true => error.iter().zip(embedded).map(|(d, e)| f64::from(d * d * e)).sum(),
-                false => 0.0,
-            };
-            0.5 * (of_head + f64::from(shares[row]) * of_embedding)
+        let head = squares(self.usage.is_head, head_inputs);
+        let embedding = squares(self.usage.embeds, embedded);
+        // The Hessians are twice the means.
+        let of_row = |(row, (head, embedding)): (usize, (f64, f64))| RowLoss {
+            head: 0.25 * f64::from(logits[row]) * head,
+            embedding: 0.25 * f64::from(shares[row]) * embedding,
         };
-        rows.into_iter().zip(errors.chunks_exact(embedded.len())).zip(squares).map(of_row).collect()
+        rows.into_iter().zip(head.into_iter().zip(embedding)).map(of_row).collect()
     }
 
     /// [`TableHessian::row_losses`] of each row of the table if it were zero.
@@ -133,7 +156,7 @@ impl<'a> TableHessian<'a> {
         &self,
         isa: Isa,
         weights: &MatrixView<'_>,
-    ) -> anyhow::Result<Vec<f64>> {
+    ) -> anyhow::Result<Vec<RowLoss>> {
         let (step, cols) = (self.piece_rows(), weights.cols());
         let mut losses = Vec::new();
         for first in (0..weights.rows()).step_by(step) {
@@ -171,6 +194,7 @@ impl<'a> TableHessian<'a> {
         let cols = self.damped.size;
         let all = MatrixView::Dense(dense(weights, weights.len() / cols, cols));
         let losses = self.losses_without(compute.isa, &all)?;
+        let losses: Vec<f64> = losses.into_iter().map(RowLoss::sum).collect();
         options.quantize_ranked(weights, cols, &losses, |weights, method| {
             self.quantize_pieces(compute, weights, method, rows)
         })
@@ -277,9 +301,11 @@ mod tests {
         let mut head_inputs = Hessian::new(cols);
         head_inputs.add(isa, &x);
         head_inputs.finish_tokens(tokens);
+        let embedded =
+            (0..cols * cols).map(|i| if i % (cols + 1) == 0 { 0.02 } else { 0.0 }).collect();
         let weights: Vec<f32> = (0..rows).map(|r| 1.0 / (1 + r * 7 % rows) as f32).collect();
         let statistics = TableStatistics {
-            embedded: vec![0.01; cols],
+            embedded: Hessian::from_matrix(embedded, cols),
             head_inputs,
             logits: weights.clone(),
             shares: weights,
@@ -341,12 +367,12 @@ mod tests {
             panic!("candidates")
         };
         let mixed = Method::MixedRows(MixedRowsOptions::new(8, fine, coarse).unwrap());
-        let loss = |method| {
+        let loss = |method| -> Vec<f64> {
             let stored = decode(&hessian.quantize(isa.into(), &weights, method).unwrap(), rows, 64);
             let errors: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
-            hessian.row_losses(isa, 0..rows, &errors)
+            hessian.row_losses(isa, 0..rows, &errors).into_iter().map(RowLoss::sum).collect()
         };
-        let (mixed, coarse): (Vec<f64>, Vec<f64>) = (loss(mixed), loss(coarse));
+        let (mixed, coarse) = (loss(mixed), loss(coarse));
         let better: Vec<usize> = (0..rows).filter(|r| mixed[*r] < 0.01 * coarse[*r]).collect();
         assert_eq!(better.len(), 8);
         // The weight of a row is 1 / (1 + 7 r mod 192).

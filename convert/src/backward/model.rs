@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use stb_runtime::Engine;
 
 use super::head::{ModelHead, embedded_gradient, uncap};
-use super::layer::{LayerFisher, Pass, mean_squares};
+use super::layer::{LayerFisher, Pass};
 use super::matrix::decode_layer;
 use crate::hessian::Hessian;
 
@@ -20,8 +20,9 @@ const SEED: u64 = 0;
 
 /// Statistics that weigh errors of the embeddings and the lm_head.
 pub(crate) struct TableStatistics {
-    /// Mean squares of the gradients of the rows of the embeddings that the tokens select, `[embedding]`.
-    pub embedded: Vec<f32>,
+    /// Twice the mean product with themselves of the gradients of the rows of the embeddings that the tokens select,
+    /// `[embedding, embedding]`.
+    pub embedded: Hessian,
     /// The Hessian of the inputs of the lm_head: twice their mean product with themselves, `[embedding, embedding]`.
     pub head_inputs: Hessian,
     /// Mean squares of the gradients of the outputs of the lm_head, `[vocab]`: the mean of p (1 − p) of each token.
@@ -64,7 +65,7 @@ pub(crate) fn backpropagate(
         layer(index, &fisher)?;
     }
     let width = engine.model.embeddings.cols();
-    statistics.embedded = mean_squares(&embedded_gradient(engine, gradient), width);
+    statistics.embedded = mean_products(engine, &embedded_gradient(engine, gradient), width);
     Ok(statistics)
 }
 
@@ -86,11 +87,17 @@ fn head_statistics(engine: &Engine, stream: &[f32]) -> (TableStatistics, Vec<f32
     let (shares, squares) = token_statistics(&logits, slopes.as_deref(), vocab);
     uncap(&mut logits, slopes);
     let (d_stream, _) = head.inputs_backward(stream, head.logits_backward(&logits));
-    let mut head_inputs = Hessian::new(width);
-    head_inputs.add(engine.isa, &inputs);
-    head_inputs.finish_tokens(tokens);
-    let statistics = TableStatistics { embedded: Vec::new(), head_inputs, logits: squares, shares };
-    (statistics, d_stream)
+    let head_inputs = mean_products(engine, &inputs, width);
+    let embedded = Hessian::new(0);
+    (TableStatistics { embedded, head_inputs, logits: squares, shares }, d_stream)
+}
+
+/// Twice the mean product with themselves of the rows of `x`, [tokens, width].
+fn mean_products(engine: &Engine, x: &[f32], width: usize) -> Hessian {
+    let mut products = Hessian::new(width);
+    products.add(engine.isa, x);
+    products.finish_tokens(x.len() / width);
+    products
 }
 
 /// The mean of p, and of p (1 − p) times the squared slope of the soft cap, of each token of the vocabulary. `gradients`
@@ -142,6 +149,7 @@ mod tests {
     use stb_runtime::{Checkpoint, LayerMatrix, Weight};
 
     use super::*;
+    use crate::backward::layer::mean_squares;
 
     /// The KL divergence after noise on one linear layer: predicted and measured.
     #[test]

@@ -90,7 +90,9 @@ pub fn memory(spec: &ModelSpec) -> u64 {
     let layer = 4 * spec.hidden_size * spec.heads * spec.head_dim
         + 3 * spec.hidden_size * spec.intermediate_size;
     let streams = tokens * spec.hidden_size * (spec.layers + 1) * 4;
-    streams + (tokens * width * 4 + layer * 8).max(tokens * spec.vocab_size * 8)
+    // The products of the gradients of embeddings and of the inputs of the lm_head.
+    let tables = 2 * spec.hidden_size * spec.hidden_size * 4;
+    streams + tables + (tokens * width * 4 + layer * 8).max(tokens * spec.vocab_size * 8)
 }
 
 /// The Hessian of a chunk of columns of an input, and its factors. All tokens count as one sequence.
