@@ -40,6 +40,7 @@ macro_rules! registry {
         fn layout(view: &MatrixView<'_>, payload: PayloadStart) -> Result<MatrixLayout> {
             match view {
                 $(MatrixView::$encoding(view) => view.layout(payload),)*
+                // The matrices of which it consists have kernels: see `Matrix`.
                 MatrixView::MixedRows(view) => Err(unsupported(&Encoding::MixedRows(view.spec))),
             }
         }
@@ -86,6 +87,14 @@ impl MatrixParams {
     /// Input features.
     pub(super) fn cols(&self) -> usize {
         self.layout.cols as usize
+    }
+}
+
+/// The encoding of all rows of a matrix, some of which may be stored a second time.
+pub(super) fn of_all_rows(encoding: &Encoding) -> Encoding {
+    match encoding {
+        Encoding::MixedRows(spec) => spec.coarse().encoding(),
+        other => other.clone(),
     }
 }
 
