@@ -5,13 +5,13 @@ use stb_format::Encoding;
 
 use super::activations::ActivationOps;
 use super::device::{Buffer, Device};
-use super::encoding::{self, GemmKernels, GemmTile, MatrixParams, Preparation};
+use super::encoding::{self, GemmKernels, GemmTile, MatrixParams, MatrixPart, Preparation};
 use super::error::{Error, Result};
 use super::input::ActivationInput;
 use super::launch::{
     DeviceLimits, Launch, LaunchShape, ScratchAddresses, ScratchSize, check_grid_y, to_u32,
 };
-use super::matrix::{Matrix, MatrixPart};
+use super::matrix::Matrix;
 use super::mixed_rows::ListedScratch;
 use super::module::{Module, header, module};
 use super::precision::PrefillPrecision;

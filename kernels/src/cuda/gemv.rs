@@ -4,13 +4,13 @@ use bytemuck::{Pod, Zeroable};
 use stb_format::encoding::Encoding;
 
 use super::device::{Buffer, Device};
-use super::encoding::{self, GemvCall, GemvKernel, MatrixParams};
+use super::encoding::{self, GemvCall, GemvKernel, MatrixParams, MatrixPart};
 use super::error::Result;
 use super::input::ActivationInput;
 use super::launch::{
     DeviceLimits, Launch, LaunchShape, ScratchAddresses, ScratchSize, check_grid_y, to_u32,
 };
-use super::matrix::{Matrix, MatrixPart};
+use super::matrix::Matrix;
 use super::mixed_rows::ListedScratch;
 use super::module::Module;
 use super::precision::ActivationPrecision;
@@ -248,7 +248,8 @@ impl Matrix {
     /// Queues the conversion of all weights to f32 into `out`, [rows, cols].
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for more than [`Matrix::DEQUANTIZED_ROWS`] rows; [`super::Error::Driver`].
+    /// [`super::Error::Unsupported`] for more than [`Matrix::DEQUANTIZED_ROWS`] rows; [`super::Error::Memory`],
+    /// [`super::Error::Driver`].
     ///
     /// # Panics
     /// If `out` is too small.
@@ -311,7 +312,7 @@ impl Gemv {
     }
 
     /// Queues `out[i]` (+)= `input` · `matrices[i]`ᵀ. Neighboring matrices that share a module are
-    /// one launch.
+    /// one launch; a matrix of mixed rows takes three, or four with `add`.
     ///
     /// The first calls allocate scratch memory. A GEMV has to run once before it is recorded in a
     /// graph.

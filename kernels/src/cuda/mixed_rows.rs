@@ -4,9 +4,10 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::device::{Buffer, Device};
+use super::encoding::{ListedRows, MatrixPart};
 use super::error::Result;
 use super::launch::{Launch, LaunchShape, check_grid_y, to_u32};
-use super::matrix::{ListedRows, Matrix, MatrixPart};
+use super::matrix::Matrix;
 use super::module::{Module, module};
 
 /// The module of mixed_rows.cu.
