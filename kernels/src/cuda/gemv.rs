@@ -286,7 +286,7 @@ fn queue_conversion(
 
 /// What the launches of a GEMV have in common.
 #[derive(Clone, Copy, Debug)]
-struct GemvInput {
+struct GemvArgs {
     input: ActivationInput<u64>,
     precision: ActivationPrecision,
     add: bool,
@@ -334,7 +334,7 @@ impl Gemv {
         assert!(matrices.len() == out.len() && !matrices.is_empty(), "an output per matrix");
         let cols = matrices[0].cols();
         input.check(cols, tokens);
-        let call = GemvInput { input: input.addresses(), precision, add, tokens };
+        let args = GemvArgs { input: input.addresses(), precision, add, tokens };
         let mut first = 0;
         while first < matrices.len() {
             let same = matrices[first..].iter().take_while(|m| m.shares_launch(matrices[first]));
@@ -349,10 +349,10 @@ impl Gemv {
             }
             let (params, addresses): (Vec<MatrixParams>, Vec<u64>) =
                 pairs.map(|(matrix, out)| (matrix.all().params, out.address())).unzip();
-            self.multiply(&matrix.all().encoding, &params, &addresses, call)?;
+            self.multiply(&matrix.all().encoding, &params, &addresses, args)?;
             if let Some(product) = listed {
                 let MatrixPart { encoding, params } = product.part;
-                self.multiply(encoding, &[*params], &[product.values], call)?;
+                self.multiply(encoding, &[*params], &[product.values], args)?;
                 self.listed.finish(&product)?;
             }
             first += count;
@@ -367,9 +367,9 @@ impl Gemv {
         encoding: &Encoding,
         matrices: &[MatrixParams],
         out: &[u64],
-        call: GemvInput,
+        args: GemvArgs,
     ) -> Result<()> {
-        let GemvInput { input, precision, add, tokens } = call;
+        let GemvArgs { input, precision, add, tokens } = args;
         let limits = self.device.limits();
         let problem = GemvProblem { encoding, matrices, out, input, precision, add, tokens };
         let needed = GemvPlan::new(limits, &problem, ScratchAddresses::default())?.scratch;
