@@ -4,14 +4,15 @@
 #[path = "../../kernels/tests/common/mod.rs"]
 mod common;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use common::machine::device;
 use stb_convert::Recipe;
-use stb_format::Encoding;
-use stb_format::arch::LinearInput;
-use stb_format::encoding::Nm;
+use stb_format::arch::{LinearInput, Role};
+use stb_format::encoding::{CoarseRows, IntGroup, MixedRows, Nm};
+use stb_format::{Encoding, Meta, ModelSpec, Writer};
 use stb_kernels::cuda::{self, ActivationInput, Gemm, Matrix, PrefillPrecision};
 use stb_random::Rng;
 use stb_runtime::{
@@ -28,16 +29,21 @@ fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
     assert!(error <= tolerance, "{what}: relative error {error}");
 }
 
-/// Compares prompts of several steps, single tokens (the first, the recorded and replayed ones), several
-/// sequences in a batch, logits of all tokens, and truncation.
+/// Writes a model of two layers with random weights, and runs `same_results` on it.
 fn same_as_on_the_cpu(recipe: &str, options: OpenOptions, layers: Option<usize>, tolerance: f32) {
-    let Some(device) = device() else { return };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.stb");
     let spec = shape("tiny", None).unwrap();
     write(&spec, &Recipe::load(recipe).unwrap(), File::create(&path).unwrap()).unwrap();
-    let host = Engine::open(&path, &options).unwrap();
-    let engine = Engine::open(&path, &options).unwrap().use_device(&device, layers).unwrap();
+    same_results(&path, options, layers, tolerance);
+}
+
+/// Compares prompts of several steps, single tokens (the first, the recorded and replayed ones), several
+/// sequences in a batch, logits of all tokens, and truncation.
+fn same_results(path: &Path, options: OpenOptions, layers: Option<usize>, tolerance: f32) {
+    let Some(device) = device() else { return };
+    let host = Engine::open(path, &options).unwrap();
+    let engine = Engine::open(path, &options).unwrap().use_device(&device, layers).unwrap();
     let (mut a, mut b) = (State::new(&host, 100), State::new(&engine, 100));
     let prompt: Vec<u32> = (0..19).map(|i| i * 7 % 64).collect();
     let check = |tokens: &[u32], a: &mut State, b: &mut State, what: &str| {
@@ -85,6 +91,46 @@ fn nm_with_an_exact_cache() {
 fn stbllm_with_a_cache_of_16_bits() {
     let options = OpenOptions { exact: true, kv: KvKind::F16, ..OpenOptions::default() };
     same_as_on_the_cpu("stbllm-4of8", options, None, 2e-2);
+}
+
+/// Writes a model again with other encodings of its embeddings and its lm_head.
+fn write_tables(path: &Path, spec: &ModelSpec, encoding: &Encoding) {
+    let bytes = fs::read(path).unwrap();
+    let file = stb_format::File::open(&bytes).unwrap();
+    let is_table = |role| matches!(role, Role::TokenEmbedding | Role::LmHead);
+    let tables: Vec<_> = spec.tensors().filter(|t| is_table(t.role)).map(|t| t.name).collect();
+    assert!(!tables.is_empty());
+    let mut writer = Writer::new(File::create(path).unwrap()).unwrap();
+    for tensor in file.tensors() {
+        let (name, shape) = (tensor.name(), tensor.shape());
+        match tables.iter().any(|table| table == name) {
+            true => writer.tensor(name, shape, encoding, &random(shape, encoding)),
+            false => writer.tensor(name, shape, tensor.encoding(), tensor.payload()),
+        }
+        .unwrap();
+    }
+    let mut meta = Meta::new();
+    for (key, value) in file.meta().iter() {
+        meta.set(key, value.to_value()).unwrap();
+    }
+    writer.finish(&meta).unwrap();
+}
+
+/// Embeddings and lm_head of mixed rows, in one matrix and in two.
+#[test]
+fn tables_of_mixed_rows() {
+    let fine = IntGroup::new(4, 32).unwrap();
+    let nm = CoarseRows::Nm(Nm::new(2, 8, 4, 32, false).unwrap());
+    let int = CoarseRows::IntGroup(IntGroup::new(2, 32).unwrap());
+    for (tied_embeddings, coarse) in [(true, nm), (false, int)] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.stb");
+        let spec = ModelSpec { tied_embeddings, ..shape("tiny", Some(1)).unwrap() };
+        write(&spec, &Recipe::load("int4").unwrap(), File::create(&path).unwrap()).unwrap();
+        let mixed = MixedRows::new(20, fine, coarse).unwrap();
+        write_tables(&path, &spec, &Encoding::MixedRows(mixed));
+        same_results(&path, OpenOptions::exact(), None, 1e-4);
+    }
 }
 
 /// CPU and device round activations differently, to 8 bits for a few tokens and to f16 for many. One layer, so that

@@ -5,13 +5,14 @@ use stb_format::Encoding;
 
 use super::activations::ActivationOps;
 use super::device::{Buffer, Device};
-use super::encoding::{self, GemmKernels, GemmTile, MatrixParams, Preparation};
+use super::encoding::{self, GemmKernels, GemmTile, MatrixParams, MatrixPart, Preparation};
 use super::error::{Error, Result};
 use super::input::ActivationInput;
 use super::launch::{
     DeviceLimits, Launch, LaunchShape, ScratchAddresses, ScratchSize, check_grid_y, to_u32,
 };
 use super::matrix::Matrix;
+use super::mixed_rows::ListedScratch;
 use super::module::{Module, header, module};
 use super::precision::PrefillPrecision;
 use super::scratch::SplitScratch;
@@ -109,10 +110,11 @@ fn kernels(encoding: &Encoding, precision: PrefillPrecision) -> Option<GemmKerne
     encoding::of(encoding).ok()?.gemm(precision)
 }
 
-/// The units that compute the GEMM of matrices of an encoding; `None` if there is no kernel for it.
+/// The units that compute the GEMM of matrices of an encoding (of mixed rows, of all of them); `None` if there is no
+/// kernel for it.
 #[must_use]
 pub fn gemm_units(encoding: &Encoding) -> Option<&'static str> {
-    kernels(encoding, PrefillPrecision::F16).map(|kernels| kernels.units)
+    kernels(&encoding::of_all_rows(encoding), PrefillPrecision::F16).map(|kernels| kernels.units)
 }
 
 /// The most 16-bit words that [`plan_prepare`] writes.
@@ -204,7 +206,7 @@ impl GemmPlan {
     /// Whether there is a kernel for the encoding.
     #[must_use]
     pub fn supports(encoding: &Encoding) -> bool {
-        kernels(encoding, PrefillPrecision::F16).is_some()
+        gemm_units(encoding).is_some()
     }
 
     /// Plans `y` (+)= `x` · matrixᵀ: `x` and `scale` from [`plan_prepare`] of the same problem. The
@@ -256,7 +258,10 @@ pub struct Gemm {
     input: Buffer<f32>,
     x: Buffer<u16>,
     scale: Buffer<f32>,
+    /// How `x` and `scale` were prepared, for the next matrix of the same input.
+    prepared: Option<Preparation>,
     scratch: SplitScratch,
+    listed: ListedScratch,
 }
 
 impl Gemm {
@@ -272,7 +277,9 @@ impl Gemm {
             input: device.zeros("activations", 0)?,
             x: device.zeros("activations for tensor cores", 0)?,
             scale: device.zeros("scales of activations", 0)?,
+            prepared: None,
             scratch: SplitScratch::new(device)?,
+            listed: ListedScratch::new(device)?,
         })
     }
 
@@ -313,25 +320,38 @@ impl Gemm {
                 self.input.address()
             }
         };
-        let mut prepared = None;
+        self.prepared = None;
         for (matrix, out) in matrices.iter().zip(out) {
             assert_eq!(matrix.cols(), cols, "matrices of one input");
             assert!(out.len() >= tokens * matrix.rows(), "room for the result");
-            let problem = GemmProblem {
-                encoding: matrix.encoding(),
-                matrix: matrix.params(),
-                tokens,
-                precision: self.precision,
-            };
-            // Every matrix has its own column factors.
-            let preparation = problem.kernels()?.preparation;
-            if preparation.has_factors || prepared != Some(preparation) {
-                self.prepare(problem, x)?;
+            let listed = self.listed.begin(matrix, out, add, tokens)?;
+            self.queue_part(matrix.all(), x, out.address(), add, tokens)?;
+            if let Some(product) = listed {
+                self.queue_part(product.part, x, product.values, add, tokens)?;
+                self.listed.finish(&product)?;
             }
-            prepared = Some(preparation);
-            self.multiply(problem, out.address(), add)?;
         }
         Ok(())
+    }
+
+    /// Queues the product of rows of one encoding with the activations at `x`, whose result has room at `out`.
+    fn queue_part(
+        &mut self,
+        part: &MatrixPart,
+        x: u64,
+        out: u64,
+        add: bool,
+        tokens: usize,
+    ) -> Result<()> {
+        let MatrixPart { encoding, params: matrix } = part;
+        let problem = GemmProblem { encoding, matrix: *matrix, tokens, precision: self.precision };
+        // Every matrix has its own column factors.
+        let preparation = problem.kernels()?.preparation;
+        if preparation.has_factors || self.prepared != Some(preparation) {
+            self.prepare(problem, x)?;
+        }
+        self.prepared = Some(preparation);
+        self.multiply(problem, out, add)
     }
 
     /// Prepares the activations at `x`, [tokens, columns of the matrix].

@@ -4,13 +4,14 @@ use bytemuck::{Pod, Zeroable};
 use stb_format::encoding::Encoding;
 
 use super::device::{Buffer, Device};
-use super::encoding::{self, GemvCall, GemvKernel, MatrixParams};
+use super::encoding::{self, GemvCall, GemvKernel, MatrixParams, MatrixPart};
 use super::error::Result;
 use super::input::ActivationInput;
 use super::launch::{
     DeviceLimits, Launch, LaunchShape, ScratchAddresses, ScratchSize, check_grid_y, to_u32,
 };
 use super::matrix::Matrix;
+use super::mixed_rows::ListedScratch;
 use super::module::Module;
 use super::precision::ActivationPrecision;
 use super::scratch::SplitScratch;
@@ -247,17 +248,49 @@ impl Matrix {
     /// Queues the conversion of all weights to f32 into `out`, [rows, cols].
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] for more than [`Matrix::DEQUANTIZED_ROWS`] rows; [`super::Error::Driver`].
+    /// [`super::Error::Unsupported`] for more than [`Matrix::DEQUANTIZED_ROWS`] rows; [`super::Error::Memory`],
+    /// [`super::Error::Driver`].
     ///
     /// # Panics
     /// If `out` is too small.
     pub fn queue_dequantize(&self, out: &mut Buffer<f32>) -> Result<()> {
-        assert!(out.len() >= self.rows() * self.cols(), "room for the rows");
-        let launch =
-            plan_dequantize(self.encoding(), self.params(), 0, self.rows(), out.address())?;
-        // SAFETY: the payload was validated for the matrix' shape, and `out` has room for its rows.
-        unsafe { self.device().launch(&launch) }
+        let mut scratch = ListedScratch::new(self.device())?;
+        queue_conversion(self, &mut scratch, None, self.rows(), out)
     }
+}
+
+/// Queues the conversion of `count` rows to f32 into `out`: the first of `ids`, or those of the matrix in order.
+fn queue_conversion(
+    matrix: &Matrix,
+    scratch: &mut ListedScratch,
+    ids: Option<&Buffer<u32>>,
+    count: usize,
+    out: &mut Buffer<f32>,
+) -> Result<()> {
+    assert!(ids.is_none_or(|ids| ids.len() >= count), "as many rows");
+    assert!(out.len() >= count * matrix.cols(), "room for the rows");
+    let to = out.address();
+    let convert = |part: &MatrixPart, ids: Option<&Buffer<u32>>| {
+        let ids = ids.map_or(0, Buffer::address);
+        let launch = plan_dequantize(&part.encoding, part.params, ids, count, to)?;
+        // SAFETY: the payload was validated for the part's shape, and `out` has room for the rows. The kernel skips
+        // ids outside the part.
+        unsafe { matrix.device().launch(&launch) }
+    };
+    convert(matrix.all(), ids)?;
+    match matrix.listed() {
+        Some(listed) => convert(&listed.part, Some(scratch.find(listed, ids, count)?)),
+        None => Ok(()),
+    }
+}
+
+/// What the launches of a GEMV have in common.
+#[derive(Clone, Copy, Debug)]
+struct GemvArgs {
+    input: ActivationInput<u64>,
+    precision: ActivationPrecision,
+    add: bool,
+    tokens: usize,
 }
 
 /// GEMV on one device, with its scratch memory.
@@ -265,6 +298,7 @@ impl Matrix {
 pub struct Gemv {
     device: Device,
     scratch: SplitScratch,
+    listed: ListedScratch,
 }
 
 impl Gemv {
@@ -273,11 +307,12 @@ impl Gemv {
     /// # Errors
     /// [`super::Error::Driver`].
     pub fn new(device: &Device) -> Result<Self> {
-        Ok(Self { device: device.clone(), scratch: SplitScratch::new(device)? })
+        let (scratch, listed) = (SplitScratch::new(device)?, ListedScratch::new(device)?);
+        Ok(Self { device: device.clone(), scratch, listed })
     }
 
     /// Queues `out[i]` (+)= `input` · `matrices[i]`ᵀ. Neighboring matrices that share a module are
-    /// one launch.
+    /// one launch; a matrix of mixed rows takes three, or four with `add`.
     ///
     /// The first calls allocate scratch memory. A GEMV has to run once before it is recorded in a
     /// graph.
@@ -299,38 +334,51 @@ impl Gemv {
         assert!(matrices.len() == out.len() && !matrices.is_empty(), "an output per matrix");
         let cols = matrices[0].cols();
         input.check(cols, tokens);
-        let input = input.addresses();
-        let limits = self.device.limits();
+        let args = GemvArgs { input: input.addresses(), precision, add, tokens };
         let mut first = 0;
         while first < matrices.len() {
             let same = matrices[first..].iter().take_while(|m| m.shares_launch(matrices[first]));
-            let count = same.count().min(MATRICES);
+            // A matrix with listed rows is alone.
+            let count = same.count().clamp(1, MATRICES);
+            let (matrix, to) = (matrices[first], &mut *out[first]);
+            let listed = self.listed.begin(matrix, to, add, tokens)?;
             let pairs = matrices[first..first + count].iter().zip(&out[first..]);
             for (matrix, out) in pairs.clone() {
                 assert_eq!(matrix.cols(), cols, "matrices of one input");
                 assert!(out.len() >= tokens * matrix.rows(), "room for the result");
             }
             let (params, addresses): (Vec<MatrixParams>, Vec<u64>) =
-                pairs.map(|(matrix, out)| (matrix.params(), out.address())).unzip();
-            let problem = GemvProblem {
-                encoding: matrices[first].encoding(),
-                matrices: &params,
-                out: &addresses,
-                input,
-                precision,
-                add,
-                tokens,
-            };
-            let needed = GemvPlan::new(limits, &problem, ScratchAddresses::default())?.scratch;
-            let scratch = self.scratch.reserve(needed)?;
-            let planned = GemvPlan::new(limits, &problem, scratch)?;
-            // SAFETY: the plan is for these matrices, whose payloads were validated for their
-            // shapes. Inputs and outputs have room for the tokens, and the scratch memory has the
-            // size that the plan needs, as checked above. All are on the stream of this device.
-            unsafe { self.device.launch(&planned.launch) }?;
+                pairs.map(|(matrix, out)| (matrix.all().params, out.address())).unzip();
+            self.multiply(&matrix.all().encoding, &params, &addresses, args)?;
+            if let Some(product) = listed {
+                let MatrixPart { encoding, params } = product.part;
+                self.multiply(encoding, &[*params], &[product.values], args)?;
+                self.listed.finish(&product)?;
+            }
             first += count;
         }
         Ok(())
+    }
+
+    /// Queues one launch for `matrices`, which the caller has checked with their input. Each address in `out` has room
+    /// for the result of its matrix.
+    fn multiply(
+        &mut self,
+        encoding: &Encoding,
+        matrices: &[MatrixParams],
+        out: &[u64],
+        args: GemvArgs,
+    ) -> Result<()> {
+        let GemvArgs { input, precision, add, tokens } = args;
+        let limits = self.device.limits();
+        let problem = GemvProblem { encoding, matrices, out, input, precision, add, tokens };
+        let needed = GemvPlan::new(limits, &problem, ScratchAddresses::default())?.scratch;
+        let scratch = self.scratch.reserve(needed)?;
+        let planned = GemvPlan::new(limits, &problem, scratch)?;
+        // SAFETY: the plan is for these matrices, whose payloads were validated for their shapes.
+        // The caller has checked that inputs and outputs have room for the tokens, and the scratch
+        // memory has the size that the plan needs. All are on the stream of this device.
+        unsafe { self.device.launch(&planned.launch) }
     }
 
     /// Queues the conversion of the rows `ids` of `matrix` to f32 into `out`, [count, cols]. Rows of
@@ -348,11 +396,7 @@ impl Gemv {
         count: usize,
         out: &mut Buffer<f32>,
     ) -> Result<()> {
-        assert!(ids.len() >= count && out.len() >= count * matrix.cols(), "room for the rows");
-        let (encoding, params) = (matrix.encoding(), matrix.params());
-        let launch = plan_dequantize(encoding, params, ids.address(), count, out.address())?;
-        // SAFETY: as in `queue`. The kernel skips ids outside the matrix.
-        unsafe { self.device.launch(&launch) }
+        queue_conversion(matrix, &mut self.listed, Some(ids), count, out)
     }
 }
 

@@ -3,7 +3,7 @@
 use stb_format::encoding::Encoding;
 
 use super::device::{Buffer, Device};
-use super::encoding::{self, GemvCall, MatrixParams};
+use super::encoding::{self, GemvCall, ListedRows, MatrixPart, MatrixParts};
 use super::error::{Error, Result};
 use super::precision::ActivationPrecision;
 
@@ -12,7 +12,7 @@ use super::precision::ActivationPrecision;
 pub struct Matrix {
     payload: Buffer<u8>,
     encoding: Encoding,
-    params: MatrixParams,
+    parts: MatrixParts,
 }
 
 impl Matrix {
@@ -28,25 +28,25 @@ impl Matrix {
         cols: usize,
         payload: &[u8],
     ) -> Result<Self> {
-        encoding::dequantize(encoding)?;
+        encoding::dequantize(&encoding::of_all_rows(encoding))?;
         let view = encoding
             .view(rows as u64, cols as u64, payload)
             .map_err(|e| Error::Unsupported { why: e.to_string() })?;
         let buffer = device.upload("a weight matrix", payload)?;
-        let params = MatrixParams::new(&view, payload, buffer.address())?;
-        Ok(Self { payload: buffer, encoding: encoding.clone(), params })
+        let parts = MatrixParts::new(encoding, &view, payload, buffer.address())?;
+        Ok(Self { payload: buffer, encoding: encoding.clone(), parts })
     }
 
     /// Output features.
     #[must_use]
     pub fn rows(&self) -> usize {
-        self.params.rows()
+        self.parts.all.params.rows()
     }
 
     /// Input features.
     #[must_use]
     pub fn cols(&self) -> usize {
-        self.params.cols()
+        self.parts.all.params.cols()
     }
 
     /// The encoding of the weights.
@@ -61,19 +61,26 @@ impl Matrix {
         self.payload.device()
     }
 
-    /// The kernels' view of the matrix.
-    pub(super) fn params(&self) -> MatrixParams {
-        self.params
+    /// All rows. Those that are listed do not count there.
+    pub(super) fn all(&self) -> &MatrixPart {
+        &self.parts.all
     }
 
-    /// Whether two matrices can be multiplied with the same input in one launch.
+    /// The listed rows.
+    pub(super) fn listed(&self) -> Option<&ListedRows> {
+        self.parts.listed.as_ref()
+    }
+
+    /// Whether two matrices can be multiplied with the same input in one launch. Those with listed rows take several
+    /// launches.
     #[must_use]
     pub fn shares_launch(&self, other: &Self) -> bool {
         let module = |m: &Self| {
             let (matrices, precision) = (&[][..], ActivationPrecision::F32);
-            let kernel = encoding::gemv(&m.encoding, GemvCall { matrices, precision, tokens: 1 });
-            kernel.map(|kernel| kernel.module).ok()
+            let call = GemvCall { matrices, precision, tokens: 1 };
+            encoding::gemv(&m.parts.all.encoding, call).map(|kernel| kernel.module).ok()
         };
-        self.cols() == other.cols() && module(self) == module(other)
+        let is_whole = self.listed().is_none() && other.listed().is_none();
+        is_whole && self.cols() == other.cols() && module(self) == module(other)
     }
 }

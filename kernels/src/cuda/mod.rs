@@ -24,6 +24,7 @@ mod input;
 mod launch;
 mod library_paths;
 mod matrix;
+mod mixed_rows;
 mod module;
 mod modules;
 mod nvrtc;

@@ -4,12 +4,13 @@ use super::compile::Compiler;
 use super::error::Result;
 use super::image::Arch;
 use super::module::Module;
-use super::{activations, attention, encoding, gemm, hessian, top_k};
+use super::{activations, attention, encoding, gemm, hessian, mixed_rows, top_k};
 
 /// All modules.
 #[must_use]
 pub fn modules() -> Vec<Module> {
     let mut all = vec![activations::MODULE, top_k::MODULE, hessian::MODULE, gemm::PREPARE];
+    all.push(mixed_rows::MODULE);
     all.extend(attention::MODULES);
     all.extend(encoding::modules());
     all

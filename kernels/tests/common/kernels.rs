@@ -30,6 +30,7 @@ fn kernels_of(file: &str) -> &'static [&'static str] {
         "gemm_nm.cu" | "gemm_nm_s8.cu" => &["gemm_512x64", "gemm_256x64", "gemm_256x16"],
         "activations.cu" => &["compute_activations"],
         "top_k.cu" => &["top_k"],
+        "mixed_rows.cu" => &["gather_results", "scatter_results", "find_rows"],
         "hessian.cu" => {
             &["reverse_to_f64", "reverse_to_f32", "finish_hessian", "copy_submatrix", "block_dots"]
         }

@@ -2,11 +2,12 @@
 //!
 //! An encoding is one file here, one line of the registry below, and its kernels in `kernels/cuda`.
 //! The file implements `CudaEncoding` for the parameters of the encoding and `PackedView` for the
-//! format's view of such a matrix.
+//! format's view of such a matrix. Mixed rows have no kernels of their own: such a matrix is two of other encodings.
 
 mod dense;
 mod int_group;
 mod interface;
+mod mixed_rows;
 mod nm;
 mod rows;
 mod stbllm;
@@ -21,6 +22,7 @@ pub(super) use interface::{
     CudaEncoding, DequantizeKernel, GemmKernels, GemmTile, GemvCall, GemvKernel, Preparation,
 };
 use interface::{MatrixLayout, PackedView as _, PayloadStart};
+pub(super) use mixed_rows::{ListedRows, MatrixPart, MatrixParts, of_all_rows};
 
 /// Each name is a variant of [`Encoding`] and of [`MatrixView`].
 macro_rules! registry {
@@ -40,6 +42,7 @@ macro_rules! registry {
         fn layout(view: &MatrixView<'_>, payload: PayloadStart) -> Result<MatrixLayout> {
             match view {
                 $(MatrixView::$encoding(view) => view.layout(payload),)*
+                // The two matrices of which it consists have layouts: see mixed_rows.rs.
                 MatrixView::MixedRows(view) => Err(unsupported(&Encoding::MixedRows(view.spec))),
             }
         }
