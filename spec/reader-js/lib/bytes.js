@@ -1,5 +1,7 @@
 /** Small helpers for bytes. */
 
+import { StbLimitError } from './errors.js';
+
 /** @param {Uint8Array} bytes @returns {DataView} */
 export const viewOf = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 
@@ -47,4 +49,19 @@ export const F16 = Float32Array.from({ length: 65536 }, (_, bits) => {
 export function finiteF16(bytes, from, to) {
   for (let i = from + 1; i < to; i += 2) if ((bytes[i] & 0x7c) === 0x7c) return false;
   return true;
+}
+
+/**
+ * An array of `length` elements, or an error that says that memory is short.
+ * @template {Uint8Array | Float32Array} T
+ * @param {new (length: number) => T} type
+ * @param {number} length
+ * @returns {T}
+ */
+export function allocate(type, length) {
+  try {
+    return new type(length);
+  } catch (error) {
+    throw new StbLimitError(`no memory for an array of ${length} elements (${error.message}); read fewer rows at once`);
+  }
 }

@@ -1,5 +1,6 @@
 /** Raw DEFLATE (RFC 1951) with the conditions of STB-R-026: it says whether the stream ends in the last byte. */
 
+import { allocate } from './bytes.js';
 import { require } from './errors.js';
 
 /** A byte of DEFLATE stands for at most this many bytes. */
@@ -58,7 +59,7 @@ class Inflater {
 
   constructor(input, length, where) {
     this.#input = input;
-    this.#output = new Uint8Array(length);
+    this.#output = allocate(Uint8Array, length);
     this.#where = where;
   }
 

@@ -1,5 +1,6 @@
 /** Where the bytes of a file come from: memory, a Blob, or a server that understands range requests. */
 
+import { allocate } from './bytes.js';
 import { StbLimitError, StbSourceError } from './errors.js';
 
 /**
@@ -219,19 +220,4 @@ function join(parts, length) {
     at += part.length;
   }
   return whole;
-}
-
-/**
- * An array of `length` elements, or an error that says that memory is short.
- * @template {Uint8Array | Float32Array} T
- * @param {new (length: number) => T} type
- * @param {number} length
- * @returns {T}
- */
-export function allocate(type, length) {
-  try {
-    return new type(length);
-  } catch (error) {
-    throw new StbLimitError(`no memory for an array of ${length} elements (${error.message}); read fewer rows at once`);
-  }
 }
