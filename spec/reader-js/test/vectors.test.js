@@ -3,10 +3,7 @@ import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { open, RULES, StbError } from '../index.js';
-
-const VECTORS = new URL('../../vectors/', import.meta.url);
-const MANIFEST = JSON.parse(readFileSync(new URL('manifest.json', VECTORS), 'utf8'));
-const bytesOf = (file) => new Uint8Array(readFileSync(new URL(file, VECTORS)));
+import { MANIFEST, vector as bytesOf } from './support.js';
 
 /** A metadata value as the manifest writes it. */
 function asInManifest({ type, value }) {
@@ -27,7 +24,8 @@ for (const vector of MANIFEST.valid) {
     assert.equal(file.isModel, vector.model);
     assert.equal(file.parameters, BigInt(vector.parameters));
     assert.deepEqual(Object.fromEntries(file.entries.map((entry) => [entry.key, asInManifest(entry)])), vector.metadata);
-    assert.deepEqual(file.tensors.map(({ name, shape, encoding }) => ({ name, shape, encoding })), vector.tensors.map(({ name, shape, encoding }) => ({ name, shape, encoding })));
+    const described = (tensors) => tensors.map(({ name, shape, encoding }) => ({ name, shape, encoding }));
+    assert.deepEqual(described(file.tensors), described(vector.tensors));
     for (const { name, sha256_f32_le: expected, error } of vector.tensors) {
       if (error) await assert.rejects(file.decode(name), { rule: error });
       else assert.equal(sha256(await file.decode(name)), expected, name);
