@@ -42,11 +42,15 @@ export function bytesText(count) {
 /** An integer with separators. @param {number | bigint} count */
 export const countText = (count) => count.toLocaleString('en-US');
 
-/** A number with four significant digits, without an exponent where that is readable. @param {number} value */
-export function numberText(value) {
+/**
+ * A number, without an exponent where that is readable.
+ * @param {number} value
+ * @param {number} [digits] significant digits
+ */
+export function numberText(value, digits = 4) {
   const size = Math.abs(value);
   if (value === 0) return '0';
-  return size >= 1e-4 && size < 1e6 ? String(Number(value.toPrecision(4))) : value.toExponential(3);
+  return size >= 1e-4 && size < 1e6 ? String(Number(value.toPrecision(digits))) : value.toExponential(digits - 1);
 }
 
 /** Rows of a table of two columns. @param {[string, Node | string][]} rows */

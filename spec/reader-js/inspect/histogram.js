@@ -62,7 +62,7 @@ export async function showValues(target, file, tensor) {
   try {
     weights = await file.decode(tensor, { rows: shown });
   } catch (error) {
-    target.replaceChildren(showError(error, tensor.name));
+    target.replaceChildren(showError(error));
     return;
   }
   const found = statistics(weights);

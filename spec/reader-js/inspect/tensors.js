@@ -5,15 +5,15 @@ import { bytesText, card, countText, element, numberText } from './dom.js';
 import { showValues } from './histogram.js';
 
 /** Rows that are shown at first, and with each "Show more". */
-const ROWS = 200;
+const ROWS = 100;
 
 const bitsOf = ({ length, elements }) => bitsPerWeight(length, elements);
 const encodingOf = ({ encoding, encodingName, settings }) => {
   if (encodingName === null) return `unknown (${encoding})`;
-  if (encodingName.endsWith('group')) return `${encodingName}, ${settings.bits} ${settings.bits === 1 ? 'bit' : 'bits'}, G ${settings.group}`;
-  if (encodingName === 'stbllm') return `stbllm ${settings.n}:8, B ${settings.block}`;
+  if (encodingName.endsWith('group')) return `${encodingName} of ${settings.group}, ${settings.bits}-bit`;
+  if (encodingName === 'stbllm') return `stbllm ${settings.n}:8, blocks of ${settings.block}`;
   if (encodingName !== 'nm') return encodingName;
-  return `nm ${settings.n}:${settings.m}${settings.scaleBits ? `, ${settings.scaleBits}-bit scales, B ${settings.block}` : ''}${settings.factors ? ', column factors' : ''}`;
+  return `nm ${settings.n}:${settings.m}${settings.scaleBits ? `, ${settings.scaleBits}-bit scales of ${settings.block}` : ''}${settings.factors ? ', column factors' : ''}`;
 };
 
 /** @type {{ title: string, number?: boolean, text: (tensor: any) => string, order: (tensor: any) => string | number }[]} */

@@ -15,25 +15,25 @@ const VERDICTS = {
   unchecked: 'Nobody has compared it with the original model.',
 };
 
-/** The card of an error: what is wrong, and the rule. */
+/**
+ * The card of an error: what is wrong, and the rule.
+ * @param {Error} error
+ * @param {string} [name] of the file, where nothing else on the page shows it
+ */
 export function showError(error, name) {
-  if (!(error instanceof StbError)) {
-    const title = error instanceof StbLimitError ? 'The file is too large for this page' : 'The file cannot be read';
-    return element('section', { class: 'card bad', role: 'alert' }, element('h2', {}, title), element('p', {}, visible(error.message)));
-  }
+  const shown = name === undefined ? null : element('p', { class: 'name' }, visible(name));
+  const bad = (title, ...children) => element('section', { class: 'card bad', role: 'alert' }, element('h2', {}, title), shown, ...children);
+  const detail = (text) => element('p', { class: 'detail' }, visible(text));
+  if (error instanceof StbLimitError) return bad('The file is too large for this page', detail(error.message));
+  if (!(error instanceof StbError)) return bad('The file cannot be read', detail(error.message));
   const unsupported = error.kind === 'unsupported';
-  return element(
-    'section',
-    { class: 'card bad', role: 'alert' },
-    element('h2', {}, unsupported ? 'The file needs a newer reader' : 'The file is broken'),
-    element('p', { class: 'name' }, visible(name)),
-    element('p', { class: 'detail' }, visible(sentence(error.detail))),
-    element('p', {}, `The first rule that it breaks, `, element('code', {}, error.rule), ` – ${error.title}.`),
+  return bad(
+    unsupported ? 'The file needs a newer reader' : 'The file is broken',
+    detail(`What was found: ${error.detail}.`),
+    element('p', {}, 'The first rule that does not hold is ', element('code', {}, error.rule), `: ${error.title}.`),
     element('p', { class: 'quiet' }, unsupported ? 'It may be valid. Look for a newer version of this page.' : 'It was damaged, cut short, or made wrongly. Get it again.'),
   );
 }
-
-const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
 
 /**
  * Shows an open file.
@@ -72,12 +72,12 @@ function summaryCard(file, name, isCurrent) {
       tile(countText(file.tensors.length), file.tensors.length === 1 ? 'tensor' : 'tensors'),
     ),
     unknown ? element('p', { class: 'notice' }, `${countText(unknown)} of the tensors have an encoding that this page does not know.`) : null,
-    ...checks(file, name, isCurrent),
+    ...checks(file, isCurrent),
   );
 }
 
 /** What was checked, and a button to check the rest. */
-function checks(file, name, isCurrent) {
+function checks(file, isCurrent) {
   const list = element('ul', { class: 'checks' });
   const add = (text) => list.append(element('li', { class: 'good' }, text));
   add('The structure is valid: header, sections, tensor table and metadata, with their checksums.');
@@ -87,7 +87,7 @@ function checks(file, name, isCurrent) {
       file.checkModel();
       add(`It is a model file of the architecture ${visible(String(file.metadata['model.architecture']))}; its keys and tensors fit together.`);
     } catch (error) {
-      problems.append(showError(error, name));
+      problems.append(showError(error));
     }
   } else {
     add('It is a collection of tensors: it does not describe a whole model.');
@@ -107,10 +107,11 @@ function checks(file, name, isCurrent) {
       button.remove();
     } catch (error) {
       if (error.name === 'AbortError') return;
-      problems.replaceChildren(showError(error, name));
-      button.disabled = false;
+      problems.replaceChildren(showError(error));
+      if (error instanceof StbError) button.remove();
     } finally {
-      progress.remove();
+      progress.hidden = true;
+      button.disabled = false;
     }
   };
   const button = element('button', { id: 'verify', type: 'button', click: verify }, `Check all weights (${bytesText(file.header.size)})`);
@@ -123,14 +124,13 @@ function qualityCard({ quality: { verdict, figures } }) {
   }
   const rows = [];
   if (figures) {
-    const figure = (name, digits = numberText) => {
+    const figure = (name, factor = 1) => {
       const error = figures[`${name}_error`];
-      return `${digits(figures[name])}${error === undefined ? '' : ` ± ${digits(error)}`}`;
+      return `${numberText(factor * figures[name])}${error === undefined ? '' : ` ± ${numberText(factor * error, 2)}`}`;
     };
-    const percent = (share) => `${Number((100 * share).toPrecision(3))} %`;
     rows.push(
       ['KL divergence from the original', `${figure('kl')} nats per token`],
-      ['same most likely token', figure('top1', percent)],
+      ['same most likely token', `${figure('top1', 100)} %`],
       ['perplexity', figure('perplexity')],
       ['perplexity of the original', figure('source_perplexity')],
       ['measured on', `${countText(figures.tokens)} tokens in ${countText(figures.windows)} windows of ${visible(figures.text)}`],

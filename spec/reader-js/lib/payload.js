@@ -39,7 +39,7 @@ function* windows(layout, length, first, end) {
   const bytesPerStep = (length / rows) * step;
   const size = Math.max(1, Math.floor(CHUNK / bytesPerStep)) * step;
   for (let from = first; from < end; ) {
-    const to = Math.min(end, (Math.floor(from / step) * step) + size);
+    const to = Math.min(end, Math.floor(from / step) * step + size);
     yield [from, to];
     from = to;
   }
@@ -73,8 +73,8 @@ async function checkContent(tensor, encoding, layout, payload) {
     const end = layout.starts[i - 1] + layout.lengths[i - 1];
     if (!(await allZero(payload, end, layout.starts[i]))) unused = `bytes before segment ${i}`;
   }
-  require(unused === null, 41, `${tensor.name}: not zero: ${unused}`);
-  require(numbers === null, 42, `${tensor.name}: not finite: ${numbers}`);
+  require(unused === null, 41, `${tensor.name} has unused bits that are not zero (${unused})`);
+  require(numbers === null, 42, `${tensor.name} has a number that is not finite (${numbers})`);
 }
 
 /**
