@@ -2,9 +2,11 @@
 
 /**
  * An element. Strings among the children become text nodes.
- * @param {string} tag
+ * @template {keyof HTMLElementTagNameMap} T
+ * @param {T} tag
  * @param {Record<string, string | boolean | ((event: Event) => void)>} [attributes] functions become listeners
  * @param {...(Node | string | null)} children
+ * @returns {HTMLElementTagNameMap[T]}
  */
 export function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);

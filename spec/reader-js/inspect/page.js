@@ -5,6 +5,8 @@ import { visible } from './dom.js';
 import { showError, showFile } from './view.js';
 
 const byId = (id) => document.getElementById(id);
+const address = /** @type {HTMLInputElement} */ (byId('url'));
+const chooser = /** @type {HTMLInputElement} */ (byId('file'));
 const result = byId('result');
 const status = byId('status');
 
@@ -43,7 +45,7 @@ function inspectUrl(text) {
     status.textContent = `${visible(text)} is no address that starts with http:// or https://`;
     return;
   }
-  byId('url').value = text;
+  address.value = text;
   let name = url.pathname.split('/').at(-1) || url.host;
   try {
     name = decodeURIComponent(name);
@@ -55,15 +57,15 @@ function inspectUrl(text) {
 
 byId('needs-server').remove();
 byId('pick').hidden = false;
-byId('file').addEventListener('change', (event) => {
-  const [file] = event.target.files;
+chooser.addEventListener('change', () => {
+  const [file] = chooser.files;
   if (file) inspect(file, file.name);
   // So that choosing the same file again, which may have changed, is noticed.
-  event.target.value = '';
+  chooser.value = '';
 });
 byId('pick').addEventListener('submit', (event) => {
   event.preventDefault();
-  const text = byId('url').value.trim();
+  const text = address.value.trim();
   if (text) inspectUrl(text);
 });
 

@@ -122,6 +122,7 @@ function qualityCard({ quality: { verdict, figures } }) {
   if (!verdict && !figures) {
     return card('Measured quality', element('p', { class: 'quiet' }, 'The file does not say how close it is to the original model.'));
   }
+  /** @type {[string, string][]} */
   const rows = [];
   if (figures) {
     const figure = (name, factor = 1) => {

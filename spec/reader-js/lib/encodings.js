@@ -12,11 +12,12 @@ import { STBLLM } from './stbllm.js';
  * @property {number} cols elements of a row
  * @property {number} step rows that lie together: ranges of rows are read from a multiple of it
  * @property {number[]} lengths lengths of the segments
- * @property {(first: number, end: number) => [number, number][]} slices for each segment, the part of it that these rows need
+ * @property {(first: number, end: number) => number[][]} slices for each segment, the part of it that these rows need
  */
 
 /**
- * @typedef {Shaped & { starts: number[], length: number }} Layout with the starts of the segments, and the length of the payload
+ * What else `shaped` returns is for the encoding itself.
+ * @typedef {Shaped & Record<string, any> & { starts: number[], length: number }} Layout with the starts of the segments, and the length of the payload
  */
 
 /**

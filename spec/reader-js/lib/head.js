@@ -93,6 +93,15 @@ export function readDirectory(directory, size) {
   return sections;
 }
 
+/**
+ * An entry of the directory, with its checks.
+ * @param {DataView} directory
+ * @param {number} at
+ * @param {number} before end of the section before it
+ * @param {number} size bytes of the file
+ * @param {string} where
+ * @returns {Section}
+ */
 function readSection(directory, at, before, size, where) {
   const type = directory.getUint32(at, true);
   const flags = directory.getUint32(at + 4, true);
@@ -126,7 +135,12 @@ export async function readSections(source, sections) {
   return { tensors: kept.get(TENSORS), meta: kept.get(META) };
 }
 
-/** Checks the checksum of a section; its bytes if it is TENSORS or META. */
+/**
+ * Checks the checksum of a section; its bytes if it is TENSORS or META.
+ * @param {import('./source.js').Source} source
+ * @param {Section} section
+ * @param {number} index
+ */
 async function checkedSection(source, section, index) {
   const { type, name, offset, length, checksum } = section;
   if (type === DATA) {

@@ -148,6 +148,7 @@ class Inflater {
     return all;
   }
 
+  /** @param {Code[]} codes of literals and lengths, and of distances */
   #compressed([literals, distances]) {
     const output = this.#output;
     for (;;) {

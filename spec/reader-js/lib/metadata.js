@@ -14,15 +14,17 @@ const KEY = /^[a-z0-9._-]+$/;
 
 /** @typedef {'text' | 'u64' | 'f64' | 'bool' | 'u64 list'} ValueType */
 /** @typedef {string | bigint | number | boolean | bigint[]} Value text, u64, f64, bool, u64 list */
-
 /**
- * @typedef {object} Entry
+ * @typedef {{ type: 'text', value: string } | { type: 'u64', value: bigint } | { type: 'f64', value: number }
+ *   | { type: 'bool', value: boolean } | { type: 'u64 list', value: bigint[] }} Typed
+ */
+/**
+ * @typedef {object} Stored
  * @property {string} key
- * @property {ValueType} type
  * @property {boolean} deflated whether it is a text that is stored deflated
  * @property {number} bytes length of the stored value
- * @property {Value} value
  */
+/** @typedef {Stored & Typed} Entry */
 
 /**
  * The entries of the META section in file order.
@@ -58,7 +60,8 @@ export function readMetadata(bytes, minReader) {
       require(inflated <= BigInt(MOST_BYTES), 21, `deflated texts up to ${key} have ${inflated} bytes`);
       value = inflatedText(stored, Number(length), key);
     }
-    entries.push({ key, type: deflated ? 'text' : TYPES[code], deflated, bytes: stored.length, value });
+    const typed = /** @type {Typed} */ ({ type: deflated ? 'text' : TYPES[code], value });
+    entries.push({ key, deflated, bytes: stored.length, ...typed });
   }
   require(at === bytes.length, 20, `${bytes.length - at} bytes are left over after the last entry of META`);
   return entries;

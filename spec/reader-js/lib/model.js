@@ -25,7 +25,11 @@ class Keys {
     return this.#entries.has(key);
   }
 
-  /** The value of a key; undefined if it is not there. */
+  /**
+   * The value of a key; undefined if it is not there.
+   * @param {string} key
+   * @returns {any}
+   */
   get(key) {
     return this.#entries.get(key)?.value;
   }
@@ -54,7 +58,10 @@ class Keys {
   }
 }
 
-/** Types of keys, and choices: STB-R-060 and 061. */
+/**
+ * Types of keys, and choices: STB-R-060 and 061.
+ * @param {Keys} keys
+ */
 function checkTypes(keys) {
   keys.choice(ARCHITECTURE, ['llama', 'decoder']);
   const architecture = keys.get(ARCHITECTURE);

@@ -89,8 +89,17 @@ function blockScale(scales, at, k, scaleBits, i) {
   return (code + 1) / 2 ** scaleBits;
 }
 
-/** Writes the weights of the group that begins at column `from`, for a code `x`. */
-function decodeGroup(x, { n, m }, { cols, beta, positionBits }, scale, factors, from, out, at) {
+/**
+ * Writes the weights of a group into a row of `out`.
+ * @param {number} x code of the group
+ * @param {Settings} settings
+ * @param {import('./encodings.js').Layout} layout
+ * @param {{ scale: number, factors: DataView | null }} magnitude of the group, and column factors
+ * @param {number} from first column of the group
+ * @param {Float32Array} out
+ * @param {number} at first element of the row in `out`
+ */
+function decodeGroup(x, { n, m }, { cols, beta, positionBits }, { scale, factors }, from, out, at) {
   const i = x & (m - 1);
   const j = (x >> positionBits) & (m - 1);
   const s = x >> (beta - 1);
@@ -171,7 +180,7 @@ export const NM = {
       for (let k = 0; k < groups; k++) {
         const c = k * m;
         const scale = scaleBits ? rowScale * blockScale(blockScales, tile * blockBytes, Math.floor(c / block), scaleBits, i) : rowScale;
-        decodeGroup(row[k], settings, layout, scale, factors, c, out, (r - first) * cols);
+        decodeGroup(row[k], settings, layout, { scale, factors }, c, out, (r - first) * cols);
       }
     }
   },

@@ -86,6 +86,7 @@ async function checkContent(tensor, encoding, layout, payload) {
 export async function checkPayload(source, tensor) {
   const { name, offset, length, checksum } = tensor;
   const hash = new Xxh3();
+  /** @type {Source} */
   let payload = new Part(source, offset, length);
   if (length <= KEEP) payload = new BytesSource(await readAll(payload, 0, length, (piece) => hash.update(piece)));
   else for await (const piece of pieces(payload, 0, length)) hash.update(piece);

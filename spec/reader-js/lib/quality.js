@@ -37,13 +37,14 @@ const ERRORS = ['kl_error', 'top1_error', 'perplexity_error', 'source_perplexity
  */
 export function readQuality(entries) {
   const byKey = new Map(entries.map((entry) => [entry.key, entry]));
+  /** @returns {any} */
   const value = (name, type) => {
     const entry = byKey.get(`quality.${name}`);
     return entry?.type === type ? entry.value : null;
   };
   const stated = value('verdict', 'text');
   const verdict = VERDICTS.includes(stated) ? stated : null;
-  const figures = {};
+  const figures = /** @type {Figures} */ ({});
   for (const [name, type] of Object.entries(FIGURES)) {
     figures[name] = value(name, type);
     if (figures[name] === null) return { verdict, figures: null };

@@ -12,7 +12,7 @@ import { StbLimitError, StbSourceError } from './errors.js';
 /** Bytes that are read at once. */
 export const CHUNK = 4 << 20;
 
-/** @param {unknown} size @returns {number} */
+/** @param {number} size @returns {number} */
 function checkedSize(size) {
   if (!Number.isSafeInteger(size) || size < 0) throw new StbLimitError('this reader reads files of less than 2^53 bytes');
   return size;

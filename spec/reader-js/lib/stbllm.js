@@ -19,23 +19,23 @@ function signsOf(signs, at, n, group) {
   return (two >> (bit & 7)) & ((1 << n) - 1);
 }
 
-/** Checks the states of a unit: STB-R-043 for its groups, then 044. */
-function checkStates(layout, n, salient, states, r, unit, first, findings) {
-  const at = ((r - first) * layout.units + unit) * 16;
+/**
+ * Checks the states of a unit of row `first + r`: STB-R-043 for its groups, then 044.
+ * @returns {{ rule: number, detail: string } | null} what is broken
+ */
+function checkStates({ cols, units }, n, salient, states, r, unit, first) {
+  const at = (r * units + unit) * 16;
   let notAllowed = 0;
   for (let group = 0; group < 8; group++) {
-    const exists = existing(layout.cols, unit, group);
+    const exists = existing(cols, unit, group);
     const low = states[at + group];
     const high = states[at + 8 + group];
     const kept = POPCOUNT[(low | high) & exists];
     const expected = Math.ceil((n * POPCOUNT[exists]) / 8);
-    if (kept !== expected) {
-      findings.states = { rule: 43, detail: `row ${r}, group ${unit * 8 + group} keeps ${kept} weights, not ${expected}` };
-      return;
-    }
+    if (kept !== expected) return { rule: 43, detail: `row ${first + r}, group ${unit * 8 + group} keeps ${kept} weights, not ${expected}` };
     notAllowed |= low & high & salient[unit * 8 + group] & exists;
   }
-  if (notAllowed) findings.states = { rule: 44, detail: `row ${r} has state 3 in a salient column of unit ${unit}` };
+  return notAllowed ? { rule: 44, detail: `row ${first + r} has state 3 in a salient column of unit ${unit}` } : null;
 }
 
 /** Whether the unused bits of a unit are zero: of columns that do not exist, and signs of weights that are not kept. */
@@ -89,9 +89,9 @@ export const STBLLM = {
   },
   check(layout, { n }, [salient, states, signs, scales], first, end, findings) {
     const { units, cols } = layout;
-    for (let r = first; r < end && !findings.states; r++) {
+    for (let r = 0; r < end - first && !findings.states; r++) {
       for (let unit = 0; unit < units && !findings.states; unit++) {
-        checkStates(layout, n, salient, states, r, unit, first, findings);
+        findings.states = checkStates(layout, n, salient, states, r, unit, first);
       }
     }
     for (let group = 0; group < 8; group++) {

@@ -38,20 +38,25 @@ const STRIPES = halves(0, 23);
 const LAST = halves(121, 8);
 const SCRAMBLE = halves(128, 8);
 
+/** @returns {bigint} */
 const word = (view, at) => view.getBigUint64(at, true);
+/** @returns {bigint} */
 const secret = (at) => SECRET_VIEW.getBigUint64(at, true);
 
+/** @param {bigint} a @param {bigint} b */
 function fold(a, b) {
   const product = a * b;
   return (product & WORD) ^ (product >> 64n);
 }
 
+/** @param {bigint} h */
 function avalanche(h) {
   h ^= h >> 37n;
   h = (h * M1) & WORD;
   return h ^ (h >> 32n);
 }
 
+/** @param {bigint} h */
 function avalanche64(h) {
   h ^= h >> 33n;
   h = (h * P64_2) & WORD;
@@ -60,6 +65,7 @@ function avalanche64(h) {
   return h ^ (h >> 32n);
 }
 
+/** @param {bigint} x @param {bigint} n */
 const rotl = (x, n) => ((x << n) | (x >> (64n - n))) & WORD;
 const mix16 = (view, at, k) => fold(word(view, at) ^ secret(k), word(view, at + 8) ^ secret(k + 8));
 
