@@ -52,7 +52,12 @@ class Keys {
     require(known.includes(this.get(key)), 61, `${key} is ${JSON.stringify(this.get(key).slice(0, 80))}`);
   }
 
-  /** STB-R-062 for a key, if it is there. */
+  /**
+   * STB-R-062 for a key, if it is there.
+   * @param {string} key
+   * @param {(value: any) => boolean} condition
+   * @param {string} demand end of the sentence that begins with key and value
+   */
   value(key, condition, demand) {
     if (this.has(key)) require(condition(this.get(key)), 62, `${key} is ${this.get(key)}, ${demand}`);
   }

@@ -21,6 +21,13 @@ function signsOf(signs, at, n, group) {
 
 /**
  * Checks the states of a unit of row `first + r`: STB-R-043 for its groups, then 044.
+ * @param {import('./encodings.js').Layout} layout
+ * @param {number} n
+ * @param {Uint8Array} salient
+ * @param {Uint8Array} states
+ * @param {number} r
+ * @param {number} unit
+ * @param {number} first
  * @returns {{ rule: number, detail: string } | null} what is broken
  */
 function checkStates({ cols, units }, n, salient, states, r, unit, first) {
