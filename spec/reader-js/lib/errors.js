@@ -54,8 +54,8 @@ export function broken(number, detail) {
  * Throws the error of rule `number` unless `condition` is true.
  * @param {boolean} condition
  * @param {number} number
- * @param {string} detail
+ * @param {string | (() => string)} detail a function where there are many tensors, so that only a broken one costs a text
  */
 export function require(condition, number, detail) {
-  if (!condition) throw broken(number, detail);
+  if (!condition) throw broken(number, typeof detail === 'string' ? detail : detail());
 }

@@ -44,50 +44,50 @@ export function readTable(bytes, data) {
   let dataEnd = 0;
   for (let i = 0; i < count; i++) {
     const at = HEADER + ENTRY * i;
-    const { shape, elements } = readShape(view, at, `tensor ${i}`);
-    const name = readName(view, at, names, nameEnd, `tensor ${i}`);
+    const { shape, elements } = readShape(view, at, i);
+    const name = readName(view, at, names, nameEnd, i);
     nameEnd += name.length;
-    require(!seen.has(name), 33, `two tensors have the name ${name}`);
+    require(!seen.has(name), 33, () => `two tensors have the name ${name}`);
     seen.add(name);
-    require(bytes[at + 7] === 0, 34, `the reserved byte of ${name} is not zero`);
-    require(isZero(bytes, at + 12, at + 16) && isZero(bytes, at + 88, at + 96), 34, `reserved fields of ${name} are not zero`);
+    require(bytes[at + 7] === 0, 34, () => `the reserved byte of ${name} is not zero`);
+    require(isZero(bytes, at + 12, at + 16) && isZero(bytes, at + 88, at + 96), 34, () => `reserved fields of ${name} are not zero`);
     const { offset, length } = readPlace(view, at, dataEnd, data.length, name);
     dataEnd = offset + length;
     const tensor = { name, shape, elements, ...readEncoding(view, at, shape, length, name) };
     tensors.push({ ...tensor, offset: data.offset + offset, length, checksum: view.getBigUint64(at + 80, true) });
   }
-  require(nameEnd === names.length, 32, `${names.length - nameEnd} bytes of names belong to no tensor`);
-  require(dataEnd === data.length, 35, `the last payload ends at ${dataEnd}, DATA at ${data.length}`);
+  require(nameEnd === names.length, 32, () => `${names.length - nameEnd} bytes of names belong to no tensor`);
+  require(dataEnd === data.length, 35, () => `the last payload ends at ${dataEnd}, DATA at ${data.length}`);
   return tensors;
 }
 
-function readShape(view, at, where) {
+function readShape(view, at, index) {
   const ndim = view.getUint8(at + 6);
-  require(ndim >= 1 && ndim <= 4, 31, `${where} has ${ndim} dimensions`);
+  require(ndim >= 1 && ndim <= 4, 31, () => `tensor ${index} has ${ndim} dimensions`);
   const shape = [];
   let elements = 1n;
   for (let i = 0; i < 4; i++) {
     const dim = view.getBigUint64(at + 32 + 8 * i, true);
     if (i < ndim) {
-      require(dim >= 1n && dim < 2n ** 32n, 31, `dimension ${i} of ${where} is ${dim}`);
+      require(dim >= 1n && dim < 2n ** 32n, 31, () => `dimension ${i} of tensor ${index} is ${dim}`);
       shape.push(Number(dim));
       elements *= dim;
     } else {
-      require(dim === 0n, 31, `dimension ${i} of ${where} is not in use, but ${dim}`);
+      require(dim === 0n, 31, () => `dimension ${i} of tensor ${index} is not in use, but ${dim}`);
     }
   }
-  require(elements <= MOST_ELEMENTS, 31, `${where} has ${elements} elements`);
+  require(elements <= MOST_ELEMENTS, 31, () => `tensor ${index} has ${elements} elements`);
   return { shape, elements: Number(elements) };
 }
 
-function readName(view, at, names, start, where) {
+function readName(view, at, names, start, index) {
   const offset = view.getUint32(at, true);
   const length = view.getUint16(at + 4, true);
-  require(offset === start, 32, `the name of ${where} starts at ${offset}, not at ${start}`);
-  require(length >= 1 && length <= 255, 32, `the name of ${where} has ${length} bytes`);
-  require(offset + length <= names.length, 32, `the name of ${where} ends outside the names`);
+  require(offset === start, 32, () => `the name of tensor ${index} starts at ${offset}, not at ${start}`);
+  require(length >= 1 && length <= 255, 32, () => `the name of tensor ${index} has ${length} bytes`);
+  require(offset + length <= names.length, 32, () => `the name of tensor ${index} ends outside the names`);
   const name = names.subarray(offset, offset + length);
-  require(name.every((byte) => byte >= 0x21 && byte <= 0x7e), 32, `the name of ${where} has other characters`);
+  require(name.every((byte) => byte >= 0x21 && byte <= 0x7e), 32, () => `the name of tensor ${index} has other characters`);
   return ascii(name);
 }
 
@@ -95,8 +95,8 @@ function readPlace(view, at, before, dataLength, name) {
   const offset = view.getBigUint64(at + 64, true);
   const length = view.getBigUint64(at + 72, true);
   const start = alignUp(before, 64);
-  require(offset === BigInt(start), 35, `the payload of ${name} starts at ${offset}, not at ${start}`);
-  require(offset + length <= BigInt(dataLength), 35, `the payload of ${name} ends at ${offset + length}, DATA at ${dataLength}`);
+  require(offset === BigInt(start), 35, () => `the payload of ${name} starts at ${offset}, not at ${start}`);
+  require(offset + length <= BigInt(dataLength), 35, () => `the payload of ${name} ends at ${offset + length}, DATA at ${dataLength}`);
   return { offset: start, length: Number(length) };
 }
 
@@ -108,8 +108,8 @@ function readEncoding(view, at, shape, length, name) {
   const settings = encoding.settings(params, (detail) => {
     throw broken(36, `${name}: ${detail}`);
   });
-  require(!encoding.matrix || shape.length === 2, 37, `${name}: ${encoding.name} is for two dimensions, not for ${shape.length}`);
+  require(!encoding.matrix || shape.length === 2, 37, () => `${name}: ${encoding.name} is for two dimensions, not for ${shape.length}`);
   const expected = layoutOf(encoding, shape, settings).length;
-  require(length === expected, 38, `the payload of ${name} has ${length} bytes; its shape and encoding need ${expected}`);
+  require(length === expected, 38, () => `the payload of ${name} has ${length} bytes; its shape and encoding need ${expected}`);
   return { encoding: id, encodingName: encoding.name, settings };
 }

@@ -18,7 +18,10 @@ const P64_3 = 0x165667b19e3779f9n;
 const M1 = 0x165667919e3779f9n;
 const M2 = 0x9fb21c651e98df25n;
 const WORD = 0xffffffffffffffffn;
+/** The accumulators at the start, as halves of 32 bits. */
 const START = [0xc2b2ae3dn, P64_1, P64_2, P64_3, 0x85ebca77c2b2ae63n, 0x85ebca77n, 0x27d4eb2f165667c5n, BigInt(P32_1)];
+const START_LOW = Int32Array.from(START, (value) => Number(value & 0xffffffffn));
+const START_HIGH = Int32Array.from(START, (value) => Number(value >> 32n));
 
 const BLOCK = 1024;
 const STRIPE = 64;
@@ -120,20 +123,13 @@ function upper(a, b) {
 
 /** A checksum that is computed piece by piece. */
 export class Xxh3 {
-  #low = new Int32Array(8);
-  #high = new Int32Array(8);
+  #low = START_LOW.slice();
+  #high = START_HIGH.slice();
   /** The 64 bytes before those that wait, then up to 1024 bytes that wait. */
   #buffer = new Uint8Array(STRIPE + BLOCK);
   #view = new DataView(this.#buffer.buffer);
   #waiting = 0;
   #total = 0n;
-
-  constructor() {
-    START.forEach((value, i) => {
-      this.#low[i] = Number(value & 0xffffffffn) | 0;
-      this.#high[i] = Number(value >> 32n) | 0;
-    });
-  }
 
   /**
    * Appends bytes.
