@@ -166,6 +166,8 @@ export async function serve({ files = {}, folder, answer = (reply) => reply }) {
     response.writeHead(reply.status, { 'Content-Type': type, ...reply.headers });
     response.end(reply.body);
   });
+  // On a busy machine an idle connection would be closed just when it is used again.
+  server.keepAliveTimeout = 0;
   await new Promise((resolve) => server.listen(0, '127.0.0.1', resolve));
   const close = () => {
     server.close();
