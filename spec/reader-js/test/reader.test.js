@@ -1,0 +1,130 @@
+import assert from 'node:assert/strict';
+import { readFileSync } from 'node:fs';
+import { test } from 'node:test';
+import { open, StbError, verdictOf, Xxh3, xxh3 } from '../index.js';
+import { build, MANIFEST, random, vector } from './support.js';
+
+test('checksums are those of checksum.md, in one piece and in many', () => {
+  const page = readFileSync(new URL('../../checksum.md', import.meta.url), 'utf8');
+  const rows = [...page.matchAll(/^\| (\d+) \| `([0-9a-f]{16})` \|$/gm)];
+  assert.ok(rows.length > 20);
+  const next = random(4);
+  for (const [, count, expected] of rows) {
+    const data = Uint8Array.from({ length: Number(count) }, (_, i) => i * 37 + 11);
+    assert.equal(xxh3(data), BigInt(`0x${expected}`), count);
+    const hash = new Xxh3();
+    for (let at = 0; at < data.length; ) {
+      const end = at + 1 + next(2500);
+      hash.update(data.subarray(at, end));
+      at = end;
+    }
+    assert.equal(hash.digest(), BigInt(`0x${expected}`), `${count} in pieces`);
+  }
+});
+
+test('rows of a tensor are those of the whole', async () => {
+  const next = random(5);
+  for (const { file, tensors } of MANIFEST.valid) {
+    const opened = await open(vector(file));
+    for (const { name, shape, error } of tensors) {
+      if (error) continue;
+      const cols = shape.at(-1);
+      const rows = shape.reduce((a, b) => a * b) / cols;
+      const firstRow = next(rows);
+      const count = next(rows - firstRow + 1);
+      const part = await opened.decode(name, { firstRow, rows: count });
+      assert.equal(part.length, count * cols);
+      const whole = await (await open(vector(file))).decode(name);
+      assert.deepEqual(part, whole.subarray(firstRow * cols, (firstRow + count) * cols), `${file} ${name} ${firstRow} ${count}`);
+    }
+  }
+});
+
+test('tensors that are read in several pieces decode as in one', async () => {
+  const next = random(6);
+  const [rows, cols] = [6000, 1056];
+  const codes = Uint8Array.from({ length: rows * cols }, () => next(256));
+  const scales = new Uint16Array(rows * (cols / 32)).fill(0x3c00);
+  const payload = new Uint8Array(Math.ceil(codes.length / 64) * 64 + scales.byteLength);
+  payload.set(codes);
+  payload.set(new Uint8Array(scales.buffer), Math.ceil(codes.length / 64) * 64);
+  const params = [8, 0, 32, 0];
+  const file = await open(new Blob([build([{ name: 'w', shape: [rows, cols], encoding: 16, params, payload }])]));
+  const weights = await file.decode('w');
+  const expected = new Float32Array(new Int8Array(codes.buffer));
+  assert.equal(Buffer.compare(Buffer.from(weights.buffer), Buffer.from(expected.buffer)), 0);
+  const part = await file.decode('w', { firstRow: 3999, rows: 1500 });
+  assert.deepEqual(part, expected.subarray(3999 * cols, 5499 * cols));
+});
+
+test('bytes, buffers and blobs are opened', async () => {
+  const bytes = vector('valid/smallest.stb');
+  for (const input of [bytes, bytes.buffer, new Blob([bytes]), new DataView(bytes.buffer)]) {
+    assert.deepEqual([...(await (await open(input)).decode('w'))], [1]);
+  }
+  await assert.rejects(open(null), TypeError);
+  await assert.rejects(open({ size: 1.5, read: async () => bytes }), { name: 'StbLimitError' });
+});
+
+test('what a caller gets wrong is a RangeError', async () => {
+  const file = await open(vector('valid/dense.stb'));
+  await assert.rejects(file.decode('no such tensor'), RangeError);
+  for (const range of [{ firstRow: -1 }, { firstRow: 0.5 }, { rows: 1e9 }, { firstRow: 1e9 }]) {
+    await assert.rejects(file.decode(file.tensors[0].name, range), RangeError);
+  }
+  const other = await open(vector('valid/dense.stb'));
+  await assert.rejects(file.decode(other.tensors[0]), RangeError);
+});
+
+test('weights of a damaged tensor are not handed out, those of the others are', async () => {
+  const bytes = vector('valid/model.stb');
+  const { offset } = (await open(bytes)).tensors[3];
+  bytes[offset] ^= 1;
+  const file = await open(bytes);
+  await assert.rejects(file.decode(file.tensors[3]), (error) => error instanceof StbError && error.rule === 'STB-R-040');
+  await assert.rejects(file.decode(file.tensors[3], { rows: 0 }), { rule: 'STB-R-040' });
+  await file.decode(file.tensors[2]);
+});
+
+test('a valid key can be __proto__', async () => {
+  const file = await open(build([{ name: 'w', shape: [1], encoding: 2, payload: Uint8Array.of(0, 60) }], { __proto__: null, ['__proto__']: 'text', constructor: 7n }));
+  assert.equal(file.metadata.__proto__, 'text');
+  assert.equal(file.metadata.constructor, 7n);
+  assert.equal(file.metadata.toString, undefined);
+});
+
+const MEASURED = {
+  'quality.verdict': 'worse',
+  'quality.kl': 0.25,
+  'quality.top1': 0.75,
+  'quality.perplexity': 12,
+  'quality.source_perplexity': 10,
+  'quality.tokens': 4088n,
+  'quality.windows': 8n,
+  'quality.text': 'name sha256:0',
+};
+const qualityOf = async (metadata) =>
+  (await open(build([{ name: 'w', shape: [1], encoding: 2, payload: Uint8Array.of(0, 60) }], metadata))).quality;
+
+test('measured quality is there as a whole, or its figures are absent', async () => {
+  const { verdict, figures } = await qualityOf({ ...MEASURED, 'quality.kl_error': 0.01, 'quality.top1_error': 'small' });
+  assert.equal(verdict, 'worse');
+  assert.deepEqual(figures, { kl: 0.25, top1: 0.75, perplexity: 12, source_perplexity: 10, tokens: 4088n, windows: 8n, text: 'name sha256:0', kl_error: 0.01 });
+  for (const key of Object.keys(MEASURED).slice(1)) {
+    const { [key]: _, ...others } = MEASURED;
+    assert.deepEqual(await qualityOf(others), { verdict: 'worse', figures: null }, key);
+    assert.equal((await qualityOf({ ...others, [key]: true })).figures, null, key);
+  }
+  assert.equal((await qualityOf({ ...MEASURED, 'quality.verdict': 'splendid' })).verdict, null);
+  assert.deepEqual(await qualityOf({}), { verdict: null, figures: null });
+});
+
+test('a verdict follows from the divergence', () => {
+  assert.deepEqual([0, 0.1, 0.5, 1].map(verdictOf), ['close', 'worse', 'poor', 'broken']);
+});
+
+test('true bits count the whole file', async () => {
+  const file = await open(vector('valid/smallest.stb'));
+  assert.equal(file.trueBits, 8 * 12296);
+  assert.equal(file.parameters, 1n);
+});
