@@ -4,12 +4,19 @@ mod answer;
 mod args;
 mod bench;
 mod chat;
+mod commands;
+mod conversation;
+mod describe;
 mod devices;
+mod editor;
 mod evaluate;
+mod folders;
 mod load;
 mod run;
+mod saved;
 #[cfg(feature = "serve")]
 mod serve;
+mod settings;
 mod terminal;
 
 use std::process::ExitCode;

@@ -1,5 +1,7 @@
 //! Error messages, and the output that pipes and scripts rely on.
 
+mod chat;
+
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -116,6 +118,8 @@ fn wrong_usage_is_explained() {
     let source = folder.path().join("model");
     let cases: Vec<(&str, Vec<&str>, &str)> = vec![
         ("stb-run", vec![], "give a model file"),
+        // The input of these programs is empty.
+        ("stb-run", vec![text(&file)], "there is no prompt"),
         ("stb-run", vec![text(&file), "--temp", "-1"], "finite number"),
         ("stb-run", vec![text(&file), "--top-p", "1.5"], "between 0 and 1"),
         ("stb-run", vec![text(&file), "--no-such-flag"], "--no-such-flag"),
