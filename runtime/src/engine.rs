@@ -12,6 +12,7 @@ use stb_kernels::{Isa, Pool};
 use crate::checkpoint::Checkpoint;
 use crate::device::{DeviceChoice, DeviceModel, DeviceOptions};
 use crate::error::{Error, Result};
+use crate::kind::open_stb_file;
 use crate::map::Bytes;
 use crate::model::Model;
 use crate::rope::Rope;
@@ -141,7 +142,7 @@ impl Engine {
             })?;
         }
         let pool = pool(options)?;
-        let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
+        let file = open_stb_file(path, &bytes)?;
         let spec = ModelSpec::from_file(&file).map_err(|e| Error::format(path, e))?;
         let verified = verify(&file, options.verify, &pool).map_err(|e| Error::format(path, e))?;
         let model = Model::from_stb(path, &bytes, &file, spec, verified)?;

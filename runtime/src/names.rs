@@ -19,9 +19,30 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     near.into_iter().map(|(_, name)| name).collect()
 }
 
+/// What is wrong with a command line of `program` that has an argument too many, or a first one that is no file.
+/// `first` is the first argument, `other` the one that is too many, `commands` the names of the commands.
+#[must_use]
+pub fn command_mistake(
+    program: &str,
+    first: &str,
+    other: Option<&str>,
+    commands: &[&str],
+) -> Option<String> {
+    if let Some(command) = other.filter(|word| commands.contains(word)) {
+        return Some(format!("a command comes first: {program} {command} {first}"));
+    }
+    let may_be_command =
+        !first.starts_with('-') && !first.contains(['/', '\\', '.']) && !commands.contains(&first);
+    if !may_be_command || std::path::Path::new(first).exists() {
+        return None;
+    }
+    let near = nearest(first, commands.iter().copied());
+    near.first().map(|near| format!("there is no command {first}; did you mean {program} {near}?"))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::nearest;
+    use super::{command_mistake, nearest};
 
     #[test]
     fn slips_of_the_keyboard_are_recognized() {
@@ -33,5 +54,19 @@ mod tests {
         assert!(nearest("usr", names).is_empty());
         assert!(nearest(&"é".repeat(10_000), names).is_empty());
         assert!(nearest("", names).is_empty());
+    }
+
+    #[test]
+    fn commands_are_found_where_they_do_not_belong() {
+        let mistake = |first, other| command_mistake("stb-run", first, other, &["serve", "bench"]);
+        assert!(mistake("a.stb", Some("bench")).unwrap().ends_with(": stb-run bench a.stb"));
+        assert!(mistake("serv", Some("a.stb")).unwrap().contains("did you mean stb-run serve?"));
+        assert!(mistake("serv", None).unwrap().contains("serve"));
+        for (first, other) in
+            [("serve", None), ("serv.stb", None), ("./serv", None), ("model", None)]
+        {
+            assert_eq!(mistake(first, other), None, "{first}");
+        }
+        assert_eq!(mistake("a.stb", Some("Hello")), None);
     }
 }

@@ -5,16 +5,16 @@ use std::path::Path;
 use rayon::prelude::*;
 use stb_convert::inspect::inspect as describe;
 use stb_convert::recipe::PRESETS;
+use stb_format::ModelSpec;
 use stb_format::encoding::Dense;
-use stb_format::{File, ModelSpec};
-use stb_runtime::{Bytes, Error};
+use stb_runtime::{Bytes, Error, open_stb_file};
 
 use super::args::Dtype;
 use super::output::print;
 
 pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
     let bytes = Bytes::open(path, true)?;
-    let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
+    let file = open_stb_file(path, &bytes)?;
     let inspection = describe(&file);
     if json {
         print(serde_json::to_string_pretty(&inspection)?)?;
@@ -27,7 +27,7 @@ pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
 pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
     let bytes = Bytes::open(path, true)?;
     let fail = |e| Error::format(path, e);
-    let file = File::open(&bytes).map_err(fail)?;
+    let file = open_stb_file(path, &bytes)?;
     file.verify_padding().map_err(fail)?;
     let check = |tensor: &stb_format::Tensor<'_>| {
         tensor.verify_checksum()?;
@@ -63,7 +63,7 @@ pub(super) fn export(path: &Path, folder: &Path, dtype: Dtype) -> anyhow::Result
         Dtype::Bf16 => Dense::Bf16,
     };
     let bytes = Bytes::open(path, true)?;
-    let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
+    let file = open_stb_file(path, &bytes)?;
     for tensor in file.tensors() {
         tensor
             .verify_checksum()

@@ -3,6 +3,7 @@
 mod args;
 mod convert;
 mod files;
+mod mistakes;
 mod output;
 mod progress;
 mod study;
@@ -10,11 +11,11 @@ mod study;
 use std::process::ExitCode;
 
 use args::{Cli, Command};
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use output::{is_broken_pipe, note};
 
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = mistakes::parse();
     // The first Ctrl-C stops at the next check, the second exits at once. Neither leaves an unfinished file.
     let handler = || {
         if stb_convert::interrupt::interrupt() {
@@ -40,7 +41,10 @@ pub(crate) fn main() -> ExitCode {
         Some(Command::Recipes { name }) => files::recipes(name.as_deref()),
         Some(Command::Study(args)) => in_pool(args.threads, || study::study(&args)),
         Some(Command::Flips(args)) => in_pool(args.threads, || study::flips(&args)),
-        None => in_pool(threads, || convert::run(&cli.convert)),
+        None => {
+            mistakes::refuse_command(&cli.convert);
+            in_pool(threads, || convert::run(&cli.convert))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -12,6 +12,7 @@ mod editor;
 mod evaluate;
 mod folders;
 mod load;
+mod mistakes;
 mod run;
 mod saved;
 #[cfg(feature = "serve")]
@@ -22,11 +23,11 @@ mod terminal;
 use std::process::ExitCode;
 
 use args::{Cli, Command};
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use load::in_pool;
 
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse_from(args::long_names(std::env::args_os()));
+    let cli = mistakes::parse();
     if !cli.catches_signals() {
         terminal::catch_interrupts();
     }
@@ -45,7 +46,10 @@ pub(crate) fn main() -> ExitCode {
         Some(Command::Serve(args)) => serve::run(args),
         None if cli.list_devices => devices::list(),
         None => match &cli.run.file {
-            Some(file) => run::run(file, &cli.run),
+            Some(file) => {
+                mistakes::refuse_command(file);
+                run::run(file, &cli.run)
+            }
             None => {
                 let kind = clap::error::ErrorKind::MissingRequiredArgument;
                 Cli::command().error(kind, "give a model file").exit()
