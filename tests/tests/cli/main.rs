@@ -233,7 +233,7 @@ fn output_that_cannot_be_written_is_an_error() {
     let source = folder.path().join("model");
     let nowhere = folder.path().join("no/such/folder/out.stb");
     let error = run("stb-convert", &[text(&source), text(&nowhere)]).failure(3);
-    assert!(error.contains("no/such/folder"), "{error}");
+    assert!(error.contains("no/such/folder/out.stb: there is no folder"), "{error}");
 }
 
 /// Standard output is model text and nothing else; statistics are JSON on standard error.
