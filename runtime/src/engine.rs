@@ -9,7 +9,7 @@ use stb_kernels::cuda::Device;
 use stb_kernels::kv::KvKind;
 use stb_kernels::{Isa, Pool};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, resolve};
 use crate::device::{DeviceChoice, DeviceModel, DeviceOptions};
 use crate::error::{Error, Result};
 use crate::kind::open_stb_file;
@@ -112,11 +112,12 @@ pub(crate) enum Tail {
 
 impl Engine {
     /// Opens an `.stb` file, or a checkpoint if `path` is a folder, a `.safetensors` file, an index of
-    /// shards or a `.gguf` file.
+    /// shards or a `.gguf` file, or if it is the id of a model in the cache of the Hugging Face hub.
     ///
     /// # Errors
     /// The errors of [`Engine::open_stb`] and [`Checkpoint::open`].
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let path = &*resolve(path)?;
         if Checkpoint::is_checkpoint(path) {
             let engine = Self::from_checkpoint(&Checkpoint::open(path, options.map)?)?;
             Self { kv: options.kv, pool: pool(options)?, ..engine }.on_device(options)

@@ -120,6 +120,13 @@ fn wrong_usage_is_explained() {
         ("stb-run", vec![], "give a model file"),
         // The input of these programs is empty.
         ("stb-run", vec![text(&file)], "there is no prompt"),
+        ("stb-run", vec![text(&file), "bench"], "a command comes first: stb-run bench "),
+        ("stb-run", vec!["serv", text(&file)], "did you mean stb-run serve?"),
+        ("stb-run", vec!["perplexit"], "did you mean stb-run perplexity?"),
+        ("stb-run", vec![text(&file), "Hello"], "a prompt is --prompt TEXT"),
+        ("stb-convert", vec!["insepct", text(&file)], "did you mean stb-convert inspect?"),
+        ("stb-convert", vec![text(&file), "verify"], "a command comes first: stb-convert verify "),
+        ("stb-convert", vec![text(&file), text(&out), "more"], "one argument too many"),
         ("stb-run", vec![text(&file), "--temp", "-1"], "finite number"),
         ("stb-run", vec![text(&file), "--top-p", "1.5"], "between 0 and 1"),
         ("stb-run", vec![text(&file), "--no-such-flag"], "--no-such-flag"),
@@ -224,6 +231,67 @@ fn checkpoints_that_cannot_be_converted_are_refused() {
     std::fs::write(&index, r#"{"weight_map": {"a": "../../etc/passwd"}}"#).unwrap();
     let error = run("stb-convert", &[text(&index), text(&out)]).failure(4);
     assert!(error.contains("path"), "{error}");
+}
+
+/// A model of the Hugging Face hub is found in the local cache by its id.
+#[test]
+fn ids_of_the_hub_are_understood() {
+    let home = folder();
+    let _ = model(&home);
+    let cached = home.path().join("models--org--tiny");
+    std::fs::create_dir_all(cached.join("refs")).unwrap();
+    std::fs::create_dir_all(cached.join("snapshots")).unwrap();
+    std::fs::write(cached.join("refs/main"), "0123abc").unwrap();
+    std::fs::rename(home.path().join("model"), cached.join("snapshots/0123abc")).unwrap();
+    let at_home = |program, args: &[&str]| {
+        let mut command = command(program, args);
+        command.env("HF_HUB_CACHE", home.path()).current_dir(home.path());
+        Run::from(command.output().unwrap())
+    };
+    let convert = ["org/tiny", "out.stb", "--recipe", "source", "--quiet"];
+    let _ = at_home("stb-convert", &convert).success();
+    assert!(home.path().join("out.stb").exists());
+    let _ = at_home("stb-run", &["org/tiny", "-p", "a", "-n", "1"]).success();
+    for (program, args) in
+        [("stb-run", &["org/other", "-p", "a"][..]), ("stb-convert", &["org/other", "new.stb"])]
+    {
+        let error = at_home(program, args).failure(3);
+        assert!(error.contains("hf download org/other"), "{error}");
+    }
+}
+
+/// Files of other programs are named, and what to do with them.
+#[test]
+fn files_of_other_programs_are_recognized() {
+    let folder = folder();
+    for (name, content, word) in [
+        ("a.stb", &b"GGUF\x03\0\0\0"[..], ".gguf"),
+        ("b.stb", b"\x08\0\0\0\0\0\0\0{}      ", ".safetensors"),
+        ("c.stb", b"<!doctype html><html>", "hf download"),
+        ("d.bin", b"\x80\x02}q", "pickle"),
+        (
+            "e.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
+            "git lfs pull",
+        ),
+        ("f.gguf", b"<html>", "web page"),
+        ("g.onnx", b"\x08\x08\x12\x07pytorch", "ONNX"),
+    ] {
+        let file = folder.path().join(name);
+        std::fs::write(&file, content).unwrap();
+        std::fs::write(folder.path().join("config.json"), tiny::config().to_string()).unwrap();
+        let error = run("stb-run", &[text(&file), "-p", "a"]).failure(4);
+        assert!(error.contains(word) && error.contains(name), "{name}: {error}");
+        let out = folder.path().join("out.stb");
+        if !name.ends_with(".stb") {
+            let error = run("stb-convert", &[text(&file), text(&out)]).failure(4);
+            assert!(error.contains(word) && error.contains(name), "{name}: {error}");
+        }
+    }
+    let file = model(&folder);
+    let out = folder.path().join("out.stb");
+    let error = run("stb-convert", &[text(&file), text(&out)]).failure(4);
+    assert!(error.contains("is an .stb file already"), "{error}");
 }
 
 #[test]
