@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use stb_convert::inspect::inspect as describe;
-use stb_convert::recipe::PRESETS;
+use stb_convert::recipe::{FOR_USE, PRESETS};
 use stb_format::ModelSpec;
 use stb_format::encoding::Dense;
 use stb_runtime::{Bytes, Error, open_stb_file};
@@ -85,10 +85,26 @@ pub(super) fn recipes(name: Option<&str>) -> anyhow::Result<()> {
             )),
         };
     }
-    for (name, text) in PRESETS {
-        let recipe = stb_convert::Recipe::parse(text)?;
-        let mark = if *name == stb_convert::recipe::DEFAULT { " (default)" } else { "" };
-        print(format_args!("{name:<23} {}{mark}", recipe.description))?;
+    let is_for_use = |name: &str| FOR_USE.contains(&name);
+    print("For use, with the stored bits per weight of the decoder's linear layers:")?;
+    for (name, text) in PRESETS.iter().filter(|(name, _)| is_for_use(name)) {
+        list_recipe(name, text)?;
     }
+    print("\nFor comparison: published methods, and variants of them:")?;
+    for (name, text) in PRESETS.iter().filter(|(name, _)| !is_for_use(name)) {
+        list_recipe(name, text)?;
+    }
+    Ok(())
+}
+
+fn list_recipe(name: &str, text: &str) -> anyhow::Result<()> {
+    let recipe = stb_convert::Recipe::parse(text)?;
+    let mark = if name == stb_convert::recipe::DEFAULT { " (default)" } else { "" };
+    let bits = match recipe.body_bits() {
+        Some(bits) => format!("{bits:.3}"),
+        None if recipe.linear.goal().is_some() => "chosen".into(),
+        None => "as is".into(),
+    };
+    print(format_args!("  {name:<23} {bits:>6}  {}{mark}", recipe.description))?;
     Ok(())
 }
