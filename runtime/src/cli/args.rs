@@ -62,6 +62,9 @@ pub(super) enum Command {
 pub(super) struct RunArgs {
     /// An .stb file; or a checkpoint: a folder, .safetensors or .gguf file, index of shards
     pub file: Option<PathBuf>,
+    /// The same as FILE, as llama-cli has it
+    #[arg(short, long, value_name = "FILE", conflicts_with = "file")]
+    pub model: Option<PathBuf>,
     #[command(flatten)]
     pub load: LoadArgs,
     /// Prompt text; without it, read from a pipe or start a chat
@@ -71,7 +74,7 @@ pub(super) struct RunArgs {
     #[arg(short, long, alias = "conversation", help_heading = "Prompt")]
     pub interactive: bool,
     /// System instructions
-    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
+    #[arg(long, alias = "system-prompt", value_name = "TEXT", help_heading = "Prompt")]
     pub system: Option<String>,
     /// Continue the prompt without the model's chat template
     #[arg(long, help_heading = "Prompt")]
@@ -80,6 +83,7 @@ pub(super) struct RunArgs {
     #[arg(
         short,
         long,
+        alias = "ctx-size",
         value_name = "N",
         env = "STB_CTX",
         default_value_t = 0,
@@ -210,12 +214,23 @@ pub(super) fn task_names() -> String {
     format!("use one of {}", Task::ALL.map(Task::name).join(", "))
 }
 
-/// Replaces `-ngl`, `-np` and `-cnv`, options of llama.cpp, which clap cannot parse as short options.
+/// Replaces the options of [`LONG_NAMES`].
 pub(super) fn long_names(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
-    args.map(|arg| match arg.to_str() {
-        Some("-ngl") => "--gpu-layers".into(),
-        Some("-np") => "--slots".into(),
-        Some("-cnv") => "--interactive".into(),
-        _ => arg,
+    args.map(|arg| {
+        let Some(text) = arg.to_str() else { return arg };
+        let (name, value) = text.split_once('=').map_or((text, None), |(n, v)| (n, Some(v)));
+        match (LONG_NAMES.iter().find(|(short, _)| *short == name), value) {
+            (None, _) => arg,
+            (Some((_, long)), None) => long.into(),
+            (Some((_, long)), Some(value)) => format!("{long}={value}").into(),
+        }
     })
 }
+
+/// Options of llama.cpp with one dash and several letters, which clap cannot parse, and ours.
+const LONG_NAMES: [(&str, &str); 4] = [
+    ("-ngl", "--gpu-layers"),
+    ("-np", "--slots"),
+    ("-cnv", "--interactive"),
+    ("-sys", "--system"),
+];

@@ -45,7 +45,7 @@ pub(crate) fn main() -> ExitCode {
         #[cfg(feature = "serve")]
         Some(Command::Serve(args)) => serve::run(args),
         None if cli.list_devices => devices::list(),
-        None => match &cli.run.file {
+        None => match cli.run.file.as_ref().or(cli.run.model.as_ref()) {
             Some(file) => {
                 mistakes::refuse_command(file);
                 run::run(file, &cli.run)

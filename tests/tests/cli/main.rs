@@ -373,6 +373,29 @@ fn stop_texts_end_the_answer() {
     assert_eq!(cut.trim_end(), all.split(". She").next().unwrap());
 }
 
+/// Options as users of llama.cpp type them.
+#[test]
+fn options_of_llama_cpp_are_understood() {
+    let folder = folder();
+    let file = model(&folder);
+    let ours = ["--prompt", "a", "-n", "8", "--temp", "0", "--quiet", text(&file)];
+    let ours = run("stb-run", &ours).success();
+    for theirs in [
+        &["-m", text(&file), "-p", "a", "-n", "8", "--temp", "0", "-c", "0", "-ngl=0", "-q"][..],
+        &["--model", text(&file), "-p", "a", "--n-predict", "8", "--temp", "0", "--ctx-size", "32", "-q"],
+        &["-m", text(&file), "-p", "a", "--predict", "8", "--temp", "0", "-ngl", "0", "-q"],
+    ] {
+        assert_eq!(run("stb-run", theirs).success(), ours, "{theirs:?}");
+    }
+    // -1 is no limit: the answer ends with the context.
+    let args = ["-m", text(&file), "-p", "a", "-n", "-1", "-c", "24", "--ignore-eos", "--json-stats"];
+    let unlimited = run("stb-run", &args);
+    assert!(unlimited.err.contains("\"finish\":\"context\""), "{}", unlimited.err);
+    let _ = unlimited.success();
+    let error = run("stb-run", &["-m", text(&file), text(&file)]).failure(2);
+    assert!(error.contains("--model"), "{error}");
+}
+
 #[test]
 fn a_closed_pipe_is_no_error() {
     let mut command = command("stb-convert", &["recipes"]);
