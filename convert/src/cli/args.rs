@@ -43,9 +43,9 @@ pub(super) enum Command {
         file: PathBuf,
         /// A new folder
         folder: PathBuf,
-        /// Data type of the weights; f32 is exact
-        #[arg(long, default_value = "f32")]
-        dtype: Dtype,
+        /// Data type of the weights; f32 is exact [default: that of the original model]
+        #[arg(long)]
+        dtype: Option<Dtype>,
     },
     /// List the recipes, or print one as TOML to start your own from
     Recipes {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rayon::prelude::*;
+use stb_convert::export::source_type;
 use stb_convert::inspect::inspect as describe;
 use stb_convert::recipe::{FOR_USE, PRESETS};
 use stb_format::ModelSpec;
@@ -10,7 +11,7 @@ use stb_format::encoding::Dense;
 use stb_runtime::{Bytes, Error, open_stb_file};
 
 use super::args::Dtype;
-use super::output::print;
+use super::output::{note, print};
 
 pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
     let bytes = Bytes::open(path, true)?;
@@ -56,12 +57,18 @@ pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn export(path: &Path, folder: &Path, dtype: Dtype) -> anyhow::Result<()> {
-    let kind = match dtype {
-        Dtype::F32 => Dense::F32,
-        Dtype::F16 => Dense::F16,
-        Dtype::Bf16 => Dense::Bf16,
-    };
+/// Endings of files that are no folders.
+const FILE_ENDINGS: [&str; 4] = ["gguf", "safetensors", "stb", "bin"];
+
+pub(super) fn export(path: &Path, folder: &Path, dtype: Option<Dtype>) -> anyhow::Result<()> {
+    if folder.extension().is_some_and(|e| FILE_ENDINGS.iter().any(|ending| e == *ending)) {
+        return Err(Error::usage(format!(
+            "export writes a folder with safetensors files, not the file {}: give the folder a name without this \
+             ending. For a GGUF file, run llama.cpp's convert_hf_to_gguf.py on the folder",
+            folder.display()
+        ))
+        .into());
+    }
     let bytes = Bytes::open(path, true)?;
     let file = open_stb_file(path, &bytes)?;
     for tensor in file.tensors() {
@@ -70,6 +77,18 @@ pub(super) fn export(path: &Path, folder: &Path, dtype: Dtype) -> anyhow::Result
             .and_then(|()| tensor.verify_payload())
             .map_err(|e| Error::format(path, e))?;
     }
+    let kind = match dtype {
+        None => source_type(&file),
+        Some(Dtype::F32) => Dense::F32,
+        Some(Dtype::F16) => Dense::F16,
+        Some(Dtype::Bf16) => Dense::Bf16,
+    };
+    let elements: u64 = file.tensors().iter().map(|t| t.shape().iter().product::<u64>()).sum();
+    note(format_args!(
+        "writing {:.1} MB of {kind} weights to {}",
+        (elements * kind.bytes()) as f64 / 1e6,
+        folder.display()
+    ));
     stb_convert::export::export(&file, path, folder, kind)?;
     print(format_args!("{}: {} tensors", folder.display(), file.tensors().len()))?;
     Ok(())

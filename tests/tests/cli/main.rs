@@ -294,6 +294,34 @@ fn files_of_other_programs_are_recognized() {
     assert!(error.contains("is an .stb file already"), "{error}");
 }
 
+/// An export has the type of the original model, and files that others can read as they can any new file.
+#[test]
+fn exports_are_what_other_programs_expect() {
+    let folder = folder();
+    let (source, file) = (folder.path().join("source"), folder.path().join("a.stb"));
+    let mut config = tiny::config();
+    config["torch_dtype"] = "bfloat16".into();
+    tiny::write(&source, &config, Dense::F32, |_, _| {});
+    convert(&source, &file, &["--recipe", "source"]);
+    let gguf = folder.path().join("out.gguf");
+    let error = run("stb-convert", &["export", text(&file), text(&gguf)]).failure(2);
+    assert!(error.contains("convert_hf_to_gguf.py") && !gguf.exists(), "{error}");
+    let sizes = [None, Some("f32")].map(|dtype| {
+        let out = folder.path().join(dtype.unwrap_or("default"));
+        let mut args = vec!["export", text(&file), text(&out)];
+        args.extend(dtype.iter().flat_map(|dtype| ["--dtype", dtype]));
+        let run = run("stb-convert", &args);
+        let announced = format!("MB of {} weights", dtype.unwrap_or("bf16"));
+        assert!(run.err.contains(&announced), "{}", run.err);
+        let _ = run.success();
+        let weights = std::fs::metadata(out.join("model.safetensors")).unwrap();
+        let config = std::fs::metadata(out.join("config.json")).unwrap();
+        assert_eq!(weights.permissions(), config.permissions());
+        weights.len()
+    });
+    assert!(sizes[1] > sizes[0] * 3 / 2, "{sizes:?}");
+}
+
 #[test]
 fn output_that_cannot_be_written_is_an_error() {
     let folder = folder();
