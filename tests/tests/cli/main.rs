@@ -322,6 +322,21 @@ fn exports_are_what_other_programs_expect() {
     assert!(sizes[1] > sizes[0] * 3 / 2, "{sizes:?}");
 }
 
+/// A log of a conversion says how far it is, in plain lines.
+#[test]
+fn conversions_without_a_terminal_report_each_layer() {
+    let folder = folder();
+    let _ = model(&folder);
+    let (source, out) = (folder.path().join("model"), folder.path().join("out.stb"));
+    let args = [text(&source), text(&out), "--recipe", "int4", "--no-check", "--calib-samples", "4"];
+    let run = run("stb-convert", &args);
+    for layer in ["layer   1 of 2  ", "layer   2 of 2  "] {
+        assert_eq!(run.err.matches(layer).count(), 1, "{}", run.err);
+    }
+    assert!(!run.err.contains('\u{1b}') && !run.err.contains('\r'), "{:?}", run.err);
+    let _ = run.success();
+}
+
 #[test]
 fn output_that_cannot_be_written_is_an_error() {
     let folder = folder();
