@@ -61,8 +61,8 @@ pub use error::{Error, ErrorKind, Result, exit_code};
 pub use eval::{
     ChoicePrompt, Divergence, Estimate, KeptLogits, PIECE_BYTES, Perplexity, PerplexityOptions,
     Question, Reference, Score, Task, TaskResult, TextLayout, WindowLogits, WindowLosses,
-    ZeroShotOptions, compare_windows, open_for_windows, open_to_measure, perplexity,
-    score_question, zero_shot,
+    ZeroShotOptions, compare_windows, is_json_lines, open_for_windows, open_to_measure, perplexity,
+    read_text, score_question, zero_shot,
 };
 pub use experts::{Assignment, route_experts};
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};

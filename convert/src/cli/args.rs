@@ -93,8 +93,8 @@ pub(super) struct ConvertArgs {
     /// Print the plan, the size and the memory needed; convert nothing
     #[arg(long, help_heading = "What to do")]
     pub dry_run: bool,
-    /// Calibration text, UTF-8, or .jsonl with a chat or a text per line; self: the model writes it; default: that of
-    /// the recipe, or the built-in text
+    /// Calibration text, UTF-8, or .jsonl with a chat or a text per line; also compressed with gzip; self: the model
+    /// writes it; default: that of the recipe, or the built-in text
     #[arg(long, value_name = "FILE", help_heading = "Calibration")]
     pub calib: Option<PathBuf>,
     /// Calibration sequences; default: set by the recipe

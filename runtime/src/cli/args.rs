@@ -109,7 +109,7 @@ pub(super) struct PerplexityArgs {
     pub file: PathBuf,
     #[command(flatten)]
     pub load: LoadArgs,
-    /// The text, a UTF-8 file
+    /// The text, a UTF-8 file; or .jsonl with a field "text" per line. May be compressed with gzip
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
     /// A model to compare with, usually the dense checkpoint: reports KL divergence and the
@@ -228,9 +228,5 @@ pub(super) fn long_names(args: impl Iterator<Item = OsString>) -> impl Iterator<
 }
 
 /// Options of llama.cpp with one dash and several letters, which clap cannot parse, and ours.
-const LONG_NAMES: [(&str, &str); 4] = [
-    ("-ngl", "--gpu-layers"),
-    ("-np", "--slots"),
-    ("-cnv", "--interactive"),
-    ("-sys", "--system"),
-];
+const LONG_NAMES: [(&str, &str); 4] =
+    [("-ngl", "--gpu-layers"), ("-np", "--slots"), ("-cnv", "--interactive"), ("-sys", "--system")];

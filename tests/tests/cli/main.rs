@@ -328,7 +328,8 @@ fn conversions_without_a_terminal_report_each_layer() {
     let folder = folder();
     let _ = model(&folder);
     let (source, out) = (folder.path().join("model"), folder.path().join("out.stb"));
-    let args = [text(&source), text(&out), "--recipe", "int4", "--no-check", "--calib-samples", "4"];
+    let args =
+        [text(&source), text(&out), "--recipe", "int4", "--no-check", "--calib-samples", "4"];
     let run = run("stb-convert", &args);
     for layer in ["layer   1 of 2  ", "layer   2 of 2  "] {
         assert_eq!(run.err.matches(layer).count(), 1, "{}", run.err);
@@ -406,6 +407,30 @@ fn a_machine_without_a_device_reports_it_in_one_line() {
     assert_eq!(layers.success(), expected);
 }
 
+/// A .jsonl file with texts measures as the same documents in a text file.
+#[test]
+fn texts_may_be_lines_of_json() {
+    let folder = folder();
+    let (plain, lines) = (folder.path().join("a.txt"), folder.path().join("a.jsonl"));
+    let documents = ["Once upon a time, there was a dog.", "One day, a \"cat\" sat down."];
+    std::fs::write(&plain, documents.join("<>")).unwrap();
+    let json = documents.map(|text| serde_json::json!({ "text": text }).to_string());
+    std::fs::write(&lines, json.join("\n")).unwrap();
+    let quill = quill();
+    let measure = |more: &[&str]| {
+        let args = [&["perplexity", text(&quill), "--ctx", "8", "--json", "--text"], more].concat();
+        run("stb-run", &args)
+    };
+    let figure = |run: Run| {
+        let json: Json = serde_json::from_str(&run.success()).unwrap();
+        json["perplexity"].as_f64().unwrap()
+    };
+    let of_lines = figure(measure(&[text(&lines)]));
+    assert_eq!(of_lines, figure(measure(&[text(&plain), "--separator", "<>"])));
+    let error = measure(&[text(&lines), "--rows"]).failure(2);
+    assert!(error.contains("document per line"), "{error}");
+}
+
 #[test]
 fn stop_texts_end_the_answer() {
     let base = ["--no-template", "--temp", "0", "-n", "60", "--prompt", "Once upon a time"];
@@ -425,13 +450,26 @@ fn options_of_llama_cpp_are_understood() {
     let ours = run("stb-run", &ours).success();
     for theirs in [
         &["-m", text(&file), "-p", "a", "-n", "8", "--temp", "0", "-c", "0", "-ngl=0", "-q"][..],
-        &["--model", text(&file), "-p", "a", "--n-predict", "8", "--temp", "0", "--ctx-size", "32", "-q"],
+        &[
+            "--model",
+            text(&file),
+            "-p",
+            "a",
+            "--n-predict",
+            "8",
+            "--temp",
+            "0",
+            "--ctx-size",
+            "32",
+            "-q",
+        ],
         &["-m", text(&file), "-p", "a", "--predict", "8", "--temp", "0", "-ngl", "0", "-q"],
     ] {
         assert_eq!(run("stb-run", theirs).success(), ours, "{theirs:?}");
     }
     // -1 is no limit: the answer ends with the context.
-    let args = ["-m", text(&file), "-p", "a", "-n", "-1", "-c", "24", "--ignore-eos", "--json-stats"];
+    let args =
+        ["-m", text(&file), "-p", "a", "-n", "-1", "-c", "24", "--ignore-eos", "--json-stats"];
     let unlimited = run("stb-run", &args);
     assert!(unlimited.err.contains("\"finish\":\"context\""), "{}", unlimited.err);
     let _ = unlimited.success();
