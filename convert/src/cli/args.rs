@@ -36,6 +36,9 @@ pub(super) enum Command {
     Verify {
         /// An .stb file
         file: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Write dequantized weights, configuration and tokenizer in the Hugging Face layout
     Export {
@@ -57,7 +60,6 @@ pub(super) enum Command {
     /// Flip signs of a binarized model and measure its perplexity
     Flips(FlipArgs),
     /// Print a completion script for a shell
-    #[command(hide = true)]
     Completions {
         /// The shell
         shell: clap_complete::Shell,

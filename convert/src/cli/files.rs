@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rayon::prelude::*;
+use serde::Serialize;
 use stb_convert::export::source_type;
 use stb_convert::inspect::inspect as describe;
 use stb_convert::recipe::{FOR_USE, PRESETS};
@@ -25,7 +26,54 @@ pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
+/// What a check of a file has found.
+#[derive(Serialize)]
+struct Verified {
+    valid: bool,
+    /// Whether the file is a model; otherwise it is a set of tensors.
+    model: bool,
+    tensors: usize,
+    /// Tensors of an encoding of a newer version, of which only the checksum was checked.
+    unknown_encodings: usize,
+}
+
+pub(super) fn verify(path: &Path, json: bool) -> anyhow::Result<()> {
+    let found = match check(path) {
+        Ok(found) => found,
+        Err(error) => {
+            if json {
+                let rule = match &error {
+                    Error::Format { error, .. } => Some(error.rule().id()),
+                    _ => None,
+                };
+                print(serde_json::json!({
+                    "valid": false, "rule": rule, "error": error.to_string(),
+                }))?;
+            }
+            return Err(error.into());
+        }
+    };
+    if json {
+        return Ok(print(serde_json::to_string(&found)?)?);
+    }
+    let note = match found.unknown_encodings {
+        0 => String::new(),
+        n => format!(
+            "; {n} have an encoding of a newer version, of which only the checksum was checked"
+        ),
+    };
+    let kind =
+        if found.model { "a valid model" } else { "valid, but not a model: a set of tensors" };
+    let tensors = found.tensors;
+    print(format_args!(
+        "{}: {kind}, {tensors} tensors match their checksums{note}",
+        path.display()
+    ))?;
+    Ok(())
+}
+
+/// Checks every rule of the format.
+fn check(path: &Path) -> Result<Verified, Error> {
     let bytes = Bytes::open(path, true)?;
     let fail = |e| Error::format(path, e);
     let file = open_stb_file(path, &bytes)?;
@@ -37,24 +85,12 @@ pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
     // The first failure in file order, whichever thread finds one first.
     let results: Vec<_> = file.tensors().par_iter().map(check).collect();
     results.into_iter().collect::<stb_format::Result<()>>().map_err(fail)?;
-    let is_model = file.meta().get("model.architecture").is_some();
-    if is_model {
+    let model = file.meta().get("model.architecture").is_some();
+    if model {
         ModelSpec::from_file(&file).map_err(fail)?;
     }
-    let unknown = describe(&file).unknown_encodings(&file);
-    let note = match unknown {
-        0 => String::new(),
-        n => format!(
-            "; {n} have an encoding of a newer version, of which only the checksum was checked"
-        ),
-    };
-    let kind = if is_model { "a valid model" } else { "valid, but not a model: a set of tensors" };
-    print(format_args!(
-        "{}: {kind}, {} tensors match their checksums{note}",
-        path.display(),
-        file.tensors().len()
-    ))?;
-    Ok(())
+    let unknown_encodings = describe(&file).unknown_encodings(&file);
+    Ok(Verified { valid: true, model, tensors: file.tensors().len(), unknown_encodings })
 }
 
 /// Endings of files that are no folders.

@@ -36,7 +36,7 @@ pub(crate) fn main() -> ExitCode {
             Ok(())
         }
         Some(Command::Inspect { file, json }) => files::inspect(&file, json),
-        Some(Command::Verify { file }) => files::verify(&file),
+        Some(Command::Verify { file, json }) => files::verify(&file, json),
         Some(Command::Export { file, folder, dtype }) => files::export(&file, &folder, dtype),
         Some(Command::Recipes { name }) => files::recipes(name.as_deref()),
         Some(Command::Study(args)) => in_pool(args.threads, || study::study(&args)),

@@ -51,7 +51,6 @@ pub(super) enum Command {
     /// Measure prefill and decode speed
     Bench(BenchArgs),
     /// Print a completion script for a shell
-    #[command(hide = true)]
     Completions {
         /// The shell
         shell: clap_complete::Shell,

@@ -294,6 +294,46 @@ fn files_of_other_programs_are_recognized() {
     assert!(error.contains("is an .stb file already"), "{error}");
 }
 
+#[test]
+fn programs_can_read_what_verify_finds() {
+    let folder = folder();
+    let file = model(&folder);
+    let json = |text: &str| serde_json::from_str::<Json>(text).unwrap();
+    let found = json(&run("stb-convert", &["verify", text(&file), "--json"]).success());
+    assert_eq!((&found["valid"], &found["model"]), (&true.into(), &true.into()));
+    assert!(found["tensors"].as_u64().unwrap() > 10);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, &bytes).unwrap();
+    let broken = run("stb-convert", &["verify", text(&file), "--json"]);
+    assert_eq!(broken.code, Some(4));
+    assert!(broken.err.contains("download or copy it again"), "{}", broken.err);
+    let found = json(&broken.out);
+    assert_eq!(found["valid"], false);
+    assert!(found["rule"].as_str().unwrap().starts_with("STB-R-0"), "{found}");
+}
+
+/// Rounding needs no calibration.
+#[test]
+fn recipes_that_only_round_compute_no_statistics() {
+    let folder = folder();
+    let _ = model(&folder);
+    let source = folder.path().join("model");
+    let report = |recipe: &str| {
+        let (out, report) = (folder.path().join(recipe), folder.path().join("report.json"));
+        let options = ["--recipe", recipe, "--calib-samples", "4", "--report", text(&report)];
+        convert(&source, &out, &options);
+        serde_json::from_slice::<Json>(&std::fs::read(&report).unwrap()).unwrap()
+    };
+    let rounded = report("rtn-4bit");
+    assert_eq!((&rounded["calibration_tokens"], &rounded["calibration"]), (&0.into(), &"".into()));
+    assert_eq!(rounded["stages"]["hessian"], 0.0);
+    assert_eq!(rounded["layers"].as_array().unwrap().len(), 2);
+    assert!(rounded["layers"][0]["relative_error"].as_f64().unwrap() > 0.0);
+    assert!(report("gptq-4bit")["calibration_tokens"].as_u64().unwrap() > 0);
+}
+
 /// An export has the type of the original model, and files that others can read as they can any new file.
 #[test]
 fn exports_are_what_other_programs_expect() {
