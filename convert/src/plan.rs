@@ -5,8 +5,8 @@ use stb_format::encoding::Dense;
 use stb_format::{Encoding, Meta, file_size};
 use stb_runtime::{Checkpoint, Error, LayerMatrix, Result};
 
-use crate::quantize::{LinearQuantizer, Method};
 use crate::quantize::int_group::{IntOptions, fit_group};
+use crate::quantize::{LinearQuantizer, Method};
 use crate::recipe::Recipe;
 
 /// How a tensor is converted.

@@ -18,12 +18,14 @@ use crate::model::Model;
 use crate::rope::Rope;
 use crate::scratch::ScratchPool;
 use crate::threads::default_threads;
+use crate::verified::VerifiedFiles;
 
 /// How much of a file is checked when it is opened. Structure, tensor table and metadata are always
 /// checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
-    /// Checksums of all tensors in files of at most 1 GiB.
+    /// Checksums of all tensors. A file of more than 1 GiB that was found intact is not checked again while it stays
+    /// the same.
     #[default]
     Auto,
     /// Checksums and content of all tensors.
@@ -32,7 +34,7 @@ pub enum Verify {
     Off,
 }
 
-/// The largest file whose checksums `Verify::Auto` compares. It takes a fraction of a second.
+/// The largest file whose checksums `Verify::Auto` always compares. It takes a fraction of a second.
 const AUTO_VERIFY_BYTES: usize = 1 << 30;
 
 /// Options of [`Engine::open`].
@@ -145,7 +147,8 @@ impl Engine {
         let pool = pool(options)?;
         let file = open_stb_file(path, &bytes)?;
         let spec = ModelSpec::from_file(&file).map_err(|e| Error::format(path, e))?;
-        let verified = verify(&file, options.verify, &pool).map_err(|e| Error::format(path, e))?;
+        let verified =
+            verify(&file, path, options.verify, &pool).map_err(|e| Error::format(path, e))?;
         let model = Model::from_stb(path, &bytes, &file, spec, verified)?;
         let engine = Self::on_cpu(model, isa);
         Self { exact: options.exact, kv: options.kv, pool, ..engine }.on_device(options)
@@ -245,13 +248,19 @@ fn detect_isa() -> Result<Isa> {
     Isa::detect().map_err(|e| Error::usage(e.to_string()))
 }
 
-/// Compares tensors with their checksums in parallel. Returns whether checksums were compared.
-fn verify(file: &File<'_>, level: Verify, pool: &Pool) -> stb_format::Result<bool> {
-    match level {
+/// Compares tensors with their checksums in parallel. Returns whether checksums were compared, now or before.
+fn verify(file: &File<'_>, path: &Path, level: Verify, pool: &Pool) -> stb_format::Result<bool> {
+    let remembered = match level {
         Verify::Off => return Ok(false),
-        Verify::Auto if file.bytes().len() > AUTO_VERIFY_BYTES => return Ok(false),
-        Verify::Auto => {}
-        Verify::Full => file.verify_padding()?,
+        Verify::Auto if file.bytes().len() > AUTO_VERIFY_BYTES => Some(VerifiedFiles::of_user()),
+        Verify::Auto => None,
+        Verify::Full => {
+            file.verify_padding()?;
+            None
+        }
+    };
+    if remembered.as_ref().is_some_and(|files| files.has(path)) {
+        return Ok(true);
     }
     let check = |tensor: &stb_format::Tensor<'_>| {
         tensor.verify_checksum()?;
@@ -266,5 +275,8 @@ fn verify(file: &File<'_>, level: Verify, pool: &Pool) -> stb_format::Result<boo
         }
     });
     results.into_iter().collect::<stb_format::Result<()>>()?;
+    if let Some(files) = remembered {
+        files.remember(path);
+    }
     Ok(true)
 }

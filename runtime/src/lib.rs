@@ -50,6 +50,7 @@ mod template;
 mod threads;
 mod token_bytes;
 mod tokenizer;
+mod verified;
 mod vocab;
 mod weights;
 
