@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use stb_runtime::Finish;
 
 use super::answer::Answerer;
-use super::commands::{self, ChatCommand, Line};
+use super::commands::{self, ChatCommand, TypedLine};
 use super::conversation::Conversation;
 use super::editor::{Input, LineEditor};
 use super::saved::{self, SavedChat};
@@ -54,12 +54,12 @@ pub(super) fn chat(
                 continue;
             }
             Input::Line(line) => match commands::parse(line) {
-                Line::Message(text) => {
+                TypedLine::Message(text) => {
                     chat.ask(text)?;
                     continue;
                 }
-                Line::Mistake(note) => After::Note(note),
-                Line::Command(command, rest) => chat.execute(command, rest),
+                TypedLine::Mistake(note) => After::Note(note),
+                TypedLine::Command(command, rest) => chat.execute(command, rest),
             },
         };
         match after {

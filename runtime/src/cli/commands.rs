@@ -20,7 +20,7 @@ pub(super) enum ChatCommand {
 }
 
 /// A command as the user types it.
-struct Entry {
+struct CommandEntry {
     /// With its slash. The first is the one that is shown.
     names: &'static [&'static str],
     arguments: &'static str,
@@ -33,11 +33,11 @@ const fn entry(
     arguments: &'static str,
     command: ChatCommand,
     help: &'static str,
-) -> Entry {
-    Entry { names, arguments, help, command }
+) -> CommandEntry {
+    CommandEntry { names, arguments, help, command }
 }
 
-const ENTRIES: [Entry; 10] = [
+const ENTRIES: [CommandEntry; 10] = [
     entry(&["/help", "/?"], "", ChatCommand::Help, "this text"),
     entry(&["/clear", "/new"], "", ChatCommand::Clear, "start a new conversation"),
     entry(
@@ -72,7 +72,7 @@ Ctrl-C             stops an answer; twice at the prompt, leaves";
 
 /// What a line is.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Line<'a> {
+pub(super) enum TypedLine<'a> {
     /// A command with the text after it.
     Command(ChatCommand, &'a str),
     /// A message to the model.
@@ -82,25 +82,25 @@ pub(super) enum Line<'a> {
 }
 
 /// Tells commands from messages. A line that begins with a path is a message.
-pub(super) fn parse(line: &str) -> Line<'_> {
+pub(super) fn parse(line: &str) -> TypedLine<'_> {
     if !line.starts_with('/') {
-        return Line::Message(line);
+        return TypedLine::Message(line);
     }
     let (word, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
     let known = ENTRIES.iter().find(|entry| entry.names.contains(&word));
     if let Some(entry) = known {
-        return Line::Command(entry.command, rest.trim());
+        return TypedLine::Command(entry.command, rest.trim());
     }
     let is_word = word.len() > 1 && word[1..].chars().all(|c| c.is_ascii_alphabetic());
     if !is_word || Path::new(word).exists() {
-        return Line::Message(line);
+        return TypedLine::Message(line);
     }
     let near = nearest(word, names());
     let advice = match near.first() {
         Some(name) => format!("did you mean {name}?"),
         None => "/help lists the commands; a message that begins with / goes between \"\"\"".into(),
     };
-    Line::Mistake(format!("(there is no command {word}; {advice})"))
+    TypedLine::Mistake(format!("(there is no command {word}; {advice})"))
 }
 
 /// The names of all commands.
@@ -110,7 +110,7 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
 
 /// The text of `/help`.
 pub(super) fn help() -> String {
-    let line = |entry: &Entry| {
+    let line = |entry: &CommandEntry| {
         let usage = format!("{} {}", entry.names[0], entry.arguments);
         format!("{usage:<18} {}\n", entry.help)
     };
@@ -123,23 +123,23 @@ mod tests {
 
     #[test]
     fn paths_are_messages_and_slips_are_explained() {
-        assert_eq!(parse("/set temp 0.5"), Line::Command(ChatCommand::Set, "temp 0.5"));
-        assert_eq!(parse("/?"), Line::Command(ChatCommand::Help, ""));
+        assert_eq!(parse("/set temp 0.5"), TypedLine::Command(ChatCommand::Set, "temp 0.5"));
+        assert_eq!(parse("/?"), TypedLine::Command(ChatCommand::Help, ""));
         for message in
             ["/usr/bin/x is missing", "/ is full", "/a.txt", "/x86_64", "Hello /help", "/tmp?"]
         {
-            assert_eq!(parse(message), Line::Message(message));
+            assert_eq!(parse(message), TypedLine::Message(message));
         }
         // A folder that exists is a path, too.
         #[cfg(unix)]
-        assert_eq!(parse("/usr is read-only"), Line::Message("/usr is read-only"));
+        assert_eq!(parse("/usr is read-only"), TypedLine::Message("/usr is read-only"));
         for (typed, meant) in
             [("/hlep", "/help"), ("/laod x", "/load"), ("/settings", "/set"), ("/stat", "/stats")]
         {
-            let Line::Mistake(text) = parse(typed) else { panic!("{typed}") };
+            let TypedLine::Mistake(text) = parse(typed) else { panic!("{typed}") };
             assert!(text.contains(&format!("did you mean {meant}?")), "{text}");
         }
-        let Line::Mistake(text) = parse("/frobnicate") else { panic!() };
+        let TypedLine::Mistake(text) = parse("/frobnicate") else { panic!() };
         assert!(text.contains("/help"), "{text}");
     }
 
