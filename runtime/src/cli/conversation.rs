@@ -112,8 +112,8 @@ impl Conversation {
 
     /// Drops the oldest question and what answers it, unless it is the last question. Returns whether it did.
     fn drop_oldest(&mut self) -> bool {
-        let questions = self.messages.iter().enumerate().filter(|(_, m)| m.role == "user");
-        let Some((next, _)) = questions.skip_while(|(i, _)| *i == 0).next() else { return false };
+        let mut later = self.messages.iter().enumerate().skip(1);
+        let Some((next, _)) = later.find(|(_, m)| m.role == "user") else { return false };
         self.messages.drain(..next);
         true
     }
@@ -123,7 +123,7 @@ impl Conversation {
 mod tests {
     use super::*;
 
-    /// A chat of `turns` questions of 10 letters, all but the last with an answer of 10 letters.
+    /// A chat of `turns` questions of 10 letters, all but the last with an answer of 9 letters.
     fn chat(turns: usize) -> Conversation {
         let mut chat = Conversation::new(Some("be short".into()), true);
         for i in 0..turns {
