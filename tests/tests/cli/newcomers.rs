@@ -84,7 +84,9 @@ fn exports_are_what_other_programs_expect() {
     let sizes = [None, Some("f32")].map(|dtype| {
         let out = folder.path().join(dtype.unwrap_or("default"));
         let mut args = vec!["export", text(&file), text(&out)];
-        args.extend(dtype.iter().flat_map(|dtype| ["--dtype", dtype]));
+        if let Some(dtype) = dtype {
+            args.extend(["--dtype", dtype]);
+        }
         let run = run("stb-convert", &args);
         let announced = format!("MB of {} weights", dtype.unwrap_or("bf16"));
         assert!(run.err.contains(&announced), "{}", run.err);
@@ -200,8 +202,8 @@ fn texts_may_be_lines_of_json() {
     std::fs::write(&lines, json.join("\n")).unwrap();
     let quill = quill();
     let measure = |more: &[&str]| {
-        let args = [&["perplexity", text(&quill), "--ctx", "8", "--json", "--text"], more].concat();
-        run("stb-run", &args)
+        let start = ["perplexity", text(&quill), "--ctx", "8", "--json", "--text"];
+        run("stb-run", &[&start[..], more].concat())
     };
     let figure = |run: Run| {
         let json: Json = serde_json::from_str(&run.success()).unwrap();
