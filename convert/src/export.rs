@@ -112,10 +112,16 @@ pub fn export(file: &File<'_>, source: &Path, folder: &Path, kind: Dense) -> Res
         return Err(Error::usage(format!("{} is not empty; give a new folder", folder.display())));
     }
     let weights = folder.join("model.safetensors");
+    // `serialize_to_file` writes a private file; this one gets the permissions of any new file.
+    let permissions = std::fs::File::create(&weights)
+        .and_then(|file| file.metadata())
+        .map_err(|e| Error::io(&weights, e))?
+        .permissions();
     let format = [("format".to_owned(), "pt".to_owned())].into();
     let tensors = exported.iter().map(|(name, tensor)| (name, tensor));
     safetensors::serialize_to_file(tensors, Some(format), &weights)
         .map_err(|e| Error::io(&weights, std::io::Error::other(e.to_string())))?;
+    std::fs::set_permissions(&weights, permissions).map_err(|e| Error::io(&weights, e))?;
     for (key, name) in [
         ("source.generation_config.json", "generation_config.json"),
         ("source.tokenizer_config.json", "tokenizer_config.json"),
@@ -178,6 +184,19 @@ fn text_config(config: &str) -> Result<String> {
     let json: serde_json::Value = serde_json::from_str(config)
         .map_err(|e| Error::invalid(format!("source.config.json: {e}")))?;
     Ok(json.get("text_config").map_or_else(|| config.to_owned(), serde_json::Value::to_string))
+}
+
+/// The data type of the checkpoint that a file was made from, by its `config.json`; f32 if it does not say.
+#[must_use]
+pub fn source_type(file: &File<'_>) -> Dense {
+    let config = file.meta().text("source.config.json").and_then(|text| text_config(text).ok());
+    let json = config.and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok());
+    let name = json.as_ref().and_then(|json| json.get("dtype").or_else(|| json.get("torch_dtype")));
+    match name.and_then(serde_json::Value::as_str) {
+        Some("float16") => Dense::F16,
+        Some("bfloat16") => Dense::Bf16,
+        _ => Dense::F32,
+    }
 }
 
 /// The configuration with the data type of the exported weights, to which loaders cast.

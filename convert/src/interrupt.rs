@@ -1,5 +1,6 @@
 //! Stops a conversion on request: the flag that Ctrl-C sets, and the error that ends the conversion.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Set on request to stop. Long computations check it regularly.
@@ -22,16 +23,30 @@ pub enum Interrupted {
     /// Nothing was kept.
     #[error("interrupted; nothing was written")]
     AtOnce,
-    /// This many finished decoder layers are kept.
+    /// Finished decoder layers are kept.
     #[error(
-        "interrupted; {0} finished decoder layers are kept: run the same command again to resume"
+        "interrupted; {layers} finished decoder layers are kept: run the same command again to resume, or remove \
+         the folder {} to discard them",
+        folder.display()
     )]
-    Later(usize),
-    /// This many finished conversions of a search for a size are kept.
+    Later {
+        /// How many.
+        layers: usize,
+        /// Where.
+        folder: PathBuf,
+    },
+    /// Finished conversions of a search for a size are kept.
     #[error(
-        "interrupted; {0} finished conversions of the search are kept: run the same command again to resume"
+        "interrupted; {conversions} finished conversions of the search are kept: run the same command again to \
+         resume, or remove the folder {} to discard them",
+        folder.display()
     )]
-    Searching(usize),
+    Searching {
+        /// How many.
+        conversions: usize,
+        /// Where.
+        folder: PathBuf,
+    },
 }
 
 /// Fails if a stop has been requested.

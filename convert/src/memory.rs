@@ -128,7 +128,7 @@ impl Plan {
             TensorMethod::Linear(method) => {
                 method.quantizer().distill_memory(t.tensor.shape[0], t.tensor.shape[1])
             }
-            TensorMethod::Round(spec) => rounded_distill_memory(spec, t.elements()),
+            TensorMethod::Round(options) => rounded_distill_memory(options.spec, t.elements()),
             TensorMethod::Keep(_) => 0,
         });
         moving.sum()

@@ -21,7 +21,7 @@ impl OutputFile {
     /// [`Error::Usage`] if `target` exists and `force` is not set, [`Error::Io`] if it cannot be written.
     pub fn create(target: &Path, temporary: PathBuf, force: bool) -> Result<Self> {
         refuse_existing(target, force)?;
-        let file = std::fs::File::create(&temporary).map_err(|e| Error::io(&temporary, e))?;
+        let file = std::fs::File::create(&temporary).map_err(|e| Error::io(target, e))?;
         Ok(Self {
             file: BufWriter::with_capacity(1 << 20, file),
             temporary,
@@ -102,12 +102,12 @@ pub(crate) fn move_into_place(file: &Path, target: &Path, force: bool) -> Result
     Ok(())
 }
 
-/// Fails if `target` exists, unless it is a regular file and `force` is set.
+/// Fails if `target` exists, unless it is a regular file and `force` is set, or if its folder does not exist.
 ///
 /// # Errors
-/// [`Error::Usage`].
+/// [`Error::Usage`], [`Error::Io`].
 pub fn refuse_existing(target: &Path, force: bool) -> Result<()> {
-    let Ok(found) = std::fs::metadata(target) else { return Ok(()) };
+    let Ok(found) = std::fs::metadata(target) else { return require_folder(target) };
     let name = target.display();
     if !found.is_file() {
         return Err(Error::usage(format!("{name} is not a regular file; give the output a name")));
@@ -116,6 +116,16 @@ pub fn refuse_existing(target: &Path, force: bool) -> Result<()> {
         return Err(Error::usage(format!("{name} exists; --force replaces it")));
     }
     Ok(())
+}
+
+/// Fails if the folder of `target` does not exist.
+fn require_folder(target: &Path) -> Result<()> {
+    let Some(folder) = target.parent().filter(|f| !f.as_os_str().is_empty()) else { return Ok(()) };
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let what = format!("there is no folder {}; make it first", folder.display());
+    Err(Error::io(target, std::io::Error::new(std::io::ErrorKind::NotFound, what)))
 }
 
 impl Write for OutputFile {

@@ -1,12 +1,12 @@
 //! The method and the exact size of each tensor, before anything is computed.
 
 use stb_format::arch::{Linear, Role, TensorSpec};
-use stb_format::encoding::{Dense, IntGroup};
+use stb_format::encoding::Dense;
 use stb_format::{Encoding, Meta, file_size};
 use stb_runtime::{Checkpoint, Error, LayerMatrix, Result};
 
-use crate::quantize::Method;
 use crate::quantize::int_group::{IntOptions, fit_group};
+use crate::quantize::{LinearQuantizer, Method};
 use crate::recipe::Recipe;
 
 /// How a tensor is converted.
@@ -14,8 +14,8 @@ use crate::recipe::Recipe;
 pub enum TensorMethod {
     /// Kept in its data type.
     Keep(Dense),
-    /// Each weight rounded independently.
-    Round(IntGroup),
+    /// Each weight rounded independently, without calibration.
+    Round(IntOptions),
     /// Quantized against a Hessian: a linear layer against that of its inputs, the embeddings and the lm_head against
     /// one that weighs their errors by use.
     Linear(Method),
@@ -27,7 +27,7 @@ impl TensorMethod {
     pub fn encoding(&self) -> Encoding {
         match self {
             Self::Keep(kind) => Encoding::Dense(*kind),
-            Self::Round(spec) => Encoding::IntGroup(*spec),
+            Self::Round(options) => Encoding::IntGroup(options.spec),
             Self::Linear(method) => method.quantizer().encoding(),
         }
     }
@@ -110,6 +110,11 @@ pub struct Plan {
 /// None in practice: the tensors of a checkpoint exist.
 pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
     let linear = recipe.linear.method();
+    let calibration = &recipe.calibration;
+    // Steps that use the calibration sequences even if weights are only rounded.
+    let fits = calibration.follows_dense()
+        || calibration.distill_layers.is_some()
+        || calibration.distill.is_some();
     let mut tensors = Vec::new();
     for tensor in checkpoint.spec.tensors() {
         let name = &tensor.name;
@@ -117,9 +122,12 @@ pub fn plan(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Plan> {
         let cols = tensor.shape.last().map_or(0, |cols| *cols as usize);
         let table = |options: IntOptions| match options.compensate {
             true => TensorMethod::Linear(Method::Int(options).fitted(cols)),
-            false => TensorMethod::Round(fit_group(options.spec, cols)),
+            false => TensorMethod::Round(IntOptions::rounding(fit_group(options.spec, cols))),
         };
-        let quantize = |method: Method| TensorMethod::Linear(method.fitted(cols));
+        let quantize = |method: Method| match method.fitted(cols) {
+            Method::Int(options) if !options.compensate && !fits => TensorMethod::Round(options),
+            fitted => TensorMethod::Linear(fitted),
+        };
         let method = match tensor.role {
             Role::TokenEmbedding => recipe.embeddings.map_or(keep, table),
             Role::LmHead => recipe.head.map_or(keep, table),
@@ -152,8 +160,13 @@ impl Plan {
     #[must_use]
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
-        for (_, method) in self.methods() {
-            notes.extend(method.quantizer().note().filter(|note| !notes.contains(note)));
+        for tensor in &self.tensors {
+            let note = match &tensor.method {
+                TensorMethod::Linear(method) => method.quantizer().note(),
+                TensorMethod::Round(options) => options.note(),
+                TensorMethod::Keep(_) => None,
+            };
+            notes.extend(note.filter(|note| !notes.contains(note)));
         }
         notes
     }

@@ -67,12 +67,12 @@ impl Workspace {
         let folder = target.with_file_name(format!(".{name}.unfinished"));
         match std::fs::create_dir(&folder) {
             Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(Error::io(&folder, e));
+                return Err(Error::io(target, e));
             }
             _ => {}
         }
         let path = folder.join("lock");
-        let lock = File::create(&path).map_err(|e| Error::io(&path, e))?;
+        let lock = File::create(&path).map_err(|e| Error::io(target, e))?;
         if let Err(std::fs::TryLockError::WouldBlock) = lock.try_lock() {
             return Err(Error::usage(format!(
                 "another conversion to {} is running",

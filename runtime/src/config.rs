@@ -35,11 +35,34 @@ pub fn parse_config(json: &str) -> Result<Config> {
     let config: Value =
         serde_json::from_str(json).map_err(|e| Error::invalid(format!("config.json: {e}")))?;
     let fields = Fields(&config);
-    let family = Family::of_config(&fields).map_err(config_error)?;
+    let family = Family::of_config(&fields).map_err(|e| match config_error(e) {
+        Error::Unsupported { what } => {
+            let model_type = fields.text("model_type").unwrap_or_default();
+            Error::unsupported(format!("{what}. {}", advice(&model_type)))
+        }
+        other => other,
+    })?;
     let spec = family.spec(&fields).map_err(config_error)?;
     let bos = config.get("bos_token_id").and_then(Value::as_u64);
     let tokens = TokenConfig { bos, eos: token_ids(config.get("eos_token_id")) };
     Ok(Config { family, spec, tokens })
+}
+
+/// What to do about a `model_type` that is not supported.
+fn advice(model_type: &str) -> String {
+    let stem = stem(model_type);
+    let all = Family::supported_model_types().into_iter();
+    let near: Vec<&str> = all.filter(|name| !stem.is_empty() && self::stem(name) == stem).collect();
+    let near = match near.is_empty() {
+        true => "Use a model of one of these".to_owned(),
+        false => format!("The nearest are {}: use such a model", near.join(", ")),
+    };
+    format!("{near}; \"Add an architecture\" in docs/architecture.md says how to add a family")
+}
+
+/// The letters at the start of a `model_type`: `qwen` of `qwen2_moe`.
+fn stem(model_type: &str) -> &str {
+    model_type.split(|c: char| !c.is_ascii_alphabetic()).next().unwrap_or_default()
 }
 
 fn config_error(e: ConfigError) -> Error {
@@ -187,6 +210,10 @@ mod tests {
         }
         let error = parse_config(r#"{"model_type": "mamba"}"#).unwrap_err();
         assert!(error.to_string().contains("mamba"), "{error}");
+        assert!(!error.to_string().contains("nearest"), "{error}");
+        let error = parse_config(r#"{"model_type": "qwen2_moe"}"#).unwrap_err().to_string();
+        assert!(error.contains("The nearest are qwen2, qwen3, qwen3_moe: "), "{error}");
+        assert!(error.contains("gemma2") && error.contains("docs/architecture.md"), "{error}");
         assert_eq!(parse_config("{").unwrap_err().exit_code(), 4);
         let error = parse(r#", "head_dim": 7"#).unwrap_err();
         assert_eq!(error.exit_code(), 4, "{error}");

@@ -9,20 +9,23 @@ use stb_kernels::cuda::Device;
 use stb_kernels::kv::KvKind;
 use stb_kernels::{Isa, Pool};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, resolve};
 use crate::device::{DeviceChoice, DeviceModel, DeviceOptions};
 use crate::error::{Error, Result};
+use crate::kind::open_stb_file;
 use crate::map::Bytes;
 use crate::model::Model;
 use crate::rope::Rope;
 use crate::scratch::ScratchPool;
 use crate::threads::default_threads;
+use crate::verified::VerifiedFiles;
 
 /// How much of a file is checked when it is opened. Structure, tensor table and metadata are always
 /// checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
-    /// Checksums of all tensors in files of at most 1 GiB.
+    /// Checksums of all tensors. A file of more than 1 GiB that was found intact is not checked again while it stays
+    /// the same.
     #[default]
     Auto,
     /// Checksums and content of all tensors.
@@ -31,7 +34,7 @@ pub enum Verify {
     Off,
 }
 
-/// The largest file whose checksums `Verify::Auto` compares. It takes a fraction of a second.
+/// The largest file whose checksums `Verify::Auto` always compares. It takes a fraction of a second.
 const AUTO_VERIFY_BYTES: usize = 1 << 30;
 
 /// Options of [`Engine::open`].
@@ -111,11 +114,12 @@ pub(crate) enum Tail {
 
 impl Engine {
     /// Opens an `.stb` file, or a checkpoint if `path` is a folder, a `.safetensors` file, an index of
-    /// shards or a `.gguf` file.
+    /// shards or a `.gguf` file, or if it is the id of a model in the cache of the Hugging Face hub.
     ///
     /// # Errors
     /// The errors of [`Engine::open_stb`] and [`Checkpoint::open`].
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let path = &*resolve(path)?;
         if Checkpoint::is_checkpoint(path) {
             let engine = Self::from_checkpoint(&Checkpoint::open(path, options.map)?)?;
             Self { kv: options.kv, pool: pool(options)?, ..engine }.on_device(options)
@@ -141,9 +145,10 @@ impl Engine {
             })?;
         }
         let pool = pool(options)?;
-        let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
+        let file = open_stb_file(path, &bytes)?;
         let spec = ModelSpec::from_file(&file).map_err(|e| Error::format(path, e))?;
-        let verified = verify(&file, options.verify, &pool).map_err(|e| Error::format(path, e))?;
+        let verified =
+            verify(&file, path, options.verify, &pool).map_err(|e| Error::format(path, e))?;
         let model = Model::from_stb(path, &bytes, &file, spec, verified)?;
         let engine = Self::on_cpu(model, isa);
         Self { exact: options.exact, kv: options.kv, pool, ..engine }.on_device(options)
@@ -243,13 +248,19 @@ fn detect_isa() -> Result<Isa> {
     Isa::detect().map_err(|e| Error::usage(e.to_string()))
 }
 
-/// Compares tensors with their checksums in parallel. Returns whether checksums were compared.
-fn verify(file: &File<'_>, level: Verify, pool: &Pool) -> stb_format::Result<bool> {
-    match level {
+/// Compares tensors with their checksums in parallel. Returns whether checksums were compared, now or before.
+fn verify(file: &File<'_>, path: &Path, level: Verify, pool: &Pool) -> stb_format::Result<bool> {
+    let remembered = match level {
         Verify::Off => return Ok(false),
-        Verify::Auto if file.bytes().len() > AUTO_VERIFY_BYTES => return Ok(false),
-        Verify::Auto => {}
-        Verify::Full => file.verify_padding()?,
+        Verify::Auto if file.bytes().len() > AUTO_VERIFY_BYTES => Some(VerifiedFiles::of_user()),
+        Verify::Auto => None,
+        Verify::Full => {
+            file.verify_padding()?;
+            None
+        }
+    };
+    if remembered.as_ref().is_some_and(|files| files.has(path)) {
+        return Ok(true);
     }
     let check = |tensor: &stb_format::Tensor<'_>| {
         tensor.verify_checksum()?;
@@ -264,5 +275,8 @@ fn verify(file: &File<'_>, level: Verify, pool: &Pool) -> stb_format::Result<boo
         }
     });
     results.into_iter().collect::<stb_format::Result<()>>()?;
+    if let Some(files) = remembered {
+        files.remember(path);
+    }
     Ok(true)
 }

@@ -18,7 +18,7 @@ pub enum Error {
         error: std::io::Error,
     },
     /// A file is not a valid `.stb` file, or needs a newer version.
-    #[error("{}: {error}", path.display())]
+    #[error("{}: {error}{}", path.display(), advice(error.rule()))]
     Format {
         /// The file.
         path: PathBuf,
@@ -154,6 +154,19 @@ impl ErrorKind {
 impl From<stb_kernels::cuda::Error> for Error {
     fn from(error: stb_kernels::cuda::Error) -> Self {
         Self::Device { error }
+    }
+}
+
+/// What to do about a file that breaks `rule`.
+fn advice(rule: stb_format::Rule) -> &'static str {
+    use stb_format::Rule;
+    match rule {
+        Rule::HeadLength
+        | Rule::HeadChecksum
+        | Rule::FileSize
+        | Rule::SectionChecksum
+        | Rule::TensorChecksum => "; the file is damaged or incomplete: download or copy it again",
+        _ => "",
     }
 }
 

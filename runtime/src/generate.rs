@@ -98,7 +98,9 @@ pub enum Finish {
 /// Token counts and times of an answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Timings {
-    /// Prompt tokens computed, without tokens that were in the KV cache.
+    /// Prompt tokens that were in the KV cache already.
+    pub reused_tokens: usize,
+    /// Prompt tokens computed.
     pub prefill_tokens: usize,
     /// Time of the prefill.
     pub prefill: Duration,

@@ -24,11 +24,13 @@ mod eval;
 mod experts;
 mod forward;
 mod generate;
+mod kind;
 mod kv_cache;
 mod layer;
 mod linear;
 mod map;
 mod model;
+mod names;
 mod observer;
 mod pass;
 mod ragged;
@@ -48,6 +50,7 @@ mod template;
 mod threads;
 mod token_bytes;
 mod tokenizer;
+mod verified;
 mod vocab;
 mod weights;
 
@@ -59,15 +62,17 @@ pub use error::{Error, ErrorKind, Result, exit_code};
 pub use eval::{
     ChoicePrompt, Divergence, Estimate, KeptLogits, PIECE_BYTES, Perplexity, PerplexityOptions,
     Question, Reference, Score, Task, TaskResult, TextLayout, WindowLogits, WindowLosses,
-    ZeroShotOptions, compare_windows, open_for_windows, open_to_measure, perplexity,
-    score_question, zero_shot,
+    ZeroShotOptions, compare_windows, is_json_lines, open_for_windows, open_to_measure, perplexity,
+    read_text, score_question, zero_shot,
 };
 pub use experts::{Assignment, route_experts};
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
+pub use kind::open_stb_file;
 pub use layer::{Layer, LayerMatrix, LayerVector};
 pub use linear::{LinearScratch, LinearWeight, Rows, Threads, apply, apply_packed};
 pub use map::Bytes;
 pub use model::Model;
+pub use names::{command_mistake, nearest};
 pub use observer::Observer;
 pub use sampler::{Sampler, SamplerInput, SamplerOptions};
 pub use session::{Session, SessionOptions};

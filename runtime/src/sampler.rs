@@ -99,6 +99,14 @@ impl Sampler {
         }
     }
 
+    /// Samples with other options from now on. The random sequence goes on unless the seed is another one.
+    pub fn change(&mut self, options: SamplerOptions) {
+        if options.seed != self.options.seed {
+            self.random = Pcg64Mcg::seed_from_u64(options.seed);
+        }
+        self.options = options;
+    }
+
     /// Begins an answer to `prompt`, whose tokens the repeat penalty includes.
     pub fn start(&mut self, prompt: &[u32]) {
         self.counts.clear();

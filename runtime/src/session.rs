@@ -117,6 +117,18 @@ impl Session {
         &self.cached
     }
 
+    /// The largest number of tokens in the KV cache.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.state.context()
+    }
+
+    /// Bytes of the keys and values of the tokens in the KV cache.
+    #[must_use]
+    pub fn cache_bytes(&self) -> usize {
+        self.state.cache_bytes()
+    }
+
     /// Sampling parameters from the model file, with the values of [`SamplerOptions::default`] for
     /// missing ones.
     #[must_use]
@@ -210,6 +222,7 @@ impl Session {
         self.state.truncate(common);
         self.cached.truncate(common);
         answer.sampler.start(prompt);
+        answer.timings.reused_tokens = common;
         answer.timings.prefill_tokens = prompt.len() - common;
         let started = Instant::now();
         let mut flow = ControlFlow::Continue(());

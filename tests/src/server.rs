@@ -2,7 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, ChildStderr, Stdio};
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -80,13 +81,32 @@ impl Server {
     /// If it does not start.
     #[must_use]
     pub fn start(args: &[&str]) -> Self {
-        let server = Self::launch(args);
+        Self::launch(args).when_ready()
+    }
+
+    /// Like [`Server::start`], for a user whose folders, also those for temporary files, are all `home`.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[must_use]
+    pub fn start_at_home(home: &Path, args: &[&str]) -> Self {
+        Self::launch_with(args, |command| {
+            command.current_dir(home);
+            for variable in ["HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"]
+            {
+                command.env(variable, home);
+            }
+        })
+        .when_ready()
+    }
+
+    fn when_ready(self) -> Self {
         let started = Instant::now();
-        while server.get("/health").status != 200 {
+        while self.get("/health").status != 200 {
             assert!(started.elapsed() < PATIENCE, "the model is not ready");
             std::thread::sleep(Duration::from_millis(20));
         }
-        server
+        self
     }
 
     /// Starts a server and waits until it listens.
@@ -95,12 +115,17 @@ impl Server {
     /// If it does not.
     #[must_use]
     pub fn launch(args: &[&str]) -> Self {
+        Self::launch_with(args, |_| {})
+    }
+
+    fn launch_with(args: &[&str], change: impl Fn(&mut Command)) -> Self {
         let mut all = vec!["serve"];
         if !args.contains(&"--port") {
             all.extend(["--port", "0"]);
         }
         all.extend(args);
         let mut command = command("stb-run", &all);
+        change(&mut command);
         let mut child = command.stderr(Stdio::piped()).spawn().expect("the program starts");
         let log = lines(child.stderr.take().expect("a pipe"));
         let address = loop {

@@ -99,7 +99,7 @@ fn the_bundled_model_end_to_end() {
 
     // The exported checkpoint has the same perplexity.
     let dense = folder.path().join("dense");
-    let _ = run("stb-convert", &["export", text(&file), text(&dense)]).success();
+    let _ = run("stb-convert", &["export", text(&file), text(&dense), "--dtype", "f32"]).success();
     let sample = folder.path().join("sample.txt");
     std::fs::write(&sample, story.repeat(3)).unwrap();
     let perplexity = |model: &Path| {

@@ -32,7 +32,7 @@ fn calibration(folder: &TempDir) -> PathBuf {
 
 /// The linear layers of the decoder in a file: name, encoding, exported weights and row length.
 fn linears(file: &Path, folder: &Path) -> Vec<(String, Encoding, Vec<f32>, usize)> {
-    let _ = run("stb-convert", &["export", text(file), text(folder)]).success();
+    let _ = run("stb-convert", &["export", text(file), text(folder), "--dtype", "f32"]).success();
     let exported = std::fs::read(folder.join("model.safetensors")).unwrap();
     let exported = safetensors::SafeTensors::deserialize(&exported).unwrap();
     let bytes = std::fs::read(file).unwrap();

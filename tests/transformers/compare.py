@@ -34,7 +34,7 @@ def cargo(package: str, kind: str, program: str, *arguments: object) -> bytes:
 def compare(folder: pathlib.Path, source: pathlib.Path, recipe: str) -> bool:
     packed, dense = folder / f"{recipe}.stb", folder / recipe
     cargo("stb-convert", "--bin", "stb-convert", source, packed, "--recipe", recipe, "--quiet")
-    cargo("stb-convert", "--bin", "stb-convert", "export", packed, dense)
+    cargo("stb-convert", "--bin", "stb-convert", "export", packed, dense, "--dtype", "f32")
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(dense)
     model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)

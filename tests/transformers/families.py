@@ -283,7 +283,7 @@ def check_export(name: str, folder: pathlib.Path) -> bool:
     shutil.copy(FAMILIES / "tokenizer.json", source)
     options = ("--recipe", "int8", "--quiet")
     cargo("stb-convert", "--bin", "stb-convert", source, packed, *options)
-    cargo("stb-convert", "--bin", "stb-convert", "export", packed, dense)
+    cargo("stb-convert", "--bin", "stb-convert", "export", packed, dense, "--dtype", "f32")
     ids = list(TEXT.encode())
     return compare_logits(name, logits_of(load(dense), ids).numpy(), packed, ids)
 

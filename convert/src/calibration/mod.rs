@@ -10,7 +10,7 @@ mod python;
 mod stream;
 
 use document::{Document, Line, split_text};
-use stb_runtime::{Error, Model, Result};
+use stb_runtime::{Error, Model, Result, is_json_lines, read_text};
 
 pub(crate) use self::document::DocumentEncoder;
 use self::stream::Stream;
@@ -110,7 +110,7 @@ impl CalibrationText {
         let text = read_text(path)?;
         let hash = digest(&text);
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let content = match path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl")) {
+        let content = match is_json_lines(path) {
             true => Content::Lines(Line::parse(&text, &name)?),
             false => Content::Text(text),
         };
@@ -330,16 +330,6 @@ fn last_part(documents: Vec<Document<'_>>) -> Split<'_> {
         done += size;
     }
     Split { calibration: vec![calibration], held_out: vec![held_out] }
-}
-
-/// Reads a text file.
-///
-/// # Errors
-/// [`Error::Io`], or [`Error::Invalid`] if it is not UTF-8.
-pub fn read_text(path: &std::path::Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    String::from_utf8(bytes)
-        .map_err(|_| Error::invalid(format!("{} is not UTF-8 text", path.display())))
 }
 
 /// The error for a text of `tokens` tokens that is shorter than a window of `length`.

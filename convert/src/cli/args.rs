@@ -36,6 +36,9 @@ pub(super) enum Command {
     Verify {
         /// An .stb file
         file: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Write dequantized weights, configuration and tokenizer in the Hugging Face layout
     Export {
@@ -43,9 +46,9 @@ pub(super) enum Command {
         file: PathBuf,
         /// A new folder
         folder: PathBuf,
-        /// Data type of the weights; f32 is exact
-        #[arg(long, default_value = "f32")]
-        dtype: Dtype,
+        /// Data type of the weights; f32 is exact [default: that of the original model]
+        #[arg(long)]
+        dtype: Option<Dtype>,
     },
     /// List the recipes, or print one as TOML to start your own from
     Recipes {
@@ -57,7 +60,6 @@ pub(super) enum Command {
     /// Flip signs of a binarized model and measure its perplexity
     Flips(FlipArgs),
     /// Print a completion script for a shell
-    #[command(hide = true)]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
@@ -93,8 +95,8 @@ pub(super) struct ConvertArgs {
     /// Print the plan, the size and the memory needed; convert nothing
     #[arg(long, help_heading = "What to do")]
     pub dry_run: bool,
-    /// Calibration text, UTF-8, or .jsonl with a chat or a text per line; self: the model writes it; default: that of
-    /// the recipe, or the built-in text
+    /// Calibration text, UTF-8, or .jsonl with a chat or a text per line; also compressed with gzip; self: the model
+    /// writes it; default: that of the recipe, or the built-in text
     #[arg(long, value_name = "FILE", help_heading = "Calibration")]
     pub calib: Option<PathBuf>,
     /// Calibration sequences; default: set by the recipe

@@ -3,18 +3,20 @@
 use std::path::Path;
 
 use rayon::prelude::*;
+use serde::Serialize;
+use stb_convert::export::source_type;
 use stb_convert::inspect::inspect as describe;
-use stb_convert::recipe::PRESETS;
+use stb_convert::recipe::{FOR_USE, PRESETS};
+use stb_format::ModelSpec;
 use stb_format::encoding::Dense;
-use stb_format::{File, ModelSpec};
-use stb_runtime::{Bytes, Error};
+use stb_runtime::{Bytes, Error, open_stb_file};
 
 use super::args::Dtype;
-use super::output::print;
+use super::output::{note, print};
 
 pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
     let bytes = Bytes::open(path, true)?;
-    let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
+    let file = open_stb_file(path, &bytes)?;
     let inspection = describe(&file);
     if json {
         print(serde_json::to_string_pretty(&inspection)?)?;
@@ -24,10 +26,57 @@ pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
+/// What a check of a file has found.
+#[derive(Serialize)]
+struct Verified {
+    valid: bool,
+    /// Whether the file is a model; otherwise it is a set of tensors.
+    model: bool,
+    tensors: usize,
+    /// Tensors of an encoding of a newer version, of which only the checksum was checked.
+    unknown_encodings: usize,
+}
+
+pub(super) fn verify(path: &Path, json: bool) -> anyhow::Result<()> {
+    let found = match check(path) {
+        Ok(found) => found,
+        Err(error) => {
+            if json {
+                let rule = match &error {
+                    Error::Format { error, .. } => Some(error.rule().id()),
+                    _ => None,
+                };
+                print(serde_json::json!({
+                    "valid": false, "rule": rule, "error": error.to_string(),
+                }))?;
+            }
+            return Err(error.into());
+        }
+    };
+    if json {
+        return Ok(print(serde_json::to_string(&found)?)?);
+    }
+    let note = match found.unknown_encodings {
+        0 => String::new(),
+        n => format!(
+            "; {n} have an encoding of a newer version, of which only the checksum was checked"
+        ),
+    };
+    let kind =
+        if found.model { "a valid model" } else { "valid, but not a model: a set of tensors" };
+    let tensors = found.tensors;
+    print(format_args!(
+        "{}: {kind}, {tensors} tensors match their checksums{note}",
+        path.display()
+    ))?;
+    Ok(())
+}
+
+/// Checks every rule of the format.
+fn check(path: &Path) -> Result<Verified, Error> {
     let bytes = Bytes::open(path, true)?;
     let fail = |e| Error::format(path, e);
-    let file = File::open(&bytes).map_err(fail)?;
+    let file = open_stb_file(path, &bytes)?;
     file.verify_padding().map_err(fail)?;
     let check = |tensor: &stb_format::Tensor<'_>| {
         tensor.verify_checksum()?;
@@ -36,40 +85,46 @@ pub(super) fn verify(path: &Path) -> anyhow::Result<()> {
     // The first failure in file order, whichever thread finds one first.
     let results: Vec<_> = file.tensors().par_iter().map(check).collect();
     results.into_iter().collect::<stb_format::Result<()>>().map_err(fail)?;
-    let is_model = file.meta().get("model.architecture").is_some();
-    if is_model {
+    let model = file.meta().get("model.architecture").is_some();
+    if model {
         ModelSpec::from_file(&file).map_err(fail)?;
     }
-    let unknown = describe(&file).unknown_encodings(&file);
-    let note = match unknown {
-        0 => String::new(),
-        n => format!(
-            "; {n} have an encoding of a newer version, of which only the checksum was checked"
-        ),
-    };
-    let kind = if is_model { "a valid model" } else { "valid, but not a model: a set of tensors" };
-    print(format_args!(
-        "{}: {kind}, {} tensors match their checksums{note}",
-        path.display(),
-        file.tensors().len()
-    ))?;
-    Ok(())
+    let unknown_encodings = describe(&file).unknown_encodings(&file);
+    Ok(Verified { valid: true, model, tensors: file.tensors().len(), unknown_encodings })
 }
 
-pub(super) fn export(path: &Path, folder: &Path, dtype: Dtype) -> anyhow::Result<()> {
-    let kind = match dtype {
-        Dtype::F32 => Dense::F32,
-        Dtype::F16 => Dense::F16,
-        Dtype::Bf16 => Dense::Bf16,
-    };
+/// Endings of files that are no folders.
+const FILE_ENDINGS: [&str; 4] = ["gguf", "safetensors", "stb", "bin"];
+
+pub(super) fn export(path: &Path, folder: &Path, dtype: Option<Dtype>) -> anyhow::Result<()> {
+    if folder.extension().is_some_and(|e| FILE_ENDINGS.iter().any(|ending| e == *ending)) {
+        return Err(Error::usage(format!(
+            "export writes a folder with safetensors files, not the file {}: give the folder a name without this \
+             ending. For a GGUF file, run llama.cpp's convert_hf_to_gguf.py on the folder",
+            folder.display()
+        ))
+        .into());
+    }
     let bytes = Bytes::open(path, true)?;
-    let file = File::open(&bytes).map_err(|e| Error::format(path, e))?;
+    let file = open_stb_file(path, &bytes)?;
     for tensor in file.tensors() {
         tensor
             .verify_checksum()
             .and_then(|()| tensor.verify_payload())
             .map_err(|e| Error::format(path, e))?;
     }
+    let kind = match dtype {
+        None => source_type(&file),
+        Some(Dtype::F32) => Dense::F32,
+        Some(Dtype::F16) => Dense::F16,
+        Some(Dtype::Bf16) => Dense::Bf16,
+    };
+    let elements: u64 = file.tensors().iter().map(|t| t.shape().iter().product::<u64>()).sum();
+    note(format_args!(
+        "writing {:.1} MB of {kind} weights to {}",
+        (elements * kind.bytes()) as f64 / 1e6,
+        folder.display()
+    ));
     stb_convert::export::export(&file, path, folder, kind)?;
     print(format_args!("{}: {} tensors", folder.display(), file.tensors().len()))?;
     Ok(())
@@ -85,10 +140,26 @@ pub(super) fn recipes(name: Option<&str>) -> anyhow::Result<()> {
             )),
         };
     }
-    for (name, text) in PRESETS {
-        let recipe = stb_convert::Recipe::parse(text)?;
-        let mark = if *name == stb_convert::recipe::DEFAULT { " (default)" } else { "" };
-        print(format_args!("{name:<23} {}{mark}", recipe.description))?;
+    let is_for_use = |name: &str| FOR_USE.contains(&name);
+    print("For use, with the stored bits per weight of the decoder's linear layers:")?;
+    for (name, text) in PRESETS.iter().filter(|(name, _)| is_for_use(name)) {
+        list_recipe(name, text)?;
     }
+    print("\nFor comparison: published methods, and variants of them:")?;
+    for (name, text) in PRESETS.iter().filter(|(name, _)| !is_for_use(name)) {
+        list_recipe(name, text)?;
+    }
+    Ok(())
+}
+
+fn list_recipe(name: &str, text: &str) -> anyhow::Result<()> {
+    let recipe = stb_convert::Recipe::parse(text)?;
+    let mark = if name == stb_convert::recipe::DEFAULT { " (default)" } else { "" };
+    let bits = match recipe.body_bits() {
+        Some(bits) => format!("{bits:.3}"),
+        None if recipe.linear.goal().is_some() => "chosen".into(),
+        None => "as is".into(),
+    };
+    print(format_args!("  {name:<23} {bits:>6}  {}{mark}", recipe.description))?;
     Ok(())
 }

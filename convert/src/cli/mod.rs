@@ -3,6 +3,7 @@
 mod args;
 mod convert;
 mod files;
+mod mistakes;
 mod output;
 mod progress;
 mod study;
@@ -10,11 +11,11 @@ mod study;
 use std::process::ExitCode;
 
 use args::{Cli, Command};
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use output::{is_broken_pipe, note};
 
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = mistakes::parse();
     // The first Ctrl-C stops at the next check, the second exits at once. Neither leaves an unfinished file.
     let handler = || {
         if stb_convert::interrupt::interrupt() {
@@ -35,12 +36,15 @@ pub(crate) fn main() -> ExitCode {
             Ok(())
         }
         Some(Command::Inspect { file, json }) => files::inspect(&file, json),
-        Some(Command::Verify { file }) => files::verify(&file),
+        Some(Command::Verify { file, json }) => files::verify(&file, json),
         Some(Command::Export { file, folder, dtype }) => files::export(&file, &folder, dtype),
         Some(Command::Recipes { name }) => files::recipes(name.as_deref()),
         Some(Command::Study(args)) => in_pool(args.threads, || study::study(&args)),
         Some(Command::Flips(args)) => in_pool(args.threads, || study::flips(&args)),
-        None => in_pool(threads, || convert::run(&cli.convert)),
+        None => {
+            mistakes::refuse_command(&cli.convert);
+            in_pool(threads, || convert::run(&cli.convert))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,12 +2,15 @@
 
 use std::path::Path;
 
-use stb_convert::calibration::{CalibrationText, read_text};
+use stb_convert::calibration::CalibrationText;
 use stb_convert::flips::{self, FlipOptions};
 use stb_convert::interrupt::interrupted;
 use stb_convert::study::{self, Definition, Events, StudyModel, convert_file, write_whole};
 use stb_convert::{Progress, Recipe};
-use stb_runtime::{Checkpoint, Error, OpenOptions, PerplexityOptions, TextLayout, open_to_measure};
+use stb_runtime::{
+    Checkpoint, Error, OpenOptions, PerplexityOptions, TextLayout, is_json_lines, open_to_measure,
+    read_text,
+};
 
 use super::args::{FlipArgs, StudyArgs};
 use super::output::{note, print};
@@ -114,7 +117,7 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
     let mut engine = open_to_measure(&file, &OpenOptions { threads, ..OpenOptions::default() })?;
     // A mapped file can be removed now on Unix; on other systems this fails and is repeated at the end.
     let _ = std::fs::remove_dir_all(&temporary);
-    let layout = args.separator.clone().map_or(TextLayout::Whole, TextLayout::Documents);
+    let layout = layout(args);
     let context = args.ctx.map_or(engine.model.spec.context_length as usize, |n| n as usize);
     let options = FlipOptions {
         shares: args.percent.iter().map(|p| p / 100.0).collect(),
@@ -160,4 +163,13 @@ pub(super) fn flips(args: &FlipArgs) -> anyhow::Result<()> {
         report.true_bits_per_parameter
     ))?;
     Ok(())
+}
+
+/// The layout of the text.
+fn layout(args: &FlipArgs) -> TextLayout {
+    match &args.separator {
+        Some(separator) => TextLayout::Documents(separator.clone()),
+        None if is_json_lines(&args.text) => TextLayout::JsonLines,
+        None => TextLayout::Whole,
+    }
 }

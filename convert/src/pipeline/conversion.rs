@@ -55,7 +55,8 @@ pub fn convert(job: Job<'_>, progress: &dyn Progress) -> anyhow::Result<Report> 
     if !keep {
         workspace.remove();
     } else if result.as_ref().is_err_and(|e| e.is::<Interrupted>()) {
-        return Err(Interrupted::Later(workspace.finished()).into());
+        let (layers, folder) = (workspace.finished(), workspace.folder().to_owned());
+        return Err(Interrupted::Later { layers, folder }.into());
     }
     result
 }

@@ -84,9 +84,7 @@ impl<'r> Run<'r> {
             .iter()
             .find(|t| t.matrix().is_some())
             .map_or(String::new(), |t| t.method.encoding().to_string());
-        if self.job.plan.needs_calibration() {
-            self.save_layer(index, error, payloads, hidden, started)?;
-        }
+        self.save_layer(index, error, payloads, hidden, started)?;
         progress.layer(index, layers, error, &encoding, started.elapsed().as_secs_f64());
         Ok(())
     }
@@ -153,7 +151,7 @@ impl<'r> Run<'r> {
         let (mut error, mut count, mut payloads) = (0.0, 0, Vec::new());
         for (tensor, done) in tensors.iter().zip(finished) {
             self.write(tensor, &done)?;
-            if let TensorMethod::Linear(_) = tensor.method {
+            if !matches!(tensor.method, TensorMethod::Keep(_)) {
                 error += done.error;
                 count += 1;
             }
@@ -199,7 +197,8 @@ impl<'r> Run<'r> {
         Ok(())
     }
 
-    /// Saves a finished layer, so that the conversion can be resumed, and adds it to the report.
+    /// Adds a finished layer to the report, and saves it, so that the conversion can be resumed, unless it is quickly
+    /// computed again.
     fn save_layer(
         &mut self,
         index: usize,
@@ -217,8 +216,10 @@ impl<'r> Run<'r> {
             stages: self.stages,
             expert_tokens: std::mem::take(&mut self.expert_tokens),
         };
-        let saved = SavedLayer { tensors, layer: layer.clone(), payloads };
-        self.workspace.save(index, &saved, &hidden.fields())?;
+        if self.job.plan.needs_calibration() {
+            let saved = SavedLayer { tensors, layer: layer.clone(), payloads };
+            self.workspace.save(index, &saved, &hidden.fields())?;
+        }
         layer.stages.output += saving.elapsed().as_secs_f64();
         layer.seconds = started.elapsed().as_secs_f64();
         self.layers.push(layer);

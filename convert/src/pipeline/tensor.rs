@@ -1,7 +1,7 @@
 //! One tensor: checks, packing without calibration, errors.
 
 use stb_format::Encoding;
-use stb_format::encoding::{Dense, IntGroup};
+use stb_format::encoding::Dense;
 use stb_runtime::{Error, Result, Weight};
 
 use crate::plan::{TensorMethod, TensorPlan};
@@ -22,7 +22,6 @@ pub(super) fn zero_dead_inputs(values: &mut [f32], norms: &[f32]) {
 
 /// Packs a tensor without a Hessian.
 pub(super) fn pack_uncalibrated(tensor: &TensorPlan, weight: &Weight, values: &[f32]) -> Packed {
-    let round = |spec: IntGroup| int_group::round(values, weight.rows(), weight.cols(), spec);
     let keep = |kind: Dense| Packed {
         encoding: Encoding::Dense(kind),
         payload: kind.encode(values),
@@ -31,7 +30,9 @@ pub(super) fn pack_uncalibrated(tensor: &TensorPlan, weight: &Weight, values: &[
     };
     match tensor.method {
         TensorMethod::Keep(kind) => keep(kind),
-        TensorMethod::Round(spec) => round(spec),
+        TensorMethod::Round(options) => {
+            int_group::round_to(values, weight.rows(), weight.cols(), &options)
+        }
         // Not reached: what plans quantize has a Hessian.
         TensorMethod::Linear(_) => keep(Dense::F32),
     }

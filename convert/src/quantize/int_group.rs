@@ -56,6 +56,12 @@ impl IntOptions {
         Self { spec, grid, compensate: true, sweeps }
     }
 
+    /// All codes of an encoding, each weight rounded independently.
+    #[must_use]
+    pub fn rounding(spec: IntGroup) -> Self {
+        Self { compensate: false, ..Self::full(spec, 0) }
+    }
+
     /// The candidates of a budget for a matrix of `cols` columns.
     pub(crate) fn candidates(cols: usize) -> impl Iterator<Item = Self> {
         let sweeps = |spec: IntGroup| if spec.bits() < 8 { CANDIDATE_SWEEPS } else { 0 };
@@ -109,7 +115,7 @@ impl LinearQuantizer for IntOptions {
 /// Rounds each weight to the nearest code; scales minimize the squared error of their group.
 #[must_use]
 pub fn round(weights: &[f32], rows: usize, cols: usize, spec: IntGroup) -> Packed {
-    round_to(weights, rows, cols, &IntOptions { compensate: false, ..IntOptions::full(spec, 0) })
+    round_to(weights, rows, cols, &IntOptions::rounding(spec))
 }
 
 /// The candidate encodings of a budget for a matrix of `cols` columns.
@@ -140,7 +146,8 @@ pub(crate) fn rounded_distill_memory(spec: IntGroup, weights: u64) -> u64 {
     weights * 6 + weights * 18 / spec.group() as u64
 }
 
-fn round_to(weights: &[f32], rows: usize, cols: usize, options: &IntOptions) -> Packed {
+/// Rounds each weight to the nearest code of its group.
+pub(crate) fn round_to(weights: &[f32], rows: usize, cols: usize, options: &IntOptions) -> Packed {
     let clock = Instant::now();
     let spec = options.spec;
     let groups = cols.div_ceil(spec.group());

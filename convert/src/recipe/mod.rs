@@ -14,5 +14,5 @@ pub use calibration::{Calibration, Draw};
 pub(crate) use file::RENAMED;
 pub use file::{CalibrationFile, LinearFile, RecipeFile, RoundingFile};
 pub use linear::{Goal, LinearRecipe};
-pub use presets::{DEFAULT, PRESETS};
+pub use presets::{DEFAULT, FOR_USE, PRESETS};
 pub use resolve::Recipe;

@@ -1,19 +1,25 @@
 //! The built-in recipes.
 
 macro_rules! presets {
-    ($($name:literal)*) => {
+    (use: $($used:literal)* compare: $($compared:literal)*) => {
         /// Names and texts of the built-in recipes.
         pub const PRESETS: &[(&str, &str)] = &[
-            $(($name, include_str!(concat!("../../recipes/", $name, ".toml")))),*
+            $(($used, include_str!(concat!("../../recipes/", $used, ".toml"))),)*
+            $(($compared, include_str!(concat!("../../recipes/", $compared, ".toml"))),)*
         ];
+
+        /// The names of those for use. The others repeat published methods, to compare with.
+        pub const FOR_USE: &[&str] = &[$($used),*];
     };
 }
 
 presets! {
+    use:
     "auto"
     "stbllm-4of8" "stbllm-5of8" "stbllm-6of8" "stbllm-si-4of8"
     "nm-1of8" "nm-1of4" "nm-2of8" "nm-2of4"
     "sign" "int2" "int3" "int4" "int8" "source"
+    compare:
     "stbllm-paper-4of8" "stbllm-published-strict" "stbllm-published-code"
     "billm" "billm-6of8" "billm-5of8" "billm-4of8" "pb-llm"
     "gptq-8bit" "gptq-4bit" "gptq-3bit" "gptq-2bit"

@@ -1,7 +1,7 @@
 //! A recipe with all options checked.
 
 use stb_format::encoding::IntGroup;
-use stb_runtime::{Error, Result};
+use stb_runtime::{Error, Result, nearest};
 
 use super::calibration::Calibration;
 use super::file::{RecipeFile, RoundingFile};
@@ -39,10 +39,16 @@ impl Recipe {
             return Self::parse(text);
         }
         if !name.ends_with(".toml") {
-            let names: Vec<_> = PRESETS.iter().map(|(name, _)| *name).collect();
+            let names = || PRESETS.iter().map(|(name, _)| *name);
+            let near = nearest(name, names());
+            let others: Vec<_> = names().filter(|other| !near.contains(other)).collect();
+            let meant = match near.is_empty() {
+                true => String::new(),
+                false => format!("did you mean {}? The others are ", near.join(" or ")),
+            };
             return Err(Error::usage(format!(
-                "there is no recipe {name:?}; use one of {} or a .toml file",
-                names.join(", ")
+                "there is no recipe {name:?}; {meant}{}; or give a .toml file",
+                others.join(", ")
             )));
         }
         let path = std::path::Path::new(name);
@@ -65,6 +71,16 @@ impl Recipe {
     /// [`Error::Invalid`] for values that are not allowed, with the allowed values.
     pub fn resolve(file: RecipeFile) -> Result<Self> {
         resolve(file).map_err(|problem| problem.error(None))
+    }
+
+    /// Stored bits per weight of the decoder's linear layers; `None` if they depend on the model. Of rows that are
+    /// much longer than a group: shorter ones may take a little more.
+    #[must_use]
+    pub fn body_bits(&self) -> Option<f64> {
+        const WIDTH: u64 = 4096;
+        let encoding = self.linear.method()?.quantizer().encoding();
+        let bytes = encoding.payload_len(&[WIDTH, WIDTH]).ok().flatten()?;
+        Some(bytes as f64 * 8.0 / (WIDTH * WIDTH) as f64)
     }
 
     /// This recipe with changed options.
@@ -180,6 +196,8 @@ mod tests {
         let idle = "name = 'x'\n[calibration]\ntuning = 2\n[body]\nmethod = 'source'";
         assert!(Recipe::parse(idle).unwrap_err().to_string().contains("source"));
         assert!(Recipe::load("nonsense").unwrap_err().to_string().contains("stbllm-4of8"));
+        let near = Recipe::load("nm-1of3").unwrap_err().to_string();
+        assert!(near.contains("did you mean nm-1of8 or nm-1of4 or "), "{near}");
         assert_eq!(Recipe::load("nowhere.toml").unwrap_err().exit_code(), 3);
     }
 

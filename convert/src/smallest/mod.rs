@@ -67,7 +67,10 @@ fn search_size(
         true => workspace.release(),
     }
     match stopped && attempts.finished > 0 {
-        true => Err(Interrupted::Searching(attempts.finished).into()),
+        true => {
+            let Attempts { finished: conversions, folder, .. } = attempts;
+            Err(Interrupted::Searching { conversions, folder }.into())
+        }
         false => result,
     }
 }

@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use stb_runtime::{
     Checkpoint, Engine, Error, KeptLogits, OpenOptions, PerplexityOptions, Reference, Result,
-    open_to_measure, perplexity,
+    open_to_measure, perplexity, read_text,
 };
 
 use super::cell::{Cell, CellInputs, fingerprint};
 use super::definition::{Study, StudyModel, StudyRecipe, StudyText};
-use crate::calibration::{CalibrationText, read_text};
+use crate::calibration::CalibrationText;
 use crate::digest::digest;
 use crate::interrupt::Interrupted;
 use crate::pipeline::Progress;

@@ -14,6 +14,7 @@ use super::source::{Place, Source, StoredTensor, StoredType, Transform, add};
 use super::{Checkpoint, SourceFile};
 use crate::config::{Config, parse_config, token_ids};
 use crate::error::{Error, Result};
+use crate::kind;
 use crate::map::Bytes;
 use crate::vocab;
 
@@ -25,6 +26,9 @@ struct Index {
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
+/// What folders without safetensors files have.
+const OTHERS: [&str; 4] =
+    ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.onnx"];
 
 /// Opens a folder, a `.safetensors` file or an index of shards.
 pub(super) fn open(source: &Path, map: bool) -> Result<Checkpoint> {
@@ -85,6 +89,11 @@ fn locate(source: &Path) -> Result<(PathBuf, Vec<String>)> {
                 return locate(&path);
             }
         }
+        if let Some(other) = OTHERS.iter().find(|name| source.join(name).exists())
+            && let Some(error) = kind::no_checkpoint(&source.join(other))
+        {
+            return Err(error);
+        }
         return Err(Error::invalid(format!(
             "{} has neither {SINGLE} nor {INDEX}; give a folder in the Hugging Face layout or a \
              .safetensors or .gguf file",
@@ -97,14 +106,16 @@ fn locate(source: &Path) -> Result<(PathBuf, Vec<String>)> {
         return Ok((folder, vec![name]));
     }
     if !name.ends_with(".json") {
-        return Err(Error::invalid(format!(
+        return Err(kind::no_checkpoint(source).unwrap_or_else(|| Error::invalid(format!(
             "{} is not a .gguf file, a .safetensors file, an index of shards or a folder with one",
             source.display()
-        )));
+        ))));
     }
     let text = read_text(source)?.unwrap_or_default();
     let index: Index = serde_json::from_str(&text).map_err(|e| {
-        Error::invalid(format!("{} is not an index of shards: {e}", source.display()))
+        kind::no_checkpoint(source).unwrap_or_else(|| {
+            Error::invalid(format!("{} is not an index of shards: {e}", source.display()))
+        })
     })?;
     let names: BTreeSet<String> = index.weight_map.into_values().collect();
     // A path in an index could name any file of the machine.
@@ -188,7 +199,9 @@ fn file_tensors(folder: &Path, files: &[SourceFile]) -> Result<BTreeMap<String, 
     for file in files {
         let path = folder.join(&file.name);
         let tensors = SafeTensors::deserialize(&file.bytes).map_err(|e| {
-            Error::invalid(format!("{} is not a valid safetensors file: {e}", path.display()))
+            kind::not_safetensors(&path, &file.bytes).unwrap_or_else(|| {
+                Error::invalid(format!("{} is not a valid safetensors file: {e}", path.display()))
+            })
         })?;
         for (name, tensor) in tensors.iter() {
             let kind = match tensor.dtype() {

@@ -17,6 +17,7 @@ use super::source::{Place, Source, StoredTensor, StoredType, Transform, add};
 use super::{Checkpoint, SourceFile};
 use crate::config::{Config, parse_config};
 use crate::error::{Error, Result};
+use crate::kind;
 use crate::map::Bytes;
 
 /// Opens a `.gguf` file, or the split file that it is a part of.
@@ -29,7 +30,9 @@ pub(super) fn open(source: &Path, map: bool) -> Result<Checkpoint> {
     }
     let mut parsed = Vec::new();
     for (file, path) in files.iter().zip(&paths) {
-        parsed.push(Gguf::parse(&file.bytes).map_err(|e| gguf_error(path, &e))?);
+        parsed.push(Gguf::parse(&file.bytes).map_err(|e| {
+            kind::not_gguf(path, &file.bytes).unwrap_or_else(|| gguf_error(path, &e))
+        })?);
     }
     check_parts(&parsed, &paths)?;
     // The first part has the metadata of the model.

@@ -4,6 +4,7 @@ mod folder;
 mod gguf;
 mod gguf_config;
 mod gguf_texts;
+mod hub;
 mod source;
 
 use std::collections::BTreeMap;
@@ -21,6 +22,7 @@ use crate::weights::Weight;
 use source::Source;
 
 pub use gguf_texts::gguf_vocabulary;
+pub(crate) use hub::resolve;
 
 /// An open checkpoint: validated configuration, weights in place, and texts. The texts of a GGUF file are what
 /// its metadata say in the files of the Hugging Face layout.
@@ -63,13 +65,15 @@ pub struct SourceFile {
 
 impl Checkpoint {
     /// Opens `source`: a folder, a `.safetensors` file, an index of shards, or a `.gguf` file, of which any part
-    /// of a split one stands for all. With `map`, weight files are mapped instead of read.
+    /// of a split one stands for all. A path that does not exist may be the id of a model, `owner/name`, in the
+    /// cache of the Hugging Face hub. With `map`, weight files are mapped instead of read.
     ///
     /// # Errors
     /// [`Error::Io`] for unreadable files; [`Error::Invalid`] for broken files and for tensors that
     /// are missing or contradict the configuration; [`Error::Unsupported`] for unknown architectures,
     /// element types and tensors.
     pub fn open(source: &Path, map: bool) -> Result<Self> {
+        let source = &*resolve(source)?;
         if Self::is_gguf(source) { gguf::open(source, map) } else { folder::open(source, map) }
     }
 

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use stb_runtime::Task;
 
 use super::load::LoadArgs;
+use super::settings::SamplingArgs;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 file cannot be \
     read, 4 file invalid, 5 not supported, 130 interrupted.\n\
@@ -50,7 +51,6 @@ pub(super) enum Command {
     /// Measure prefill and decode speed
     Bench(BenchArgs),
     /// Print a completion script for a shell
-    #[command(hide = true)]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
@@ -61,13 +61,19 @@ pub(super) enum Command {
 pub(super) struct RunArgs {
     /// An .stb file; or a checkpoint: a folder, .safetensors or .gguf file, index of shards
     pub file: Option<PathBuf>,
+    /// The same as FILE, as llama-cli has it
+    #[arg(short, long, value_name = "FILE", conflicts_with = "file")]
+    pub model: Option<PathBuf>,
     #[command(flatten)]
     pub load: LoadArgs,
     /// Prompt text; without it, read from a pipe or start a chat
     #[arg(short, long, value_name = "TEXT", help_heading = "Prompt")]
     pub prompt: Option<String>,
+    /// Chat, also if the input is a pipe; --prompt is the first message. Also -cnv
+    #[arg(short, long, alias = "conversation", help_heading = "Prompt")]
+    pub interactive: bool,
     /// System instructions
-    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
+    #[arg(long, alias = "system-prompt", value_name = "TEXT", help_heading = "Prompt")]
     pub system: Option<String>,
     /// Continue the prompt without the model's chat template
     #[arg(long, help_heading = "Prompt")]
@@ -76,12 +82,16 @@ pub(super) struct RunArgs {
     #[arg(
         short,
         long,
+        alias = "ctx-size",
         value_name = "N",
         env = "STB_CTX",
         default_value_t = 0,
         help_heading = "Prompt"
     )]
     pub ctx: usize,
+    /// Keep no history of what is typed in chats
+    #[arg(long, help_heading = "Prompt")]
+    pub no_history: bool,
     #[command(flatten)]
     pub sampling: SamplingArgs,
     /// Print timings as one line of JSON on standard error
@@ -92,46 +102,13 @@ pub(super) struct RunArgs {
     pub quiet: bool,
 }
 
-/// Sampling options. Flags override the values of the model file.
-#[derive(Args)]
-#[command(next_help_heading = "Sampling")]
-pub(super) struct SamplingArgs {
-    /// Largest number of tokens to generate; default: until an end token or a full context
-    #[arg(short = 'n', long = "tokens", value_name = "N")]
-    pub tokens: Option<usize>,
-    /// Temperature; 0 selects the most likely token [default: 0.8]
-    #[arg(long, value_name = "T", value_parser = non_negative)]
-    pub temp: Option<f32>,
-    /// Keep the K most likely tokens; 0 keeps all [default: 40]
-    #[arg(long, value_name = "K")]
-    pub top_k: Option<usize>,
-    /// Keep the most likely tokens that together have this probability [default: 0.95]
-    #[arg(long, value_name = "P", value_parser = share)]
-    pub top_p: Option<f32>,
-    /// Keep tokens with at least this fraction of the probability of the best one [default: 0.05]
-    #[arg(long, value_name = "P", value_parser = share)]
-    pub min_p: Option<f32>,
-    /// Penalty on the logits of the last 64 tokens; 1 is off [default: 1]
-    #[arg(long, value_name = "X", value_parser = positive)]
-    pub repeat_penalty: Option<f32>,
-    /// Seed of the random choices; default: a new one each time
-    #[arg(long, value_name = "N", env = "STB_SEED")]
-    pub seed: Option<u64>,
-    /// Stop before this text; may be given several times
-    #[arg(long, value_name = "TEXT")]
-    pub stop: Vec<String>,
-    /// Never choose an end token: continue to -n or the end of the context
-    #[arg(long)]
-    pub ignore_eos: bool,
-}
-
 #[derive(Args)]
 pub(super) struct PerplexityArgs {
     /// An .stb file; or a checkpoint: a folder, .safetensors or .gguf file, index of shards
     pub file: PathBuf,
     #[command(flatten)]
     pub load: LoadArgs,
-    /// The text, a UTF-8 file
+    /// The text, a UTF-8 file; or .jsonl with a field "text" per line. May be compressed with gzip
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
     /// A model to compare with, usually the dense checkpoint: reports KL divergence and the
@@ -224,23 +201,6 @@ fn version() -> &'static str {
     &TEXT
 }
 
-fn number(text: &str, valid: impl Fn(f32) -> bool, what: &str) -> Result<f32, String> {
-    let value: f32 = text.parse().map_err(|_| format!("{text} is not a number"))?;
-    if valid(value) { Ok(value) } else { Err(format!("{text} is not {what}")) }
-}
-
-fn non_negative(text: &str) -> Result<f32, String> {
-    number(text, |v| v >= 0.0 && v.is_finite(), "a finite number from 0")
-}
-
-fn positive(text: &str) -> Result<f32, String> {
-    number(text, |v| v > 0.0 && v.is_finite(), "a finite number above 0")
-}
-
-fn share(text: &str) -> Result<f32, String> {
-    number(text, |v| (0.0..=1.0).contains(&v), "between 0 and 1")
-}
-
 /// Parses `NAME=FILE`.
 fn named_task(text: &str) -> Result<(Task, PathBuf), String> {
     let (name, file) = text.split_once('=').ok_or("NAME=FILE is needed")?;
@@ -253,11 +213,19 @@ pub(super) fn task_names() -> String {
     format!("use one of {}", Task::ALL.map(Task::name).join(", "))
 }
 
-/// Replaces `-ngl` and `-np`, options of llama.cpp, which clap cannot parse as short options.
+/// Replaces the options of [`LONG_NAMES`].
 pub(super) fn long_names(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
-    args.map(|arg| match arg.to_str() {
-        Some("-ngl") => "--gpu-layers".into(),
-        Some("-np") => "--slots".into(),
-        _ => arg,
+    args.map(|arg| {
+        let Some(text) = arg.to_str() else { return arg };
+        let (name, value) = text.split_once('=').map_or((text, None), |(n, v)| (n, Some(v)));
+        match (LONG_NAMES.iter().find(|(short, _)| *short == name), value) {
+            (None, _) => arg,
+            (Some((_, long)), None) => long.into(),
+            (Some((_, long)), Some(value)) => format!("{long}={value}").into(),
+        }
     })
 }
+
+/// Options of llama.cpp with one dash and several letters, which clap cannot parse, and ours.
+const LONG_NAMES: [(&str, &str); 4] =
+    [("-ngl", "--gpu-layers"), ("-np", "--slots"), ("-cnv", "--interactive"), ("-sys", "--system")];

@@ -1,176 +1,199 @@
 //! The interactive conversation.
 
-use rustyline::DefaultEditor;
-use rustyline::error::ReadlineError;
-use stb_runtime::{Finish, Message};
+use std::io::IsTerminal;
+
+use stb_runtime::Finish;
 
 use super::answer::Answerer;
-use super::terminal;
+use super::commands::{self, ChatCommand, TypedLine};
+use super::conversation::Conversation;
+use super::editor::{Input, LineEditor};
+use super::saved::{self, SavedChat};
+use super::{describe, terminal};
 
-const HELP: &str = "\
-/help            this text
-/clear           start a new conversation
-/system TEXT     new instructions, and a new conversation
-/regen           answer the last message again
-/exit            leave (also Ctrl-D)
-\"\"\"              begins and ends a message of several lines
-Ctrl-C           stops an answer; twice at the prompt, leaves";
-
-/// The messages so far, and the system instructions of each new conversation.
-struct Conversation {
-    instructions: Option<String>,
-    messages: Vec<Message>,
+/// A chat with a model.
+struct Chat<'a> {
+    answerer: Answerer<'a>,
+    conversation: Conversation,
 }
 
-impl Conversation {
-    fn new(instructions: Option<String>) -> Self {
-        let mut new = Self { instructions, messages: Vec::new() };
-        new.clear();
-        new
-    }
-
-    fn clear(&mut self) {
-        self.messages = self.instructions.iter().map(|t| Message::new("system", t)).collect();
-    }
-}
-
-/// The action after a line of the user.
-enum Action {
-    /// Answer the messages.
+/// What happens after a command.
+enum After {
+    /// The last message is answered.
     Answer,
-    /// Show a note and read the next line.
+    /// The text is shown.
     Note(String),
-    /// Leave the chat.
     Leave,
 }
 
-pub(super) fn chat(mut answerer: Answerer<'_>, instructions: Option<String>) -> anyhow::Result<()> {
-    let mut editor = DefaultEditor::new()?;
+/// Chats until the user leaves. `first` is answered before the first line is read.
+pub(super) fn chat(
+    answerer: Answerer<'_>,
+    instructions: Option<String>,
+    first: Option<&str>,
+) -> anyhow::Result<()> {
+    // Lines from a pipe are no history of a user.
+    let history = answerer.keeps_history() && std::io::stdin().is_terminal();
+    let mut editor = LineEditor::open(history)?;
     let template = answerer.session.has_template();
     let mode = if template {
         "chatting with the model's template"
     } else {
-        "no chat template: the model continues your text"
+        "no chat template: the conversation is one text, which the model continues"
     };
-    let source = &answerer.session.engine().model.source;
-    let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    terminal::note(format_args!("{name}: {mode}. /help shows the commands."));
-    let mut conversation = Conversation::new(instructions);
-    while let Some(line) = read_message(&mut editor)? {
-        match handle_line(&line, &mut conversation, template) {
-            Action::Answer => turn(&mut answerer, &mut conversation.messages)?,
-            Action::Note(text) => terminal::note(text),
-            Action::Leave => break,
-        }
+    terminal::note(format_args!("{}: {mode}. /help shows the commands.", answerer.name()));
+    let conversation = Conversation::new(instructions, template);
+    let mut chat = Chat { answerer, conversation };
+    if let Some(text) = first {
+        chat.ask(text)?;
     }
-    Ok(())
-}
-
-/// Executes a command, or adds a message to the conversation.
-fn handle_line(line: &str, conversation: &mut Conversation, template: bool) -> Action {
-    let new = || Action::Note("(new conversation)".into());
-    let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
-    match command {
-        "/help" | "/?" => Action::Note(HELP.into()),
-        "/clear" => {
-            conversation.clear();
-            new()
-        }
-        "/system" => {
-            *conversation = Conversation::new(Some(rest.to_owned()).filter(|t| !t.is_empty()));
-            new()
-        }
-        "/exit" | "/bye" | "/quit" => Action::Leave,
-        "/regen" => {
-            let messages = &mut conversation.messages;
-            messages.pop_if(|m| m.role == "assistant");
-            match messages.last() {
-                Some(last) if last.role == "user" => Action::Answer,
-                _ => Action::Note("(there is no message to answer)".into()),
-            }
-        }
-        _ if command.starts_with('/') => {
-            Action::Note(format!("(unknown command {command}; /help lists them)"))
-        }
-        _ => {
-            if !template {
-                conversation.clear();
-            }
-            conversation.messages.push(Message::new("user", line));
-            Action::Answer
-        }
-    }
-}
-
-/// Answers the messages. An error does not end the conversation.
-fn turn(answerer: &mut Answerer<'_>, messages: &mut Vec<Message>) -> anyhow::Result<()> {
-    terminal::cancel_token().reset();
-    match answerer.answer(messages) {
-        Ok(answer) => {
-            terminal::print("\n")?;
-            match answer.finish {
-                Finish::Context => {
-                    terminal::note("(the context is full; /clear starts a new conversation)")
-                }
-                Finish::Interrupted => terminal::note("(stopped)"),
-                Finish::Stop | Finish::Length => {}
-            }
-            answerer.report(&answer);
-            messages.push(Message::new("assistant", answer.text.trim_end()));
-        }
-        Err(e) if terminal::is_broken_pipe(&e) => return Err(e),
-        Err(e) => {
-            terminal::note(format_args!("stb-run: {e:#}"));
-            messages.pop();
-        }
-    }
-    terminal::cancel_token().reset();
-    Ok(())
-}
-
-/// Reads the next non-empty message; `None` at the end of input.
-fn read_message(editor: &mut DefaultEditor) -> anyhow::Result<Option<String>> {
-    let mut warned = false;
-    loop {
-        let line = match editor.readline("> ") {
-            Ok(line) => line,
-            Err(ReadlineError::Interrupted) if warned => return Ok(None),
-            Err(ReadlineError::Interrupted) => {
-                terminal::note("(Ctrl-C again or Ctrl-D leaves)");
-                warned = true;
+    while let Some(input) = editor.read()? {
+        let after = match &input {
+            Input::Block(text) => {
+                chat.ask(text)?;
                 continue;
             }
-            Err(ReadlineError::Eof) => return Ok(None),
-            Err(e) => return Err(e.into()),
-        };
-        let message = match line.trim().strip_prefix("\"\"\"") {
-            Some(first) => match read_block(editor, first)? {
-                Some(message) => message,
-                None => continue,
+            Input::Line(line) => match commands::parse(line) {
+                TypedLine::Message(text) => {
+                    chat.ask(text)?;
+                    continue;
+                }
+                TypedLine::Mistake(note) => After::Note(note),
+                TypedLine::Command(command, rest) => chat.execute(command, rest),
             },
-            None => line.trim().to_owned(),
         };
-        if !message.is_empty() {
-            editor.add_history_entry(&message)?;
-            return Ok(Some(message));
+        match after {
+            After::Answer => chat.answer(chat.conversation.clone())?,
+            After::Note(text) => terminal::note(text),
+            After::Leave => break,
         }
     }
+    Ok(())
 }
 
-/// Reads the rest of a message in triple quotes; `None` if the user cancels it.
-fn read_block(editor: &mut DefaultEditor, first: &str) -> anyhow::Result<Option<String>> {
-    let mut text = first.to_owned();
-    loop {
-        if let Some(whole) = text.trim_end().strip_suffix("\"\"\"") {
-            return Ok(Some(whole.trim().to_owned()));
-        }
-        match editor.readline(". ") {
-            Ok(line) => {
-                text.push('\n');
-                text.push_str(&line);
+impl Chat<'_> {
+    /// Executes a command; `rest` is the text after it.
+    fn execute(&mut self, command: ChatCommand, rest: &str) -> After {
+        let outcome = match command {
+            ChatCommand::Help => Ok(commands::help()),
+            ChatCommand::Clear => Ok(self.restart(self.conversation.instructions.clone())),
+            ChatCommand::System => {
+                Ok(self.restart(Some(rest.to_owned()).filter(|t| !t.is_empty())))
             }
-            Err(ReadlineError::Interrupted | ReadlineError::Eof) => return Ok(None),
-            Err(e) => return Err(e.into()),
+            ChatCommand::Save => self.save(rest),
+            ChatCommand::Load if rest.is_empty() => Ok(saved::list()),
+            ChatCommand::Load => self.load(rest),
+            ChatCommand::Set => self.set(rest),
+            ChatCommand::Show => self.show(rest),
+            ChatCommand::Stats => Ok(self.answerer.statistics()),
+            ChatCommand::Exit => return After::Leave,
+            ChatCommand::Regen => match self.conversation.has_question() {
+                true => return After::Answer,
+                false => Ok("(there is no message to answer)".into()),
+            },
+        };
+        After::Note(outcome.unwrap_or_else(|problem| format!("({problem})")))
+    }
+
+    fn restart(&mut self, instructions: Option<String>) -> String {
+        self.conversation = Conversation::new(instructions, self.conversation.template);
+        "(new conversation)".into()
+    }
+
+    fn save(&self, name: &str) -> Result<String, String> {
+        if name.is_empty() {
+            return Err("/save needs a name, or a path with a slash".into());
         }
+        let chat = SavedChat {
+            model: self.answerer.name(),
+            conversation: self.conversation.clone(),
+            settings: self.answerer.settings.clone(),
+        };
+        let path = saved::path(name).map_err(|e| e.to_string())?;
+        saved::save(&path, &chat).map_err(|e| e.to_string())?;
+        Ok(format!("(saved as {})", path.display()))
+    }
+
+    fn load(&mut self, name: &str) -> Result<String, String> {
+        let path = saved::path(name).map_err(|e| e.to_string())?;
+        let chat = saved::load(&path, &self.answerer.settings).map_err(|e| e.to_string())?;
+        let template = self.conversation.template;
+        self.conversation = Conversation { template, ..chat.conversation };
+        self.answerer.change_settings(chat.settings);
+        let count = self.conversation.messages.len();
+        let other = match chat.model == self.answerer.name() {
+            true => String::new(),
+            false => format!("; it was saved with {}", chat.model),
+        };
+        Ok(format!("(loaded {count} messages and the settings of {}{other})", path.display()))
+    }
+
+    fn set(&mut self, rest: &str) -> Result<String, String> {
+        let (name, value) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
+        let value = value.trim();
+        let mut settings = self.answerer.settings.clone();
+        if name.is_empty() {
+            return Err("/set needs a name and a value; /show lists the settings".into());
+        }
+        settings.set(name, value)?;
+        let changed = settings.get(name)?;
+        self.answerer.change_settings(settings);
+        Ok(format!("({} is {})", changed.name, changed.value))
+    }
+
+    fn show(&self, name: &str) -> Result<String, String> {
+        let settings = &self.answerer.settings;
+        match name {
+            "" => {
+                let model = describe::model(&self.answerer, &self.conversation);
+                let list: String = settings.list().iter().map(describe::setting).collect();
+                Ok(format!("{model}\n{}", list.trim_end()))
+            }
+            "model" => Ok(describe::model(&self.answerer, &self.conversation)),
+            name => Ok(describe::setting(&settings.get(name)?).trim_end().to_owned()),
+        }
+    }
+
+    /// Adds a message and answers it.
+    fn ask(&mut self, text: &str) -> anyhow::Result<()> {
+        let mut next = self.conversation.clone();
+        next.push_question(text);
+        self.answer(next)
+    }
+
+    /// Answers the last question of `next`, which becomes the conversation unless there is an error.
+    fn answer(&mut self, mut next: Conversation) -> anyhow::Result<()> {
+        terminal::cancel_token().reset();
+        next.reopen();
+        let outcome =
+            self.answerer.fit(&mut next).map_err(anyhow::Error::from).and_then(|dropped| {
+                if dropped > 0 {
+                    terminal::note(format_args!(
+                        "(the context of {} tokens is full: dropped the oldest {})",
+                        self.answerer.session.context(),
+                        if dropped == 1 { "turn".to_owned() } else { format!("{dropped} turns") }
+                    ));
+                }
+                self.answerer.answer(&next.prompt())
+            });
+        match outcome {
+            Ok(answer) => {
+                terminal::print("\n")?;
+                match answer.finish {
+                    Finish::Context => terminal::note(
+                        "(the context is full, which ends the answer; the next message drops the oldest turns)",
+                    ),
+                    Finish::Interrupted => terminal::note("(stopped)"),
+                    Finish::Stop | Finish::Length => {}
+                }
+                self.answerer.report(&answer);
+                next.push_answer(&answer.text);
+                self.conversation = next;
+            }
+            Err(e) if terminal::is_broken_pipe(&e) => return Err(e),
+            Err(e) => terminal::note(format_args!("stb-run: {e:#}")),
+        }
+        terminal::cancel_token().reset();
+        Ok(())
     }
 }

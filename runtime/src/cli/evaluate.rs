@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value as Json, json};
 use stb_runtime::{
     Divergence, Engine, Error, Estimate, Perplexity, PerplexityOptions, Reference, Task,
-    TaskResult, TextLayout, ZeroShotOptions, perplexity as measure, zero_shot as answer,
+    TaskResult, TextLayout, ZeroShotOptions, is_json_lines, perplexity as measure, read_text,
+    zero_shot as answer,
 };
 
 use super::args::{PerplexityArgs, ZeroShotArgs, task_names};
@@ -16,9 +17,12 @@ use super::load::open_exact;
 use super::terminal;
 
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
-    let text = std::fs::read(&args.text).map_err(|e| Error::io(&args.text, e))?;
-    let text = String::from_utf8(text)
-        .map_err(|_| Error::invalid(format!("{} is not UTF-8 text", args.text.display())))?;
+    let text = read_text(&args.text)?;
+    let is_json = is_json_lines(&args.text);
+    if is_json && (args.rows || args.separator.is_some()) {
+        let what = "a .jsonl file has a document per line: leave out --rows and --separator";
+        return Err(Error::usage(what).into());
+    }
     let engine = open_exact(&args.file, &args.load)?;
     let reference =
         args.reference.as_deref().map(|path| open_exact(path, &args.load)).transpose()?;
@@ -26,6 +30,7 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let layout = match &args.separator {
         Some(separator) => TextLayout::Documents(separator.clone()),
         None if args.rows => TextLayout::Rows,
+        None if is_json => TextLayout::JsonLines,
         None => TextLayout::Whole,
     };
     let options = PerplexityOptions {

@@ -23,8 +23,8 @@ pub(super) struct LoadArgs {
     /// Lock the mapped file in memory, so that it is never paged out
     #[arg(long, env = "STB_MLOCK", conflicts_with = "no_mmap")]
     pub mlock: bool,
-    /// What to check before use: tensor checksums of files up to 1 GiB, everything, or structure
-    /// and metadata only
+    /// What to check before use: tensor checksums (of files above 1 GiB once, until they change),
+    /// everything, or structure and metadata only
     #[arg(long, value_name = "WHAT", env = "STB_VERIFY", default_value = "auto")]
     pub verify: VerifyArg,
     /// Do not quantize activations to 8 bits; slower

@@ -4,22 +4,30 @@ mod answer;
 mod args;
 mod bench;
 mod chat;
+mod commands;
+mod conversation;
+mod describe;
 mod devices;
+mod editor;
 mod evaluate;
+mod folders;
 mod load;
+mod mistakes;
 mod run;
+mod saved;
 #[cfg(feature = "serve")]
 mod serve;
+mod settings;
 mod terminal;
 
 use std::process::ExitCode;
 
 use args::{Cli, Command};
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use load::in_pool;
 
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse_from(args::long_names(std::env::args_os()));
+    let cli = mistakes::parse();
     if !cli.catches_signals() {
         terminal::catch_interrupts();
     }
@@ -37,8 +45,11 @@ pub(crate) fn main() -> ExitCode {
         #[cfg(feature = "serve")]
         Some(Command::Serve(args)) => serve::run(args),
         None if cli.list_devices => devices::list(),
-        None => match &cli.run.file {
-            Some(file) => run::run(file, &cli.run),
+        None => match cli.run.file.as_ref().or(cli.run.model.as_ref()) {
+            Some(file) => {
+                mistakes::refuse_command(file);
+                run::run(file, &cli.run)
+            }
             None => {
                 let kind = clap::error::ErrorKind::MissingRequiredArgument;
                 Cli::command().error(kind, "give a model file").exit()

@@ -13,12 +13,16 @@ use super::load::{self, LoadArgs};
 #[derive(Args)]
 pub(super) struct ServeArgs {
     /// .stb files or checkpoints; with several, the field "model" of a request chooses one by its
-    /// file name without the extension
+    /// alias, else by its file name without the extension
     #[arg(required_unless_present = "models")]
     pub files: Vec<PathBuf>,
     /// The same as FILE, as llama-server has it
     #[arg(short, long = "model", value_name = "FILE")]
     pub models: Vec<PathBuf>,
+    /// Name of a model in the API, instead of that of its file; given several times, the names of the
+    /// files in their order
+    #[arg(short, long, value_name = "NAME")]
+    pub alias: Vec<String>,
     #[command(flatten)]
     pub load: LoadArgs,
     /// Address to listen on. Addresses that other machines can reach need a key
@@ -83,6 +87,7 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<()> {
         open: load::open_options(&args.load),
         keys: keys(&args)?,
         files: args.files.into_iter().chain(args.models).collect(),
+        aliases: args.alias,
         template: !args.no_template,
         host: args.host,
         port: args.port,

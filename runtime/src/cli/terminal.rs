@@ -40,18 +40,32 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 pub(crate) fn print(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     if out.is_terminal() {
-        let shown = |c: char| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c };
-        out.write_all(text.chars().map(shown).collect::<String>().as_bytes())?;
+        out.write_all(harmless(text).as_bytes())?;
     } else {
         out.write_all(text.as_bytes())?;
     }
     out.flush()
 }
 
+/// The text with � for control characters.
+fn harmless(text: &str) -> String {
+    let shown = |c: char| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c };
+    text.chars().map(shown).collect()
+}
+
 /// The peak memory of this process in bytes; `None` on systems other than Linux.
 pub(crate) fn peak_memory() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// The memory of this process in bytes; `None` on systems other than Linux.
+pub(crate) fn memory() -> Option<u64> {
+    status("VmRSS:")
+}
+
+fn status(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let line = status.lines().find(|l| l.starts_with(name))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }
@@ -61,9 +75,13 @@ pub(crate) fn line(text: impl std::fmt::Display) -> std::io::Result<()> {
     writeln!(std::io::stdout().lock(), "{text}")
 }
 
-/// Writes a line to standard error, ignoring errors.
+/// Writes a line to standard error, ignoring errors. Like [`print`], it shows no control characters on a terminal:
+/// names in files may have them.
 pub(crate) fn note(text: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let mut err = std::io::stderr().lock();
+    let text = text.to_string();
+    let text = if err.is_terminal() { harmless(&text) } else { text };
+    let _ = writeln!(err, "{text}");
 }
 
 /// A number of bytes with a unit.

@@ -15,6 +15,6 @@ pub use open::{open_for_windows, open_to_measure};
 pub use perplexity::{Perplexity, PerplexityOptions, perplexity};
 pub use reference::{KeptLogits, Reference};
 pub use tasks::{ChoicePrompt, Question, Task};
-pub use text::TextLayout;
+pub use text::{TextLayout, is_json_lines, read_text};
 pub use window::{Divergence, PIECE_BYTES, WindowLogits, WindowLosses, compare_windows};
 pub use zero_shot::{Score, TaskResult, ZeroShotOptions, score_question, zero_shot};

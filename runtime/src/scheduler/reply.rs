@@ -147,6 +147,7 @@ impl<'t> Reply<'t> {
         let first = self.first_token.unwrap_or(now);
         self.usage.cached_tokens = cached;
         let timings = &mut self.usage.timings;
+        timings.reused_tokens = cached;
         timings.prefill_tokens = self.usage.prompt_tokens - cached;
         timings.prefill = first - self.started;
         timings.decode = now - first;

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 use super::app::App;
 use super::calls::{CallFormat, CallReader};
 use super::chat_reply::{ChatAssembler, ChatCompletion};
-use super::error::{ApiError, ErrorBody};
+use super::error::ApiError;
 use super::generation::{Generation, Order};
 use super::grammar::{GrammarFields, Rule};
 use super::messages::{ChatMessage, ChatRole, for_template, spelled_out};
@@ -71,11 +71,7 @@ struct PreparedChat {
 /// Answers a conversation.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "chat", request_body = ChatRequest, responses(
     (status = 200, description = "The answers; with `stream`, server-sent events of ChatChunk", body = ChatCompletion),
-    (status = 400, description = "A wrong value, or a prompt that is too long", body = ErrorBody),
-    (status = 401, description = "No key or a wrong one", body = ErrorBody),
-    (status = 404, description = "No such model", body = ErrorBody),
-    (status = 429, description = "The queue is full", body = ErrorBody),
-    (status = 503, description = "The model is being loaded", body = ErrorBody),
+    ApiError,
 ))]
 pub(crate) async fn chat_completions(
     State(app): State<Arc<App>>,

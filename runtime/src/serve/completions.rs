@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 use super::app::App;
 use super::completion_reply::{CompletionAssembler, TextCompletion};
-use super::error::{ApiError, ErrorBody};
+use super::error::ApiError;
 use super::generation::{Generation, Order};
 use super::grammar::{GrammarFields, Rule};
 use super::models::Loaded;
@@ -67,11 +67,7 @@ struct PreparedCompletion {
 /// Continues texts.
 #[utoipa::path(post, path = "/v1/completions", tag = "completions", request_body = CompletionRequest, responses(
     (status = 200, description = "The answers; with `stream`, server-sent events of TextCompletion", body = TextCompletion),
-    (status = 400, description = "A wrong value, or a prompt that is too long", body = ErrorBody),
-    (status = 401, description = "No key or a wrong one", body = ErrorBody),
-    (status = 404, description = "No such model", body = ErrorBody),
-    (status = 429, description = "The queue is full", body = ErrorBody),
-    (status = 503, description = "The model is being loaded", body = ErrorBody),
+    ApiError,
 ))]
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,

@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use utoipa::ToSchema;
 
 use super::app::App;
-use super::error::{ApiError, ErrorBody};
+use super::error::ApiError;
 use super::models::Loaded;
 use super::prompt::Prompts;
 use super::trace::Trace;
@@ -82,11 +82,7 @@ pub(crate) struct EmbeddingUsage {
 /// Computes embeddings of texts.
 #[utoipa::path(post, path = "/v1/embeddings", tag = "embeddings", request_body = EmbeddingRequest, responses(
     (status = 200, description = "The embeddings", body = EmbeddingReply),
-    (status = 400, description = "A wrong value, or a text that is too long", body = ErrorBody),
-    (status = 401, description = "No key or a wrong one", body = ErrorBody),
-    (status = 404, description = "No such model", body = ErrorBody),
-    (status = 429, description = "The queue is full", body = ErrorBody),
-    (status = 503, description = "The model is being loaded", body = ErrorBody),
+    ApiError,
 ))]
 pub(crate) async fn embeddings(
     State(app): State<Arc<App>>,

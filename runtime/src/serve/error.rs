@@ -1,9 +1,12 @@
 //! [`ApiError`]: errors in the format of OpenAI's API.
 
+use std::collections::BTreeMap;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use utoipa::ToSchema;
+use utoipa::openapi::{ContentBuilder, Ref, RefOr, ResponseBuilder};
+use utoipa::{IntoResponses, ToSchema};
 
 use super::respond;
 use crate::error::{Error, ErrorKind};
@@ -149,6 +152,31 @@ impl From<Error> for ApiError {
             ErrorKind::Usage | ErrorKind::Invalid => Self::bad_request(error.to_string()),
             _ => Self::internal(error.to_string()),
         }
+    }
+}
+
+/// The errors of all requests that use a model.
+const RESPONSES: [(&str, &str); 9] = [
+    ("400", "A wrong value, or a prompt that is too long"),
+    ("401", "No key or a wrong one"),
+    ("403", "A page or a host name that may not use the server"),
+    ("404", "No such model"),
+    ("408", "The body did not arrive in time"),
+    ("413", "The body is too large"),
+    ("429", "The queue is full"),
+    ("503", "The model is being loaded, or the server is shutting down"),
+    ("504", "The answer took longer than the time limit"),
+];
+
+/// The errors in the description of the API.
+impl IntoResponses for ApiError {
+    fn responses() -> BTreeMap<String, RefOr<utoipa::openapi::Response>> {
+        let response = |description: &str| {
+            let body = Ref::from_schema_name("ErrorBody");
+            let content = ContentBuilder::new().schema(Some(body)).build();
+            ResponseBuilder::new().description(description).content("application/json", content)
+        };
+        RESPONSES.map(|(status, text)| (status.to_owned(), response(text).into())).into()
     }
 }
 

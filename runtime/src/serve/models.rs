@@ -48,14 +48,22 @@ impl Models {
     /// The models of these files, none of them loaded.
     ///
     /// # Errors
-    /// [`Error::Usage`] if two have the same name.
+    /// [`Error::Usage`] if two have the same name, or an alias is no name or one too many.
     pub fn new(options: &ServeOptions) -> Result<Self> {
+        let aliases = &options.aliases;
+        if aliases.len() > options.files.len() {
+            let text = format!("{} aliases for {} models", aliases.len(), options.files.len());
+            return Err(Error::usage(format!("{text}: give --alias once for each file at most")));
+        }
+        if aliases.iter().any(|name| name.is_empty() || name.chars().any(char::is_control)) {
+            return Err(Error::usage("--alias: a name has letters, and no control characters"));
+        }
         let mut all: Vec<Served> = Vec::new();
-        for file in &options.files {
-            let name = name_of(file);
+        for (i, file) in options.files.iter().enumerate() {
+            let name = aliases.get(i).cloned().unwrap_or_else(|| name_of(file));
             if let Some(other) = all.iter().find(|m| m.name == name) {
                 return Err(Error::usage(format!(
-                    "{} and {} would both be called {name}: rename one",
+                    "{} and {} would both be called {name}: give them names with --alias",
                     other.file.display(),
                     file.display()
                 )));

@@ -8,7 +8,7 @@ use axum::response::Response;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{chat, chat_reply, completions, embeddings, info, tokens};
+use super::{chat, chat_reply, completions, embeddings, error, info, tokens};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -26,7 +26,7 @@ use super::{chat, chat_reply, completions, embeddings, info, tokens};
         tokens::detokenize,
         document,
     ),
-    components(schemas(chat_reply::ChatChunk)),
+    components(schemas(chat_reply::ChatChunk, error::ErrorBody, error::ErrorFields)),
     modifiers(&Key),
     security((), ("key" = [])),
 )]
@@ -46,7 +46,7 @@ impl Modify for Key {
 /// This description.
 #[utoipa::path(get, path = "/openapi.json", tag = "server", responses(
     (status = 200, description = "The description of the API", body = Object),
-    (status = 401, description = "No key or a wrong one", body = super::error::ErrorBody),
+    (status = 401, description = "No key or a wrong one", body = error::ErrorBody),
 ))]
 pub(crate) async fn document() -> Response {
     static TEXT: LazyLock<String> = LazyLock::new(|| Api::openapi().to_json().unwrap_or_default());

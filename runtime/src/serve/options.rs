@@ -13,6 +13,8 @@ use crate::scheduler::SchedulerOptions;
 pub struct ServeOptions {
     /// The models: `.stb` files or checkpoints.
     pub files: Vec<PathBuf>,
+    /// Names of the models, in the order of the files. The others have the names of their files.
+    pub aliases: Vec<String>,
     /// How to open them.
     pub open: OpenOptions,
     /// Whether to use the chat templates of the models.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::app::App;
-use super::error::{ApiError, ErrorBody};
+use super::error::ApiError;
 use super::prompt::Prompts;
 use super::{json, respond};
 
@@ -74,10 +74,7 @@ pub(crate) struct DetokenizeReply {
 /// Splits a text into tokens.
 #[utoipa::path(post, path = "/tokenize", tag = "tokens", request_body = TokenizeRequest, responses(
     (status = 200, description = "The tokens", body = TokenizeReply),
-    (status = 400, description = "A wrong value", body = ErrorBody),
-    (status = 401, description = "No key or a wrong one", body = ErrorBody),
-    (status = 404, description = "No such model", body = ErrorBody),
-    (status = 503, description = "The model is being loaded", body = ErrorBody),
+    ApiError,
 ))]
 pub(crate) async fn tokenize(
     State(app): State<Arc<App>>,
@@ -109,10 +106,7 @@ pub(crate) async fn tokenize(
 /// Turns tokens into text.
 #[utoipa::path(post, path = "/detokenize", tag = "tokens", request_body = DetokenizeRequest, responses(
     (status = 200, description = "The text", body = DetokenizeReply),
-    (status = 400, description = "A wrong value", body = ErrorBody),
-    (status = 401, description = "No key or a wrong one", body = ErrorBody),
-    (status = 404, description = "No such model", body = ErrorBody),
-    (status = 503, description = "The model is being loaded", body = ErrorBody),
+    ApiError,
 ))]
 pub(crate) async fn detokenize(
     State(app): State<Arc<App>>,

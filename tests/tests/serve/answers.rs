@@ -195,6 +195,23 @@ fn answers_follow_schemas_grammars_and_tools() {
 }
 
 #[test]
+fn models_have_the_names_that_they_are_given() {
+    let model = quill();
+    let model = model.to_str().unwrap();
+    let server = Server::start(&[model, model, "-a", "cat", "--alias", "dog"]);
+    let models = server.get("/v1/models").success();
+    assert_eq!(
+        (&models["data"][0]["id"], &models["data"][1]["id"]),
+        (&"cat".into(), &"dog".into())
+    );
+    let ask = |name: &str| server.post(TEXT, &continuation(STORY, json!({"model": name})));
+    assert_eq!(ask("dog").success()["model"], "dog");
+    assert_eq!(server.get("/stb/info?model=cat").success()["name"], "cat");
+    let error = ask("quill-4m").error(404);
+    assert!(error["message"].as_str().unwrap().contains("cat, dog"), "{error}");
+}
+
+#[test]
 fn models_tokens_embeddings_and_descriptions() {
     let server = quill_server(&[]);
     let models = server.get("/v1/models").success();

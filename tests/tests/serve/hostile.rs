@@ -211,6 +211,8 @@ fn a_server_that_cannot_start_says_why() {
     assert!(error.contains("--api-key") && error.trim_end().lines().count() == 1, "{error}");
     assert!(failed(&[model, "--host", "no such host"], 2).contains("no such host"));
     assert!(failed(&[model, model], 2).contains("quill-4m"));
+    assert!(failed(&[model, model, "-a", "x", "-a", "x"], 2).contains("would both be called x"));
+    assert!(failed(&[model, "-a", "x", "-a", "y"], 2).contains("2 aliases for 1 models"));
     assert!(failed(&["missing.stb"], 3).contains("missing.stb"));
     assert!(failed(&[model, "--api-key-file", "missing"], 3).contains("missing"));
     let server = quill_server(&[]);
@@ -220,13 +222,40 @@ fn a_server_that_cannot_start_says_why() {
 
 #[test]
 fn a_killed_server_can_be_started_again() {
-    let server = quill_server(&[]);
+    let home = tempfile::tempdir().unwrap();
+    let model = quill();
+    let model = model.to_str().unwrap();
+    let server = Server::start_at_home(home.path(), &[model]);
     let port = server.address.rsplit(':').next().unwrap().to_owned();
-    let mut stream = server.begin(TEXT, &long());
-    stream.read_exact(&mut [0]).unwrap();
+    let prompts = ["One day", "Once upon a time", "The cat", "There was"];
+    let answer = |server: &Server, prompt: &str| {
+        let reply = server.post(TEXT, &continuation(prompt, json!({}))).success();
+        reply["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    let before = prompts.map(|prompt| answer(&server, prompt));
+    let mut streams = prompts.map(|_| server.begin(TEXT, &long()));
+    // All of them have got the beginning of their answers.
+    streams.iter_mut().for_each(|stream| stream.read_exact(&mut [0; 300]).unwrap());
     server.signal("KILL");
     let _ = server.wait();
-    let model = quill();
-    let again = Server::start(&[model.to_str().unwrap(), "--port", &port]);
-    assert_eq!(again.post(TEXT, &continuation("One day", json!({}))).status, 200);
+    let again = Server::start_at_home(home.path(), &[model, "--port", &port]);
+    for stream in streams {
+        let rest = read_to_end(stream);
+        assert!(!rest.contains("[DONE]"), "{rest}");
+    }
+    let after = std::thread::scope(|scope| {
+        let again = &again;
+        let ask = |prompt| scope.spawn(move || answer(again, prompt));
+        prompts.map(ask).map(|client| client.join().unwrap())
+    });
+    assert_eq!(after, before);
+    drop(again);
+    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0, "a file was left");
+}
+
+/// What still comes over a connection, which may be reset.
+fn read_to_end(mut stream: std::net::TcpStream) -> String {
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
 }

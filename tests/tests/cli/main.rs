@@ -1,5 +1,8 @@
 //! Error messages, and the output that pipes and scripts rely on.
 
+mod chat;
+mod newcomers;
+
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -116,6 +119,15 @@ fn wrong_usage_is_explained() {
     let source = folder.path().join("model");
     let cases: Vec<(&str, Vec<&str>, &str)> = vec![
         ("stb-run", vec![], "give a model file"),
+        // The input of these programs is empty.
+        ("stb-run", vec![text(&file)], "there is no prompt"),
+        ("stb-run", vec![text(&file), "bench"], "a command comes first: stb-run bench "),
+        ("stb-run", vec!["serv", text(&file)], "did you mean stb-run serve?"),
+        ("stb-run", vec!["perplexit"], "did you mean stb-run perplexity?"),
+        ("stb-run", vec![text(&file), "Hello"], "a prompt is --prompt TEXT"),
+        ("stb-convert", vec!["insepct", text(&file)], "did you mean stb-convert inspect?"),
+        ("stb-convert", vec![text(&file), "verify"], "a command comes first: stb-convert verify "),
+        ("stb-convert", vec![text(&file), text(&out), "more"], "one argument too many"),
         ("stb-run", vec![text(&file), "--temp", "-1"], "finite number"),
         ("stb-run", vec![text(&file), "--top-p", "1.5"], "between 0 and 1"),
         ("stb-run", vec![text(&file), "--no-such-flag"], "--no-such-flag"),
@@ -229,7 +241,7 @@ fn output_that_cannot_be_written_is_an_error() {
     let source = folder.path().join("model");
     let nowhere = folder.path().join("no/such/folder/out.stb");
     let error = run("stb-convert", &[text(&source), text(&nowhere)]).failure(3);
-    assert!(error.contains("no/such/folder"), "{error}");
+    assert!(error.contains("no/such/folder/out.stb: there is no folder"), "{error}");
 }
 
 /// Standard output is model text and nothing else; statistics are JSON on standard error.
