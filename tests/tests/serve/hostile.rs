@@ -228,11 +228,15 @@ fn a_killed_server_can_be_started_again() {
     let server = Server::start_at_home(home.path(), &[model]);
     let port = server.address.rsplit(':').next().unwrap().to_owned();
     let prompts = ["One day", "Once upon a time", "The cat", "There was"];
-    let answer = |server: &Server, prompt: &str| {
-        let reply = server.post(TEXT, &continuation(prompt, json!({}))).success();
-        reply["choices"][0]["text"].as_str().unwrap().to_owned()
+    // All of them at once.
+    let answers = |server: &Server| {
+        let clients = prompts.map(|p| server.begin(TEXT, &continuation(p, json!({}))));
+        clients.map(|client| {
+            let reply = read_reply(client).success();
+            reply["choices"][0]["text"].as_str().unwrap().to_owned()
+        })
     };
-    let before = prompts.map(|prompt| answer(&server, prompt));
+    let before = answers(&server);
     let mut streams = prompts.map(|_| server.begin(TEXT, &long()));
     // All of them have got the beginning of their answers.
     streams.iter_mut().for_each(|stream| stream.read_exact(&mut [0; 300]).unwrap());
@@ -243,11 +247,7 @@ fn a_killed_server_can_be_started_again() {
         let rest = read_to_end(stream);
         assert!(!rest.contains("[DONE]"), "{rest}");
     }
-    let after = std::thread::scope(|scope| {
-        let again = &again;
-        let ask = |prompt| scope.spawn(move || answer(again, prompt));
-        prompts.map(ask).map(|client| client.join().unwrap())
-    });
+    let after = answers(&again);
     assert_eq!(after, before);
     drop(again);
     assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0, "a file was left");
