@@ -12,6 +12,7 @@ const encodingOf = ({ encoding, encodingName, settings }) => {
   if (encodingName === null) return `unknown (${encoding})`;
   if (encodingName.endsWith('group')) return `${encodingName} of ${settings.group}, ${settings.bits}-bit`;
   if (encodingName === 'stbllm') return `stbllm ${settings.n}:8, blocks of ${settings.block}`;
+  if (encodingName === 'mixed rows') return `mixed rows: ${encodingOf(settings.all)}; ${countText(settings.count)} listed as ${encodingOf(settings.listed)}`;
   if (encodingName !== 'nm') return encodingName;
   return `nm ${settings.n}:${settings.m}${settings.scaleBits ? `, ${settings.scaleBits}-bit scales of ${settings.block}` : ''}${settings.factors ? ', column factors' : ''}`;
 };

@@ -1,13 +1,14 @@
 /** Dense tensors, ids 1 to 3: spec/encodings.md §2. */
 
 import { F16, viewOf } from './bytes.js';
+import { byWindows } from './windows.js';
 
 /**
  * A dense encoding.
  * @param {string} name
  * @param {number} width bytes of an element
  * @param {(view: DataView, at: number) => number} read
- * @returns {import('./encodings.js').Encoding}
+ * @returns {import('./windows.js').WindowEncoding}
  */
 function dense(name, width, read) {
   return {
@@ -46,6 +47,6 @@ function readBf16(view, at) {
   return BITS.getFloat32(0);
 }
 
-export const F32 = dense('f32', 4, (view, at) => view.getFloat32(at, true));
-export const F16_DENSE = dense('f16', 2, (view, at) => F16[view.getUint16(at, true)]);
-export const BF16 = dense('bf16', 2, readBf16);
+export const F32 = byWindows(dense('f32', 4, (view, at) => view.getFloat32(at, true)));
+export const F16_DENSE = byWindows(dense('f16', 2, (view, at) => F16[view.getUint16(at, true)]));
+export const BF16 = byWindows(dense('bf16', 2, readBf16));

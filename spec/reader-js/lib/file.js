@@ -51,7 +51,7 @@ export class StbFile {
 
   /**
    * The weights of a tensor, or some of its rows, in row-major order. The whole payload is checked before the first weights of a
-   * tensor are handed out (STB-R-050, then 040 to 044), so the first call for a tensor reads all of it.
+   * tensor are handed out (STB-R-050, then 040 to 045), so the first call for a tensor reads all of it.
    * @param {string | Tensor} which
    * @param {{ firstRow?: number, rows?: number }} [range] all rows by default; the last dimension is a row
    * @returns {Promise<Float32Array>}
@@ -67,7 +67,7 @@ export class StbFile {
   }
 
   /**
-   * Checks everything that `open` did not: STB-R-039 to 044 for all tensors and, of a model file, STB-R-060 to 064.
+   * Checks everything that `open` did not: STB-R-039 to 045 for all tensors and, of a model file, STB-R-060 to 064.
    * @param {(done: number, total: number) => void} [progress] bytes of DATA
    * @returns {Promise<void>} throws the error of the first broken rule
    */

@@ -1,6 +1,7 @@
 /** Integer groups, ids 16 and 17: spec/encodings.md §3. */
 
 import { F16, finiteF16, isZero, viewOf } from './bytes.js';
+import { byWindows } from './windows.js';
 
 /** Codes by bits: element q is what the bits q of a code mean. */
 const CODES = {
@@ -41,7 +42,7 @@ function unpack(codes, at, bits, row) {
  * An encoding of integer groups.
  * @param {string} name
  * @param {number[]} widths bits that a code may have
- * @returns {import('./encodings.js').Encoding}
+ * @returns {import('./windows.js').WindowEncoding}
  */
 function intGroup(name, widths) {
   return {
@@ -94,5 +95,5 @@ function intGroup(name, widths) {
   };
 }
 
-export const INT_GROUP = intGroup('int group', [4, 8]);
-export const ODD_GROUP = intGroup('odd group', [1, 2, 3]);
+export const INT_GROUP = byWindows(intGroup('int group', [4, 8]));
+export const ODD_GROUP = byWindows(intGroup('odd group', [1, 2, 3]));

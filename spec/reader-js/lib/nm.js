@@ -1,6 +1,7 @@
 /** N:M sparse signs, id 48: spec/encodings.md §5. */
 
 import { F16, finiteF16, isZero, viewOf } from './bytes.js';
+import { byWindows } from './windows.js';
 
 const TILE = 16;
 const VECTOR = 64;
@@ -93,7 +94,7 @@ function blockScale(scales, at, k, scaleBits, i) {
  * Writes the weights of a group into a row of `out`.
  * @param {number} x code of the group
  * @param {Settings} settings
- * @param {import('./encodings.js').Layout} layout
+ * @param {import('./windows.js').Layout} layout
  * @param {{ scale: number, factors: DataView | null }} magnitude of the group, and column factors
  * @param {number} from first column of the group
  * @param {Float32Array} out
@@ -113,8 +114,8 @@ function decodeGroup(x, { n, m }, { cols, beta, positionBits }, { scale, factors
   if (n === 2 && j !== i) put(j, (s === 1) !== i > j);
 }
 
-/** @type {import('./encodings.js').Encoding} */
-export const NM = {
+/** @type {import('./windows.js').WindowEncoding} */
+const WINDOWED = {
   name: 'nm',
   matrix: true,
   settings(params, fail) {
@@ -185,3 +186,5 @@ export const NM = {
     }
   },
 };
+
+export const NM = byWindows(WINDOWED);

@@ -158,6 +158,27 @@ export class HttpSource {
   }
 }
 
+/** A part of another source. @implements {Source} */
+export class PartSource {
+  #source;
+  #offset;
+
+  /**
+   * @param {Source} source
+   * @param {number} offset first byte of the part
+   * @param {number} size
+   */
+  constructor(source, offset, size) {
+    this.#source = source;
+    this.#offset = offset;
+    this.size = size;
+  }
+
+  read(offset, length) {
+    return this.#source.read(this.#offset + offset, length);
+  }
+}
+
 /**
  * The source for whatever a caller has.
  * @param {Blob | ArrayBuffer | Uint8Array | URL | string | Source} input a string is a URL

@@ -1,6 +1,7 @@
 /** STBLLM, id 32: spec/encodings.md §4. Units of 64 columns are taken as eight groups, whose bits are bytes. */
 
 import { F16, finiteF16, viewOf } from './bytes.js';
+import { byWindows } from './windows.js';
 
 const POPCOUNT = Uint8Array.from({ length: 256 }, (_, byte) => byte.toString(2).replaceAll('0', '').length);
 const UNIT = 64;
@@ -21,7 +22,7 @@ function signsOf(signs, at, n, group) {
 
 /**
  * Checks the states of a unit of row `first + r`: STB-R-043 for its groups, then 044.
- * @param {import('./encodings.js').Layout} layout
+ * @param {import('./windows.js').Layout} layout
  * @param {number} n
  * @param {Uint8Array} salient
  * @param {Uint8Array} states
@@ -70,8 +71,8 @@ function decodeGroup(low, high, salient, signs, magnitudes, out, at) {
   }
 }
 
-/** @type {import('./encodings.js').Encoding} */
-export const STBLLM = {
+/** @type {import('./windows.js').WindowEncoding} */
+const WINDOWED = {
   name: 'stbllm',
   matrix: true,
   settings(params, fail) {
@@ -134,3 +135,5 @@ export const STBLLM = {
     }
   },
 };
+
+export const STBLLM = byWindows(WINDOWED);

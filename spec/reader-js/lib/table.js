@@ -1,8 +1,9 @@
 /** The TENSORS section: spec/container.md §3.3, step 5 of §4. */
 
 import { alignUp, ascii, isZero, viewOf } from './bytes.js';
-import { encodingOf, layoutOf } from './encodings.js';
+import { encodingOf } from './encodings.js';
 import { broken, require } from './errors.js';
+import { layoutOf } from './layout.js';
 
 const HEADER = 16;
 const ENTRY = 96;

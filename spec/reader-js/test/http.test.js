@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
 import { HttpSource, open, StbSourceError } from '../index.js';
-import { build, layOut, serve, vector } from './support.js';
+import { build, layOut, mixedRows, serve, vector } from './support.js';
 
 const servers = [];
 after(() => servers.forEach((server) => server.close()));
@@ -36,6 +36,25 @@ test('a file on a server is the file in memory', async () => {
   assert.deepEqual(remote.tensors, local.tensors);
   for (const { name } of local.tensors) assert.deepEqual(await remote.decode(name), await local.decode(name));
   await remote.verify();
+});
+
+test('a few rows of a mixed table need a few parts of it', async () => {
+  const [rows, cols] = [100000, 64];
+  const list = Array.from({ length: 40000 }, (_, i) => 2 * i + (i > 20000 ? 1 : 0));
+  const table = build([mixedRows(rows, cols, list)]);
+  const { url } = await started({ files: { 'table.stb': table } });
+  const source = await HttpSource.open(`${url}table.stb`);
+  const file = await open(source);
+  await file.decode('mixed', { rows: 0 });
+  const places = new Map(list.map((row, i) => [row, i]));
+  for (const firstRow of [0, 39990, 79990, 99990]) {
+    const [received, requests] = [source.received, source.requests];
+    const weights = await file.decode('mixed', { firstRow, rows: 10 });
+    const expected = Array.from({ length: 10 }, (_, i) => (places.has(firstRow + i) ? (places.get(firstRow + i) % 256) - 128 : 1));
+    assert.deepEqual([...weights], expected.flatMap((value) => Array(cols).fill(value)), `rows from ${firstRow}`);
+    assert.ok(source.received - received < 150000, `${source.received - received} of ${table.length} bytes`);
+    assert.ok(source.requests - requests <= 8, `${source.requests - requests} requests`);
+  }
 });
 
 test('an empty and a short file on a server break STB-R-001', async () => {

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { Browser, findChromium } from './browser.js';
-import { build, serve, vector } from './support.js';
+import { build, mixedRows, serve, vector } from './support.js';
 
 const FOLDER = new URL('../', import.meta.url);
 const chromium = findChromium();
@@ -19,6 +19,7 @@ const hostile = build(
   [
     { name: HOSTILE.replaceAll(' ', '/'), shape: [4], encoding: 2, payload: f16(0x3c00, 0xbc00, 0, 0x4000) },
     { name: 'of-an-unknown-encoding', shape: [2, 2], encoding: 0x80000001, payload: Uint8Array.of(1, 2, 3) },
+    mixedRows(5, 32, [1, 4]),
   ],
   {
     'x.text': `${HOSTILE}\u202e\u0007`,
@@ -101,6 +102,7 @@ test('what a file says is text, and invisible characters are spelled out', { ski
   assert.ok(shown.includes(`${HOSTILE}\\u{202e}\\u{7}`));
   assert.ok(shown.includes('18446744073709551615'));
   assert.ok(shown.includes('unknown (2147483649)'));
+  assert.ok(shown.includes('mixed rows: odd group of 32, 1-bit; 2 listed as int group of 32, 8-bit'));
   assert.ok(shown.includes('not usable'));
   await click('summary');
   await browser.wait(`document.querySelector('pre').textContent.length === 20000`);

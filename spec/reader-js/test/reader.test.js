@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { open, StbError, verdictOf, Xxh3, xxh3 } from '../index.js';
-import { build, MANIFEST, random, vector } from './support.js';
+import { build, MANIFEST, mixedRows, random, vector } from './support.js';
 
 test('checksums are those of checksum.md, in one piece and in many', () => {
   const page = readFileSync(new URL('../../checksum.md', import.meta.url), 'utf8');
@@ -55,6 +55,19 @@ test('tensors that are read in several pieces decode as in one', async () => {
   assert.equal(Buffer.compare(Buffer.from(weights.buffer), Buffer.from(expected.buffer)), 0);
   const part = await file.decode('w', { firstRow: 3999, rows: 1500 });
   assert.deepEqual(part, expected.subarray(3999 * cols, 5499 * cols));
+});
+
+test('listed rows that are read in several pieces decode as in one', async () => {
+  const next = random(7);
+  const [rows, cols] = [40000, 256];
+  const list = Array.from({ length: rows }, (_, i) => i).filter(() => next(10) > 2);
+  const file = await open(new Blob([build([mixedRows(rows, cols, list)])]));
+  const expected = new Float32Array(rows * cols).fill(1);
+  list.forEach((row, i) => expected.fill((i % 256) - 128, row * cols, (row + 1) * cols));
+  const weights = await file.decode('mixed');
+  assert.equal(Buffer.compare(Buffer.from(weights.buffer), Buffer.from(expected.buffer)), 0);
+  const part = await file.decode('mixed', { firstRow: 17000, rows: 20000 });
+  assert.equal(Buffer.compare(Buffer.from(part.buffer), Buffer.from(expected.slice(17000 * cols, 37000 * cols).buffer)), 0);
 });
 
 test('bytes, buffers and blobs are opened', async () => {
