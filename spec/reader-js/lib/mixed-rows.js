@@ -49,7 +49,7 @@ function storedAs(what, allowed, id, bytes, fail) {
 
 /** The payload of segment 1, the listed rows. @param {Content} content @returns {Content} */
 const listedOf = ({ name, layout, settings, payload }) => ({
-  name: `listed rows of ${name}`,
+  name: `the payload of the listed rows of ${name}`,
   layout: layout.listed,
   settings: settings.listed.settings,
   payload: new PartSource(payload, layout.starts[1], layout.lengths[1]),
@@ -57,7 +57,7 @@ const listedOf = ({ name, layout, settings, payload }) => ({
 
 /** The payload of segment 2, all rows. @param {Content} content @returns {Content} */
 const allOf = ({ name, layout, settings, payload }) => ({
-  name: `all rows of ${name}`,
+  name: `the payload of all rows of ${name}`,
   layout: layout.all,
   settings: settings.all.settings,
   payload: new PartSource(payload, layout.starts[2], layout.lengths[2]),
