@@ -149,7 +149,10 @@ fn calibrated_methods_are_better_than_rounding() {
         let (int4, bits) = example.convert("int4", |_| {});
         assert!(int4 < 0.6 * rounded, "{name}: {int4} with compensation, {rounded} without");
         let (budget, spent) = example.convert("int4", |file| file.set_budget(bits));
-        assert!(spent <= bits && budget <= int4, "{name}: {budget} at {spent} of {bits} bits");
+        assert!(
+            spent <= bits && budget <= int4,
+            "{name}: {budget} at {spent} of {bits} bits, int4 {int4}"
+        );
         let (coarse, _) = example.convert("rtn-2bit", |_| {});
         let (signs, _) = example.convert("nm-2of8", |_| {});
         let (own, _) = example.convert("nm-2of8", |file| file.calibration.target = None);

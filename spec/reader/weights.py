@@ -428,6 +428,8 @@ class MixedRows(Matrix):
         )
 
     def segment_lengths(self):
+        if self.count > self.rows:
+            raise StbError("STB-R-037", f"{self.count} listed rows of {self.rows}")
         self.listed = MATRIX_CODECS[self.listed_id](self.listed_params, (self.count, self.cols))
         self.all = MATRIX_CODECS[self.all_id](self.all_params, (self.rows, self.cols))
         return [self.count * 4, self.listed.length, self.all.length]

@@ -27,7 +27,8 @@ pub(crate) struct TableStatistics {
     pub head_inputs: Hessian,
     /// Mean squares of the gradients of the outputs of the lm_head, `[vocab]`: the mean of p (1 − p) of each token.
     pub logits: Vec<f32>,
-    /// Mean probabilities of the tokens, which stand for their frequencies as inputs, `[vocab]`.
+    /// Frequencies of the tokens as inputs, `[vocab]`: the mean of those counted, and of the probabilities of the model,
+    /// which also know tokens that do not occur.
     pub shares: Vec<f32>,
 }
 
@@ -66,6 +67,11 @@ pub(crate) fn backpropagate(
     }
     let width = engine.model.embeddings.cols();
     statistics.embedded = mean_products(engine, &embedded_gradient(engine, gradient), width);
+    let tokens: usize = sequences.iter().map(Vec::len).sum();
+    statistics.shares.iter_mut().for_each(|share| *share /= 2.0);
+    for token in sequences.iter().flatten() {
+        statistics.shares[*token as usize] += 0.5 / tokens as f32;
+    }
     Ok(statistics)
 }
 

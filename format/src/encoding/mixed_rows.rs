@@ -123,6 +123,10 @@ impl WeightEncoding for MixedRows {
         [c0, c1, c2, c3, fine_id, coarse_id, f0, f1, f2, f3, p0, p1, p2, p3, p4, p5]
     }
 
+    fn allows(self, rows: u64, _: u64) -> bool {
+        u64::from(self.count) <= rows
+    }
+
     fn payload_len(self, rows: u64, cols: u64) -> Option<u64> {
         total(self.segments(rows, cols)?)
     }

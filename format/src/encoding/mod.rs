@@ -190,6 +190,10 @@ fn unknown(id: u32) -> Error {
 
 fn payload_len<E: WeightEncoding>(encoding: E, shape: &[u64]) -> Result<u64> {
     let bytes = match *shape {
+        [rows, cols] if !encoding.allows(rows, cols) => {
+            let detail = format!("{encoding} does not allow the shape {shape:?}");
+            return Err(Error::new(Rule::EncodingShape, detail));
+        }
         [rows, cols] => encoding.payload_len(rows, cols),
         _ if E::ANY_SHAPE => {
             let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));

@@ -25,6 +25,12 @@ pub trait WeightEncoding: Copy + fmt::Display {
     /// The 16 parameter bytes of a tensor entry.
     fn params(self) -> [u8; 16];
 
+    /// Whether the encoding can store a `rows` × `cols` matrix.
+    fn allows(self, rows: u64, cols: u64) -> bool {
+        let _ = (rows, cols);
+        true
+    }
+
     /// The payload length of a `rows` × `cols` matrix in bytes; `None` on overflow.
     fn payload_len(self, rows: u64, cols: u64) -> Option<u64>;
 

@@ -143,6 +143,7 @@ export const MIXED_ROWS = {
     return { count, listed, all };
   },
   shaped([rows, cols], { count, listed, all }) {
+    require(count <= rows, 37, () => `mixed rows list ${count} of ${rows} rows`);
     const listedLayout = layoutOf(LISTED.get(listed.encoding), [count, cols], listed.settings);
     const allLayout = layoutOf(ALL.get(all.encoding), [rows, cols], all.settings);
     return { rows, cols, lengths: [count * 4, listedLayout.length, allLayout.length], listed: listedLayout, all: allLayout };

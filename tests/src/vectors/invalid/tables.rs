@@ -332,6 +332,8 @@ pub(super) fn encodings(list: &mut VectorList) {
         put64(t, 16 + 48, 1);
     });
     list.add(Rule::EncodingShape, "mixed-3-dims", "mixed rows of three dimensions", deep);
+    let fewer = with_table(&mixed, |t| t[32] = 4);
+    list.add(Rule::EncodingShape, "mixed-count", "4 listed rows of 3", fewer);
     let other = with_table(&mixed, |t| t[32] = 1);
     list.add(Rule::TensorLength, "mixed-count", "payload of 2 listed rows, parameters of 1", other);
     let other = with_table(&nm, |t| t[32] = 2);
