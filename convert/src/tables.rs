@@ -381,6 +381,6 @@ mod tests {
         ranked.truncate(8);
         ranked.sort_unstable();
         assert_eq!(better, ranked);
-        assert!(mixed.iter().sum::<f64>() < 0.6 * coarse.iter().sum::<f64>());
+        assert!((0..rows).filter(|r| !ranked.contains(r)).all(|r| mixed[r] == coarse[r]));
     }
 }

@@ -6,7 +6,7 @@
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     let name = name.to_lowercase();
     // A third of the letters may be wrong. Longer names than any candidate are not compared, for time.
-    let tolerance = (name.chars().count().min(30) + 2) / 3;
+    let tolerance = name.chars().count().min(30).div_ceil(3);
     let distance = |candidate: &str| {
         if name.len() >= 2 && (candidate.starts_with(&name) || name.starts_with(candidate)) {
             return Some(0);

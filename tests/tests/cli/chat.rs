@@ -150,6 +150,10 @@ fn paths_are_messages_and_mistyped_commands_are_explained() {
     let _ = answers(run, &["there is no command /hlep; did you mean /help?"]);
 }
 
+/// What the editor writes when it waits for a line: pasted text shall be marked as such.
+#[cfg(unix)]
+const READY: &str = "\u{1b}[?2004h";
+
 /// Runs a chat with a terminal; `None` without the program `script`.
 #[cfg(unix)]
 fn on_terminal(home: &Path, more: &str, keys: &str) -> Option<String> {
@@ -163,9 +167,24 @@ fn on_terminal(home: &Path, more: &str, keys: &str) -> Option<String> {
     let mut script = Command::new("script");
     script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
     script.env("XDG_STATE_HOME", home).env("XDG_DATA_HOME", home).env("TERM", "xterm");
-    let run = feed(script, keys);
-    assert_eq!(run.code, Some(0), "{}{}", run.out, run.err);
-    Some(run.out)
+    script.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = script.spawn().unwrap();
+    let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut screen = Vec::new();
+    for (line, keys) in keys.split_inclusive('\r').enumerate() {
+        // Keys that come before the editor is ready for a line may be lost.
+        while String::from_utf8_lossy(&screen).matches(READY).count() <= line {
+            let mut bytes = [0; 256];
+            let count = output.read(&mut bytes).unwrap();
+            assert!(count > 0, "{}", String::from_utf8_lossy(&screen));
+            screen.extend(&bytes[..count]);
+        }
+        input.write_all(keys.as_bytes()).unwrap();
+    }
+    output.read_to_end(&mut screen).unwrap();
+    let screen = String::from_utf8_lossy(&screen).into_owned();
+    assert!(child.wait().unwrap().success(), "{screen}");
+    Some(screen)
 }
 
 #[cfg(unix)]
