@@ -1,6 +1,6 @@
 //! Chats, with lines from a pipe or a terminal.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
