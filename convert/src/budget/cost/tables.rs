@@ -34,13 +34,13 @@ const LARGE_ERRORS: f64 = 10.8;
 
 /// A method with the loss that it leaves.
 #[derive(Clone, Copy)]
-struct Measured {
+struct MeasuredMethod {
     method: Method,
     /// Relative to the loss of a row that is zero.
     relative: RowLoss,
 }
 
-impl Measured {
+impl MeasuredMethod {
     /// The loss of rows that lose `without` if they are zero.
     fn loss(&self, without: RowLoss) -> f64 {
         without.head * self.relative.head + without.embedding * self.relative.embedding
@@ -92,7 +92,7 @@ impl TableCosts<'_> {
         hessian: &TableHessian<'_>,
         weight: &Weight,
         losses: &[RowLoss],
-    ) -> anyhow::Result<Vec<Measured>> {
+    ) -> anyhow::Result<Vec<MeasuredMethod>> {
         let cols = weight.cols();
         let (rows, values) = sample_rows(weight, SAMPLED_ROWS);
         let without: RowLoss = rows.iter().map(|row| losses[*row]).sum();
@@ -111,14 +111,17 @@ impl TableCosts<'_> {
                 embedding: ratio(left.embedding, without.embedding)
                     * (1.0 + LARGE_ERRORS * error * error),
             };
-            measured.push(Measured { method, relative });
+            measured.push(MeasuredMethod { method, relative });
         }
         Ok(measured)
     }
 }
 
 /// The pairs of a method for listed rows and one for all rows that leaves more of the loss `all`.
-fn pairs(measured: &[Measured], all: RowLoss) -> impl Iterator<Item = (Measured, Measured)> {
+fn pairs(
+    measured: &[MeasuredMethod],
+    all: RowLoss,
+) -> impl Iterator<Item = (MeasuredMethod, MeasuredMethod)> {
     let fine = measured
         .iter()
         .filter(|m| matches!(m.method, Method::Int(options) if options.spec.bits() >= LISTED_BITS));
