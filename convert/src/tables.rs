@@ -19,7 +19,7 @@ use crate::calibration::CalibrationText;
 use crate::compute::Compute;
 use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
-use crate::quantize::{Input, Method, Packed};
+use crate::quantize::{Input, LinearQuantizer, Method, Packed};
 use crate::recipe::Recipe;
 use crate::sensitivity::SEQUENCES;
 
@@ -189,14 +189,14 @@ impl<'a> TableHessian<'a> {
     ) -> anyhow::Result<Packed> {
         let rows = self.piece_rows();
         let Method::MixedRows(options) = method else {
-            return self.quantize_pieces(compute, weights, method, rows);
+            return self.quantize_pieces(compute, weights, method.quantizer(), rows);
         };
         let cols = self.damped.size;
         let all = MatrixView::Dense(dense(weights, weights.len() / cols, cols));
         let losses = self.losses_without(compute.isa, &all)?;
         let losses: Vec<f64> = losses.into_iter().map(RowLoss::sum).collect();
-        options.quantize_ranked(weights, cols, &losses, |weights, method| {
-            self.quantize_pieces(compute, weights, method, rows)
+        options.quantize_ranked(weights, cols, &losses, |weights, quantizer| {
+            self.quantize_pieces(compute, weights, quantizer, rows)
         })
     }
 
@@ -205,7 +205,7 @@ impl<'a> TableHessian<'a> {
         &self,
         compute: Compute<'_>,
         weights: &[f32],
-        method: Method,
+        quantizer: &dyn LinearQuantizer,
         rows: usize,
     ) -> anyhow::Result<Packed> {
         let cols = self.damped.size;
@@ -221,7 +221,7 @@ impl<'a> TableHessian<'a> {
                 factor: &self.factor,
                 norms: &self.norms,
             };
-            pieces.push((input.rows, method.quantizer().quantize(&input, None)?));
+            pieces.push((input.rows, quantizer.quantize(&input, None)?));
         }
         Ok(join(pieces, cols)?)
     }
@@ -324,7 +324,8 @@ mod tests {
         let compute = Isa::detect().unwrap().into();
         for method in Method::candidates(64) {
             let whole = hessian.quantize(compute, &weights, method).unwrap();
-            let joined = hessian.quantize_pieces(compute, &weights, method, 64).unwrap();
+            let joined =
+                hessian.quantize_pieces(compute, &weights, method.quantizer(), 64).unwrap();
             assert_eq!(joined.encoding, method.quantizer().encoding());
             assert_eq!(joined.payload, whole.payload, "{}", whole.encoding);
         }
@@ -366,7 +367,8 @@ mod tests {
         let (Some(Method::Int(fine)), Some(coarse)) = (method(8), method(2)) else {
             panic!("candidates")
         };
-        let mixed = Method::MixedRows(MixedRowsOptions::new(8, fine, coarse).unwrap());
+        let mixed =
+            Method::MixedRows(MixedRowsOptions::new(8, fine, coarse.coarse().unwrap()).unwrap());
         let loss = |method| -> Vec<f64> {
             let stored = decode(&hessian.quantize(isa.into(), &weights, method).unwrap(), rows, 64);
             let errors: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();

@@ -1,7 +1,7 @@
 //! The list of methods for linear layers.
 
 use super::int_group::{IntOptions, fit_group};
-use super::mixed_rows::MixedRowsOptions;
+use super::mixed_rows::{CoarseOptions, MixedRowsOptions};
 use super::nm::NmOptions;
 use super::pb_llm::PbLlmOptions;
 use super::quantizer::LinearQuantizer;
@@ -43,6 +43,15 @@ impl Method {
             Self::Int(options) => options,
             Self::PbLlm(options) => options,
             Self::MixedRows(options) => options,
+        }
+    }
+
+    /// This method as that of all rows of a matrix with mixed rows; `None` if the format does not have it.
+    pub(crate) fn coarse(self) -> Option<CoarseOptions> {
+        match self {
+            Self::Int(options) => Some(CoarseOptions::Int(options)),
+            Self::Nm(options) => Some(CoarseOptions::Nm(options)),
+            _ => None,
         }
     }
 

@@ -8,22 +8,30 @@ use stb_format::encoding::{CoarseRows, MixedRows, MixedRowsParts};
 use stb_runtime::Result;
 
 use super::int_group::IntOptions;
-use super::method::Method;
 use super::nm::NmOptions;
 use super::quantizer::{Input, LinearQuantizer, Packed, Pruned};
 
 /// The method of all rows of a mixed matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum CoarseOptions {
+pub enum CoarseOptions {
+    /// Integers.
     Int(IntOptions),
+    /// The N:M sparse-sign encoding.
     Nm(NmOptions),
 }
 
 impl CoarseOptions {
-    fn method(self) -> Method {
+    fn quantizer(&self) -> &dyn LinearQuantizer {
         match self {
-            Self::Int(options) => Method::Int(options),
-            Self::Nm(options) => Method::Nm(options),
+            Self::Int(options) => options,
+            Self::Nm(options) => options,
+        }
+    }
+
+    fn rows(&self) -> CoarseRows {
+        match self {
+            Self::Int(options) => CoarseRows::IntGroup(options.spec),
+            Self::Nm(options) => CoarseRows::Nm(options.spec),
         }
     }
 }
@@ -39,18 +47,11 @@ pub struct MixedRowsOptions {
 impl MixedRowsOptions {
     /// `count` rows as `fine`, and all rows as `coarse`. `None` if the format has no such combination.
     #[must_use]
-    pub fn new(count: u32, fine: IntOptions, coarse: Method) -> Option<Self> {
-        let (coarse, rows) = match coarse {
-            Method::Int(options) => {
-                (CoarseOptions::Int(options), CoarseRows::IntGroup(options.spec))
-            }
-            Method::Nm(options) => (CoarseOptions::Nm(options), CoarseRows::Nm(options.spec)),
-            _ => return None,
-        };
-        Some(Self { spec: MixedRows::new(count, fine.spec, rows)?, fine, coarse })
+    pub fn new(count: u32, fine: IntOptions, coarse: CoarseOptions) -> Option<Self> {
+        Some(Self { spec: MixedRows::new(count, fine.spec, coarse.rows())?, fine, coarse })
     }
 
-    /// Quantizes `weights`, [rows, cols], with `quantize`, which is called for each part with its weights and method.
+    /// Quantizes `weights`, [rows, cols], with `quantize`, which is called for each part with its weights and quantizer.
     /// `losses`, `[rows]`, ranks the rows.
     ///
     /// # Errors
@@ -60,7 +61,7 @@ impl MixedRowsOptions {
         weights: &[f32],
         cols: usize,
         losses: &[f64],
-        mut quantize: impl FnMut(&[f32], Method) -> std::result::Result<Packed, E>,
+        mut quantize: impl FnMut(&[f32], &dyn LinearQuantizer) -> std::result::Result<Packed, E>,
     ) -> std::result::Result<Packed, E> {
         let mut ranked: Vec<u32> = (0..losses.len() as u32).collect();
         ranked.sort_by(|a, b| losses[*b as usize].total_cmp(&losses[*a as usize]).then(a.cmp(b)));
@@ -68,8 +69,8 @@ impl MixedRowsOptions {
         ranked.sort_unstable();
         let row = |r: &u32| &weights[*r as usize * cols..][..cols];
         let listed: Vec<f32> = ranked.iter().flat_map(row).copied().collect();
-        let coarse = quantize(weights, self.coarse.method())?;
-        let fine = quantize(&listed, Method::Int(self.fine))?;
+        let coarse = quantize(weights, self.coarse.quantizer())?;
+        let fine = quantize(&listed, &self.fine)?;
         let mut seconds = coarse.seconds;
         seconds.add(&fine.seconds);
         let (fine, coarse) = (fine.payload, coarse.payload);
@@ -85,15 +86,15 @@ impl LinearQuantizer for MixedRowsOptions {
 
     fn distill_memory(&self, rows: u64, cols: u64) -> u64 {
         let fine = self.fine.distill_memory(u64::from(self.spec.count()), cols);
-        fine + self.coarse.method().quantizer().distill_memory(rows, cols)
+        fine + self.coarse.quantizer().distill_memory(rows, cols)
     }
 
     /// Ranks the rows by their squared outputs.
     fn quantize(&self, input: &Input<'_>, _: Option<&Pruned>) -> Result<Packed> {
         let losses = input.compute.output_errors(input.weights, input.hessian)?;
-        self.quantize_ranked(input.weights, input.cols, &losses, |weights, method| {
+        self.quantize_ranked(input.weights, input.cols, &losses, |weights, quantizer| {
             let rows = weights.len() / input.cols;
-            method.quantizer().quantize(&Input { weights, rows, ..*input }, None)
+            quantizer.quantize(&Input { weights, rows, ..*input }, None)
         })
     }
 }

@@ -128,8 +128,8 @@ fn restore(
         Json::Null => Ok(()),
         Json::Array(list) => {
             settings.set(name, "")?;
-            let texts = list.iter().filter_map(Json::as_str).filter(|text| !text.is_empty());
-            texts.map(|text| settings.set(name, text)).collect()
+            let mut texts = list.iter().filter_map(Json::as_str).filter(|text| !text.is_empty());
+            texts.try_for_each(|text| settings.set(name, text))
         }
         Json::String(text) => settings.set(name, text),
         value => settings.set(name, &value.to_string()),

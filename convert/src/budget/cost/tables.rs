@@ -73,9 +73,13 @@ impl TableCosts<'_> {
             let listed: RowLoss = losses[..count].iter().copied().sum();
             let rest: RowLoss = losses[count..].iter().copied().sum();
             for (fine, coarse) in pairs(&measured, all) {
-                let Method::Int(options) = fine.method else { continue };
-                let mixed = MixedRowsOptions::new(count as u32, options, coarse.method);
-                let Some(mixed) = mixed else { continue };
+                let (Method::Int(options), Some(rows)) = (fine.method, coarse.method.coarse())
+                else {
+                    continue;
+                };
+                let Some(mixed) = MixedRowsOptions::new(count as u32, options, rows) else {
+                    continue;
+                };
                 let method = TensorMethod::Linear(Method::MixedRows(mixed));
                 let loss = fine.loss(listed) + coarse.loss(rest);
                 found.push(Candidate::new(tensor, method, loss)?);
