@@ -75,7 +75,7 @@ pub(crate) fn line(text: impl std::fmt::Display) -> std::io::Result<()> {
     writeln!(std::io::stdout().lock(), "{text}")
 }
 
-/// Writes a line to standard error, ignoring errors. Like [`print`], it shows no control characters on a terminal:
+/// Writes a line to standard error, ignoring errors. Like [`print()`], it shows no control characters on a terminal:
 /// names in files may have them.
 pub(crate) fn note(text: impl std::fmt::Display) {
     let mut err = std::io::stderr().lock();
