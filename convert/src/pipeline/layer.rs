@@ -84,7 +84,10 @@ impl<'r> Run<'r> {
             .iter()
             .find(|t| t.matrix().is_some())
             .map_or(String::new(), |t| t.method.encoding().to_string());
-        self.save_layer(index, error, payloads, hidden, started)?;
+        let is_kept = tensors.iter().all(|t| matches!(t.method, TensorMethod::Keep(_)));
+        if !is_kept || self.job.plan.needs_calibration() {
+            self.save_layer(index, error, payloads, hidden, started)?;
+        }
         progress.layer(index, layers, error, &encoding, started.elapsed().as_secs_f64());
         Ok(())
     }
