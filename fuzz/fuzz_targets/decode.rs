@@ -8,11 +8,13 @@ use stb_format::encoding::MatrixView;
 use stb_kernels::{GemvScratch, Isa, Panels, gemm, gemv, packed};
 
 fuzz_target!(|data: &[u8]| {
-    let Some((head, rest)) = data.split_at_checked(11) else { return };
-    let id = [1, 2, 3, 16, 17, 32, 48][usize::from(head[0]) % 7];
+    let Some((head, rest)) = data.split_at_checked(19) else { return };
+    let id = [1, 2, 3, 16, 17, 32, 48, 64][usize::from(head[0]) % 8];
     let (rows, cols) = (1 + u64::from(head[1]) % 40, 1 + u64::from(head[2]) * 2);
     let mut params = [0; 16];
-    params[..6].copy_from_slice(&head[3..9]);
+    // Only mixed rows use more than six bytes; the others are refused unless the rest is zero.
+    let used = if id == 64 { 16 } else { 6 };
+    params[..used].copy_from_slice(&head[3..3 + used]);
     let Ok(encoding) = Encoding::parse(id, params) else { return };
     let Ok(Some(length)) = encoding.payload_len(&[rows, cols]) else { return };
     // The input is repeated up to the payload length.
@@ -27,6 +29,7 @@ fuzz_target!(|data: &[u8]| {
             MatrixView::IntGroup(v) => v.unpack().pack(),
             MatrixView::Stbllm(v) => v.unpack().pack(),
             MatrixView::Nm(v) => v.unpack().pack(),
+            MatrixView::MixedRows(v) => v.unpack().pack(),
         };
         assert!(packed == payload);
     }

@@ -4,6 +4,7 @@
 mod common;
 
 use common::emulator::{Emulator, bytes_of, floats};
+use common::exact::{ExactProduct, exact_product};
 use common::kernels::{build, module_named};
 use common::plans::{address, launch};
 use common::random::{encodings, payload};
@@ -100,16 +101,8 @@ impl Case<'_> {
             let y = floats(&found[5 + 2 * i]);
             for (t, r) in (0..tokens).flat_map(|t| (0..*rows).map(move |r| (t, r))) {
                 let (w, x) = (&weights[r * cols..][..cols], &inputs[t * cols..][..cols]);
-                let mut sum = if add { f64::from(before[t * rows + r]) } else { 0.0 };
-                let (mut magnitude, mut rounding) = (sum.abs(), 0.0);
-                for (w, x) in w.chunks(32).zip(x.chunks(32)) {
-                    let largest = x.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
-                    for (w, x) in w.iter().zip(x) {
-                        sum += f64::from(*w) * x;
-                        magnitude += (f64::from(*w) * x).abs();
-                        rounding += largest / 254.0 * f64::from(w.abs());
-                    }
-                }
+                let start = if add { f64::from(before[t * rows + r]) } else { 0.0 };
+                let ExactProduct { sum, magnitude, rounding } = exact_product(start, w, x);
                 let rounding = if precision == ActivationPrecision::Q8 { rounding } else { 0.0 };
                 let tolerance = 1e-5 * magnitude + 1.0001 * rounding + 1e-30;
                 let y = y[t * rows + r];

@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::exact::{ExactProduct, exact_product};
 use common::machine::{device, device_in_orders};
 use common::random::{encodings, payload};
 use stb_format::Encoding;
@@ -41,16 +42,7 @@ impl Uploaded {
         for (at, (y, before)) in y.iter().zip(before).enumerate() {
             let (t, r) = (at / rows, at % rows);
             let (w, x) = (&self.weights[r * cols..][..cols], &x[t * cols..][..cols]);
-            let mut sum = f64::from(*before);
-            let (mut magnitude, mut rounding) = (sum.abs(), 0.0);
-            for (w, x) in w.chunks(32).zip(x.chunks(32)) {
-                let largest = x.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
-                for (w, x) in w.iter().zip(x) {
-                    sum += f64::from(*w) * x;
-                    magnitude += (f64::from(*w) * x).abs();
-                    rounding += largest / 254.0 * f64::from(w.abs());
-                }
-            }
+            let ExactProduct { sum, magnitude, rounding } = exact_product(f64::from(*before), w, x);
             let rounding = if q8 { 1.0001 * rounding } else { 0.0 };
             let error = (f64::from(*y) - sum).abs();
             assert!(

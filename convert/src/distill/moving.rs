@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 use stb_format::arch::{NormKind, NormSite};
-use stb_format::encoding::{IntGroupParts, MatrixView, MixedRowsParts, NmParts};
+use stb_format::encoding::{IntGroupParts, MatrixView, MixedRows, MixedRowsParts, NmParts};
 use stb_format::half::f16;
 use stb_runtime::{Layer, LayerMatrix, LayerVector, Weight};
 
@@ -99,8 +99,16 @@ enum ScaledCodes {
 pub(super) struct MovingScales {
     /// All rows.
     all: ScaledRows,
-    /// The rows that are stored a second time with more bits, and what the format keeps of them.
-    listed: Option<(MixedRowsParts, ScaledRows)>,
+    /// The rows that are stored a second time.
+    listed: Option<ListedRows>,
+}
+
+/// The rows of a matrix of mixed rows that are stored a second time.
+struct ListedRows {
+    spec: MixedRows,
+    /// Their numbers in the matrix.
+    numbers: Vec<u32>,
+    rows: ScaledRows,
 }
 
 /// Rows of one encoding whose scales are trained.
@@ -121,7 +129,11 @@ impl MovingScales {
     pub(super) fn new(weight: &Weight) -> Option<Self> {
         match weight.view() {
             MatrixView::MixedRows(view) => {
-                let listed = (view.unpack(), ScaledRows::new(MatrixView::IntGroup(view.fine))?);
+                let listed = ListedRows {
+                    spec: view.spec,
+                    numbers: view.listed.iter().map(|r| u32::from_le_bytes(*r)).collect(),
+                    rows: ScaledRows::new(MatrixView::IntGroup(view.fine))?,
+                };
                 Some(Self { all: ScaledRows::new(view.coarse.matrix())?, listed: Some(listed) })
             }
             view => Some(Self { all: ScaledRows::new(view)?, listed: None }),
@@ -131,10 +143,10 @@ impl MovingScales {
     /// Writes the weights with the present scales to `out`, [rows, cols], rounded as they would be stored.
     pub(super) fn weights(&mut self, out: &mut DenseMatrix) {
         self.all.weights(out);
-        if let Some((parts, rows)) = &mut self.listed {
-            let mut fine = rows.zeros();
-            rows.weights(&mut fine);
-            for (row, from) in parts.listed.iter().zip(fine.values.chunks_exact(fine.cols)) {
+        if let Some(ListedRows { numbers, rows, .. }) = &mut self.listed {
+            let mut listed = rows.zeros();
+            rows.weights(&mut listed);
+            for (row, from) in numbers.iter().zip(listed.values.chunks_exact(listed.cols)) {
                 out.values[*row as usize * out.cols..][..out.cols].copy_from_slice(from);
             }
         }
@@ -147,26 +159,28 @@ impl MovingScales {
 
     /// One step of Adam along the gradient of the weights, [rows, cols].
     pub(super) fn step(&mut self, d_weights: &DenseMatrix, rate: f64) {
-        let Some((parts, rows)) = &mut self.listed else {
-            return self.all.step(d_weights, rate);
-        };
-        // What the coarse encoding has for a listed row is not used.
-        let (mut rest, mut fine) = (d_weights.clone(), rows.zeros());
-        for (row, to) in parts.listed.iter().zip(fine.values.chunks_exact_mut(fine.cols)) {
-            let from = &mut rest.values[*row as usize * rest.cols..][..rest.cols];
-            to.copy_from_slice(from);
-            from.fill(0.0);
+        let mut gradient = self.all.gradient(d_weights);
+        if let Some(ListedRows { numbers, rows, .. }) = &mut self.listed {
+            let mut d_listed = rows.zeros();
+            for (row, to) in numbers.iter().zip(d_listed.values.chunks_exact_mut(d_listed.cols)) {
+                let row = *row as usize;
+                to.copy_from_slice(&d_weights.values[row * d_weights.cols..][..d_weights.cols]);
+                // The copy of a listed row among all rows is not used.
+                gradient[row * self.all.blocks..][..self.all.blocks].fill(0.0);
+            }
+            let d_listed = rows.gradient(&d_listed);
+            rows.step(&d_listed, rate);
         }
-        rows.step(&fine, rate);
-        self.all.step(&rest, rate);
+        self.all.step(&gradient, rate);
     }
 
     /// The bytes to store, with the present scales.
     pub(super) fn pack(&mut self) -> Vec<u8> {
         let coarse = self.all.pack();
         match &mut self.listed {
-            Some((parts, rows)) => {
-                MixedRowsParts { fine: rows.pack(), coarse, ..parts.clone() }.pack()
+            Some(ListedRows { spec, numbers, rows }) => {
+                let (spec, listed) = (*spec, numbers.clone());
+                MixedRowsParts { spec, listed, fine: rows.pack(), coarse }.pack()
             }
             None => coarse,
         }
@@ -268,15 +282,20 @@ impl ScaledRows {
         DenseMatrix::new(self.rows, self.cols)
     }
 
-    /// One step of Adam along the gradient of the weights, [rows, cols].
-    fn step(&mut self, d_weights: &DenseMatrix, rate: f64) {
+    /// The gradient of the scales, [rows, blocks], given that of the weights.
+    fn gradient(&self, d_weights: &DenseMatrix) -> Vec<f32> {
         let mut gradient = vec![0.0; self.rows * self.blocks];
         gradient.par_chunks_exact_mut(self.blocks).enumerate().for_each(|(r, out)| {
             let row = &d_weights.values[r * self.cols..(r + 1) * self.cols];
             self.for_each_unit(r, |block, column, unit| out[block] += unit * row[column]);
         });
+        gradient
+    }
+
+    /// One step of Adam along the gradient of the scales, [rows, blocks].
+    fn step(&mut self, gradient: &[f32], rate: f64) {
         let values = self.moving.values();
-        self.moving.step(&gradient, &values, rate);
+        self.moving.step(gradient, &values, rate);
     }
 
     /// The bytes to store, with the present scales.
@@ -372,7 +391,11 @@ impl MovingLayer {
 
 #[cfg(test)]
 mod tests {
+    use stb_format::Encoding;
+    use stb_format::encoding::{CoarseRows, IntGroup};
+
     use super::*;
+    use crate::quantize::int_group::round;
 
     /// The factors of a norm move against the gradient, by at most the rate relative to their size; a weight of zero
     /// moves where 1 + weight is the factor.
@@ -392,6 +415,60 @@ mod tests {
                     assert!(change.abs() <= 1.01 * rate as f32, "{kind:?}: {before} {after}");
                 }
             }
+        }
+    }
+
+    /// Of a matrix of mixed rows, the scales of both copies are trained, and the weights are those that a file has.
+    #[test]
+    fn mixed_rows_move_the_scales_that_count() {
+        let (rows, cols, numbers) = (5, 64, vec![1, 4]);
+        let values: Vec<f32> =
+            (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
+        let spec = |bits| IntGroup::new(bits, 32).unwrap();
+        let listed: Vec<f32> =
+            numbers.iter().flat_map(|r| &values[*r as usize * cols..][..cols]).copied().collect();
+        let mixed = MixedRows::new(2, spec(4), CoarseRows::IntGroup(spec(2))).unwrap();
+        let parts = MixedRowsParts {
+            spec: mixed,
+            listed: numbers.clone(),
+            fine: round(&listed, 2, cols, spec(4)).payload,
+            coarse: round(&values, rows, cols, spec(2)).payload,
+        };
+        let encoding = Encoding::MixedRows(mixed);
+        let decoded = |payload: &[u8]| {
+            let weight = Weight::from_payload(payload, encoding.clone(), rows as u64, cols as u64);
+            weight.unwrap().view().decode()
+        };
+        let payload = parts.pack();
+        let weight =
+            Weight::from_payload(&payload, encoding.clone(), rows as u64, cols as u64).unwrap();
+        let mut moving = MovingScales::new(&weight).unwrap();
+        assert_eq!(moving.pack(), payload);
+        // Away from zero: the gradient of the loss −½ Σ w² is −w.
+        let mut gradient = moving.zeros();
+        moving.weights(&mut gradient);
+        let before = gradient.values.clone();
+        assert_eq!(before, decoded(&payload));
+        gradient.values.iter_mut().for_each(|w| *w = -*w);
+        moving.step(&gradient, 0.1);
+        let mut after = moving.zeros();
+        moving.weights(&mut after);
+        let stored = moving.pack();
+        assert_eq!(after.values, decoded(&stored));
+        let squares = |row: &[f32]| row.iter().map(|w| w * w).sum::<f32>();
+        for (before, after) in before.chunks(cols).zip(after.values.chunks(cols)) {
+            assert!(squares(after) > 1.02 * squares(before));
+        }
+        // The unused copies stay.
+        let view = encoding.view(rows as u64, cols as u64, &stored).unwrap();
+        let MatrixView::MixedRows(view) = view else { panic!("mixed rows") };
+        let (mut old, mut new) = (vec![0.0; cols], vec![0.0; cols]);
+        let coarse = Encoding::IntGroup(spec(2));
+        let all = coarse.view(rows as u64, cols as u64, &parts.coarse).unwrap();
+        for row in numbers {
+            all.decode_row(row as usize, &mut old);
+            view.coarse.matrix().decode_row(row as usize, &mut new);
+            assert_eq!(old, new);
         }
     }
 }

@@ -84,6 +84,12 @@ impl LinearQuantizer for MixedRowsOptions {
         Encoding::MixedRows(self.spec)
     }
 
+    /// The weights of the listed rows, which are quantized after all rows.
+    fn scratch_memory(&self, cols: u64) -> u64 {
+        let parts = [self.fine.scratch_memory(cols), self.coarse.quantizer().scratch_memory(cols)];
+        u64::from(self.spec.count()) * cols * 4 + parts[0].max(parts[1])
+    }
+
     fn distill_memory(&self, rows: u64, cols: u64) -> u64 {
         let fine = self.fine.distill_memory(u64::from(self.spec.count()), cols);
         fine + self.coarse.quantizer().distill_memory(rows, cols)

@@ -61,7 +61,7 @@ impl Matrix {
         self.payload.device()
     }
 
-    /// All rows. Those that are listed do not count there.
+    /// All rows. The weights of listed rows are not used.
     pub(super) fn all(&self) -> &MatrixPart {
         &self.parts.all
     }

@@ -68,8 +68,8 @@ impl ListedScratch {
     }
 
     /// Prepares the product of the listed rows of `matrix`; `None` if it has none. Called before the product of all
-    /// rows is queued, whose results `out`, [tokens, rows], are replaced. With `add`, the product is added to `values`
-    /// too, which then has what `out` holds before.
+    /// rows is queued; [`ListedScratch::finish`] then replaces its results for them in `out`, [tokens, rows]. With `add`,
+    /// `values` starts with what `out` holds for the listed rows, because their product is added to it.
     pub(super) fn begin<'m>(
         &mut self,
         matrix: &'m Matrix,

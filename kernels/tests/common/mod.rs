@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod emulator;
+pub mod exact;
 pub mod kernels;
 pub mod machine;
 pub mod plans;

@@ -14,7 +14,7 @@ pub(in crate::cuda) struct MatrixPart {
     pub params: MatrixParams,
 }
 
-/// The rows of a matrix that are stored a second time, which counts.
+/// The rows of a matrix that are stored a second time, from where their weights are taken.
 #[derive(Debug)]
 pub(in crate::cuda) struct ListedRows {
     /// The address of their numbers in the matrix, u32, ascending in a valid file.
@@ -26,7 +26,7 @@ pub(in crate::cuda) struct ListedRows {
 /// A matrix of any encoding.
 #[derive(Debug)]
 pub(in crate::cuda) struct MatrixParts {
-    /// All rows. Those that are listed do not count there.
+    /// All rows. The weights of listed rows are not used.
     pub all: MatrixPart,
     /// The listed rows.
     pub listed: Option<ListedRows>,
