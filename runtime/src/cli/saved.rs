@@ -91,7 +91,8 @@ pub(super) fn save(path: &Path, chat: &SavedChat) -> Result<()> {
     };
     let text =
         serde_json::to_vec_pretty(&content).map_err(|e| Error::Internal { what: e.to_string() })?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(fail)?;
+    // The error of the temporary file would name a file that nobody has typed.
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(|e| fail(e.kind().into()))?;
     file.write_all(&text).and_then(|()| file.as_file().sync_all()).map_err(fail)?;
     file.persist(path).map_err(|e| fail(e.error))?;
     Ok(())
