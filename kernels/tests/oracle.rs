@@ -230,20 +230,6 @@ fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     all
 }
 
-/// GEMV and GEMM of integers add in different orders, so all sets must have the same batch sizes.
-#[test]
-fn batch_sizes_of_integers_are_the_same_on_every_set() {
-    let mut rng = Rng(11);
-    for encoding in encodings() {
-        let bytes = payload(&mut rng, &encoding, 16, 64);
-        let view = encoding.view(16, 64, &bytes).unwrap();
-        if let (MatrixView::IntGroup(_), Some(kernel)) = (&view, packed(&view).gemm_q8()) {
-            let of = |isa| (kernel.min_batch(isa), kernel.prefill_batch(isa));
-            assert!(Isa::available().all(|isa| of(isa) == of(Isa::scalar())), "{encoding}");
-        }
-    }
-}
-
 /// Tokens of a GEMM have the same results as alone, bit for bit, on every set and for every split.
 #[test]
 fn tokens_of_a_q8_gemm_do_not_depend_on_each_other() {

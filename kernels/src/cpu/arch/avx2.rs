@@ -512,6 +512,22 @@ impl Bytes for Avx2 {
     }
 
     #[inline(always)]
+    fn add_pairs(self, a: Ints8x2, b: Ints8x2) -> Ints8x2 {
+        // Adds within halves of 128 bits, so the middle quarters change places.
+        values!([
+            _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(a[0], a[1])),
+            _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(b[0], b[1])),
+        ])
+    }
+
+    #[inline(always)]
+    fn load_lanes(self, v: [&[u8; 16]; 4]) -> Ints8x2 {
+        // SAFETY: 16 bytes are readable behind each reference; the loads take any alignment.
+        let [a, b, c, d] = v.map(|v| unsafe { _mm_loadu_si128(v.as_ptr().cast()) });
+        values!([_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)])
+    }
+
+    #[inline(always)]
     fn transpose_words(self, v: [Ints8x2; 4]) -> [Ints8x2; 4] {
         let [a, b, c, d] = v;
         let (ab, cd) = (both!(_mm256_unpacklo_epi32, a, b), both!(_mm256_unpacklo_epi32, c, d));

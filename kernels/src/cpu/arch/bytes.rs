@@ -172,6 +172,10 @@ pub(crate) trait Bytes: Simd {
     fn sub_h(self, a: Self::H, b: Self::H) -> Self::H;
     /// Sign-extends to 32 bits.
     fn widen_h(self, v: Self::H) -> Self::I;
+    /// The sums of neighbors: first those of `a`, then those of `b`, in order.
+    fn add_pairs(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The lanes from four places.
+    fn load_lanes(self, v: [&[u8; 16]; 4]) -> Self::B;
     /// Transposes the words of 4 vectors within each lane: word w of vector v becomes word v of vector w.
     fn transpose_words(self, v: [Self::B; 4]) -> [Self::B; 4];
     /// Stores the lanes as little-endian words.

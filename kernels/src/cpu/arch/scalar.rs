@@ -378,6 +378,19 @@ impl Bytes for Scalar {
     }
 
     #[inline(always)]
+    fn add_pairs(self, a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| {
+            let from = if i < 8 { &a } else { &b };
+            from[i % 8 * 2].wrapping_add(from[i % 8 * 2 + 1])
+        })
+    }
+
+    #[inline(always)]
+    fn load_lanes(self, v: [&[u8; 16]; 4]) -> Self::B {
+        std::array::from_fn(|i| v[i / 16][i % 16])
+    }
+
+    #[inline(always)]
     fn transpose_words(self, v: [Self::B; 4]) -> [Self::B; 4] {
         std::array::from_fn(|w| {
             std::array::from_fn(|i| {

@@ -85,6 +85,16 @@ pub(crate) trait Simd: Copy {
         }
         v[0]
     }
+
+    /// [`Simd::sum`] of each vector.
+    #[inline(always)]
+    fn sums(self, v: [Self::F; 16]) -> [f32; 16] {
+        let mut sums = [0.0; 16];
+        for i in 0..16 {
+            sums[i] = self.sum(v[i]);
+        }
+        sums
+    }
 }
 
 /// The 16 floats from `at`.

@@ -258,6 +258,12 @@ impl Task for ByteChecks {
             let four: [[u8; 64]; 4] = std::array::from_fn(|_| rng.bytes());
             let found = s.transpose_words(four.map(|v| s.load_b(&v))).map(|v| Self::out(s, v));
             assert_eq!(found, Scalar.transpose_words(four), "{name} transpose_words");
+            let lanes = four.each_ref().map(|v| v[5..].first_chunk().unwrap());
+            let found = Self::out(s, s.load_lanes(lanes));
+            assert_eq!(found, Scalar.load_lanes(lanes), "{name} load_lanes");
+            let other: [u32; 16] = std::array::from_fn(|_| rng.bits() as u32);
+            let found = ints(s, s.add_pairs(from_ints(s, start), from_ints(s, other)));
+            assert_eq!(found, Scalar.add_pairs(start, other), "{name} add_pairs");
 
             // As many calls as allowed, also with the largest bytes.
             let above = |v: u8| if v == 128 { 129 } else { v };

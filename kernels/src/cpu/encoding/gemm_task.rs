@@ -22,7 +22,7 @@ pub(super) struct GemmQ8Task<'a, 'y, M> {
     /// [token][row].
     pub y: &'a mut [&'y mut [f32]],
     /// Sums of row tiles, [tile][token] or in another order that suits the kernel: at least tiles × tokens of a
-    /// group.
+    /// group; a kernel may enlarge it.
     pub lanes: &'a mut Vec<TileLanes>,
 }
 

@@ -303,22 +303,41 @@ impl ScoresTask<'_> {
             sum = s.add(sum, s.load(q));
         }
         let offset = R::OFFSET * s.sum(sum);
-        let (pairs, single) = q.as_chunks::<2>();
-        for (t, to) in self.to.iter_mut().enumerate() {
-            let row = self.first + t;
-            let mut at = row * q.len();
-            let (mut a, mut b) = (s.splat(0.0), s.splat(0.0));
-            for [first, second] in pairs {
-                a = s.mul_add(s.load(first), rows.load(s, at), a);
-                b = s.mul_add(s.load(second), rows.load(s, at + 1), b);
-                at += 2;
+        let score = |row: usize, sum: f32| (sum - offset) * (rows.scale(row) * self.scale);
+        let mut row = self.first;
+        let (vectors, tail) = self.to.as_chunks_mut::<LANES>();
+        for to in vectors {
+            let mut products = [s.splat(0.0); LANES];
+            for (k, product) in products.iter_mut().enumerate() {
+                *product = key_product(s, q, &rows, row + k);
             }
-            if let [last] = single {
-                a = s.mul_add(s.load(last), rows.load(s, at), a);
+            for (to, sum) in to.iter_mut().zip(s.sums(products)) {
+                *to = score(row, sum);
+                row += 1;
             }
-            *to = (s.sum(s.add(a, b)) - offset) * (rows.scale(row) * self.scale);
+        }
+        for to in tail {
+            *to = score(row, s.sum(key_product(s, q, &rows, row)));
+            row += 1;
         }
     }
+}
+
+/// The products of a query with a key, not summed yet.
+#[inline(always)]
+fn key_product<S: Simd, R: LoadRows<S>>(s: S, q: &[[f32; LANES]], rows: &R, row: usize) -> S::F {
+    let mut at = row * q.len();
+    let (mut a, mut b) = (s.splat(0.0), s.splat(0.0));
+    let (pairs, single) = q.as_chunks::<2>();
+    for [first, second] in pairs {
+        a = s.mul_add(s.load(first), rows.load(s, at), a);
+        b = s.mul_add(s.load(second), rows.load(s, at + 1), b);
+        at += 2;
+    }
+    if let [last] = single {
+        a = s.mul_add(s.load(last), rows.load(s, at), a);
+    }
+    s.add(a, b)
 }
 
 /// `out[i] += Σ_t weights[t]·values[first + t][i]`; `out` is padded to [`KvRows::padded_width`].
@@ -350,8 +369,9 @@ impl Task for MixTask<'_> {
     }
 }
 
-/// Chunks of a row that are accumulated in registers at once.
+/// Chunks of a row that are accumulated in registers at once: of wide heads, and of others.
 const WIDE: usize = 8;
+const NARROW: usize = 4;
 
 impl MixTask<'_> {
     #[inline(always)]
@@ -370,11 +390,16 @@ impl MixTask<'_> {
             let mut columns = ValueColumns { rows: &rows, first, at, stride: chunks };
             if out.len() == WIDE {
                 columns.add::<S, WIDE>(s, weights, offset, out);
-            } else {
-                for out in out.chunks_mut(1) {
-                    columns.add::<S, 1>(s, weights, offset, out);
-                    columns.at += 1;
-                }
+                continue;
+            }
+            let (narrow, single) = out.as_chunks_mut::<NARROW>();
+            for out in narrow {
+                columns.add::<S, NARROW>(s, weights, offset, out);
+                columns.at += NARROW;
+            }
+            for out in single.chunks_mut(1) {
+                columns.add::<S, 1>(s, weights, offset, out);
+                columns.at += 1;
             }
         }
     }

@@ -25,10 +25,10 @@ pub(crate) struct TokenQ8 {
     pub scales: Vec<f32>,
     /// Codes, or sums of them, in the order in which a kernel reads them.
     pub tables: Vec<Line>,
-    /// Start values of the sums of products, for encodings with an offset.
+    /// What is added to sums of products, for encodings with an offset.
     pub offsets: Vec<Aligned<[i32; 16]>>,
-    /// `scales` repeated for each 32 columns.
-    pub unit_scales: Vec<Aligned<[f32; 16]>>,
+    /// `scales`, for each of 16 sums the one of its columns.
+    pub lane_scales: Vec<Aligned<[f32; 16]>>,
 }
 
 impl TokenQ8 {

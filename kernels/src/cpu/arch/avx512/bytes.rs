@@ -278,6 +278,25 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn add_pairs(self, a: __m512i, b: __m512i) -> __m512i {
+        let (even, odd) = (self.load_i(&PAIRS[0]), self.load_i(&PAIRS[1]));
+        values!(_mm512_add_epi32(
+            _mm512_permutex2var_epi32(a, even, b),
+            _mm512_permutex2var_epi32(a, odd, b),
+        ))
+    }
+
+    #[inline(always)]
+    fn load_lanes(self, v: [&[u8; 16]; 4]) -> __m512i {
+        // SAFETY: 16 bytes are readable behind each reference; the loads take any alignment.
+        let [a, b, c, d] = v.map(|v| unsafe { _mm_loadu_si128(v.as_ptr().cast()) });
+        values!({
+            let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
+            _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(low, c), d)
+        })
+    }
+
+    #[inline(always)]
     fn transpose_words(self, v: [__m512i; 4]) -> [__m512i; 4] {
         let [a, b, c, d] = v;
         values!({
@@ -325,6 +344,17 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
         unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), packed) }
     }
 }
+
+/// The first and the second of each two neighbors.
+const PAIRS: [[i32; 16]; 2] = {
+    let mut pairs = [[0; 16]; 2];
+    let mut i = 0;
+    while i < 32 {
+        pairs[i % 2][i / 2] = i as i32;
+        i += 1;
+    }
+    pairs
+};
 
 /// Byte 16·lane + row of vector q comes from byte 8·row + 4q + lane.
 const BYTES_OF_ROWS: [[u8; 64]; 2] = {

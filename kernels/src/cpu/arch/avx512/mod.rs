@@ -241,6 +241,42 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn sums(self, v: [__m512; 16]) -> [f32; 16] {
+        // Adds halves of several vectors at once, in the order of `sum`, and ends with sum 4l + j in lane l.
+        let sums = values!({
+            let mut fours = [_mm512_setzero_ps(); 4];
+            for (j, four) in fours.iter_mut().enumerate() {
+                let (a, b, c, d) = (v[j], v[j + 4], v[j + 8], v[j + 12]);
+                let ab = _mm512_add_ps(
+                    _mm512_shuffle_f32x4::<0x44>(a, b),
+                    _mm512_shuffle_f32x4::<0xee>(a, b),
+                );
+                let cd = _mm512_add_ps(
+                    _mm512_shuffle_f32x4::<0x44>(c, d),
+                    _mm512_shuffle_f32x4::<0xee>(c, d),
+                );
+                *four = _mm512_add_ps(
+                    _mm512_shuffle_f32x4::<0x88>(ab, cd),
+                    _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+                );
+            }
+            let mut twos = [_mm512_setzero_pd(); 2];
+            for (two, four) in twos.iter_mut().zip(fours.as_chunks::<2>().0) {
+                let [a, b] = four.map(|four| _mm512_castps_pd(four));
+                *two = _mm512_castps_pd(_mm512_add_ps(
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+                ));
+            }
+            let [a, b] = twos.map(|two| _mm512_castpd_ps(two));
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b))
+        });
+        let mut out = [0.0; 16];
+        self.store(sums, &mut out);
+        out
+    }
+
+    #[inline(always)]
     fn deposit(self, bits: u64, mask: u64) -> u64 {
         values!(_pdep_u64(bits, mask))
     }

@@ -238,6 +238,22 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn add_pairs(self, a: Ints4x4, b: Ints4x4) -> Ints4x4 {
+        values!([
+            vpaddq_u32(a[0], a[1]),
+            vpaddq_u32(a[2], a[3]),
+            vpaddq_u32(b[0], b[1]),
+            vpaddq_u32(b[2], b[3]),
+        ])
+    }
+
+    #[inline(always)]
+    fn load_lanes(self, v: [&[u8; 16]; 4]) -> Self::B {
+        // SAFETY: 16 bytes are readable behind each reference; the loads take any alignment.
+        v.map(|v| unsafe { vld1q_u8(v.as_ptr()) })
+    }
+
+    #[inline(always)]
     fn transpose_words(self, v: [Self::B; 4]) -> [Self::B; 4] {
         let [a, b, c, d] = [words(v[0]), words(v[1]), words(v[2]), words(v[3])];
         // Words 0 and 2, 1 and 3 of two vectors, then of all four.

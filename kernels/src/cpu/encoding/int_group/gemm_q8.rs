@@ -1,16 +1,23 @@
-//! Products of integers of up to 4 bits with many q8 tokens. Codes are expanded to bytes, 16 rows and some
+//! Products of integers with many q8 tokens. Codes are expanded to bytes, 16 rows and some
 //! columns at a time, for all tokens of a task. They are multiplied with one token after the other: four
 //! columns of 16 rows with the same four activations in every lane ([`Bytes::dot4_small`]).
 //!
-//! An expanded byte is the stored number, or twice that number if codes are odd. The lowest code times the
-//! sum of activations of 32 columns is an offset that is computed with the activations. No sum overflows:
-//! eight bytes of at most 15 are within [`MAX_SMALL`], and a sum over 128 columns is within 128 · 23 · 127.
+//! An expanded byte is the stored number, or twice that number if codes are odd; codes of 8 bits have two bytes
+//! of 4 bits. The lowest code times the sum of activations of 32 columns is an offset that is computed with the
+//! activations. No sum overflows: eight bytes of at most 15 are within [`MAX_SMALL`], and a sum over 128 columns
+//! is within 128 · 383 · 127.
+//!
+//! A group of columns is a place in its stride of [`STRIDE`] columns, and the sums of each place are kept apart
+//! until the end: the order of additions is that of [`super::gemv_q8`].
 
 use stb_format::encoding::int_group::UNIT;
 use stb_format::encoding::{IntGroup, IntGroupView};
 
 use super::super::gemm_task::{GemmQ8Task, TileLanes, copy_tile};
-use crate::cpu::arch::bytes::{Aligned, Bytes, Line, MAX_SMALL, Task};
+use super::super::row_major::bytes;
+use super::gemm_amx;
+use super::gemv_q8::{STRIDE, joined, planes_to_end, store_times, sums_of_four};
+use crate::cpu::arch::bytes::{Aligned, Bytes, MAX_SMALL, Task};
 use crate::cpu::ops::q8::BLOCK;
 use crate::cpu::ops::q8_batch::{ActivationsQ8, BlockOffsets, QuantizeChunk, TOKENS};
 use crate::cpu::products::ROW_TILE;
@@ -20,11 +27,11 @@ pub(super) const ROWS: usize = 4 * ROW_TILE;
 /// Tokens of a task.
 pub(super) const GROUP: usize = 128;
 /// Tiles that use the activations of some tokens while these are in the L1 cache.
-const TILES: usize = 2;
-/// Blocks of columns expanded at a time.
-const DEPTH: usize = 4;
+pub(super) const TILES: usize = 2;
+/// Blocks of columns expanded at a time: a stride.
+pub(super) const DEPTH: usize = STRIDE / BLOCK;
 /// Units of a block of activations.
-const UNITS: usize = BLOCK / UNIT;
+pub(super) const UNITS: usize = BLOCK / UNIT;
 /// Words of four columns of a unit.
 const WORDS: usize = UNIT / 4;
 
@@ -39,87 +46,136 @@ impl Task for IntQuantize<'_, '_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        let low = self.spec.limits().0;
+        // Tiles multiply codes of 8 bits as they are.
+        let signed = self.spec.bits() == 8 && gemm_amx::fits::<S>(self.spec);
+        let low = if signed { 0 } else { self.spec.limits().0 };
         self.chunk.quantize(
             s,
             #[inline(always)]
             |_| {},
             #[inline(always)]
-            |chunk, block, token, codes| offsets(low, codes, token, &mut chunk.offsets[block]),
+            |chunk, block, token, codes| offsets(s, low, codes, token, &mut chunk.offsets[block]),
         );
     }
 }
 
 /// See [`PackedGemmQ8::multiply`](crate::PackedGemmQ8::multiply).
-pub(super) struct IntGemmQ8<'a, 'y>(pub GemmQ8Task<'a, 'y, IntGroupView<'a>>);
+pub(super) struct IntGemmQ8<'a, 'y> {
+    pub task: GemmQ8Task<'a, 'y, IntGroupView<'a>>,
+    /// Scratch for tiles.
+    pub expanded: &'a mut ExpandedTiles,
+}
+
+/// Some blocks of the tiles that are computed together.
+pub(super) type ExpandedTiles = [ExpandedTile; TILES];
 
 impl Task for IntGemmQ8<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
+        let Self { task, expanded } = self;
+        if gemm_amx::fits::<S>(task.matrix.spec) {
+            let done = s.with_tiles(gemm_amx::IntAmxGemm { task, expanded });
+            assert!(done.is_some(), "a set with tiles");
+            return;
+        }
         // The sums of 8 tokens fit in 32 registers of 64 bytes.
-        let Self(task) = self;
         match (S::WIDE, task.matrix.spec.group()) {
-            (true, 32) => all_tiles::<S, 8, 1>(s, task),
-            (true, 64) => all_tiles::<S, 8, 2>(s, task),
-            (true, _) => all_tiles::<S, 8, 4>(s, task),
-            (false, 32) => all_tiles::<S, 4, 1>(s, task),
-            (false, 64) => all_tiles::<S, 4, 2>(s, task),
-            (false, _) => all_tiles::<S, 4, 4>(s, task),
+            (true, 32) => all_tiles::<S, 8, 1>(s, task, expanded),
+            (true, 64) => all_tiles::<S, 8, 2>(s, task, expanded),
+            (true, _) => all_tiles::<S, 8, 4>(s, task, expanded),
+            (false, 32) => all_tiles::<S, 4, 1>(s, task, expanded),
+            (false, 64) => all_tiles::<S, 4, 2>(s, task, expanded),
+            (false, _) => all_tiles::<S, 4, 4>(s, task, expanded),
         }
     }
 }
 
-/// Computes `K` tokens at a time. `G` units of columns share a scale. Sums are [tile][group of `K`
-/// tokens][token].
+/// Computes `K` tokens at a time. `G` units of columns share a scale. Sums are [tile][place][token].
 #[inline(always)]
 fn all_tiles<S: Bytes, const K: usize, const G: usize>(
     s: S,
     task: GemmQ8Task<'_, '_, IntGroupView<'_>>,
+    expanded: &mut ExpandedTiles,
 ) {
     let GemmQ8Task { matrix: m, x, group, first, tiles, y, lanes } = task;
     let parts = y.len().div_ceil(K);
-    let mut expanded = vec![ExpandedTile::NONE; TILES];
+    let (places, size) = (DEPTH * UNITS / G, parts * K);
     for from_tile in (0..tiles).step_by(TILES) {
         let expanded = &mut expanded[..TILES.min(tiles - from_tile)];
-        let rows: [_; TILES] = std::array::from_fn(
-            #[inline(always)]
-            |t| TileRows::new(m, (first + (from_tile + t) * ROW_TILE).min(m.rows)),
-        );
+        let rows = pair_of_tiles(m, first + from_tile * ROW_TILE);
+        let lanes = zeros(lanes, expanded.len() * places * size);
         for from in (0..x.blocks()).step_by(DEPTH) {
             for (expanded, rows) in expanded.iter_mut().zip(&rows) {
-                expanded.read::<S, G>(s, m.spec.bits(), rows, from);
+                expanded.read(s, m.spec, rows, from);
             }
             for part in 0..parts {
                 let tokens = TokenBlocks::<K>::new(x, group * x.group + part * K, from);
-                for (t, expanded) in expanded.iter().enumerate() {
-                    let sums = &mut lanes.as_chunks_mut().0[t * parts + part];
-                    tokens.add::<S, G>(s, expanded, from == 0, sums);
+                for (expanded, sums) in expanded.iter().zip(lanes.chunks_exact_mut(places * size)) {
+                    tokens.add::<S, G>(s, expanded, sums, part);
                 }
             }
         }
-        for t in 0..expanded.len() {
-            copy_tile(&lanes[t * parts * K..][..parts * K], from_tile + t, y);
+        for (t, sums) in lanes.chunks_exact_mut(places * size).enumerate() {
+            copy_tile(sum_of_places(s, sums, places), from_tile + t, y);
         }
     }
 }
 
-/// The stored rows of a tile; rows that do not exist are empty.
-struct TileRows<'a> {
+/// The stored rows of [`TILES`] tiles from row `first` on.
+#[inline(always)]
+pub(super) fn pair_of_tiles<'a>(m: &IntGroupView<'a>, first: usize) -> [TileRows<'a>; TILES] {
+    [TileRows::new(m, first), TileRows::new(m, (first + ROW_TILE).min(m.rows))]
+}
+
+/// The first `count` sums, zero.
+#[inline(always)]
+pub(super) fn zeros(sums: &mut Vec<TileLanes>, count: usize) -> &mut [TileLanes] {
+    if sums.len() < count {
+        sums.resize(count, TileLanes::default());
+    }
+    sums[..count].fill(TileLanes::default());
+    &mut sums[..count]
+}
+
+/// The sums over all places of sums [place][token], by the same additions as in the product for one token.
+#[inline(always)]
+pub(super) fn sum_of_places<S: Bytes>(s: S, sums: &mut [TileLanes], places: usize) -> &[TileLanes] {
+    let size = sums.len() / places;
+    let mut half = places / 2;
+    while half > 0 {
+        let (to, from) = sums.split_at_mut(half * size);
+        for (to, from) in to.iter_mut().zip(from) {
+            s.store(s.add(s.load(&to.0), s.load(&from.0)), &mut to.0);
+        }
+        half /= 2;
+    }
+    for sum in &mut sums[..size] {
+        s.store(s.add(s.load(&sum.0), s.splat(0.0)), &mut sum.0);
+    }
+    &sums[..size]
+}
+
+/// The stored rows of a tile; rows that do not exist are empty. What is read past the end of a row is multiplied by
+/// zero.
+pub(super) struct TileRows<'a> {
     low: [&'a [u8]; ROW_TILE],
     /// The plane of the third bits of 3-bit codes.
     high: [&'a [u8]; ROW_TILE],
     scales: [&'a [[u8; 2]]; ROW_TILE],
+    /// Bytes from a row to that of the tile after the next.
+    ahead: usize,
 }
 
 impl<'a> TileRows<'a> {
     #[inline(always)]
     fn new(m: &IntGroupView<'a>, first: usize) -> Self {
+        let ahead = TILES * ROW_TILE * m.row_codes(0).len();
         let mut rows =
-            Self { low: [&[]; ROW_TILE], high: [&[]; ROW_TILE], scales: [&[]; ROW_TILE] };
+            Self { low: [&[]; ROW_TILE], high: [&[]; ROW_TILE], scales: [&[]; ROW_TILE], ahead };
         for r in 0..ROW_TILE.min(m.rows - first) {
-            [rows.low[r], rows.high[r]] = m.row_planes(first + r);
+            [rows.low[r], rows.high[r]] = planes_to_end(m, first + r);
             rows.scales[r] = m.row_scales(first + r);
         }
         rows
@@ -134,73 +190,125 @@ impl<'a> TileRows<'a> {
         }
         s.f16_to_f32(&halves)
     }
+
+    /// Four words of each row: word w of all rows in vector w.
+    #[inline(always)]
+    fn words<S: Bytes>(&self, s: S, planes: &[&[u8]; ROW_TILE], at: usize) -> [S::B; 4] {
+        if at.is_multiple_of(4) {
+            for plane in planes {
+                s.prefetch(plane.as_ptr().wrapping_add(16 * at + self.ahead));
+            }
+        }
+        // Word w of row 4l + v becomes word v in lane l of vector w.
+        let mut vectors = [s.splat_b(0); 4];
+        for (v, vector) in vectors.iter_mut().enumerate() {
+            let mut spare = [[0; 16]; 4];
+            let [a, b, c, d] = &mut spare;
+            *vector = s.load_lanes([
+                bytes(planes[v], 16 * at, a),
+                bytes(planes[v + 4], 16 * at, b),
+                bytes(planes[v + 8], 16 * at, c),
+                bytes(planes[v + 12], 16 * at, d),
+            ]);
+        }
+        s.transpose_words(vectors)
+    }
 }
 
-/// Four words of each row: word w of all rows in vector w.
-#[inline(always)]
-fn words<S: Bytes>(s: S, planes: &[&[u8]; ROW_TILE], at: usize) -> [S::B; 4] {
-    // Word w of row 4l + v becomes word v in lane l of vector w.
-    let mut by_row = [Aligned([0; 64]); 4];
-    for (r, plane) in planes.iter().enumerate() {
-        let to = &mut by_row[r % 4].0.as_chunks_mut::<16>().0[r / 4];
-        if let Some(bytes) = plane.as_chunks().0.get(at) {
-            *to = *bytes;
-        } else if let Some(rest) = plane.get(16 * at..) {
-            to[..rest.len()].copy_from_slice(rest);
-        }
-    }
-    let mut vectors = [s.splat_b(0); 4];
-    for (vector, line) in vectors.iter_mut().zip(&by_row) {
-        *vector = s.load_b(line);
-    }
-    s.transpose_words(vectors)
-}
+/// By unit, by word of four columns: the four bytes of each row.
+type ExpandedUnits = Aligned<[[[u8; 64]; WORDS]; DEPTH * UNITS]>;
 
 /// Some blocks of a tile, expanded to bytes.
-#[derive(Clone)]
-struct ExpandedTile {
-    /// By unit, by word of four columns: the four bytes of each row.
-    words: [[Line; WORDS]; DEPTH * UNITS],
+pub(super) struct ExpandedTile {
+    words: ExpandedUnits,
+    /// The upper halves of codes of 8 bits, unless these are stored as they are.
+    upper: ExpandedUnits,
+    /// Whether `upper` is in use.
+    has_upper: bool,
     /// By unit, filled for the first unit of each group: the scale of each row.
     scales: [TileLanes; DEPTH * UNITS],
 }
 
 impl ExpandedTile {
-    const NONE: Self = Self {
-        words: [[Aligned([0; 64]); WORDS]; DEPTH * UNITS],
+    pub(super) const NONE: Self = Self {
+        words: Aligned([[[0; 64]; WORDS]; DEPTH * UNITS]),
+        upper: Aligned([[[0; 64]; WORDS]; DEPTH * UNITS]),
+        has_upper: false,
         scales: [TileLanes([0.0; ROW_TILE]); DEPTH * UNITS],
     };
 
+    /// The words of a block.
+    #[inline(always)]
+    pub(super) fn block(&self, block: usize) -> &[[u8; 64]; UNITS * WORDS] {
+        let words = self.words[block * UNITS..][..UNITS].as_flattened();
+        words.first_chunk().expect("the words of a block")
+    }
+
+    /// The scales of a block, if groups are whole blocks.
+    #[inline(always)]
+    pub(super) fn block_scales(&self, block: usize) -> &[f32; ROW_TILE] {
+        &self.scales[block * UNITS].0
+    }
+
     /// Reads [`DEPTH`] blocks from `block`. Past the last block, activations are zero.
     #[inline(always)]
-    fn read<S: Bytes, const G: usize>(
+    pub(super) fn read<S: Bytes>(
         &mut self,
         s: S,
-        bits: u8,
+        spec: IntGroup,
         rows: &TileRows<'_>,
         block: usize,
     ) {
         let unit = block * UNITS;
-        match bits {
-            1 => self.ones(s, &rows.low, unit, false),
-            2 => self.twos(s, &rows.low, unit),
+        self.has_upper = false;
+        match spec.bits() {
+            1 => self.ones(s, rows, unit, false),
+            2 => self.twos(s, rows, unit),
             3 => {
-                self.twos(s, &rows.low, unit);
-                self.ones(s, &rows.high, unit, true);
+                self.twos(s, rows, unit);
+                self.ones(s, rows, unit, true);
             }
-            _ => self.fours(s, &rows.low, unit),
+            4 => self.fours(s, rows, unit),
+            _ if gemm_amx::fits::<S>(spec) => self.signed(s, rows, unit),
+            _ => self.eights(s, rows, unit),
         }
-        for (g, scales) in self.scales.iter_mut().step_by(G).enumerate() {
-            s.store(rows.scales(s, unit / G + g), &mut scales.0);
+        let units = spec.group() / UNIT;
+        for (g, scales) in self.scales.iter_mut().step_by(units).enumerate() {
+            s.store(rows.scales(s, unit / units + g), &mut scales.0);
+        }
+    }
+
+    /// Copies codes of 8 bits. A unit takes eight words.
+    #[inline(always)]
+    fn signed<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize) {
+        for (i, to) in self.words.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            for (word, to) in rows.words(s, &rows.low, 2 * unit + i).into_iter().zip(to) {
+                s.store_b(word, to);
+            }
+        }
+    }
+
+    /// Expands codes of 8 bits, plus 128, to halves of 4 bits.
+    #[inline(always)]
+    fn eights<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize) {
+        self.has_upper = true;
+        let (mask, eight) = (s.splat_b(15), s.splat_b(8));
+        let words = self.words.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut();
+        let upper = self.upper.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut();
+        for (i, (low, high)) in words.zip(upper).enumerate() {
+            for (w, word) in rows.words(s, &rows.low, 2 * unit + i).into_iter().enumerate() {
+                s.store_b(s.and_b(word, mask), &mut low[w]);
+                s.store_b(s.xor_b(s.and_b(s.shr_b::<4>(word), mask), eight), &mut high[w]);
+            }
         }
     }
 
     /// Expands codes of 4 bits. A unit takes four words; columns k and k + 16 are in byte k.
     #[inline(always)]
-    fn fours<S: Bytes>(&mut self, s: S, planes: &[&[u8]; ROW_TILE], unit: usize) {
+    fn fours<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize) {
         let mask = s.splat_b(15);
         for (u, to) in self.words.iter_mut().enumerate() {
-            for (w, word) in words(s, planes, unit + u).into_iter().enumerate() {
+            for (w, word) in rows.words(s, &rows.low, unit + u).into_iter().enumerate() {
                 s.store_b(s.and_b(word, mask), &mut to[w]);
                 s.store_b(s.and_b(s.shr_b::<4>(word), mask), &mut to[4 + w]);
             }
@@ -210,10 +318,10 @@ impl ExpandedTile {
     /// Expands codes of 2 bits to twice the number. A unit takes two words; columns k, k + 8, k + 16 and k + 24
     /// are in byte k.
     #[inline(always)]
-    fn twos<S: Bytes>(&mut self, s: S, planes: &[&[u8]; ROW_TILE], unit: usize) {
+    fn twos<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize) {
         let mask = s.splat_b(6);
         for (i, to) in self.words.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            for (w, word) in words(s, planes, unit / 2 + i).into_iter().enumerate() {
+            for (w, word) in rows.words(s, &rows.low, unit / 2 + i).into_iter().enumerate() {
                 let fields = [
                     s.shl_b::<1>(word),
                     s.shr_b::<1>(word),
@@ -230,10 +338,11 @@ impl ExpandedTile {
     /// Expands codes of 1 bit to twice the number or, if `added`, adds eight times the number to the bytes. A
     /// unit takes a word; columns k, k + 4, … are in byte k.
     #[inline(always)]
-    fn ones<S: Bytes>(&mut self, s: S, planes: &[&[u8]; ROW_TILE], unit: usize, added: bool) {
+    fn ones<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize, added: bool) {
         let mask = s.splat_b(if added { 8 } else { 2 });
+        let planes = if added { &rows.high } else { &rows.low };
         for (i, to) in self.words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            for (word, to) in words(s, planes, unit / 4 + i).into_iter().zip(to) {
+            for (word, to) in rows.words(s, planes, unit / 4 + i).into_iter().zip(to) {
                 // Moves bit f to bit 1, or to bit 3.
                 let [up, down] = [s.shl_b::<1>(word), s.shr_b::<1>(word)];
                 let [down_2, down_3, down_4] =
@@ -290,41 +399,43 @@ impl<'a, const K: usize> TokenBlocks<'a, K> {
         Self { blocks }
     }
 
-    /// Adds the products with some rows to `sums`; starts from zero if `first`.
+    /// Adds the products with some rows to `sums`, [place][part][token], for part `part` of the tokens.
     #[inline(always)]
     fn add<S: Bytes, const G: usize>(
         &self,
         s: S,
         rows: &ExpandedTile,
-        first: bool,
-        sums: &mut [TileLanes; K],
+        sums: &mut [TileLanes],
+        part: usize,
     ) {
-        let mut totals = [s.splat(0.0); K];
-        if !first {
-            for (total, sum) in totals.iter_mut().zip(&*sums) {
-                *total = s.load(&sum.0);
-            }
-        }
+        let places = DEPTH * UNITS / G;
+        let (sums, _) = sums.as_chunks_mut::<K>();
+        let parts = sums.len() / places;
         for (b, x) in self.blocks.iter().enumerate() {
             let Some(x) = x else { break };
             for g in 0..UNITS / G {
                 let mut acc = [s.splat_i(0); K];
                 for u in g * G..(g + 1) * G {
-                    let products = unit_products(s, &rows.words[b * UNITS + u], x.codes, u);
+                    let unit = b * UNITS + u;
+                    let products = unit_products(s, &rows.words[unit], x.codes, u);
                     for k in 0..K {
                         let offset = s.splat_i(x.offsets[u][k].cast_unsigned());
                         acc[k] = s.add_i(acc[k], s.add_i(offset, s.finish_small(products[k])));
                     }
+                    if rows.has_upper {
+                        let products = unit_products(s, &rows.upper[unit], x.codes, u);
+                        for k in 0..K {
+                            acc[k] = s.add_i(acc[k], s.shl(s.finish_small(products[k]), 4));
+                        }
+                    }
                 }
                 let scales = s.load(&rows.scales[b * UNITS + g * G].0);
-                for k in 0..K {
+                let sums = &mut sums[(b * UNITS / G + g) * parts + part];
+                for (k, TileLanes(sum)) in sums.iter_mut().enumerate() {
                     let scale = s.mul(scales, s.splat(x.scales[k]));
-                    totals[k] = s.mul_add(scale, s.to_f32(acc[k]), totals[k]);
+                    s.store(s.mul_add(scale, s.to_f32(acc[k]), s.load(sum)), sum);
                 }
             }
-        }
-        for (total, sum) in totals.into_iter().zip(sums) {
-            s.store(total, &mut sum.0);
         }
     }
 }
@@ -333,7 +444,7 @@ impl<'a, const K: usize> TokenBlocks<'a, K> {
 #[inline(always)]
 fn unit_products<S: Bytes, const K: usize>(
     s: S,
-    words: &[Line; WORDS],
+    words: &[[u8; 64]; WORDS],
     x: &[[i8; BLOCK]; K],
     unit: usize,
 ) -> [S::Small; K] {
@@ -350,9 +461,15 @@ fn unit_products<S: Bytes, const K: usize>(
 
 /// Writes the offsets of token `t`: for each unit, the lowest code times the sum of activations.
 #[inline(always)]
-fn offsets(low: i8, codes: &[i8; BLOCK], t: usize, to: &mut BlockOffsets) {
-    for (to, unit) in to.iter_mut().zip(codes.as_chunks::<UNIT>().0) {
-        to[t] = i32::from(low) * unit.iter().map(|x| i32::from(*x)).sum::<i32>();
+fn offsets<S: Bytes>(s: S, low: i8, codes: &[i8; BLOCK], t: usize, to: &mut BlockOffsets) {
+    let mut sums = joined(s, sums_of_four::<S, 2>(s, codes));
+    for _ in 0..2 {
+        sums = s.add_pairs(sums, sums);
+    }
+    let mut units = [0; 16];
+    store_times(s, low, sums, &mut units);
+    for (to, offset) in to.iter_mut().zip(units) {
+        to[t] = offset;
     }
 }
 

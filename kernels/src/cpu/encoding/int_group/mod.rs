@@ -1,8 +1,12 @@
 //! Integers of 1 to 8 bits with one scale per group of columns.
 
 mod exact;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
+mod gemm_amx;
 mod gemm_q8;
 mod gemv_q8;
+
+use std::cell::RefCell;
 
 use stb_format::encoding::IntGroupView;
 
@@ -14,6 +18,12 @@ use crate::cpu::ops::q8_batch::{ActivationsQ8, Q8Arrangement, Q8Layout, Quantize
 use crate::cpu::packed::{ActivationLayout, PackedGemmQ8, PackedMatrix, UnpackBlock};
 use crate::cpu::products::GEMV_MAX_BATCH;
 use crate::isa::Isa;
+
+thread_local! {
+    /// Reused by the tasks of a thread, so that it stays in cache.
+    static EXPANDED: RefCell<Box<gemm_q8::ExpandedTiles>> =
+        RefCell::new(Box::new([gemm_q8::ExpandedTile::NONE; gemm_q8::TILES]));
+}
 
 impl PackedMatrix for IntGroupView<'_> {
     fn rows(&self) -> usize {
@@ -32,7 +42,7 @@ impl PackedMatrix for IntGroupView<'_> {
     }
 
     fn activation_layout(&self, q8: bool) -> Option<ActivationLayout> {
-        let variant = [usize::from(self.spec.bits()), usize::from(self.spec.is_odd())];
+        let variant = [usize::from(self.spec.bits()), self.spec.group()];
         Some(if q8 { ActivationLayout::new("int", variant) } else { ActivationLayout::AS_GIVEN })
     }
 
@@ -63,19 +73,17 @@ impl PackedMatrix for IntGroupView<'_> {
     }
 
     fn gemm_q8(&self) -> Option<&dyn PackedGemmQ8> {
-        if self.spec.bits() <= 4 { Some(self) } else { None }
+        Some(self)
     }
 }
 
-/// The batch sizes are the same on every instruction set: products with many tokens add in another order
-/// than products with one, so results would depend on the set otherwise.
 impl PackedGemmQ8 for IntGroupView<'_> {
     fn min_batch(&self, _: Isa) -> usize {
-        if self.spec.bits() == 4 { 28 } else { 13 }
+        std::env::var("MINB").map_or(5, |v| v.parse().unwrap())
     }
 
     fn adds_like_gemv(&self) -> bool {
-        false
+        true
     }
 
     fn prefill_batch(&self, _: Isa) -> usize {
@@ -102,6 +110,10 @@ impl PackedGemmQ8 for IntGroupView<'_> {
         first: usize,
         y: &mut [&mut [f32]],
     ) {
-        GemmQ8Task::with(self, x, group, first, y, |task| isa.run(gemm_q8::IntGemmQ8(task)));
+        EXPANDED.with_borrow_mut(|expanded| {
+            GemmQ8Task::with(self, x, group, first, y, |task| {
+                isa.run(gemm_q8::IntGemmQ8 { task, expanded });
+            });
+        });
     }
 }

@@ -23,20 +23,27 @@ const TILES: usize = 4;
 pub(super) const ROWS: usize = TILES * TILE;
 
 /// Bytes of 16 rows × 128 columns: for every four columns, the four bytes of each row side by side.
-type ExpandedBlock = Aligned<[[u8; 64]; BLOCK / 4]>;
+pub(super) type ExpandedBlock = Aligned<[[u8; 64]; BLOCK / 4]>;
 
 /// Products of tiles before they are scaled.
 type AlignedSums = Aligned<TileSums>;
 
-pub(super) struct AmxGemm<'a, 'y>(pub GemmQ8Task<'a, 'y, NmView<'a>>);
+pub(super) struct AmxGemm<'a, 'y> {
+    pub task: GemmQ8Task<'a, 'y, NmView<'a>>,
+    /// Scratch for expanded blocks.
+    pub expanded: &'a mut Vec<ExpandedBlock>,
+}
 
 impl TileTask for AmxGemm<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S, unit: &impl TileUnit) {
-        let Self(task) = self;
-        nm_rates!(task.matrix.spec, |N, M, BITS| all_tiles::<S, N, M, BITS>(s, unit, task));
+        let Self { task, expanded } = self;
+        expanded.resize(TILES * DEPTH / BLOCK, Aligned([[0; 64]; BLOCK / 4]));
+        nm_rates!(task.matrix.spec, |N, M, BITS| {
+            all_tiles::<S, N, M, BITS>(s, unit, task, expanded)
+        });
     }
 }
 
@@ -45,12 +52,12 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
     s: S,
     unit: &impl TileUnit,
     task: GemmQ8Task<'_, '_, NmView<'_>>,
+    weights: &mut [ExpandedBlock],
 ) {
     let GemmQ8Task { matrix: m, x, first, tiles, y: to, lanes, .. } = task;
     let stride = x.group;
     let y = &mut lanes[..tiles * stride];
     let patterns = CodePatterns::<S>::new::<N, M>(s);
-    let mut weights = vec![Aligned([[0; 64]; BLOCK / 4]); TILES * DEPTH / BLOCK];
     let mut sums: [AlignedSums; 2] = [Aligned([[[[0; 16]; 16]; 2]; 2]); 2];
     y.fill(TileLanes::default());
     for (i, y) in y.chunks_mut(TILES * stride).enumerate() {
@@ -64,7 +71,7 @@ fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
                     patterns.expand::<N, M, BITS>(s, m, tile + t, block, to);
                 }
             }
-            let product = TileProduct { unit, m, x, tile, tiles, blocks, weights: &weights };
+            let product = TileProduct { unit, m, x, tile, tiles, blocks, weights };
             product.add(s, &mut sums, y);
         }
         for (t, y) in y.chunks_exact_mut(stride).enumerate() {

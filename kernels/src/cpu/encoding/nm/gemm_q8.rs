@@ -50,8 +50,16 @@ impl Task for ChoosePath {
     }
 }
 
+/// Scratch of the paths.
+#[derive(Default)]
+struct GemmScratch {
+    lut: LutScratch,
+    expanded: Vec<gemm_amx::ExpandedBlock>,
+}
+
 thread_local! {
-    static LUT_SCRATCH: RefCell<LutScratch> = RefCell::default();
+    /// Reused by the tasks of a thread, so that it stays in cache.
+    static SCRATCH: RefCell<GemmScratch> = RefCell::default();
 }
 
 impl PackedGemmQ8 for NmView<'_> {
@@ -106,8 +114,8 @@ impl PackedGemmQ8 for NmView<'_> {
         first: usize,
         y: &mut [&mut [f32]],
     ) {
-        LUT_SCRATCH.with_borrow_mut(|lut| {
-            GemmQ8Task::with(self, x, group, first, y, |task| isa.run(NmGemmQ8 { task, lut }));
+        SCRATCH.with_borrow_mut(|scratch| {
+            GemmQ8Task::with(self, x, group, first, y, |task| isa.run(NmGemmQ8 { task, scratch }));
         });
     }
 }
@@ -144,7 +152,7 @@ impl Task for NmQuantize<'_, '_, '_> {
 
 struct NmGemmQ8<'a, 'y> {
     task: GemmQ8Task<'a, 'y, NmView<'a>>,
-    lut: &'a mut LutScratch,
+    scratch: &'a mut GemmScratch,
 }
 
 impl Task for NmGemmQ8<'_, '_> {
@@ -152,12 +160,12 @@ impl Task for NmGemmQ8<'_, '_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        let Self { task, lut } = self;
+        let Self { task, scratch } = self;
         if S::TILES && !task.x.by_token.is_empty() {
-            let done = s.with_tiles(gemm_amx::AmxGemm(task));
+            let done = s.with_tiles(gemm_amx::AmxGemm { task, expanded: &mut scratch.expanded });
             assert!(done.is_some(), "a set with tiles");
         } else if S::WIDE {
-            gemm_lut::run(s, task, lut);
+            gemm_lut::run(s, task, &mut scratch.lut);
         } else {
             gemm_sum_table::run(s, task);
         }
