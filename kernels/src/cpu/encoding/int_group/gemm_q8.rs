@@ -59,6 +59,18 @@ impl Task for IntQuantize<'_, '_> {
     }
 }
 
+/// See [`PackedGemmQ8::min_batch`](crate::PackedGemmQ8::min_batch).
+pub(super) struct MinBatch(pub IntGroup);
+
+impl Task for MinBatch {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Bytes>(self, _: S) -> usize {
+        if gemm_amx::fits::<S>(self.0) { 2 } else { 4 }
+    }
+}
+
 /// See [`PackedGemmQ8::multiply`](crate::PackedGemmQ8::multiply).
 pub(super) struct IntGemmQ8<'a, 'y> {
     pub task: GemmQ8Task<'a, 'y, IntGroupView<'a>>,
