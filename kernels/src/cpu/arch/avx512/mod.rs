@@ -262,13 +262,19 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
             }
             let mut twos = [_mm512_setzero_pd(); 2];
             for (two, four) in twos.iter_mut().zip(fours.as_chunks::<2>().0) {
-                let [a, b] = four.map(|four| _mm512_castps_pd(four));
+                let [a, b] = four.map(
+                    #[inline(always)]
+                    |four| _mm512_castps_pd(four),
+                );
                 *two = _mm512_castps_pd(_mm512_add_ps(
                     _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
                     _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
                 ));
             }
-            let [a, b] = twos.map(|two| _mm512_castpd_ps(two));
+            let [a, b] = twos.map(
+                #[inline(always)]
+                |two| _mm512_castpd_ps(two),
+            );
             _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b))
         });
         let mut out = [0.0; 16];

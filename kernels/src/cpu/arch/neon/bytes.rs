@@ -249,8 +249,13 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
 
     #[inline(always)]
     fn load_lanes(self, v: [&[u8; 16]; 4]) -> Self::B {
-        // SAFETY: 16 bytes are readable behind each reference; the loads take any alignment.
-        v.map(|v| unsafe { vld1q_u8(v.as_ptr()) })
+        v.map(
+            #[inline(always)]
+            |v| {
+                // SAFETY: 16 bytes are readable behind the reference; the load takes any alignment.
+                unsafe { vld1q_u8(v.as_ptr()) }
+            },
+        )
     }
 
     #[inline(always)]
