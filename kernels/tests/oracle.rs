@@ -203,8 +203,7 @@ fn quantize(isa: Isa, kernel: &dyn PackedGemmQ8, x: &[f32], to: &mut Activations
     chunks.into_iter().for_each(|mut chunk| kernel.quantize(isa, &mut chunk));
 }
 
-/// The results of the portable kernels for each token alone: of GEMV, or of GEMM if it adds in another order (checked
-/// to be close to GEMV).
+/// The results of the portable GEMV for each token alone.
 fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
     let (rows, scalar) = (view.rows(), Isa::scalar());
     let mut all = vec![0.0; x.len() / view.cols() * rows];
@@ -212,20 +211,6 @@ fn alone(view: &MatrixView<'_>, x: &[f32]) -> Vec<f32> {
         let mut scratch = GemvScratch::default();
         let matrix = packed(view);
         gemv(scalar, matrix, matrix.prepare_q8(scalar, x, &mut scratch), 0, y);
-        if let Some(kernel) = matrix.gemm_q8().filter(|kernel| !kernel.adds_like_gemv()) {
-            let mut many = vec![0.0; rows];
-            let mut tokens = ActivationsQ8::default();
-            quantize(scalar, kernel, x, &mut tokens);
-            let mut rest: Vec<&mut [f32]> = Vec::new();
-            rest.resize_with(tokens.group(), Default::default);
-            rest[0] = &mut many;
-            gemm_q8(scalar, kernel, &tokens, 0, 0, &mut rest);
-            let largest = y.iter().fold(0.0f32, |max, y| max.max(y.abs()));
-            for (one, many) in y.iter().zip(&many) {
-                assert!((one - many).abs() <= 2e-6 * largest, "{one} {many}, up to {largest}");
-            }
-            y.copy_from_slice(&many);
-        }
     }
     all
 }

@@ -1,9 +1,10 @@
 //! Linear layers on one token or many, split over threads by rows.
 //!
-//! The kernels of an encoding may add in different orders, so the rows of a batch have roles: a prefill row always
-//! goes through GEMM and a decode row always through GEMV, or through a GEMM that adds like GEMV. All kernels give a
-//! row the same bits whatever the other rows are. The result for a row therefore depends on the row and its role
-//! alone, never on the rest of the batch.
+//! With activations of 8 bits, GEMV and GEMM of an encoding add in the same order, so the size of a batch chooses
+//! between them. With f32 activations, or without a q8 GEMM, they do not, so the rows of a batch have roles: a prefill
+//! row always goes through GEMM and a decode row always through GEMV. All kernels give a row the same bits whatever
+//! the other rows are. The result for a row therefore depends on the row and its role alone, never on the rest of the
+//! batch.
 
 use stb_kernels::{
     ActivationsQ8, GEMV_MAX_BATCH, GemvInput, GemvScratch, Isa, PackedGemmQ8, PackedMatrix, Panels,
@@ -131,9 +132,8 @@ pub fn apply_packed<const N: usize>(
     assert!(weights.iter().all(|w| w.matrix.cols() == cols), "matrices of one input");
     assert!(rows.x.len().is_multiple_of(cols), "whole tokens");
     let tokens = rows.x.len() / cols;
-    let like_gemv = |w: &LinearWeight<'_>| w.matrix.gemm_q8().is_some_and(|k| k.adds_like_gemv());
-    // Roles make no difference here, and one product is faster than two.
-    let prefill = match scratch.q8 && weights.iter().all(like_gemv) {
+    // Quantized GEMM adds like GEMV: roles make no difference, and one product is faster than two.
+    let prefill = match scratch.q8 && weights.iter().all(|w| w.matrix.gemm_q8().is_some()) {
         true => 0,
         false => rows.prefill,
     };
@@ -164,16 +164,10 @@ fn apply_rows<const N: usize>(
 ) {
     let (tokens, q8) = (x.len() / weights[0].matrix.cols(), scratch.q8);
     let kernels = weights.map(|weight| {
-        let kernel = weight.matrix.gemm_q8().filter(|_| q8)?;
-        let fits = match kernel.adds_like_gemv() {
-            true => tokens >= kernel.min_batch(threads.isa),
-            false => kind == RowKind::Prefill,
-        };
-        fits.then_some(kernel)
+        weight.matrix.gemm_q8().filter(|kernel| q8 && tokens >= kernel.min_batch(threads.isa))
     });
     let uses_gemv = |weight: &LinearWeight<'_>| {
-        let like_gemv = weight.matrix.gemm_q8().is_some_and(|k| k.adds_like_gemv());
-        kind == RowKind::Decode || q8 && like_gemv
+        kind == RowKind::Decode || q8 && weight.matrix.gemm_q8().is_some()
     };
     let alike = |w: &LinearWeight<'_>| shares_activations(weights[0].matrix, w.matrix, true);
     if let Some(kernels) = all(kernels)

@@ -101,17 +101,13 @@ impl ActivationLayout {
     }
 }
 
-/// Products of a packed matrix with many tokens that are quantized to 8 bits. Each output is one chain
-/// of operations, whatever the number of tokens, the split and the instruction set.
+/// Products of a packed matrix with many tokens that are quantized to 8 bits. Each output has the same bits as that of
+/// [`gemv`](crate::gemv) with quantized activations, whatever the number of tokens, the split and the instruction set.
 pub trait PackedGemmQ8: PackedMatrix {
     /// The smallest batch for which [`gemm_q8`](crate::gemm_q8) is faster than
     /// [`gemv_batch`](crate::gemv_batch), as measured. GEMM computes whole groups of 8 or 16 tokens and expands
     /// codes first.
     fn min_batch(&self, isa: Isa) -> usize;
-
-    /// Whether each output is the same chain of operations as in [`gemv`](crate::gemv) with quantized
-    /// activations, and so has the same bits.
-    fn adds_like_gemv(&self) -> bool;
 
     /// The batch size beyond which [`gemm_q8`](crate::gemm_q8) gets no faster per token.
     fn prefill_batch(&self, isa: Isa) -> usize;

@@ -1,18 +1,19 @@
 //! Matrices of which some rows are stored a second time with more bits: products with all rows as the coarse encoding
 //! has them, whose results are replaced for the listed rows. These are few, so their activations are not quantized,
-//! whichever form the coarse encoding uses.
+//! whichever form the coarse encoding uses. Listed rows are stored row by row, so a product may start at any of them.
 
 use std::cell::RefCell;
 
 use stb_format::encoding::{CoarseRowsView, MixedRowsView};
 
+use super::row_major;
 use crate::cpu::ops::q8::{GemvInput, GemvScratch};
-use crate::cpu::packed::{ActivationLayout, PackedMatrix, UnpackBlock};
-use crate::cpu::products::ROW_TILE;
+use crate::cpu::ops::q8_batch::{ActivationsQ8, Q8Layout, QuantizeChunk};
+use crate::cpu::packed::{ActivationLayout, PackedGemmQ8, PackedMatrix, UnpackBlock};
 use crate::isa::Isa;
 
 /// Listed rows that are computed at a time.
-const LISTED: usize = 4 * ROW_TILE;
+const LISTED: usize = 64;
 
 thread_local! {
     /// Unpacked weights of listed rows, [row][column].
@@ -28,8 +29,7 @@ fn coarse<'m>(matrix: &'m MixedRowsView<'_>) -> &'m dyn PackedMatrix {
 }
 
 /// Calls `each` for pieces of the list that cover the listed rows among `rows` rows from `first`, with the index of the
-/// first entry of the piece, a multiple of [`ROW_TILE`], and the number of entries. The first and the last piece may
-/// have rows outside.
+/// first entry of the piece and the number of entries, at most [`LISTED`].
 fn pieces(
     matrix: &MixedRowsView<'_>,
     first: usize,
@@ -37,28 +37,29 @@ fn pieces(
     mut each: impl FnMut(usize, usize),
 ) {
     let (from, to) = (matrix.listed_before(first), matrix.listed_before(first + rows));
-    if from == to {
-        return;
-    }
-    for start in (from / ROW_TILE * ROW_TILE..to).step_by(LISTED) {
+    for start in (from..to).step_by(LISTED) {
         each(start, (to - start).min(LISTED));
     }
 }
 
-/// Replaces the results of the listed rows in `y`, which holds the rows from `first`. A result that is not a number
-/// stays: with quantized activations, one that is not finite makes all results so.
-fn replace(matrix: &MixedRowsView<'_>, isa: Isa, x: GemvInput<'_>, first: usize, y: &mut [f32]) {
-    let quantized = x.q8.is_some();
-    let x = GemvInput { q8: None, ..x };
+/// Replaces the results of the listed rows in `y`, which holds the rows from `first`; `x` is not quantized. If the other
+/// results come from activations that were, a result that is not a number stays: an activation that is not finite makes
+/// all of them so.
+fn replace(
+    matrix: &MixedRowsView<'_>,
+    isa: Isa,
+    x: &[f32],
+    (first, quantized): (usize, bool),
+    y: &mut [f32],
+) {
     pieces(matrix, first, y.len(), |start, count| {
         let mut products = [0.0; LISTED];
         let products = &mut products[..count];
-        PackedMatrix::gemv(&matrix.fine, isa, x, start, products);
+        row_major::gemv(isa, &matrix.fine, x, start, products);
         for (i, product) in products.iter().enumerate() {
-            // An entry below `first` wraps around and is outside too.
-            match y.get_mut(matrix.listed_row(start + i).wrapping_sub(first)) {
-                Some(y) if !(quantized && y.is_nan()) => *y = *product,
-                _ => {}
+            let y = &mut y[matrix.listed_row(start + i) - first];
+            if !(quantized && y.is_nan()) {
+                *y = *product;
             }
         }
     });
@@ -81,13 +82,14 @@ impl PackedMatrix for MixedRowsView<'_> {
         coarse(self).prepare_q8(isa, x, scratch)
     }
 
+    /// Quantized batches have the activations themselves, too, which other matrices do not prepare.
     fn activation_layout(&self, q8: bool) -> Option<ActivationLayout> {
-        coarse(self).activation_layout(q8)
+        if q8 { None } else { coarse(self).activation_layout(false) }
     }
 
     fn gemv(&self, isa: Isa, x: GemvInput<'_>, first: usize, y: &mut [f32]) {
         coarse(self).gemv(isa, x, first, y);
-        replace(self, isa, x, first, y);
+        replace(self, isa, x.values, (first, x.q8.is_some()), y);
     }
 
     fn gemv_batch(&self, isa: Isa, x: &[GemvInput<'_>], first: usize, y: &mut [f32]) {
@@ -95,7 +97,7 @@ impl PackedMatrix for MixedRowsView<'_> {
         let rows = y.len() / x.len();
         if rows != 0 {
             for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
-                replace(self, isa, *x, first, y);
+                replace(self, isa, x.values, (first, x.q8.is_some()), y);
             }
         }
     }
@@ -110,14 +112,56 @@ impl PackedMatrix for MixedRowsView<'_> {
             lines.resize((LISTED * block.cols).max(lines.len()), 0.0);
             pieces(self, block.first_row, block.rows, |first_row, rows| {
                 let listed = UnpackBlock { first_row, rows, ..block };
-                PackedMatrix::unpack(&self.fine, isa, listed, lines);
+                row_major::unpack(isa, &self.fine, listed, lines);
                 for (i, line) in lines.chunks_exact(block.cols).take(rows).enumerate() {
-                    let row = self.listed_row(first_row + i).wrapping_sub(block.first_row);
-                    if row < block.rows {
-                        to[row * block.cols..][..block.cols].copy_from_slice(line);
-                    }
+                    let row = self.listed_row(first_row + i) - block.first_row;
+                    to[row * block.cols..][..block.cols].copy_from_slice(line);
                 }
             });
         });
+    }
+
+    fn gemm_q8(&self) -> Option<&dyn PackedGemmQ8> {
+        coarse(self).gemm_q8().map(|_| self as _)
+    }
+}
+
+/// The kernel of the coarse rows.
+///
+/// # Panics
+/// If they have none: [`PackedMatrix::gemm_q8`] returns none then.
+fn coarse_gemm<'m>(matrix: &'m MixedRowsView<'_>) -> &'m dyn PackedGemmQ8 {
+    coarse(matrix).gemm_q8().expect("a q8 GEMM of the coarse rows")
+}
+
+impl PackedGemmQ8 for MixedRowsView<'_> {
+    fn min_batch(&self, isa: Isa) -> usize {
+        coarse_gemm(self).min_batch(isa)
+    }
+
+    fn prefill_batch(&self, isa: Isa) -> usize {
+        coarse_gemm(self).prefill_batch(isa)
+    }
+
+    fn layout(&self, isa: Isa, tokens: usize) -> Q8Layout {
+        Q8Layout { keep_values: true, ..coarse_gemm(self).layout(isa, tokens) }
+    }
+
+    fn quantize(&self, isa: Isa, chunk: &mut QuantizeChunk<'_>) {
+        coarse_gemm(self).quantize(isa, chunk);
+    }
+
+    fn multiply(
+        &self,
+        isa: Isa,
+        x: &ActivationsQ8,
+        group: usize,
+        first: usize,
+        y: &mut [&mut [f32]],
+    ) {
+        coarse_gemm(self).multiply(isa, x, group, first, y);
+        for (t, y) in y.iter_mut().enumerate() {
+            replace(self, isa, x.values(group * x.group + t), (first, true), y);
+        }
     }
 }

@@ -30,6 +30,8 @@ pub struct Q8Layout {
     pub(crate) group: usize,
     /// Rows of a task; tasks of more rows are not faster.
     pub(crate) task_rows: usize,
+    /// Whether the activations are kept without rounding, too.
+    pub(crate) keep_values: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +60,8 @@ pub struct ActivationsQ8 {
     /// By group of [`TOKENS`] tokens, by block: the scale of each token.
     pub(crate) scales: Vec<[f32; TOKENS]>,
     pub(crate) offsets: Vec<BlockOffsets>,
+    /// The activations without rounding, [token][column], padded to whole blocks; empty if the layout has none.
+    values: Vec<f32>,
     pub(crate) tokens: usize,
     pub(crate) cols: usize,
     /// See [`Q8Layout`].
@@ -99,6 +103,13 @@ impl ActivationsQ8 {
         (self.tokens, self.cols) = (x.len() / cols, cols);
         (self.group, self.task_rows) = (layout.group, layout.task_rows);
         let blocks = self.blocks();
+        self.values.clear();
+        if layout.keep_values {
+            for x in x.chunks_exact(cols) {
+                self.values.extend_from_slice(x);
+                self.values.resize(self.values.len().next_multiple_of(BLOCK), 0.0);
+            }
+        }
         let tables_per_chunk = self.make_room(layout.arrangement);
         let mut by_token = self.by_token.chunks_mut(blocks);
         let mut by_column = self.by_column.chunks_mut(blocks);
@@ -159,6 +170,15 @@ impl ActivationsQ8 {
     /// Blocks of columns.
     pub(crate) fn blocks(&self) -> usize {
         self.cols.div_ceil(BLOCK)
+    }
+
+    /// The activations of a token without rounding, padded with zeros.
+    ///
+    /// # Panics
+    /// If the layout keeps none, or there is no such token.
+    pub(crate) fn values(&self, token: usize) -> &[f32] {
+        let padded = self.blocks() * BLOCK;
+        &self.values[token * padded..][..padded]
     }
 }
 

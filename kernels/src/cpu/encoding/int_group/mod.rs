@@ -72,10 +72,6 @@ impl PackedGemmQ8 for IntGroupView<'_> {
         isa.run(gemm_q8::MinBatch(self.spec))
     }
 
-    fn adds_like_gemv(&self) -> bool {
-        true
-    }
-
     fn prefill_batch(&self, _: Isa) -> usize {
         128
     }
@@ -85,6 +81,7 @@ impl PackedGemmQ8 for IntGroupView<'_> {
             arrangement: Q8Arrangement::ByTokenWithOffsets,
             group: tokens.next_multiple_of(TOKENS).min(gemm_q8::GROUP),
             task_rows: gemm_q8::ROWS,
+            keep_values: false,
         }
     }
 

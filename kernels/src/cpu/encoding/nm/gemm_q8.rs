@@ -71,10 +71,6 @@ impl PackedGemmQ8 for NmView<'_> {
         }
     }
 
-    fn adds_like_gemv(&self) -> bool {
-        true
-    }
-
     fn prefill_batch(&self, isa: Isa) -> usize {
         match isa.run(ChoosePath { tokens: usize::MAX }) {
             GemmPath::Amx => 512,
@@ -88,16 +84,19 @@ impl PackedGemmQ8 for NmView<'_> {
                 arrangement: Q8Arrangement::ByToken,
                 group: tokens.next_multiple_of(TOKENS),
                 task_rows: gemm_amx::ROWS,
+                keep_values: false,
             },
             GemmPath::Lut => Q8Layout {
                 arrangement: Q8Arrangement::Tables { per_block: gemm_lut::quads(self.spec.m()) },
                 group: tokens.next_multiple_of(TABLE_TOKENS).min(gemm_lut::GROUP),
                 task_rows: gemm_lut::ROWS,
+                keep_values: false,
             },
             GemmPath::SumTable => Q8Layout {
                 arrangement: Q8Arrangement::ByColumn,
                 group: TOKENS,
                 task_rows: gemm_sum_table::ROWS,
+                keep_values: false,
             },
         }
     }
