@@ -209,4 +209,69 @@ impl TileUnit for AmxTiles {
             }
         }
     }
+
+    #[allow(
+        clippy::multiple_unsafe_ops_per_block,
+        reason = "one of two blocks runs, with one proof"
+    )]
+    #[inline(always)]
+    fn half_products<const T: usize>(
+        &self,
+        w: [&[[u8; 64]; TILE_COLS / 8]; 2],
+        x: &[[i8; TILE_COLS]; 32],
+        half: usize,
+        to: &mut TileSums,
+    ) {
+        const { assert!(T == 1 || T == 2) };
+        assert!(half <= 1, "a half of the columns");
+        let x = x.as_flattened()[half * (TILE_COLS / 2)..].as_ptr();
+        // Tiles as in `products`.
+        //
+        // SAFETY: the tiles are configured, as `self` proves. Loads of weights read 16 rows of 64
+        // bytes, 64 apart, the whole of their arrays. Loads of activations read 64 bytes at column 0 or 64 of
+        // 16 rows of 128 bytes, from row 0 or 16 of 32. Stores write 16 rows of 64 bytes to the four arrays of
+        // `to`.
+        unsafe {
+            if T == 2 {
+                std::arch::asm!(
+                    "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                    "tileloadd tmm6, [{w0} + {line}]",
+                    "tileloadd tmm4, [{x} + {wide}]",
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{w1} + {line}]",
+                    "tdpbssd tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{x} + {wide} + 2048]",
+                    "tdpbssd tmm2, tmm5, tmm6",
+                    "tdpbssd tmm3, tmm5, tmm7",
+                    "tilestored [{to} + {line}], tmm0",
+                    "tilestored [{to} + {line} + 1024], tmm1",
+                    "tilestored [{to} + {line} + 2048], tmm2",
+                    "tilestored [{to} + {line} + 3072], tmm3",
+                    w0 = in(reg) w[0].as_ptr(), w1 = in(reg) w[1].as_ptr(),
+                    x = in(reg) x, wide = in(reg) TILE_COLS,
+                    line = in(reg) 64usize, to = in(reg) to.as_mut_ptr(),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            } else {
+                std::arch::asm!(
+                    "tilezero tmm0", "tilezero tmm1",
+                    "tileloadd tmm6, [{w0} + {line}]",
+                    "tileloadd tmm4, [{x} + {wide}]",
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{w1} + {line}]",
+                    "tdpbssd tmm1, tmm4, tmm7",
+                    "tilestored [{to} + {line}], tmm0",
+                    "tilestored [{to} + {line} + 1024], tmm1",
+                    w0 = in(reg) w[0].as_ptr(), w1 = in(reg) w[1].as_ptr(),
+                    x = in(reg) x, wide = in(reg) TILE_COLS,
+                    line = in(reg) 64usize, to = in(reg) to.as_mut_ptr(),
+                    out("tmm0") _, out("tmm1") _, out("tmm4") _,
+                    out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    }
 }

@@ -36,6 +36,15 @@ pub(crate) trait TileUnit {
         x: &[[i8; TILE_COLS]; 32],
         to: &mut TileSums,
     );
+
+    /// [`TileUnit::products`] over half of the columns, from column 64·`half` of `x`, half ≤ 1.
+    fn half_products<const T: usize>(
+        &self,
+        w: [&[[u8; 64]; TILE_COLS / 8]; 2],
+        x: &[[i8; TILE_COLS]; 32],
+        half: usize,
+        to: &mut TileSums,
+    );
 }
 
 /// Aligned to a cache line: loads that cross lines take twice the time.

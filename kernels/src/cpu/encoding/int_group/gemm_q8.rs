@@ -10,10 +10,12 @@
 //! A group of columns is a place in its stride of [`STRIDE`] columns, and the sums of each place are kept apart
 //! until the end: the order of additions is that of [`super::gemv_q8`].
 
+use std::ops::Range;
+
 use stb_format::encoding::int_group::UNIT;
 use stb_format::encoding::{IntGroup, IntGroupView};
 
-use super::super::gemm_task::{GemmQ8Task, TileLanes, copy_tile};
+use super::super::gemm_task::{GemmQ8Task, TileLanes};
 use super::super::row_major::bytes;
 use super::gemm_amx;
 use super::gemv_q8::{STRIDE, joined, planes_to_end, store_times, sums_of_four};
@@ -33,7 +35,7 @@ pub(super) const DEPTH: usize = STRIDE / BLOCK;
 /// Units of a block of activations.
 pub(super) const UNITS: usize = BLOCK / UNIT;
 /// Words of four columns of a unit.
-const WORDS: usize = UNIT / 4;
+pub(super) const WORDS: usize = UNIT / 4;
 
 /// Quantizes a chunk of tokens and computes their offsets.
 pub(super) struct IntQuantize<'c, 'x> {
@@ -47,7 +49,7 @@ impl Task for IntQuantize<'_, '_> {
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         // Tiles multiply codes of 8 bits as they are.
-        let signed = self.spec.bits() == 8 && gemm_amx::fits::<S>(self.spec);
+        let signed = self.spec.bits() == 8 && S::TILES;
         let low = if signed { 0 } else { self.spec.limits().0 };
         self.chunk.quantize(
             s,
@@ -60,14 +62,14 @@ impl Task for IntQuantize<'_, '_> {
 }
 
 /// See [`PackedGemmQ8::min_batch`](crate::PackedGemmQ8::min_batch).
-pub(super) struct MinBatch(pub IntGroup);
+pub(super) struct MinBatch;
 
 impl Task for MinBatch {
     type Output = usize;
 
     #[inline(always)]
     fn run<S: Bytes>(self, _: S) -> usize {
-        if gemm_amx::fits::<S>(self.0) { 2 } else { 4 }
+        if S::TILES { 2 } else { 4 }
     }
 }
 
@@ -87,7 +89,7 @@ impl Task for IntGemmQ8<'_, '_> {
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         let Self { task, expanded } = self;
-        if gemm_amx::fits::<S>(task.matrix.spec) {
+        if S::TILES {
             let done = s.with_tiles(gemm_amx::IntAmxGemm { task, expanded });
             assert!(done.is_some(), "a set with tiles");
             return;
@@ -117,10 +119,15 @@ fn all_tiles<S: Bytes, const K: usize, const G: usize>(
     for from_tile in (0..tiles).step_by(TILES) {
         let expanded = &mut expanded[..TILES.min(tiles - from_tile)];
         let rows = pair_of_tiles(m, first + from_tile * ROW_TILE);
-        let lanes = zeros(lanes, expanded.len() * places * size);
+        let lanes = room(lanes, expanded.len() * places * size, x.blocks() >= DEPTH);
+        let mut next = NextCodes::new(m, first + from_tile * ROW_TILE);
         for from in (0..x.blocks()).step_by(DEPTH) {
             for (expanded, rows) in expanded.iter_mut().zip(&rows) {
-                expanded.read(s, m.spec, rows, from);
+                expanded.read(s, m.spec, rows, from..x.blocks().min(from + DEPTH));
+            }
+            let groups = DEPTH.min(x.blocks() - from) * UNITS / G;
+            for _ in 0..groups {
+                next.prefetch(s);
             }
             for part in 0..parts {
                 let tokens = TokenBlocks::<K>::new(x, group * x.group + part * K, from);
@@ -130,7 +137,7 @@ fn all_tiles<S: Bytes, const K: usize, const G: usize>(
             }
         }
         for (t, sums) in lanes.chunks_exact_mut(places * size).enumerate() {
-            copy_tile(sum_of_places(s, sums, places), from_tile + t, y);
+            write_sums(s, sums, places, from_tile + t, y);
         }
     }
 }
@@ -141,32 +148,95 @@ pub(super) fn pair_of_tiles<'a>(m: &IntGroupView<'a>, first: usize) -> [TileRows
     [TileRows::new(m, first), TileRows::new(m, (first + ROW_TILE).min(m.rows))]
 }
 
-/// The first `count` sums, zero.
+/// Room for `count` sums. All are written before they are read if `written`; otherwise they are zero.
 #[inline(always)]
-pub(super) fn zeros(sums: &mut Vec<TileLanes>, count: usize) -> &mut [TileLanes] {
+pub(super) fn room(sums: &mut Vec<TileLanes>, count: usize, written: bool) -> &mut [TileLanes] {
     if sums.len() < count {
         sums.resize(count, TileLanes::default());
     }
-    sums[..count].fill(TileLanes::default());
-    &mut sums[..count]
+    let sums = &mut sums[..count];
+    if !written {
+        sums.fill(TileLanes::default());
+    }
+    sums
 }
 
-/// The sums over all places of sums [place][token], by the same additions as in the product for one token.
+/// Writes the sums over all places of sums [place][token] to the rows of tile `tile`, by the same additions as in the
+/// product for one token.
 #[inline(always)]
-pub(super) fn sum_of_places<S: Bytes>(s: S, sums: &mut [TileLanes], places: usize) -> &[TileLanes] {
-    let size = sums.len() / places;
-    let mut half = places / 2;
-    while half > 0 {
-        let (to, from) = sums.split_at_mut(half * size);
-        for (to, from) in to.iter_mut().zip(from) {
-            s.store(s.add(s.load(&to.0), s.load(&from.0)), &mut to.0);
+pub(super) fn write_sums<S: Bytes>(
+    s: S,
+    sums: &[TileLanes],
+    places: usize,
+    tile: usize,
+    y: &mut [&mut [f32]],
+) {
+    match places {
+        4 => write_sums_of::<S, 4>(s, sums, tile, y),
+        8 => write_sums_of::<S, 8>(s, sums, tile, y),
+        _ => write_sums_of::<S, 16>(s, sums, tile, y),
+    }
+}
+
+#[inline(always)]
+fn write_sums_of<S: Bytes, const PLACES: usize>(
+    s: S,
+    sums: &[TileLanes],
+    tile: usize,
+    y: &mut [&mut [f32]],
+) {
+    let size = sums.len() / PLACES;
+    for (t, y) in y.iter_mut().enumerate() {
+        let mut all = [s.splat(0.0); PLACES];
+        for (place, sum) in all.iter_mut().enumerate() {
+            *sum = s.load(&sums[place * size + t].0);
         }
-        half /= 2;
+        let mut half = PLACES / 2;
+        while half > 0 {
+            for i in 0..half {
+                all[i] = s.add(all[i], all[i + half]);
+            }
+            half /= 2;
+        }
+        let sum = s.add(all[0], s.splat(0.0));
+        let y = &mut y[tile * ROW_TILE..];
+        match y.first_chunk_mut() {
+            Some(y) => s.store(sum, y),
+            None => {
+                let mut lanes = [0.0; ROW_TILE];
+                s.store(sum, &mut lanes);
+                y.copy_from_slice(&lanes[..y.len()]);
+            }
+        }
     }
-    for sum in &mut sums[..size] {
-        s.store(s.add(s.load(&sum.0), s.splat(0.0)), &mut sum.0);
+}
+
+/// Prefetches the codes of the next tiles while those at hand are multiplied: expanding codes leaves memory no time. The
+/// codes are contiguous, so the prefetcher of the CPU helps.
+pub(super) struct NextCodes {
+    at: *const u8,
+    /// Bytes that are prefetched with a group of columns.
+    step: usize,
+}
+
+impl NextCodes {
+    /// For the tiles after the pair from row `first`.
+    #[inline(always)]
+    pub(super) fn new(m: &IntGroupView<'_>, first: usize) -> Self {
+        let bytes = TILES * ROW_TILE * m.row_codes(0).len();
+        let groups = m.cols.div_ceil(m.spec.group());
+        let at = m.codes.as_ptr().wrapping_add(first / ROW_TILE / TILES * bytes + bytes);
+        Self { at, step: bytes.div_ceil(groups).next_multiple_of(64) }
     }
-    &sums[..size]
+
+    /// Called once for each group of columns.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Bytes>(&mut self, s: S) {
+        for line in (0..self.step).step_by(64) {
+            s.prefetch(self.at.wrapping_add(line));
+        }
+        self.at = self.at.wrapping_add(self.step);
+    }
 }
 
 /// The stored rows of a tile; rows that do not exist are empty. What is read past the end of a row is multiplied by
@@ -176,16 +246,13 @@ pub(super) struct TileRows<'a> {
     /// The plane of the third bits of 3-bit codes.
     high: [&'a [u8]; ROW_TILE],
     scales: [&'a [[u8; 2]]; ROW_TILE],
-    /// Bytes from a row to that of the tile after the next.
-    ahead: usize,
 }
 
 impl<'a> TileRows<'a> {
     #[inline(always)]
     fn new(m: &IntGroupView<'a>, first: usize) -> Self {
-        let ahead = TILES * ROW_TILE * m.row_codes(0).len();
         let mut rows =
-            Self { low: [&[]; ROW_TILE], high: [&[]; ROW_TILE], scales: [&[]; ROW_TILE], ahead };
+            Self { low: [&[]; ROW_TILE], high: [&[]; ROW_TILE], scales: [&[]; ROW_TILE] };
         for r in 0..ROW_TILE.min(m.rows - first) {
             [rows.low[r], rows.high[r]] = planes_to_end(m, first + r);
             rows.scales[r] = m.row_scales(first + r);
@@ -203,14 +270,10 @@ impl<'a> TileRows<'a> {
         s.f16_to_f32(&halves)
     }
 
-    /// Four words of each row: word w of all rows in vector w.
+    /// The `at`-th four words of each row of the low or the high plane: word w of all rows in vector w.
     #[inline(always)]
-    fn words<S: Bytes>(&self, s: S, planes: &[&[u8]; ROW_TILE], at: usize) -> [S::B; 4] {
-        if at.is_multiple_of(4) {
-            for plane in planes {
-                s.prefetch(plane.as_ptr().wrapping_add(16 * at + self.ahead));
-            }
-        }
+    fn words<S: Bytes>(&self, s: S, high: bool, at: usize) -> [S::B; 4] {
+        let planes = if high { &self.high } else { &self.low };
         // Word w of row 4l + v becomes word v in lane l of vector w.
         let mut vectors = [s.splat_b(0); 4];
         for (v, vector) in vectors.iter_mut().enumerate() {
@@ -235,6 +298,9 @@ pub(super) struct ExpandedTile {
     words: ExpandedUnits,
     /// The upper halves of codes of 8 bits, unless these are stored as they are.
     upper: ExpandedUnits,
+    /// Each unit within the words of 64 columns, the others of which are zero: units of odd number are the second
+    /// half. In use for tiles that multiply single units.
+    apart: Aligned<[[[u8; 64]; 2 * WORDS]; DEPTH * UNITS]>,
     /// Whether `upper` is in use.
     has_upper: bool,
     /// By unit, filled for the first unit of each group: the scale of each row.
@@ -245,56 +311,72 @@ impl ExpandedTile {
     pub(super) const NONE: Self = Self {
         words: Aligned([[[0; 64]; WORDS]; DEPTH * UNITS]),
         upper: Aligned([[[0; 64]; WORDS]; DEPTH * UNITS]),
+        apart: Aligned([[[0; 64]; 2 * WORDS]; DEPTH * UNITS]),
         has_upper: false,
         scales: [TileLanes([0.0; ROW_TILE]); DEPTH * UNITS],
     };
 
-    /// The words of a block.
+    /// `N` words of four columns from a unit.
     #[inline(always)]
-    pub(super) fn block(&self, block: usize) -> &[[u8; 64]; UNITS * WORDS] {
-        let words = self.words[block * UNITS..][..UNITS].as_flattened();
-        words.first_chunk().expect("the words of a block")
+    pub(super) fn words_from<const N: usize>(&self, unit: usize) -> &[[u8; 64]; N] {
+        self.words[unit..].as_flattened().first_chunk().expect("units of the tile")
     }
 
-    /// The scales of a block, if groups are whole blocks.
+    /// Copies the units of some blocks to where [`ExpandedTile::unit_apart`] finds them.
     #[inline(always)]
-    pub(super) fn block_scales(&self, block: usize) -> &[f32; ROW_TILE] {
-        &self.scales[block * UNITS].0
+    pub(super) fn take_apart(&mut self, blocks: usize) {
+        let units = self.apart.iter_mut().zip(self.words.iter()).enumerate();
+        for (u, (to, unit)) in units.take(blocks * UNITS) {
+            to[u % 2 * WORDS..][..WORDS].copy_from_slice(unit);
+        }
     }
 
-    /// Reads [`DEPTH`] blocks from `block`. Past the last block, activations are zero.
+    /// A unit within the words of 64 columns.
+    #[inline(always)]
+    pub(super) fn unit_apart(&self, unit: usize) -> &[[u8; 64]; 2 * WORDS] {
+        &self.apart[unit]
+    }
+
+    /// The scales of the group that begins with a unit.
+    #[inline(always)]
+    pub(super) fn group_scales(&self, unit: usize) -> &[f32; ROW_TILE] {
+        &self.scales[unit].0
+    }
+
+    /// Reads some blocks, at most [`DEPTH`]. In columns that do not exist, activations are zero.
     #[inline(always)]
     pub(super) fn read<S: Bytes>(
         &mut self,
         s: S,
         spec: IntGroup,
         rows: &TileRows<'_>,
-        block: usize,
+        blocks: Range<usize>,
     ) {
-        let unit = block * UNITS;
+        let (unit, count) = (blocks.start * UNITS, blocks.len() * UNITS);
         self.has_upper = false;
         match spec.bits() {
-            1 => self.ones(s, rows, unit, false),
-            2 => self.twos(s, rows, unit),
+            1 => self.ones(s, rows, unit..unit + count, false),
+            2 => self.twos(s, rows, unit..unit + count),
             3 => {
-                self.twos(s, rows, unit);
-                self.ones(s, rows, unit, true);
+                self.twos(s, rows, unit..unit + count);
+                self.ones(s, rows, unit..unit + count, true);
             }
-            4 => self.fours(s, rows, unit),
-            _ if gemm_amx::fits::<S>(spec) => self.signed(s, rows, unit),
-            _ => self.eights(s, rows, unit),
+            4 => self.fours(s, rows, unit..unit + count),
+            _ if S::TILES => self.signed(s, rows, unit..unit + count),
+            _ => self.eights(s, rows, unit..unit + count),
         }
         let units = spec.group() / UNIT;
-        for (g, scales) in self.scales.iter_mut().step_by(units).enumerate() {
+        for (g, scales) in self.scales[..count].iter_mut().step_by(units).enumerate() {
             s.store(rows.scales(s, unit / units + g), &mut scales.0);
         }
     }
 
     /// Copies codes of 8 bits. A unit takes eight words.
     #[inline(always)]
-    fn signed<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize) {
-        for (i, to) in self.words.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            for (word, to) in rows.words(s, &rows.low, 2 * unit + i).into_iter().zip(to) {
+    fn signed<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, units: Range<usize>) {
+        let words = self.words[..units.len()].as_flattened_mut().as_chunks_mut::<4>().0.iter_mut();
+        for (i, to) in words.enumerate() {
+            for (word, to) in rows.words(s, false, 2 * units.start + i).into_iter().zip(to) {
                 s.store_b(word, to);
             }
         }
@@ -302,13 +384,13 @@ impl ExpandedTile {
 
     /// Expands codes of 8 bits, plus 128, to halves of 4 bits.
     #[inline(always)]
-    fn eights<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize) {
+    fn eights<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, units: Range<usize>) {
         self.has_upper = true;
         let (mask, eight) = (s.splat_b(15), s.splat_b(8));
-        let words = self.words.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut();
+        let words = self.words[..units.len()].as_flattened_mut().as_chunks_mut::<4>().0.iter_mut();
         let upper = self.upper.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut();
         for (i, (low, high)) in words.zip(upper).enumerate() {
-            for (w, word) in rows.words(s, &rows.low, 2 * unit + i).into_iter().enumerate() {
+            for (w, word) in rows.words(s, false, 2 * units.start + i).into_iter().enumerate() {
                 s.store_b(s.and_b(word, mask), &mut low[w]);
                 s.store_b(s.xor_b(s.and_b(s.shr_b::<4>(word), mask), eight), &mut high[w]);
             }
@@ -317,10 +399,10 @@ impl ExpandedTile {
 
     /// Expands codes of 4 bits. A unit takes four words; columns k and k + 16 are in byte k.
     #[inline(always)]
-    fn fours<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize) {
+    fn fours<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, units: Range<usize>) {
         let mask = s.splat_b(15);
-        for (u, to) in self.words.iter_mut().enumerate() {
-            for (w, word) in rows.words(s, &rows.low, unit + u).into_iter().enumerate() {
+        for (u, to) in self.words[..units.len()].iter_mut().enumerate() {
+            for (w, word) in rows.words(s, false, units.start + u).into_iter().enumerate() {
                 s.store_b(s.and_b(word, mask), &mut to[w]);
                 s.store_b(s.and_b(s.shr_b::<4>(word), mask), &mut to[4 + w]);
             }
@@ -330,10 +412,10 @@ impl ExpandedTile {
     /// Expands codes of 2 bits to twice the number. A unit takes two words; columns k, k + 8, k + 16 and k + 24
     /// are in byte k.
     #[inline(always)]
-    fn twos<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize) {
+    fn twos<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, units: Range<usize>) {
         let mask = s.splat_b(6);
-        for (i, to) in self.words.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            for (w, word) in rows.words(s, &rows.low, unit / 2 + i).into_iter().enumerate() {
+        for (i, to) in self.words[..units.len()].as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            for (w, word) in rows.words(s, false, units.start / 2 + i).into_iter().enumerate() {
                 let fields = [
                     s.shl_b::<1>(word),
                     s.shr_b::<1>(word),
@@ -350,11 +432,10 @@ impl ExpandedTile {
     /// Expands codes of 1 bit to twice the number or, if `added`, adds eight times the number to the bytes. A
     /// unit takes a word; columns k, k + 4, … are in byte k.
     #[inline(always)]
-    fn ones<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, unit: usize, added: bool) {
+    fn ones<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, units: Range<usize>, added: bool) {
         let mask = s.splat_b(if added { 8 } else { 2 });
-        let planes = if added { &rows.high } else { &rows.low };
-        for (i, to) in self.words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            for (word, to) in rows.words(s, planes, unit / 4 + i).into_iter().zip(to) {
+        for (i, to) in self.words[..units.len()].as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            for (word, to) in rows.words(s, added, units.start / 4 + i).into_iter().zip(to) {
                 // Moves bit f to bit 1, or to bit 3.
                 let [up, down] = [s.shl_b::<1>(word), s.shr_b::<1>(word)];
                 let [down_2, down_3, down_4] =
@@ -381,6 +462,8 @@ impl ExpandedTile {
 /// Some blocks of the activations of `K` tokens.
 struct TokenBlocks<'a, const K: usize> {
     blocks: [Option<BlockActivations<'a, K>>; DEPTH],
+    /// Whether these are the first blocks.
+    first: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -408,10 +491,11 @@ impl<'a, const K: usize> TokenBlocks<'a, K> {
                 scales: &x.scales[at + block].as_chunks().0[part],
             });
         }
-        Self { blocks }
+        Self { blocks, first: from == 0 }
     }
 
-    /// Adds the products with some rows to `sums`, [place][part][token], for part `part` of the tokens.
+    /// Adds the products with some rows to `sums`, [place][part][token], for part `part` of the tokens; those of the
+    /// first columns replace what is there.
     #[inline(always)]
     fn add<S: Bytes, const G: usize>(
         &self,
@@ -445,7 +529,8 @@ impl<'a, const K: usize> TokenBlocks<'a, K> {
                 let sums = &mut sums[(b * UNITS / G + g) * parts + part];
                 for (k, TileLanes(sum)) in sums.iter_mut().enumerate() {
                     let scale = s.mul(scales, s.splat(x.scales[k]));
-                    s.store(s.mul_add(scale, s.to_f32(acc[k]), s.load(sum)), sum);
+                    let before = if self.first { s.splat(0.0) } else { s.load(sum) };
+                    s.store(s.mul_add(scale, s.to_f32(acc[k]), before), sum);
                 }
             }
         }

@@ -69,7 +69,7 @@ impl PackedMatrix for IntGroupView<'_> {
 
 impl PackedGemmQ8 for IntGroupView<'_> {
     fn min_batch(&self, isa: Isa) -> usize {
-        isa.run(gemm_q8::MinBatch(self.spec))
+        isa.run(gemm_q8::MinBatch)
     }
 
     fn prefill_batch(&self, _: Isa) -> usize {
