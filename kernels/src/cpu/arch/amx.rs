@@ -10,7 +10,7 @@ use std::arch::{
 use std::cell::Cell;
 use std::marker::PhantomData;
 
-use super::bytes::{TILE_COLS, TileSums, TileUnit};
+use super::bytes::{TILE_COLS, TileRows, TileSums, TileUnit};
 
 /// Whether the CPU has 8-bit tiles and Linux lets this process use them. A process has to request them, because
 /// tiles enlarge the state of every thread.
@@ -212,65 +212,98 @@ impl TileUnit for AmxTiles {
 
     #[allow(
         clippy::multiple_unsafe_ops_per_block,
-        reason = "one of two blocks runs, with one proof"
+        reason = "one of four blocks runs, with one proof"
     )]
     #[inline(always)]
-    fn half_products<const T: usize>(
+    fn row_products<const T: usize, const H: usize>(
         &self,
-        w: [&[[u8; 64]; TILE_COLS / 8]; 2],
-        x: &[[i8; TILE_COLS]; 32],
-        half: usize,
+        w: [&[TileRows; H]; 2],
+        x: [&[TileRows; H]; 2],
         to: &mut TileSums,
     ) {
-        const { assert!(T == 1 || T == 2) };
-        assert!(half <= 1, "a half of the columns");
-        let x = x.as_flattened()[half * (TILE_COLS / 2)..].as_ptr();
-        // Tiles as in `products`.
-        //
-        // SAFETY: the tiles are configured, as `self` proves. Loads of weights read 16 rows of 64
-        // bytes, 64 apart, the whole of their arrays. Loads of activations read 64 bytes at column 0 or 64 of
-        // 16 rows of 128 bytes, from row 0 or 16 of 32. Stores write 16 rows of 64 bytes to the four arrays of
-        // `to`.
-        unsafe {
-            if T == 2 {
+        const { assert!((T == 1 || T == 2) && (H == 1 || H == 2)) };
+        // A product with the given lines. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations.
+        macro_rules! product {
+            ($($line:literal)*) => {
                 std::arch::asm!(
-                    "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-                    "tileloadd tmm6, [{w0} + {line}]",
-                    "tileloadd tmm4, [{x} + {wide}]",
-                    "tdpbssd tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{w1} + {line}]",
-                    "tdpbssd tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{x} + {wide} + 2048]",
-                    "tdpbssd tmm2, tmm5, tmm6",
-                    "tdpbssd tmm3, tmm5, tmm7",
-                    "tilestored [{to} + {line}], tmm0",
-                    "tilestored [{to} + {line} + 1024], tmm1",
-                    "tilestored [{to} + {line} + 2048], tmm2",
-                    "tilestored [{to} + {line} + 3072], tmm3",
+                    $($line,)*
                     w0 = in(reg) w[0].as_ptr(), w1 = in(reg) w[1].as_ptr(),
-                    x = in(reg) x, wide = in(reg) TILE_COLS,
+                    x0 = in(reg) x[0].as_ptr(), x1 = in(reg) x[1].as_ptr(),
                     line = in(reg) 64usize, to = in(reg) to.as_mut_ptr(),
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
-                );
-            } else {
-                std::arch::asm!(
-                    "tilezero tmm0", "tilezero tmm1",
-                    "tileloadd tmm6, [{w0} + {line}]",
-                    "tileloadd tmm4, [{x} + {wide}]",
-                    "tdpbssd tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{w1} + {line}]",
-                    "tdpbssd tmm1, tmm4, tmm7",
-                    "tilestored [{to} + {line}], tmm0",
-                    "tilestored [{to} + {line} + 1024], tmm1",
-                    w0 = in(reg) w[0].as_ptr(), w1 = in(reg) w[1].as_ptr(),
-                    x = in(reg) x, wide = in(reg) TILE_COLS,
-                    line = in(reg) 64usize, to = in(reg) to.as_mut_ptr(),
-                    out("tmm0") _, out("tmm1") _, out("tmm4") _,
-                    out("tmm6") _, out("tmm7") _,
-                    options(nostack),
-                );
+                )
+            };
+        }
+        // SAFETY: the tiles are configured, as `self` proves. Loads read 16 rows of 64 bytes, 64 apart, at the
+        // start of an array of `H` such tiles and, if `H` is 2, of its second tile. Stores write 16 rows of 64
+        // bytes to the four arrays of `to`.
+        unsafe {
+            match (T, H) {
+                (1, 1) => product!(
+                    "tilezero tmm0" "tilezero tmm2"
+                    "tileloadd tmm4, [{w0} + {line}]"
+                    "tileloadd tmm6, [{x0} + {line}]"
+                    "tdpbssd tmm0, tmm4, tmm6"
+                    "tileloadd tmm5, [{w1} + {line}]"
+                    "tdpbssd tmm2, tmm5, tmm6 /* {x1} is not used */"
+                    "tilestored [{to} + {line}], tmm0"
+                    "tilestored [{to} + {line} + 2048], tmm2"
+                ),
+                (1, _) => product!(
+                    "tilezero tmm0" "tilezero tmm2"
+                    "tileloadd tmm4, [{w0} + {line}]"
+                    "tileloadd tmm6, [{x0} + {line}]"
+                    "tdpbssd tmm0, tmm4, tmm6"
+                    "tileloadd tmm5, [{w1} + {line}]"
+                    "tdpbssd tmm2, tmm5, tmm6 /* {x1} is not used */"
+                    "tileloadd tmm4, [{w0} + {line} + 1024]"
+                    "tileloadd tmm7, [{x0} + {line} + 1024]"
+                    "tdpbssd tmm0, tmm4, tmm7"
+                    "tileloadd tmm5, [{w1} + {line} + 1024]"
+                    "tdpbssd tmm2, tmm5, tmm7"
+                    "tilestored [{to} + {line}], tmm0"
+                    "tilestored [{to} + {line} + 2048], tmm2"
+                ),
+                (_, 1) => product!(
+                    "tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"
+                    "tileloadd tmm4, [{w0} + {line}]"
+                    "tileloadd tmm6, [{x0} + {line}]"
+                    "tdpbssd tmm0, tmm4, tmm6"
+                    "tileloadd tmm7, [{x1} + {line}]"
+                    "tdpbssd tmm1, tmm4, tmm7"
+                    "tileloadd tmm5, [{w1} + {line}]"
+                    "tdpbssd tmm2, tmm5, tmm6"
+                    "tdpbssd tmm3, tmm5, tmm7"
+                    "tilestored [{to} + {line}], tmm0"
+                    "tilestored [{to} + {line} + 1024], tmm1"
+                    "tilestored [{to} + {line} + 2048], tmm2"
+                    "tilestored [{to} + {line} + 3072], tmm3"
+                ),
+                _ => product!(
+                    "tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"
+                    "tileloadd tmm4, [{w0} + {line}]"
+                    "tileloadd tmm6, [{x0} + {line}]"
+                    "tdpbssd tmm0, tmm4, tmm6"
+                    "tileloadd tmm7, [{x1} + {line}]"
+                    "tdpbssd tmm1, tmm4, tmm7"
+                    "tileloadd tmm5, [{w1} + {line}]"
+                    "tdpbssd tmm2, tmm5, tmm6"
+                    "tdpbssd tmm3, tmm5, tmm7"
+                    "tileloadd tmm4, [{w0} + {line} + 1024]"
+                    "tileloadd tmm6, [{x0} + {line} + 1024]"
+                    "tdpbssd tmm0, tmm4, tmm6"
+                    "tileloadd tmm7, [{x1} + {line} + 1024]"
+                    "tdpbssd tmm1, tmm4, tmm7"
+                    "tileloadd tmm5, [{w1} + {line} + 1024]"
+                    "tdpbssd tmm2, tmm5, tmm6"
+                    "tdpbssd tmm3, tmm5, tmm7"
+                    "tilestored [{to} + {line}], tmm0"
+                    "tilestored [{to} + {line} + 1024], tmm1"
+                    "tilestored [{to} + {line} + 2048], tmm2"
+                    "tilestored [{to} + {line} + 3072], tmm3"
+                ),
             }
         }
     }

@@ -242,6 +242,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn shr_each(self, a: Ints8x2, by: Ints8x2) -> Ints8x2 {
+        values!([_mm256_srlv_epi32(a[0], by[0]), _mm256_srlv_epi32(a[1], by[1])])
+    }
+
+    #[inline(always)]
     fn shr(self, a: Ints8x2, by: u32) -> Ints8x2 {
         let by = values!(_mm_cvtsi32_si128(by.cast_signed()));
         values!([_mm256_srl_epi32(a[0], by), _mm256_srl_epi32(a[1], by)])

@@ -37,15 +37,19 @@ pub(crate) trait TileUnit {
         to: &mut TileSums,
     );
 
-    /// [`TileUnit::products`] over half of the columns, from column 64·`half` of `x`, half ≤ 1.
-    fn half_products<const T: usize>(
+    /// `to[j][i][r][t] = Σ_k w[j][k / 64][r][k % 64] · x[i][k / 64][k % 64 / 4][4t + k % 4]`, all signed, over
+    /// 64·`H` columns, `H` ≤ 2: two tiles of 16 rows times 16·`T` tokens, i < `T` ≤ 2.
+    fn row_products<const T: usize, const H: usize>(
         &self,
-        w: [&[[u8; 64]; TILE_COLS / 8]; 2],
-        x: &[[i8; TILE_COLS]; 32],
-        half: usize,
+        w: [&[TileRows; H]; 2],
+        x: [&[TileRows; H]; 2],
         to: &mut TileSums,
     );
 }
+
+/// 16 rows of 64 bytes.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
+pub(crate) type TileRows = [[u8; 64]; 16];
 
 /// Aligned to a cache line: loads that cross lines take twice the time.
 #[derive(Clone, Copy, Default, Debug)]
@@ -204,7 +208,7 @@ pub(crate) trait Bytes: Simd {
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) const TILE_COLS: usize = 128;
 
-/// Products of tiles, [group of 16 tokens][row tile][token][row].
+/// Products of tiles, [group of 16 tokens][row tile][token][row], or the other way around.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 pub(crate) type TileSums = [[[[i32; 16]; 16]; 2]; 2];
 

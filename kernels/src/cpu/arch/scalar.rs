@@ -171,6 +171,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn shr_each(self, a: Self::I, by: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i] >> by[i])
+    }
+
+    #[inline(always)]
     fn shr(self, a: Self::I, by: u32) -> Self::I {
         map(a, |v| v >> by)
     }

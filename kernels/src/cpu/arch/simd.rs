@@ -52,6 +52,8 @@ pub(crate) trait Simd: Copy {
     fn shl(self, a: Self::I, by: u32) -> Self::I;
     /// Logical; `by` < 32.
     fn shr(self, a: Self::I, by: u32) -> Self::I;
+    /// Logical, each lane by its own number of bits below 32.
+    fn shr_each(self, a: Self::I, by: Self::I) -> Self::I;
     /// All ones where a > b as signed integers, else zero.
     fn gt_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `v` in lane i where bit i is set, else zero.

@@ -146,6 +146,9 @@ impl Task for IntChecks {
                 assert_eq!(ints(s, s.shl(va, by)), Scalar.shl(a, by), "{name} shl {by}");
                 assert_eq!(ints(s, s.shr(va, by)), Scalar.shr(a, by), "{name} shr {by}");
             }
+            let by = b.map(|b| b % 32);
+            let found = ints(s, s.shr_each(va, from_ints(s, by)));
+            assert_eq!(found, Scalar.shr_each(a, by), "{name} shr_each");
             let bits = a[7] as u16;
             assert_eq!(ints(s, s.select_bits(bits, b[1])), Scalar.select_bits(bits, b[1]));
             let (bits, mask) = (rng.bits(), rng.bits() | rng.bits() & rng.bits());

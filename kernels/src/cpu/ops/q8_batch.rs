@@ -1,6 +1,6 @@
 //! Activations of several tokens, quantized to 8 bits, in the arrangements that GEMM kernels read.
 
-use crate::cpu::arch::bytes::{Aligned, Bytes};
+use crate::cpu::arch::bytes::{Aligned, Bytes, TileRows};
 use crate::cpu::ops::q8::{BLOCK, quantize_block};
 
 /// Tokens are padded with zeros to a multiple of this.
@@ -12,6 +12,10 @@ const OFFSET_COLS: usize = 32;
 
 /// Activations of a block of columns, [token][column].
 pub(crate) type BlockByToken = Aligned<[[i8; BLOCK]; TOKENS]>;
+
+/// Activations of a block of columns as tiles read them, [half of the tokens][half of the columns][c][4·token + k]
+/// with column 4c + k.
+pub(crate) type BlockByFour = Aligned<[[TileRows; 2]; TOKENS / 16]>;
 
 /// Activations of a block of columns, [half of the tokens][column][token].
 pub(crate) type BlockByColumn = Aligned<[[[i16; 16]; BLOCK]; TOKENS / 16]>;
@@ -40,6 +44,8 @@ pub(crate) enum Q8Arrangement {
     ByToken,
     /// [`Q8Arrangement::ByToken`], and an offset for each 32 columns.
     ByTokenWithOffsets,
+    /// Four codes of a token side by side, and an offset for each 32 columns.
+    ByFourWithOffsets,
     /// Codes of a column side by side.
     ByColumn,
     /// Look-up tables.
@@ -50,10 +56,11 @@ pub(crate) enum Q8Arrangement {
 /// for [`gemm_q8`](crate::gemm_q8).
 #[derive(Default, Debug)]
 pub struct ActivationsQ8 {
-    /// By group of [`TOKENS`] tokens, by block of columns. Only one of `by_token`, `by_column` and `tables` is in
-    /// use. Blocks instead of whole rows, because rows at multiples of a page would compete for the same cache
+    /// By group of [`TOKENS`] tokens, by block of columns. Only one of `by_token`, `by_four`, `by_column` and `tables` is
+    /// in use. Blocks instead of whole rows, because rows at multiples of a page would compete for the same cache
     /// sets.
     pub(crate) by_token: Vec<BlockByToken>,
+    pub(crate) by_four: Vec<BlockByFour>,
     pub(crate) by_column: Vec<BlockByColumn>,
     /// For each [`TABLE_TOKENS`] tokens, the tables of each block.
     pub(crate) tables: Vec<TokenTables>,
@@ -75,8 +82,9 @@ pub struct QuantizeChunk<'a> {
     /// [token][column].
     x: &'a [f32],
     cols: usize,
-    /// For each block. Only one of `by_token`, `by_column` and `tables` is in use.
+    /// For each block. Only one of `by_token`, `by_four`, `by_column` and `tables` is in use.
     by_token: &'a mut [BlockByToken],
+    by_four: &'a mut [BlockByFour],
     by_column: &'a mut [BlockByColumn],
     /// For each [`TABLE_TOKENS`] tokens, the tables of each block.
     pub(crate) tables: &'a mut [TokenTables],
@@ -112,6 +120,7 @@ impl ActivationsQ8 {
         }
         let tables_per_chunk = self.make_room(layout.arrangement);
         let mut by_token = self.by_token.chunks_mut(blocks);
+        let mut by_four = self.by_four.chunks_mut(blocks);
         let mut by_column = self.by_column.chunks_mut(blocks);
         let mut tables = self.tables.chunks_mut(tables_per_chunk.max(1));
         let mut offsets = self.offsets.chunks_mut(blocks);
@@ -120,6 +129,7 @@ impl ActivationsQ8 {
             x,
             cols,
             by_token: by_token.next().unwrap_or_default(),
+            by_four: by_four.next().unwrap_or_default(),
             by_column: by_column.next().unwrap_or_default(),
             tables: tables.next().unwrap_or_default(),
             scales,
@@ -133,15 +143,18 @@ impl ActivationsQ8 {
     fn make_room(&mut self, arrangement: Q8Arrangement) -> usize {
         let blocks = self.blocks();
         let count = self.tokens.div_ceil(TOKENS) * blocks;
-        let (mut by_token, mut by_column, mut offsets, mut per_block) = (0, 0, 0, 0);
+        let (mut by_token, mut by_four, mut by_column) = (0, 0, 0);
+        let (mut offsets, mut per_block) = (0, 0);
         match arrangement {
             Q8Arrangement::ByToken => by_token = count,
             Q8Arrangement::ByTokenWithOffsets => (by_token, offsets) = (count, count),
+            Q8Arrangement::ByFourWithOffsets => (by_four, offsets) = (count, count),
             Q8Arrangement::ByColumn => by_column = count,
             Q8Arrangement::Tables { per_block: tables } => per_block = tables,
         }
         let tables = self.tokens.div_ceil(TABLE_TOKENS) * blocks * per_block;
         self.by_token.resize(by_token, Aligned([[0; BLOCK]; TOKENS]));
+        self.by_four.resize(by_four, Aligned([[[[0; 64]; 16]; 2]; TOKENS / 16]));
         self.by_column.resize(by_column, Aligned([[[0; 16]; BLOCK]; TOKENS / 16]));
         self.tables.resize(tables, Aligned([[0; 64]; TABLE_TOKENS]));
         self.offsets.resize(offsets, [[0; TOKENS]; BLOCK / OFFSET_COLS]);
@@ -208,6 +221,12 @@ impl QuantizeChunk<'_> {
                 self.scales[b][t] = quantize_block(s, x, &mut codes);
                 if let Some(to) = self.by_token.get_mut(b) {
                     to.0[t] = codes;
+                } else if let Some(to) = self.by_four.get_mut(b) {
+                    let lines = to.0[t / 16].as_flattened_mut().iter_mut();
+                    for (to, four) in lines.zip(codes.as_chunks().0) {
+                        let to: &mut [u8; 4] = &mut to.as_chunks_mut().0[t % 16];
+                        *to = four.map(i8::cast_unsigned);
+                    }
                 } else if let Some(to) = self.by_column.get_mut(b) {
                     for (to, code) in to.0[t / 16].iter_mut().zip(codes) {
                         to[t % 16] = i16::from(code);

@@ -220,6 +220,11 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn shr_each(self, a: __m512i, by: __m512i) -> __m512i {
+        values!(_mm512_srlv_epi32(a, by))
+    }
+
+    #[inline(always)]
     fn shr(self, a: __m512i, by: u32) -> __m512i {
         values!(_mm512_srl_epi32(a, _mm_cvtsi32_si128(by.cast_signed())))
     }

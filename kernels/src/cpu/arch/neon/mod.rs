@@ -243,6 +243,16 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn shr_each(self, a: Ints4x4, by: Ints4x4) -> Ints4x4 {
+        // A negative number of bits shifts to the right.
+        let mut shifted = a;
+        for i in 0..4 {
+            shifted[i] = values!(vshlq_u32(a[i], vnegq_s32(vreinterpretq_s32_u32(by[i]))));
+        }
+        shifted
+    }
+
+    #[inline(always)]
     fn shr(self, a: Ints4x4, by: u32) -> Ints4x4 {
         // A negative count shifts to the right.
         let by = values!([vdupq_n_s32(-by.cast_signed()); 4]);

@@ -61,39 +61,50 @@ impl Task for IntQuantize<'_, '_> {
     }
 }
 
-/// See [`PackedGemmQ8::min_batch`](crate::PackedGemmQ8::min_batch).
-pub(super) struct MinBatch;
+/// Whether tiles multiply.
+pub(super) struct HasTiles;
 
-impl Task for MinBatch {
-    type Output = usize;
+impl Task for HasTiles {
+    type Output = bool;
 
     #[inline(always)]
-    fn run<S: Bytes>(self, _: S) -> usize {
-        if S::TILES { 2 } else { 4 }
+    fn run<S: Bytes>(self, _: S) -> bool {
+        S::TILES
     }
 }
 
 /// See [`PackedGemmQ8::multiply`](crate::PackedGemmQ8::multiply).
 pub(super) struct IntGemmQ8<'a, 'y> {
     pub task: GemmQ8Task<'a, 'y, IntGroupView<'a>>,
-    /// Scratch for tiles.
-    pub expanded: &'a mut ExpandedTiles,
+    pub scratch: &'a mut GemmScratch,
+}
+
+/// Scratch of a task.
+pub(super) struct GemmScratch {
+    expanded: ExpandedTiles,
+    amx: gemm_amx::AmxScratch,
+}
+
+impl GemmScratch {
+    pub(super) const EMPTY: Self =
+        Self { expanded: [ExpandedTile::NONE; TILES], amx: gemm_amx::AmxScratch::EMPTY };
 }
 
 /// Some blocks of the tiles that are computed together.
-pub(super) type ExpandedTiles = [ExpandedTile; TILES];
+type ExpandedTiles = [ExpandedTile; TILES];
 
 impl Task for IntGemmQ8<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        let Self { task, expanded } = self;
+        let Self { task, scratch } = self;
         if S::TILES {
-            let done = s.with_tiles(gemm_amx::IntAmxGemm { task, expanded });
+            let done = s.with_tiles(gemm_amx::IntAmxGemm { task, scratch: &mut scratch.amx });
             assert!(done.is_some(), "a set with tiles");
             return;
         }
+        let expanded = &mut scratch.expanded;
         // The sums of 8 tokens fit in 32 registers of 64 bytes.
         match (S::WIDE, task.matrix.spec.group()) {
             (true, 32) => all_tiles::<S, 8, 1>(s, task, expanded),
@@ -296,11 +307,8 @@ type ExpandedUnits = Aligned<[[[u8; 64]; WORDS]; DEPTH * UNITS]>;
 /// Some blocks of a tile, expanded to bytes.
 pub(super) struct ExpandedTile {
     words: ExpandedUnits,
-    /// The upper halves of codes of 8 bits, unless these are stored as they are.
+    /// The upper halves of codes of 8 bits.
     upper: ExpandedUnits,
-    /// Each unit within the words of 64 columns, the others of which are zero: units of odd number are the second
-    /// half. In use for tiles that multiply single units.
-    apart: Aligned<[[[u8; 64]; 2 * WORDS]; DEPTH * UNITS]>,
     /// Whether `upper` is in use.
     has_upper: bool,
     /// By unit, filled for the first unit of each group: the scale of each row.
@@ -311,37 +319,9 @@ impl ExpandedTile {
     pub(super) const NONE: Self = Self {
         words: Aligned([[[0; 64]; WORDS]; DEPTH * UNITS]),
         upper: Aligned([[[0; 64]; WORDS]; DEPTH * UNITS]),
-        apart: Aligned([[[0; 64]; 2 * WORDS]; DEPTH * UNITS]),
         has_upper: false,
         scales: [TileLanes([0.0; ROW_TILE]); DEPTH * UNITS],
     };
-
-    /// `N` words of four columns from a unit.
-    #[inline(always)]
-    pub(super) fn words_from<const N: usize>(&self, unit: usize) -> &[[u8; 64]; N] {
-        self.words[unit..].as_flattened().first_chunk().expect("units of the tile")
-    }
-
-    /// Copies the units of some blocks to where [`ExpandedTile::unit_apart`] finds them.
-    #[inline(always)]
-    pub(super) fn take_apart(&mut self, blocks: usize) {
-        let units = self.apart.iter_mut().zip(self.words.iter()).enumerate();
-        for (u, (to, unit)) in units.take(blocks * UNITS) {
-            to[u % 2 * WORDS..][..WORDS].copy_from_slice(unit);
-        }
-    }
-
-    /// A unit within the words of 64 columns.
-    #[inline(always)]
-    pub(super) fn unit_apart(&self, unit: usize) -> &[[u8; 64]; 2 * WORDS] {
-        &self.apart[unit]
-    }
-
-    /// The scales of the group that begins with a unit.
-    #[inline(always)]
-    pub(super) fn group_scales(&self, unit: usize) -> &[f32; ROW_TILE] {
-        &self.scales[unit].0
-    }
 
     /// Reads some blocks, at most [`DEPTH`]. In columns that do not exist, activations are zero.
     #[inline(always)]
@@ -362,23 +342,11 @@ impl ExpandedTile {
                 self.ones(s, rows, unit..unit + count, true);
             }
             4 => self.fours(s, rows, unit..unit + count),
-            _ if S::TILES => self.signed(s, rows, unit..unit + count),
             _ => self.eights(s, rows, unit..unit + count),
         }
         let units = spec.group() / UNIT;
         for (g, scales) in self.scales[..count].iter_mut().step_by(units).enumerate() {
             s.store(rows.scales(s, unit / units + g), &mut scales.0);
-        }
-    }
-
-    /// Copies codes of 8 bits. A unit takes eight words.
-    #[inline(always)]
-    fn signed<S: Bytes>(&mut self, s: S, rows: &TileRows<'_>, units: Range<usize>) {
-        let words = self.words[..units.len()].as_flattened_mut().as_chunks_mut::<4>().0.iter_mut();
-        for (i, to) in words.enumerate() {
-            for (word, to) in rows.words(s, false, 2 * units.start + i).into_iter().zip(to) {
-                s.store_b(word, to);
-            }
         }
     }
 

@@ -20,8 +20,8 @@ use crate::isa::Isa;
 
 thread_local! {
     /// Reused by the tasks of a thread, so that it stays in cache.
-    static EXPANDED: RefCell<Box<gemm_q8::ExpandedTiles>> =
-        RefCell::new(Box::new([gemm_q8::ExpandedTile::NONE; gemm_q8::TILES]));
+    static SCRATCH: RefCell<Box<gemm_q8::GemmScratch>> =
+        RefCell::new(Box::new(gemm_q8::GemmScratch::EMPTY));
 }
 
 impl PackedMatrix for IntGroupView<'_> {
@@ -69,16 +69,19 @@ impl PackedMatrix for IntGroupView<'_> {
 
 impl PackedGemmQ8 for IntGroupView<'_> {
     fn min_batch(&self, isa: Isa) -> usize {
-        isa.run(gemm_q8::MinBatch)
+        if isa.run(gemm_q8::HasTiles) { 2 } else { 4 }
     }
 
     fn prefill_batch(&self, _: Isa) -> usize {
         128
     }
 
-    fn layout(&self, _: Isa, tokens: usize) -> Q8Layout {
+    fn layout(&self, isa: Isa, tokens: usize) -> Q8Layout {
         Q8Layout {
-            arrangement: Q8Arrangement::ByTokenWithOffsets,
+            arrangement: match isa.run(gemm_q8::HasTiles) {
+                true => Q8Arrangement::ByFourWithOffsets,
+                false => Q8Arrangement::ByTokenWithOffsets,
+            },
             group: tokens.next_multiple_of(TOKENS).min(gemm_q8::GROUP),
             task_rows: gemm_q8::ROWS,
             keep_values: false,
@@ -97,9 +100,9 @@ impl PackedGemmQ8 for IntGroupView<'_> {
         first: usize,
         y: &mut [&mut [f32]],
     ) {
-        EXPANDED.with_borrow_mut(|expanded| {
+        SCRATCH.with_borrow_mut(|scratch| {
             GemmQ8Task::with(self, x, group, first, y, |task| {
-                isa.run(gemm_q8::IntGemmQ8 { task, expanded });
+                isa.run(gemm_q8::IntGemmQ8 { task, scratch });
             });
         });
     }
