@@ -12,7 +12,7 @@ use stb_format::encoding::IntGroupView;
 
 use super::super::gemm_task::{GemmQ8Task, TileLanes};
 use super::super::row_major::bytes;
-use super::gemm_q8::{DEPTH, NextCodes, TILES, UNITS, room};
+use super::gemm_q8::{DEPTH, TILES, UNITS, room};
 use super::gemv_q8::planes_to_end;
 use crate::cpu::arch::bytes::{Aligned, Bytes, TileRows, TileSums, TileTask, TileUnit};
 use crate::cpu::ops::q8::BLOCK;
@@ -71,17 +71,15 @@ impl IntAmxGemm<'_, '_> {
         for from_tile in (0..tiles).step_by(TILES) {
             let first = first + from_tile * ROW_TILE;
             let lanes = room(lanes, y.len().div_ceil(TOKENS) * part_sums, x.blocks() >= DEPTH);
-            let mut next = NextCodes::new(m, first);
             for from in (0..x.blocks()).step_by(DEPTH) {
                 let blocks = from..x.blocks().min(from + DEPTH);
                 scratch.expand::<S, P>(s, m, first, blocks.clone());
                 for (i, sums) in lanes.chunks_exact_mut(part_sums).enumerate() {
-                    let next = (i == 0).then_some(&mut next);
                     let part = TokenPart::<P> { x, token: group * x.group + i * TOKENS };
                     if y.len() - i * TOKENS > 16 {
-                        part.add::<S, 2>(s, unit, blocks.clone(), scratch, (next, sums));
+                        part.add::<S, 2>(s, unit, blocks.clone(), scratch, sums);
                     } else {
-                        part.add::<S, 1>(s, unit, blocks.clone(), scratch, (next, sums));
+                        part.add::<S, 1>(s, unit, blocks.clone(), scratch, sums);
                     }
                 }
             }
@@ -126,6 +124,7 @@ impl AmxScratch {
         blocks: Range<usize>,
     ) {
         let groups = m.groups();
+        let line = blocks.start / DEPTH;
         for (i, row) in (first..m.rows.min(first + TILES * ROW_TILE)).enumerate() {
             let (tile, r) = (i / ROW_TILE, i % ROW_TILE);
             let [low, high] = planes_to_end(m, row);
@@ -134,59 +133,84 @@ impl AmxScratch {
             let scales = s.f16_to_f32(bytes(m.scales.as_flattened(), at, &mut spare));
             s.store(scales, &mut self.scales[tile][r].0);
             let to = &mut self.rows.0[tile];
-            for half in 0..2 * blocks.len() {
-                let from = 2 * blocks.start + half;
-                let mut codes = fields::<S, WIDTH>(s, low, from);
-                if BITS == 3 {
-                    let third = fields::<S, 1>(s, high, from);
-                    codes = s.or(codes, s.shl(third, 2));
-                }
-                // Odd codes are 2q + low for the stored number q.
-                if BITS < 4 {
-                    codes = s.shl(codes, 1);
-                }
-                if P == UNITS {
-                    let [even, odd] = [s.load_i(&FIRST_UNIT), s.load_i(&SECOND_UNIT)];
-                    s.store_words(s.and(codes, even), &mut to[2 * half][r]);
-                    s.store_words(s.and(codes, odd), &mut to[2 * half + 1][r]);
-                } else {
-                    s.store_words(codes, &mut to[half][r]);
+            let mut third = s.splat(0.0);
+            if BITS == 3 {
+                let mut spare = [0; 64];
+                third = s.load_bytes(bytes(high, LINE_COLS / 8 * line, &mut spare));
+            }
+            let halves = 2 * blocks.len();
+            let line_halves = 8 / WIDTH;
+            let (whole, _) = low.get(WIDTH * 64 * line..).unwrap_or_default().as_chunks::<64>();
+            for v in 0..halves.div_ceil(line_halves) {
+                let mut spare = [0; 64];
+                let words = match whole.get(v) {
+                    Some(codes) => codes,
+                    None => bytes(low, 64 * (WIDTH * line + v), &mut spare),
+                };
+                let words = s.load_bytes(words);
+                for half in v * line_halves..halves.min((v + 1) * line_halves) {
+                    let mut codes = fields::<S, WIDTH>(s, words, half % line_halves);
+                    if BITS == 3 {
+                        codes = s.or(codes, s.shl(fields::<S, 1>(s, third, half), 2));
+                    }
+                    // Odd codes are 2q + low for the stored number q.
+                    if BITS < 4 {
+                        codes = s.shl(codes, 1);
+                    }
+                    if P == UNITS {
+                        let [even, odd] = [s.load_i(&FIRST_UNIT), s.load_i(&SECOND_UNIT)];
+                        s.store_words(s.and(codes, even), &mut to[2 * half][r]);
+                        s.store_words(s.and(codes, odd), &mut to[2 * half + 1][r]);
+                    } else {
+                        s.store_words(codes, &mut to[half][r]);
+                    }
                 }
             }
         }
     }
 }
 
+/// Columns of a plane of 1 bit in 64 bytes; also those that are expanded at a time.
+const LINE_COLS: usize = 512;
 const FIRST_UNIT: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
 const SECOND_UNIT: [i32; 16] = [0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1];
 
-/// The bytes of 64 columns of a plane of `WIDTH` bits, from column 64·`half`. Byte k of a unit holds the fields of columns
-/// k, k + n, k + 2n, …, n being the bytes of a unit.
+/// The bytes of 64 columns, the `half`-th in 64 bytes of a plane of `WIDTH` bits. Byte k of a unit holds the fields of
+/// columns k, k + n, k + 2n, …, n being the bytes of a unit.
 #[inline(always)]
-fn fields<S: Bytes, const WIDTH: usize>(s: S, plane: &[u8], half: usize) -> S::I {
-    let mut spare = [0; 64];
-    let words = s.load_bytes(bytes(plane, 8 * WIDTH * half, &mut spare));
+fn fields<S: Bytes, const WIDTH: usize>(s: S, words: S::F, half: usize) -> S::I {
     if WIDTH == 8 {
         return s.cast_i(words);
     }
-    let (from, by) = &FIELDS[WIDTH.ilog2() as usize];
-    let words = s.cast_i(s.lookup(words, s.load_i(from)));
+    let log = WIDTH.ilog2() as usize;
+    let words = s.cast_i(s.lookup(words, s.load_i(&WORDS[log][half])));
     let mask = u32::from_ne_bytes([(1 << WIDTH) - 1; 4]);
-    s.and(s.shr_each(words, s.load_i(by)), s.splat_i(mask))
+    s.and(s.shr_each(words, s.load_i(&SHIFTS[log])), s.splat_i(mask))
 }
 
-/// By the logarithm of the width of a plane, for each four of 64 columns: the word that holds them, and where in its bytes.
-const FIELDS: [([i32; 16], [i32; 16]); 3] = {
-    let mut fields = [([0; 16], [0; 16]); 3];
+/// By the logarithm of the width of a plane, by half, for each four of 64 columns: the word that holds them.
+const WORDS: [[[i32; 16]; 8]; 3] = {
+    let mut words = [[[0; 16]; 8]; 3];
     let mut i = 0;
-    while i < 48 {
-        let (width, word) = (1 << (i / 16), i % 16);
-        let (unit, field) = (word / 8, word % 8 / width);
-        fields[i / 16].0[word] = (unit * width + word % width) as i32;
-        fields[i / 16].1[word] = (field * width) as i32;
+    while i < 384 {
+        let (log, half, four) = (i / 128, i / 16 % 8, i % 16);
+        let (width, unit) = (1 << log, 2 * half + four / 8);
+        words[log][half][four] = ((unit * width + four % width) % 16) as i32;
         i += 1;
     }
-    fields
+    words
+};
+
+/// By the logarithm of the width of a plane, for each four of 64 columns: the first bit of their fields in a byte.
+const SHIFTS: [[i32; 16]; 3] = {
+    let mut shifts = [[0; 16]; 3];
+    let mut i = 0;
+    while i < 48 {
+        let width = 1 << (i / 16);
+        shifts[i / 16][i % 16] = (i % 8 / width * width) as i32;
+        i += 1;
+    }
+    shifts
 };
 
 /// Up to [`TOKENS`] tokens. A block of columns has `P` groups.
@@ -206,7 +230,7 @@ impl<const P: usize> TokenPart<'_, P> {
         unit: &impl TileUnit,
         blocks: Range<usize>,
         scratch: &mut AmxScratch,
-        (mut next, sums): (Option<&mut NextCodes>, &mut [TileLanes]),
+        sums: &mut [TileLanes],
     ) {
         let AmxScratch { rows, scales, products } = scratch;
         let at = self.token / TOKENS * self.x.blocks() + blocks.start;
@@ -228,9 +252,6 @@ impl<const P: usize> TokenPart<'_, P> {
                     let x = [0, 1].map(|i| x[i][half..].first_chunk().expect("half of a block"));
                     unit.row_products::<T, 1>(w, x, to);
                 }
-            }
-            if let Some(next) = &mut next {
-                next.prefetch(s);
             }
             let Some(group) = g.checked_sub(1) else { continue };
             let factors = self.factors::<S, T>(s, at + group / P, group % P);
@@ -330,3 +351,4 @@ fn columns<S: Bytes>(s: S, rows: &TileRows, q: usize) -> [S::F; 4] {
 }
 
 const _: () = assert!(TILES == 2 && 2 * 64 == BLOCK, "pairs of tiles; halves of blocks");
+const _: () = assert!(DEPTH * BLOCK == LINE_COLS);

@@ -131,14 +131,9 @@ fn all_tiles<S: Bytes, const K: usize, const G: usize>(
         let expanded = &mut expanded[..TILES.min(tiles - from_tile)];
         let rows = pair_of_tiles(m, first + from_tile * ROW_TILE);
         let lanes = room(lanes, expanded.len() * places * size, x.blocks() >= DEPTH);
-        let mut next = NextCodes::new(m, first + from_tile * ROW_TILE);
         for from in (0..x.blocks()).step_by(DEPTH) {
             for (expanded, rows) in expanded.iter_mut().zip(&rows) {
                 expanded.read(s, m.spec, rows, from..x.blocks().min(from + DEPTH));
-            }
-            let groups = DEPTH.min(x.blocks() - from) * UNITS / G;
-            for _ in 0..groups {
-                next.prefetch(s);
             }
             for part in 0..parts {
                 let tokens = TokenBlocks::<K>::new(x, group * x.group + part * K, from);
@@ -222,34 +217,6 @@ fn write_sums_of<S: Bytes, const PLACES: usize>(
     }
 }
 
-/// Prefetches the codes of the next tiles while those at hand are multiplied: expanding codes leaves memory no time. The
-/// codes are contiguous, so the prefetcher of the CPU helps.
-pub(super) struct NextCodes {
-    at: *const u8,
-    /// Bytes that are prefetched with a group of columns.
-    step: usize,
-}
-
-impl NextCodes {
-    /// For the tiles after the pair from row `first`.
-    #[inline(always)]
-    pub(super) fn new(m: &IntGroupView<'_>, first: usize) -> Self {
-        let bytes = TILES * ROW_TILE * m.row_codes(0).len();
-        let groups = m.cols.div_ceil(m.spec.group());
-        let at = m.codes.as_ptr().wrapping_add(first / ROW_TILE / TILES * bytes + bytes);
-        Self { at, step: bytes.div_ceil(groups).next_multiple_of(64) }
-    }
-
-    /// Called once for each group of columns.
-    #[inline(always)]
-    pub(super) fn prefetch<S: Bytes>(&mut self, s: S) {
-        for line in (0..self.step).step_by(64) {
-            s.prefetch(self.at.wrapping_add(line));
-        }
-        self.at = self.at.wrapping_add(self.step);
-    }
-}
-
 /// The stored rows of a tile; rows that do not exist are empty. What is read past the end of a row is multiplied by
 /// zero.
 pub(super) struct TileRows<'a> {
@@ -257,13 +224,16 @@ pub(super) struct TileRows<'a> {
     /// The plane of the third bits of 3-bit codes.
     high: [&'a [u8]; ROW_TILE],
     scales: [&'a [[u8; 2]]; ROW_TILE],
+    /// Bytes from a row to that of the tile after the next.
+    ahead: usize,
 }
 
 impl<'a> TileRows<'a> {
     #[inline(always)]
     fn new(m: &IntGroupView<'a>, first: usize) -> Self {
+        let ahead = TILES * ROW_TILE * m.row_codes(0).len();
         let mut rows =
-            Self { low: [&[]; ROW_TILE], high: [&[]; ROW_TILE], scales: [&[]; ROW_TILE] };
+            Self { low: [&[]; ROW_TILE], high: [&[]; ROW_TILE], scales: [&[]; ROW_TILE], ahead };
         for r in 0..ROW_TILE.min(m.rows - first) {
             [rows.low[r], rows.high[r]] = planes_to_end(m, first + r);
             rows.scales[r] = m.row_scales(first + r);
@@ -285,6 +255,11 @@ impl<'a> TileRows<'a> {
     #[inline(always)]
     fn words<S: Bytes>(&self, s: S, high: bool, at: usize) -> [S::B; 4] {
         let planes = if high { &self.high } else { &self.low };
+        if at.is_multiple_of(4) {
+            for plane in planes {
+                s.prefetch(plane.as_ptr().wrapping_add(16 * at + self.ahead));
+            }
+        }
         // Word w of row 4l + v becomes word v in lane l of vector w.
         let mut vectors = [s.splat_b(0); 4];
         for (v, vector) in vectors.iter_mut().enumerate() {

@@ -68,8 +68,8 @@ impl PackedMatrix for IntGroupView<'_> {
 }
 
 impl PackedGemmQ8 for IntGroupView<'_> {
-    fn min_batch(&self, isa: Isa) -> usize {
-        if isa.run(gemm_q8::HasTiles) { 2 } else { 4 }
+    fn min_batch(&self, _: Isa) -> usize {
+        4
     }
 
     fn prefill_batch(&self, _: Isa) -> usize {
