@@ -99,8 +99,9 @@ export CARGO_BUILD_TARGET=$triple CARGO_TARGET_DIR="$here/build"
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
-say "the programs build for aarch64"
-cargo build -p stb-runtime -p stb-convert --bins
+say "the programs build for aarch64; without the server, whose crates take longest and have nothing to do with NEON"
+cargo build -p stb-runtime -p stb-convert --bins --no-default-features \
+    --features stb-runtime/cli,stb-convert/cli
 say "format and kernels, with dot products of bytes and without"
 cargo test -p stb-format --tests
 # Without the tests of CUDA kernels, which do not depend on the architecture.
