@@ -125,6 +125,8 @@ impl AmxScratch {
     ) {
         let groups = m.groups();
         let line = blocks.start / DEPTH;
+        // The same row of the next two tiles.
+        let ahead = TILES * ROW_TILE * m.row_codes(0).len();
         for (i, row) in (first..m.rows.min(first + TILES * ROW_TILE)).enumerate() {
             let (tile, r) = (i / ROW_TILE, i % ROW_TILE);
             let [low, high] = planes_to_end(m, row);
@@ -147,6 +149,7 @@ impl AmxScratch {
                     Some(codes) => codes,
                     None => bytes(low, 64 * (WIDTH * line + v), &mut spare),
                 };
+                s.prefetch(words.as_ptr().wrapping_add(ahead));
                 let words = s.load_bytes(words);
                 for half in v * line_halves..halves.min((v + 1) * line_halves) {
                     let mut codes = fields::<S, WIDTH>(s, words, half % line_halves);
