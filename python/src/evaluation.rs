@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::prelude::*;
 use stb_runtime::{
-    Estimate, OpenOptions, PerplexityOptions, Reference, Result, TextLayout,
-    default_threads, open_to_measure, perplexity as measure, read_text,
+    Estimate, OpenOptions, PerplexityOptions, Reference, Result, TextLayout, default_threads,
+    open_to_measure, perplexity as measure, read_text,
 };
 
 use crate::errors::exception;

@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use stb_convert::export::{CheckpointLayout, checkpoint_layout};
 use stb_convert::quality::QualityReport;
-use stb_format::{Encoding, File, Quality, Value};
+use stb_format::{Encoding, Quality, Value};
 use stb_runtime::{Bytes, Error, Result, open_stb_file};
 
 /// A mapped file.
@@ -62,6 +63,14 @@ impl OpenFile {
             tensors: tensors.collect(),
             bytes,
         })
+    }
+
+    /// How a checkpoint of the model's family has the tensors.
+    ///
+    /// # Errors
+    /// Those of [`checkpoint_layout`].
+    pub fn layout(&self) -> Result<CheckpointLayout> {
+        checkpoint_layout(&open_stb_file(&self.path, &self.bytes)?, &self.path)
     }
 
     /// The stored bytes of a tensor.

@@ -1,7 +1,7 @@
 //! The native part of the Python package `stb`: classes and functions over the crates of the workspace.
 //!
 //! Every function that takes time releases the GIL, and lets Ctrl-C and callbacks of the user end it: see
-//! [`waiting`]. `stb/_native.pyi` describes the module to type checkers.
+//! [`waiting`]. `package/stb/_native.pyi` describes the module to type checkers.
 
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ mod file;
 mod loaded;
 mod model;
 mod options;
+mod packed;
 mod tensor;
 mod tokenizer;
 mod waiting;
@@ -28,6 +29,8 @@ mod _native {
     use crate::evaluation::{Divergence, Perplexity};
     #[pymodule_export]
     use crate::model::{Model, open};
+    #[pymodule_export]
+    use crate::packed::{linear, rows, set_threads};
     #[pymodule_export]
     use crate::tensor::Tensor;
     #[pymodule_export]

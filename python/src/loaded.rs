@@ -69,8 +69,7 @@ impl Loaded {
         if let Some(scheduler) = &*scheduler {
             return Ok(Arc::clone(scheduler));
         }
-        let options =
-            SchedulerOptions { context: self.context, ..SchedulerOptions::default() };
+        let options = SchedulerOptions { context: self.context, ..SchedulerOptions::default() };
         let tokenizer = Arc::clone(&texts.tokenizer);
         let started = Scheduler::start(Arc::clone(&self.engine), tokenizer, options)?;
         Ok(Arc::clone(scheduler.insert(Arc::new(started))))

@@ -339,6 +339,13 @@ impl Model {
         perplexity(py, &loaded, text, Options::new("perplexity", options))
     }
 
+    /// How a checkpoint of the model's family has the tensors: a dict with ``config`` (JSON) and ``tensors``. For
+    /// ``stb.transformers``.
+    fn _layout<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let loaded = self.loaded()?;
+        to_python(py, &py.detach(|| loaded.file.layout()).map_err(|e| exception(&e))?)
+    }
+
     /// Whether ``close()`` was called.
     #[getter]
     fn closed(&self) -> bool {

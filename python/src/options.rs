@@ -36,15 +36,18 @@ impl<'py> Options<'py> {
             None => None,
         };
         let Some(value) = value.filter(|value| !value.is_none()) else { return Ok(None) };
-        value.extract().map(Some).map_err(|e| {
-            let error: PyErr = e.into();
-            let (py, text) = (value.py(), format!("{}(): {name}: ", self.function));
-            let what = error.value(py).str().map(|s| s.to_string()).unwrap_or_default();
-            match error.is_instance_of::<PyTypeError>(py) {
-                true => PyTypeError::new_err(text + &what),
-                false => PyValueError::new_err(text + &what),
-            }
-        })
+        value.extract::<T>().map(Some).map_err(|e| self.wrong(value.py(), name, e))
+    }
+
+    /// The exception for a value that could not be converted.
+    fn wrong(&self, py: Python<'_>, name: &str, error: impl Into<PyErr>) -> PyErr {
+        let error: PyErr = error.into();
+        let what = error.value(py).str().map(|s| s.to_string()).unwrap_or_default();
+        let text = format!("{}(): {name}: {what}", self.function);
+        match error.is_instance_of::<PyTypeError>(py) {
+            true => PyTypeError::new_err(text),
+            false => PyValueError::new_err(text),
+        }
     }
 
     /// Refuses arguments that nobody has asked for.
@@ -95,7 +98,10 @@ pub(crate) fn to_python<'py>(
 ///
 /// # Errors
 /// `TypeError` if JSON cannot express it, `ValueError` if it is no `T`.
-pub(crate) fn from_python<T: DeserializeOwned>(value: &Bound<'_, PyAny>, name: &str) -> PyResult<T> {
+pub(crate) fn from_python<T: DeserializeOwned>(
+    value: &Bound<'_, PyAny>,
+    name: &str,
+) -> PyResult<T> {
     let text: String = value.py().import("json")?.call_method1("dumps", (value,))?.extract()?;
     serde_json::from_str(&text).map_err(|e| {
         let text = e.to_string();

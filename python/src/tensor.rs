@@ -52,6 +52,12 @@ impl Tensor {
         self.entry().encoding.id()
     }
 
+    /// The 16 parameter bytes of the encoding.
+    #[getter]
+    fn encoding_params(&self) -> [u8; 16] {
+        self.entry().encoding.params()
+    }
+
     /// Stored bits per weight: 8 times the stored bytes, divided by the number of weights.
     #[getter]
     fn bits_per_weight(&self) -> f64 {

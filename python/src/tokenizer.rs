@@ -93,9 +93,7 @@ impl Tokenizer {
             None => serde_json::Map::new(),
         };
         let messages: Vec<_> = from_python(messages, "messages")?;
-        self.texts
-            .prompt(&messages, &TemplateInput { tools, variables })
-            .map_err(|e| exception(&e))
+        self.texts.prompt(&messages, &TemplateInput { tools, variables }).map_err(|e| exception(&e))
     }
 
     fn __repr__(&self) -> String {

@@ -14,7 +14,7 @@ pub(crate) const TICK: Duration = Duration::from_millis(50);
 /// exception beside the result.
 pub(crate) fn run<M: Send, T: Send>(
     py: Python<'_>,
-    stop: impl Fn() + Send,
+    stop: impl Fn() + Send + Sync,
     mut hear: impl FnMut(Python<'_>, M) -> PyResult<()> + Send,
     work: impl FnOnce(Sender<M>) -> T + Send,
 ) -> (T, PyResult<()>) {

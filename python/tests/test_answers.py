@@ -162,12 +162,14 @@ def test_the_interpreter_runs_while_the_model_computes(model: stb.Model) -> None
 def test_chat_templates_make_the_prompt(model: stb.Model) -> None:
     tokenizer = model.tokenizer
     assert tokenizer.has_chat_template
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Tell me "}, {"type": "text", "text": "a story."}]}]
+    texts = ("Tell me ", "a story.")
+    parts = [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
     prompt = tokenizer.apply_chat_template(MESSAGES)
     assert prompt == tokenizer.apply_chat_template(parts)
     assert prompt.endswith("<|user|>\nTell me a story.\n<|assistant|>\n")
+    # A special token ends an answer in a chat.
     greedy = model.chat(MESSAGES, temperature=0, max_tokens=20).complete()
-    assert greedy == model.generate(prompt, temperature=0, max_tokens=20).complete()
+    assert greedy and model.generate(prompt, temperature=0, max_tokens=20).complete().startswith(greedy)
 
 
 def test_wrong_messages_are_refused(model: stb.Model) -> None:

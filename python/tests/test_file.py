@@ -78,7 +78,7 @@ def test_broken_files_name_the_rule(quill: Path, tmp_path: Path) -> None:
     cut.write_bytes(content[: len(content) - 100])
     with pytest.raises(stb.FormatError, match="download or copy it again") as caught:
         stb.open(cut)
-    assert caught.value.rule == "STB-R-007"
+    assert caught.value.rule == "STB-R-008"
     assert isinstance(caught.value, stb.Error)
     damaged = tmp_path / "damaged.stb"
     middle = bytearray(content)

@@ -15,6 +15,8 @@ from conftest import PROMPT, QUILL, STORIES
 import stb
 
 SEPARATOR = "<|endoftext|>"
+# Calibration that takes little time.
+SHORT: Any = {"calib_samples": 2, "calib_len": 64}
 
 
 def test_perplexity_is_that_of_the_program(
@@ -77,7 +79,7 @@ def test_a_conversion_reports_its_progress(tmp_path: Path) -> None:
     def progress(done: int, total: int, text: str) -> None:
         steps.append((done, total, text))
 
-    report = stb.convert(QUILL, out, recipe="nm-1of4", calib_samples=4, progress=progress, check=False)
+    report = stb.convert(QUILL, out, recipe="nm-1of4", **SHORT, progress=progress, check=False)
     assert any(text.startswith("layer 1 of") for _, _, text in steps)
     assert all(0 <= done <= total for done, total, _ in steps)
     assert report["recipe"] == "nm-1of4" and report["file_bytes"] == out.stat().st_size
@@ -91,7 +93,7 @@ def test_a_conversion_reports_its_progress(tmp_path: Path) -> None:
 
 def test_a_size_is_reached(tmp_path: Path) -> None:
     out = tmp_path / "out.stb"
-    report = stb.convert(QUILL, out, bits=3, calib_samples=4)
+    report = stb.convert(QUILL, out, bits=3, **SHORT)
     assert report["true_bits_per_parameter"] <= 3
     assert report["quality"]["kl"] > 0
 
@@ -104,14 +106,14 @@ def test_an_exception_ends_a_conversion_that_resumes(tmp_path: Path) -> None:
             raise LookupError("enough")
 
     with pytest.raises(LookupError, match="enough") as caught:
-        stb.convert(QUILL, out, recipe="nm-1of4", calib_samples=4, progress=fail)
+        stb.convert(QUILL, out, recipe="nm-1of4", **SHORT, progress=fail)
     if sys.version_info >= (3, 11):
         assert "are kept" in caught.value.__notes__[0]
     assert not out.exists()
     # The request to stop is forgotten, and the finished layers are not.
     texts: list[str] = []
     stb.convert(
-        QUILL, out, recipe="nm-1of4", calib_samples=4,
+        QUILL, out, recipe="nm-1of4", **SHORT,
         progress=lambda done, total, text: texts.append(text),
     )  # fmt: skip
     assert out.exists() and not any(text.startswith("layer 1 of") for text in texts)
@@ -129,8 +131,8 @@ def test_wrong_conversions_are_refused(tmp_path: Path) -> None:
         stb.convert(QUILL, out, device="tpu")
     with pytest.raises(FileNotFoundError):
         stb.convert(tmp_path / "missing", out)
-    with pytest.raises(TypeError, match="calib_samples"):
-        stb.convert(QUILL, out, calib_sample=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="did you mean recipe"):
+        stb.convert(QUILL, out, recipie="int4")  # type: ignore[call-arg]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +144,7 @@ WORK = {
     "generate": "for piece in model.generate(sys.argv[2], ignore_eos=True): print('x', flush=True)",
     "complete": "print('x', flush=True); [model.generate(sys.argv[2], ignore_eos=True).complete() for _ in range(10**6)]",
     "perplexity": "model.perplexity(pathlib.Path(sys.argv[3]), context=64, progress=lambda *_: print('x', flush=True))",
-    "convert": "stb.convert(sys.argv[4], sys.argv[5], bits=2.5, progress=lambda *_: print('x', flush=True))",
+    "convert": "stb.convert(sys.argv[4], sys.argv[5], recipe='nm-1of4', progress=lambda *_: print('x', flush=True))",
 }
 
 

@@ -99,10 +99,8 @@ fn choices_score_as_if_each_were_computed_alone() {
                 acc_norm += usize::from(best(&per_character) == item.gold);
                 truncated += usize::from(found.iter().any(|s| s.truncated));
             }
-            let result = zero_shot(&engine, &tokenizer, task, &items, &options, &|_, _| {
-                ControlFlow::Continue(())
-            })
-            .unwrap();
+            let result =
+                zero_shot(&engine, &tokenizer, task, &items, &options, &|_, _| {}).unwrap();
             let n = items.len() as f64;
             assert_eq!(result.acc.value, acc as f64 / n, "{}", task.name());
             assert_eq!(result.truncated, truncated, "{}", task.name());
@@ -167,6 +165,9 @@ fn divergences_are_those_of_the_definition() {
         })
         .unwrap()
     };
+    let stop = |_, _| ControlFlow::Break(());
+    let stopped = perplexity(&engine, None, &tokenizer, &sample, &options, &stop).unwrap_err();
+    assert_eq!(stopped.exit_code(), 130);
     let found = measure(Reference::new(&reference));
     let divergence = found.divergence.as_ref().unwrap();
 
