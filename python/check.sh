@@ -57,6 +57,7 @@ STB_PROGRAMS=$CARGO_TARGET_DIR/debug
 export STB_PROGRAMS
 cd python/tests
 "$python" -m pytest -q -p no:cacheprovider --rootdir .. .
-"$python" -m mypy --strict --cache-dir "$here/mypy" -p stb
-"$python" -m mypy --strict --cache-dir "$here/mypy" ./*.py
+mypy="$python -m mypy --config-file ../pyproject.toml --cache-dir $here/mypy"
+$mypy -p stb
+$mypy ./*.py
 say "passed"

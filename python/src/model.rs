@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMappingProxy, PyTuple};
 use stb_format::Value;
 use stb_runtime::scheduler::Job;
-use stb_runtime::{Checkpoint, Engine, Error, KvKind, OpenOptions, State, Verify};
+use stb_runtime::{Checkpoint, Engine, Error, KvKind, OpenOptions, SHORT_PROMPT, State, Verify};
 
 use crate::answer::{Generation, apply_options};
 use crate::errors::exception;
@@ -23,8 +23,6 @@ use crate::waiting::hold;
 
 /// Prompt tokens between two looks for signals.
 const CHUNK: usize = 512;
-/// The role of the rows of a prompt depends on whether it has this many tokens: no chunk may have fewer.
-const FEWEST: usize = 16;
 
 /// An open model. Close it with ``close()`` or a ``with`` block.
 ///
@@ -306,7 +304,8 @@ impl Model {
         let mut all: Vec<f32> = Vec::with_capacity(tokens.len() * vocab);
         let mut rest = &tokens[..];
         while !rest.is_empty() {
-            let count = if rest.len() < CHUNK + FEWEST { rest.len() } else { CHUNK };
+            // Chunks of a long prompt are long, since a short prompt is computed in another way.
+            let count = if rest.len() < CHUNK + SHORT_PROMPT { rest.len() } else { CHUNK };
             let (chunk, later) = rest.split_at(count);
             let run = || engine.forward_all(&mut state, chunk, |_, rows| all.extend(rows));
             py.detach(run).map_err(|e| exception(&e))?;

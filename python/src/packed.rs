@@ -88,7 +88,7 @@ pub(crate) fn linear<'py>(
         let mut y = Vec::new();
         let weight = LinearWeight { matrix: packed(&matrix), bytes };
         let threads = Threads { isa, pool: &pool };
-        let rows = Rows::alone(x, dimensions.1);
+        let rows = Rows::of_prompt(x, dimensions.1);
         apply_packed(threads, &mut scratch, [weight], rows, [&mut y]);
         if !exact {
             hold(&SCRATCH).push(scratch);

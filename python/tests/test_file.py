@@ -22,8 +22,9 @@ def test_a_model_says_what_it_is(quill: Path, run_json: Callable[..., Any]) -> N
         assert model.file_bytes == quill.stat().st_size
         assert model.parameters == shown["parameters"]
         assert model.true_bits == pytest.approx(8 * model.file_bytes / model.parameters)
-        assert model.quality == shown["quality"]
-        assert model.quality["verdict"] == "close"
+        quality = model.quality
+        assert quality == shown["quality"]
+        assert quality is not None and quality["verdict"] == "close"
         assert model.threads >= 1
         assert f"{model.true_bits:.3f}" in repr(model)
     assert model.closed and "closed" in repr(model)

@@ -88,7 +88,7 @@ def test_a_conversion_reports_its_progress(tmp_path: Path) -> None:
         assert model.quality is not None and model.quality["verdict"] == "unchecked"
     with pytest.raises(ValueError, match="exists"):
         stb.convert(QUILL, out, recipe="int4")
-    stb.convert(QUILL, out, recipe="int8", check=False, force=True)
+    stb.convert(QUILL, out, recipe="int8", **SHORT, check=False, force=True)
 
 
 def test_a_size_is_reached(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ pub use messages::{
 pub use model::Model;
 pub use names::{command_mistake, nearest};
 pub use observer::Observer;
+pub use pass::SHORT_PROMPT;
 pub use sampler::{Sampler, SamplerInput, SamplerOptions, SamplingRange, random_seed};
 pub use session::{Session, SessionOptions};
 pub use state::State;

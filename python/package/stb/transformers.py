@@ -76,6 +76,8 @@ class _Packed(nn.Module):
         for index, piece in enumerate(pieces):
             empty = torch.empty(piece["bytes"], dtype=torch.uint8)
             self.register_buffer(f"packed_{index}", empty)
+        # Code of transformers looks at the type of weights, and initializes them. These have no elements.
+        self.register_buffer("weight", torch.empty(0), persistent=False)
 
     def payload(self, index: int) -> Tensor:
         """The bytes of a piece."""
@@ -84,7 +86,7 @@ class _Packed(nn.Module):
             raise UnsupportedError(
                 f"stb.transformers computes on the CPU, not on {payload.device}: use model.to('cpu')"
             )
-        return payload  # type: ignore[no-any-return]
+        return payload
 
     def product(self, x: Tensor, exact: bool) -> Tensor:
         """x [..., in] times the transpose of the matrix."""
@@ -122,8 +124,6 @@ class StbEmbedding(_Packed):
         super().__init__(pieces)
         self.num_embeddings, self.embedding_dim = shape
         self.scale = scale
-        # Callers look at the type of embeddings. It has no elements.
-        self.register_buffer("weight", torch.empty(0, self.embedding_dim), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         [piece] = self.pieces
@@ -226,28 +226,27 @@ class StbForCausalLM:
                 raise UnsupportedError(
                     f"{path} is a mixture of experts, which stb.transformers does not support: use stb.open"
                 )
-            state, quantization = _state(file, layout["tensors"], config, exact)
-            generation = file.metadata.get("source.generation_config.json")
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            state, quantization = _state(file, layout["tensors"], skeleton, exact)
+            generation = str(file.metadata.get("source.generation_config.json", "{}"))
         config["quantization_config"] = quantization.to_dict()
         # The tied lm_head is a module of its own here.
         config["tie_word_embeddings"] = False
         for key in ("dtype", "torch_dtype"):
             config.pop(key, None)
         made = AutoConfig.for_model(**config)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = type(skeleton).from_pretrained(
             None, config=made, state_dict=state, dtype=torch.float32
         )
-        if generation is not None:
-            model.generation_config = GenerationConfig.from_dict(json.loads(generation))
-        return model.eval()  # type: ignore[no-any-return]
+        model.generation_config = GenerationConfig.from_dict(json.loads(generation))
+        return model.eval()
 
 
 def _state(
-    file: stb.Model, tensors: list[dict[str, Any]], config: dict[str, Any], exact: bool
+    file: stb.Model, tensors: list[dict[str, Any]], skeleton: PreTrainedModel, exact: bool
 ) -> tuple[dict[str, Tensor], StbConfig]:
     """The state of the model, with packed bytes where modules are packed, and which these are."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     names = dict(skeleton.named_modules())
     state: dict[str, Tensor] = {}
     modules: dict[str, list[dict[str, Any]]] = {}
@@ -325,7 +324,7 @@ def tokenizer_from_stb(path: Union[str, PathLike[str]]) -> PreTrainedTokenizerBa
         for name, text in texts.items():
             if text is not None:
                 Path(folder, name).write_text(str(text), encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return,no-untyped-call]
+        return AutoTokenizer.from_pretrained(folder)
 
 
 set_threads = _native.set_threads
