@@ -57,7 +57,7 @@ pub struct ConversionRequest {
 
 /// A finished conversion.
 #[derive(Debug)]
-pub struct Converted {
+pub struct FinishedConversion {
     /// What was done and measured.
     pub report: Report,
     /// What was planned.
@@ -89,7 +89,11 @@ impl ConversionRequest {
     /// # Errors
     /// [`Error::Usage`] for wrong options, an existing file, and too little memory or disk space; those of
     /// [`Checkpoint::open`], [`prepare`] and [`Prepared::convert`].
-    pub fn convert(&self, target: &Path, progress: &dyn Progress) -> anyhow::Result<Converted> {
+    pub fn convert(
+        &self,
+        target: &Path,
+        progress: &dyn Progress,
+    ) -> anyhow::Result<FinishedConversion> {
         refuse_existing(target, self.force)?;
         let (checkpoint, calibration, prepared) = self.open(Some(target), false, progress)?;
         let recipe = &prepared.recipe;
@@ -113,7 +117,7 @@ impl ConversionRequest {
                 Err(e) => progress.note(&format!("no answers to compare: {e}")),
             }
         }
-        Ok(Converted { report, prepared })
+        Ok(FinishedConversion { report, prepared })
     }
 
     /// Opens the source and plans the conversion. A calibration text that the model writes is kept beside `target`.

@@ -6,7 +6,7 @@ use stb_convert::inspect::printable;
 use stb_convert::prepare::Prepared;
 use stb_convert::quality::AnswerPair;
 use stb_convert::report::Report;
-use stb_convert::request::{ConversionGoal, ConversionRequest, Converted};
+use stb_convert::request::{ConversionGoal, ConversionRequest, FinishedConversion};
 use stb_format::Verdict;
 use stb_runtime::{Checkpoint, Error};
 
@@ -27,7 +27,7 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     let Some(out) = &args.out else { usage("give a file to write, or --dry-run") };
     let done = request.convert(out, &bar);
     bar.finish();
-    let Converted { report, prepared } = done?;
+    let FinishedConversion { report, prepared } = done?;
     if let Some(path) = &args.report {
         let json = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, json + "\n").map_err(|e| Error::io(path, e))?;
