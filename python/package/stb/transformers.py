@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import stb
@@ -161,7 +162,8 @@ class StbConfig(QuantizationConfigMixin):
         exact: bool = False,
         **_: Any,
     ):
-        self.quant_method = METHOD
+        # transformers takes any registered name, though its type is an enumeration of its own.
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.modules = modules
         self.tied_head = tied_head
         self.exact = exact
