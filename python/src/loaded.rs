@@ -69,7 +69,12 @@ impl Loaded {
         if let Some(scheduler) = &*scheduler {
             return Ok(Arc::clone(scheduler));
         }
-        let options = SchedulerOptions { context: self.context, ..SchedulerOptions::default() };
+        let options = SchedulerOptions {
+            context: self.context,
+            // Whoever asks for many answers waits for them.
+            max_queue: usize::MAX,
+            ..SchedulerOptions::default()
+        };
         let tokenizer = Arc::clone(&texts.tokenizer);
         let started = Scheduler::start(Arc::clone(&self.engine), tokenizer, options)?;
         Ok(Arc::clone(scheduler.insert(Arc::new(started))))

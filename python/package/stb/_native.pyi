@@ -1,3 +1,4 @@
+import builtins
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType, TracebackType
@@ -53,7 +54,7 @@ class Tensor:
     @property
     def encoding_id(self) -> int: ...
     @property
-    def encoding_params(self) -> list[int]: ...
+    def encoding_params(self) -> builtins.bytes: ...
     @property
     def bits_per_weight(self) -> float: ...
     @property
