@@ -4,12 +4,14 @@
 #
 # It needs a Rust toolchain, Python 3.9 or newer with venv (Debian: apt-get install python3-venv), and the Python package
 # registry for maturin, numpy, pytest and mypy. The crates are compiled with the profile of the tests into the target
-# folder of the repository, where most of what they depend on lies already after `cargo test --workspace`.
+# folder of the repository, where most of what they depend on lies already after `cargo test --workspace`. STB_PROFILE=release
+# uses the other profile, and STB_PROGRAMS names a folder with stb-run and stb-convert, which are built otherwise.
 set -eu
 cd "$(dirname "$0")/.."
 CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 export CARGO_TARGET_DIR
 here=$CARGO_TARGET_DIR/python-package
+profile=${STB_PROFILE:-dev}
 python=$here/venv/bin/python
 
 say() { echo "python/check.sh: $*" >&2; }
@@ -47,14 +49,19 @@ fi
 
 rm -rf "$here/wheels"
 # maturin names the wheel after the oldest system that it runs on, which does not matter here.
-"$here/venv/bin/maturin" build --quiet --profile dev --compatibility linux --interpreter "$python" \
+"$here/venv/bin/maturin" build --quiet --profile "$profile" --compatibility linux --interpreter "$python" \
     --manifest-path python/Cargo.toml --out "$here/wheels"
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$here"/wheels/*.whl
 
 # The programs to compare with.
-cargo build --quiet -p stb-runtime -p stb-convert --bins
-STB_PROGRAMS=$CARGO_TARGET_DIR/debug
-export STB_PROGRAMS
+if [ -z "${STB_PROGRAMS:-}" ]; then
+    cargo build --quiet --profile "$profile" -p stb-runtime -p stb-convert --bins
+    case $profile in
+        dev) STB_PROGRAMS=$CARGO_TARGET_DIR/debug ;;
+        *) STB_PROGRAMS=$CARGO_TARGET_DIR/$profile ;;
+    esac
+    export STB_PROGRAMS
+fi
 cd python/tests
 "$python" -m pytest -q -p no:cacheprovider --rootdir .. .
 mypy="$python -m mypy --config-file ../pyproject.toml --cache-dir $here/mypy"
