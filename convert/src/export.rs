@@ -8,6 +8,7 @@ use std::path::Path;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::View;
+use serde::Serialize;
 use stb_format::arch::{NormKind, Role};
 use stb_format::encoding::Dense;
 use stb_format::{File, ModelSpec, Tensor};
@@ -38,6 +39,15 @@ impl Exported<'_> {
 }
 
 impl Piece<'_> {
+    fn describe(&self) -> LayoutPiece {
+        LayoutPiece {
+            tensor: self.tensor.name().to_owned(),
+            first: self.first,
+            is_transposed: self.is_transposed,
+            included: self.included,
+        }
+    }
+
     /// Decodes the tensor into `out`, the tensor of the export, whose rows have `width` elements.
     fn decode(&self, width: usize, out: &mut [f32]) {
         // `export` has made sure that every tensor can be decoded.
@@ -84,6 +94,61 @@ impl View for &Exported<'_> {
     fn data_len(&self) -> usize {
         self.elements() * self.kind.bytes() as usize
     }
+}
+
+/// How a checkpoint of the family has the tensors of a file: what a program needs to fill another program's model
+/// with the tensors as they are packed.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckpointLayout {
+    /// The `config.json` of the language model.
+    pub config: String,
+    /// The tensors of the checkpoint, in the order of their names.
+    pub tensors: Vec<LayoutTensor>,
+}
+
+/// A tensor of a checkpoint.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayoutTensor {
+    /// Its name there.
+    pub name: String,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+    /// The tensors of the file that it consists of, by their first rows.
+    pub pieces: Vec<LayoutPiece>,
+}
+
+/// A tensor of a file within one of a checkpoint.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayoutPiece {
+    /// Its name in the file.
+    pub tensor: String,
+    /// The first row, or element of a vector; the first column if it is transposed.
+    pub first: usize,
+    /// Whether the checkpoint has it transposed.
+    pub is_transposed: bool,
+    /// What the family's norms add to the weight, if the file's weights include it.
+    pub included: f32,
+}
+
+/// The layout of the tensors of an open file in a checkpoint of its family.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a file without the `config.json` of a checkpoint, or with one that is not that of its
+/// tensors; [`Error::Format`] for a file that is no model.
+pub fn checkpoint_layout(file: &File<'_>, source: &Path) -> Result<CheckpointLayout> {
+    let config = file.meta().text("source.config.json").ok_or_else(|| {
+        let what = "has no config.json of the original model: convert the original model again";
+        Error::unsupported(format!("{} {what}", source.display()))
+    })?;
+    let config = text_config(config)?;
+    let spec = ModelSpec::from_file(file).map_err(|e| Error::format(source, e))?;
+    let layout = in_layout_of(&parse_config(&config)?, &spec, file, Dense::F32)?;
+    let tensors = layout.into_iter().map(|(name, tensor)| {
+        let mut pieces: Vec<_> = tensor.pieces.iter().map(Piece::describe).collect();
+        pieces.sort_by_key(|piece| piece.first);
+        LayoutTensor { name, shape: tensor.shape, pieces }
+    });
+    Ok(CheckpointLayout { tensors: tensors.collect(), config })
 }
 
 /// Writes `model.safetensors`, `config.json` and tokenizer files of an open file into `folder`,

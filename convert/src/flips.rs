@@ -5,6 +5,7 @@
 //! column changes sign. The weights of a smaller share are a subset of those of a larger share.
 
 use std::fmt::Write;
+use std::ops::ControlFlow;
 
 use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg64Mcg;
@@ -148,7 +149,9 @@ fn measure(
     share: f64,
     flipped: u64,
 ) -> Result<Flipped> {
-    let found = perplexity(engine, None, tokenizer, text, &options.evaluation, &|_, _| {})?;
+    let found = perplexity(engine, None, tokenizer, text, &options.evaluation, &|_, _| {
+        ControlFlow::Continue(())
+    })?;
     Ok(Flipped {
         order,
         share,

@@ -11,6 +11,11 @@ pub fn interrupt() -> bool {
     INTERRUPTED.swap(true, Ordering::SeqCst)
 }
 
+/// Forgets a request to stop, before the next conversion of a program that goes on after one.
+pub fn reset() {
+    INTERRUPTED.store(false, Ordering::SeqCst);
+}
+
 /// Whether a stop has been requested.
 #[must_use]
 pub fn interrupted() -> bool {

@@ -30,15 +30,16 @@ pub mod quality;
 pub mod quantize;
 pub mod recipe;
 pub mod report;
+pub mod request;
 pub mod resume;
 pub mod sensitivity;
 mod smallest;
 pub mod study;
 pub mod system;
 pub(crate) mod tables;
+pub mod verify;
 pub mod written;
 
-pub use memory::memory_to_choose;
 pub use pipeline::{Job, Progress, convert};
 pub use plan::{Plan, plan};
 pub use recipe::Recipe;

@@ -49,6 +49,9 @@ pub enum Error {
         /// The error of the device.
         error: stb_kernels::cuda::Error,
     },
+    /// The caller has stopped the work.
+    #[error("interrupted")]
+    Interrupted,
     /// A bug in this crate.
     #[error("internal error: {what}; please report it")]
     Internal {
@@ -100,6 +103,7 @@ impl Error {
                 | stb_kernels::cuda::Error::Driver { .. } => ErrorKind::DeviceFailed,
                 _ => ErrorKind::DeviceUnavailable,
             },
+            Self::Interrupted => ErrorKind::Interrupted,
             Self::Internal { .. } => ErrorKind::Internal,
         }
     }
@@ -127,6 +131,8 @@ pub enum ErrorKind {
     DeviceUnavailable,
     /// A device failed.
     DeviceFailed,
+    /// The caller has stopped the work.
+    Interrupted,
     /// A bug in this crate.
     Internal,
 }
@@ -141,6 +147,7 @@ impl ErrorKind {
             Self::Io => 3,
             Self::Invalid => 4,
             Self::Unsupported | Self::DeviceUnavailable => 5,
+            Self::Interrupted => 130,
         }
     }
 

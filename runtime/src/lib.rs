@@ -29,6 +29,7 @@ mod kv_cache;
 mod layer;
 mod linear;
 mod map;
+mod messages;
 mod model;
 mod names;
 mod observer;
@@ -71,10 +72,15 @@ pub use kind::open_stb_file;
 pub use layer::{Layer, LayerMatrix, LayerVector};
 pub use linear::{LinearScratch, LinearWeight, Rows, Threads, apply, apply_packed};
 pub use map::Bytes;
+pub use messages::{
+    CalledFunction, ChatMessage, ChatRole, ContentPart, MessageCall, MessageContent,
+    MessageProblem, for_template, without_template,
+};
 pub use model::Model;
 pub use names::{command_mistake, nearest};
 pub use observer::Observer;
-pub use sampler::{Sampler, SamplerInput, SamplerOptions};
+pub use pass::SHORT_PROMPT;
+pub use sampler::{Sampler, SamplerInput, SamplerOptions, SamplingRange, random_seed};
 pub use session::{Session, SessionOptions};
 pub use state::State;
 pub use stb_kernels::kv::KvKind;

@@ -10,6 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
 use crate::map::Bytes;
+use crate::sampler::SamplerOptions;
 use crate::template::ChatTemplate;
 use crate::tokenizer::{Tokenizer, own_begin_token};
 use crate::weights::Weight;
@@ -247,6 +248,22 @@ impl Model {
     #[must_use]
     pub fn sampling_default(&self, key: &str) -> Option<f64> {
         self.texts.sampling.iter().find(|(k, _)| *k == key).map(|(_, v)| *v)
+    }
+
+    /// Sampling parameters from the model file, with the values of [`SamplerOptions::default`] for missing ones.
+    #[must_use]
+    pub fn suggested_sampling(&self) -> SamplerOptions {
+        let default = SamplerOptions::default();
+        let file = |key: &str| self.sampling_default(key);
+        let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
+        SamplerOptions {
+            repeat_penalty: number("repetition_penalty", default.repeat_penalty),
+            temperature: number("temperature", default.temperature),
+            top_k: file("top_k").map_or(default.top_k, |v| v as usize),
+            top_p: number("top_p", default.top_p),
+            min_p: number("min_p", default.min_p),
+            ..default
+        }
     }
 
     /// The `model_type` of the configuration that the model comes from, such as `llama`.

@@ -3,16 +3,29 @@
 use stb_kernels::cuda::TopKRequest;
 
 use crate::kv_cache::KvCache;
-use crate::linear::RowKind;
+use crate::linear::{RowKind, Rows};
 
 /// A prompt of fewer tokens is computed as decode rows: GEMV is faster for so few.
-const SHORT_PROMPT: usize = 16;
+pub const SHORT_PROMPT: usize = 16;
 
 impl RowKind {
     /// The role of the rows of a prompt of `tokens` tokens. It depends on nothing else, so a prompt has the same
     /// result however it is cut and whatever is computed beside it.
     pub(crate) fn of_prompt(tokens: usize) -> Self {
         if tokens < SHORT_PROMPT { Self::Decode } else { Self::Prefill }
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// The rows of a whole prompt, [tokens, cols], in the role that follows from their number.
+    #[must_use]
+    pub fn of_prompt(x: &'a [f32], cols: usize) -> Self {
+        let tokens = x.len() / cols;
+        let prefill = match RowKind::of_prompt(tokens) {
+            RowKind::Prefill => tokens,
+            RowKind::Decode => 0,
+        };
+        Self { x, prefill }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Chooses the next token from logits.
 
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
 
 use rand_core::RngCore;
 use rand_core::SeedableRng;
@@ -47,6 +48,58 @@ impl Default for SamplerOptions {
             seed: 0,
         }
     }
+}
+
+/// A sampling parameter with a range, by its field in [`SamplerOptions`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingRange {
+    /// The field.
+    pub name: &'static str,
+    /// The least value.
+    pub low: f32,
+    /// The largest value.
+    pub high: f32,
+}
+
+impl SamplingRange {
+    /// The ranges that servers and libraries accept.
+    pub const ALL: [Self; 6] = [
+        Self { name: "temperature", low: 0.0, high: f32::MAX },
+        Self { name: "top_p", low: 0.0, high: 1.0 },
+        Self { name: "min_p", low: 0.0, high: 1.0 },
+        Self { name: "repeat_penalty", low: f32::MIN_POSITIVE, high: 100.0 },
+        Self { name: "presence_penalty", low: -2.0, high: 2.0 },
+        Self { name: "frequency_penalty", low: -2.0, high: 2.0 },
+    ];
+
+    /// What is wrong with a value of the field called `name`; `None` if nothing is.
+    #[must_use]
+    pub fn problem(name: &str, value: f32) -> Option<String> {
+        let range = Self::ALL.iter().find(|range| range.name == name);
+        range.and_then(|range| range.refuse(value))
+    }
+
+    /// What is wrong with a value; `None` if nothing is.
+    #[must_use]
+    pub fn refuse(&self, value: f32) -> Option<String> {
+        let Self { name, low, high } = *self;
+        if value.is_finite() && (low..=high).contains(&value) {
+            return None;
+        }
+        let bounds = match (low == f32::MIN_POSITIVE, high == f32::MAX) {
+            (true, _) => format!("above 0 and at most {high}"),
+            (_, true) => format!("a finite number from {low}"),
+            _ => format!("from {low} to {high}"),
+        };
+        Some(format!("`{name}` is {value}, but must be {bounds}"))
+    }
+}
+
+/// A seed from the operating system, for answers that are to differ.
+#[must_use]
+pub fn random_seed() -> u64 {
+    // The standard library takes the keys of its hashers from the operating system.
+    RandomState::new().hash_one(0)
 }
 
 /// The smallest number of candidates among which the best are selected.
@@ -374,6 +427,23 @@ mod tests {
         assert_eq!(pick(|o| o.logit_bias = vec![(2, 2.0), (0, -100.0), (9, 1.0)]), [2, 2, 2, 2]);
         assert_eq!(pick(|o| o.presence_penalty = 0.5), [0, 1, 0, 0]);
         assert_eq!(pick(|o| o.frequency_penalty = 0.2), [0, 0, 1, 0]);
+    }
+
+    #[test]
+    fn values_out_of_range_are_named() {
+        for (name, value, word) in [
+            ("temperature", -0.1, "a finite number from 0"),
+            ("temperature", f32::INFINITY, "finite"),
+            ("top_p", 1.5, "from 0 to 1"),
+            ("repeat_penalty", 0.0, "above 0 and at most 100"),
+            ("presence_penalty", f32::NAN, "from -2 to 2"),
+        ] {
+            let problem = SamplingRange::problem(name, value).unwrap();
+            assert!(problem.contains(name) && problem.contains(word), "{problem}");
+        }
+        assert_eq!(SamplingRange::problem("min_p", 1.0), None);
+        assert_eq!(SamplingRange::problem("temperature", 0.0), None);
+        assert_ne!(random_seed(), random_seed());
     }
 
     #[test]

@@ -8,7 +8,6 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 use crate::linear::RowKind;
-use crate::model::Model;
 use crate::sampler::{Sampler, SamplerInput, SamplerOptions};
 use crate::state::State;
 use crate::stop::StopFilter;
@@ -133,7 +132,7 @@ impl Session {
     /// missing ones.
     #[must_use]
     pub fn suggested_sampling(&self) -> SamplerOptions {
-        suggested_sampling(&self.engine.model)
+        self.engine.model.suggested_sampling()
     }
 
     /// The token ids of a prompt.
@@ -280,21 +279,6 @@ impl Session {
         self.engine.sampled(&mut self.state, tokens, sampler, banned, input)?;
         self.cached.extend_from_slice(tokens.0);
         Ok(())
-    }
-}
-
-/// Sampling parameters from the file of `model`, with the values of [`SamplerOptions::default`] for missing ones.
-pub(crate) fn suggested_sampling(model: &Model) -> SamplerOptions {
-    let default = SamplerOptions::default();
-    let file = |key: &str| model.sampling_default(key);
-    let number = |key: &str, default: f32| file(key).map_or(default, |v| v as f32);
-    SamplerOptions {
-        repeat_penalty: number("repetition_penalty", default.repeat_penalty),
-        temperature: number("temperature", default.temperature),
-        top_k: file("top_k").map_or(default.top_k, |v| v as usize),
-        top_p: number("top_p", default.top_p),
-        min_p: number("min_p", default.min_p),
-        ..default
     }
 }
 

@@ -144,7 +144,10 @@ fn perplexities_equal_the_reference() {
         let (engine, reference) = open(&folder);
         let tokenizer = engine.model.tokenizer().unwrap();
         let options = PerplexityOptions { context, windows: None, layout: TextLayout::Whole };
-        let result = perplexity(&engine, None, &tokenizer, &text, &options, &|_, _| {}).unwrap();
+        let result = perplexity(&engine, None, &tokenizer, &text, &options, &|_, _| {
+            ControlFlow::Continue(())
+        })
+        .unwrap();
         let tokens = reference["wikitext2_raw_test"]["tokens"].as_u64().unwrap();
         assert_eq!(result.tokens as u64, tokens, "{name}");
         let found = result.perplexity.value;

@@ -1,6 +1,7 @@
 //! Compares perplexity, divergence and zero-shot accuracy with oracles without caches, pieces and shared
 //! prefixes, and tests the commands that measure.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
@@ -159,8 +160,14 @@ fn divergences_are_those_of_the_definition() {
     let tokens = layout.tokenize(&tokenizer, &sample).unwrap();
     let options = PerplexityOptions { context: 33, windows: Some(6), layout };
     let measure = |reference: Reference<'_>| {
-        perplexity(&engine, Some(reference), &tokenizer, &sample, &options, &|_, _| {}).unwrap()
+        perplexity(&engine, Some(reference), &tokenizer, &sample, &options, &|_, _| {
+            ControlFlow::Continue(())
+        })
+        .unwrap()
     };
+    let stop = |_, _| ControlFlow::Break(());
+    let stopped = perplexity(&engine, None, &tokenizer, &sample, &options, &stop).unwrap_err();
+    assert_eq!(stopped.exit_code(), 130);
     let found = measure(Reference::new(&reference));
     let divergence = found.divergence.as_ref().unwrap();
 
@@ -319,7 +326,10 @@ fn story_perplexities_equal_the_reference() {
         let tokenizer = engine.model.tokenizer().unwrap();
         let layout = TextLayout::Documents("<|endoftext|>".into());
         let options = PerplexityOptions { context, windows: None, layout };
-        let found = perplexity(&engine, None, &tokenizer, &stories, &options, &|_, _| {}).unwrap();
+        let found = perplexity(&engine, None, &tokenizer, &stories, &options, &|_, _| {
+            ControlFlow::Continue(())
+        })
+        .unwrap();
         assert_eq!((found.tokens, found.windows), (tokens, windows), "{name}");
         let difference = (found.perplexity.value - expected).abs();
         assert!(difference < 1e-4, "{name}: {} for {expected}", found.perplexity.value);

@@ -2,12 +2,10 @@
 
 use std::path::Path;
 
-use rayon::prelude::*;
-use serde::Serialize;
 use stb_convert::export::source_type;
 use stb_convert::inspect::inspect as describe;
 use stb_convert::recipe::{FOR_USE, PRESETS};
-use stb_format::ModelSpec;
+use stb_convert::verify::verify_file;
 use stb_format::encoding::Dense;
 use stb_runtime::{Bytes, Error, open_stb_file};
 
@@ -26,19 +24,8 @@ pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a check of a file has found.
-#[derive(Serialize)]
-struct Verified {
-    valid: bool,
-    /// Whether the file is a model; otherwise it is a set of tensors.
-    model: bool,
-    tensors: usize,
-    /// Tensors of an encoding of a newer version, of which only the checksum was checked.
-    unknown_encodings: usize,
-}
-
 pub(super) fn verify(path: &Path, json: bool) -> anyhow::Result<()> {
-    let found = match check(path) {
+    let found = match verify_file(path) {
         Ok(found) => found,
         Err(error) => {
             if json {
@@ -70,27 +57,6 @@ pub(super) fn verify(path: &Path, json: bool) -> anyhow::Result<()> {
         path.display()
     ))?;
     Ok(())
-}
-
-/// Checks every rule of the format.
-fn check(path: &Path) -> Result<Verified, Error> {
-    let bytes = Bytes::open(path, true)?;
-    let fail = |e| Error::format(path, e);
-    let file = open_stb_file(path, &bytes)?;
-    file.verify_padding().map_err(fail)?;
-    let check = |tensor: &stb_format::Tensor<'_>| {
-        tensor.verify_checksum()?;
-        tensor.verify_payload()
-    };
-    // The first failure in file order, whichever thread finds one first.
-    let results: Vec<_> = file.tensors().par_iter().map(check).collect();
-    results.into_iter().collect::<stb_format::Result<()>>().map_err(fail)?;
-    let model = file.meta().get("model.architecture").is_some();
-    if model {
-        ModelSpec::from_file(&file).map_err(fail)?;
-    }
-    let unknown_encodings = describe(&file).unknown_encodings(&file);
-    Ok(Verified { valid: true, model, tensors: file.tensors().len(), unknown_encodings })
 }
 
 /// Endings of files that are no folders.

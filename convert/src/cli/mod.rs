@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use args::{Cli, Command};
 use clap::CommandFactory;
 use output::{is_broken_pipe, note};
+use stb_convert::system::default_threads;
 
 pub(crate) fn main() -> ExitCode {
     let cli = mistakes::parse();
@@ -64,7 +65,6 @@ fn in_pool(
     threads: Option<u16>,
     f: impl FnOnce() -> anyhow::Result<()> + Send,
 ) -> anyhow::Result<()> {
-    let available = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads.map_or_else(available, usize::from);
+    let threads = threads.map_or_else(default_threads, usize::from);
     rayon::ThreadPoolBuilder::new().num_threads(threads).build()?.install(f)
 }

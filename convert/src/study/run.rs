@@ -1,6 +1,7 @@
 //! Runs a study: converts and evaluates for each missing cell.
 
 use std::cell::OnceCell;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
@@ -268,7 +269,10 @@ impl StudyRow<'_> {
             windows: inputs.windows,
             layout: text.entry.layout.clone(),
         };
-        let progress = |done, all| events.window(done, all);
+        let progress = |done, all| {
+            events.window(done, all);
+            ControlFlow::Continue(())
+        };
         let found =
             perplexity(engine, Some(reference), &tokenizer, &text.text, &options, &progress)?;
         let divergence = found

@@ -78,7 +78,8 @@ impl Checkpoint {
     }
 
     /// Whether `path` has the name of a checkpoint: a folder, or a file with a known ending.
-    pub(crate) fn is_checkpoint(path: &Path) -> bool {
+    #[must_use]
+    pub fn is_checkpoint(path: &Path) -> bool {
         let ending = |e: &std::ffi::OsStr| e == "safetensors" || e == "json";
         path.is_dir() || path.extension().is_some_and(ending) || Self::is_gguf(path)
     }

@@ -1,6 +1,7 @@
 //! `stb-run perplexity` and `stb-run zero-shot`.
 
 use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -8,8 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value as Json, json};
 use stb_runtime::{
     Divergence, Engine, Error, Estimate, Perplexity, PerplexityOptions, Reference, Task,
-    TaskResult, TextLayout, ZeroShotOptions, is_json_lines, perplexity as measure, read_text,
-    zero_shot as answer,
+    TaskResult, TextLayout, ZeroShotOptions, perplexity as measure, read_text, zero_shot as answer,
 };
 
 use super::args::{PerplexityArgs, ZeroShotArgs, task_names};
@@ -18,21 +18,11 @@ use super::terminal;
 
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let text = read_text(&args.text)?;
-    let is_json = is_json_lines(&args.text);
-    if is_json && (args.rows || args.separator.is_some()) {
-        let what = "a .jsonl file has a document per line: leave out --rows and --separator";
-        return Err(Error::usage(what).into());
-    }
+    let layout = TextLayout::of(Some(&args.text), args.separator.as_deref(), args.rows)?;
     let engine = open_exact(&args.file, &args.load)?;
     let reference =
         args.reference.as_deref().map(|path| open_exact(path, &args.load)).transpose()?;
     let tokenizer = engine.model.tokenizer()?;
-    let layout = match &args.separator {
-        Some(separator) => TextLayout::Documents(separator.clone()),
-        None if args.rows => TextLayout::Rows,
-        None if is_json => TextLayout::JsonLines,
-        None => TextLayout::Whole,
-    };
     let options = PerplexityOptions {
         context: args.ctx.unwrap_or(engine.model.spec.context_length as usize),
         windows: args.windows,
@@ -47,6 +37,7 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
         &options,
         &|done, all| {
             progress.step(done, all);
+            ControlFlow::Continue(())
         },
     )?;
     if args.json {

@@ -5,6 +5,8 @@
 //! window is the mean over its tokens after the first; perplexity is exp of the mean over windows.
 //! Standard errors are over windows, since the tokens of a window depend on each other.
 
+use std::ops::ControlFlow;
+
 use rayon::prelude::*;
 
 use super::estimate::Estimate;
@@ -45,7 +47,7 @@ pub struct Perplexity {
 }
 
 /// Measures the perplexity of a model on `text` and compares it with `reference`.
-/// `progress(done, total)` is called after each window.
+/// `progress(done, total)` is called after each window; `Break` stops the evaluation.
 ///
 /// Windows are computed in pieces, so that only the logits of one piece are in memory, besides those
 /// that [`Reference::kept`] holds.
@@ -53,14 +55,14 @@ pub struct Perplexity {
 /// # Errors
 /// [`Error::Usage`] if the text is shorter than one window or a window than 2 tokens;
 /// [`Error::Invalid`] if the vocabularies or tokenizers differ, or logits are not finite;
-/// [`Error::Device`] if the device fails.
+/// [`Error::Device`] if the device fails; [`Error::Interrupted`] if `progress` stops the evaluation.
 pub fn perplexity(
     engine: &Engine,
     reference: Option<Reference<'_>>,
     tokenizer: &Tokenizer,
     text: &str,
     options: &PerplexityOptions,
-    progress: &(dyn Fn(usize, usize) + Sync),
+    progress: &(dyn Fn(usize, usize) -> ControlFlow<()> + Sync),
 ) -> Result<Perplexity> {
     let context = options.context;
     if context < 2 {
@@ -88,8 +90,11 @@ pub fn perplexity(
                 window_divergence(engine, &mut reference.begin(window), window, small)
             }
         };
-        progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, count);
-        found
+        let done = done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
+        match progress(done, count) {
+            ControlFlow::Continue(()) => found,
+            ControlFlow::Break(()) => Err(Error::Interrupted),
+        }
     };
     let found: Vec<WindowLosses> = if small {
         windows.par_iter().map(measure).collect::<Result<_>>()?

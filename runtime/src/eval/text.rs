@@ -69,6 +69,25 @@ pub enum TextLayout {
 }
 
 impl TextLayout {
+    /// The layout by the options of an evaluation and the name of the file, if the text comes from one: a `.jsonl` file
+    /// has a document per line.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for options that exclude each other.
+    pub fn of(file: Option<&Path>, separator: Option<&str>, rows: bool) -> Result<Self> {
+        let is_json = file.is_some_and(is_json_lines);
+        match (separator, rows) {
+            (Some(_), true) => Err(Error::usage("give a separator or rows, not both")),
+            (Some(_), _) | (_, true) if is_json => Err(Error::usage(
+                "a .jsonl file has a document per line: leave out --rows and --separator",
+            )),
+            (Some(separator), false) => Ok(Self::Documents(separator.to_owned())),
+            (None, true) => Ok(Self::Rows),
+            (None, false) if is_json => Ok(Self::JsonLines),
+            (None, false) => Ok(Self::Whole),
+        }
+    }
+
     /// All tokens of `text`.
     ///
     /// # Errors
@@ -135,7 +154,7 @@ fn join_rows(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_json_lines, join_rows, json_lines, read_text};
+    use super::{TextLayout, is_json_lines, join_rows, json_lines, read_text};
 
     #[test]
     fn lines_of_json_have_a_text() {
@@ -147,6 +166,17 @@ mod tests {
         assert!(json_lines("[").is_err());
         assert!(is_json_lines("a/b.jsonl".as_ref()) && is_json_lines("B.JSONL.GZ".as_ref()));
         assert!(!is_json_lines("a.json".as_ref()) && !is_json_lines("jsonl".as_ref()));
+    }
+
+    #[test]
+    fn the_layout_follows_from_options_and_name() {
+        let of = |file: &str, separator, rows| TextLayout::of(Some(file.as_ref()), separator, rows);
+        assert_eq!(of("a.txt", None, false).unwrap(), TextLayout::Whole);
+        assert_eq!(of("a.jsonl", None, false).unwrap(), TextLayout::JsonLines);
+        assert_eq!(TextLayout::of(None, None, true).unwrap(), TextLayout::Rows);
+        assert_eq!(of("a", Some("x"), false).unwrap(), TextLayout::Documents("x".into()));
+        assert!(of("a", Some("x"), true).is_err());
+        assert!(of("a.jsonl", Some("x"), false).is_err() && of("a.jsonl", None, true).is_err());
     }
 
     #[test]

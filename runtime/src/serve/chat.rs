@@ -16,13 +16,14 @@ use super::chat_reply::{ChatAssembler, ChatCompletion};
 use super::error::ApiError;
 use super::generation::{Generation, Order};
 use super::grammar::{GrammarFields, Rule};
-use super::messages::{ChatMessage, ChatRole, for_template, spelled_out};
+use super::messages::spelled_out;
 use super::models::Loaded;
 use super::sampling::{SamplingFields, alternatives};
 use super::splitter::Splitter;
 use super::tools::{ToolFields, Tools};
 use super::trace::Trace;
 use super::{json, respond, streaming};
+use crate::messages::{ChatMessage, ChatRole, for_template, without_template};
 use crate::template::ChatInput;
 
 /// The fields that only chats have.
@@ -161,8 +162,7 @@ fn render(
         false => (for_template(&chat.messages, developer)?, model.calls),
     };
     let Some(template) = &model.template else {
-        let texts = messages.iter().filter_map(|m| m["content"].as_str());
-        return Ok((texts.collect::<Vec<_>>().join("\n"), format));
+        return Ok((without_template(&messages), format));
     };
     let variables = chat.chat_template_kwargs.clone().unwrap_or_default();
     let values = tools.values();

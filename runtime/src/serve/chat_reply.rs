@@ -13,7 +13,7 @@ use super::reply::{
 };
 use super::splitter::Splitter;
 use super::streaming::Assembler;
-use super::tools::function;
+use crate::messages::function;
 use crate::scheduler::Event;
 
 /// A whole response to a chat.

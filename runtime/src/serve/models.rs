@@ -11,7 +11,6 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::sampler::SamplerOptions;
 use crate::scheduler::Scheduler;
-use crate::session::suggested_sampling;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
@@ -148,7 +147,7 @@ impl Loaded {
             Scheduler::start(Arc::clone(&engine), Arc::clone(&tokenizer), options.scheduler)?;
         Ok(Self {
             name: model.name.clone(),
-            defaults: suggested_sampling(&engine.model),
+            defaults: engine.model.suggested_sampling(),
             engine,
             tokenizer,
             template,

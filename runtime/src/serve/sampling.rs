@@ -1,17 +1,18 @@
 //! The fields of requests that say how tokens are chosen and when an answer ends.
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, RandomState};
 
 use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::error::ApiError;
-use crate::sampler::SamplerOptions;
+use crate::sampler::{SamplerOptions, SamplingRange, random_seed};
 
 /// The most stop texts of a request, and the most bytes of one.
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
+/// The range of OpenAI's biases.
+const BIAS: SamplingRange = SamplingRange { name: "logit_bias", low: -100.0, high: 100.0 };
 /// The most answers to one prompt.
 const MAX_ANSWERS: u32 = 16;
 /// The most alternatives that are reported for a token.
@@ -99,9 +100,8 @@ impl SamplingFields {
     /// # Errors
     /// 400 that names the wrong field.
     pub fn check(&self, defaults: &SamplerOptions, vocab: usize) -> Result<Sampling, ApiError> {
-        let temperature = range("temperature", self.temperature, 0.0, f32::MAX)?;
-        let repeat_penalty =
-            range("repeat_penalty", self.repeat_penalty, f32::MIN_POSITIVE, 100.0)?;
+        let temperature = checked("temperature", self.temperature)?;
+        let repeat_penalty = checked("repeat_penalty", self.repeat_penalty)?;
         let top_k = match self.top_k {
             None => defaults.top_k,
             Some(-1) => 0,
@@ -112,12 +112,12 @@ impl SamplingFields {
         let options = SamplerOptions {
             temperature: temperature.unwrap_or(defaults.temperature),
             top_k,
-            top_p: range("top_p", self.top_p, 0.0, 1.0)?.unwrap_or(defaults.top_p),
-            min_p: range("min_p", self.min_p, 0.0, 1.0)?.unwrap_or(defaults.min_p),
+            top_p: checked("top_p", self.top_p)?.unwrap_or(defaults.top_p),
+            min_p: checked("min_p", self.min_p)?.unwrap_or(defaults.min_p),
             repeat_penalty: repeat_penalty.unwrap_or(defaults.repeat_penalty),
-            presence_penalty: range("presence_penalty", self.presence_penalty, -2.0, 2.0)?
+            presence_penalty: checked("presence_penalty", self.presence_penalty)?
                 .unwrap_or(defaults.presence_penalty),
-            frequency_penalty: range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?
+            frequency_penalty: checked("frequency_penalty", self.frequency_penalty)?
                 .unwrap_or(defaults.frequency_penalty),
             logit_bias: self.bias(vocab)?,
             seed: self.seed.map_or_else(random_seed, i64::cast_unsigned),
@@ -183,9 +183,11 @@ impl SamplingFields {
                     format!("`logit_bias` has the key {key:?}, which is no token id below {vocab}");
                 ApiError::field("logit_bias", message)
             })?;
-            let value = range("logit_bias", Some(*value), -100.0, 100.0)?.unwrap_or_default();
+            if let Some(problem) = BIAS.refuse(*value) {
+                return Err(ApiError::field("logit_bias", problem));
+            }
             // OpenAI documents -100 as a ban.
-            Ok((token, if value <= -100.0 { f32::NEG_INFINITY } else { value }))
+            Ok((token, if *value <= BIAS.low { f32::NEG_INFINITY } else { *value }))
         };
         self.logit_bias.iter().flatten().map(entry).collect()
     }
@@ -215,23 +217,11 @@ pub(crate) fn alternatives(field: &str, value: Option<u32>) -> Result<usize, Api
     }
 }
 
-fn range(field: &str, value: Option<f32>, low: f32, high: f32) -> Result<Option<f32>, ApiError> {
-    match value {
-        Some(v) if !v.is_finite() || v < low || v > high => {
-            let bounds = match (low == f32::MIN_POSITIVE, high == f32::MAX) {
-                (true, _) => format!("above 0 and at most {high}"),
-                (_, true) => format!("a finite number from {low}"),
-                _ => format!("from {low} to {high}"),
-            };
-            Err(ApiError::field(field, format!("`{field}` is {v}, but must be {bounds}")))
-        }
-        value => Ok(value),
+fn checked(field: &str, value: Option<f32>) -> Result<Option<f32>, ApiError> {
+    match value.and_then(|value| SamplingRange::problem(field, value)) {
+        Some(problem) => Err(ApiError::field(field, problem)),
+        None => Ok(value),
     }
-}
-
-fn random_seed() -> u64 {
-    // The standard library takes the keys of its hashers from the operating system.
-    RandomState::new().hash_one(0)
 }
 
 #[cfg(test)]

@@ -7,11 +7,7 @@ use utoipa::ToSchema;
 use super::calls::CallFormat;
 use super::error::ApiError;
 use super::grammar::with_options;
-
-/// The only type of tools.
-pub(crate) fn function() -> String {
-    "function".to_owned()
-}
+use crate::messages::function;
 
 /// The most tools of a request.
 const MAX_TOOLS: usize = 128;
