@@ -151,7 +151,9 @@ WORK = {
 @pytest.mark.parametrize("work", WORK)
 def test_control_c_ends_the_work(work: str, quill: Path, tmp_path: Path) -> None:
     script = f"""
-import pathlib, sys, stb
+import pathlib, signal, sys, stb
+# A program in the background of a script ignores the signal otherwise.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model = stb.open(sys.argv[1])
 try:
     {WORK[work]}
