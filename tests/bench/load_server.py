@@ -45,7 +45,7 @@ class Client:
             {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": stream}
         ).encode()
         with socket.create_connection(self.address) as connection:
-            connection.settimeout(300)
+            connection.settimeout(900)
             head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}"
             connection.sendall(head.encode() + b"\r\n\r\n" + body)
             reply = b""

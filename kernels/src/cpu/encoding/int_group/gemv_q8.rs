@@ -140,39 +140,47 @@ fn halves(line: &[i8; STRIDE], tables: &mut Vec<Line>) {
     }
 }
 
-/// See [`PackedMatrix::gemv`](crate::PackedMatrix::gemv).
-pub(super) struct IntGemvQ8<'a> {
+/// See [`PackedMatrix::gemv_batch`](crate::PackedMatrix::gemv_batch): `rows` results for each token; `y` may
+/// have room for fewer than `T` tokens.
+pub(super) struct IntGemvQ8<'a, const T: usize> {
     pub matrix: &'a IntGroupView<'a>,
-    pub x: &'a TokenQ8,
+    pub x: [&'a TokenQ8; T],
+    pub rows: usize,
     pub first: usize,
     pub y: &'a mut [f32],
 }
 
-impl Task for IntGemvQ8<'_> {
+impl<const T: usize> Task for IntGemvQ8<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         match self.matrix.spec.bits() {
-            1 => by_group::<S, 1, 1, 8>(s, self),
-            2 => by_group::<S, 2, 2, 4>(s, self),
-            3 => by_group::<S, 3, 2, 4>(s, self),
-            4 => by_group::<S, 4, 4, 2>(s, self),
-            _ => by_group::<S, 8, 8, 2>(s, self),
+            1 => by_group::<S, T, 1, 1, 8>(s, self),
+            2 => by_group::<S, T, 2, 2, 4>(s, self),
+            3 => by_group::<S, T, 3, 2, 4>(s, self),
+            4 => by_group::<S, T, 4, 4, 2>(s, self),
+            _ => by_group::<S, T, 8, 8, 2>(s, self),
         }
     }
 }
 
 /// For codes of `BITS` bits: the first plane has `WIDTH` bits, and `TABLES` tables for each vector.
 #[inline(always)]
-fn by_group<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
+fn by_group<
+    S: Bytes,
+    const T: usize,
+    const BITS: usize,
+    const WIDTH: usize,
+    const TABLES: usize,
+>(
     s: S,
-    task: IntGemvQ8<'_>,
+    task: IntGemvQ8<'_, T>,
 ) {
     match task.matrix.spec.group() {
-        32 => all_rows::<S, BITS, WIDTH, TABLES, 1>(s, task),
-        64 => all_rows::<S, BITS, WIDTH, TABLES, 2>(s, task),
-        _ => all_rows::<S, BITS, WIDTH, TABLES, 4>(s, task),
+        32 => all_rows::<S, T, BITS, WIDTH, TABLES, 1>(s, task),
+        64 => all_rows::<S, T, BITS, WIDTH, TABLES, 2>(s, task),
+        _ => all_rows::<S, T, BITS, WIDTH, TABLES, 4>(s, task),
     }
 }
 
@@ -180,21 +188,25 @@ fn by_group<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize
 #[inline(always)]
 fn all_rows<
     S: Bytes,
+    const T: usize,
     const BITS: usize,
     const WIDTH: usize,
     const TABLES: usize,
     const R: usize,
 >(
     s: S,
-    task: IntGemvQ8<'_>,
+    task: IntGemvQ8<'_, T>,
 ) {
-    let IntGemvQ8 { matrix: m, x, first, y } = task;
-    for (i, y) in y.chunks_mut(R).enumerate() {
-        let rows = StoredRows::<R>::new(m, first + i * R);
-        let sums = rows.product::<S, BITS, WIDTH, TABLES>(s, x);
-        match y.first_chunk_mut() {
-            Some(y) => *y = sums,
-            None => y.copy_from_slice(&sums[..y.len()]),
+    let IntGemvQ8 { matrix: m, x, rows: count, first, y } = task;
+    for from in (0..count).step_by(R) {
+        let rows = StoredRows::<R>::new(m, first + from);
+        let sums = rows.product::<S, T, BITS, WIDTH, TABLES>(s, x);
+        for (y, sums) in y.chunks_exact_mut(count).zip(sums) {
+            let y = &mut y[from..];
+            match y.first_chunk_mut() {
+                Some(y) => *y = sums,
+                None => y.copy_from_slice(&sums[..y.len()]),
+            }
         }
     }
 }
@@ -224,44 +236,67 @@ impl<'a, const R: usize> StoredRows<'a, R> {
         rows
     }
 
-    /// The products with a token.
+    /// The products with each token.
     #[inline(always)]
-    fn product<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
+    fn product<
+        S: Bytes,
+        const T: usize,
+        const BITS: usize,
+        const WIDTH: usize,
+        const TABLES: usize,
+    >(
         &self,
         s: S,
-        x: &TokenQ8,
-    ) -> [f32; R] {
+        x: [&TokenQ8; T],
+    ) -> [[f32; R]; T] {
         let tables_of_stride = WIDTH * TABLES + if BITS == 3 { 8 } else { 0 };
-        let mut acc = s.splat(0.0);
-        for stride in 0..x.lane_scales.len() {
-            let tables = &x.tables[stride * tables_of_stride..][..tables_of_stride];
-            let mut sums = [s.splat_i(0); R];
-            for (r, sum) in sums.iter_mut().enumerate() {
-                *sum = self.unit_sums::<S, BITS, WIDTH, TABLES>(s, r, stride, tables);
+        let mut acc = [s.splat(0.0); T];
+        for stride in 0..x[0].lane_scales.len() {
+            let mut tables: [&[Line]; T] = [&[]; T];
+            for t in 0..T {
+                tables[t] = &x[t].tables[stride * tables_of_stride..][..tables_of_stride];
             }
-            let sum = s.add_i(joined(s, sums), s.load_i(&x.offsets[stride]));
-            let scale = s.mul(self.scales(s, stride), s.load(&x.lane_scales[stride]));
-            acc = s.mul_add(scale, s.to_f32(sum), acc);
+            let mut sums = [[s.splat_i(0); R]; T];
+            for r in 0..R {
+                let units = self.unit_sums::<S, T, BITS, WIDTH, TABLES>(s, r, stride, tables);
+                for t in 0..T {
+                    sums[t][r] = units[t];
+                }
+            }
+            let scales = self.scales(s, stride);
+            for t in 0..T {
+                let sum = s.add_i(joined(s, sums[t]), s.load_i(&x[t].offsets[stride]));
+                let scale = s.mul(scales, s.load(&x[t].lane_scales[stride]));
+                acc[t] = s.mul_add(scale, s.to_f32(sum), acc[t]);
+            }
         }
-        let (mut lanes, mut sums) = ([0.0; 16], [0.0; R]);
-        s.store(acc, &mut lanes);
-        for (sum, lanes) in sums.iter_mut().zip(lanes.chunks_exact_mut(16 / R)) {
-            *sum = sum_of_places(lanes);
+        let mut all = [[0.0; R]; T];
+        for t in 0..T {
+            let mut lanes = [0.0; 16];
+            s.store(acc[t], &mut lanes);
+            for (sum, lanes) in all[t].iter_mut().zip(lanes.chunks_exact_mut(16 / R)) {
+                *sum = sum_of_places(lanes);
+            }
         }
-        sums
+        all
     }
 
-    /// The products of row `r` with the 16 units of a stride.
+    /// The products of row `r` with the 16 units of a stride of each token.
     #[inline(always)]
-    fn unit_sums<S: Bytes, const BITS: usize, const WIDTH: usize, const TABLES: usize>(
+    fn unit_sums<
+        S: Bytes,
+        const T: usize,
+        const BITS: usize,
+        const WIDTH: usize,
+        const TABLES: usize,
+    >(
         &self,
         s: S,
         r: usize,
         stride: usize,
-        tables: &[Line],
-    ) -> S::I {
-        let mut parts = [s.splat_i(0); WIDTH];
-        let (of_vectors, _) = tables.as_chunks::<TABLES>();
+        tables: [&[Line]; T],
+    ) -> [S::I; T] {
+        let mut parts = [[s.splat_i(0); WIDTH]; T];
         for v in 0..WIDTH {
             let at = 64 * (stride * WIDTH + v);
             if at >= self.low_bytes {
@@ -270,18 +305,26 @@ impl<'a, const R: usize> StoredRows<'a, R> {
             let mut spare = [0; 64];
             let codes = bytes(self.low[r], at, &mut spare);
             s.prefetch(codes.as_ptr().wrapping_add(AHEAD));
-            parts[v] = dots::<S, WIDTH, TABLES>(s, codes, &of_vectors[v]);
-        }
-        let units = joined(s, parts);
-        match tables.last_chunk::<8>() {
-            Some(tables) if BITS == 3 => {
-                let mut spare = [0; 64];
-                let codes = bytes(self.high[r], 64 * stride, &mut spare);
-                s.prefetch(codes.as_ptr().wrapping_add(AHEAD));
-                s.add_i(units, s.shl(dots::<S, 1, 8>(s, codes, tables), 2))
+            for t in 0..T {
+                let tables = &tables[t].as_chunks::<TABLES>().0[v];
+                parts[t][v] = dots::<S, WIDTH, TABLES>(s, codes, tables);
             }
-            _ => units,
         }
+        let mut units = [s.splat_i(0); T];
+        for t in 0..T {
+            units[t] = joined(s, parts[t]);
+        }
+        if BITS == 3 {
+            let mut spare = [0; 64];
+            let codes = bytes(self.high[r], 64 * stride, &mut spare);
+            s.prefetch(codes.as_ptr().wrapping_add(AHEAD));
+            for t in 0..T {
+                let Some(tables) = tables[t].last_chunk::<8>() else { continue };
+                let sum = dots::<S, 1, 8>(s, codes, tables);
+                units[t] = s.add_i(units[t], s.shl(sum, 2));
+            }
+        }
+        units
     }
 
     /// The scales of the groups of a stride, of one row after the other; zero past the last group.

@@ -10,6 +10,7 @@ use std::cell::RefCell;
 
 use stb_format::encoding::IntGroupView;
 
+use super::batch::gemv_shared;
 use super::gemm_task::GemmQ8Task;
 use super::row_major;
 use crate::cpu::ops::q8::{GemvInput, GemvScratch};
@@ -48,10 +49,19 @@ impl PackedMatrix for IntGroupView<'_> {
     fn gemv(&self, isa: Isa, x: GemvInput<'_>, first: usize, y: &mut [f32]) {
         match x.q8 {
             Some(x) => {
-                isa.run(gemv_q8::IntGemvQ8 { matrix: self, x, first, y });
+                isa.run(gemv_q8::IntGemvQ8 { matrix: self, x: [x], rows: y.len(), first, y });
             }
             None => row_major::gemv(isa, self, x.values, first, y),
         }
+    }
+
+    fn gemv_batch(&self, isa: Isa, x: &[GemvInput<'_>], first: usize, y: &mut [f32]) {
+        gemv_shared(
+            x,
+            y,
+            |x, rows, y| isa.run(gemv_q8::IntGemvQ8 { matrix: self, x, rows, first, y }),
+            |x, y| self.gemv(isa, x, first, y),
+        );
     }
 
     fn gemv_max_batch(&self) -> usize {
@@ -68,8 +78,9 @@ impl PackedMatrix for IntGroupView<'_> {
 }
 
 impl PackedGemmQ8 for IntGroupView<'_> {
-    fn min_batch(&self, _: Isa) -> usize {
-        4
+    fn min_batch(&self, isa: Isa) -> usize {
+        // Of groups of 32 columns, half of what tiles multiply is zeros.
+        if self.spec.group() == 32 && isa.run(gemm_q8::HasTiles) { 8 } else { 5 }
     }
 
     fn prefill_batch(&self, _: Isa) -> usize {
