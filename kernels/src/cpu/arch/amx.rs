@@ -10,7 +10,7 @@ use std::arch::{
 use std::cell::Cell;
 use std::marker::PhantomData;
 
-use super::bytes::{TILE_COLS, TileRows, TileSums, TileUnit};
+use super::bytes::{TILE_COLS, TileLines, TileSums, TileUnit};
 
 /// Whether the CPU has 8-bit tiles and Linux lets this process use them. A process has to request them, because
 /// tiles enlarge the state of every thread.
@@ -134,6 +134,72 @@ pub(crate) unsafe fn with_tiles<R>(run: impl FnOnce(&AmxTiles) -> R) -> R {
     run(&AmxTiles(PhantomData))
 }
 
+// Parts of `AmxTiles::row_products`. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations.
+
+macro_rules! zero_sums {
+    () => {
+        "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3"
+    };
+}
+
+/// The products over 64 columns, which begin `$at` behind the start of the arrays, with 16 tokens.
+macro_rules! sixteen_tokens {
+    ($at:literal) => {
+        concat!(
+            "tileloadd tmm4, [{w0} + {line}",
+            $at,
+            "]\n",
+            "tileloadd tmm6, [{x0} + {line}",
+            $at,
+            "]\n",
+            "tdpbssd tmm0, tmm4, tmm6\n",
+            "tileloadd tmm5, [{w1} + {line}",
+            $at,
+            "]\n",
+            "tdpbssd tmm2, tmm5, tmm6 /* {x1} is not used */"
+        )
+    };
+}
+
+/// The same with 32 tokens.
+macro_rules! thirty_two_tokens {
+    ($at:literal) => {
+        concat!(
+            "tileloadd tmm4, [{w0} + {line}",
+            $at,
+            "]\n",
+            "tileloadd tmm6, [{x0} + {line}",
+            $at,
+            "]\n",
+            "tdpbssd tmm0, tmm4, tmm6\n",
+            "tileloadd tmm7, [{x1} + {line}",
+            $at,
+            "]\n",
+            "tdpbssd tmm1, tmm4, tmm7\n",
+            "tileloadd tmm5, [{w1} + {line}",
+            $at,
+            "]\n",
+            "tdpbssd tmm2, tmm5, tmm6\n",
+            "tdpbssd tmm3, tmm5, tmm7"
+        )
+    };
+}
+
+macro_rules! store_sixteen {
+    () => {
+        "tilestored [{to} + {line}], tmm0\ntilestored [{to} + {line} + 2048], tmm2"
+    };
+}
+
+macro_rules! store_thirty_two {
+    () => {
+        concat!(
+            "tilestored [{to} + {line}], tmm0\ntilestored [{to} + {line} + 1024], tmm1\n",
+            "tilestored [{to} + {line} + 2048], tmm2\ntilestored [{to} + {line} + 3072], tmm3"
+        )
+    };
+}
+
 impl TileUnit for AmxTiles {
     #[allow(
         clippy::multiple_unsafe_ops_per_block,
@@ -217,16 +283,15 @@ impl TileUnit for AmxTiles {
     #[inline(always)]
     fn row_products<const T: usize, const H: usize>(
         &self,
-        w: [&[TileRows; H]; 2],
-        x: [&[TileRows; H]; 2],
+        w: [&[TileLines; H]; 2],
+        x: [&[TileLines; H]; 2],
         to: &mut TileSums,
     ) {
         const { assert!((T == 1 || T == 2) && (H == 1 || H == 2)) };
-        // A product with the given lines. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations.
         macro_rules! product {
-            ($($line:literal)*) => {
+            ($($lines:expr),*) => {
                 std::arch::asm!(
-                    $($line,)*
+                    $($lines,)*
                     w0 = in(reg) w[0].as_ptr(), w1 = in(reg) w[1].as_ptr(),
                     x0 = in(reg) x[0].as_ptr(), x1 = in(reg) x[1].as_ptr(),
                     line = in(reg) 64usize, to = in(reg) to.as_mut_ptr(),
@@ -241,68 +306,19 @@ impl TileUnit for AmxTiles {
         // bytes to the four arrays of `to`.
         unsafe {
             match (T, H) {
-                (1, 1) => product!(
-                    "tilezero tmm0" "tilezero tmm2"
-                    "tileloadd tmm4, [{w0} + {line}]"
-                    "tileloadd tmm6, [{x0} + {line}]"
-                    "tdpbssd tmm0, tmm4, tmm6"
-                    "tileloadd tmm5, [{w1} + {line}]"
-                    "tdpbssd tmm2, tmm5, tmm6 /* {x1} is not used */"
-                    "tilestored [{to} + {line}], tmm0"
-                    "tilestored [{to} + {line} + 2048], tmm2"
-                ),
+                (1, 1) => product!(zero_sums!(), sixteen_tokens!(""), store_sixteen!()),
                 (1, _) => product!(
-                    "tilezero tmm0" "tilezero tmm2"
-                    "tileloadd tmm4, [{w0} + {line}]"
-                    "tileloadd tmm6, [{x0} + {line}]"
-                    "tdpbssd tmm0, tmm4, tmm6"
-                    "tileloadd tmm5, [{w1} + {line}]"
-                    "tdpbssd tmm2, tmm5, tmm6 /* {x1} is not used */"
-                    "tileloadd tmm4, [{w0} + {line} + 1024]"
-                    "tileloadd tmm7, [{x0} + {line} + 1024]"
-                    "tdpbssd tmm0, tmm4, tmm7"
-                    "tileloadd tmm5, [{w1} + {line} + 1024]"
-                    "tdpbssd tmm2, tmm5, tmm7"
-                    "tilestored [{to} + {line}], tmm0"
-                    "tilestored [{to} + {line} + 2048], tmm2"
+                    zero_sums!(),
+                    sixteen_tokens!(""),
+                    sixteen_tokens!(" + 1024"),
+                    store_sixteen!()
                 ),
-                (_, 1) => product!(
-                    "tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"
-                    "tileloadd tmm4, [{w0} + {line}]"
-                    "tileloadd tmm6, [{x0} + {line}]"
-                    "tdpbssd tmm0, tmm4, tmm6"
-                    "tileloadd tmm7, [{x1} + {line}]"
-                    "tdpbssd tmm1, tmm4, tmm7"
-                    "tileloadd tmm5, [{w1} + {line}]"
-                    "tdpbssd tmm2, tmm5, tmm6"
-                    "tdpbssd tmm3, tmm5, tmm7"
-                    "tilestored [{to} + {line}], tmm0"
-                    "tilestored [{to} + {line} + 1024], tmm1"
-                    "tilestored [{to} + {line} + 2048], tmm2"
-                    "tilestored [{to} + {line} + 3072], tmm3"
-                ),
+                (_, 1) => product!(zero_sums!(), thirty_two_tokens!(""), store_thirty_two!()),
                 _ => product!(
-                    "tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"
-                    "tileloadd tmm4, [{w0} + {line}]"
-                    "tileloadd tmm6, [{x0} + {line}]"
-                    "tdpbssd tmm0, tmm4, tmm6"
-                    "tileloadd tmm7, [{x1} + {line}]"
-                    "tdpbssd tmm1, tmm4, tmm7"
-                    "tileloadd tmm5, [{w1} + {line}]"
-                    "tdpbssd tmm2, tmm5, tmm6"
-                    "tdpbssd tmm3, tmm5, tmm7"
-                    "tileloadd tmm4, [{w0} + {line} + 1024]"
-                    "tileloadd tmm6, [{x0} + {line} + 1024]"
-                    "tdpbssd tmm0, tmm4, tmm6"
-                    "tileloadd tmm7, [{x1} + {line} + 1024]"
-                    "tdpbssd tmm1, tmm4, tmm7"
-                    "tileloadd tmm5, [{w1} + {line} + 1024]"
-                    "tdpbssd tmm2, tmm5, tmm6"
-                    "tdpbssd tmm3, tmm5, tmm7"
-                    "tilestored [{to} + {line}], tmm0"
-                    "tilestored [{to} + {line} + 1024], tmm1"
-                    "tilestored [{to} + {line} + 2048], tmm2"
-                    "tilestored [{to} + {line} + 3072], tmm3"
+                    zero_sums!(),
+                    thirty_two_tokens!(""),
+                    thirty_two_tokens!(" + 1024"),
+                    store_thirty_two!()
                 ),
             }
         }

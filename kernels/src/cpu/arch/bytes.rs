@@ -41,15 +41,15 @@ pub(crate) trait TileUnit {
     /// 64·`H` columns, `H` ≤ 2: two tiles of 16 rows times 16·`T` tokens, i < `T` ≤ 2.
     fn row_products<const T: usize, const H: usize>(
         &self,
-        w: [&[TileRows; H]; 2],
-        x: [&[TileRows; H]; 2],
+        w: [&[TileLines; H]; 2],
+        x: [&[TileLines; H]; 2],
         to: &mut TileSums,
     );
 }
 
 /// 16 rows of 64 bytes.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
-pub(crate) type TileRows = [[u8; 64]; 16];
+pub(crate) type TileLines = [[u8; 64]; 16];
 
 /// Aligned to a cache line: loads that cross lines take twice the time.
 #[derive(Clone, Copy, Default, Debug)]

@@ -1,6 +1,6 @@
 //! Activations of several tokens, quantized to 8 bits, in the arrangements that GEMM kernels read.
 
-use crate::cpu::arch::bytes::{Aligned, Bytes, TileRows};
+use crate::cpu::arch::bytes::{Aligned, Bytes, TileLines};
 use crate::cpu::ops::q8::{BLOCK, quantize_block};
 
 /// Tokens are padded with zeros to a multiple of this.
@@ -15,7 +15,7 @@ pub(crate) type BlockByToken = Aligned<[[i8; BLOCK]; TOKENS]>;
 
 /// Activations of a block of columns as tiles read them, [half of the tokens][half of the columns][c][4·token + k]
 /// with column 4c + k.
-pub(crate) type BlockByFour = Aligned<[[TileRows; 2]; TOKENS / 16]>;
+pub(crate) type BlockByFour = Aligned<[[TileLines; 2]; TOKENS / 16]>;
 
 /// Activations of a block of columns, [half of the tokens][column][token].
 pub(crate) type BlockByColumn = Aligned<[[[i16; 16]; BLOCK]; TOKENS / 16]>;

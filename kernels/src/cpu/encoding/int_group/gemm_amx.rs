@@ -14,7 +14,7 @@ use super::super::gemm_task::{GemmQ8Task, TileLanes};
 use super::super::row_major::bytes;
 use super::gemm_q8::{DEPTH, TILES, UNITS, room};
 use super::gemv_q8::planes_to_end;
-use crate::cpu::arch::bytes::{Aligned, Bytes, TileRows, TileSums, TileTask, TileUnit};
+use crate::cpu::arch::bytes::{Aligned, Bytes, TileLines, TileSums, TileTask, TileUnit};
 use crate::cpu::ops::q8::BLOCK;
 use crate::cpu::ops::q8_batch::{ActivationsQ8, TOKENS};
 use crate::cpu::products::ROW_TILE;
@@ -27,7 +27,7 @@ const VECTORS: usize = TOKENS / 16 * ROW_TILE;
 /// Scratch of a task.
 pub(super) struct AmxScratch {
     /// [tile][piece]: bytes of each row.
-    rows: Aligned<[[TileRows; PIECES]; TILES]>,
+    rows: Aligned<[[TileLines; PIECES]; TILES]>,
     /// [tile][row][group of columns].
     scales: [[TileLanes; ROW_TILE]; TILES],
     /// Of two groups: the sums before they are scaled.
@@ -338,7 +338,7 @@ fn write_sums<S: Bytes, const P: usize>(
 
 /// Columns 4q to 4q + 3 of rows of 16 numbers.
 #[inline(always)]
-fn columns<S: Bytes>(s: S, rows: &TileRows, q: usize) -> [S::F; 4] {
+fn columns<S: Bytes>(s: S, rows: &TileLines, q: usize) -> [S::F; 4] {
     let mut vectors = [s.splat_b(0); 4];
     for (v, vector) in vectors.iter_mut().enumerate() {
         let four = |row: usize| &rows[row].as_chunks().0[q];

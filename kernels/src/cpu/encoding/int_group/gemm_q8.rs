@@ -76,16 +76,16 @@ impl Task for HasTiles {
 /// See [`PackedGemmQ8::multiply`](crate::PackedGemmQ8::multiply).
 pub(super) struct IntGemmQ8<'a, 'y> {
     pub task: GemmQ8Task<'a, 'y, IntGroupView<'a>>,
-    pub scratch: &'a mut GemmScratch,
+    pub scratch: &'a mut IntGemmScratch,
 }
 
 /// Scratch of a task.
-pub(super) struct GemmScratch {
+pub(super) struct IntGemmScratch {
     expanded: ExpandedTiles,
     amx: gemm_amx::AmxScratch,
 }
 
-impl GemmScratch {
+impl IntGemmScratch {
     pub(super) const EMPTY: Self =
         Self { expanded: [ExpandedTile::NONE; TILES], amx: gemm_amx::AmxScratch::EMPTY };
 }

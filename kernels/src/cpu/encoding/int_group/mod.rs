@@ -21,8 +21,8 @@ use crate::isa::Isa;
 
 thread_local! {
     /// Reused by the tasks of a thread, so that it stays in cache.
-    static SCRATCH: RefCell<Box<gemm_q8::GemmScratch>> =
-        RefCell::new(Box::new(gemm_q8::GemmScratch::EMPTY));
+    static SCRATCH: RefCell<Box<gemm_q8::IntGemmScratch>> =
+        RefCell::new(Box::new(gemm_q8::IntGemmScratch::EMPTY));
 }
 
 impl PackedMatrix for IntGroupView<'_> {
