@@ -1,7 +1,7 @@
 //! Products of integers with many q8 tokens by AMX. Codes are expanded to bytes, row by row, for all tokens of a task;
 //! the unit for tiles then multiplies 32 rows with 16 or 32 tokens, whose activations have been arranged for it. Vectors
 //! of results are those of one row with 16 tokens. A result takes one addition per group of columns, in the order that
-//! [`super::gemm_q8`] describes.
+//! [`super::gemm_lanes`] describes.
 //!
 //! A tile multiplies 64 columns. Of groups of 32 columns, it multiplies one and as many zeros: that takes less time than
 //! tiles of another shape, which would have to be configured.
@@ -12,7 +12,7 @@ use stb_format::encoding::IntGroupView;
 
 use super::super::gemm_task::{GemmQ8Task, TileLanes};
 use super::super::row_major::bytes;
-use super::gemm_q8::{DEPTH, TILES, UNITS, room};
+use super::gemm_lanes::{DEPTH, TILES, UNITS, room};
 use super::gemv_q8::planes_to_end;
 use crate::cpu::arch::bytes::{Aligned, Bytes, TileLines, TileSums, TileTask, TileUnit};
 use crate::cpu::ops::q8::BLOCK;

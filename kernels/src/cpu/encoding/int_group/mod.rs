@@ -3,6 +3,7 @@
 mod exact;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 mod gemm_amx;
+mod gemm_lanes;
 mod gemm_q8;
 mod gemv_q8;
 
@@ -93,8 +94,8 @@ impl PackedGemmQ8 for IntGroupView<'_> {
                 true => Q8Arrangement::ByFourWithOffsets,
                 false => Q8Arrangement::ByTokenWithOffsets,
             },
-            group: tokens.next_multiple_of(TOKENS).min(gemm_q8::GROUP),
-            task_rows: gemm_q8::ROWS,
+            group: tokens.next_multiple_of(TOKENS).min(gemm_lanes::GROUP),
+            task_rows: gemm_lanes::ROWS,
             keep_values: false,
         }
     }
