@@ -38,7 +38,6 @@ const WORDS: usize = UNIT / 4;
 
 /// Some blocks of the tiles that are computed together.
 pub(super) type ExpandedTiles = [ExpandedTile; TILES];
-pub(super) const NONE_EXPANDED: ExpandedTiles = [ExpandedTile::NONE; TILES];
 
 /// Computes the products of a task.
 #[inline(always)]

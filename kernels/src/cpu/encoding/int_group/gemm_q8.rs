@@ -60,8 +60,10 @@ pub(super) struct IntGemmScratch {
 }
 
 impl IntGemmScratch {
-    pub(super) const EMPTY: Self =
-        Self { lanes: gemm_lanes::NONE_EXPANDED, amx: gemm_amx::AmxScratch::EMPTY };
+    pub(super) const EMPTY: Self = Self {
+        lanes: [gemm_lanes::ExpandedTile::NONE; gemm_lanes::TILES],
+        amx: gemm_amx::AmxScratch::EMPTY,
+    };
 }
 
 impl Task for IntGemmQ8<'_, '_> {
