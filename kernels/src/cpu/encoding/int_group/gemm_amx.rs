@@ -125,6 +125,9 @@ impl AmxScratch {
     ) {
         let groups = m.groups();
         let line = blocks.start / DEPTH;
+        // Behind the scales of a row are those of the next.
+        let left = s.splat_i((groups - blocks.start * P) as u32);
+        let stored = s.gt_i(left, s.load_i(&std::array::from_fn(|lane| lane as i32)));
         // The same row of the next two tiles.
         let ahead = TILES * ROW_TILE * m.row_codes(0).len();
         for (i, row) in (first..m.rows.min(first + TILES * ROW_TILE)).enumerate() {
@@ -133,7 +136,8 @@ impl AmxScratch {
             let mut spare = [0; 32];
             let at = 2 * (row * groups + blocks.start * P);
             let scales = s.f16_to_f32(bytes(m.scales.as_flattened(), at, &mut spare));
-            s.store(scales, &mut self.scales[tile][r].0);
+            let scales = s.and(s.cast_i(scales), stored);
+            s.store(s.cast_f(scales), &mut self.scales[tile][r].0);
             let to = &mut self.rows.0[tile];
             let mut third = s.splat(0.0);
             if BITS == 3 {
