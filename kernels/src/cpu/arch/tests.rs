@@ -93,6 +93,10 @@ impl Task for FloatChecks {
                 let expected = if a[i] < b[i] { a[i] } else { b[i] };
                 assert_eq!(min[i].to_bits(), expected.to_bits(), "{name} min");
             }
+            let turned: [[f32; 16]; 16] =
+                std::array::from_fn(|k| std::array::from_fn(|i| a[(i + k) % 16]));
+            let found = s.sums(turned.map(|v| s.load(&v)));
+            same(found, turned.map(|v| Scalar.sum(v)), &format!("{name} sums"));
             let mut bytes = [0; 64];
             for (to, v) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(a) {
                 *to = v.to_le_bytes();

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 
+use crate::cpu::arch::simd::Simd;
 use crate::cpu::ops::q8_batch::ActivationsQ8;
 use crate::cpu::products::ROW_TILE;
 
@@ -59,6 +60,20 @@ pub(super) fn copy_tile(lanes: &[TileLanes], tile: usize, y: &mut [&mut [f32]]) 
         match y.first_chunk_mut() {
             Some(y) => *y = *lanes,
             None => y.copy_from_slice(&lanes[..y.len()]),
+        }
+    }
+}
+
+/// Writes the results of a tile for one token to the rows of the token; the last tile may have fewer.
+#[inline(always)]
+pub(super) fn store_tile<S: Simd>(s: S, results: S::F, tile: usize, y: &mut [f32]) {
+    let y = &mut y[tile * ROW_TILE..];
+    match y.first_chunk_mut() {
+        Some(y) => s.store(results, y),
+        None => {
+            let mut lanes = [0.0; ROW_TILE];
+            s.store(results, &mut lanes);
+            y.copy_from_slice(&lanes[..y.len()]);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use stb_format::encoding::IntGroupView;
 
-use super::super::gemm_task::{GemmQ8Task, TileLanes};
+use super::super::gemm_task::{GemmQ8Task, TileLanes, store_tile};
 use super::super::row_major::bytes;
 use super::gemm_lanes::{DEPTH, TILES, UNITS, room};
 use super::gemv_q8::planes_to_end;
@@ -326,15 +326,7 @@ fn write_sums<S: Bytes, const P: usize>(
         }
         for (q, y) in y.chunks_mut(4).enumerate() {
             for (sums, y) in columns(s, &by_row, q).into_iter().zip(y) {
-                let y = &mut y[tile * ROW_TILE..];
-                match y.first_chunk_mut() {
-                    Some(y) => s.store(sums, y),
-                    None => {
-                        let mut lanes = [0.0; ROW_TILE];
-                        s.store(sums, &mut lanes);
-                        y.copy_from_slice(&lanes[..y.len()]);
-                    }
-                }
+                store_tile(s, sums, tile, y);
             }
         }
     }

@@ -15,7 +15,7 @@ use std::ops::Range;
 use stb_format::encoding::int_group::UNIT;
 use stb_format::encoding::{IntGroup, IntGroupView};
 
-use super::super::gemm_task::{GemmQ8Task, TileLanes};
+use super::super::gemm_task::{GemmQ8Task, TileLanes, store_tile};
 use super::super::row_major::bytes;
 use super::gemv_q8::{STRIDE, planes_to_end};
 use crate::cpu::arch::bytes::{Aligned, Bytes, MAX_SMALL};
@@ -144,16 +144,7 @@ fn write_sums_of<S: Bytes, const PLACES: usize>(
             }
             half /= 2;
         }
-        let sum = s.add(all[0], s.splat(0.0));
-        let y = &mut y[tile * ROW_TILE..];
-        match y.first_chunk_mut() {
-            Some(y) => s.store(sum, y),
-            None => {
-                let mut lanes = [0.0; ROW_TILE];
-                s.store(sum, &mut lanes);
-                y.copy_from_slice(&lanes[..y.len()]);
-            }
-        }
+        store_tile(s, s.add(all[0], s.splat(0.0)), tile, y);
     }
 }
 
