@@ -194,15 +194,11 @@ impl ScaledRows {
         let (codes, span, scales) = match view {
             MatrixView::Nm(view) if !view.spec.has_col_factors() => {
                 let blocks = view.blocks();
-                let row_scale = |r: usize| f16::from_le_bytes(view.row_scales[r]).to_f32();
-                let scales = (0..view.rows)
-                    .flat_map(|r| (0..blocks.max(1)).map(move |b| (r, b)))
-                    .map(|(r, b)| match blocks {
-                        0 => row_scale(r),
-                        _ => row_scale(r) * view.multiplier(view.block_code(r, b)),
-                    })
-                    .collect();
                 let span = if view.spec.block() == 0 { view.cols } else { view.spec.block() };
+                let stored = view.scales();
+                let scales = (0..view.rows)
+                    .flat_map(|r| (0..blocks.max(1)).map(move |b| stored.scale(r, b * span)))
+                    .collect();
                 (ScaledCodes::Nm(view.unpack()), span, scales)
             }
             MatrixView::IntGroup(view) => {

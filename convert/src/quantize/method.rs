@@ -6,6 +6,7 @@ use super::nm::NmOptions;
 use super::pb_llm::PbLlmOptions;
 use super::quantizer::LinearQuantizer;
 use super::stbllm::StbllmOptions;
+use super::trellis::TrellisOptions;
 
 /// A quantizer for linear layers with its options.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,6 +19,8 @@ pub enum Method {
     Int(IntOptions),
     /// Partial binarization.
     PbLlm(PbLlmOptions),
+    /// The trellis encoding.
+    Trellis(TrellisOptions),
     /// More bits for the rows that matter most.
     MixedRows(MixedRowsOptions),
 }
@@ -31,6 +34,7 @@ impl Method {
             Self::Nm(options) => options,
             Self::Int(options) => options,
             Self::PbLlm(options) => options,
+            Self::Trellis(options) => options,
             Self::MixedRows(options) => options,
         }
     }
@@ -42,6 +46,7 @@ impl Method {
             Self::Nm(options) => options,
             Self::Int(options) => options,
             Self::PbLlm(options) => options,
+            Self::Trellis(options) => options,
             Self::MixedRows(options) => options,
         }
     }

@@ -42,6 +42,7 @@ macro_rules! registry {
         fn layout(view: &MatrixView<'_>, payload: PayloadStart) -> Result<MatrixLayout> {
             match view {
                 $(MatrixView::$encoding(view) => view.layout(payload),)*
+                MatrixView::Trellis(view) => Err(unsupported(&Encoding::Trellis(view.spec))),
                 // The two matrices of which it consists have layouts: see mixed_rows.rs.
                 MatrixView::MixedRows(view) => Err(unsupported(&Encoding::MixedRows(view.spec))),
             }
