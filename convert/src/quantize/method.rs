@@ -56,13 +56,16 @@ impl Method {
         match self {
             Self::Int(options) => Some(CoarseOptions::Int(options)),
             Self::Nm(options) => Some(CoarseOptions::Nm(options)),
+            Self::Trellis(options) => Some(CoarseOptions::Trellis(options)),
             _ => None,
         }
     }
 
     /// The candidate methods of a budget for a matrix of `cols` columns.
     pub(crate) fn candidates(cols: usize) -> impl Iterator<Item = Self> {
-        IntOptions::candidates(cols).map(Self::Int).chain(NmOptions::candidates().map(Self::Nm))
+        let integers = IntOptions::candidates(cols).map(Self::Int);
+        let nm = NmOptions::candidates().map(Self::Nm);
+        integers.chain(nm).chain(TrellisOptions::candidates().map(Self::Trellis))
     }
 
     /// This method with the group of integers that fits rows of `cols` columns; see [`fit_group`]. Scales of other

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use stb_format::Encoding;
-use stb_format::encoding::trellis::{STEP_COLS, ZERO, level, window};
+use stb_format::encoding::trellis::{STEP_COLS, window};
 use stb_format::encoding::{Trellis, TrellisParts, TrellisRate};
 use stb_format::half::f16;
 use stb_format::trellis_rates;
@@ -69,6 +69,12 @@ impl TrellisOptions {
 impl LinearQuantizer for TrellisOptions {
     fn encoding(&self) -> Encoding {
         Encoding::Trellis(self.spec)
+    }
+
+    fn distill_memory(&self, rows: u64, cols: u64) -> u64 {
+        // Weights of 8 bits; scales as initial value, logarithm and two moments.
+        let block = if self.spec.block() == 0 { cols } else { self.spec.block() as u64 };
+        rows * cols + rows * cols * 16 / block.max(1)
     }
 
     fn quantize(&self, input: &Input<'_>, _: Option<&Pruned>) -> Result<Packed> {
