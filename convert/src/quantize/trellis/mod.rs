@@ -1,8 +1,10 @@
 //! The trellis encoding: streams with error compensation unit by unit, then alternating closed-form refits of the scales
 //! and searches for better streams under the Hessian.
 
+mod metric;
 mod tables;
-mod viterbi;
+#[cfg(test)]
+mod tests;
 
 use std::time::Instant;
 
@@ -11,11 +13,11 @@ use stb_format::Encoding;
 use stb_format::encoding::trellis::{STEP_COLS, window};
 use stb_format::encoding::{Trellis, TrellisParts, TrellisRate};
 use stb_format::half::f16;
-use stb_format::trellis_rates;
+use stb_kernels::ops::trellis::{COLS, ROWS, TrellisSearch, TrellisValues};
 use stb_runtime::Result;
 
+use self::metric::{UnitMetric, row_error, unit_target};
 use self::tables::{RateTables, tables_of};
-use self::viterbi::{COLS, ROWS, STATES, Search, Unit, UnitMetric, UnitTarget, Values};
 use super::compensation::{Compensation, Propagation};
 use super::fit::Fitting;
 use super::nm::round_scales;
@@ -34,12 +36,12 @@ pub struct TrellisOptions {
 const BLOCK: usize = 128;
 
 /// Streams and scales of a layer while they are optimized.
-struct TrellisFit<'a, const WEIGHTS: usize> {
+struct TrellisFit<'a> {
     input: &'a Input<'a>,
     fitting: Fitting<'a>,
     spec: Trellis,
     rate: &'static RateTables,
-    values: Values<WEIGHTS>,
+    values: TrellisValues,
     units: usize,
     blocks: usize,
     /// Columns per scale.
@@ -78,22 +80,12 @@ impl LinearQuantizer for TrellisOptions {
     }
 
     fn quantize(&self, input: &Input<'_>, _: Option<&Pruned>) -> Result<Packed> {
-        trellis_rates!(self.spec, |BITS, WEIGHTS| {
-            // The groups of states with the same successors are searched 16 at a time if there are as many.
-            if BITS == 5 {
-                quantize::<BITS, WEIGHTS, 8>(input, self)
-            } else {
-                quantize::<BITS, WEIGHTS, 16>(input, self)
-            }
-        })
+        quantize(input, self)
     }
 }
 
 /// Quantizes one linear layer.
-fn quantize<const BITS: usize, const WEIGHTS: usize, const LANES: usize>(
-    input: &Input<'_>,
-    options: &TrellisOptions,
-) -> Result<Packed> {
+fn quantize(input: &Input<'_>, options: &TrellisOptions) -> Result<Packed> {
     let mut seconds = Seconds::default();
     let clock = Instant::now();
     let spec = options.spec;
@@ -101,12 +93,12 @@ fn quantize<const BITS: usize, const WEIGHTS: usize, const LANES: usize>(
     let span = if spec.block() == 0 { input.cols } else { spec.block() };
     let blocks = input.cols.div_ceil(span);
     let rate = tables_of(spec);
-    let mut fit = TrellisFit::<WEIGHTS> {
+    let mut fit = TrellisFit {
         input,
         fitting: Fitting::new(input)?,
         spec,
         rate,
-        values: Values::new(rate.tables),
+        values: TrellisValues::new(spec, rate.tables),
         units,
         blocks,
         span,
@@ -115,11 +107,11 @@ fn quantize<const BITS: usize, const WEIGHTS: usize, const LANES: usize>(
         row_scales: vec![f16::ZERO; input.rows],
         block_codes: Vec::new(),
     };
-    fit.choose_with_compensation::<BITS, LANES>()?;
+    fit.choose_with_compensation()?;
     let target = fit.fitting.times_hessian(input.weights)?;
     fit.refit_scales(&target)?;
     for _ in 0..options.sweeps {
-        fit.sweep::<BITS, LANES>(&target)?;
+        fit.sweep(&target)?;
         fit.refit_scales(&target)?;
     }
     let parts = TrellisParts {
@@ -140,11 +132,11 @@ fn quantize<const BITS: usize, const WEIGHTS: usize, const LANES: usize>(
 /// Scratch of a thread.
 #[derive(Default)]
 struct Scratch {
-    search: Search,
+    search: TrellisSearch,
     stream: Vec<u8>,
 }
 
-impl<const WEIGHTS: usize> TrellisFit<'_, WEIGHTS> {
+impl TrellisFit<'_> {
     /// The units of columns `from..from + width` with their metrics: `s` is the matrix of which each unit takes a part.
     fn metrics(
         &self,
@@ -152,21 +144,22 @@ impl<const WEIGHTS: usize> TrellisFit<'_, WEIGHTS> {
         width: usize,
         s: impl Fn(usize, usize, usize) -> f64,
     ) -> Vec<(usize, UnitMetric)> {
-        let cols = self.spec.unit_cols();
+        let (cols, step_weights) = (self.spec.unit_cols(), self.spec.step_weights());
         let starts = (from..from + width).step_by(cols);
         let metric = |start: usize| {
             let inside = cols.min(self.input.cols - start);
-            (start, UnitMetric::new(|i, j| s(start, i, j), inside, cols, WEIGHTS))
+            (start, UnitMetric::new(|i, j| s(start, i, j), inside, cols, step_weights))
         };
         starts.map(metric).collect()
     }
 
     /// The first streams and scales, block by block and unit by unit; the error of each unit is spread over the later
     /// columns.
-    fn choose_with_compensation<const BITS: usize, const LANES: usize>(&mut self) -> Result<()> {
+    fn choose_with_compensation(&mut self) -> Result<()> {
         let (input, spec, span, blocks) = (self.input, self.spec, self.span, self.blocks);
         let (cols, u, m) = (input.cols, &input.factor.u, &input.factor.m);
         let (unit_cols, unit_bytes) = (spec.unit_cols(), spec.unit_bytes());
+        let (isa, step_weights) = (input.compute.isa, spec.step_weights());
         let mut weights = input.weights.to_vec();
         let mode = Propagation::Solve;
         let mut compensation = Compensation::new(input.compute, &weights, input.factor, mode)?;
@@ -201,22 +194,15 @@ impl<const WEIGHTS: usize> TrellisFit<'_, WEIGHTS> {
                         }
                         let scale = |r: usize| scales[r * blocks + start / span];
                         let count = rows.len() / cols;
-                        let target = unit_target(count, end - start, scale, |r| {
+                        let target = unit_target(count, end - start, step_weights, scale, |r| {
                             row_part(rows, cols, r, start, end)
                         });
                         let unit = start / unit_cols;
                         let stream = &mut streams[unit * unit_bytes..][..unit_bytes];
-                        let search = &mut scratch.search;
-                        input.compute.isa.compiled(
-                            #[inline(always)]
-                            || {
-                                let unit = Unit { values, metric, target: &target };
-                                search.run::<BITS, WEIGHTS, LANES>(unit, stream);
-                            },
-                        );
+                        scratch.search.run(isa, values, &metric.of_search, &target, stream);
                         for r in 0..count {
                             let row = &mut rows[r * cols..][..cols];
-                            let found = unit_row(values, stream, BITS, r);
+                            let found = unit_row(values, stream, spec, r);
                             let mut error = [0.0f32; COLS];
                             for (k, e) in error.iter_mut().enumerate().take(end - start) {
                                 *e = row[start + k] - found[k] * scale(r);
@@ -252,7 +238,7 @@ impl<const WEIGHTS: usize> TrellisFit<'_, WEIGHTS> {
                 for (r, row) in rows.chunks_exact_mut(cols).enumerate() {
                     let units = row.chunks_mut(unit_cols).zip(streams.chunks_exact(unit_bytes));
                     for (row, stream) in units {
-                        let found = unit_row(&self.values, stream, spec.step_bits(), r);
+                        let found = unit_row(&self.values, stream, spec, r);
                         row.copy_from_slice(&found[..row.len()]);
                     }
                 }
@@ -297,10 +283,11 @@ impl<const WEIGHTS: usize> TrellisFit<'_, WEIGHTS> {
 
     /// Coordinate descent: searches the stream of each unit in turn with all other units fixed, and keeps it if the output
     /// error falls. `target` is W·H.
-    fn sweep<const BITS: usize, const LANES: usize>(&mut self, target: &[f32]) -> Result<()> {
+    fn sweep(&mut self, target: &[f32]) -> Result<()> {
         let (input, spec, span, blocks) = (self.input, self.spec, self.span, self.blocks);
         let (rows, cols) = (input.rows, input.cols);
         let (unit_cols, unit_bytes) = (spec.unit_cols(), spec.unit_bytes());
+        let (isa, step_weights) = (input.compute.isa, spec.step_weights());
         let h = input.hessian.matrix();
         // (W − Q)·H, kept up to date.
         let mut residual = self.fitting.residual(&self.weights(), target, BLOCK)?;
@@ -326,29 +313,34 @@ impl<const WEIGHTS: usize> TrellisFit<'_, WEIGHTS> {
                             let stream =
                                 &mut streams[start / unit_cols * unit_bytes..][..unit_bytes];
                             let present: [[f32; COLS]; ROWS] =
-                                std::array::from_fn(|r| unit_row(values, stream, BITS, r));
-                            let target = unit_target(count, end - start, scale, |r| {
-                                let mut target = [0.0; COLS];
-                                let step =
-                                    metric.step(&row_part(residual, cols, r, start, end)[..COLS]);
-                                for k in 0..end - start {
-                                    target[k] = present[r][k] * scale(r) + step[k];
-                                }
-                                target
-                            });
+                                std::array::from_fn(|r| unit_row(values, stream, spec, r));
+                            let target =
+                                unit_target(count, end - start, step_weights, scale, |r| {
+                                    let mut target = [0.0; COLS];
+                                    let step = metric
+                                        .step(&row_part(residual, cols, r, start, end)[..COLS]);
+                                    for k in 0..end - start {
+                                        target[k] = present[r][k] * scale(r) + step[k];
+                                    }
+                                    target
+                                });
                             scratch.stream.resize(unit_bytes, 0);
                             let Scratch { search, stream: better } = scratch;
-                            input.compute.isa.compiled(
-                                #[inline(always)]
-                                || {
-                                    let unit = Unit { values, metric, target: &target };
-                                    search.run::<BITS, WEIGHTS, LANES>(unit, better);
-                                },
-                            );
+                            search.run(isa, values, &metric.of_search, &target, better);
                             let found: [[f32; COLS]; ROWS] =
-                                std::array::from_fn(|r| unit_row(values, better, BITS, r));
+                                std::array::from_fn(|r| unit_row(values, better, spec, r));
                             let error = |rows: &[[f32; COLS]; ROWS]| -> f32 {
-                                (0..count).map(|r| target.error(metric, r, &rows[r], WEIGHTS)).sum()
+                                (0..count)
+                                    .map(|r| {
+                                        row_error(
+                                            &target,
+                                            &metric.of_search,
+                                            r,
+                                            &rows[r],
+                                            step_weights,
+                                        )
+                                    })
+                                    .sum()
                             };
                             if error(&found) >= error(&present) {
                                 continue;
@@ -383,38 +375,13 @@ fn row_part(rows: &[f32], cols: usize, r: usize, start: usize, end: usize) -> [f
     part
 }
 
-/// The target of a unit with `count` rows and `width` columns; rows with a scale of zero do not count.
-fn unit_target(
-    count: usize,
-    width: usize,
-    scale: impl Fn(usize) -> f32,
-    weights: impl Fn(usize) -> [f32; COLS],
-) -> UnitTarget {
-    let mut target = UnitTarget { weights: [[0.0; COLS]; ROWS], importance: [0.0; ROWS] };
-    for r in 0..count {
-        let scale = scale(r);
-        if scale > 0.0 {
-            target.importance[r] = scale * scale;
-            for (to, w) in target.weights[r].iter_mut().zip(weights(r)).take(width) {
-                *to = w / scale;
-            }
-        }
-    }
-    target
-}
-
 /// The weights of row `r` of a unit in units of the scale, in the order of columns.
-fn unit_row<const WEIGHTS: usize>(
-    values: &Values<WEIGHTS>,
-    stream: &[u8],
-    bits: usize,
-    r: usize,
-) -> [f32; COLS] {
+fn unit_row(values: &TrellisValues, stream: &[u8], spec: Trellis, r: usize) -> [f32; COLS] {
     let mut row = [0.0; COLS];
     for c in 0..STEP_COLS {
-        let window = usize::from(window(stream, bits, r * STEP_COLS + c));
-        for (v, values) in values.0.iter().enumerate() {
-            row[v * STEP_COLS + c] = values[window % STATES];
+        let window = window(stream, spec.step_bits(), r * STEP_COLS + c);
+        for v in 0..spec.step_weights() {
+            row[v * STEP_COLS + c] = values.of(v, window);
         }
     }
     row

@@ -141,6 +141,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn select_less(self, a: Floats8x2, b: Floats8x2, x: Floats8x2, y: Floats8x2) -> Floats8x2 {
+        let less = |i: usize| values!(_mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i]));
+        values!([_mm256_blendv_ps(y[0], x[0], less(0)), _mm256_blendv_ps(y[1], x[1], less(1))])
+    }
+
+    #[inline(always)]
     fn mul_add(self, a: Floats8x2, b: Floats8x2, c: Floats8x2) -> Floats8x2 {
         values!([_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])])
     }
