@@ -8,13 +8,13 @@ use super::super::gemm_task::GemmQ8Task;
 use super::levels::{BLOCK_WORDS, Levels, units};
 use crate::cpu::arch::bytes::{Bytes, TileTask, TileUnit};
 
-pub(super) struct AmxGemm<'a, 'y> {
+pub(super) struct TrellisByTiles<'a, 'y> {
     pub task: GemmQ8Task<'a, 'y, TrellisView<'a>>,
     /// Scratch for expanded blocks.
     pub expanded: &'a mut Vec<ExpandedBlock>,
 }
 
-impl TileTask for AmxGemm<'_, '_> {
+impl TileTask for TrellisByTiles<'_, '_> {
     type Output = ();
 
     #[inline(always)]

@@ -112,7 +112,7 @@ impl Task for TrellisGemmQ8<'_, '_> {
     fn run<S: Bytes>(self, s: S) {
         let Self { task, expanded } = self;
         if S::TILES && task.x.offsets.is_empty() {
-            let done = s.with_tiles(gemm_amx::AmxGemm { task, expanded });
+            let done = s.with_tiles(gemm_amx::TrellisByTiles { task, expanded });
             assert!(done.is_some(), "a set with tiles");
         } else {
             gemm_lanes::run(s, task);

@@ -61,7 +61,7 @@ impl<const K: usize> Task for TrellisGemvQ8<'_, K> {
     fn run<S: Bytes>(self, s: S) {
         let Self { matrix: m, x, rows, first, y } = self;
         trellis_rates!(m.spec, |BITS, WEIGHTS| {
-            let gemv = Gemv { m, levels: Levels::<S, WEIGHTS>::new(s, m.tables, false), x };
+            let gemv = TrellisTokens { m, levels: Levels::<S, WEIGHTS>::new(s, m.tables, false), x };
             let mut done = 0;
             while done < rows {
                 let tile = (first + done) / TILE;
@@ -98,13 +98,13 @@ fn put<S: Bytes, const K: usize>(
     }
 }
 
-struct Gemv<'a, S: Bytes, const WEIGHTS: usize, const K: usize> {
+struct TrellisTokens<'a, S: Bytes, const WEIGHTS: usize, const K: usize> {
     m: &'a TrellisView<'a>,
     levels: Levels<S, WEIGHTS>,
     x: [&'a TokenQ8; K],
 }
 
-impl<S: Bytes, const WEIGHTS: usize, const K: usize> Gemv<'_, S, WEIGHTS, K> {
+impl<S: Bytes, const WEIGHTS: usize, const K: usize> TrellisTokens<'_, S, WEIGHTS, K> {
     /// Sums of `T` tiles from `tile` for each token, without the row scales.
     #[inline(always)]
     fn tiles<const BITS: usize, const T: usize>(&self, s: S, tile: usize) -> [[S::F; T]; K] {
