@@ -11,6 +11,7 @@ mod mixed_rows;
 mod nm;
 mod rows;
 mod stbllm;
+mod trellis;
 
 use stb_format::encoding::{Encoding, MatrixView};
 
@@ -42,7 +43,6 @@ macro_rules! registry {
         fn layout(view: &MatrixView<'_>, payload: PayloadStart) -> Result<MatrixLayout> {
             match view {
                 $(MatrixView::$encoding(view) => view.layout(payload),)*
-                MatrixView::Trellis(view) => Err(unsupported(&Encoding::Trellis(view.spec))),
                 // The two matrices of which it consists have layouts: see mixed_rows.rs.
                 MatrixView::MixedRows(view) => Err(unsupported(&Encoding::MixedRows(view.spec))),
             }
@@ -60,6 +60,7 @@ registry! {
     IntGroup
     Stbllm
     Nm
+    Trellis
 }
 
 impl MatrixParams {

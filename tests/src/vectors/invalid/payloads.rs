@@ -75,6 +75,11 @@ pub(super) fn payloads(list: &mut VectorList) {
     edit(tables, "sum", "largest entries of two tables that add up to 128", &trellis, &|p| {
         p[..32].fill(64)
     });
+    let both = "the same, and an infinite row scale, which is checked first";
+    edit(Rule::PayloadFinite, "trellis-scale-and-sum", both, &trellis, &|p| {
+        p[..32].fill(64);
+        p[64..66].copy_from_slice(&[0, 0x7c]);
+    });
     let pairs = trellis_file(3, 2, 1, 40, 0);
     edit(tables, "second", "the same of the second weight of a step", &pairs, &|p| {
         p[32..64].fill(255)

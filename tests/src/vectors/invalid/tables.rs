@@ -304,6 +304,10 @@ pub(super) fn encodings(list: &mut VectorList) {
     let trellis = trellis_file(2, 1, 2, 40, 4);
     add("trellis-step-bits", "steps of 6 bits", &trellis, 0, 6);
     add("trellis-step-weights", "steps of 2 bits and 2 weights", &trellis, 1, 2);
+    let pairs = trellis_file(3, 2, 2, 40, 4);
+    add("trellis-pair", "steps of 4 bits and 2 weights", &pairs, 0, 4);
+    add("trellis-block-33", "blocks of 33 columns", &pairs, 4, 33);
+    add("trellis-padding", "a byte after the parameters", &pairs, 15, 1);
     add("trellis-scale-bits", "scales of 5 bits", &trellis, 2, 5);
     add("trellis-reserved", "a reserved byte of trellis codes", &trellis, 3, 1);
     add("trellis-block", "scale bits without a block", &trellis, 4, 0);

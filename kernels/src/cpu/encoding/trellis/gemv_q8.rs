@@ -61,7 +61,8 @@ impl<const K: usize> Task for TrellisGemvQ8<'_, K> {
     fn run<S: Bytes>(self, s: S) {
         let Self { matrix: m, x, rows, first, y } = self;
         trellis_rates!(m.spec, |BITS, WEIGHTS| {
-            let gemv = TrellisTokens { m, levels: Levels::<S, WEIGHTS>::new(s, m.tables, false), x };
+            let gemv =
+                TrellisTokens { m, levels: Levels::<S, WEIGHTS>::new(s, m.tables, false), x };
             let mut done = 0;
             while done < rows {
                 let tile = (first + done) / TILE;
