@@ -55,6 +55,11 @@ pub(super) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Write the man pages of this program and its commands
+    Man {
+        /// An existing folder
+        folder: PathBuf,
+    },
 }
 
 #[derive(Args)]
