@@ -66,7 +66,7 @@ mod tests {
         assert_eq!(code(&"x".repeat(1000)).chars().count(), MAX_LINE + 3);
         assert_eq!(plain("SmolLM2-135M_[x](y) <b>"), r"SmolLM2-135M\_\[x\]\(y\) \<b\>");
         assert_eq!(plain("a\n---\nb"), r"a\\n---\\nb");
-        assert_eq!(yaml("a\": b\nlicense: mit\u{2028}"), r#""a\": b\\nlicense: mit\\u{2028}""#);
+        assert_eq!(yaml("a\": b\nlicense: mit\u{2028}x"), r#""a\": b\\nlicense: mit\\u{2028}x""#);
     }
 
     #[test]
