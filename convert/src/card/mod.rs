@@ -203,8 +203,8 @@ impl Card<'_> {
         let python =
             format!("import stb\n\nmodel = stb.open(\"{file}\")\nprint({call}.complete())");
         format!(
-            "With the programs of stb, {} or newer of the same format:\n\n{}\nFrom Python:\n\n{}",
-            env!("CARGO_PKG_VERSION"),
+            "With programs that read version {} of the format:\n\n{}\nFrom Python:\n\n{}",
+            self.file.min_reader(),
             block("sh", &shell),
             block("python", &python)
         )
