@@ -11,6 +11,10 @@ target=$(cargo metadata --format-version 1 --no-deps | sed -n 's/.*"target_direc
 stage=$target/${CARGO_BUILD_TARGET:+$CARGO_BUILD_TARGET/}release/stage
 rm -rf "$stage"
 packaging/install.sh "$stage" >&2
+# As Debian wants them.
+gzip -9n "$stage/share/man/man1"/*
+mkdir -p "$stage/share/doc"
+gzip -9nc CHANGELOG.md > "$stage/share/doc/changelog.gz"
 if [ "${DEBEMAIL-}" ]; then
     set -- --maintainer "${DEBFULLNAME:-The stb authors} <$DEBEMAIL>" "$@"
 fi
