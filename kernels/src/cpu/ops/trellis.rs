@@ -206,7 +206,7 @@ impl TrellisSearch {
 
     /// The state before the one at `step`.
     fn state_before<const BITS: usize>(&self, step: usize, state: usize) -> usize {
-        (state << BITS) % STATES | usize::from(self.before[step][state].cast_unsigned())
+        ((state << BITS) % STATES) | usize::from(self.before[step][state].cast_unsigned())
     }
 
     /// The first step: each state has its own error only. With `start`, the others are impossible.

@@ -49,16 +49,17 @@ impl CudaEncoding for Trellis {
 impl PackedView for TrellisView<'_> {
     /// `units` is the number of bytes of a tile, `kind` that of bits of a block scale.
     fn layout(&self, payload: PayloadStart) -> Result<MatrixLayout> {
-        let mut layout = MatrixLayout::default();
-        layout.segments = [
-            payload.offset(self.tables),
-            payload.offset(self.row_scales),
-            payload.offset(self.block_codes),
-            payload.offset(self.streams),
-        ];
-        layout.block = self.spec.block() as u32;
-        layout.units = to_u32("a tile of bytes", self.tile_bytes)?;
-        layout.kind = u32::from(self.spec.scale_bits());
-        Ok(layout)
+        Ok(MatrixLayout {
+            segments: [
+                payload.offset(self.tables),
+                payload.offset(self.row_scales),
+                payload.offset(self.block_codes),
+                payload.offset(self.streams),
+            ],
+            block: self.spec.block() as u32,
+            units: to_u32("a tile of bytes", self.tile_bytes)?,
+            kind: u32::from(self.spec.scale_bits()),
+            ..MatrixLayout::default()
+        })
     }
 }
