@@ -348,7 +348,7 @@ impl<'a> TrellisView<'a> {
         })
     }
 
-    /// Writes the weights of row `row` in units of the scale to `out`, [cols]: levels minus 64.
+    /// Writes the weights of row `row` in units of the scale to `out`, `[cols]`: levels minus 64.
     pub fn decode_units(&self, row: usize, out: &mut [i8]) {
         for (unit, weights) in out.chunks_mut(self.spec.unit_cols()).enumerate() {
             for (w, level) in weights.iter_mut().zip(self.levels(row, unit)) {
