@@ -245,7 +245,7 @@ fn in_layout_of<'a>(
 
 /// The part of a `config.json` that describes the language model. Only this part of a model with vision is in the
 /// file.
-fn text_config(config: &str) -> Result<String> {
+pub(crate) fn text_config(config: &str) -> Result<String> {
     let json: serde_json::Value = serde_json::from_str(config)
         .map_err(|e| Error::invalid(format!("source.config.json: {e}")))?;
     Ok(json.get("text_config").map_or_else(|| config.to_owned(), serde_json::Value::to_string))

@@ -9,6 +9,7 @@ pub mod allocation;
 pub(crate) mod backward;
 pub mod budget;
 pub mod calibration;
+pub mod card;
 pub mod check;
 pub mod compute;
 pub mod digest;

@@ -69,7 +69,7 @@ impl From<&Quality> for QualityReport {
 }
 
 /// `value ± standard error`; without the error if it is unknown.
-fn plus_minus(value: f64, error: Option<f64>, digits: usize) -> String {
+pub(crate) fn plus_minus(value: f64, error: Option<f64>, digits: usize) -> String {
     match error {
         Some(error) => format!("{value:.digits$} ± {error:.digits$}"),
         None => format!("{value:.digits$}"),

@@ -10,7 +10,7 @@ use std::iter::Sum;
 
 use stb_format::Encoding;
 use stb_format::arch::Role;
-use stb_format::encoding::{IntGroupParts, MatrixView, NmParts};
+use stb_format::encoding::{IntGroupParts, MatrixView, NmParts, TrellisParts};
 use stb_kernels::{Isa, dense};
 use stb_runtime::{Engine, Error, Result};
 
@@ -275,6 +275,27 @@ fn join(mut pieces: Vec<(usize, Packed)>, cols: usize) -> Result<Packed> {
                 all.row_scales.extend(piece.row_scales);
                 all.block_codes.extend(piece.block_codes);
                 all.codes.extend(piece.codes);
+            }
+            all.pack()
+        }
+        Encoding::Trellis(spec) => {
+            let mut all = TrellisParts {
+                spec,
+                rows,
+                cols,
+                tables: Vec::new(),
+                row_scales: Vec::new(),
+                block_codes: Vec::new(),
+                streams: Vec::new(),
+            };
+            for view in views {
+                let MatrixView::Trellis(view) = view else { continue };
+                let piece = view.unpack();
+                // The same in all pieces.
+                all.tables = piece.tables;
+                all.row_scales.extend(piece.row_scales);
+                all.block_codes.extend(piece.block_codes);
+                all.streams.extend(piece.streams);
             }
             all.pack()
         }

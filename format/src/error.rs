@@ -85,6 +85,7 @@ rules! {
     StbllmCount "STB-R-043" Invalid "each group of 8 weights keeps exactly as many as N:8 allows",
     StbllmState "STB-R-044" Invalid "weights in salient columns use states 0, 1 and 2",
     PayloadRows "STB-R-045" Invalid "the listed rows of a matrix are ascending and exist",
+    TrellisTables "STB-R-046" Invalid "the largest entries of two tables of a trellis add up to at most 127",
     EncodingUnknown "STB-R-050" Unsupported "the encoding of a tensor to be decoded is known",
     ModelKey "STB-R-060" Invalid "required model keys are present with the right type",
     ModelArchitecture "STB-R-061" Unsupported "the model architecture and its options are known",

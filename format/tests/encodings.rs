@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use stb_format::encoding::{
     Dense, DenseView, Encoding, IntGroup, IntGroupParts, MatrixView, Nm, NmParts, Stbllm,
-    StbllmParts,
+    StbllmParts, Trellis, TrellisParts, TrellisRate,
 };
 use stb_format::half::f16;
 
@@ -89,6 +89,34 @@ fn nm() -> impl Strategy<Value = NmParts> {
     )
 }
 
+fn trellis() -> impl Strategy<Value = TrellisParts> {
+    let rates = prop::sample::select(TrellisRate::ALL);
+    let scales = prop::sample::select(vec![(0u8, 0u16), (4, 32), (4, 128), (8, 64)]);
+    (rates, scales, 1usize..40, 1usize..200).prop_flat_map(|(rate, (bits, block), rows, cols)| {
+        let (step_bits, step_weights) = (rate.step_bits() as u8, rate.step_weights() as u8);
+        let spec = Trellis::new(step_bits, step_weights, bits, block).unwrap();
+        let blocks = if block == 0 { 0 } else { cols.div_ceil(spec.block()) };
+        let block_end = if bits == 8 { 255u8 } else { 15 };
+        let streams = rows.div_ceil(16) * cols.div_ceil(spec.unit_cols()) * spec.unit_bytes();
+        let pair = (prop::array::uniform16(0u8..64), prop::array::uniform16(0u8..64));
+        (
+            prop::collection::vec(pair.prop_map(|(low, mixed)| [low, mixed]), spec.step_weights()),
+            prop::collection::vec(scale(), rows),
+            prop::collection::vec(0..=block_end, rows * blocks),
+            prop::collection::vec(any::<u8>(), streams),
+        )
+            .prop_map(move |(tables, row_scales, block_codes, streams)| TrellisParts {
+                spec,
+                rows,
+                cols,
+                tables,
+                row_scales,
+                block_codes,
+                streams,
+            })
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -163,6 +191,38 @@ proptest! {
                     }
                 }
             }
+        }
+    }
+
+    /// The oracle reads the stream bit by bit.
+    #[test]
+    fn trellis_round_trip(parts in trellis()) {
+        let payload = parts.pack();
+        let encoding = Encoding::Trellis(parts.spec);
+        prop_assert!(encoding.check_payload(parts.rows as u64, parts.cols as u64, &payload).is_ok());
+        let view = view(&encoding, parts.rows, parts.cols, &payload);
+        let MatrixView::Trellis(packed) = view else { unreachable!() };
+        prop_assert_eq!(&packed.unpack(), &parts);
+        let (width, bytes) = (parts.spec.unit_cols(), parts.spec.unit_bytes());
+        let units = parts.cols.div_ceil(width);
+        for (i, w) in view.decode().into_iter().enumerate() {
+            let (row, col) = (i / parts.cols, i % parts.cols);
+            let stream = &parts.streams[(row / 16 * units + col / width) * bytes..][..bytes];
+            let first = parts.spec.step_bits() * (row % 16 * 4 + col % 4);
+            let window = (0..8).fold(0, |window, bit| {
+                let at = (first + bit) % (8 * bytes);
+                window | usize::from(stream[at / 8] >> (at % 8) & 1) << bit
+            });
+            let [low, mixed] = parts.tables[col % width / 4];
+            let level = i32::from(low[window % 16]) + i32::from(mixed[(window ^ window >> 4) % 16]);
+            let mut scale = parts.row_scales[row].to_f32();
+            if parts.spec.scale_bits() != 0 {
+                let blocks = parts.cols.div_ceil(parts.spec.block());
+                let code = parts.block_codes[row * blocks + col / parts.spec.block()];
+                scale *= (f32::from(code) + 1.0) / f32::from(2u16.pow(parts.spec.scale_bits().into()));
+            }
+            let expected = (level - 64) as f32 * scale;
+            prop_assert_eq!(w.to_bits(), expected.to_bits(), "row {} col {}", row, col);
         }
     }
 
@@ -250,6 +310,11 @@ fn stored_bits_are_those_of_the_formulas() {
     assert_eq!(nm(1, 4, 0, 0), 0.75 + row);
     assert_eq!(nm(2, 8, 4, 128), 0.875 + row + 4.0 / 128.0);
     assert_eq!(nm(2, 4, 8, 128), 1.25 + row + 8.0 / 128.0);
+    let tables = 256.0 / (4096.0 * 4096.0);
+    let trellis = |k, v, b, block| bits(Encoding::Trellis(Trellis::new(k, v, b, block).unwrap()));
+    // The tables of one weight per step are padded to 64 bytes.
+    assert_eq!(trellis(2, 1, 4, 128), 2.0 + row + 4.0 / 128.0 + 2.0 * tables);
+    assert_eq!(trellis(3, 2, 0, 0), 1.5 + row + 2.0 * tables);
     let stbllm = bits(Encoding::Stbllm(Stbllm::new(4, 128).unwrap()));
     assert_eq!(stbllm, 2.0 + 0.5 + 80.0 / 128.0 + 1.0 / 4096.0);
     assert_eq!(bits(Encoding::IntGroup(IntGroup::new(4, 32).unwrap())), 4.5);

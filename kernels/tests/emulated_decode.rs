@@ -181,13 +181,17 @@ products! {
     integers_of_4_bits "int4"
     integers_of_8_bits "int8"
     stbllm "stbllm"
+    trellis_of_half_a_bit "trellis 1/2"
+    trellis_of_2_bits "trellis 2/1"
+    trellis_of_2_and_a_half_bits "trellis 5/2"
+    trellis_of_3_bits "trellis 3/1"
 }
 
 /// Payloads that no encoder writes, of random bits with the right length, must not cause accesses out of bounds.
 #[test]
 fn hostile_payloads_stay_inside_their_buffers() {
     let mut rng = Rng(11);
-    for name in ["stbllm", "nm 2:8", "int3"] {
+    for name in ["stbllm", "nm 2:8", "int3", "trellis 5/2"] {
         let module = module_named(name);
         let Some(emulator) = build(&module) else { return };
         let all = encodings();

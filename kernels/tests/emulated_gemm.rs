@@ -8,7 +8,7 @@ use common::kernels::{build_with, module_named};
 use common::plans::{address, launch};
 use common::random::{encodings, payload};
 use stb_format::Encoding;
-use stb_format::encoding::{Dense, MatrixView, Nm};
+use stb_format::encoding::{Dense, MatrixView, Nm, Trellis};
 use stb_format::half::f16;
 use stb_kernels::cuda::{
     DeviceLimits, GemmAddresses, GemmPlan, GemmProblem, MatrixParams, PrefillPrecision,
@@ -341,6 +341,15 @@ fn integers_of_8_bits() {
 fn stbllm() {
     let some = [(1, 32), (4, 128), (7, 96)];
     rows("stbllm", |e| matches!(e, Encoding::Stbllm(s) if some.contains(&(s.n(), s.block()))));
+}
+
+#[test]
+fn trellis() {
+    let some = [(0, 0), (4, 32), (8, 256)];
+    let scales = |s: &Trellis| some.contains(&(s.scale_bits(), s.block()));
+    let rate = |s: &Trellis| (s.step_bits(), s.step_weights());
+    rows("trellis 3/2", |e| matches!(e, Encoding::Trellis(s) if rate(s) == (3, 2) && scales(s)));
+    rows("trellis 2/1", |e| matches!(e, Encoding::Trellis(s) if rate(s) == (2, 1) && scales(s)));
 }
 
 #[test]

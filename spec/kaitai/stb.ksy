@@ -259,7 +259,7 @@ types:
     -webide-representation: '{name}, {encoding}'
     doc: |
       One tensor. Not checked here are the characters of names (STB-R-032), that names are unique (STB-R-033),
-      checksums (STB-R-040) and what is inside payloads (STB-R-041 to 045).
+      checksums (STB-R-040) and what is inside payloads (STB-R-041 to 046).
     doc-ref: Container §3.3
     params:
       - id: name_start
@@ -295,10 +295,11 @@ types:
         valid:
           expr: >-
             ndim == 2 or (_ != encoding::int_group and _ != encoding::odd_group
-            and _ != encoding::stbllm and _ != encoding::nm and _ != encoding::mixed_rows)
+            and _ != encoding::stbllm and _ != encoding::nm and _ != encoding::mixed_rows
+            and _ != encoding::trellis)
         doc: |
-          How the weights are stored. Ids from 0x80000000 up are for private use. Encodings 16, 17, 32, 48
-          and 64 are for two dimensions (STB-R-037).
+          How the weights are stored. Ids from 0x80000000 up are for private use. Encodings 16, 17, 32, 48,
+          64 and 80 are for two dimensions (STB-R-037).
         doc-ref: Encodings
       - id: reserved2
         type: u4
@@ -317,8 +318,8 @@ types:
             'encoding::stbllm': stbllm_params
             'encoding::nm': nm_params
         doc: |
-          Parameters of the encoding (STB-R-036). Bytes for mixed rows (Encodings §6) and for an encoding that is
-          not known.
+          Parameters of the encoding (STB-R-036). Bytes for mixed rows (Encodings §6), trellis codes (§7) and
+          for an encoding that is not known.
       - id: dims
         type: u8
         repeat: expr
@@ -371,7 +372,8 @@ types:
             'encoding::nm': nm_payload
         doc: |
           The stored bytes, cut into segments for encodings 16, 17, 32 and 48. For dense tensors, the elements
-          in row-major order. Bytes for mixed rows and for an encoding that is not known.
+          in row-major order. Bytes for mixed rows, trellis codes and for an encoding that is not
+          known.
         doc-ref: Encodings §1
       gap:
         io: _root._io
@@ -874,6 +876,9 @@ enums:
     64:
       id: mixed_rows
       doc: All rows in one encoding, some a second time in another (Encodings §6). Not taken apart here.
+    80:
+      id: trellis
+      doc: Circular bit streams, windows of which are looked up in tables (Encodings §7). Not taken apart here.
   value_type:
     1:
       id: text

@@ -81,7 +81,7 @@ class Dense:
 
 
 class Matrix:
-    """What encodings 16, 17, 32, 48 and 64 have in common (§1): two dimensions, segments, rows.
+    """What encodings 16, 17, 32, 48, 64 and 80 have in common (§1): two dimensions, segments, rows.
 
     A subclass sets its parameters in `read_params`, gives the lengths of its segments, checks the
     content of a payload, and decodes some of its rows.
@@ -296,16 +296,54 @@ class Stbllm(Matrix):
         return unpack_bits(signs).reshape(last - first, self.units * 8, self.N)
 
 
-class JointNM(Matrix):
+class BlockScaled(Matrix):
+    """What encodings 48 and 80 have in common (§5.3): tiles of 16 rows, scales of rows and blocks.
+
+    Row scales are segment 1, block scales segment 2.
+    """
+
+    def valid_scales(self) -> bool:
+        """Whether `scale_bits` and `B` are allowed together."""
+        valid_block = self.B >= 32 and self.B % 32 == 0 if self.scale_bits else self.B == 0
+        return self.scale_bits in (0, 4, 8) and valid_block
+
+    def scale_lengths(self) -> list[int]:
+        self.tiles = ceil_div(self.rows, 16)
+        self.blocks = ceil_div(self.cols, self.B) if self.scale_bits else 0
+        return [self.rows * 2, self.tiles * self.blocks * 2 * self.scale_bits]
+
+    def _scales(self, parts, first, last):
+        """Scales of weights, without column factors: [row, column], or [row, 1] without blocks."""
+        scale = parts[1].view("<f2")[first:last, np.newaxis].astype(np.float32)
+        if self.scale_bits:
+            codes = self._block_codes(parts, first, last)[: last - first]
+            scale = scale * ((codes.astype(np.float32) + 1) / np.float32(1 << self.scale_bits))
+            scale = scale[:, np.arange(self.cols) // self.B]
+        return scale
+
+    def _block_codes(self, parts, first, last):
+        """Block scales of whole tiles: [row, block], also of rows that do not exist (§5.3)."""
+        size = 2 * self.scale_bits
+        scales = parts[2].reshape(self.tiles, self.blocks, size)[first // 16 : ceil_div(last, 16)]
+        if self.scale_bits == 4:
+            scales = unpack_nibbles(scales)
+        rows = 16 if self.scale_bits else 0
+        return scales.transpose(0, 2, 1).reshape(len(scales) * rows, self.blocks)
+
+    def _unused_block_codes(self, parts):
+        """Block scales of rows that do not exist; only the last tile can have some."""
+        rest = self.rows % 16
+        return self._block_codes(parts, self.rows - rest, self.rows)[rest:]
+
+
+class JointNM(BlockScaled):
     """Encoding 48 (§5): at most N of M weights, their positions and signs in one code."""
 
     def read_params(self, params):
         self.N, self.M, self.scale_bits, self.flags = params[:4]
         self.B = u16(params, 4)
-        valid_block = self.B >= 32 and self.B % 32 == 0 if self.scale_bits else self.B == 0
         require_params(
-            self.N in (1, 2) and self.M in (4, 8)
-            and self.scale_bits in (0, 4, 8) and self.flags <= 1 and valid_block,
+            self.N in (1, 2) and self.M in (4, 8) and self.flags <= 1 and self.valid_scales(),
             params[6:],
             f"{self.N} of {self.M} weights, {self.scale_bits} bits for the scale of "
             f"blocks of {self.B}, flags {self.flags:#x}",
@@ -321,35 +359,24 @@ class JointNM(Matrix):
         self.tile_bytes = 64 * self.beta * self.whole_chunks + sum(
             64 * ceil_div(self.quads_left * w, 8) for w in self.planes
         )
-        self.tiles = ceil_div(self.rows, 16)
-        self.blocks = ceil_div(self.cols, self.B) if self.scale_bits else 0
-        return [
-            self.cols * 2 if self.flags & 1 else 0,
-            self.rows * 2,
-            self.tiles * self.blocks * 2 * self.scale_bits,
-            self.tiles * self.tile_bytes,
-        ]
+        factors = self.cols * 2 if self.flags & 1 else 0
+        scales = self.scale_lengths()
+        return [factors, *scales, self.tiles * self.tile_bytes]
 
     def check(self, payload):
         parts = self.split(payload)
-        unused_zero = True
+        unused_zero = not self._unused_block_codes(parts).any()
         for first, last in self.slabs():
             codes = self._codes(parts, first, last)
-            block_codes = self._block_codes(parts, first, last)
             unused_zero &= not codes[:, self.groups :].any()
             unused_zero &= not codes[last - first :].any()
-            unused_zero &= not block_codes[last - first :].any()
         self.require_unused_zero(payload, unused_zero)
         require_finite(parts[0].view("<f2"), "a column factor")
         require_finite(parts[1].view("<f2"), "a row scale")
 
     def decode_rows(self, parts, first, last):
         n = last - first
-        scale = parts[1].view("<f2")[first:last, np.newaxis].astype(np.float32)
-        if self.scale_bits:
-            multiplier = self._block_codes(parts, first, last)[:n].astype(np.float32) + 1
-            scale = scale * (multiplier / np.float32(1 << self.scale_bits))
-            scale = scale[:, np.arange(self.cols) // self.B]
+        scale = self._scales(parts, first, last)
         if self.flags & 1:
             scale = scale * parts[0].view("<f2").astype(np.float32)
 
@@ -401,14 +428,63 @@ class JointNM(Matrix):
             at += 64 * vectors
             shift += w
 
-    def _block_codes(self, parts, first, last):
-        """Block scales of whole tiles: [row, block], also of rows that do not exist (§5.3)."""
-        size = 2 * self.scale_bits
-        scales = parts[2].reshape(self.tiles, self.blocks, size)[first // 16 : ceil_div(last, 16)]
-        if self.scale_bits == 4:
-            scales = unpack_nibbles(scales)
-        rows = 16 if self.scale_bits else 0
-        return scales.transpose(0, 2, 1).reshape(len(scales) * rows, self.blocks)
+
+class Trellis(BlockScaled):
+    """Encoding 80 (§7): a window of 8 bits moves over a stream, and tables make weights of it."""
+
+    # Step bits k and step weights V that go together.
+    STEPS = ((1, 2), (1, 1), (3, 2), (2, 1), (5, 2), (3, 1), (4, 1))
+
+    def read_params(self, params):
+        self.k, self.V, self.scale_bits = params[:3]
+        self.B = u16(params, 4)
+        require_params(
+            (self.k, self.V) in self.STEPS and self.valid_scales(),
+            params[3:4] + params[6:],
+            f"steps of {self.k} bits for {self.V} weights, {self.scale_bits} bits for the scale of "
+            f"blocks of {self.B}",
+        )
+
+    def segment_lengths(self):
+        self.units = ceil_div(self.cols, 4 * self.V)
+        scales = self.scale_lengths()
+        return [self.V * 32, *scales, self.tiles * self.units * 8 * self.k]
+
+    def check(self, payload):
+        parts = self.split(payload)
+        self.require_unused_zero(payload, not self._unused_block_codes(parts).any())
+        require_finite(parts[1].view("<f2"), "a row scale")
+        if (self._tables(parts).max(axis=2).sum(axis=1) > 127).any():
+            raise StbError("STB-R-046", "the largest entries of two tables add up to more than 127")
+
+    def decode_rows(self, parts, first, last):
+        values = self._values(parts)
+        windows = self._windows(parts, first, last)
+        by_place = (len(windows), self.units, 16, self.V, 4)    # tile, unit, row, step weight, step
+        weights = np.empty(by_place, np.float32)
+        for which in range(self.V):
+            weights[:, :, :, which] = values[which][windows]
+        weights = weights.transpose(0, 2, 1, 3, 4).reshape(len(windows) * 16, -1)
+        return weights[: last - first, : self.cols] * self._scales(parts, first, last)
+
+    def _windows(self, parts, first, last):
+        """Windows of whole tiles: [tile, unit, row, step of 4]."""
+        size = 8 * self.k
+        streams = parts[3].reshape(self.tiles, self.units, size)[first // 16 : ceil_div(last, 16)]
+        byte, bit = np.divmod(self.k * np.arange(64), 8)
+        after = streams[:, :, (byte + 1) % size].astype(np.uint16)
+        windows = (streams[:, :, byte] | after << 8) >> bit.astype(np.uint16) & 255
+        return windows.reshape(len(streams), self.units, 16, 4)
+
+    def _values(self, parts):
+        """What each window stands for before it is scaled: [step weight, window]."""
+        first, second = self._tables(parts).transpose(1, 0, 2)
+        window = np.arange(256)
+        levels = first[:, window & 15] + second[:, (window ^ window >> 4) & 15]
+        return (levels - 64).astype(np.float32)
+
+    def _tables(self, parts):
+        return parts[0].reshape(self.V, 2, 16).astype(int)
 
 
 class MixedRows(Matrix):
@@ -422,7 +498,7 @@ class MixedRows(Matrix):
         factors = self.all_id == 48 and self.all_params[3] & 1
         require_params(
             self.count > 0 and self.listed_id in (16, 17)
-            and self.all_id in (16, 17, 48) and not factors,
+            and self.all_id in (16, 17, 48, 80) and not factors,
             b"",
             f"{self.count} rows of encoding {self.listed_id}, all rows of {self.all_id}",
         )
@@ -452,10 +528,12 @@ class MixedRows(Matrix):
 
 ENCODING_NAMES = {
     1: "f32", 2: "f16", 3: "bf16", 16: "int group", 17: "odd group", 32: "stbllm", 48: "nm",
-    64: "mixed rows",
+    64: "mixed rows", 80: "trellis",
 }
 DENSE_TYPES = {1: "<f4", 2: "<f2", 3: "<u2"}
-MATRIX_CODECS = {16: IntGroup, 17: OddGroup, 32: Stbllm, 48: JointNM, 64: MixedRows}
+MATRIX_CODECS = {
+    16: IntGroup, 17: OddGroup, 32: Stbllm, 48: JointNM, 64: MixedRows, 80: Trellis,
+}
 
 
 def codec_for(encoding: int, params: bytes, shape: tuple[int, ...]):

@@ -179,6 +179,7 @@ pub fn random(shape: &[u64], encoding: &Encoding) -> Vec<u8> {
         Encoding::IntGroup(spec) => content::int_group(&mut rng, spec, rows, cols).pack(),
         Encoding::Stbllm(spec) => content::stbllm(&mut rng, spec, rows, cols).pack(),
         Encoding::Nm(spec) => content::nm(&mut rng, spec, rows, cols).pack(),
+        Encoding::Trellis(spec) => content::trellis(&mut rng, spec, rows, cols).pack(),
         Encoding::MixedRows(spec) => content::mixed_rows(&mut rng, spec, rows, cols).pack(),
         Encoding::Dense(kind) => {
             let spread = if shape.len() == 1 { 0.1 } else { 0.5 };

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use stb_format::encoding::{
-    Dense, Encoding, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts,
+    Dense, Encoding, IntGroup, IntGroupParts, Nm, NmParts, Stbllm, StbllmParts, Trellis,
+    TrellisParts,
 };
 use stb_format::half::f16;
 use stb_format::{File, Rule};
@@ -160,6 +161,29 @@ fn worked_examples_are_right() {
     weights[6] = -1.0;
     weights[11] = -1.0;
     check(Encoding::Nm(spec), [1, 16], &payload, &parts, &weights);
+
+    let spec = Trellis::new(2, 1, 0, 0).unwrap();
+    let entries = |first: u8| std::array::from_fn(|i| first + i as u8);
+    let mut streams = vec![0; 16];
+    streams[..2].copy_from_slice(&[0x1b, 0xe4]);
+    let payload = TrellisParts {
+        spec,
+        rows: 1,
+        cols: 4,
+        tables: vec![[entries(0), entries(56)]],
+        row_scales: half(&[2.0]),
+        block_codes: vec![],
+        streams,
+    }
+    .pack();
+    assert_eq!(payload.len(), 144);
+    let parts = [
+        (0, "00 01 02 03 04 05 06 07 08 09 0a 0b 0c 0d 0e 0f"),
+        (16, "38 39 3a 3b 3c 3d 3e 3f 40 41 42 43 44 45 46 47"),
+        (64, "00 40"),
+        (128, "1b e4"),
+    ];
+    check(Encoding::Trellis(spec), [1, 4], &payload, &parts, &[26.0, 8.0, -4.0, 2.0]);
 }
 
 /// The check values of checksum.md equal those of the library.

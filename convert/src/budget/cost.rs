@@ -213,7 +213,7 @@ fn linear_candidates(
     for method in Method::candidates(weight.cols()) {
         let mut loss = 0.0;
         for (values, hessian) in chunks.iter().zip(hessians) {
-            let errors = hessian.errors(values, method)?;
+            let errors = hessian.errors(values, method.for_estimates())?;
             let weighted = errors.iter().zip(&rows).map(|(e, r)| e * f64::from(fisher[*r]));
             loss += weighted.sum::<f64>();
         }

@@ -50,6 +50,8 @@ pub(super) enum Command {
         #[arg(long)]
         dtype: Option<Dtype>,
     },
+    /// Write a model card for the Hugging Face hub from the metadata of a file
+    Card(CardArgs),
     /// List the recipes, or print one as TOML to start your own from
     Recipes {
         /// The recipe to print
@@ -64,6 +66,29 @@ pub(super) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Write the man pages of this program and its commands
+    Man {
+        /// An existing folder
+        folder: PathBuf,
+    },
+}
+
+#[derive(Args)]
+pub(super) struct CardArgs {
+    /// An .stb file with a model
+    pub file: PathBuf,
+    /// The Markdown file to write; default: standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Replace the output if it exists
+    #[arg(short, long)]
+    pub force: bool,
+    /// The original model on the hub
+    #[arg(long, value_name = "OWNER/NAME")]
+    pub base_model: Option<String>,
+    /// License of the weights, an SPDX expression; default: the one in the metadata, if any
+    #[arg(long, value_name = "SPDX")]
+    pub license: Option<String>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

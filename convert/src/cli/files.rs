@@ -1,15 +1,18 @@
-//! Subcommands for existing files and recipes: inspect, verify, export, recipes.
+//! Subcommands for existing files and recipes: inspect, verify, export, card, recipes; and man pages.
 
 use std::path::Path;
 
+use clap::CommandFactory;
+use stb_convert::card::{CardOptions, model_card};
 use stb_convert::export::source_type;
 use stb_convert::inspect::inspect as describe;
+use stb_convert::output::refuse_existing;
 use stb_convert::recipe::{FOR_USE, PRESETS};
 use stb_convert::verify::verify_file;
 use stb_format::encoding::Dense;
 use stb_runtime::{Bytes, Error, open_stb_file};
 
-use super::args::Dtype;
+use super::args::{CardArgs, Cli, Dtype};
 use super::output::{note, print};
 
 pub(super) fn inspect(path: &Path, json: bool) -> anyhow::Result<()> {
@@ -93,6 +96,25 @@ pub(super) fn export(path: &Path, folder: &Path, dtype: Option<Dtype>) -> anyhow
     ));
     stb_convert::export::export(&file, path, folder, kind)?;
     print(format_args!("{}: {} tensors", folder.display(), file.tensors().len()))?;
+    Ok(())
+}
+
+pub(super) fn card(args: CardArgs) -> anyhow::Result<()> {
+    if let Some(output) = &args.output {
+        refuse_existing(output, args.force)?;
+    }
+    let bytes = Bytes::open(&args.file, true)?;
+    let file = open_stb_file(&args.file, &bytes)?;
+    let options = CardOptions { base_model: args.base_model, license: args.license };
+    let card = model_card(&file, &args.file, &options)?;
+    let Some(output) = &args.output else { return Ok(print(card.trim_end())?) };
+    std::fs::write(output, card).map_err(|e| Error::io(output, e))?;
+    note(format_args!("{}: written; read it before you publish it", output.display()));
+    Ok(())
+}
+
+pub(super) fn man(folder: &Path) -> anyhow::Result<()> {
+    clap_mangen::generate_to(Cli::command(), folder).map_err(|e| Error::io(folder, e))?;
     Ok(())
 }
 

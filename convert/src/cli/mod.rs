@@ -39,6 +39,8 @@ pub(crate) fn main() -> ExitCode {
         Some(Command::Inspect { file, json }) => files::inspect(&file, json),
         Some(Command::Verify { file, json }) => files::verify(&file, json),
         Some(Command::Export { file, folder, dtype }) => files::export(&file, &folder, dtype),
+        Some(Command::Card(args)) => files::card(args),
+        Some(Command::Man { folder }) => files::man(&folder),
         Some(Command::Recipes { name }) => files::recipes(name.as_deref()),
         Some(Command::Study(args)) => in_pool(args.threads, || study::study(&args)),
         Some(Command::Flips(args)) => in_pool(args.threads, || study::flips(&args)),

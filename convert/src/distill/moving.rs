@@ -2,7 +2,9 @@
 
 use rayon::prelude::*;
 use stb_format::arch::{NormKind, NormSite};
-use stb_format::encoding::{IntGroupParts, MatrixView, MixedRows, MixedRowsParts, NmParts};
+use stb_format::encoding::{
+    IntGroupParts, MatrixView, MixedRows, MixedRowsParts, NmParts, TileScales, TrellisParts,
+};
 use stb_format::half::f16;
 use stb_runtime::{Layer, LayerMatrix, LayerVector, Weight};
 
@@ -93,6 +95,11 @@ fn factors(kind: NormKind, weight: &[f32]) -> Vec<f32> {
 enum ScaledCodes {
     Nm(NmParts),
     Int(IntGroupParts),
+    Trellis {
+        parts: TrellisParts,
+        /// The weights in units of the scale, [rows, cols].
+        units: Vec<i8>,
+    },
 }
 
 /// A quantized matrix whose scales are trained.
@@ -193,17 +200,16 @@ impl ScaledRows {
         let (rows, cols) = (view.rows(), view.cols());
         let (codes, span, scales) = match view {
             MatrixView::Nm(view) if !view.spec.has_col_factors() => {
-                let blocks = view.blocks();
-                let row_scale = |r: usize| f16::from_le_bytes(view.row_scales[r]).to_f32();
-                let scales = (0..view.rows)
-                    .flat_map(|r| (0..blocks.max(1)).map(move |b| (r, b)))
-                    .map(|(r, b)| match blocks {
-                        0 => row_scale(r),
-                        _ => row_scale(r) * view.multiplier(view.block_code(r, b)),
-                    })
-                    .collect();
-                let span = if view.spec.block() == 0 { view.cols } else { view.spec.block() };
+                let (span, scales) = stored_scales(&view.scales(), rows, cols);
                 (ScaledCodes::Nm(view.unpack()), span, scales)
+            }
+            MatrixView::Trellis(view) => {
+                let (span, scales) = stored_scales(&view.scales(), rows, cols);
+                let mut units = vec![0; rows * cols];
+                for (row, units) in units.chunks_exact_mut(cols).enumerate() {
+                    view.decode_units(row, units);
+                }
+                (ScaledCodes::Trellis { parts: view.unpack(), units }, span, scales)
             }
             MatrixView::IntGroup(view) => {
                 let parts = view.unpack();
@@ -222,13 +228,11 @@ impl ScaledRows {
         match &mut self.codes {
             ScaledCodes::Nm(parts) => {
                 let bits = parts.spec.scale_bits();
-                let mut codes = vec![0; scales.len()];
-                parts.row_scales = scales
-                    .chunks_exact_mut(self.blocks)
-                    .zip(codes.chunks_exact_mut(self.blocks))
-                    .map(|(scales, codes)| round_scales(scales, codes, bits))
-                    .collect();
-                parts.block_codes = if bits == 0 { Vec::new() } else { codes };
+                (parts.row_scales, parts.block_codes) = round_rows(&mut scales, self.blocks, bits);
+            }
+            ScaledCodes::Trellis { parts, .. } => {
+                let bits = parts.spec.scale_bits();
+                (parts.row_scales, parts.block_codes) = round_rows(&mut scales, self.blocks, bits);
             }
             ScaledCodes::Int(parts) => {
                 let limit = f16::MAX.to_f32();
@@ -255,11 +259,12 @@ impl ScaledRows {
                     }
                 }
             }
-            ScaledCodes::Int(parts) => {
-                let codes = &parts.codes[row * self.cols..(row + 1) * self.cols];
-                for (block, codes) in codes.chunks(self.span).enumerate() {
-                    for (i, code) in codes.iter().enumerate() {
-                        f(block, block * self.span + i, f32::from(*code));
+            ScaledCodes::Int(IntGroupParts { codes: units, .. })
+            | ScaledCodes::Trellis { units, .. } => {
+                let units = &units[row * self.cols..(row + 1) * self.cols];
+                for (block, units) in units.chunks(self.span).enumerate() {
+                    for (i, unit) in units.iter().enumerate() {
+                        f(block, block * self.span + i, f32::from(*unit));
                     }
                 }
             }
@@ -304,8 +309,28 @@ impl ScaledRows {
         match &self.codes {
             ScaledCodes::Nm(parts) => parts.pack(),
             ScaledCodes::Int(parts) => parts.pack(),
+            ScaledCodes::Trellis { parts, .. } => parts.pack(),
         }
     }
+}
+
+/// The columns per scale and the scales, [rows, blocks], of a matrix of `rows` × `cols`.
+fn stored_scales(stored: &TileScales<'_>, rows: usize, cols: usize) -> (usize, Vec<f32>) {
+    let span = if stored.blocks == 0 { cols } else { stored.block };
+    let of_row = |r| (0..stored.blocks.max(1)).map(move |b| stored.scale(r, b * span));
+    (span, (0..rows).flat_map(of_row).collect())
+}
+
+/// Rounds scales, [rows, blocks], to values that the file can store; returns the row scales and the block scale codes of
+/// `bits` bits.
+fn round_rows(scales: &mut [f32], blocks: usize, bits: u8) -> (Vec<f16>, Vec<u8>) {
+    let mut codes = vec![0; scales.len()];
+    let rows = scales
+        .chunks_exact_mut(blocks)
+        .zip(codes.chunks_exact_mut(blocks))
+        .map(|(scales, codes)| round_scales(scales, codes, bits))
+        .collect();
+    (rows, if bits == 0 { Vec::new() } else { codes })
 }
 
 /// The trained scales and norms of a decoder layer.

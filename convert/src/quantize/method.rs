@@ -6,6 +6,7 @@ use super::nm::NmOptions;
 use super::pb_llm::PbLlmOptions;
 use super::quantizer::LinearQuantizer;
 use super::stbllm::StbllmOptions;
+use super::trellis::TrellisOptions;
 
 /// A quantizer for linear layers with its options.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,6 +19,8 @@ pub enum Method {
     Int(IntOptions),
     /// Partial binarization.
     PbLlm(PbLlmOptions),
+    /// The trellis encoding.
+    Trellis(TrellisOptions),
     /// More bits for the rows that matter most.
     MixedRows(MixedRowsOptions),
 }
@@ -31,6 +34,7 @@ impl Method {
             Self::Nm(options) => options,
             Self::Int(options) => options,
             Self::PbLlm(options) => options,
+            Self::Trellis(options) => options,
             Self::MixedRows(options) => options,
         }
     }
@@ -42,6 +46,7 @@ impl Method {
             Self::Nm(options) => options,
             Self::Int(options) => options,
             Self::PbLlm(options) => options,
+            Self::Trellis(options) => options,
             Self::MixedRows(options) => options,
         }
     }
@@ -51,13 +56,25 @@ impl Method {
         match self {
             Self::Int(options) => Some(CoarseOptions::Int(options)),
             Self::Nm(options) => Some(CoarseOptions::Nm(options)),
+            Self::Trellis(options) => Some(CoarseOptions::Trellis(options)),
             _ => None,
         }
     }
 
     /// The candidate methods of a budget for a matrix of `cols` columns.
     pub(crate) fn candidates(cols: usize) -> impl Iterator<Item = Self> {
-        IntOptions::candidates(cols).map(Self::Int).chain(NmOptions::candidates().map(Self::Nm))
+        let integers = IntOptions::candidates(cols).map(Self::Int);
+        let nm = NmOptions::candidates().map(Self::Nm);
+        integers.chain(nm).chain(TrellisOptions::candidates().map(Self::Trellis))
+    }
+
+    /// This method for estimates of its error. The rounds of a trellis search take two thirds of the time and lower the
+    /// error of all rates by similar shares.
+    pub(crate) fn for_estimates(self) -> Self {
+        match self {
+            Self::Trellis(options) => Self::Trellis(TrellisOptions { sweeps: 0, ..options }),
+            other => other,
+        }
     }
 
     /// This method with the group of integers that fits rows of `cols` columns; see [`fit_group`]. Scales of other

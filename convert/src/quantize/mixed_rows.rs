@@ -10,6 +10,7 @@ use stb_runtime::Result;
 use super::int_group::IntOptions;
 use super::nm::NmOptions;
 use super::quantizer::{Input, LinearQuantizer, Packed, Pruned};
+use super::trellis::TrellisOptions;
 
 /// The method of all rows of a mixed matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,6 +19,8 @@ pub enum CoarseOptions {
     Int(IntOptions),
     /// The N:M sparse-sign encoding.
     Nm(NmOptions),
+    /// The trellis encoding.
+    Trellis(TrellisOptions),
 }
 
 impl CoarseOptions {
@@ -25,6 +28,7 @@ impl CoarseOptions {
         match self {
             Self::Int(options) => options,
             Self::Nm(options) => options,
+            Self::Trellis(options) => options,
         }
     }
 
@@ -32,6 +36,7 @@ impl CoarseOptions {
         match self {
             Self::Int(options) => CoarseRows::IntGroup(options.spec),
             Self::Nm(options) => CoarseRows::Nm(options.spec),
+            Self::Trellis(options) => CoarseRows::Trellis(options.spec),
         }
     }
 }

@@ -20,6 +20,7 @@ mod refit;
 pub mod search;
 pub mod search_error;
 pub mod stbllm;
+pub mod trellis;
 
 pub use compensation::Propagation;
 pub use kept::{Allocation, KeptByLayer};

@@ -153,11 +153,11 @@ linear_file! {
     n "n": u8,
     /// nm: weights of a group.
     m "m": u8,
-    /// stbllm, nm, pb-llm: columns that share scales; 0 (nm) for one scale per row.
+    /// stbllm, nm, trellis, pb-llm: columns that share scales; 0 (nm, trellis) for one scale per row.
     block "block": u16,
     /// nm: bits of a block's scale.
     scale_bits "scale-bits": u8,
-    /// nm, int: rounds of re-choosing codes and refitting scales; stbllm: the same with signs and regions, without it
+    /// nm, int, trellis: rounds of re-choosing codes and refitting scales; stbllm: the same with signs and regions, without it
     /// no refit.
     sweeps "sweeps": usize,
     /// nm: whether scales are fitted to the layer's output.
@@ -205,6 +205,8 @@ linear_file! {
     rounding "rounding": String,
     /// int: whether codes are around zero, with the scale of least error, or span minimum and maximum of the group.
     symmetric "symmetric": bool,
+    /// trellis: bits per weight.
+    rate "rate": f64,
     /// pb-llm: share of the weights that are salient.
     share "share": f64,
     /// budget: true bits per parameter of the whole file.

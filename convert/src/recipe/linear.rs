@@ -1,6 +1,6 @@
 //! The options of a recipe for the linear layers of the decoder, checked.
 
-use stb_format::encoding::{Nm, Stbllm};
+use stb_format::encoding::{Nm, Stbllm, Trellis, TrellisRate};
 
 use super::file::LinearFile;
 use super::problem::{Problem, Resolved, keyword};
@@ -11,6 +11,7 @@ use crate::quantize::pb_llm::PbLlmOptions;
 use crate::quantize::search::{Partition, Quantiles, Salient, SearchOptions};
 use crate::quantize::search_error::SearchError;
 use crate::quantize::stbllm::{MaskOrder, MaskPlacement, Scope, StbllmOptions};
+use crate::quantize::trellis::TrellisOptions;
 use crate::quantize::{Allocation, Method, Propagation};
 
 /// How the linear layers of the decoder are converted.
@@ -97,12 +98,13 @@ impl LinearFile {
             "stbllm" => Method::Stbllm(self.stbllm()?),
             "nm" => Method::Nm(self.nm()?),
             "int" => Method::Int(self.int()?),
+            "trellis" => Method::Trellis(self.trellis()?),
             "pb-llm" => Method::PbLlm(self.pb_llm()?),
             "source" => return self.check_allowed(&[]).map(|()| LinearRecipe::Keep),
             "budget" => return self.goal().map(LinearRecipe::Budget),
             other => {
                 let what = format!(
-                    "there is no method {other:?}; stbllm, nm, int, pb-llm, budget and source exist"
+                    "there is no method {other:?}; stbllm, nm, int, trellis, pb-llm, budget and source exist"
                 );
                 return Err(problem("method", what));
             }
@@ -251,6 +253,26 @@ impl LinearFile {
                 "int takes bits 1 to 8 (1 to 7 if not symmetric) and group 32, 64 or 128",
             )
         })
+    }
+
+    fn trellis(&self) -> Resolved<TrellisOptions> {
+        self.check_allowed(&["rate", "block", "scale-bits", "sweeps"])?;
+        let rate = self.rate.unwrap_or(2.0);
+        let bits = |known: &TrellisRate| known.step_bits() as f64 / known.step_weights() as f64;
+        let Some(known) = TrellisRate::ALL.iter().find(|known| bits(known) == rate) else {
+            let rates: Vec<String> = TrellisRate::ALL.iter().map(|r| bits(r).to_string()).collect();
+            return Err(problem("rate", format!("trellis takes a rate of {}", rates.join(", "))));
+        };
+        let block = self.block.unwrap_or(128);
+        let scale_bits = self.scale_bits.unwrap_or(if block == 0 { 0 } else { 4 });
+        let (step_bits, step_weights) = (known.step_bits() as u8, known.step_weights() as u8);
+        let spec = Trellis::new(step_bits, step_weights, scale_bits, block).ok_or_else(|| {
+            problem(
+                "block",
+                "trellis takes either block 0 with scale-bits 0 or block, a multiple of 32, with scale-bits 4 or 8",
+            )
+        })?;
+        Ok(TrellisOptions { spec, sweeps: self.sweeps.unwrap_or(2) })
     }
 
     fn pb_llm(&self) -> Resolved<PbLlmOptions> {

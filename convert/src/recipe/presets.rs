@@ -18,6 +18,7 @@ presets! {
     "auto"
     "stbllm-4of8" "stbllm-5of8" "stbllm-6of8" "stbllm-si-4of8"
     "nm-1of8" "nm-1of4" "nm-2of8" "nm-2of4"
+    "trellis-1bit" "trellis-1.5bit" "trellis-2bit" "trellis-2.5bit" "trellis-3bit" "trellis-4bit"
     "sign" "int2" "int3" "int4" "int8" "source"
     compare:
     "stbllm-paper-4of8" "stbllm-published-strict" "stbllm-published-code"

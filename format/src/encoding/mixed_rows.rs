@@ -7,6 +7,7 @@ use super::int_group::{IntGroup, IntGroupView};
 use super::nm::{Nm, NmView};
 use super::segments::{join, split, total};
 use super::traits::{WeightEncoding, WeightView};
+use super::trellis::{Trellis, TrellisView};
 use super::{Encoding, MatrixView};
 use crate::error::{Error, Result, Rule};
 use crate::num::{first_nonzero, len_u64};
@@ -18,12 +19,15 @@ pub enum CoarseRows {
     IntGroup(IntGroup),
     /// Id 48, without column factors.
     Nm(Nm),
+    /// Id 80.
+    Trellis(Trellis),
 }
 
 impl CoarseRows {
     fn parse(id: u32, params: [u8; 16]) -> Option<Self> {
         match id {
             Nm::ID => Nm::parse(id, params).map(Self::Nm),
+            Trellis::ID => Trellis::parse(id, params).map(Self::Trellis),
             _ => IntGroup::parse(id, params).map(Self::IntGroup),
         }
     }
@@ -34,6 +38,7 @@ impl CoarseRows {
         match self {
             Self::IntGroup(spec) => Encoding::IntGroup(spec),
             Self::Nm(spec) => Encoding::Nm(spec),
+            Self::Trellis(spec) => Encoding::Trellis(spec),
         }
     }
 
@@ -41,6 +46,7 @@ impl CoarseRows {
         match self {
             Self::IntGroup(spec) => spec.payload_len(rows, cols),
             Self::Nm(spec) => spec.payload_len(rows, cols),
+            Self::Trellis(spec) => spec.payload_len(rows, cols),
         }
     }
 
@@ -48,6 +54,7 @@ impl CoarseRows {
         match self {
             Self::IntGroup(spec) => spec.view(rows, cols, payload).map(CoarseRowsView::IntGroup),
             Self::Nm(spec) => spec.view(rows, cols, payload).map(CoarseRowsView::Nm),
+            Self::Trellis(spec) => spec.view(rows, cols, payload).map(CoarseRowsView::Trellis),
         }
     }
 }
@@ -171,6 +178,8 @@ pub enum CoarseRowsView<'a> {
     IntGroup(IntGroupView<'a>),
     /// See [`CoarseRows::Nm`].
     Nm(NmView<'a>),
+    /// See [`CoarseRows::Trellis`].
+    Trellis(TrellisView<'a>),
 }
 
 impl<'a> CoarseRowsView<'a> {
@@ -180,6 +189,7 @@ impl<'a> CoarseRowsView<'a> {
         match self {
             Self::IntGroup(view) => MatrixView::IntGroup(view),
             Self::Nm(view) => MatrixView::Nm(view),
+            Self::Trellis(view) => MatrixView::Trellis(view),
         }
     }
 }

@@ -12,7 +12,9 @@ pub mod mixed_rows;
 pub mod nm;
 mod segments;
 pub mod stbllm;
+mod tile_scales;
 mod traits;
+pub mod trellis;
 
 use std::fmt;
 
@@ -23,7 +25,9 @@ pub use int_group::{IntGroup, IntGroupParts, IntGroupView};
 pub use mixed_rows::{CoarseRows, CoarseRowsView, MixedRows, MixedRowsParts, MixedRowsView};
 pub use nm::{Nm, NmParts, NmRate, NmView};
 pub use stbllm::{Stbllm, StbllmParts, StbllmView};
+pub use tile_scales::{TILE, TileScales};
 pub use traits::{WeightEncoding, WeightView};
+pub use trellis::{Trellis, TrellisParts, TrellisRate, TrellisTables, TrellisView};
 
 /// Defines [`Encoding`] and [`MatrixView`]. Each line is a variant: documentation, name, parameter type
 /// and view type.
@@ -166,6 +170,8 @@ registry! {
     Nm: Nm => NmView,
     /// Id 64: one of the two above, with some rows stored again as integers of more bits.
     MixedRows: MixedRows => MixedRowsView,
+    /// Id 80: circular bit streams of which windows are looked up in tables.
+    Trellis: Trellis => TrellisView,
 }
 
 impl Encoding {

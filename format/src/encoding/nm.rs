@@ -9,12 +9,13 @@ use super::segments::{
     as_f16, check_canonical, check_finite_f16, f16_at, f16_bytes, f16_vec, join, signed, split,
     total,
 };
+use super::tile_scales::{BlockScaleParams, TileScales};
 use super::traits::{WeightEncoding, WeightView};
 use crate::error::Result;
 use crate::num::len_u64;
 
-/// Rows per tile: the 16 bytes of a SIMD lane.
-pub const TILE: usize = 16;
+pub use super::tile_scales::TILE;
+
 /// Groups per quad: the four lanes of a 64-byte vector.
 pub const QUAD: usize = 4;
 /// Quads per chunk. Every plane of a chunk fills whole vectors.
@@ -106,9 +107,8 @@ impl NmRate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Nm {
     rate: NmRate,
-    scale_bits: u8,
+    scales: BlockScaleParams,
     col_factors: bool,
-    block: u16,
 }
 
 impl Nm {
@@ -121,10 +121,8 @@ impl Nm {
     #[must_use]
     pub fn new(n: u8, m: u8, scale_bits: u8, block: u16, col_factors: bool) -> Option<Self> {
         let rate = NmRate::ALL.iter().copied().find(|rate| (rate.n, rate.m) == (n, m))?;
-        let valid = matches!(scale_bits, 0 | 4 | 8)
-            && (scale_bits == 0) == (block == 0)
-            && block.is_multiple_of(32);
-        valid.then_some(Self { rate, scale_bits, col_factors, block })
+        let scales = BlockScaleParams::new(scale_bits, block)?;
+        Some(Self { rate, scales, col_factors })
     }
 
     /// The largest number of weights kept in a group.
@@ -145,14 +143,14 @@ impl Nm {
     #[must_use]
     #[inline]
     pub fn scale_bits(self) -> u8 {
-        self.scale_bits
+        self.scales.bits
     }
 
     /// Columns that share a block scale code; 0 without block scales.
     #[must_use]
     #[inline]
     pub fn block(self) -> usize {
-        usize::from(self.block)
+        usize::from(self.scales.block)
     }
 
     /// Whether each column has a factor.
@@ -242,19 +240,12 @@ impl Nm {
         full.checked_add(self.chunk_bytes(quads.checked_rem(per_chunk)?))
     }
 
-    /// Block scales of a row.
-    fn blocks(self, cols: u64) -> u64 {
-        if self.block == 0 { 0 } else { cols.div_ceil(u64::from(self.block)) }
-    }
-
     fn segments(self, rows: u64, cols: u64) -> Option<[u64; 4]> {
         let tiles = rows.div_ceil(len_u64(TILE));
-        let tile_scales =
-            self.blocks(cols).checked_mul(u64::from(self.scale_bits))?.checked_mul(2)?;
         Some([
             if self.col_factors { cols.checked_mul(2)? } else { 0 },
             rows.checked_mul(2)?,
-            tiles.checked_mul(tile_scales)?,
+            self.scales.len(rows, cols)?,
             tiles.checked_mul(self.tile_bytes(cols)?)?,
         ])
     }
@@ -277,9 +268,9 @@ impl WeightEncoding for Nm {
     }
 
     fn params(self) -> [u8; 16] {
-        let [b0, b1] = self.block.to_le_bytes();
+        let [b0, b1] = self.scales.block.to_le_bytes();
         let flags = u8::from(self.col_factors);
-        [self.rate.n, self.rate.m, self.scale_bits, flags, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        [self.rate.n, self.rate.m, self.scales.bits, flags, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
     }
 
     fn payload_len(self, rows: u64, cols: u64) -> Option<u64> {
@@ -294,8 +285,8 @@ impl WeightEncoding for Nm {
 impl fmt::Display for Nm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "nm {}:{}", self.rate.n, self.rate.m)?;
-        if self.scale_bits != 0 {
-            write!(f, "/b{}s{}", self.block, self.scale_bits)?;
+        if self.scales.bits != 0 {
+            write!(f, "/b{}s{}", self.scales.block, self.scales.bits)?;
         }
         f.write_str(if self.col_factors { "+cols" } else { "" })
     }
@@ -335,32 +326,9 @@ impl NmParts {
         join([
             &f16_bytes(&self.col_factors),
             &f16_bytes(&self.row_scales),
-            &self.pack_block_codes(),
+            &self.spec.scales.pack(&self.block_codes, self.cols),
             &codes,
         ])
-    }
-
-    /// Packs block scale codes by tile and block, the 16 rows of a tile together. A byte of 4-bit codes
-    /// has those of rows k and k + 8.
-    fn pack_block_codes(&self) -> Vec<u8> {
-        let blocks = usize::try_from(self.spec.blocks(len_u64(self.cols))).unwrap_or(0);
-        if blocks == 0 {
-            return Vec::new();
-        }
-        let rows: Vec<&[u8]> = self.block_codes.chunks(blocks).collect();
-        let mut bytes = Vec::new();
-        for tile in rows.chunks(TILE) {
-            for block in 0..blocks {
-                let code = |r: usize| tile.get(r).and_then(|row| row.get(block)).copied();
-                let code = |r: usize| code(r).unwrap_or(0);
-                if self.spec.scale_bits == 8 {
-                    bytes.extend((0..16).map(code));
-                } else {
-                    bytes.extend((0..8).map(|k| code(k) & 15 | code(k.saturating_add(8)) << 4));
-                }
-            }
-        }
-        bytes
     }
 
     /// Appends the vectors of one chunk of a tile to `out`, plane by plane.
@@ -448,7 +416,7 @@ impl<'a> NmView<'a> {
     #[must_use]
     #[inline]
     pub fn blocks(&self) -> usize {
-        usize::try_from(self.spec.blocks(len_u64(self.cols))).unwrap_or(0)
+        usize::try_from(self.spec.scales.blocks(len_u64(self.cols))).unwrap_or(0)
     }
 
     /// Tiles of 16 rows.
@@ -466,28 +434,17 @@ impl<'a> NmView<'a> {
         self.codes.get(start..start.saturating_add(self.tile_bytes)).unwrap_or_default()
     }
 
-    /// The block scale code of a row and block.
+    /// The scales of rows and blocks.
     #[must_use]
-    pub fn block_code(&self, row: usize, block: usize) -> u8 {
-        let (tile, r) = (row.wrapping_div(TILE), row.wrapping_rem(TILE));
-        let index = tile.saturating_mul(self.blocks()).saturating_add(block);
-        let at = |start: usize, i: usize| {
-            self.block_codes.get(start.saturating_add(i)).copied().unwrap_or(0)
-        };
-        match self.spec.scale_bits {
-            8 => at(index.saturating_mul(16), r),
-            _ => {
-                let pair = at(index.saturating_mul(8), r & 7);
-                if r < 8 { pair & 15 } else { pair >> 4 }
-            }
+    #[inline]
+    pub fn scales(&self) -> TileScales<'a> {
+        TileScales {
+            bits: self.spec.scales.bits,
+            block: self.spec.block(),
+            blocks: self.blocks(),
+            row_scales: self.row_scales,
+            block_codes: self.block_codes,
         }
-    }
-
-    /// The multiplier of a block scale code: (code + 1) / 2^bits, exact in binary32.
-    #[must_use]
-    pub fn multiplier(&self, code: u8) -> f32 {
-        let step = if self.spec.scale_bits == 8 { 1.0 / 256.0 } else { 1.0 / 16.0 };
-        (f32::from(code) + 1.0) * step
     }
 
     /// The code of a row and group.
@@ -526,18 +483,16 @@ impl<'a> NmView<'a> {
     /// The logical content.
     #[must_use]
     pub fn unpack(&self) -> NmParts {
-        let rows = 0..self.rows;
-        let pairs = |width: usize| {
-            rows.clone().flat_map(move |row| (0..width).map(move |column| (row, column)))
-        };
         NmParts {
             spec: self.spec,
             rows: self.rows,
             cols: self.cols,
             col_factors: f16_vec(self.col_factors),
             row_scales: f16_vec(self.row_scales),
-            block_codes: pairs(self.blocks()).map(|(r, b)| self.block_code(r, b)).collect(),
-            codes: pairs(self.groups()).map(|(r, g)| self.code(r, g)).collect(),
+            block_codes: self.scales().codes(self.rows),
+            codes: (0..self.rows)
+                .flat_map(|r| (0..self.groups()).map(move |g| self.code(r, g)))
+                .collect(),
         }
     }
 }
@@ -556,14 +511,11 @@ impl WeightView for NmView<'_> {
         if row >= self.rows {
             return;
         }
-        let row_scale = f16_at(self.row_scales, row);
+        let scales = self.scales();
         for (group, weights) in out.chunks_mut(self.spec.m()).enumerate() {
             weights.fill(0.0);
             let first = group.saturating_mul(self.spec.m());
-            let scale = match first.checked_div(self.spec.block()) {
-                Some(block) => row_scale * self.multiplier(self.block_code(row, block)),
-                None => row_scale,
-            };
+            let scale = scales.scale(row, first);
             for (position, negative) in
                 self.spec.pattern(self.code(row, group)).into_iter().flatten()
             {

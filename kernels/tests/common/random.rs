@@ -3,7 +3,7 @@
 use stb_format::Encoding;
 use stb_format::encoding::{
     CoarseRows, Dense, IntGroup, IntGroupParts, MixedRows, MixedRowsParts, Nm, NmParts, Stbllm,
-    StbllmParts,
+    StbllmParts, Trellis, TrellisParts, TrellisRate,
 };
 use stb_format::half::f16;
 use stb_random::Rng;
@@ -28,6 +28,12 @@ pub fn encodings() -> Vec<Encoding> {
     for (n, m) in [(1, 4), (1, 8), (2, 4), (2, 8)] {
         for (bits, block, cols) in [(0, 0, false), (4, 32, true), (4, 128, false), (8, 160, true)] {
             all.push(Encoding::Nm(Nm::new(n, m, bits, block, cols).unwrap()));
+        }
+    }
+    for rate in TrellisRate::ALL {
+        let (step_bits, weights) = (rate.step_bits() as u8, rate.step_weights() as u8);
+        for (bits, block) in [(0, 0), (4, 32), (4, 128), (8, 256)] {
+            all.push(Encoding::Trellis(Trellis::new(step_bits, weights, bits, block).unwrap()));
         }
     }
     let fine = IntGroup::new(4, 64).unwrap();
@@ -80,6 +86,30 @@ pub fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> 
                 codes: (0..rows * cols.div_ceil(spec.m()))
                     .map(|_| rng.below(code) as u16)
                     .collect(),
+            }
+            .pack()
+        }
+        Encoding::Trellis(spec) => {
+            let blocks = if spec.block() == 0 { 0 } else { cols.div_ceil(spec.block()) };
+            let scale = 1 << spec.scale_bits();
+            let streams = rows.div_ceil(16) * cols.div_ceil(spec.unit_cols()) * spec.unit_bytes();
+            TrellisParts {
+                spec,
+                rows,
+                cols,
+                // The largest entries add up to 127.
+                tables: (0..spec.step_weights())
+                    .map(|_| {
+                        let (mut low, mut mixed) = ([0; 16], [0; 16]);
+                        low.fill_with(|| rng.below(83) as u8);
+                        mixed.fill_with(|| rng.below(46) as u8);
+                        (low[3], mixed[5]) = (82, 45);
+                        [low, mixed]
+                    })
+                    .collect(),
+                row_scales: scales(rng, rows),
+                block_codes: (0..rows * blocks).map(|_| rng.below(scale) as u8).collect(),
+                streams: (0..streams).map(|_| rng.bits() as u8).collect(),
             }
             .pack()
         }

@@ -55,6 +55,11 @@ pub(super) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Write the man pages of this program and its commands
+    Man {
+        /// An existing folder
+        folder: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -70,7 +75,13 @@ pub(super) struct RunArgs {
     #[arg(short, long, value_name = "TEXT", help_heading = "Prompt")]
     pub prompt: Option<String>,
     /// Chat, also if the input is a pipe; --prompt is the first message. Also -cnv
-    #[arg(short, long, alias = "conversation", help_heading = "Prompt")]
+    #[arg(
+        short,
+        long,
+        alias = "conversation",
+        overrides_with = "interactive",
+        help_heading = "Prompt"
+    )]
     pub interactive: bool,
     /// System instructions
     #[arg(long, alias = "system-prompt", value_name = "TEXT", help_heading = "Prompt")]

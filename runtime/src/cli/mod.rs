@@ -37,6 +37,12 @@ pub(crate) fn main() -> ExitCode {
             clap_complete::generate(shell, &mut command, "stb-run", &mut std::io::stdout());
             Ok(())
         }
+        Some(Command::Man { folder }) => {
+            // Without the instruction sets of this machine, which `--version` lists.
+            let command = Cli::command().version(env!("CARGO_PKG_VERSION"));
+            let done = clap_mangen::generate_to(command, &folder);
+            done.map_err(|e| stb_runtime::Error::io(&folder, e).into())
+        }
         Some(Command::Perplexity(args)) => {
             in_pool(args.load.threads, || evaluate::perplexity(&args))
         }

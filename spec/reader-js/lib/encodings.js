@@ -5,6 +5,7 @@ import { INT_GROUP, ODD_GROUP } from './int-group.js';
 import { MIXED_ROWS } from './mixed-rows.js';
 import { NM } from './nm.js';
 import { STBLLM } from './stbllm.js';
+import { TRELLIS } from './trellis.js';
 
 /**
  * @typedef {object} Content a payload and what is known about it
@@ -20,7 +21,7 @@ import { STBLLM } from './stbllm.js';
  * @property {boolean} matrix whether it is for tensors of two dimensions only
  * @property {(params: DataView, fail: (detail: string) => never) => any} settings reads params: STB-R-036
  * @property {(shape: number[], settings: any) => import('./layout.js').Shaped} shaped
- * @property {(content: Content) => Promise<void>} check STB-R-041 to 045, in the order of the encoding
+ * @property {(content: Content) => Promise<void>} check STB-R-041 to 046, in the order of the encoding
  * @property {(content: Content, first: number, end: number, out: Float32Array) => Promise<void>} decode weights of rows
  *   first..end; `out` is zero
  */
@@ -35,6 +36,7 @@ const ENCODINGS = new Map([
   [32, STBLLM],
   [48, NM],
   [64, MIXED_ROWS],
+  [80, TRELLIS],
 ]);
 
 /**

@@ -6,6 +6,7 @@ import { INT_GROUP, ODD_GROUP } from './int-group.js';
 import { findGap, layoutOf } from './layout.js';
 import { NM } from './nm.js';
 import { CHUNK, PartSource } from './source.js';
+import { TRELLIS } from './trellis.js';
 
 /** Encodings of the listed rows, by id. */
 const LISTED = new Map([
@@ -13,7 +14,7 @@ const LISTED = new Map([
   [17, ODD_GROUP],
 ]);
 /** Encodings of all rows, by id. */
-const ALL = new Map([...LISTED, [48, NM]]);
+const ALL = new Map([...LISTED, [48, NM], [80, TRELLIS]]);
 
 /** Entries of the list that are read at once to check it, and to find those of a range of rows. */
 const CHECK_BLOCK = CHUNK / 4;

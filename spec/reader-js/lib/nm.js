@@ -1,9 +1,9 @@
 /** N:M sparse signs, id 48: spec/encodings.md §5. */
 
-import { F16, finiteF16, isZero, viewOf } from './bytes.js';
+import { blockScale, TILE, unusedScalesAreZero, whyInvalid } from './block-scales.js';
+import { F16, finiteF16, viewOf } from './bytes.js';
 import { byWindows } from './windows.js';
 
-const TILE = 16;
 const VECTOR = 64;
 const QUADS = 8;
 /** Widths of the planes by bits of a code. */
@@ -48,21 +48,6 @@ function checkTile(layout, codes, base, rowsHere) {
   return clean;
 }
 
-/** Whether the block scales of rows that do not exist are zero; `scales` is that of one tile. */
-function unusedScalesAreZero(scales, scaleBits, rowsHere) {
-  for (let at = 0; at < scales.length; at += 2 * scaleBits) {
-    if (scaleBits === 8) {
-      if (!isZero(scales, at + rowsHere, at + TILE)) return false;
-      continue;
-    }
-    for (let k = 0; k < 8; k++) {
-      const used = (k < rowsHere ? 0x0f : 0) | (k + 8 < rowsHere ? 0xf0 : 0);
-      if (scales[at + k] & ~used) return false;
-    }
-  }
-  return true;
-}
-
 /** The codes of row `i` of a tile that begins at `base` into `row`, one element per group. */
 function unpackRow(layout, codes, base, i, row) {
   row.fill(0);
@@ -81,13 +66,6 @@ function unpackRow(layout, codes, base, i, row) {
     }
     shift += width;
   });
-}
-
-/** The multiplier of row `i` of a tile for block `k`; `at` is the first byte of the tile's block scales. */
-function blockScale(scales, at, k, scaleBits, i) {
-  const from = at + k * 2 * scaleBits;
-  const code = scaleBits === 8 ? scales[from + i] : (scales[from + (i % 8)] >> (i >= 8 ? 4 : 0)) & 15;
-  return (code + 1) / 2 ** scaleBits;
 }
 
 /**
@@ -123,9 +101,9 @@ const WINDOWED = {
     const block = params.getUint16(4, true);
     if (n !== 1 && n !== 2) fail(`nm has N ${n}`);
     if (m !== 4 && m !== 8) fail(`nm has M ${m}`);
-    if (![0, 4, 8].includes(scaleBits)) fail(`nm has block scales of ${scaleBits} bits`);
     if (flags > 1) fail(`nm has the flags ${flags}`);
-    if (scaleBits ? block === 0 || block % 32 : block) fail(`nm has blocks of ${block} with block scales of ${scaleBits} bits`);
+    const invalid = whyInvalid(scaleBits, block);
+    if (invalid) fail(`nm has ${invalid}`);
     if (params.getUint16(6, true) | params.getInt32(8, true) | params.getInt32(12, true)) fail('unused params of nm are not zero');
     return { n, m, scaleBits, factors: flags === 1, block };
   },
@@ -159,7 +137,7 @@ const WINDOWED = {
     for (let tile = 0; first + tile * TILE < end && !findings.unused; tile++) {
       const rowsHere = Math.min(TILE, end - first - tile * TILE);
       const scales = blockScales.subarray(tile * blockBytes, (tile + 1) * blockBytes);
-      if (rowsHere < TILE && scaleBits && !unusedScalesAreZero(scales, scaleBits, rowsHere)) {
+      if (!unusedScalesAreZero(scales, scaleBits, rowsHere)) {
         findings.unused = 'block scales of rows that do not exist';
       } else if (!checkTile(layout, codes, tile * tileBytes, rowsHere)) {
         findings.unused = `codes of the tile of row ${first + tile * TILE}`;

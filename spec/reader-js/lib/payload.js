@@ -25,7 +25,7 @@ function contentOf(encoding, { name, shape, settings }, payload) {
 }
 
 /**
- * Checks checksum and content of a payload: STB-R-040, and 041 to 045 if the encoding is known.
+ * Checks checksum and content of a payload: STB-R-040, and 041 to 046 if the encoding is known.
  * @param {Source} source
  * @param {Tensor} tensor
  * @returns {Promise<Source>} the payload, to decode from

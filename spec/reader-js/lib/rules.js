@@ -40,6 +40,7 @@ export const RULES = {
   'STB-R-043': { kind: 'invalid', title: 'each group of 8 weights keeps exactly as many as N:8 allows' },
   'STB-R-044': { kind: 'invalid', title: 'weights in salient columns use states 0, 1 and 2' },
   'STB-R-045': { kind: 'invalid', title: 'the listed rows of a matrix are ascending and exist' },
+  'STB-R-046': { kind: 'invalid', title: 'the largest entries of two tables of a trellis add up to at most 127' },
   'STB-R-050': { kind: 'unsupported', title: 'the encoding of a tensor to be decoded is known' },
   'STB-R-060': { kind: 'invalid', title: 'required model keys are present with the right type' },
   'STB-R-061': { kind: 'unsupported', title: 'the model architecture and its options are known' },

@@ -22,6 +22,7 @@ const WINDOW_LIMIT = 2 ** 30;
  * @property {{ rule: number, detail: string } | null} states
  * @property {string | null} unused where unused bits are not zero (STB-R-041)
  * @property {string | null} numbers where a number is not finite (STB-R-042)
+ * @property {string | null} tables which largest entries add up to more than is allowed (STB-R-046)
  */
 
 /**
@@ -75,17 +76,18 @@ export function byWindows(encoding) {
     shaped: encoding.shaped,
     async check({ name, layout, settings, payload }) {
       /** @type {Findings} */
-      const findings = { states: null, unused: null, numbers: null };
+      const findings = { states: null, unused: null, numbers: null, tables: null };
       for (const [first, end] of windows(layout, 0, layout.rows)) {
         const parts = await readParts(layout, payload, first, end);
         encoding.check(layout, settings, parts, first, end, findings);
         if (findings.states) break;
       }
-      const { states, numbers } = findings;
+      const { states, numbers, tables } = findings;
       if (states) throw broken(states.rule, `${name}: ${states.detail}`);
       const unused = findings.unused ?? (await findGap(layout, payload));
       require(unused === null, 41, `${name} has unused bits that are not zero (${unused})`);
       require(numbers === null, 42, `${name} has a number that is not finite (${numbers})`);
+      require(tables === null, 46, `${name} has tables whose largest entries add up to more than 127 (${tables})`);
     },
     async decode({ layout, settings, payload }, first, end, out) {
       for (const [from, to] of windows(layout, first, end)) {

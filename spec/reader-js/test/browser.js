@@ -104,7 +104,8 @@ export class Browser {
   async close() {
     this.#process.kill();
     await this.#ended;
-    rmSync(this.#profile, { recursive: true, force: true, maxRetries: 10 });
+    // Chromium's children may still write for a while after it has ended.
+    rmSync(this.#profile, { recursive: true, force: true, maxRetries: 40 });
   }
 
   async resize(width, height) {

@@ -30,7 +30,7 @@ for (const name of ['smallest', 'metadata', 'stbllm', 'model']) {
 
 test('a changed bit is refused with a rule wherever it is', async () => {
   const next = random(1);
-  for (const name of ['nm', 'stbllm', 'odd-group', 'deflated-model', 'decoder', 'unknown-section', 'mixed-rows']) {
+  for (const name of ['nm', 'stbllm', 'odd-group', 'deflated-model', 'decoder', 'unknown-section', 'mixed-rows', 'trellis']) {
     const bytes = vector(`valid/${name}.stb`);
     for (let i = 0; i < 60; i++) {
       const at = next(i % 2 ? bytes.length : 400);
@@ -46,7 +46,7 @@ test('a changed bit is refused with a rule wherever it is', async () => {
 test('changed bytes behind right checksums give a rule or a valid file, never another error', async () => {
   const next = random(2);
   const seen = new Set();
-  for (const name of ['nm', 'stbllm', 'odd-group', 'int-group', 'dense', 'metadata', 'deflated', 'deflated-model', 'model', 'decoder', 'mixed-rows']) {
+  for (const name of ['nm', 'stbllm', 'odd-group', 'int-group', 'dense', 'metadata', 'deflated', 'deflated-model', 'model', 'decoder', 'mixed-rows', 'trellis']) {
     const original = vector(`valid/${name}.stb`);
     const view = new DataView(original.buffer);
     const sections = [0, 1, 2].map((i) => [8, 16].map((field) => Number(view.getBigUint64(64 + 48 * i + field, true))));

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { Browser, findChromium } from './browser.js';
-import { build, mixedRows, serve, vector } from './support.js';
+import { build, mixedRows, serve, trellis, vector } from './support.js';
 
 const FOLDER = new URL('../', import.meta.url);
 const chromium = findChromium();
@@ -20,6 +20,7 @@ const hostile = build(
     { name: HOSTILE.replaceAll(' ', '/'), shape: [4], encoding: 2, payload: f16(0x3c00, 0xbc00, 0, 0x4000) },
     { name: 'of-an-unknown-encoding', shape: [2, 2], encoding: 0x80000001, payload: Uint8Array.of(1, 2, 3) },
     mixedRows(5, 32, [1, 4]),
+    trellis([1, 4], [3, 2], { tables: new Uint8Array(64), rowScales: Uint16Array.of(0x3c00), streams: new Uint8Array(24) }),
   ],
   {
     'x.text': `${HOSTILE}\u202e\u0007`,
@@ -103,6 +104,7 @@ test('what a file says is text, and invisible characters are spelled out', { ski
   assert.ok(shown.includes('18446744073709551615'));
   assert.ok(shown.includes('unknown (2147483649)'));
   assert.ok(shown.includes('mixed rows: odd group of 32, 1-bit; 2 listed as int group of 32, 8-bit'));
+  assert.ok(shown.includes('trellis 3/2'));
   assert.ok(shown.includes('not usable'));
   await click('summary');
   await browser.wait(`document.querySelector('pre').textContent.length === 20000`);

@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { open, StbError, verdictOf, Xxh3, xxh3 } from '../index.js';
-import { build, MANIFEST, mixedRows, random, vector } from './support.js';
+import { build, MANIFEST, mixedRows, random, trellis, vector } from './support.js';
 
 test('checksums are those of checksum.md, in one piece and in many', () => {
   const page = readFileSync(new URL('../../checksum.md', import.meta.url), 'utf8');
@@ -68,6 +68,46 @@ test('listed rows that are read in several pieces decode as in one', async () =>
   assert.equal(Buffer.compare(Buffer.from(weights.buffer), Buffer.from(expected.buffer)), 0);
   const part = await file.decode('mixed', { firstRow: 17000, rows: 20000 });
   assert.equal(Buffer.compare(Buffer.from(part.buffer), Buffer.from(expected.slice(17000 * cols, 37000 * cols).buffer)), 0);
+});
+
+test('the example of trellis codes', async () => {
+  const streams = new Uint8Array(16);
+  streams.set([0x1b, 0xe4]);
+  const tables = Uint8Array.from({ length: 32 }, (_, i) => (i < 16 ? i : 40 + i));
+  const given = trellis([1, 4], [2, 1], { tables, rowScales: Uint16Array.of(0x4000), streams });
+  assert.equal(given.payload.length, 144);
+  const file = await open(build([given]));
+  assert.deepEqual([...(await file.decode('trellis'))], [26, 8, -4, 2]);
+  await file.verify();
+});
+
+test('trellis codes that are read in several pieces decode as the pseudo-code says', async () => {
+  const next = random(8);
+  const [rows, cols, k, v] = [7001, 2045, 5, 2];
+  const units = Math.ceil(cols / (4 * v));
+  const streams = Uint8Array.from({ length: Math.ceil(rows / 16) * units * 8 * k }, () => next(256));
+  const tables = Uint8Array.from({ length: v * 32 }, () => next(64));
+  const rowScales = Uint16Array.from({ length: rows }, (_, r) => (r % 2 ? 0x3c00 : 0xc000));
+  const file = await open(new Blob([build([trellis([rows, cols], [k, v], { tables, rowScales, streams })])]));
+  const weight = (r, c) => {
+    const [unit, column] = [Math.floor(c / (4 * v)), c % (4 * v)];
+    const from = (Math.floor(r / 16) * units + unit) * 8 * k;
+    let w = 0;
+    for (let bit = 0; bit < 8; bit++) {
+      const n = (k * ((r % 16) * 4 + (column % 4)) + bit) % (64 * k);
+      w |= ((streams[from + (n >> 3)] >> (n & 7)) & 1) << bit;
+    }
+    const pair = 32 * Math.floor(column / 4);
+    return (tables[pair + (w & 15)] + tables[pair + 16 + ((w ^ (w >> 4)) & 15)] - 64) * (r % 2 ? 1 : -2);
+  };
+  const [firstRow, count] = [5003, 1998];
+  const weights = await file.decode('trellis', { firstRow, rows: count });
+  for (let i = 0; i < 20000; i++) {
+    const [r, c] = [next(count), next(cols)];
+    assert.equal(weights[r * cols + c], weight(firstRow + r, c), `row ${firstRow + r}, column ${c}`);
+  }
+  const whole = await file.decode('trellis');
+  assert.equal(Buffer.compare(Buffer.from(weights.buffer), Buffer.from(whole.buffer, firstRow * cols * 4, count * cols * 4)), 0);
 });
 
 test('bytes, buffers and blobs are opened', async () => {

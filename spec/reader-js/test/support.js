@@ -146,6 +146,19 @@ export function repair(bytes) {
   view.setBigUint64(4088, xxh3(bytes.subarray(0, 4088)), true);
 }
 
+/** A payload: segments, each from a multiple of 64 on. @param {...(Uint8Array | Uint16Array | Uint32Array)} segments */
+function payloadOf(...segments) {
+  const starts = [];
+  let end = 0;
+  for (const { byteLength } of segments) {
+    starts.push(up(end, 64));
+    end = starts.at(-1) + byteLength;
+  }
+  const bytes = new Uint8Array(end);
+  segments.forEach(({ buffer }, i) => bytes.set(new Uint8Array(buffer), starts[i]));
+  return bytes;
+}
+
 /**
  * A table of mixed rows: all rows have the weight 1, the listed ones their place in the list, from −128 to 127 again and again.
  * @param {number} rows
@@ -154,17 +167,6 @@ export function repair(bytes) {
  * @returns {Given}
  */
 export function mixedRows(rows, cols, list) {
-  const payloadOf = (...segments) => {
-    const starts = [];
-    let end = 0;
-    for (const { byteLength } of segments) {
-      starts.push(up(end, 64));
-      end = starts.at(-1) + byteLength;
-    }
-    const bytes = new Uint8Array(end);
-    segments.forEach(({ buffer }, i) => bytes.set(new Uint8Array(buffer), starts[i]));
-    return bytes;
-  };
   const ones = (count) => new Uint16Array(count * (cols / 32)).fill(0x3c00);
   const codes = new Uint8Array(list.length * cols);
   for (let i = 0; i < list.length; i++) codes.fill(i - 128, i * cols, (i + 1) * cols);
@@ -172,6 +174,18 @@ export function mixedRows(rows, cols, list) {
   const all = payloadOf(new Uint8Array((rows * cols) / 8).fill(255), ones(rows));
   const params = [...new Uint8Array(Uint32Array.of(list.length).buffer), 16, 17, 8, 0, 32, 0, 1, 0, 32, 0, 0, 0];
   return { name: 'mixed', shape: [rows, cols], encoding: 64, params, payload: payloadOf(Uint32Array.from(list), listed, all) };
+}
+
+/**
+ * A matrix of trellis codes without block scales.
+ * @param {[number, number]} shape
+ * @param {[number, number]} step its bits and its weights
+ * @param {{ tables: Uint8Array, rowScales: Uint16Array, streams: Uint8Array }} segments
+ * @returns {Given}
+ */
+export function trellis(shape, step, { tables, rowScales, streams }) {
+  const payload = payloadOf(tables, rowScales, new Uint8Array(0), streams);
+  return { name: 'trellis', shape, encoding: 80, params: step, payload };
 }
 
 const TYPES = { '.html': 'text/html', '.js': 'text/javascript', '.css': 'text/css' };

@@ -10,10 +10,11 @@ use stb_convert::calibration::CalibrationText;
 use stb_convert::hessian::{Factor, Hessian};
 use stb_convert::quantize::int_group::IntOptions;
 use stb_convert::quantize::nm::NmOptions;
+use stb_convert::quantize::trellis::TrellisOptions;
 use stb_convert::quantize::{Input, LinearQuantizer, Packed, relative_error};
 use stb_convert::recipe::Calibration;
 use stb_format::arch::{InputMap, LinearInput};
-use stb_format::encoding::{IntGroup, Nm};
+use stb_format::encoding::{IntGroup, Nm, Trellis, TrellisRate};
 use stb_kernels::Isa;
 use stb_random::Rng;
 use stb_runtime::{Checkpoint, Engine, Observer};
@@ -83,6 +84,7 @@ impl Layer {
         let Packed { encoding, payload, .. } = match method {
             Method::Nm(spec) => NmOptions { spec, sweeps: 4, refit: true }.quantize(&input, None),
             Method::Int(spec) => IntOptions::full(spec, 4).quantize(&input, None),
+            Method::Trellis(spec) => TrellisOptions { spec, sweeps: 2 }.quantize(&input, None),
         }?;
         let stored = encoding.view(self.rows as u64, self.cols as u64, &payload)?.decode();
         Ok(relative_error(&input, &stored)?)
@@ -112,6 +114,7 @@ impl Layer {
 enum Method {
     Nm(Nm),
     Int(IntGroup),
+    Trellis(Trellis),
 }
 
 /// Bits per weight of an N:M code with signs, in whole bits per group, and a 4-bit scale per block.
@@ -208,6 +211,16 @@ fn main() -> anyhow::Result<()> {
         print(&format!(
             "| int{bits}, group {group} | {rate:.3} | {:.3} | | {first} | | {second} | {third} |\n",
             2f64.powf(-2.0 * rate)
+        ));
+    }
+    for rate in TrellisRate::ALL {
+        let (step_bits, step_weights) = (rate.step_bits() as u8, rate.step_weights() as u8);
+        let Some(spec) = Trellis::new(step_bits, step_weights, 4, BLOCK as u16) else { continue };
+        let [first, second, third] = encoder(Method::Trellis(spec), &normal, &plain, &calibrated)?;
+        let bits = f64::from(step_bits) / f64::from(step_weights) + 4.0 / BLOCK as f64;
+        print(&format!(
+            "| trellis {step_bits}/{step_weights} | {bits:.3} | {:.3} | | {first} | | {second} | {third} |\n",
+            2f64.powf(-2.0 * bits)
         ));
     }
     two_levels(&normal, &plain)?;

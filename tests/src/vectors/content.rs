@@ -2,7 +2,7 @@
 
 use stb_format::encoding::{
     CoarseRows, IntGroup, IntGroupParts, MixedRows, MixedRowsParts, Nm, NmParts, Stbllm,
-    StbllmParts,
+    StbllmParts, Trellis, TrellisParts,
 };
 use stb_format::half::f16;
 
@@ -56,6 +56,28 @@ pub(crate) fn nm(rng: &mut Rng, spec: Nm, rows: usize, cols: usize) -> NmParts {
     }
 }
 
+pub(crate) fn trellis(rng: &mut Rng, spec: Trellis, rows: usize, cols: usize) -> TrellisParts {
+    let blocks = if spec.block() == 0 { 0 } else { cols.div_ceil(spec.block()) };
+    let scale_codes = 1usize << spec.scale_bits();
+    let streams = rows.div_ceil(16) * cols.div_ceil(spec.unit_cols()) * spec.unit_bytes();
+    let mut table = |end: usize| {
+        let mut table = [0; 16];
+        table.fill_with(|| rng.below(end) as u8);
+        table
+    };
+    // The largest entries of a pair add up to at most 127.
+    let tables = (0..spec.step_weights()).map(|_| [table(75), table(54)]).collect();
+    TrellisParts {
+        spec,
+        rows,
+        cols,
+        tables,
+        row_scales: scales(rng, rows),
+        block_codes: (0..rows * blocks).map(|_| rng.below(scale_codes) as u8).collect(),
+        streams: (0..streams).map(|_| rng.below(256) as u8).collect(),
+    }
+}
+
 /// The listed rows are spread evenly; the first one is in the middle of the first stretch.
 pub(crate) fn mixed_rows(
     rng: &mut Rng,
@@ -69,6 +91,7 @@ pub(crate) fn mixed_rows(
     let coarse = match spec.coarse() {
         CoarseRows::IntGroup(spec) => int_group(rng, spec, rows, cols).pack(),
         CoarseRows::Nm(spec) => nm(rng, spec, rows, cols).pack(),
+        CoarseRows::Trellis(spec) => trellis(rng, spec, rows, cols).pack(),
     };
     MixedRowsParts { spec, listed, fine, coarse }
 }

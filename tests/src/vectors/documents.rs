@@ -38,6 +38,7 @@ pub fn registry() -> Value {
             { "id": 32, "name": "stbllm" },
             { "id": 48, "name": "nm" },
             { "id": 64, "name": "mixed rows" },
+            { "id": 80, "name": "trellis" },
             { "from": 0x8000_0000u32, "to": 0xffff_ffffu32, "name": "private use" },
         ],
         "value_types": [

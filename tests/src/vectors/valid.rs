@@ -3,7 +3,9 @@
 use std::io::Cursor;
 
 use stb_format::arch::TensorSpec;
-use stb_format::encoding::{CoarseRows, Dense, Encoding, IntGroup, MixedRows, Nm, Stbllm};
+use stb_format::encoding::{
+    CoarseRows, Dense, Encoding, IntGroup, MixedRows, Nm, Stbllm, Trellis, TrellisRate,
+};
 use stb_format::{File, Meta, ModelSpec, RopeScaling, Value, ValueRef, Writer};
 
 use super::vector::Vector;
@@ -99,16 +101,37 @@ pub(super) fn nm_tensors() -> Tensors {
     tensors
 }
 
+pub(super) fn trellis_tensors() -> Tensors {
+    let mut rng = Rng(80);
+    let mut tensors = Vec::new();
+    let scales = [(0, 0), (4, 32), (8, 64), (4, 128)];
+    for rate in TrellisRate::ALL {
+        let (k, v) = (rate.step_bits() as u8, rate.step_weights() as u8);
+        for (bits, block) in scales {
+            for (rows, cols) in [(1, 8), (17, 172), (16, 352), (33, 301)] {
+                let spec = Trellis::new(k, v, bits, block).expect("valid parameters");
+                let payload = content::trellis(&mut rng, spec, rows, cols).pack();
+                let name = format!("trellis.{k}.{v}.b{block}.s{bits}.{rows}x{cols}");
+                let shape = vec![rows as u64, cols as u64];
+                tensors.push((name, shape, Encoding::Trellis(spec), payload));
+            }
+        }
+    }
+    tensors
+}
+
 /// All kinds of parts; one row, some and all rows listed.
 pub(super) fn mixed_tensors() -> Tensors {
     let mut rng = Rng(64);
     let int = |bits, group| IntGroup::new(bits, group).expect("valid parameters");
     let nm = |n, m, bits, block| Nm::new(n, m, bits, block, false).expect("valid parameters");
+    let trellis = |k, v, bits, block| Trellis::new(k, v, bits, block).expect("valid parameters");
     let parts = [
         (int(8, 32), CoarseRows::IntGroup(int(1, 128))),
         (int(4, 64), CoarseRows::Nm(nm(2, 8, 4, 128))),
         (int(3, 128), CoarseRows::Nm(nm(1, 4, 0, 0))),
         (int(2, 64), CoarseRows::IntGroup(int(4, 32))),
+        (int(8, 64), CoarseRows::Trellis(trellis(2, 1, 4, 128))),
     ];
     let mut tensors = Vec::new();
     for (k, (fine, coarse)) in parts.into_iter().enumerate() {
@@ -343,6 +366,11 @@ pub fn valid() -> Vec<Vector> {
             "nm",
             "every N:M and kind of scale, ragged tiles, quads, chunks and blocks",
             file(&nm_tensors(), &none),
+        ),
+        (
+            "trellis",
+            "every rate and kind of scale, ragged tiles, units and blocks",
+            file(&trellis_tensors(), &none),
         ),
         (
             "mixed-rows",

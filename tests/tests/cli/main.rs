@@ -1,5 +1,6 @@
 //! Error messages, and the output that pipes and scripts rely on.
 
+mod card;
 mod chat;
 mod newcomers;
 
@@ -47,6 +48,7 @@ fn readers<'a>(file: &'a str, other: &'a str, new: &'a str) -> Vec<(&'static str
         ("stb-convert", vec!["inspect", file]),
         ("stb-convert", vec!["verify", file]),
         ("stb-convert", vec!["export", file, new]),
+        ("stb-convert", vec!["card", file, "-o", new]),
     ]
 }
 
@@ -382,6 +384,7 @@ fn help_texts_are_as_committed() {
         ("stb-run", vec!["serve", "--help"], "stb-run-serve.txt"),
         ("stb-convert", vec!["--help"], "stb-convert.txt"),
         ("stb-convert", vec!["recipes"], "stb-convert-recipes.txt"),
+        ("stb-convert", vec!["card", "--help"], "stb-convert-card.txt"),
         ("stb-convert", vec!["study", "--help"], "stb-convert-study.txt"),
         ("stb-convert", vec!["flips", "--help"], "stb-convert-flips.txt"),
     ] {

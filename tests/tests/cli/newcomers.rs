@@ -187,6 +187,9 @@ fn options_of_llama_cpp_are_understood() {
     let unlimited = run("stb-run", &args);
     assert!(unlimited.err.contains("\"finish\":\"context\""), "{}", unlimited.err);
     let _ = unlimited.success();
+    // Both name the same option.
+    let chat = ["-m", text(&file), "-i", "-cnv", "-p", "a", "-n", "8", "--temp", "0"];
+    let _ = run("stb-run", &chat).success();
     let error = run("stb-run", &["-m", text(&file), text(&file)]).failure(2);
     assert!(error.contains("--model"), "{error}");
 }

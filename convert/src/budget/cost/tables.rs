@@ -103,7 +103,7 @@ impl TableCosts<'_> {
         let ratio = |left: f64, all: f64| if all > 0.0 { left / all } else { 0.0 };
         let mut measured = Vec::new();
         for method in Method::candidates(cols) {
-            let packed = hessian.quantize(self.isa.into(), &values, method)?;
+            let packed = hessian.quantize(self.isa.into(), &values, method.for_estimates())?;
             let stored = decode(&packed, rows.len(), cols);
             let errors: Vec<f32> = values.iter().zip(&stored).map(|(w, q)| w - q).collect();
             let left = hessian.row_losses(self.isa, rows.iter().copied(), &errors);

@@ -9,6 +9,7 @@ use std::arch::x86_64::*;
 
 use super::bytes::{Bytes, Task};
 use super::simd::Simd;
+use super::x86_stream;
 
 /// Exists only on machines with AVX2, FMA, F16C and BMI2.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -137,6 +138,12 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn min(self, a: Floats8x2, b: Floats8x2) -> Floats8x2 {
         both!(_mm256_min_ps, a, b)
+    }
+
+    #[inline(always)]
+    fn select_less(self, a: Floats8x2, b: Floats8x2, x: Floats8x2, y: Floats8x2) -> Floats8x2 {
+        let less = |i: usize| values!(_mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i]));
+        values!([_mm256_blendv_ps(y[0], x[0], less(0)), _mm256_blendv_ps(y[1], x[1], less(1))])
     }
 
     #[inline(always)]
@@ -419,6 +426,20 @@ impl Bytes for Avx2 {
     #[inline(always)]
     fn lookup_b(self, table: Ints8x2, index: Ints8x2) -> Ints8x2 {
         both!(_mm256_shuffle_epi8, table, index)
+    }
+
+    #[inline(always)]
+    fn load_stream<const BITS: usize>(self, stream: &[[u8; 8]; BITS]) -> Ints8x2 {
+        let [a, b, c, d] = values!(x86_stream::lanes(stream));
+        values!([_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)])
+    }
+
+    #[inline(always)]
+    fn high_products(self, a: Ints8x2, b: Ints8x2, factors: [Ints8x2; 2]) -> Ints8x2 {
+        let (low, high) =
+            (both!(_mm256_mullo_epi16, a, factors[0]), both!(_mm256_mullo_epi16, b, factors[1]));
+        let first = values!([_mm256_srli_epi16::<8>(low[0]), _mm256_srli_epi16::<8>(low[1])]);
+        self.or_b(first, self.and_b(high, self.splat_word([0, 255, 0, 255])))
     }
 
     #[inline(always)]

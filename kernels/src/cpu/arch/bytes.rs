@@ -3,6 +3,7 @@
 use std::ops::{Deref, DerefMut};
 
 use super::simd::Simd;
+use super::windows::Windows;
 
 /// A computation that is written once for all instruction sets.
 pub(crate) trait Task {
@@ -116,6 +117,19 @@ pub(crate) trait Bytes: Simd {
     /// indices are below 16.
     fn lookup_b(self, table: Self::B, index: Self::B) -> Self::B;
 
+    /// Lane l has 16 bytes of the stream that contain the bits from 16·`BITS`·l to 16·`BITS`·(l + 1) + 7; see [`Windows`]
+    /// for the order.
+    fn load_stream<const BITS: usize>(self, stream: &[[u8; 8]; BITS]) -> Self::B;
+    /// Of 16-bit numbers: byte 2i is the high byte of `first[i]` · `factors[0][i]`, and byte 2i + 1 that of
+    /// `second[i]` · `factors[1][i]`; products are modulo 2^16.
+    fn high_products(self, first: Self::B, second: Self::B, factors: [Self::B; 2]) -> Self::B;
+    /// Byte i is the 8 bits from bit `BITS`·i of the stream, which is circular; the lowest bit of a byte is its first.
+    /// `BITS` ≤ 5.
+    #[inline(always)]
+    fn windows<const BITS: usize>(self, stream: &[[u8; 8]; BITS]) -> Self::B {
+        windows_of_lanes(self, stream)
+    }
+
     /// Byte r of lane g of vector q is byte 4q + g of `words[r]`, the lowest being byte 0.
     fn transpose(self, words: &[u64; 16]) -> [Self::B; 2];
 
@@ -202,6 +216,24 @@ pub(crate) trait Bytes: Simd {
     fn with_tiles<T: TileTask>(self, _task: T) -> Option<T::Output> {
         None
     }
+}
+
+/// [`Bytes::windows`] by look-ups within lanes.
+#[inline(always)]
+pub(super) fn windows_of_lanes<S: Bytes, const BITS: usize>(
+    s: S,
+    stream: &[[u8; 8]; BITS],
+) -> S::B {
+    let lanes = s.load_stream(stream);
+    let first = s.lookup_b(lanes, s.load_b(&Windows::<BITS>::FIRST_BYTES));
+    let second = if Windows::<BITS>::TOGETHER {
+        first
+    } else {
+        s.lookup_b(lanes, s.load_b(&Windows::<BITS>::SECOND_BYTES))
+    };
+    let factors =
+        [s.load_b(&Windows::<BITS>::FIRST_FACTORS), s.load_b(&Windows::<BITS>::SECOND_FACTORS)];
+    s.high_products(first, second, factors)
 }
 
 /// Columns of a product of tiles.

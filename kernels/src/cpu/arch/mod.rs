@@ -16,3 +16,6 @@ pub(crate) mod simd;
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod vbmi;
+mod windows;
+#[cfg(target_arch = "x86_64")]
+mod x86_stream;

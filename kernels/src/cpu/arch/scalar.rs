@@ -4,6 +4,7 @@ use stb_format::half::f16;
 
 use super::bytes::{Bytes, Task};
 use super::simd::Simd;
+use super::windows::Windows;
 
 /// Runs everywhere.
 #[derive(Clone, Copy)]
@@ -91,6 +92,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn min(self, a: Self::F, b: Self::F) -> Self::F {
         zip(a, b, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn select_less(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F {
+        std::array::from_fn(|i| if a[i] < b[i] { x[i] } else { y[i] })
     }
 
     #[inline(always)]
@@ -297,6 +303,25 @@ impl Bytes for Scalar {
             }
         }
         out
+    }
+
+    #[inline(always)]
+    fn load_stream<const BITS: usize>(self, stream: &[[u8; 8]; BITS]) -> Self::B {
+        let bytes = stream.as_flattened();
+        std::array::from_fn(|i| {
+            let skipped = usize::from(i / 16 == 3 && bytes.len() > 16);
+            bytes[(Windows::<BITS>::STARTS[i / 16] + skipped + i % 16) % bytes.len()]
+        })
+    }
+
+    #[inline(always)]
+    fn high_products(self, first: Self::B, second: Self::B, factors: [Self::B; 2]) -> Self::B {
+        let word = |v: &Self::B, i: usize| u16::from_le_bytes([v[i / 2 * 2], v[i / 2 * 2 + 1]]);
+        std::array::from_fn(|i| {
+            let (v, factors) =
+                if i % 2 == 0 { (&first, &factors[0]) } else { (&second, &factors[1]) };
+            word(v, i).wrapping_mul(word(factors, i)).to_le_bytes()[1]
+        })
     }
 
     #[inline(always)]

@@ -1,6 +1,7 @@
 //! Compares every vector operation of every instruction set of this machine with the portable code, bit for
 //! bit, including special values that instructions treat differently.
 
+use stb_format::encoding::trellis::window;
 use stb_random::Rng;
 
 use super::bytes::{Bytes, MAX_DOTS, MAX_SMALL, NONE, Task};
@@ -60,6 +61,22 @@ fn from_ints<S: Simd>(s: S, v: [u32; 16]) -> S::I {
     s.cast_i(s.load(&v.map(f32::from_bits)))
 }
 
+/// Windows of random streams of each number of bits per step, against the definition in the format.
+#[inline(always)]
+fn check_windows<S: Bytes>(s: S, rng: &mut Rng, name: &str) {
+    macro_rules! streams {
+        ($($bits:literal)+) => {$(
+            let stream: [[u8; 8]; $bits] = std::array::from_fn(|_| rng.bytes());
+            let expected: [u8; 64] =
+                std::array::from_fn(|step| window(stream.as_flattened(), $bits, step));
+            let mut found = [0; 64];
+            s.store_b(s.windows(&stream), &mut found);
+            assert_eq!(found, expected, "{name}: windows of {} bits", $bits);
+        )+};
+    }
+    streams!(1 2 3 4 5);
+}
+
 struct FloatChecks(&'static str);
 
 impl Task for FloatChecks {
@@ -83,6 +100,7 @@ impl Task for FloatChecks {
             check!(mul, a, b);
             check!(div, a, b);
             check!(mul_add, a, b, c);
+            check!(select_less, a, b, c, a);
             check!(round, a);
             let max = check!(max, a, b);
             let min = check!(min, a, b);
@@ -234,6 +252,10 @@ impl Task for ByteChecks {
             let words: [u64; 16] = std::array::from_fn(|_| rng.bits());
             let found = s.transpose(&words).map(|v| Self::out(s, v));
             assert_eq!(found, Scalar.transpose(&words), "{name} transpose");
+
+            let found = Self::out(s, s.high_products(va, vb, [vb, va]));
+            assert_eq!(found, Scalar.high_products(a, b, [b, a]), "{name} high_products");
+            check_windows(s, &mut rng, name);
 
             let u = a.map(|v| v & 127);
             let start: [u32; 16] = std::array::from_fn(|_| rng.bits() as u32);

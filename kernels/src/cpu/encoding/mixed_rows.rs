@@ -25,6 +25,7 @@ fn coarse<'m>(matrix: &'m MixedRowsView<'_>) -> &'m dyn PackedMatrix {
     match &matrix.coarse {
         CoarseRowsView::IntGroup(view) => view,
         CoarseRowsView::Nm(view) => view,
+        CoarseRowsView::Trellis(view) => view,
     }
 }
 

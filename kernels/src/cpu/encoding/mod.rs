@@ -2,12 +2,16 @@
 
 mod batch;
 mod dense;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
+mod expanded_amx;
 mod gemm_task;
 mod int_group;
 mod mixed_rows;
 mod nm;
 mod row_major;
 mod stbllm;
+mod tile_scales;
+mod trellis;
 
 use stb_format::encoding::MatrixView;
 
@@ -24,5 +28,6 @@ pub fn packed<'m>(view: &'m MatrixView<'_>) -> &'m dyn PackedMatrix {
         MatrixView::Stbllm(matrix) => matrix,
         MatrixView::Nm(matrix) => matrix,
         MatrixView::MixedRows(matrix) => matrix,
+        MatrixView::Trellis(matrix) => matrix,
     }
 }

@@ -6,6 +6,7 @@ pub(crate) mod panels;
 pub mod probe;
 pub(crate) mod q8;
 pub(crate) mod q8_batch;
+pub mod trellis;
 mod vector;
 
 pub use activation::{activate, activate_mul, soft_cap};

@@ -11,6 +11,7 @@ mod mixed_rows;
 mod nm;
 mod rows;
 mod stbllm;
+mod trellis;
 
 use stb_format::encoding::{Encoding, MatrixView};
 
@@ -59,6 +60,7 @@ registry! {
     IntGroup
     Stbllm
     Nm
+    Trellis
 }
 
 impl MatrixParams {

@@ -3,7 +3,7 @@
 use stb_format::encoding::{Dense, Encoding};
 use stb_format::{Rule, Value};
 
-use super::tables::{int_file, mixed_file, nm_file, pair, single, stbllm_file};
+use super::tables::{int_file, mixed_file, nm_file, pair, single, stbllm_file, trellis_file};
 use crate::vectors::patch::*;
 use crate::vectors::valid;
 use crate::vectors::vector::VectorList;
@@ -63,7 +63,32 @@ pub(super) fn payloads(list: &mut VectorList) {
     let scaled = nm_file(1, 8, 1, 40, 4, false);
     edit(padding, "nm-scale", "a scale of a row that does not exist", &scaled, &|p| p[64] |= 0x10);
 
+    // 1 x 40: tables at 0, 32 bytes; the row scale at 64, two block scales of 8 bytes at 128, streams at 192.
+    let trellis = trellis_file(2, 1, 1, 40, 4);
+    edit(padding, "trellis-segment", "a byte between tables and row scales", &trellis, &|p| {
+        p[32] = 1
+    });
+    edit(padding, "trellis-scale", "a scale of a row that does not exist", &trellis, &|p| {
+        p[128] |= 0x10
+    });
+    let tables = Rule::TrellisTables;
+    edit(tables, "sum", "largest entries of two tables that add up to 128", &trellis, &|p| {
+        p[..32].fill(64)
+    });
+    let both = "the same, and an infinite row scale, which is checked first";
+    edit(Rule::PayloadFinite, "trellis-scale-and-sum", both, &trellis, &|p| {
+        p[..32].fill(64);
+        p[64..66].copy_from_slice(&[0, 0x7c]);
+    });
+    let pairs = trellis_file(3, 2, 1, 40, 0);
+    edit(tables, "second", "the same of the second weight of a step", &pairs, &|p| {
+        p[32..64].fill(255)
+    });
+
     let finite = Rule::PayloadFinite;
+    edit(finite, "trellis-row-scale", "an infinite row scale", &trellis, &|p| {
+        p[64..66].copy_from_slice(&[0, 0x7c])
+    });
     let nan = f32::NAN.to_le_bytes();
     edit(finite, "f32-nan", "a weight that is no number", &base, &|p| {
         p[4..8].copy_from_slice(&nan)

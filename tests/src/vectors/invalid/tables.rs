@@ -1,6 +1,6 @@
 //! Metadata, the tensor table and the parameters of encodings.
 
-use stb_format::encoding::{CoarseRows, Dense, Encoding, IntGroup, MixedRows, Nm, Stbllm};
+use stb_format::encoding::{CoarseRows, Dense, Encoding, IntGroup, MixedRows, Nm, Stbllm, Trellis};
 use stb_format::{Meta, Rule};
 
 use crate::vectors::patch::*;
@@ -259,6 +259,13 @@ pub(super) fn nm_file(n: u8, m: u8, rows: usize, cols: usize, bits: u8, factors:
     single([rows, cols], Encoding::Nm(spec), payload)
 }
 
+pub(super) fn trellis_file(k: u8, v: u8, rows: usize, cols: usize, bits: u8) -> Vec<u8> {
+    let block = if bits == 0 { 0 } else { 32 };
+    let spec = Trellis::new(k, v, bits, block).expect("valid parameters");
+    let payload = content::trellis(&mut Rng(6), spec, rows, cols).pack();
+    single([rows, cols], Encoding::Trellis(spec), payload)
+}
+
 /// Rows 0 and 2 of 3 with 8 bits, and all rows with 1 bit.
 pub(super) fn mixed_file() -> Vec<u8> {
     let spec = |bits| IntGroup::new(bits, 32).expect("valid parameters");
@@ -294,6 +301,16 @@ pub(super) fn encodings(list: &mut VectorList) {
     add("nm-scale-bits", "scales of 5 bits", &nm, 2, 5);
     add("nm-flags", "a flag that has no meaning", &nm, 3, 2);
     add("nm-block", "scale bits without a block", &nm, 4, 0);
+    let trellis = trellis_file(2, 1, 2, 40, 4);
+    add("trellis-step-bits", "steps of 6 bits", &trellis, 0, 6);
+    add("trellis-step-weights", "steps of 2 bits and 2 weights", &trellis, 1, 2);
+    let pairs = trellis_file(3, 2, 2, 40, 4);
+    add("trellis-pair", "steps of 4 bits and 2 weights", &pairs, 0, 4);
+    add("trellis-block-33", "blocks of 33 columns", &pairs, 4, 33);
+    add("trellis-padding", "a byte after the parameters", &pairs, 15, 1);
+    add("trellis-scale-bits", "scales of 5 bits", &trellis, 2, 5);
+    add("trellis-reserved", "a reserved byte of trellis codes", &trellis, 3, 1);
+    add("trellis-block", "scale bits without a block", &trellis, 4, 0);
     let mixed = mixed_file();
     add("mixed-count", "no listed row", &mixed, 0, 0);
     add("mixed-listed-id", "listed rows of N:M signs", &mixed, 4, 48);
@@ -325,6 +342,11 @@ pub(super) fn encodings(list: &mut VectorList) {
         put64(t, 16 + 48, 1);
     });
     list.add(Rule::EncodingShape, "nm-3-dims", "N:M codes of three dimensions", deep);
+    let deep = with_table(&trellis, |t| {
+        t[16 + 6] = 3;
+        put64(t, 16 + 48, 1);
+    });
+    list.add(Rule::EncodingShape, "trellis-3-dims", "trellis codes of three dimensions", deep);
     let other = with_table(&int_file(2, 4, 40), |t| t[32] = 3);
     list.add(Rule::TensorLength, "odd-3-bits", "payload of 2 bits, parameters of 3", other);
     let deep = with_table(&mixed, |t| {

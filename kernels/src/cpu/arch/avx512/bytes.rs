@@ -4,9 +4,11 @@ use std::arch::x86_64::*;
 
 use super::super::amx::{self, AmxTiles};
 use super::super::avx2::{self, Avx2};
-use super::super::bytes::{Bytes, Task, TileTask};
+use super::super::bytes::{Bytes, Task, TileTask, windows_of_lanes};
 use super::super::simd::Simd;
 use super::super::vbmi;
+use super::super::windows::Windows;
+use super::super::x86_stream;
 use super::{AMX, Avx512, VBMI, enter, enter_vbmi};
 
 impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
@@ -97,6 +99,43 @@ impl<const LEVEL: u8> Bytes for Avx512<LEVEL> {
     #[inline(always)]
     fn lookup_b(self, table: __m512i, index: __m512i) -> __m512i {
         values!(_mm512_shuffle_epi8(table, index))
+    }
+
+    #[inline(always)]
+    fn load_stream<const BITS: usize>(self, stream: &[[u8; 8]; BITS]) -> __m512i {
+        // SAFETY: `self` exists only where all features of the older set have been detected as well.
+        let [a, b, c, d] = unsafe { x86_stream::lanes(stream) };
+        values!({
+            let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
+            _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(low, c), d)
+        })
+    }
+
+    #[inline(always)]
+    fn high_products(self, a: __m512i, b: __m512i, factors: [__m512i; 2]) -> __m512i {
+        values!({
+            let first = _mm512_srli_epi16::<8>(_mm512_mullo_epi16(a, factors[0]));
+            let second = _mm512_mullo_epi16(b, factors[1]);
+            _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, first, second)
+        })
+    }
+
+    #[inline(always)]
+    fn windows<const BITS: usize>(self, stream: &[[u8; 8]; BITS]) -> __m512i {
+        if LEVEL < VBMI {
+            return windows_of_lanes(self, stream);
+        }
+        let bits = self.load_b(&Windows::<BITS>::WORD_BITS);
+        if BITS == 1 {
+            // The stream is one word, in which the instruction shifts around.
+            let word = values!(_mm512_set1_epi64(i64::from_le_bytes(stream[0])));
+            return values!(_mm512_multishift_epi64_epi8(bits, word));
+        }
+        let mask = u64::MAX >> (64 - Windows::<BITS>::BYTES);
+        // SAFETY: reads the bytes of the mask only, which are the stream; the load takes any alignment.
+        let all = unsafe { _mm512_maskz_loadu_epi8(mask, stream.as_ptr().cast()) };
+        let order = self.load_b(&Windows::<BITS>::WORD_BYTES);
+        values!(_mm512_multishift_epi64_epi8(bits, _mm512_permutexvar_epi8(order, all)))
     }
 
     #[inline(always)]

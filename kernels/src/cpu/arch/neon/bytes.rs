@@ -5,6 +5,7 @@ use std::arch::asm;
 
 use super::super::bytes::{Bytes, Task};
 use super::super::simd::Simd;
+use super::super::windows::Windows;
 use super::{Ints4x4, Neon, enter, enter_dot, parts};
 
 /// Bytes as words.
@@ -245,6 +246,39 @@ impl<const DOT: bool> Bytes for Neon<DOT> {
             vpaddq_u32(b[0], b[1]),
             vpaddq_u32(b[2], b[3]),
         ])
+    }
+
+    #[inline(always)]
+    fn load_stream<const BITS: usize>(self, stream: &[[u8; 8]; BITS]) -> Self::B {
+        if BITS == 1 {
+            return values!([vreinterpretq_u8_u64(vdupq_n_u64(u64::from_le_bytes(stream[0]))); 4]);
+        }
+        let bytes = stream.as_flattened();
+        let [a, b, c, d] = Windows::<BITS>::STARTS.map(
+            #[inline(always)]
+            |at| {
+                let part: &[u8; 16] = bytes[at..].first_chunk().expect("16 bytes of the stream");
+                // SAFETY: 16 bytes are readable behind the reference; the load takes any alignment.
+                unsafe { vld1q_u8(part.as_ptr()) }
+            },
+        );
+        // A stream of 16 bytes is one lane.
+        if BITS == 2 { [a, a, a, a] } else { [a, b, c, values!(vextq_u8::<1>(d, a))] }
+    }
+
+    #[inline(always)]
+    fn high_products(self, a: Self::B, b: Self::B, factors: [Self::B; 2]) -> Self::B {
+        let high = |v: uint8x16_t, factors: uint8x16_t| {
+            values!(vreinterpretq_u8_u16(vmulq_u16(
+                vreinterpretq_u16_u8(v),
+                vreinterpretq_u16_u8(factors)
+            )))
+        };
+        std::array::from_fn(
+            #[inline(always)]
+            // The second bytes of each pair.
+            |i| values!(vtrn2q_u8(high(a[i], factors[0][i]), high(b[i], factors[1][i]))),
+        )
     }
 
     #[inline(always)]

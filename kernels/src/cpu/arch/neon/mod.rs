@@ -139,6 +139,12 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn select_less(self, a: Floats4x4, b: Floats4x4, x: Floats4x4, y: Floats4x4) -> Floats4x4 {
+        let less = each!(vcltq_f32, a, b);
+        each!(vbslq_f32, less, x, y)
+    }
+
+    #[inline(always)]
     fn mul_add(self, a: Floats4x4, b: Floats4x4, c: Floats4x4) -> Floats4x4 {
         each!(vfmaq_f32, c, a, b)
     }

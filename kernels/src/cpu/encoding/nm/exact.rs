@@ -7,7 +7,7 @@ use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE, VECTOR};
 use stb_format::half::f16;
 use stb_format::nm_rates;
 
-use super::scales::{multipliers, row_scales};
+use super::super::tile_scales::{multipliers, row_scales};
 use crate::cpu::arch::bytes::{Bytes, Task};
 use crate::cpu::arch::simd::Simd;
 use crate::cpu::ops::q8::PAD;
@@ -108,7 +108,7 @@ fn tiles<S: Simd, const N: usize, const M: usize, const T: usize>(
             totals[t] = if m.blocks() == 0 {
                 acc[t]
             } else {
-                s.mul_add(multipliers(s, m, tile + t, block), acc[t], totals[t])
+                s.mul_add(multipliers(s, &m.scales(), tile + t, block), acc[t], totals[t])
             };
         }
     }
@@ -255,7 +255,7 @@ fn unpack_tile<S: Simd>(
 ) {
     let group_cols = m.spec.m();
     let quads = m.groups().div_ceil(QUAD);
-    let row_scales = row_scales(s, m, tile);
+    let row_scales = row_scales(s, &m.scales(), tile);
     let mut scales = [0.0; TILE];
     s.store(row_scales, &mut scales);
     to[..TILE * width].fill(0.0);
@@ -264,7 +264,7 @@ fn unpack_tile<S: Simd>(
         let place = CodePlace::new(m.spec.code_bits() as usize, quad, quads);
         if m.blocks() != 0 {
             let block = quad * quad_cols / m.spec.block();
-            s.store(s.mul(row_scales, multipliers(s, m, tile, block)), &mut scales);
+            s.store(s.mul(row_scales, multipliers(s, &m.scales(), tile, block)), &mut scales);
         }
         for lane in 0..QUAD {
             let mut codes = [0.0; TILE];

@@ -1,32 +1,16 @@
-//! Products of N:M codes with many q8 tokens by AMX. Codes are expanded to bytes in cache, a block of rows
-//! and columns at a time, which takes about 8 instructions for 16 groups and is shared by all tokens. The
-//! unit for tiles then needs 1/16384 of an instruction per weight and token.
+//! Products of N:M codes with many q8 tokens by AMX: expanding codes to bytes takes about 8 instructions for 16 groups.
 
 use stb_format::encoding::NmView;
-use stb_format::encoding::nm::{QUAD, TILE};
+use stb_format::encoding::nm::QUAD;
 
 use stb_format::nm_rates;
 
-use super::super::gemm_task::{GemmQ8Task, TileLanes, copy_tile};
+use super::super::expanded_amx::{ExpandedBlock, all_tiles};
+use super::super::gemm_task::GemmQ8Task;
 use super::codes::{self, CodePlanes, PART};
-use super::scales::{block_steps, scale_rows};
-use crate::cpu::arch::bytes::{Aligned, Bytes, TileSums, TileTask, TileUnit};
+use crate::cpu::arch::bytes::{Aligned, Bytes, TileTask, TileUnit};
 use crate::cpu::arch::simd::Simd;
 use crate::cpu::ops::q8::BLOCK;
-use crate::cpu::ops::q8_batch::{ActivationsQ8, TOKENS};
-
-/// Columns expanded at a time; a multiple of [`BLOCK`].
-const DEPTH: usize = 512;
-/// Row tiles expanded at a time: 64 rows × [`DEPTH`] columns are 32 KiB.
-const TILES: usize = 4;
-/// Rows of a task: more rows would share no more work.
-pub(super) const ROWS: usize = TILES * TILE;
-
-/// Bytes of 16 rows × 128 columns: for every four columns, the four bytes of each row side by side.
-pub(super) type ExpandedBlock = Aligned<[[u8; 64]; BLOCK / 4]>;
-
-/// Products of tiles before they are scaled.
-type AlignedSums = Aligned<TileSums>;
 
 pub(super) struct AmxGemm<'a, 'y> {
     pub task: GemmQ8Task<'a, 'y, NmView<'a>>,
@@ -40,44 +24,18 @@ impl TileTask for AmxGemm<'_, '_> {
     #[inline(always)]
     fn run<S: Bytes>(self, s: S, unit: &impl TileUnit) {
         let Self { task, expanded } = self;
-        expanded.resize(TILES * DEPTH / BLOCK, Aligned([[0; 64]; BLOCK / 4]));
         nm_rates!(task.matrix.spec, |N, M, BITS| {
-            all_tiles::<S, N, M, BITS>(s, unit, task, expanded)
+            let (matrix, patterns) = (task.matrix, CodePatterns::<S>::new::<N, M>(s));
+            all_tiles(
+                s,
+                unit,
+                task,
+                &matrix.scales(),
+                expanded,
+                #[inline(always)]
+                |tile, block, to| patterns.expand::<N, M, BITS>(s, matrix, tile, block, to),
+            );
         });
-    }
-}
-
-#[inline(always)]
-fn all_tiles<S: Bytes, const N: usize, const M: usize, const BITS: usize>(
-    s: S,
-    unit: &impl TileUnit,
-    task: GemmQ8Task<'_, '_, NmView<'_>>,
-    weights: &mut [ExpandedBlock],
-) {
-    let GemmQ8Task { matrix: m, x, first, tiles, y: to, lanes, .. } = task;
-    let stride = x.group;
-    let y = &mut lanes[..tiles * stride];
-    let patterns = CodePatterns::<S>::new::<N, M>(s);
-    let mut sums: [AlignedSums; 2] = [Aligned([[[[0; 16]; 16]; 2]; 2]); 2];
-    y.fill(TileLanes::default());
-    for (i, y) in y.chunks_mut(TILES * stride).enumerate() {
-        let tile = first / TILE + i * TILES;
-        let tiles = y.len() / stride;
-        for from in (0..x.blocks()).step_by(DEPTH / BLOCK) {
-            let blocks = from..x.blocks().min(from + DEPTH / BLOCK);
-            for t in 0..tiles {
-                for (k, block) in blocks.clone().enumerate() {
-                    let to = &mut weights[t * (DEPTH / BLOCK) + k];
-                    patterns.expand::<N, M, BITS>(s, m, tile + t, block, to);
-                }
-            }
-            let product = TileProduct { unit, m, x, tile, tiles, blocks, weights };
-            product.add(s, &mut sums, y);
-        }
-        for (t, y) in y.chunks_exact_mut(stride).enumerate() {
-            scale_rows(s, m, tile + t, y);
-            copy_tile(y, i * TILES + t, to);
-        }
     }
 }
 
@@ -197,95 +155,5 @@ impl<S: Bytes> CodePatterns<S> {
     }
 }
 
-/// The product of expanded rows and columns with all tokens.
-struct TileProduct<'a, U> {
-    unit: &'a U,
-    m: &'a NmView<'a>,
-    x: &'a ActivationsQ8,
-    /// First tile of rows, and how many.
-    tile: usize,
-    tiles: usize,
-    /// Blocks of columns.
-    blocks: std::ops::Range<usize>,
-    /// [tile][block].
-    weights: &'a [ExpandedBlock],
-}
-
-impl<'a, U: TileUnit> TileProduct<'a, U> {
-    #[inline(always)]
-    fn expanded(&self, tile: usize, k: usize) -> &'a ExpandedBlock {
-        &self.weights[tile * (DEPTH / BLOCK) + k]
-    }
-
-    /// Adds to `y`, [tile][token][row].
-    #[inline(always)]
-    fn add<S: Bytes>(&self, s: S, sums: &mut [AlignedSums; 2], y: &mut [TileLanes]) {
-        for token in (0..self.x.tokens).step_by(TOKENS) {
-            for tile in (0..self.tiles).step_by(2) {
-                if self.x.tokens - token > 16 {
-                    self.add_pair::<S, 2>(s, tile, token, sums, y);
-                } else {
-                    self.add_pair::<S, 1>(s, tile, token, sums, y);
-                }
-            }
-        }
-    }
-
-    /// Two tiles of rows (the second perhaps past the last) × `16·T` tokens.
-    #[inline(always)]
-    fn add_pair<S: Bytes, const T: usize>(
-        &self,
-        s: S,
-        tile: usize,
-        token: usize,
-        sums: &mut [AlignedSums; 2],
-        y: &mut [TileLanes],
-    ) {
-        let all = self.x.blocks();
-        let second = (tile + 1).min(self.tiles - 1);
-        // While products of one block are computed, those of the block before are added: results that were
-        // just stored from a tile cannot be loaded at once.
-        let count = self.blocks.len();
-        for k in 0..=count {
-            if k < count {
-                let w = [&self.expanded(tile, k).0, &self.expanded(second, k).0];
-                let x = &self.x.by_token[token / TOKENS * all + self.blocks.start + k];
-                self.unit.products::<T>(w, &x.0, &mut sums[k % 2].0);
-            }
-            if k > 0 {
-                let block = self.blocks.start + k - 1;
-                let scales = &self.x.scales[token / TOKENS * all + block];
-                let sums = &sums[(k - 1) % 2].0;
-                for j in 0..(self.tiles - tile).min(2) {
-                    let steps = block_steps(s, self.m, self.tile + tile + j, block);
-                    let y = &mut y[(tile + j) * self.x.group + token..][..16 * T];
-                    let lanes =
-                        y.as_chunks_mut::<16>().0.iter_mut().zip(scales.as_chunks::<16>().0);
-                    for ((y, scales), sums) in lanes.zip(sums) {
-                        for ((y, scale), sums) in y.iter_mut().zip(scales).zip(&sums[j]) {
-                            add_to(s, times(s, steps, *scale), s.load_i(sums), y);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// `y += scale · sums`.
-#[inline(always)]
-fn add_to<S: Bytes>(s: S, scale: S::F, sums: S::I, y: &mut TileLanes) {
-    s.store(s.mul_add(scale, s.to_f32(sums), s.load(&y.0)), &mut y.0);
-}
-
-/// Block scales times the scale of activations, by the same operations as in the product for one token.
-#[inline(always)]
-fn times<S: Bytes>(s: S, steps: Option<(S::F, f32)>, activation: f32) -> S::F {
-    match steps {
-        None => s.splat(activation),
-        Some((steps, step)) => s.mul(steps, s.splat(activation * step)),
-    }
-}
-
-// Blocks of weights are whole blocks of activations, and codes are expanded in whole quads.
-const _: () = assert!(DEPTH.is_multiple_of(BLOCK) && BLOCK.is_multiple_of(QUAD * 8));
+// Codes are expanded in whole quads.
+const _: () = assert!(BLOCK.is_multiple_of(QUAD * 8));

@@ -14,8 +14,8 @@ use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
 use stb_format::nm_rates;
 
 use super::super::gemm_task::{GemmQ8Task, TileLanes, copy_tile};
+use super::super::tile_scales::{self, BlockScales};
 use super::codes::{self, CodePlanes, PART};
-use super::scales::{self, BlockScales};
 use crate::cpu::arch::bytes::{Aligned, Bytes, Line};
 use crate::cpu::ops::q8::BLOCK;
 use crate::cpu::ops::q8_batch::{ActivationsQ8, TABLE_TOKENS, TOKENS, TokenTables};
@@ -128,9 +128,16 @@ impl<'a, const N: usize, const M: usize, const BITS: usize> StoredTile<'a, N, M,
         let codes = m.tile_codes(tile).as_chunks().0;
         let (whole, last) = codes::chunks(codes, m.groups().div_ceil(QUAD));
         let mut row_scales = [0.0; TILE];
-        s.store(scales::row_scales(s, m, tile), &mut row_scales);
+        s.store(tile_scales::row_scales(s, &m.scales(), tile), &mut row_scales);
         let together = if m.blocks() == 0 { 0 } else { m.spec.block() / BLOCK };
-        Self { whole, last, steps: BlockScales::of(m, tile), row_scales, first_block: 0, together }
+        Self {
+            whole,
+            last,
+            steps: BlockScales::of(&m.scales(), tile),
+            row_scales,
+            first_block: 0,
+            together,
+        }
     }
 }
 
@@ -253,7 +260,7 @@ impl<'a> LutTokens<'a> {
         let at = token / TOGETHER * x.blocks();
         let quads = quads(m.spec.m());
         let tables = &x.tables[(at + blocks.start) * quads..(at + blocks.end) * quads];
-        let size = if m.blocks() == 0 { 1.0 } else { BlockScales::of(m, 0).size };
+        let size = if m.blocks() == 0 { 1.0 } else { BlockScales::of(&m.scales(), 0).size };
         let mut factors = [[0.0; TOGETHER]; DEPTH];
         for (factors, block) in factors.iter_mut().zip(blocks.clone()) {
             let scales = &x.scales[token / TOKENS * x.blocks() + block];

@@ -7,9 +7,10 @@ use std::cell::RefCell;
 use stb_format::encoding::NmView;
 use stb_format::nm_rates;
 
+use super::super::expanded_amx;
 use super::super::gemm_task::GemmQ8Task;
 use super::gemm_lut::LutScratch;
-use super::{gemm_amx, gemm_lut, gemm_sum_table, scales};
+use super::{col_factors, gemm_amx, gemm_lut, gemm_sum_table};
 use crate::cpu::arch::bytes::{Bytes, Task};
 use crate::cpu::ops::q8_batch::{
     ActivationsQ8, Q8Arrangement, Q8Layout, QuantizeChunk, TABLE_TOKENS, TOKENS,
@@ -54,7 +55,7 @@ impl Task for ChoosePath {
 #[derive(Default)]
 struct GemmScratch {
     lut: LutScratch,
-    expanded: Vec<gemm_amx::ExpandedBlock>,
+    expanded: Vec<expanded_amx::ExpandedBlock>,
 }
 
 thread_local! {
@@ -83,7 +84,7 @@ impl PackedGemmQ8 for NmView<'_> {
             GemmPath::Amx => Q8Layout {
                 arrangement: Q8Arrangement::ByToken,
                 group: tokens.next_multiple_of(TOKENS),
-                task_rows: gemm_amx::ROWS,
+                task_rows: expanded_amx::ROWS,
                 keep_values: false,
             },
             GemmPath::Lut => Q8Layout {
@@ -135,7 +136,7 @@ impl Task for NmQuantize<'_, '_, '_> {
         chunk.quantize(
             s,
             #[inline(always)]
-            |x| scales::multiply_factors(s, matrix, x),
+            |x| col_factors::multiply_factors(s, matrix, x),
             #[inline(always)]
             |chunk, block, token, codes| {
                 if chunk.tables.is_empty() {

@@ -18,8 +18,8 @@ use stb_format::encoding::nm::{QUAD, TILE};
 use stb_format::nm_rates;
 
 use super::super::gemm_task::{GemmQ8Task, TileLanes, copy_tile};
+use super::super::tile_scales::{block_steps, row_scales};
 use super::codes::{self, CodePlanes, PART};
-use super::scales::{block_steps, row_scales};
 use crate::cpu::arch::bytes::{Aligned, Bytes};
 use crate::cpu::ops::q8::BLOCK;
 use crate::cpu::ops::q8_batch::TOKENS;
@@ -82,7 +82,7 @@ fn all_tiles<
             build::<S, N, M, ENTRIES>(s, &x.by_column[at].0[half], &mut tables[0].0);
             let scale = s.load(&scales[half]);
             for (t, (indices, sums)) in indices.iter().zip(&mut *sums).enumerate() {
-                let steps = block_steps(s, m, first + t, block);
+                let steps = block_steps(s, &m.scales(), first + t, block);
                 add_tile::<S, UNITS, ENTRIES>(s, &tables[0], indices, steps, scale, half, sums);
             }
         }
@@ -240,7 +240,7 @@ fn add_tile<S: Bytes, const UNITS: usize, const ENTRIES: usize>(
 #[inline(always)]
 fn finish<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [TileLanes; TOKENS]) {
     let mut scales = [0.0; TILE];
-    s.store(row_scales(s, m, tile), &mut scales);
+    s.store(row_scales(s, &m.scales(), tile), &mut scales);
     for half in y.as_chunks_mut::<TILE>().0 {
         for (TileLanes(y), scale) in half.iter_mut().zip(scales) {
             s.store(s.mul(s.load(y), s.splat(scale)), y);

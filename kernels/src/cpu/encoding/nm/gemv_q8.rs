@@ -8,8 +8,9 @@ use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
 use stb_format::nm_rates;
 
+use super::super::tile_scales::{BlockScales, row_scales};
 use super::codes::{CodePlanes, PART, chunks, indices, pairs, signed_table};
-use super::scales::{BlockScales, multiply_factors, row_scales};
+use super::col_factors::multiply_factors;
 use crate::cpu::arch::bytes::{Aligned, Bytes, Line, MAX_DOTS, Task};
 use crate::cpu::ops::q8::{BLOCK, TokenQ8};
 
@@ -132,7 +133,7 @@ fn put<S: Bytes, const K: usize>(
     rows: usize,
     y: &mut [f32],
 ) {
-    let scales = row_scales(s, m, tile);
+    let scales = row_scales(s, &m.scales(), tile);
     for (total, y) in totals.into_iter().zip(y.chunks_exact_mut(rows)) {
         let y = &mut y[at..];
         let sums = s.mul(total, scales);
@@ -163,10 +164,10 @@ fn tiles<
     tile: usize,
 ) -> [[S::F; T]; K] {
     let mut codes: [&[[u8; 64]]; T] = [&[]; T];
-    let mut steps = [BlockScales::of(m, tile); T];
+    let mut steps = [BlockScales::of(&m.scales(), tile); T];
     for t in 0..T {
         codes[t] = m.tile_codes(tile + t).as_chunks().0;
-        steps[t] = BlockScales::of(m, tile + t);
+        steps[t] = BlockScales::of(&m.scales(), tile + t);
         steps[t].prefetch_ahead(s, T);
     }
     // The next tiles follow in memory.

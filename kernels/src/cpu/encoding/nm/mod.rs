@@ -1,6 +1,7 @@
 //! N:M sparse signs: positions and signs of a group are one code, the index of a look-up.
 
 mod codes;
+mod col_factors;
 mod exact;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 mod gemm_amx;
@@ -8,7 +9,6 @@ mod gemm_lut;
 mod gemm_q8;
 mod gemm_sum_table;
 mod gemv_q8;
-mod scales;
 
 use stb_format::encoding::NmView;
 
@@ -35,7 +35,7 @@ impl PackedMatrix for NmView<'_> {
 
     fn prepare<'s>(&self, _: Isa, x: &[f32], scratch: &'s mut GemvScratch) -> GemvInput<'s> {
         scratch.set(x, self.cols);
-        scales::multiply_factors(Scalar, self, &mut scratch.values);
+        col_factors::multiply_factors(Scalar, self, &mut scratch.values);
         scratch.input()
     }
 

@@ -1,31 +1,17 @@
-//! Scales of the N:M encoding: of columns, of rows, and of blocks of columns of a row.
+//! Scales of encodings with tiles of 16 rows: of rows, and of blocks of columns of a row.
 
-use stb_format::encoding::NmView;
-use stb_format::encoding::nm::TILE;
+use stb_format::encoding::TILE;
+use stb_format::encoding::TileScales;
 use stb_format::half::f16;
 
-use super::super::gemm_task::TileLanes;
+use super::gemm_task::TileLanes;
 use crate::cpu::arch::bytes::Bytes;
 use crate::cpu::arch::simd::Simd;
 use crate::cpu::ops::q8::BLOCK;
 
-/// Multiplies activations, padded with zeros to whole vectors, by the column factors.
-#[inline(always)]
-pub(super) fn multiply_factors<S: Simd>(s: S, m: &NmView<'_>, x: &mut [f32]) {
-    let (factors, tail) = m.col_factors.as_chunks::<16>();
-    let (vectors, _) = x.as_chunks_mut::<16>();
-    for (x, factors) in vectors.iter_mut().zip(factors) {
-        let factors = factors.as_flattened().first_chunk().expect("16 factors");
-        s.store(s.mul(s.load(x), s.f16_to_f32(factors)), x);
-    }
-    for (x, factor) in x[m.col_factors.len() - tail.len()..].iter_mut().zip(tail) {
-        *x *= f16::from_le_bytes(*factor).to_f32();
-    }
-}
-
 /// The scale multipliers of the rows of a tile: (code + 1) / 2^bits.
 #[inline(always)]
-pub(super) fn multipliers<S: Simd>(s: S, m: &NmView<'_>, tile: usize, block: usize) -> S::F {
+pub(super) fn multipliers<S: Simd>(s: S, m: &TileScales<'_>, tile: usize, block: usize) -> S::F {
     let scales = BlockScales::of(m, tile);
     s.mul(scales.at(s, block), s.splat(scales.size))
 }
@@ -43,8 +29,8 @@ pub(super) struct BlockScales<'a> {
 
 impl<'a> BlockScales<'a> {
     #[inline(always)]
-    pub(super) fn of(m: &NmView<'a>, tile: usize) -> Self {
-        let (blocks, wide) = (m.blocks(), m.spec.scale_bits() == 8);
+    pub(super) fn of(m: &TileScales<'a>, tile: usize) -> Self {
+        let (blocks, wide) = (m.blocks, m.bits == 8);
         let bytes = blocks * if wide { 16 } else { 8 };
         let codes = m.block_codes.get(tile * bytes..(tile + 1) * bytes).unwrap_or_default();
         if wide {
@@ -81,7 +67,7 @@ impl<'a> BlockScales<'a> {
 
 /// The scales of the rows of a tile; zero past the last row.
 #[inline(always)]
-pub(super) fn row_scales<S: Simd>(s: S, m: &NmView<'_>, tile: usize) -> S::F {
+pub(super) fn row_scales<S: Simd>(s: S, m: &TileScales<'_>, tile: usize) -> S::F {
     let stored = m.row_scales.get(tile * TILE..).unwrap_or_default();
     if let Some(stored) = stored.as_flattened().first_chunk() {
         return s.f16_to_f32(stored);
@@ -98,24 +84,33 @@ pub(super) fn row_scales<S: Simd>(s: S, m: &NmView<'_>, tile: usize) -> S::F {
 #[inline(always)]
 pub(super) fn block_steps<S: Bytes>(
     s: S,
-    m: &NmView<'_>,
+    m: &TileScales<'_>,
     tile: usize,
     block: usize,
 ) -> Option<(S::F, f32)> {
-    (m.blocks() != 0).then(
+    (m.blocks != 0).then(
         #[inline(always)]
         || {
             let scales = BlockScales::of(m, tile);
-            (scales.at(s, block * BLOCK / m.spec.block()), scales.size)
+            (scales.at(s, block * BLOCK / m.block), scales.size)
         },
     )
 }
 
 /// Multiplies the sums of a tile, [token][row], by the scales of its rows.
 #[inline(always)]
-pub(super) fn scale_rows<S: Bytes>(s: S, m: &NmView<'_>, tile: usize, y: &mut [TileLanes]) {
+pub(super) fn scale_rows<S: Bytes>(s: S, m: &TileScales<'_>, tile: usize, y: &mut [TileLanes]) {
     let scales = row_scales(s, m, tile);
     for TileLanes(y) in y {
         s.store(s.mul(s.load(y), scales), y);
+    }
+}
+
+/// Block scales times the scale of activations, by the same operations as in the product for one token.
+#[inline(always)]
+pub(super) fn times<S: Bytes>(s: S, steps: Option<(S::F, f32)>, activation: f32) -> S::F {
+    match steps {
+        None => s.splat(activation),
+        Some((steps, step)) => s.mul(steps, s.splat(activation * step)),
     }
 }
