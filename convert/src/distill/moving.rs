@@ -9,7 +9,7 @@ use stb_format::half::f16;
 use stb_runtime::{Layer, LayerMatrix, LayerVector, Weight};
 
 use crate::backward::{DenseLayer, DenseMatrix};
-use crate::quantize::nm::round_scales;
+use crate::quantize::tile_scales::round_rows;
 
 /// Adam's decay rates of first and second moments. The second is below the usual 0.999 because there are few steps.
 const DECAY: [f64; 2] = [0.9, 0.95];
@@ -319,18 +319,6 @@ fn stored_scales(stored: &TileScales<'_>, rows: usize, cols: usize) -> (usize, V
     let span = if stored.blocks == 0 { cols } else { stored.block };
     let of_row = |r| (0..stored.blocks.max(1)).map(move |b| stored.scale(r, b * span));
     (span, (0..rows).flat_map(of_row).collect())
-}
-
-/// Rounds scales, [rows, blocks], to values that the file can store; returns the row scales and the block scale codes of
-/// `bits` bits.
-fn round_rows(scales: &mut [f32], blocks: usize, bits: u8) -> (Vec<f16>, Vec<u8>) {
-    let mut codes = vec![0; scales.len()];
-    let rows = scales
-        .chunks_exact_mut(blocks)
-        .zip(codes.chunks_exact_mut(blocks))
-        .map(|(scales, codes)| round_scales(scales, codes, bits))
-        .collect();
-    (rows, if bits == 0 { Vec::new() } else { codes })
 }
 
 /// The trained scales and norms of a decoder layer.

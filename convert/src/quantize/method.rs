@@ -68,8 +68,8 @@ impl Method {
         integers.chain(nm).chain(TrellisOptions::candidates().map(Self::Trellis))
     }
 
-    /// This method for estimates of its error. The rounds of a trellis search take two thirds of the time and lower the
-    /// error of all rates by similar shares.
+    /// This method for estimates of its error. The rounds after the first search for trellis codes take two thirds of the
+    /// time; estimates leave them out, as if they lowered the error of all rates by the same share.
     pub(crate) fn for_estimates(self) -> Self {
         match self {
             Self::Trellis(options) => Self::Trellis(TrellisOptions { sweeps: 0, ..options }),

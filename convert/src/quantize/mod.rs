@@ -20,6 +20,7 @@ mod refit;
 pub mod search;
 pub mod search_error;
 pub mod stbllm;
+pub(crate) mod tile_scales;
 pub mod trellis;
 
 pub use compensation::Propagation;

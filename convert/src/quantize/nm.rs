@@ -12,6 +12,7 @@ use stb_runtime::Result;
 use super::compensation::{Compensation, Propagation};
 use super::fit::Fitting;
 use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
+use super::tile_scales::{CANDIDATE_BITS, CANDIDATE_BLOCK, round_rows};
 use crate::products::TASK_ROWS;
 
 /// Options of the N:M quantizer.
@@ -45,14 +46,13 @@ struct NmFit<'a> {
     block_codes: Vec<u8>,
 }
 
-/// Columns per scale in the candidates of a budget.
-const CANDIDATE_BLOCK: u16 = 128;
-
 impl NmOptions {
     /// The candidates of a budget.
     pub(crate) fn candidates() -> impl Iterator<Item = Self> {
         let all = [(1, 8), (1, 4), (2, 8), (2, 4)];
-        let all = all.into_iter().filter_map(|(n, m)| Nm::new(n, m, 4, CANDIDATE_BLOCK, false));
+        let all = all
+            .into_iter()
+            .filter_map(|(n, m)| Nm::new(n, m, CANDIDATE_BITS, CANDIDATE_BLOCK, false));
         all.map(|spec| Self { spec, sweeps: 4, refit: true })
     }
 }
@@ -90,7 +90,7 @@ fn quantize(input: &Input<'_>, options: &NmOptions) -> Result<Packed> {
         span,
         codes: vec![0; input.rows * groups],
         scales: vec![0.0; input.rows * blocks],
-        row_scales: vec![f16::ZERO; input.rows],
+        row_scales: Vec::new(),
         block_codes: Vec::new(),
     };
     fit.choose_with_compensation()?;
@@ -110,7 +110,7 @@ fn quantize(input: &Input<'_>, options: &NmOptions) -> Result<Packed> {
         cols: input.cols,
         col_factors: Vec::new(),
         row_scales: fit.row_scales,
-        block_codes: if spec.block() == 0 { Vec::new() } else { fit.block_codes },
+        block_codes: fit.block_codes,
         codes: fit.codes,
     };
     seconds.quantize = clock.elapsed().as_secs_f64();
@@ -226,15 +226,8 @@ impl NmFit<'_> {
 
     /// Rounds the scales to values that the file can store.
     fn store_scales(&mut self) {
-        let (blocks, bits) = (self.blocks, self.spec.scale_bits());
-        self.block_codes.resize(self.scales.len(), 0);
-        self.scales
-            .par_chunks_exact_mut(blocks)
-            .zip(self.block_codes.par_chunks_exact_mut(blocks))
-            .zip(&mut self.row_scales)
-            .for_each(|((scales, codes), row_scale)| {
-                *row_scale = round_scales(scales, codes, bits);
-            });
+        let bits = self.spec.scale_bits();
+        (self.row_scales, self.block_codes) = round_rows(&mut self.scales, self.blocks, bits);
     }
 
     /// Coordinate descent: sets the code of each group in turn to the one that minimizes the output error with all
@@ -280,26 +273,6 @@ impl NmFit<'_> {
         }
         Ok(())
     }
-}
-
-/// Rounds the block scales of a row to values that the file can store, and writes their codes to `codes`. Returns the
-/// row's scale.
-pub(crate) fn round_scales(scales: &mut [f32], codes: &mut [u8], bits: u8) -> f16 {
-    let largest = scales.iter().copied().fold(0.0, f32::max);
-    let row_scale = f16::from_f32(largest);
-    let row = row_scale.to_f32();
-    if bits == 0 || row == 0.0 {
-        scales.fill(row);
-        codes.fill(0);
-        return row_scale;
-    }
-    let steps = f32::from(1u16 << bits);
-    for (scale, code) in scales.iter_mut().zip(codes) {
-        let level = (*scale / row * steps).round_ties_even().clamp(1.0, steps);
-        *code = (level - 1.0) as u8;
-        *scale = row * (level / steps);
-    }
-    row_scale
 }
 
 /// Kept positions and whether their signs are negative.

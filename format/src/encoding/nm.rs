@@ -56,12 +56,11 @@ macro_rules! nm_rates {
     (@case (($spec:expr) $N:ident $M:ident $code_bits:ident ($body:expr))
         ($n:literal, $m:literal) $done:lifetime) => {
         if ($spec.n(), $spec.m()) == ($n, $m) {
-            // An expression may use only some of the constants.
-            #[allow(dead_code)]
+            #[allow(dead_code, reason = "an expression may use only some of the constants")]
             const $N: usize = $n;
-            #[allow(dead_code)]
+            #[allow(dead_code, reason = "an expression may use only some of the constants")]
             const $M: usize = $m;
-            #[allow(dead_code)]
+            #[allow(dead_code, reason = "an expression may use only some of the constants")]
             const $code_bits: usize = $crate::encoding::NmRate::code_bits_of($n, $m);
             break $done $body;
         }

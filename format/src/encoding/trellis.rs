@@ -60,10 +60,9 @@ macro_rules! trellis_rates {
     (@case (($spec:expr) $BITS:ident $WEIGHTS:ident ($body:expr))
         ($bits:literal, $weights:literal) $done:lifetime) => {
         if ($spec.step_bits(), $spec.step_weights()) == ($bits, $weights) {
-            // An expression may use only one of the constants.
-            #[allow(dead_code)]
+            #[allow(dead_code, reason = "an expression may use only some of the constants")]
             const $BITS: usize = $bits;
-            #[allow(dead_code)]
+            #[allow(dead_code, reason = "an expression may use only some of the constants")]
             const $WEIGHTS: usize = $weights;
             break $done $body;
         }

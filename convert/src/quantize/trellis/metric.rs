@@ -80,21 +80,23 @@ impl UnitMetric {
     }
 }
 
-/// The error of row `r` of a unit if it has the weights `found`, in units of the scale and in the order of columns.
-pub(super) fn row_error(
+/// The error of a unit with the weights `found`, [row][column], in units of the scale.
+pub(super) fn unit_error(
     target: &TrellisTarget,
     metric: &TrellisMetric,
-    r: usize,
-    found: &[f32; COLS],
+    found: &[[f32; COLS]; ROWS],
     step_weights: usize,
 ) -> f32 {
-    let error = |at: usize| target.weights[r][at] - found[column_at(at, step_weights)];
-    let squares = (0..STEP_COLS * step_weights).map(|j| {
-        let feedback = (0..j).map(|i| metric.feedback[j][i] * error(i)).sum::<f32>();
-        let e = error(j) + feedback;
-        metric.weights[j] * e * e
-    });
-    squares.sum::<f32>() * target.importance[r]
+    let of_row = |r: usize| {
+        let error = |at: usize| target.weights[r][at] - found[r][column_at(at, step_weights)];
+        let squares = (0..STEP_COLS * step_weights).map(|j| {
+            let feedback = (0..j).map(|i| metric.feedback[j][i] * error(i)).sum::<f32>();
+            let e = error(j) + feedback;
+            metric.weights[j] * e * e
+        });
+        squares.sum::<f32>() * target.importance[r]
+    };
+    (0..ROWS).map(of_row).sum()
 }
 
 /// The target of a unit with `count` rows and `width` columns, given its weights in the order of columns; rows with a

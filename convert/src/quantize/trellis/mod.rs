@@ -16,12 +16,13 @@ use stb_format::half::f16;
 use stb_kernels::ops::trellis::{COLS, ROWS, TrellisSearch, TrellisValues};
 use stb_runtime::Result;
 
-use self::metric::{UnitMetric, row_error, unit_target};
+use self::metric::{UnitMetric, unit_error, unit_target};
 use self::tables::{RateTables, tables_of};
 use super::compensation::{Compensation, Propagation};
 use super::fit::Fitting;
-use super::nm::round_scales;
 use super::quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds};
+use super::tile_scales::{CANDIDATE_BITS, CANDIDATE_BLOCK, round_rows};
+use crate::hessian::Factor;
 
 /// Options of the trellis quantizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,15 +55,12 @@ struct TrellisFit<'a> {
     block_codes: Vec<u8>,
 }
 
-/// Columns per scale in the candidates of a budget.
-const CANDIDATE_BLOCK: u16 = 128;
-
 impl TrellisOptions {
     /// The candidates of a budget.
     pub(crate) fn candidates() -> impl Iterator<Item = Self> {
         TrellisRate::ALL.iter().filter_map(|rate| {
             let (bits, weights) = (rate.step_bits() as u8, rate.step_weights() as u8);
-            let spec = Trellis::new(bits, weights, 4, CANDIDATE_BLOCK)?;
+            let spec = Trellis::new(bits, weights, CANDIDATE_BITS, CANDIDATE_BLOCK)?;
             Some(Self { spec, sweeps: 2 })
         })
     }
@@ -104,7 +102,7 @@ fn quantize(input: &Input<'_>, options: &TrellisOptions) -> Result<Packed> {
         span,
         streams: vec![0; input.rows.div_ceil(ROWS) * units * spec.unit_bytes()],
         scales: vec![0.0; input.rows * blocks],
-        row_scales: vec![f16::ZERO; input.rows],
+        row_scales: Vec::new(),
         block_codes: Vec::new(),
     };
     fit.choose_with_compensation()?;
@@ -120,7 +118,7 @@ fn quantize(input: &Input<'_>, options: &TrellisOptions) -> Result<Packed> {
         cols: input.cols,
         tables: rate.tables.to_vec(),
         row_scales: fit.row_scales,
-        block_codes: if spec.block() == 0 { Vec::new() } else { fit.block_codes },
+        block_codes: fit.block_codes,
         streams: fit.streams,
     };
     seconds.quantize = clock.elapsed().as_secs_f64();
@@ -157,7 +155,7 @@ impl TrellisFit<'_> {
     /// columns.
     fn choose_with_compensation(&mut self) -> Result<()> {
         let (input, spec, span, blocks) = (self.input, self.spec, self.span, self.blocks);
-        let (cols, u, m) = (input.cols, &input.factor.u, &input.factor.m);
+        let (cols, m) = (input.cols, &input.factor.m);
         let (unit_cols, unit_bytes) = (spec.unit_cols(), spec.unit_bytes());
         let (isa, step_weights) = (input.compute.isa, spec.step_weights());
         let mut weights = input.weights.to_vec();
@@ -203,21 +201,11 @@ impl TrellisFit<'_> {
                         for r in 0..count {
                             let row = &mut rows[r * cols..][..cols];
                             let found = unit_row(values, stream, spec, r);
-                            let mut error = [0.0f32; COLS];
-                            for (k, e) in error.iter_mut().enumerate().take(end - start) {
+                            let error = &mut errors[r * width..][start - from..end - from];
+                            for (k, e) in error.iter_mut().enumerate() {
                                 *e = row[start + k] - found[k] * scale(r);
-                                errors[r * width + start + k - from] = *e;
                             }
-                            // (W − Q)·M_gg, then spread inside the block.
-                            for j in 0..end - start {
-                                let scaled: f32 = (0..=j)
-                                    .map(|i| error[i] * m[(start + i) * cols + start + j])
-                                    .sum();
-                                let line = &u[(start + j) * cols..][end..from + width];
-                                for (w, u) in row[end..from + width].iter_mut().zip(line) {
-                                    *w -= scaled * u;
-                                }
-                            }
+                            spread_error(error, row, input.factor, start, from + width);
                         }
                     }
                 });
@@ -270,33 +258,25 @@ impl TrellisFit<'_> {
 
     /// Rounds the scales to values that the file can store.
     fn store_scales(&mut self) {
-        let (blocks, bits) = (self.blocks, self.spec.scale_bits());
-        self.block_codes.resize(self.scales.len(), 0);
-        self.scales
-            .par_chunks_exact_mut(blocks)
-            .zip(self.block_codes.par_chunks_exact_mut(blocks))
-            .zip(&mut self.row_scales)
-            .for_each(|((scales, codes), row_scale)| {
-                *row_scale = round_scales(scales, codes, bits);
-            });
+        let bits = self.spec.scale_bits();
+        (self.row_scales, self.block_codes) = round_rows(&mut self.scales, self.blocks, bits);
     }
 
     /// Coordinate descent: searches the stream of each unit in turn with all other units fixed, and keeps it if the output
     /// error falls. `target` is W·H.
     fn sweep(&mut self, target: &[f32]) -> Result<()> {
-        let (input, spec, span, blocks) = (self.input, self.spec, self.span, self.blocks);
-        let (rows, cols) = (input.rows, input.cols);
+        let (input, spec, blocks) = (self.input, self.spec, self.blocks);
+        let cols = input.cols;
         let (unit_cols, unit_bytes) = (spec.unit_cols(), spec.unit_bytes());
-        let (isa, step_weights) = (input.compute.isa, spec.step_weights());
         let h = input.hessian.matrix();
         // (W − Q)·H, kept up to date.
         let mut residual = self.fitting.residual(&self.weights(), target, BLOCK)?;
-        let values = &self.values;
         for from in (0..cols).step_by(BLOCK) {
             let width = BLOCK.min(cols - from);
             let metrics = self
                 .metrics(from, width, |start, i, j| f64::from(h[(start + i) * cols + start + j]));
-            let mut changes = vec![0.0; rows * width];
+            let search = UnitSearch { input, spec, values: &self.values, span: self.span, blocks };
+            let mut changes = vec![0.0; input.rows * width];
             residual
                 .values
                 .par_chunks_mut(ROWS * cols)
@@ -307,56 +287,25 @@ impl TrellisFit<'_> {
                     Scratch::default,
                     |scratch, (((residual, streams), scales), changes)| {
                         for (start, metric) in &metrics {
-                            let (start, end) = (*start, cols.min(start + unit_cols));
-                            let scale = |r: usize| scales[r * blocks + start / span];
-                            let count = residual.len() / cols;
-                            let stream =
-                                &mut streams[start / unit_cols * unit_bytes..][..unit_bytes];
-                            let present: [[f32; COLS]; ROWS] =
-                                std::array::from_fn(|r| unit_row(values, stream, spec, r));
-                            let target =
-                                unit_target(count, end - start, step_weights, scale, |r| {
-                                    let mut target = [0.0; COLS];
-                                    let step = metric
-                                        .step(&row_part(residual, cols, r, start, end)[..COLS]);
-                                    for k in 0..end - start {
-                                        target[k] = present[r][k] * scale(r) + step[k];
-                                    }
-                                    target
-                                });
-                            scratch.stream.resize(unit_bytes, 0);
-                            let Scratch { search, stream: better } = scratch;
-                            search.run(isa, values, &metric.of_search, &target, better);
-                            let found: [[f32; COLS]; ROWS] =
-                                std::array::from_fn(|r| unit_row(values, better, spec, r));
-                            let error = |rows: &[[f32; COLS]; ROWS]| -> f32 {
-                                (0..count)
-                                    .map(|r| {
-                                        row_error(
-                                            &target,
-                                            &metric.of_search,
-                                            r,
-                                            &rows[r],
-                                            step_weights,
-                                        )
-                                    })
-                                    .sum()
-                            };
-                            if error(&found) >= error(&present) {
-                                continue;
-                            }
-                            stream.copy_from_slice(better);
-                            for r in 0..count {
-                                for k in 0..end - start {
-                                    let change = (found[r][k] - present[r][k]) * scale(r);
-                                    changes[r * width + start + k - from] = change;
-                                    if change != 0.0 {
-                                        let line = &h[(start + k) * cols..][from..from + width];
-                                        let row = &mut residual[r * cols..][from..from + width];
-                                        for (r, h) in row.iter_mut().zip(line) {
-                                            *r -= change * h;
-                                        }
-                                    }
+                            let stream = &mut streams[start / unit_cols * unit_bytes..];
+                            let stream = &mut stream[..unit_bytes];
+                            let better =
+                                search.improve(scratch, *start, metric, residual, scales, stream);
+                            let Some(better) = better else { continue };
+                            let rows = changes.chunks_exact_mut(width);
+                            let rows = rows.zip(residual.chunks_exact_mut(cols)).zip(better);
+                            for ((changes, residual), change) in rows {
+                                let inside = unit_cols.min(cols - start);
+                                changes[start - from..][..inside]
+                                    .copy_from_slice(&change[..inside]);
+                                let residual = &mut residual[from..from + width];
+                                let moved = change.iter().enumerate().filter(|(_, c)| **c != 0.0);
+                                for (k, change) in moved {
+                                    let line = &h[(start + k) * cols..][from..from + width];
+                                    residual
+                                        .iter_mut()
+                                        .zip(line)
+                                        .for_each(|(r, h)| *r -= change * h);
                                 }
                             }
                         }
@@ -365,6 +314,75 @@ impl TrellisFit<'_> {
             residual.update(&changes, from)?;
         }
         Ok(())
+    }
+}
+
+/// What the searches for better streams share.
+struct UnitSearch<'a> {
+    input: &'a Input<'a>,
+    spec: Trellis,
+    values: &'a TrellisValues,
+    /// Columns per scale, and scales of a row.
+    span: usize,
+    blocks: usize,
+}
+
+impl UnitSearch<'_> {
+    /// Replaces the stream of the unit from column `start` on by a better one; returns the change of its weights,
+    /// [row][column], or `None` if there is no better one. `residual` and `scales` are the rows of the tile.
+    fn improve(
+        &self,
+        scratch: &mut Scratch,
+        start: usize,
+        metric: &UnitMetric,
+        residual: &[f32],
+        scales: &[f32],
+        stream: &mut [u8],
+    ) -> Option<[[f32; COLS]; ROWS]> {
+        let (cols, step_weights) = (self.input.cols, self.spec.step_weights());
+        let end = cols.min(start + self.spec.unit_cols());
+        let scale = |r: usize| scales[r * self.blocks + start / self.span];
+        let present: [[f32; COLS]; ROWS] =
+            std::array::from_fn(|r| unit_row(self.values, stream, self.spec, r));
+        let count = residual.len() / cols;
+        let target = unit_target(count, end - start, step_weights, scale, |r| {
+            let mut target = metric.step(&row_part(residual, cols, r, start, end));
+            for (target, present) in target.iter_mut().zip(present[r]) {
+                *target += present * scale(r);
+            }
+            target
+        });
+        let Scratch { search, stream: better } = scratch;
+        better.resize(stream.len(), 0);
+        search.run(self.input.compute.isa, self.values, &metric.of_search, &target, better);
+        let found: [[f32; COLS]; ROWS] =
+            std::array::from_fn(|r| unit_row(self.values, better, self.spec, r));
+        let error = |rows| unit_error(&target, &metric.of_search, rows, step_weights);
+        if error(&found) >= error(&present) {
+            return None;
+        }
+        stream.copy_from_slice(better);
+        let mut changes = [[0.0; COLS]; ROWS];
+        for (r, changes) in changes.iter_mut().enumerate().take(count) {
+            for k in 0..end - start {
+                changes[k] = (found[r][k] - present[r][k]) * scale(r);
+            }
+        }
+        Some(changes)
+    }
+}
+
+/// Spreads `error`, that of the columns from `start` on, over the later columns of a row up to `end`: subtracts
+/// (W − Q)·M_gg·U.
+fn spread_error(error: &[f32], row: &mut [f32], factor: &Factor, start: usize, end: usize) {
+    let (cols, later) = (factor.size, start + error.len());
+    for j in 0..error.len() {
+        let column = |i: usize| factor.m[(start + i) * cols + start + j];
+        let scaled: f32 = (0..=j).map(|i| error[i] * column(i)).sum();
+        let line = &factor.u[(start + j) * cols..][later..end];
+        for (w, u) in row[later..end].iter_mut().zip(line) {
+            *w -= scaled * u;
+        }
     }
 }
 

@@ -2,8 +2,7 @@
 //! bytes in cache, a block of rows and columns at a time, which is shared by all tokens. The unit for tiles then needs
 //! 1/16384 of an instruction per weight and token.
 
-use stb_format::encoding::TILE;
-use stb_format::encoding::TileScales;
+use stb_format::encoding::{TILE, TileScales};
 
 use super::gemm_task::{GemmQ8Task, TileLanes, copy_tile};
 use super::tile_scales::{block_steps, scale_rows, times};
@@ -19,7 +18,7 @@ const TILES: usize = 4;
 pub(super) const ROWS: usize = TILES * TILE;
 
 /// Bytes of 16 rows × 128 columns: for every four columns, the four bytes of each row side by side.
-pub(in crate::cpu) type ExpandedBlock = Aligned<[[u8; 64]; BLOCK / 4]>;
+pub(super) type ExpandedBlock = Aligned<[[u8; 64]; BLOCK / 4]>;
 
 /// Products of tiles before they are scaled.
 type AlignedSums = Aligned<TileSums>;

@@ -1,10 +1,9 @@
 //! Scales of encodings with tiles of 16 rows: of rows, and of blocks of columns of a row.
 
-use stb_format::encoding::TILE;
-use stb_format::encoding::TileScales;
+use stb_format::encoding::{TILE, TileScales};
 use stb_format::half::f16;
 
-use super::gemm_task::TileLanes;
+use super::gemm_task::{TileLanes, store_tile};
 use crate::cpu::arch::bytes::Bytes;
 use crate::cpu::arch::simd::Simd;
 use crate::cpu::ops::q8::BLOCK;
@@ -103,6 +102,22 @@ pub(super) fn scale_rows<S: Bytes>(s: S, m: &TileScales<'_>, tile: usize, y: &mu
     let scales = row_scales(s, m, tile);
     for TileLanes(y) in y {
         s.store(s.mul(s.load(y), scales), y);
+    }
+}
+
+/// Writes the sums of a tile for each token, times the scales of its rows, from row `at` of the `rows` of each token in
+/// `y`. `at` is a multiple of [`TILE`].
+#[inline(always)]
+pub(super) fn put_tile<S: Bytes, const K: usize>(
+    s: S,
+    scales: S::F,
+    totals: [S::F; K],
+    at: usize,
+    rows: usize,
+    y: &mut [f32],
+) {
+    for (total, y) in totals.into_iter().zip(y.chunks_exact_mut(rows)) {
+        store_tile(s, s.mul(total, scales), at / TILE, y);
     }
 }
 

@@ -10,7 +10,7 @@
 //! begins and ends there. Every instruction set finds the same stream.
 
 use stb_format::encoding::trellis::{STEP_COLS, STEPS, ZERO, level};
-use stb_format::encoding::{Trellis, TrellisTables};
+use stb_format::encoding::{TILE, Trellis, TrellisTables};
 use stb_format::trellis_rates;
 
 use crate::cpu::arch::bytes::{Bytes, Task};
@@ -19,7 +19,7 @@ use crate::isa::Isa;
 /// States: the values of a window.
 const STATES: usize = 256;
 /// Rows of a unit.
-pub const ROWS: usize = 16;
+pub const ROWS: usize = TILE;
 /// The most columns of a unit.
 pub const COLS: usize = 2 * STEP_COLS;
 /// Numbers of a vector.

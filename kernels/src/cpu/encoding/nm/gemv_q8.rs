@@ -8,7 +8,7 @@ use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
 use stb_format::nm_rates;
 
-use super::super::tile_scales::{BlockScales, row_scales};
+use super::super::tile_scales::{BlockScales, put_tile, row_scales};
 use super::codes::{CodePlanes, PART, chunks, indices, pairs, signed_table};
 use super::col_factors::multiply_factors;
 use crate::cpu::arch::bytes::{Aligned, Bytes, Line, MAX_DOTS, Task};
@@ -106,7 +106,7 @@ fn by_tiles<
                     #[inline(always)]
                     |k| totals[k][t],
                 );
-                put(s, m, tile + t, totals, done + t * TILE, rows, y);
+                put_tile(s, row_scales(s, &m.scales(), tile + t), totals, done + t * TILE, rows, y);
             }
             done += T * TILE;
         } else {
@@ -115,35 +115,8 @@ fn by_tiles<
                 #[inline(always)]
                 |k| totals[k][0],
             );
-            put(s, m, tile, totals, done, rows, y);
+            put_tile(s, row_scales(s, &m.scales(), tile), totals, done, rows, y);
             done += TILE;
-        }
-    }
-}
-
-/// Writes the sums of a tile, times the scales of its rows, from row `at` of the `rows` of each token in
-/// `y`.
-#[inline(always)]
-fn put<S: Bytes, const K: usize>(
-    s: S,
-    m: &NmView<'_>,
-    tile: usize,
-    totals: [S::F; K],
-    at: usize,
-    rows: usize,
-    y: &mut [f32],
-) {
-    let scales = row_scales(s, &m.scales(), tile);
-    for (total, y) in totals.into_iter().zip(y.chunks_exact_mut(rows)) {
-        let y = &mut y[at..];
-        let sums = s.mul(total, scales);
-        match y.first_chunk_mut() {
-            Some(y) => s.store(sums, y),
-            None => {
-                let mut line = [0.0; TILE];
-                s.store(sums, &mut line);
-                y.copy_from_slice(&line[..y.len()]);
-            }
         }
     }
 }

@@ -5,7 +5,7 @@ use stb_format::trellis_rates;
 
 use super::super::expanded_amx::{ExpandedBlock, all_tiles};
 use super::super::gemm_task::GemmQ8Task;
-use super::levels::{BLOCK_WORDS, Levels, units};
+use super::levels::{Levels, expand};
 use crate::cpu::arch::bytes::{Bytes, TileTask, TileUnit};
 
 pub(super) struct TrellisByTiles<'a, 'y> {
@@ -33,25 +33,5 @@ impl TileTask for TrellisByTiles<'_, '_> {
                 |tile, block, to| expand::<S, BITS, WEIGHTS>(s, m, &levels, tile, block, to),
             );
         });
-    }
-}
-
-/// Writes the weights of block `block` of 128 columns of a tile to `to`, in units of the scale; any bytes past the last
-/// column, where activations are zero.
-#[inline(always)]
-pub(super) fn expand<S: Bytes, const BITS: usize, const WEIGHTS: usize>(
-    s: S,
-    m: &TrellisView<'_>,
-    levels: &Levels<S, WEIGHTS>,
-    tile: usize,
-    block: usize,
-    to: &mut ExpandedBlock,
-) {
-    let first = block * (BLOCK_WORDS / WEIGHTS);
-    let streams = units::<BITS>(m, tile).get(first..).unwrap_or_default();
-    for (stream, to) in streams.iter().zip(to.0.chunks_exact_mut(WEIGHTS)) {
-        for (levels, to) in levels.of(s, stream).into_iter().zip(to) {
-            s.store_b(levels, to);
-        }
     }
 }

@@ -1,13 +1,11 @@
 //! Matrix-vector products of trellis codes with q8 activations: levels are multiplied as unsigned bytes, and the level of
 //! zero is subtracted as a multiple of the sum of the activations.
 
-use stb_format::encoding::TILE;
-use stb_format::encoding::TrellisView;
 use stb_format::encoding::trellis::ZERO;
+use stb_format::encoding::{TILE, TrellisView};
 use stb_format::trellis_rates;
 
-use super::super::gemm_task::store_tile;
-use super::super::tile_scales::{block_steps, row_scales, times};
+use super::super::tile_scales::{block_steps, put_tile, row_scales, times};
 use super::levels::{BLOCK_WORDS, Levels, units};
 use crate::cpu::arch::bytes::{Aligned, Bytes, Task};
 use crate::cpu::ops::q8::{BLOCK, TokenQ8};
@@ -69,12 +67,33 @@ impl<const K: usize> Task for TrellisGemvQ8<'_, K> {
                 // Tiles that are computed together share the activations; their sums must fit in registers.
                 if (S::WIDE || K == 1) && rows - done > TILE {
                     let totals = gemv.tiles::<BITS, 2>(s, tile);
-                    put(s, m, tile, totals.map(|t| t[0]), done, rows, y);
-                    put(s, m, tile + 1, totals.map(|t| t[1]), done + TILE, rows, y);
+                    put_tile(
+                        s,
+                        row_scales(s, &m.scales(), tile),
+                        totals.map(|t| t[0]),
+                        done,
+                        rows,
+                        y,
+                    );
+                    put_tile(
+                        s,
+                        row_scales(s, &m.scales(), tile + 1),
+                        totals.map(|t| t[1]),
+                        done + TILE,
+                        rows,
+                        y,
+                    );
                     done += 2 * TILE;
                 } else {
                     let totals = gemv.tiles::<BITS, 1>(s, tile);
-                    put(s, m, tile, totals.map(|t| t[0]), done, rows, y);
+                    put_tile(
+                        s,
+                        row_scales(s, &m.scales(), tile),
+                        totals.map(|t| t[0]),
+                        done,
+                        rows,
+                        y,
+                    );
                     done += TILE;
                 }
             }
@@ -82,23 +101,7 @@ impl<const K: usize> Task for TrellisGemvQ8<'_, K> {
     }
 }
 
-/// Writes the sums of a tile, times the scales of its rows, from row `at` of the `rows` of each token in `y`.
-#[inline(always)]
-fn put<S: Bytes, const K: usize>(
-    s: S,
-    m: &TrellisView<'_>,
-    tile: usize,
-    totals: [S::F; K],
-    at: usize,
-    rows: usize,
-    y: &mut [f32],
-) {
-    let scales = row_scales(s, &m.scales(), tile);
-    for (total, y) in totals.into_iter().zip(y.chunks_exact_mut(rows)) {
-        store_tile(s, s.mul(total, scales), at / TILE, y);
-    }
-}
-
+/// The products of a matrix with `K` tokens.
 struct TrellisTokens<'a, S: Bytes, const WEIGHTS: usize, const K: usize> {
     m: &'a TrellisView<'a>,
     levels: Levels<S, WEIGHTS>,

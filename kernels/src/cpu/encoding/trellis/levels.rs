@@ -1,7 +1,9 @@
 //! From the stream of a unit to its levels: the sums of table entries, of which 64 means zero.
 
+use stb_format::encoding::trellis::ZERO;
 use stb_format::encoding::{TrellisTables, TrellisView};
 
+use super::super::expanded_amx::ExpandedBlock;
 use crate::cpu::arch::bytes::{Aligned, Bytes};
 use crate::cpu::ops::q8::BLOCK;
 
@@ -16,7 +18,7 @@ impl<S: Bytes, const WEIGHTS: usize> Levels<S, WEIGHTS> {
     /// The levels, or with `signed` the levels minus 64 as signed bytes.
     #[inline(always)]
     pub(super) fn new(s: S, tables: &[TrellisTables], signed: bool) -> Self {
-        let offset = if signed { stb_format::encoding::trellis::ZERO } else { 0 };
+        let offset = if signed { ZERO } else { 0 };
         let mut registers = [[s.splat_b(0); 2]; WEIGHTS];
         for (registers, [low, mixed]) in registers.iter_mut().zip(tables) {
             let (mut lows, mut mixes) = (Aligned([0; 64]), Aligned([0; 64]));
@@ -50,4 +52,24 @@ pub(super) fn units<'a, const BITS: usize>(
     tile: usize,
 ) -> &'a [[[u8; 8]; BITS]] {
     m.tile_streams(tile).as_chunks().0.as_chunks().0
+}
+
+/// Writes the levels of block `block` of 128 columns of a tile to `to`; any bytes past the last column, where activations are
+/// zero.
+#[inline(always)]
+pub(super) fn expand<S: Bytes, const BITS: usize, const WEIGHTS: usize>(
+    s: S,
+    m: &TrellisView<'_>,
+    levels: &Levels<S, WEIGHTS>,
+    tile: usize,
+    block: usize,
+    to: &mut ExpandedBlock,
+) {
+    let first = block * (BLOCK_WORDS / WEIGHTS);
+    let streams = units::<BITS>(m, tile).get(first..).unwrap_or_default();
+    for (stream, to) in streams.iter().zip(to.0.chunks_exact_mut(WEIGHTS)) {
+        for (levels, to) in levels.of(s, stream).into_iter().zip(to) {
+            s.store_b(levels, to);
+        }
+    }
 }
