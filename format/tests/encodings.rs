@@ -92,27 +92,34 @@ fn nm() -> impl Strategy<Value = NmParts> {
 fn trellis() -> impl Strategy<Value = TrellisParts> {
     let rates = prop::sample::select(TrellisRate::ALL);
     let scales = prop::sample::select(vec![(0u8, 0u16), (4, 32), (4, 128), (8, 64)]);
-    (rates, scales, 1usize..40, 1usize..200).prop_flat_map(|(rate, (bits, block), rows, cols)| {
+    let shape = (1usize..40, 1usize..200);
+    (rates, scales, any::<bool>(), shape).prop_flat_map(|(rate, (bits, block), factors, shape)| {
+        let (rows, cols) = shape;
         let (step_bits, step_weights) = (rate.step_bits() as u8, rate.step_weights() as u8);
         let spec = Trellis::new(step_bits, step_weights, bits, block).unwrap();
+        let spec = spec.with_col_factors(factors);
         let blocks = if block == 0 { 0 } else { cols.div_ceil(spec.block()) };
         let block_end = if bits == 8 { 255u8 } else { 15 };
         let streams = rows.div_ceil(16) * cols.div_ceil(spec.unit_cols()) * spec.unit_bytes();
         let pair = (prop::array::uniform16(0u8..64), prop::array::uniform16(0u8..64));
         (
             prop::collection::vec(pair.prop_map(|(low, mixed)| [low, mixed]), spec.step_weights()),
+            prop::collection::vec(scale(), if factors { cols } else { 0 }),
             prop::collection::vec(scale(), rows),
             prop::collection::vec(0..=block_end, rows * blocks),
             prop::collection::vec(any::<u8>(), streams),
         )
-            .prop_map(move |(tables, row_scales, block_codes, streams)| TrellisParts {
-                spec,
-                rows,
-                cols,
-                tables,
-                row_scales,
-                block_codes,
-                streams,
+            .prop_map(move |(tables, col_factors, row_scales, block_codes, streams)| {
+                TrellisParts {
+                    spec,
+                    rows,
+                    cols,
+                    tables,
+                    col_factors,
+                    row_scales,
+                    block_codes,
+                    streams,
+                }
             })
     })
 }
@@ -221,7 +228,8 @@ proptest! {
                 let code = parts.block_codes[row * blocks + col / parts.spec.block()];
                 scale *= (f32::from(code) + 1.0) / f32::from(2u16.pow(parts.spec.scale_bits().into()));
             }
-            let expected = (level - 64) as f32 * scale;
+            let factor = parts.col_factors.get(col).map_or(1.0, |factor| factor.to_f32());
+            let expected = (level - 64) as f32 * factor * scale;
             prop_assert_eq!(w.to_bits(), expected.to_bits(), "row {} col {}", row, col);
         }
     }
@@ -315,6 +323,8 @@ fn stored_bits_are_those_of_the_formulas() {
     // The tables of one weight per step are padded to 64 bytes.
     assert_eq!(trellis(2, 1, 4, 128), 2.0 + row + 4.0 / 128.0 + 2.0 * tables);
     assert_eq!(trellis(3, 2, 0, 0), 1.5 + row + 2.0 * tables);
+    let factors = Trellis::new(3, 2, 0, 0).unwrap().with_col_factors(true);
+    assert_eq!(bits(Encoding::Trellis(factors)), trellis(3, 2, 0, 0) + row);
     let stbllm = bits(Encoding::Stbllm(Stbllm::new(4, 128).unwrap()));
     assert_eq!(stbllm, 2.0 + 0.5 + 80.0 / 128.0 + 1.0 / 4096.0);
     assert_eq!(bits(Encoding::IntGroup(IntGroup::new(4, 32).unwrap())), 4.5);

@@ -14,9 +14,16 @@ template <u32 BITS, u32 WEIGHTS> struct Trellis {
     static constexpr u32 STREAM = 8 * BITS; // Bytes of a stream.
     static constexpr u32 ZERO = 64;
 
+    // Bits of m.kind: those of a block scale, and the one for column factors.
+    static constexpr u32 SCALE_BITS = 255, COL_FACTORS = 256;
+    // The column factors follow the tables, which take at most 64 bytes, at the next multiple of 64.
+    static constexpr u32 FACTORS = 64;
+
     struct Raw {
         u32 bits[STREAMS];          // From the first window of the row on.
         u32 tables[WEIGHTS][2][4];
+        const u16 *factors;         // Of the columns of the piece; null if there are none.
+        u32 columns;                // Of the piece that the matrix has.
     };
     using Scale = float;
 
@@ -26,6 +33,10 @@ template <u32 BITS, u32 WEIGHTS> struct Trellis {
 #pragma unroll
         for (u32 i = 0; i < WEIGHTS * 8; ++i)
             raw.tables[i / 8][i / 4 % 2][i % 4] = __ldg(tables + i);
+        raw.columns = m.cols - least(piece * PIECE, m.cols);
+        raw.factors = nullptr;
+        if (m.kind & COL_FACTORS)
+            raw.factors = reinterpret_cast<const u16 *>(m.payload + m.segments[0] + FACTORS) + piece * PIECE;
         // m.units is the length of a tile in bytes.
         const u32 first = piece * STREAMS, streams = m.units / STREAM;
         const u8 *tile = m.payload + m.segments[3] + u64(row / 16) * m.units;
@@ -49,12 +60,12 @@ template <u32 BITS, u32 WEIGHTS> struct Trellis {
             return 0.0f;
         const u16 *rows = reinterpret_cast<const u16 *>(m.payload + m.segments[1]);
         const float scale = f16_to_f32(__ldg(rows + row));
-        // m.kind is the number of bits of a block scale.
-        if (m.kind == 0)
+        const u32 bits = m.kind & SCALE_BITS;
+        if (bits == 0)
             return scale;
         const u32 blocks = ceil_div(m.cols, m.block), at = row / 16 * blocks + unit * UNIT / m.block;
-        const u8 *codes = m.payload + m.segments[2] + u64(at) * 2 * m.kind;
-        if (m.kind == 8)
+        const u8 *codes = m.payload + m.segments[2] + u64(at) * 2 * bits;
+        if (bits == 8)
             return scale * (float(__ldg(codes + row % 16) + 1) * (1.0f / 256.0f));
         const u32 code = __ldg(codes + row % 8) >> (row % 16 >= 8 ? 4 : 0) & 15;
         return scale * (float(code + 1) * (1.0f / 16.0f));
@@ -83,10 +94,19 @@ template <u32 BITS, u32 WEIGHTS> struct Trellis {
     static STB_DEVICE float4 weights4(const Raw &raw, Scale, u32, u32 i) {
         const u32 bytes = levels4(raw, i);
         const float zero = float(ZERO);
-        return make_float4(byte_to_f32(bytes, 0, zero), byte_to_f32(bytes, 1, zero),
-                           byte_to_f32(bytes, 2, zero), byte_to_f32(bytes, 3, zero));
+        return make_float4(byte_to_f32(bytes, 0, zero) * factor(raw, 4 * i),
+                           byte_to_f32(bytes, 1, zero) * factor(raw, 4 * i + 1),
+                           byte_to_f32(bytes, 2, zero) * factor(raw, 4 * i + 2),
+                           byte_to_f32(bytes, 3, zero) * factor(raw, 4 * i + 3));
+    }
+    // Returns the factor of a column of the piece.
+    static STB_DEVICE float factor(const Raw &raw, u32 column) {
+        if (raw.factors == nullptr || column >= raw.columns)
+            return 1.0f;
+        return f16_to_f32(__ldg(raw.factors + column));
     }
     static STB_DEVICE u32 column(u32 k) { return k; }
+    // Without column factors: a matrix that has them is multiplied with activations in f32.
     static STB_DEVICE float dot(const Raw &raw, Scale s, u32, const u32 (&x)[8], float xs, float xo) {
         i32 sum = 0;
 #pragma unroll

@@ -23,7 +23,7 @@ struct PackedMatrix {
     u32 units;
     // Columns of a group (integers) or of a block (others); 0 if there are no block scales.
     u32 block;
-    // STBLLM: N. N:M: bits of a block scale, plus 256 if there are column factors.
+    // STBLLM: N. N:M and trellis codes: bits of a block scale, plus 256 if there are column factors.
     u32 kind;
     u32 padding;
 };

@@ -5,7 +5,7 @@ mod common;
 
 use common::random::{encodings, payload};
 use stb_format::Encoding;
-use stb_format::encoding::{Dense, MatrixView};
+use stb_format::encoding::{CoarseRowsView, Dense, MatrixView};
 use stb_format::half::f16;
 use stb_kernels::{
     ActivationsQ8, GemvScratch, Isa, PackedGemmQ8, Panels, ROW_TILE, gemm, gemm_q8, gemv,
@@ -99,12 +99,17 @@ fn q8_products_keep_their_bound_on_every_isa() {
                     3 => x.iter_mut().for_each(|v| *v *= 1e-36),
                     _ => {}
                 }
-                let factor = |c: usize| match &view {
-                    MatrixView::Nm(m) => {
-                        m.col_factors.get(c).map_or(1.0, |b| f16::from_le_bytes(*b).to_f64())
-                    }
-                    _ => 1.0,
+                let factors = match &view {
+                    MatrixView::Nm(m) => m.col_factors,
+                    MatrixView::Trellis(m) => m.col_factors,
+                    MatrixView::MixedRows(m) => match m.coarse {
+                        CoarseRowsView::Trellis(m) => m.col_factors,
+                        _ => &[],
+                    },
+                    _ => &[],
                 };
+                let factor =
+                    |c: usize| factors.get(c).map_or(1.0, |b| f16::from_le_bytes(*b).to_f64());
                 // a / 254 for the block of column c, where a is the largest |x · factor|.
                 let step = |c: usize| {
                     let block = c / 128 * 128..(c / 128 * 128 + 128).min(cols);

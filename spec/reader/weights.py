@@ -297,24 +297,39 @@ class Stbllm(Matrix):
 
 
 class BlockScaled(Matrix):
-    """What encodings 48 and 80 have in common (§5.3): tiles of 16 rows, scales of rows and blocks.
+    """What encodings 48 and 80 have in common (§5.3): tiles of 16 rows, and what scales weights.
 
-    Row scales are segment 1, block scales segment 2.
+    That is in three segments: column factors, row scales, block scales. FACTORS is the first.
     """
 
+    FACTORS: int
+
     def valid_scales(self) -> bool:
-        """Whether `scale_bits` and `B` are allowed together."""
+        """Whether `flags` is valid, and `scale_bits` and `B` are allowed together."""
         valid_block = self.B >= 32 and self.B % 32 == 0 if self.scale_bits else self.B == 0
-        return self.scale_bits in (0, 4, 8) and valid_block
+        return self.flags <= 1 and self.scale_bits in (0, 4, 8) and valid_block
 
     def scale_lengths(self) -> list[int]:
         self.tiles = ceil_div(self.rows, 16)
         self.blocks = ceil_div(self.cols, self.B) if self.scale_bits else 0
-        return [self.rows * 2, self.tiles * self.blocks * 2 * self.scale_bits]
+        factors = self.cols * 2 if self.flags & 1 else 0
+        return [factors, self.rows * 2, self.tiles * self.blocks * 2 * self.scale_bits]
+
+    def require_finite_scales(self, parts):
+        require_finite(self._numbers(parts, 0), "a column factor")
+        require_finite(self._numbers(parts, 1), "a row scale")
+
+    def _numbers(self, parts, which):
+        """Column factors (0) or row scales (1), as stored."""
+        return parts[self.FACTORS + which].view("<f2")
+
+    def _times_factors(self, parts, values):
+        """Values [row, column], or [row, 1] for all columns, times column factors if present."""
+        return values * self._numbers(parts, 0).astype(np.float32) if self.flags & 1 else values
 
     def _scales(self, parts, first, last):
         """Scales of weights, without column factors: [row, column], or [row, 1] without blocks."""
-        scale = parts[1].view("<f2")[first:last, np.newaxis].astype(np.float32)
+        scale = self._numbers(parts, 1)[first:last, np.newaxis].astype(np.float32)
         if self.scale_bits:
             codes = self._block_codes(parts, first, last)[: last - first]
             scale = scale * ((codes.astype(np.float32) + 1) / np.float32(1 << self.scale_bits))
@@ -324,7 +339,8 @@ class BlockScaled(Matrix):
     def _block_codes(self, parts, first, last):
         """Block scales of whole tiles: [row, block], also of rows that do not exist (§5.3)."""
         size = 2 * self.scale_bits
-        scales = parts[2].reshape(self.tiles, self.blocks, size)[first // 16 : ceil_div(last, 16)]
+        scales = parts[self.FACTORS + 2].reshape(self.tiles, self.blocks, size)
+        scales = scales[first // 16 : ceil_div(last, 16)]
         if self.scale_bits == 4:
             scales = unpack_nibbles(scales)
         rows = 16 if self.scale_bits else 0
@@ -339,11 +355,13 @@ class BlockScaled(Matrix):
 class JointNM(BlockScaled):
     """Encoding 48 (§5): at most N of M weights, their positions and signs in one code."""
 
+    FACTORS = 0
+
     def read_params(self, params):
         self.N, self.M, self.scale_bits, self.flags = params[:4]
         self.B = u16(params, 4)
         require_params(
-            self.N in (1, 2) and self.M in (4, 8) and self.flags <= 1 and self.valid_scales(),
+            self.N in (1, 2) and self.M in (4, 8) and self.valid_scales(),
             params[6:],
             f"{self.N} of {self.M} weights, {self.scale_bits} bits for the scale of "
             f"blocks of {self.B}, flags {self.flags:#x}",
@@ -359,9 +377,7 @@ class JointNM(BlockScaled):
         self.tile_bytes = 64 * self.beta * self.whole_chunks + sum(
             64 * ceil_div(self.quads_left * w, 8) for w in self.planes
         )
-        factors = self.cols * 2 if self.flags & 1 else 0
-        scales = self.scale_lengths()
-        return [factors, *scales, self.tiles * self.tile_bytes]
+        return [*self.scale_lengths(), self.tiles * self.tile_bytes]
 
     def check(self, payload):
         parts = self.split(payload)
@@ -371,15 +387,11 @@ class JointNM(BlockScaled):
             unused_zero &= not codes[:, self.groups :].any()
             unused_zero &= not codes[last - first :].any()
         self.require_unused_zero(payload, unused_zero)
-        require_finite(parts[0].view("<f2"), "a column factor")
-        require_finite(parts[1].view("<f2"), "a row scale")
+        self.require_finite_scales(parts)
 
     def decode_rows(self, parts, first, last):
         n = last - first
-        scale = self._scales(parts, first, last)
-        if self.flags & 1:
-            scale = scale * parts[0].view("<f2").astype(np.float32)
-
+        scale = self._times_factors(parts, self._scales(parts, first, last))
         codes = self._codes(parts, first, last)[:n, : self.groups]
         keep, flip = self._bit_masks()
         keep = keep[codes].reshape(n, -1)[:, : self.cols]
@@ -432,17 +444,18 @@ class JointNM(BlockScaled):
 class Trellis(BlockScaled):
     """Encoding 80 (§7): a window of 8 bits moves over a stream, and tables make weights of it."""
 
+    FACTORS = 1
     # Step bits k and step weights V that go together.
     STEPS = ((1, 2), (1, 1), (3, 2), (2, 1), (5, 2), (3, 1), (4, 1))
 
     def read_params(self, params):
-        self.k, self.V, self.scale_bits = params[:3]
+        self.k, self.V, self.scale_bits, self.flags = params[:4]
         self.B = u16(params, 4)
         require_params(
             (self.k, self.V) in self.STEPS and self.valid_scales(),
-            params[3:4] + params[6:],
+            params[6:],
             f"steps of {self.k} bits for {self.V} weights, {self.scale_bits} bits for the scale of "
-            f"blocks of {self.B}",
+            f"blocks of {self.B}, flags {self.flags:#x}",
         )
 
     def segment_lengths(self):
@@ -453,7 +466,7 @@ class Trellis(BlockScaled):
     def check(self, payload):
         parts = self.split(payload)
         self.require_unused_zero(payload, not self._unused_block_codes(parts).any())
-        require_finite(parts[1].view("<f2"), "a row scale")
+        self.require_finite_scales(parts)
         if (self._tables(parts).max(axis=2).sum(axis=1) > 127).any():
             raise StbError("STB-R-046", "the largest entries of two tables add up to more than 127")
 
@@ -465,12 +478,13 @@ class Trellis(BlockScaled):
         for which in range(self.V):
             weights[:, :, :, which] = values[which][windows]
         weights = weights.transpose(0, 2, 1, 3, 4).reshape(len(windows) * 16, -1)
-        return weights[: last - first, : self.cols] * self._scales(parts, first, last)
+        weights = self._times_factors(parts, weights[: last - first, : self.cols])
+        return weights * self._scales(parts, first, last)
 
     def _windows(self, parts, first, last):
         """Windows of whole tiles: [tile, unit, row, step of 4]."""
         size = 8 * self.k
-        streams = parts[3].reshape(self.tiles, self.units, size)[first // 16 : ceil_div(last, 16)]
+        streams = parts[4].reshape(self.tiles, self.units, size)[first // 16 : ceil_div(last, 16)]
         byte, bit = np.divmod(self.k * np.arange(64), 8)
         after = streams[:, :, (byte + 1) % size].astype(np.uint16)
         windows = (streams[:, :, byte] | after << 8) >> bit.astype(np.uint16) & 255

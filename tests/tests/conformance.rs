@@ -166,24 +166,31 @@ fn worked_examples_are_right() {
     let entries = |first: u8| std::array::from_fn(|i| first + i as u8);
     let mut streams = vec![0; 16];
     streams[..2].copy_from_slice(&[0x1b, 0xe4]);
-    let payload = TrellisParts {
+    let plain = TrellisParts {
         spec,
         rows: 1,
         cols: 4,
         tables: vec![[entries(0), entries(56)]],
+        col_factors: vec![],
         row_scales: half(&[2.0]),
         block_codes: vec![],
         streams,
-    }
-    .pack();
+    };
+    let payload = plain.pack();
     assert_eq!(payload.len(), 144);
-    let parts = [
+    let tables = [
         (0, "00 01 02 03 04 05 06 07 08 09 0a 0b 0c 0d 0e 0f"),
         (16, "38 39 3a 3b 3c 3d 3e 3f 40 41 42 43 44 45 46 47"),
-        (64, "00 40"),
-        (128, "1b e4"),
     ];
+    let parts = [tables.as_slice(), &[(64, "00 40"), (128, "1b e4")]].concat();
     check(Encoding::Trellis(spec), [1, 4], &payload, &parts, &[26.0, 8.0, -4.0, 2.0]);
+
+    let spec = spec.with_col_factors(true);
+    let factors = half(&[1.0, 0.5, 1.0, 2.0]);
+    let payload = TrellisParts { spec, col_factors: factors, ..plain }.pack();
+    let rest = [(64, "00 3c 00 38 00 3c 00 40"), (128, "00 40"), (192, "1b e4")];
+    let parts = [tables.as_slice(), &rest].concat();
+    check(Encoding::Trellis(spec), [1, 4], &payload, &parts, &[26.0, 4.0, -4.0, 4.0]);
 }
 
 /// The check values of checksum.md equal those of the library.

@@ -60,7 +60,8 @@ impl LayerInputs {
     fn input<'a>(&'a self, weights: &'a [f32]) -> Input<'a> {
         let Self { hessian, factor, norms } = self;
         let compute = Isa::detect().unwrap().into();
-        Input { compute, weights, rows: ROWS, cols: COLS, hessian, factor, norms }
+        let col_spreads = None;
+        Input { compute, weights, rows: ROWS, cols: COLS, hessian, factor, norms, col_spreads }
     }
 }
 

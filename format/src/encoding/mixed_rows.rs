@@ -72,7 +72,7 @@ impl MixedRows {
     pub const ID: u32 = 64;
 
     /// `count` rows, at least one, are stored as `fine` as well; all rows are stored as `coarse`, which has no column
-    /// factors. `None` for other values.
+    /// factors if it is N:M. `None` for other values.
     #[must_use]
     pub fn new(count: u32, fine: IntGroup, coarse: CoarseRows) -> Option<Self> {
         let factors = matches!(coarse, CoarseRows::Nm(spec) if spec.has_col_factors());

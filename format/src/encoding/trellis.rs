@@ -98,6 +98,7 @@ impl TrellisRate {
 pub struct Trellis {
     rate: TrellisRate,
     scales: BlockScaleParams,
+    col_factors: bool,
 }
 
 impl Trellis {
@@ -111,7 +112,20 @@ impl Trellis {
     pub fn new(step_bits: u8, step_weights: u8, scale_bits: u8, block: u16) -> Option<Self> {
         let rate = TrellisRate { step_bits, step_weights };
         let rate = TrellisRate::ALL.iter().copied().find(|known| *known == rate)?;
-        Some(Self { rate, scales: BlockScaleParams::new(scale_bits, block)? })
+        Some(Self { rate, scales: BlockScaleParams::new(scale_bits, block)?, col_factors: false })
+    }
+
+    /// These parameters with a factor for each column, or without.
+    #[must_use]
+    pub fn with_col_factors(self, col_factors: bool) -> Self {
+        Self { col_factors, ..self }
+    }
+
+    /// Whether each column has a factor.
+    #[must_use]
+    #[inline]
+    pub fn has_col_factors(self) -> bool {
+        self.col_factors
     }
 
     /// See [`TrellisRate::step_bits`].
@@ -161,9 +175,10 @@ impl Trellis {
         cols.div_ceil(len_u64(self.unit_cols())).checked_mul(len_u64(self.unit_bytes()))
     }
 
-    fn segments(self, rows: u64, cols: u64) -> Option<[u64; 4]> {
+    fn segments(self, rows: u64, cols: u64) -> Option<[u64; 5]> {
         Some([
             len_u64(self.step_weights()).checked_mul(len_u64(size_of::<TrellisTables>()))?,
+            if self.col_factors { cols.checked_mul(2)? } else { 0 },
             rows.checked_mul(2)?,
             self.scales.len(rows, cols)?,
             rows.div_ceil(len_u64(TILE)).checked_mul(self.tile_bytes(cols)?)?,
@@ -176,11 +191,12 @@ impl WeightEncoding for Trellis {
     const IDS: &'static [u32] = &[Self::ID];
 
     fn parse(_: u32, params: [u8; 16]) -> Option<Self> {
-        let [step_bits, step_weights, scale_bits, reserved, b0, b1, rest @ ..] = params;
-        if reserved != 0 || rest != [0; 10] {
+        let [step_bits, step_weights, scale_bits, flags, b0, b1, rest @ ..] = params;
+        if flags > 1 || rest != [0; 10] {
             return None;
         }
-        Self::new(step_bits, step_weights, scale_bits, u16::from_le_bytes([b0, b1]))
+        let spec = Self::new(step_bits, step_weights, scale_bits, u16::from_le_bytes([b0, b1]))?;
+        Some(spec.with_col_factors(flags == 1))
     }
 
     fn id(self) -> u32 {
@@ -190,7 +206,8 @@ impl WeightEncoding for Trellis {
     fn params(self) -> [u8; 16] {
         let [b0, b1] = self.scales.block.to_le_bytes();
         let TrellisRate { step_bits, step_weights } = self.rate;
-        [step_bits, step_weights, self.scales.bits, 0, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        let flags = u8::from(self.col_factors);
+        [step_bits, step_weights, self.scales.bits, flags, b0, b1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
     }
 
     fn payload_len(self, rows: u64, cols: u64) -> Option<u64> {
@@ -208,7 +225,7 @@ impl fmt::Display for Trellis {
         if self.scales.bits != 0 {
             write!(f, "/b{}s{}", self.scales.block, self.scales.bits)?;
         }
-        Ok(())
+        f.write_str(if self.col_factors { "+cols" } else { "" })
     }
 }
 
@@ -253,6 +270,8 @@ pub struct TrellisParts {
     pub cols: usize,
     /// The tables of each weight of a step.
     pub tables: Vec<TrellisTables>,
+    /// Column factors, `[cols]`; empty if the encoding has none.
+    pub col_factors: Vec<f16>,
     /// Row scales, `[rows]`.
     pub row_scales: Vec<f16>,
     /// Block scale codes, [rows, blocks]; empty if the encoding has none.
@@ -267,6 +286,7 @@ impl TrellisParts {
     pub fn pack(&self) -> Vec<u8> {
         join([
             self.tables.as_flattened().as_flattened(),
+            &f16_bytes(&self.col_factors),
             &f16_bytes(&self.row_scales),
             &self.spec.scales.pack(&self.block_codes, self.cols),
             &self.streams,
@@ -285,6 +305,8 @@ pub struct TrellisView<'a> {
     pub cols: usize,
     /// The tables of each weight of a step.
     pub tables: &'a [TrellisTables],
+    /// Column factors, binary16; empty if there are none.
+    pub col_factors: &'a [[u8; 2]],
     /// Row scales, binary16.
     pub row_scales: &'a [[u8; 2]],
     /// Block scale codes: tiles × blocks × 16 codes.
@@ -299,13 +321,14 @@ impl<'a> TrellisView<'a> {
     /// A view of `payload`; `None` if its length does not fit the shape.
     #[must_use]
     pub fn new(spec: Trellis, rows: u64, cols: u64, payload: &'a [u8]) -> Option<Self> {
-        let [tables, row_scales, block_codes, streams] =
+        let [tables, col_factors, row_scales, block_codes, streams] =
             split(payload, spec.segments(rows, cols)?)?;
         Some(Self {
             spec,
             rows: usize::try_from(rows).ok()?,
             cols: usize::try_from(cols).ok()?,
             tables: bytemuck::cast_slice(tables),
+            col_factors: as_f16(col_factors),
             row_scales: as_f16(row_scales),
             block_codes,
             streams,
@@ -347,7 +370,7 @@ impl<'a> TrellisView<'a> {
         })
     }
 
-    /// Writes the weights of row `row` in units of the scale to `out`, `[cols]`: levels minus 64.
+    /// Writes the weights of row `row` in units of scale and column factor to `out`, `[cols]`: levels minus 64.
     pub fn decode_units(&self, row: usize, out: &mut [i8]) {
         for (unit, weights) in out.chunks_mut(self.spec.unit_cols()).enumerate() {
             for (w, level) in weights.iter_mut().zip(self.levels(row, unit)) {
@@ -364,6 +387,7 @@ impl<'a> TrellisView<'a> {
             rows: self.rows,
             cols: self.cols,
             tables: self.tables.to_vec(),
+            col_factors: f16_vec(self.col_factors),
             row_scales: f16_vec(self.row_scales),
             block_codes: self.scales().codes(self.rows),
             streams: self.streams.to_vec(),
@@ -380,7 +404,7 @@ impl WeightView for TrellisView<'_> {
         self.cols
     }
 
-    /// `w = (level − 64) × (row scale × multiplier)`.
+    /// `w = ((level − 64) × factor) × (row scale × multiplier)`.
     fn decode_row(&self, row: usize, out: &mut [f32]) {
         if row >= self.rows {
             return;
@@ -388,14 +412,21 @@ impl WeightView for TrellisView<'_> {
         let scales = self.scales();
         for (unit, weights) in out.chunks_mut(self.spec.unit_cols()).enumerate() {
             let scale = scales.scale(row, unit.saturating_mul(self.spec.unit_cols()));
+            let first = unit.saturating_mul(self.spec.unit_cols());
+            let factors = self.col_factors.get(first..).unwrap_or_default();
             for (w, level) in weights.iter_mut().zip(self.levels(row, unit)) {
-                *w = (f32::from(level) - f32::from(ZERO)) * scale;
+                *w = f32::from(level) - f32::from(ZERO);
             }
+            for (w, factor) in weights.iter_mut().zip(factors) {
+                *w *= f16::from_le_bytes(*factor).to_f32();
+            }
+            weights.iter_mut().for_each(|w| *w *= scale);
         }
     }
 
     fn check(&self, payload: &[u8]) -> Result<()> {
         check_canonical(payload, &self.unpack().pack())?;
+        check_finite_f16(payload, self.col_factors, "column factor")?;
         check_finite_f16(payload, self.row_scales, "row scale")?;
         let largest = |table: &[u8; ENTRIES]| u16::from(table.iter().copied().max().unwrap_or(0));
         for (index, [low, mixed]) in self.tables.iter().enumerate() {

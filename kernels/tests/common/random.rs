@@ -32,14 +32,20 @@ pub fn encodings() -> Vec<Encoding> {
     }
     for rate in TrellisRate::ALL {
         let (step_bits, weights) = (rate.step_bits() as u8, rate.step_weights() as u8);
-        for (bits, block) in [(0, 0), (4, 32), (4, 128), (8, 256)] {
-            all.push(Encoding::Trellis(Trellis::new(step_bits, weights, bits, block).unwrap()));
+        for (bits, block, cols) in
+            [(0, 0, false), (4, 32, true), (4, 128, false), (4, 128, true), (8, 256, true)]
+        {
+            let spec = Trellis::new(step_bits, weights, bits, block).unwrap();
+            all.push(Encoding::Trellis(spec.with_col_factors(cols)));
         }
     }
     let fine = IntGroup::new(4, 64).unwrap();
     let nm = CoarseRows::Nm(Nm::new(2, 8, 4, 128, false).unwrap());
     let int = CoarseRows::IntGroup(IntGroup::new(2, 32).unwrap());
-    for (count, coarse) in [(1, nm), (9, nm), (9, int)] {
+    let trellis = Trellis::new(3, 2, 4, 128).unwrap();
+    let [plain, factors] =
+        [false, true].map(|cols| CoarseRows::Trellis(trellis.with_col_factors(cols)));
+    for (count, coarse) in [(1, nm), (9, nm), (9, int), (9, plain), (9, factors)] {
         all.push(Encoding::MixedRows(MixedRows::new(count, fine, coarse).unwrap()));
     }
     all
@@ -107,6 +113,7 @@ pub fn payload(rng: &mut Rng, encoding: &Encoding, rows: usize, cols: usize) -> 
                         [low, mixed]
                     })
                     .collect(),
+                col_factors: scales(rng, if spec.has_col_factors() { cols } else { 0 }),
                 row_scales: scales(rng, rows),
                 block_codes: (0..rows * blocks).map(|_| rng.below(scale) as u8).collect(),
                 streams: (0..streams).map(|_| rng.bits() as u8).collect(),

@@ -14,9 +14,10 @@ const encodingOf = ({ encoding, encodingName, settings }) => {
   if (encodingName === 'stbllm') return `stbllm ${settings.n}:8, blocks of ${settings.block}`;
   if (encodingName === 'mixed rows') return `mixed rows: ${encodingOf(settings.all)}; ${countText(settings.count)} listed as ${encodingOf(settings.listed)}`;
   const scales = settings.scaleBits ? `, ${settings.scaleBits}-bit scales of ${settings.block}` : '';
-  if (encodingName === 'trellis') return `trellis ${settings.stepBits}/${settings.stepWeights}${scales}`;
+  const factors = settings.factors ? ', column factors' : '';
+  if (encodingName === 'trellis') return `trellis ${settings.stepBits}/${settings.stepWeights}${scales}${factors}`;
   if (encodingName !== 'nm') return encodingName;
-  return `nm ${settings.n}:${settings.m}${scales}${settings.factors ? ', column factors' : ''}`;
+  return `nm ${settings.n}:${settings.m}${scales}${factors}`;
 };
 
 /** @type {{ title: string, number?: boolean, text: (tensor: any) => string, order: (tensor: any) => string | number }[]} */

@@ -140,7 +140,7 @@ export const MIXED_ROWS = {
     const part = (at, length) => new DataView(params.buffer, params.byteOffset + at, length);
     const listed = storedAs('listed', LISTED, params.getUint8(4), part(6, 4), fail);
     const all = storedAs('all', ALL, params.getUint8(5), part(10, 6), fail);
-    if (all.settings.factors) fail('mixed rows have column factors');
+    if (all.encoding === 48 && all.settings.factors) fail('all rows: nm has column factors');
     return { count, listed, all };
   },
   shaped([rows, cols], { count, listed, all }) {

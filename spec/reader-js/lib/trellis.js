@@ -14,7 +14,7 @@ const PAIR = 2 * ENTRIES;
 const WINDOWS = 256;
 const MOST_LEVEL = 127;
 
-/** @typedef {{ stepBits: number, stepWeights: number, scaleBits: number, block: number }} Settings */
+/** @typedef {{ stepBits: number, stepWeights: number, scaleBits: number, factors: boolean, block: number }} Settings */
 
 /**
  * What the windows stand for before they are scaled: for each step weight, 256 values.
@@ -51,20 +51,28 @@ function readWindows(streams, base, stepBits, i, row) {
 }
 
 /**
- * Writes the weights of a row of a unit into `out`.
+ * Writes the weights of a row of a unit into `out`, without factors and scale.
  * @param {Float64Array[]} values for each step weight
  * @param {Uint8Array} row windows of the row
  * @param {number} unit
- * @param {number} scale
  * @param {Float32Array} out
  * @param {number} at element of the first column of the unit
  * @param {number} end element behind the last column of the row
  */
-function decodeUnit(values, row, unit, scale, out, at, end) {
+function decodeUnit(values, row, unit, out, at, end) {
   for (let k = 0, from = at; k < values.length; k++, from += ROW_STEPS) {
     const count = Math.min(ROW_STEPS, end - from);
-    for (let j = 0; j < count; j++) out[from + j] = values[k][row[unit * ROW_STEPS + j]] * scale;
+    for (let j = 0; j < count; j++) out[from + j] = values[k][row[unit * ROW_STEPS + j]];
   }
+}
+
+/**
+ * Multiplies the weights of a row, still without scale, by the column factors; the products are exact.
+ * @param {DataView} factors
+ * @param {Float32Array} weights
+ */
+function multiply(factors, weights) {
+  for (let c = 0; c < weights.length; c++) weights[c] *= F16[factors.getUint16(c * 2, true)];
 }
 
 /** @type {import('./windows.js').WindowEncoding} */
@@ -72,19 +80,20 @@ const WINDOWED = {
   name: 'trellis',
   matrix: true,
   settings(params, fail) {
-    const [stepBits, stepWeights, scaleBits, reserved] = [0, 1, 2, 3].map((i) => params.getUint8(i));
+    const [stepBits, stepWeights, scaleBits, flags] = [0, 1, 2, 3].map((i) => params.getUint8(i));
     const block = params.getUint16(4, true);
     if (!STEPS.has(`${stepBits}/${stepWeights}`)) fail(`trellis has steps of ${stepBits} bits and ${stepWeights} weights`);
+    if (flags > 1) fail(`trellis has the flags ${flags}`);
     const invalid = whyInvalid(scaleBits, block);
     if (invalid) fail(`trellis has ${invalid}`);
-    const unused = reserved | params.getUint16(6, true) | params.getInt32(8, true) | params.getInt32(12, true);
-    if (unused) fail('unused params of trellis are not zero');
-    return { stepBits, stepWeights, scaleBits, block };
+    if (params.getUint16(6, true) | params.getInt32(8, true) | params.getInt32(12, true)) fail('unused params of trellis are not zero');
+    return { stepBits, stepWeights, scaleBits, factors: flags === 1, block };
   },
-  shaped([rows, cols], { stepBits, stepWeights, scaleBits, block }) {
+  shaped([rows, cols], { stepBits, stepWeights, scaleBits, factors, block }) {
     const units = Math.ceil(cols / (ROW_STEPS * stepWeights));
     const tileBytes = units * 8 * stepBits;
     const tableBytes = stepWeights * PAIR;
+    const factorBytes = factors ? cols * 2 : 0;
     const blockBytes = block ? Math.ceil(cols / block) * 2 * scaleBits : 0;
     const tiles = Math.ceil(rows / TILE);
     const slices = (first, end) => {
@@ -92,15 +101,17 @@ const WINDOWED = {
       const to = Math.ceil(end / TILE);
       return [
         [0, tableBytes],
+        [0, factorBytes],
         [from * TILE * 2, end * 2],
         [from * blockBytes, to * blockBytes],
         [from * tileBytes, to * tileBytes],
       ];
     };
-    const lengths = [tableBytes, rows * 2, tiles * blockBytes, tiles * tileBytes];
+    const lengths = [tableBytes, factorBytes, rows * 2, tiles * blockBytes, tiles * tileBytes];
     return { rows, cols, step: TILE, lengths, slices, units, tileBytes, blockBytes };
   },
-  check({ blockBytes }, { stepWeights, scaleBits }, [tables, rowScales, blockScales], first, end, findings) {
+  check({ blockBytes }, { stepWeights, scaleBits }, [tables, factors, rowScales, blockScales], first, end, findings) {
+    if (!finiteF16(factors, 0, factors.length)) findings.numbers ??= 'column factors';
     if (!finiteF16(rowScales, 0, rowScales.length)) findings.numbers ??= 'row scales';
     for (let k = 0; k < stepWeights; k++) {
       const largest = (at) => Math.max(...tables.subarray(at, at + ENTRIES));
@@ -113,9 +124,10 @@ const WINDOWED = {
       findings.unused ??= 'block scales of rows that do not exist';
     }
   },
-  decode({ cols, units, tileBytes, blockBytes }, settings, [tables, rowScales, blockScales, streams], first, end, out) {
+  decode({ cols, units, tileBytes, blockBytes }, settings, [tables, factorBytes, rowScales, blockScales, streams], first, end, out) {
     const { stepBits, stepWeights, scaleBits, block } = settings;
     const values = valuesOf(tables, stepWeights);
+    const factors = settings.factors ? viewOf(factorBytes) : null;
     const scales = viewOf(rowScales);
     const row = new Uint8Array(units * ROW_STEPS);
     const base = Math.floor(first / TILE) * TILE;
@@ -124,11 +136,13 @@ const WINDOWED = {
       const i = (r - base) % TILE;
       const rowScale = F16[scales.getUint16((r - base) * 2, true)];
       readWindows(streams, tile * tileBytes, stepBits, i, row);
-      // A unit lies in one block: 32, of which a block is a multiple, is a multiple of the columns of a unit.
-      for (let unit = 0; unit < units; unit++) {
-        const c = unit * ROW_STEPS * stepWeights;
-        const scale = scaleBits ? rowScale * blockScale(blockScales, tile * blockBytes, Math.floor(c / block), scaleBits, i) : rowScale;
-        decodeUnit(values, row, unit, scale, out, (r - first) * cols + c, (r - first + 1) * cols);
+      const [begin, after] = [(r - first) * cols, (r - first + 1) * cols];
+      for (let unit = 0; unit < units; unit++) decodeUnit(values, row, unit, out, begin + unit * ROW_STEPS * stepWeights, after);
+      if (factors) multiply(factors, out.subarray(begin, after));
+      const span = scaleBits ? block : cols;
+      for (let c = 0; c < cols; c += span) {
+        const scale = scaleBits ? rowScale * blockScale(blockScales, tile * blockBytes, c / block, scaleBits, i) : rowScale;
+        for (let at = begin + c; at < Math.min(begin + c + span, after); at++) out[at] *= scale;
       }
     }
   },

@@ -20,7 +20,12 @@ const hostile = build(
     { name: HOSTILE.replaceAll(' ', '/'), shape: [4], encoding: 2, payload: f16(0x3c00, 0xbc00, 0, 0x4000) },
     { name: 'of-an-unknown-encoding', shape: [2, 2], encoding: 0x80000001, payload: Uint8Array.of(1, 2, 3) },
     mixedRows(5, 32, [1, 4]),
-    trellis([1, 4], [3, 2], { tables: new Uint8Array(64), rowScales: Uint16Array.of(0x3c00), streams: new Uint8Array(24) }),
+    trellis([1, 4], [3, 2], {
+      tables: new Uint8Array(64),
+      factors: new Uint16Array(4).fill(0x3c00),
+      rowScales: Uint16Array.of(0x3c00),
+      streams: new Uint8Array(24),
+    }),
   ],
   {
     'x.text': `${HOSTILE}\u202e\u0007`,
@@ -104,7 +109,7 @@ test('what a file says is text, and invisible characters are spelled out', { ski
   assert.ok(shown.includes('18446744073709551615'));
   assert.ok(shown.includes('unknown (2147483649)'));
   assert.ok(shown.includes('mixed rows: odd group of 32, 1-bit; 2 listed as int group of 32, 8-bit'));
-  assert.ok(shown.includes('trellis 3/2'));
+  assert.ok(shown.includes('trellis 3/2, column factors'));
   assert.ok(shown.includes('not usable'));
   await click('summary');
   await browser.wait(`document.querySelector('pre').textContent.length === 20000`);

@@ -70,15 +70,20 @@ test('listed rows that are read in several pieces decode as in one', async () =>
   assert.equal(Buffer.compare(Buffer.from(part.buffer), Buffer.from(expected.slice(17000 * cols, 37000 * cols).buffer)), 0);
 });
 
-test('the example of trellis codes', async () => {
+test('the example of trellis codes, without column factors and with them', async () => {
   const streams = new Uint8Array(16);
   streams.set([0x1b, 0xe4]);
   const tables = Uint8Array.from({ length: 32 }, (_, i) => (i < 16 ? i : 40 + i));
-  const given = trellis([1, 4], [2, 1], { tables, rowScales: Uint16Array.of(0x4000), streams });
-  assert.equal(given.payload.length, 144);
-  const file = await open(build([given]));
-  assert.deepEqual([...(await file.decode('trellis'))], [26, 8, -4, 2]);
-  await file.verify();
+  for (const [factors, length, weights] of [
+    [[], 144, [26, 8, -4, 2]],
+    [[0x3c00, 0x3800, 0x3c00, 0x4000], 208, [26, 4, -4, 4]],
+  ]) {
+    const given = trellis([1, 4], [2, 1], { tables, factors: Uint16Array.from(factors), rowScales: Uint16Array.of(0x4000), streams });
+    assert.equal(given.payload.length, length);
+    const file = await open(build([given]));
+    assert.deepEqual([...(await file.decode('trellis'))], weights);
+    await file.verify();
+  }
 });
 
 test('trellis codes that are read in several pieces decode as the pseudo-code says', async () => {
@@ -88,7 +93,8 @@ test('trellis codes that are read in several pieces decode as the pseudo-code sa
   const streams = Uint8Array.from({ length: Math.ceil(rows / 16) * units * 8 * k }, () => next(256));
   const tables = Uint8Array.from({ length: v * 32 }, () => next(64));
   const rowScales = Uint16Array.from({ length: rows }, (_, r) => (r % 2 ? 0x3c00 : 0xc000));
-  const file = await open(new Blob([build([trellis([rows, cols], [k, v], { tables, rowScales, streams })])]));
+  const factors = Uint16Array.from({ length: cols }, (_, c) => (c % 3 ? 0x3c00 : 0xb800));
+  const file = await open(new Blob([build([trellis([rows, cols], [k, v], { tables, factors, rowScales, streams })])]));
   const weight = (r, c) => {
     const [unit, column] = [Math.floor(c / (4 * v)), c % (4 * v)];
     const from = (Math.floor(r / 16) * units + unit) * 8 * k;
@@ -98,7 +104,7 @@ test('trellis codes that are read in several pieces decode as the pseudo-code sa
       w |= ((streams[from + (n >> 3)] >> (n & 7)) & 1) << bit;
     }
     const pair = 32 * Math.floor(column / 4);
-    return (tables[pair + (w & 15)] + tables[pair + 16 + ((w ^ (w >> 4)) & 15)] - 64) * (r % 2 ? 1 : -2);
+    return (tables[pair + (w & 15)] + tables[pair + 16 + ((w ^ (w >> 4)) & 15)] - 64) * (r % 2 ? 1 : -2) * (c % 3 ? 1 : -0.5);
   };
   const [firstRow, count] = [5003, 1998];
   const weights = await file.decode('trellis', { firstRow, rows: count });

@@ -180,12 +180,12 @@ export function mixedRows(rows, cols, list) {
  * A matrix of trellis codes without block scales.
  * @param {[number, number]} shape
  * @param {[number, number]} step its bits and its weights
- * @param {{ tables: Uint8Array, rowScales: Uint16Array, streams: Uint8Array }} segments
+ * @param {{ tables: Uint8Array, factors?: Uint16Array, rowScales: Uint16Array, streams: Uint8Array }} segments
  * @returns {Given}
  */
-export function trellis(shape, step, { tables, rowScales, streams }) {
-  const payload = payloadOf(tables, rowScales, new Uint8Array(0), streams);
-  return { name: 'trellis', shape, encoding: 80, params: step, payload };
+export function trellis(shape, step, { tables, factors = new Uint16Array(0), rowScales, streams }) {
+  const payload = payloadOf(tables, factors, rowScales, new Uint8Array(0), streams);
+  return { name: 'trellis', shape, encoding: 80, params: [...step, 0, factors.length ? 1 : 0], payload };
 }
 
 const TYPES = { '.html': 'text/html', '.js': 'text/javascript', '.css': 'text/css' };

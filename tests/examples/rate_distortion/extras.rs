@@ -158,6 +158,7 @@ fn quantized(
         hessian: &input_hessian,
         factor: &factor,
         norms: &norms,
+        col_spreads: None,
     };
     let packed = quantize(&input)?;
     let stored = packed.encoding.view(rows as u64, cols as u64, &packed.payload)?.decode();

@@ -80,6 +80,7 @@ impl Layer {
             hessian: &self.hessian,
             factor: &self.factor,
             norms: &norms,
+            col_spreads: None,
         };
         let Packed { encoding, payload, .. } = match method {
             Method::Nm(spec) => NmOptions { spec, sweeps: 4, refit: true }.quantize(&input, None),

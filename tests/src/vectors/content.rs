@@ -72,6 +72,7 @@ pub(crate) fn trellis(rng: &mut Rng, spec: Trellis, rows: usize, cols: usize) ->
         rows,
         cols,
         tables,
+        col_factors: scales(rng, if spec.has_col_factors() { cols } else { 0 }),
         row_scales: scales(rng, rows),
         block_codes: (0..rows * blocks).map(|_| rng.below(scale_codes) as u8).collect(),
         streams: (0..streams).map(|_| rng.below(256) as u8).collect(),

@@ -104,14 +104,23 @@ pub(super) fn nm_tensors() -> Tensors {
 pub(super) fn trellis_tensors() -> Tensors {
     let mut rng = Rng(80);
     let mut tensors = Vec::new();
-    let scales = [(0, 0), (4, 32), (8, 64), (4, 128)];
+    let kinds = [
+        (0, 0, false),
+        (4, 32, false),
+        (8, 64, false),
+        (4, 128, false),
+        (0, 0, true),
+        (8, 64, true),
+    ];
     for rate in TrellisRate::ALL {
         let (k, v) = (rate.step_bits() as u8, rate.step_weights() as u8);
-        for (bits, block) in scales {
+        for (bits, block, factors) in kinds {
             for (rows, cols) in [(1, 8), (17, 172), (16, 352), (33, 301)] {
                 let spec = Trellis::new(k, v, bits, block).expect("valid parameters");
+                let spec = spec.with_col_factors(factors);
                 let payload = content::trellis(&mut rng, spec, rows, cols).pack();
-                let name = format!("trellis.{k}.{v}.b{block}.s{bits}.{rows}x{cols}");
+                let flag = if factors { ".cols" } else { "" };
+                let name = format!("trellis.{k}.{v}.b{block}.s{bits}{flag}.{rows}x{cols}");
                 let shape = vec![rows as u64, cols as u64];
                 tensors.push((name, shape, Encoding::Trellis(spec), payload));
             }
@@ -132,6 +141,7 @@ pub(super) fn mixed_tensors() -> Tensors {
         (int(3, 128), CoarseRows::Nm(nm(1, 4, 0, 0))),
         (int(2, 64), CoarseRows::IntGroup(int(4, 32))),
         (int(8, 64), CoarseRows::Trellis(trellis(2, 1, 4, 128))),
+        (int(4, 64), CoarseRows::Trellis(trellis(3, 2, 4, 128).with_col_factors(true))),
     ];
     let mut tensors = Vec::new();
     for (k, (fine, coarse)) in parts.into_iter().enumerate() {

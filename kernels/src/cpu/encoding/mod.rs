@@ -1,6 +1,7 @@
 //! The CPU kernels of each encoding.
 
 mod batch;
+mod col_factors;
 mod dense;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 mod expanded_amx;

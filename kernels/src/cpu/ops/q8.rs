@@ -47,12 +47,14 @@ impl TokenQ8 {
 #[derive(Default, Debug)]
 pub struct GemvScratch {
     pub(crate) values: Vec<f32>,
+    /// `values` times column factors, for encodings that quantize them and leave `values` as given.
+    pub(crate) scaled: Vec<f32>,
     pub(crate) q8: TokenQ8,
     is_q8: bool,
 }
 
-/// Activations of one token ready for a matrix-vector product: padded, column factors applied, and quantized to
-/// 8 bits if requested and the encoding has a kernel for it.
+/// Activations of one token ready for a matrix-vector product: padded, and quantized to 8 bits if requested and the
+/// encoding has a kernel for it. The encoding applies its column factors to the quantized activations, or to all.
 #[derive(Clone, Copy, Debug)]
 pub struct GemvInput<'a> {
     pub(crate) values: &'a [f32],

@@ -3,7 +3,9 @@
 use stb_format::encoding::{Dense, Encoding};
 use stb_format::{Rule, Value};
 
-use super::tables::{int_file, mixed_file, nm_file, pair, single, stbllm_file, trellis_file};
+use super::tables::{
+    int_file, mixed_file, nm_file, pair, single, stbllm_file, trellis_factors_file, trellis_file,
+};
 use crate::vectors::patch::*;
 use crate::vectors::valid;
 use crate::vectors::vector::VectorList;
@@ -86,6 +88,12 @@ pub(super) fn payloads(list: &mut VectorList) {
     });
 
     let finite = Rule::PayloadFinite;
+    // 1 x 40: tables at 0, factors at 64, 80 bytes, the row scale at 192.
+    let factors = trellis_factors_file(1, 40);
+    edit(padding, "trellis-factors", "a byte after the column factors", &factors, &|p| p[144] = 1);
+    edit(finite, "trellis-factor", "an infinite column factor", &factors, &|p| {
+        p[142..144].copy_from_slice(&[0, 0x7c])
+    });
     edit(finite, "trellis-row-scale", "an infinite row scale", &trellis, &|p| {
         p[64..66].copy_from_slice(&[0, 0x7c])
     });

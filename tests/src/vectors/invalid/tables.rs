@@ -266,6 +266,13 @@ pub(super) fn trellis_file(k: u8, v: u8, rows: usize, cols: usize, bits: u8) -> 
     single([rows, cols], Encoding::Trellis(spec), payload)
 }
 
+/// 2 bits per weight with column factors and without block scales.
+pub(super) fn trellis_factors_file(rows: usize, cols: usize) -> Vec<u8> {
+    let spec = Trellis::new(2, 1, 0, 0).expect("valid parameters").with_col_factors(true);
+    let payload = content::trellis(&mut Rng(8), spec, rows, cols).pack();
+    single([rows, cols], Encoding::Trellis(spec), payload)
+}
+
 /// Rows 0 and 2 of 3 with 8 bits, and all rows with 1 bit.
 pub(super) fn mixed_file() -> Vec<u8> {
     let spec = |bits| IntGroup::new(bits, 32).expect("valid parameters");
@@ -309,7 +316,7 @@ pub(super) fn encodings(list: &mut VectorList) {
     add("trellis-block-33", "blocks of 33 columns", &pairs, 4, 33);
     add("trellis-padding", "a byte after the parameters", &pairs, 15, 1);
     add("trellis-scale-bits", "scales of 5 bits", &trellis, 2, 5);
-    add("trellis-reserved", "a reserved byte of trellis codes", &trellis, 3, 1);
+    add("trellis-flags", "a flag that has no meaning", &trellis, 3, 2);
     add("trellis-block", "scale bits without a block", &trellis, 4, 0);
     let mixed = mixed_file();
     add("mixed-count", "no listed row", &mixed, 0, 0);
@@ -325,6 +332,12 @@ pub(super) fn encodings(list: &mut VectorList) {
     let payload = content::mixed_rows(&mut Rng(5), spec, 2, 40).pack();
     let factors = single([2, 40], Encoding::MixedRows(spec), payload);
     add("mixed-factors", "all rows with column factors", &factors, 13, 1);
+    let spec = IntGroup::new(8, 32).expect("valid parameters");
+    let rows = Trellis::new(2, 1, 0, 0).expect("valid parameters");
+    let spec = MixedRows::new(1, spec, CoarseRows::Trellis(rows)).expect("valid parameters");
+    let payload = content::mixed_rows(&mut Rng(9), spec, 2, 40).pack();
+    let trellis = single([2, 40], Encoding::MixedRows(spec), payload);
+    add("mixed-trellis-flags", "all rows with a flag that has no meaning", &trellis, 13, 2);
     let flat = with_table(&int, |t| {
         t[16 + 6] = 1;
         put64(t, 16 + 32, 80);

@@ -7,10 +7,11 @@ use std::cell::RefCell;
 use stb_format::encoding::NmView;
 use stb_format::nm_rates;
 
+use super::super::col_factors::multiply_factors;
 use super::super::expanded_amx;
 use super::super::gemm_task::GemmQ8Task;
 use super::gemm_lut::LutScratch;
-use super::{col_factors, gemm_amx, gemm_lut, gemm_sum_table};
+use super::{gemm_amx, gemm_lut, gemm_sum_table};
 use crate::cpu::arch::bytes::{Bytes, Task};
 use crate::cpu::ops::q8_batch::{
     ActivationsQ8, Q8Arrangement, Q8Layout, QuantizeChunk, TABLE_TOKENS, TOKENS,
@@ -136,7 +137,7 @@ impl Task for NmQuantize<'_, '_, '_> {
         chunk.quantize(
             s,
             #[inline(always)]
-            |x| col_factors::multiply_factors(s, matrix, x),
+            |x| multiply_factors(s, matrix.col_factors, x),
             #[inline(always)]
             |chunk, block, token, codes| {
                 if chunk.tables.is_empty() {

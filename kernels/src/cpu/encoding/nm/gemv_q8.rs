@@ -8,9 +8,9 @@ use stb_format::encoding::NmView;
 use stb_format::encoding::nm::{CHUNK_QUADS, QUAD, TILE};
 use stb_format::nm_rates;
 
+use super::super::col_factors::multiply_factors;
 use super::super::tile_scales::{BlockScales, put_tile, row_scales};
 use super::codes::{CodePlanes, PART, chunks, indices, pairs, signed_table};
-use super::col_factors::multiply_factors;
 use crate::cpu::arch::bytes::{Aligned, Bytes, Line, MAX_DOTS, Task};
 use crate::cpu::ops::q8::{BLOCK, TokenQ8};
 
@@ -27,7 +27,7 @@ impl Task for NmPrepareQ8<'_> {
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         let Self { matrix, values, q8 } = self;
-        multiply_factors(s, matrix, values);
+        multiply_factors(s, matrix.col_factors, values);
         q8.quantize(s, values);
         nm_rates!(matrix.spec, |N, M, BITS| signed_tables::<M>(&q8.codes, &mut q8.tables));
     }

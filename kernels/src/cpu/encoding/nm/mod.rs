@@ -1,7 +1,6 @@
 //! N:M sparse signs: positions and signs of a group are one code, the index of a look-up.
 
 mod codes;
-mod col_factors;
 mod exact;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX has tiles"))]
 mod gemm_amx;
@@ -13,6 +12,7 @@ mod gemv_q8;
 use stb_format::encoding::NmView;
 
 use super::batch::gemv_shared;
+use super::col_factors::multiply_factors;
 use crate::cpu::arch::scalar::Scalar;
 use crate::cpu::ops::q8::{BLOCK, GemvInput, GemvScratch};
 use crate::cpu::packed::{ActivationLayout, PackedGemmQ8, PackedMatrix, UnpackBlock};
@@ -35,7 +35,7 @@ impl PackedMatrix for NmView<'_> {
 
     fn prepare<'s>(&self, _: Isa, x: &[f32], scratch: &'s mut GemvScratch) -> GemvInput<'s> {
         scratch.set(x, self.cols);
-        col_factors::multiply_factors(Scalar, self, &mut scratch.values);
+        multiply_factors(Scalar, self.col_factors, &mut scratch.values);
         scratch.input()
     }
 

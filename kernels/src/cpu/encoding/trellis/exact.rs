@@ -3,8 +3,10 @@
 use stb_format::encoding::TILE;
 use stb_format::encoding::TrellisView;
 use stb_format::encoding::trellis::ZERO;
+use stb_format::half::f16;
 use stb_format::trellis_rates;
 
+use super::super::col_factors::multiply_factors;
 use super::super::tile_scales::{multipliers, row_scales};
 use super::levels::{Levels, units};
 use crate::cpu::arch::bytes::{Aligned, Bytes, Task};
@@ -24,6 +26,16 @@ impl Task for TrellisGemv<'_> {
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
         let Self { matrix: m, x, first, y } = self;
+        // Few calls take this path, so each scales the activations anew.
+        let scaled;
+        let x = if m.col_factors.is_empty() {
+            x
+        } else {
+            let mut copy = x.to_vec();
+            multiply_factors(s, m.col_factors, &mut copy);
+            scaled = copy;
+            &scaled
+        };
         trellis_rates!(m.spec, |BITS, WEIGHTS| {
             let levels = Levels::<S, WEIGHTS>::new(s, m.tables, false);
             for (t, y) in y.chunks_mut(TILE).enumerate() {
@@ -138,10 +150,15 @@ fn unpack_tile<S: Bytes, const BITS: usize, const WEIGHTS: usize>(
         };
         for (v, levels) in levels.of(s, stream).into_iter().enumerate() {
             for (c, column) in columns(s, levels).into_iter().enumerate() {
+                let at = u * unit_cols + 4 * v + c;
+                let column = match m.col_factors.get(block.first_col + at) {
+                    Some(factor) => s.mul(column, s.splat(f16::from_le_bytes(*factor).to_f32())),
+                    None => column,
+                };
                 let mut lanes = [0.0; TILE];
                 s.store(s.mul(column, scale), &mut lanes);
                 for (row, w) in to.chunks_exact_mut(block.cols).zip(lanes) {
-                    row[u * unit_cols + 4 * v + c] = w;
+                    row[at] = w;
                 }
             }
         }

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 
 use stb_format::encoding::TrellisView;
 
+use super::super::col_factors::multiply_factors;
 use super::super::expanded_amx::{self, ExpandedBlock};
 use super::super::gemm_task::GemmQ8Task;
 use super::gemv_q8::block_offset;
@@ -56,7 +57,7 @@ impl PackedGemmQ8 for TrellisView<'_> {
     }
 
     fn quantize(&self, isa: Isa, chunk: &mut QuantizeChunk<'_>) {
-        isa.run(TrellisQuantize { chunk });
+        isa.run(TrellisQuantize { matrix: self, chunk });
     }
 
     fn multiply(
@@ -76,6 +77,7 @@ impl PackedGemmQ8 for TrellisView<'_> {
 }
 
 struct TrellisQuantize<'c, 'x> {
+    matrix: &'c TrellisView<'c>,
     chunk: &'c mut QuantizeChunk<'x>,
 }
 
@@ -84,9 +86,11 @@ impl Task for TrellisQuantize<'_, '_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        self.chunk.quantize(
+        let Self { matrix, chunk } = self;
+        chunk.quantize(
             s,
-            |_| {},
+            #[inline(always)]
+            |x| multiply_factors(s, matrix.col_factors, x),
             #[inline(always)]
             |chunk, block, token, codes| {
                 if let Some(offsets) = chunk.offsets.get_mut(block) {

@@ -5,14 +5,17 @@ use stb_format::encoding::trellis::ZERO;
 use stb_format::encoding::{TILE, TrellisView};
 use stb_format::trellis_rates;
 
+use super::super::col_factors::multiply_factors;
 use super::super::tile_scales::{block_steps, put_tile, row_scales, times};
 use super::levels::{BLOCK_WORDS, Levels, units};
 use crate::cpu::arch::bytes::{Aligned, Bytes, Task};
 use crate::cpu::ops::q8::{BLOCK, TokenQ8};
 
-/// Quantizes `values` and adds up the offsets of blocks.
+/// Quantizes `values` times the column factors and adds up the offsets of blocks.
 pub(super) struct TrellisPrepareQ8<'a> {
+    pub matrix: &'a TrellisView<'a>,
     pub values: &'a [f32],
+    pub scaled: &'a mut Vec<f32>,
     pub q8: &'a mut TokenQ8,
 }
 
@@ -21,8 +24,15 @@ impl Task for TrellisPrepareQ8<'_> {
 
     #[inline(always)]
     fn run<S: Bytes>(self, s: S) {
-        let Self { values, q8 } = self;
-        q8.quantize(s, values);
+        let Self { matrix, values, scaled, q8 } = self;
+        if matrix.col_factors.is_empty() {
+            q8.quantize(s, values);
+        } else {
+            scaled.clear();
+            scaled.extend_from_slice(values);
+            multiply_factors(s, matrix.col_factors, scaled);
+            q8.quantize(s, scaled);
+        }
         q8.offsets.clear();
         let blocks = q8.codes.chunks_exact(BLOCK);
         q8.offsets.extend(blocks.map(

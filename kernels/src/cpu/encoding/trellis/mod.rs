@@ -36,17 +36,18 @@ impl PackedMatrix for TrellisView<'_> {
             return self.prepare(isa, x, scratch);
         }
         scratch.set(x, self.cols);
-        let (values, q8) = (&scratch.values, &mut scratch.q8);
-        isa.run(gemv_q8::TrellisPrepareQ8 { values, q8 });
+        let GemvScratch { values, scaled, q8, .. } = scratch;
+        isa.run(gemv_q8::TrellisPrepareQ8 { matrix: self, values, scaled, q8 });
         scratch.set_q8()
     }
 
     fn activation_layout(&self, q8: bool) -> Option<ActivationLayout> {
-        Some(if q8 && has_q8(self) {
-            ActivationLayout::new("trellis", [0; 2])
-        } else {
-            ActivationLayout::AS_GIVEN
-        })
+        match q8 && has_q8(self) {
+            true if !self.col_factors.is_empty() => None,
+            true => Some(ActivationLayout::new("trellis", [0; 2])),
+            // The exact kernel applies the factors itself.
+            false => Some(ActivationLayout::AS_GIVEN),
+        }
     }
 
     fn gemv(&self, isa: Isa, x: GemvInput<'_>, first: usize, y: &mut [f32]) {
