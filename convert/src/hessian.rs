@@ -93,6 +93,15 @@ impl Hessian {
         }
     }
 
+    /// F H F for a diagonal F with these `factors`, one per input feature: the Hessian of inputs times the factors.
+    pub(crate) fn scaled(&self, factors: &[f32]) -> Self {
+        let mut matrix = self.matrix.clone();
+        matrix.par_chunks_mut(self.size.max(1)).zip(factors).for_each(|(row, left)| {
+            row.iter_mut().zip(factors).for_each(|(h, right)| *h *= left * right);
+        });
+        Self { matrix, ..*self }
+    }
+
     /// The elements, [in, in].
     #[must_use]
     pub fn matrix(&self) -> &[f32] {
@@ -255,6 +264,18 @@ impl Factor {
             out
         };
         Ok(Self { size: n, u: reversed(&inverse), m: reversed(&lower) })
+    }
+
+    /// The factors of [`Hessian::scaled`], for `factors` other than zero: F M, and U F⁻¹.
+    pub(crate) fn scaled(&self, factors: &[f32]) -> Self {
+        let Self { size, mut u, mut m } = self.clone();
+        u.par_chunks_mut(size.max(1)).for_each(|row| {
+            row.iter_mut().zip(factors).for_each(|(u, factor)| *u /= factor);
+        });
+        m.par_chunks_mut(size.max(1)).zip(factors).for_each(|(row, factor)| {
+            row.iter_mut().for_each(|m| *m *= factor);
+        });
+        Self { size, u, m }
     }
 
     /// 1 / U_jj² for each column: the cost of a squared error in that column after compensation.

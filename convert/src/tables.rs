@@ -7,6 +7,7 @@
 //! loss without the row, d = −w.
 
 use std::iter::Sum;
+use std::ops::{Add, Mul, Sub};
 
 use stb_format::Encoding;
 use stb_format::arch::Role;
@@ -14,12 +15,12 @@ use stb_format::encoding::{IntGroupParts, MatrixView, NmParts, TrellisParts};
 use stb_kernels::{Isa, dense};
 use stb_runtime::{Engine, Error, Result};
 
-use crate::backward::TableStatistics;
+use crate::backward::{RowWeights, TableStatistics};
 use crate::calibration::CalibrationText;
 use crate::compute::Compute;
 use crate::hessian::{Factor, Hessian, output_errors};
 use crate::interrupt::check_interrupt;
-use crate::quantize::{Input, LinearQuantizer, Method, Packed};
+use crate::quantize::{Input, LinearQuantizer, Method, Packed, column_spreads};
 use crate::recipe::Recipe;
 use crate::sensitivity::SEQUENCES;
 
@@ -78,13 +79,47 @@ impl RowLoss {
     }
 }
 
+impl Add for RowLoss {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { head: self.head + other.head, embedding: self.embedding + other.embedding }
+    }
+}
+
+impl Sub for RowLoss {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self { head: self.head - other.head, embedding: self.embedding - other.embedding }
+    }
+}
+
+impl Mul<f64> for RowLoss {
+    type Output = Self;
+
+    fn mul(self, factor: f64) -> Self {
+        Self { head: self.head * factor, embedding: self.embedding * factor }
+    }
+}
+
 impl Sum for RowLoss {
     fn sum<I: Iterator<Item = Self>>(losses: I) -> Self {
-        losses.fold(Self::default(), |a, b| Self {
-            head: a.head + b.head,
-            embedding: a.embedding + b.embedding,
-        })
+        losses.fold(Self::default(), Add::add)
     }
+}
+
+/// A row of a table, or what is missing without it.
+pub(crate) struct RowWithout {
+    /// See [`TableHessian::row_squares`].
+    pub squares: RowLoss,
+    /// The sum of the squared weights.
+    pub norm: f64,
+}
+
+/// The sum of the squared weights of a row.
+pub(crate) fn squared_norm(row: &[f32]) -> f64 {
+    row.iter().map(|w| f64::from(w * w)).sum()
 }
 
 /// The Hessian that all rows of a table share, with its factors, and the weight of each row.
@@ -109,7 +144,7 @@ impl<'a> TableHessian<'a> {
         let width = statistics.embedded.size;
         let mut matrix = vec![0.0; width * width];
         if usage.is_head {
-            let logits: f32 = statistics.logits.iter().sum();
+            let logits: f32 = statistics.rows.logits.iter().sum();
             for (m, h) in matrix.iter_mut().zip(statistics.head_inputs.matrix()) {
                 *m = logits * h;
             }
@@ -125,30 +160,21 @@ impl<'a> TableHessian<'a> {
         Ok(Self { statistics, usage, damped, factor, norms })
     }
 
-    /// The expected loss that errors of rows of the table cause: for each row of `rows` with its error in `errors`,
-    /// [rows, cols].
-    pub(crate) fn row_losses(
-        &self,
-        isa: Isa,
-        rows: impl IntoIterator<Item = usize>,
-        errors: &[f32],
-    ) -> Vec<RowLoss> {
-        let TableStatistics { embedded, head_inputs, logits, shares } = self.statistics;
+    /// The losses that errors of rows, [rows, cols], cause if each row has a weight of 1: half the mean square of the logit
+    /// that they make, and half that of what they change the loss by as embeddings.
+    pub(crate) fn row_squares(&self, isa: Isa, errors: &[f32]) -> Vec<RowLoss> {
         let squares = |used: bool, hessian: &Hessian| match used {
             true => output_errors(isa, errors, hessian),
             false => vec![0.0; errors.len() / hessian.size],
         };
-        let head = squares(self.usage.is_head, head_inputs);
-        let embedding = squares(self.usage.embeds, embedded);
+        let head = squares(self.usage.is_head, &self.statistics.head_inputs);
+        let embedding = squares(self.usage.embeds, &self.statistics.embedded);
         // The Hessians are twice the means.
-        let of_row = |(row, (head, embedding)): (usize, (f64, f64))| RowLoss {
-            head: 0.25 * f64::from(logits[row]) * head,
-            embedding: 0.25 * f64::from(shares[row]) * embedding,
-        };
-        rows.into_iter().zip(head.into_iter().zip(embedding)).map(of_row).collect()
+        let of_row = |(head, embedding)| RowLoss { head: 0.25 * head, embedding: 0.25 * embedding };
+        head.into_iter().zip(embedding).map(of_row).collect()
     }
 
-    /// [`TableHessian::row_losses`] of each row of the table if it were zero.
+    /// The expected loss of each row of the table if it were zero.
     ///
     /// # Errors
     /// [`crate::interrupt::Interrupted`].
@@ -157,18 +183,45 @@ impl<'a> TableHessian<'a> {
         isa: Isa,
         weights: &MatrixView<'_>,
     ) -> anyhow::Result<Vec<RowLoss>> {
+        let rows = self.rows_without(isa, weights)?;
+        let all = &self.statistics.rows;
+        Ok(rows
+            .into_iter()
+            .enumerate()
+            .map(|(row, without)| all.loss(row, without.squares))
+            .collect())
+    }
+
+    /// What is missing without each row of the table.
+    ///
+    /// # Errors
+    /// [`crate::interrupt::Interrupted`].
+    pub(crate) fn rows_without(
+        &self,
+        isa: Isa,
+        weights: &MatrixView<'_>,
+    ) -> anyhow::Result<Vec<RowWithout>> {
         let (step, cols) = (self.piece_rows(), weights.cols());
-        let mut losses = Vec::new();
+        let mut found = Vec::new();
         for first in (0..weights.rows()).step_by(step) {
             check_interrupt()?;
             let rows = first..(first + step).min(weights.rows());
             let mut values = vec![0.0; rows.len() * cols];
-            for (row, out) in rows.clone().zip(values.chunks_exact_mut(cols)) {
+            for (row, out) in rows.zip(values.chunks_exact_mut(cols)) {
                 weights.decode_row(row, out);
             }
-            losses.extend(self.row_losses(isa, rows, &values));
+            let squares = self.row_squares(isa, &values);
+            let norms = values.chunks_exact(cols).map(squared_norm);
+            found.extend(
+                squares.into_iter().zip(norms).map(|(squares, norm)| RowWithout { squares, norm }),
+            );
         }
-        Ok(losses)
+        Ok(found)
+    }
+
+    /// The weights of rows in the first and in the second half of the tokens.
+    pub(crate) fn halves(&self) -> &[RowWeights; 2] {
+        &self.statistics.halves
     }
 
     /// Rows of a piece.
@@ -209,6 +262,7 @@ impl<'a> TableHessian<'a> {
         rows: usize,
     ) -> anyhow::Result<Packed> {
         let cols = self.damped.size;
+        let spreads = column_spreads(weights, cols);
         let mut pieces = Vec::new();
         for weights in weights.chunks(rows * cols) {
             check_interrupt()?;
@@ -220,6 +274,7 @@ impl<'a> TableHessian<'a> {
                 hessian: &self.damped,
                 factor: &self.factor,
                 norms: &self.norms,
+                col_spreads: Some(&spreads),
             };
             pieces.push((input.rows, quantizer.quantize(&input, None)?));
         }
@@ -284,6 +339,7 @@ fn join(mut pieces: Vec<(usize, Packed)>, cols: usize) -> Result<Packed> {
                 rows,
                 cols,
                 tables: Vec::new(),
+                col_factors: Vec::new(),
                 row_scales: Vec::new(),
                 block_codes: Vec::new(),
                 streams: Vec::new(),
@@ -292,7 +348,7 @@ fn join(mut pieces: Vec<(usize, Packed)>, cols: usize) -> Result<Packed> {
                 let MatrixView::Trellis(view) = view else { continue };
                 let piece = view.unpack();
                 // The same in all pieces.
-                all.tables = piece.tables;
+                (all.tables, all.col_factors) = (piece.tables, piece.col_factors);
                 all.row_scales.extend(piece.row_scales);
                 all.block_codes.extend(piece.block_codes);
                 all.streams.extend(piece.streams);
@@ -325,11 +381,12 @@ mod tests {
         let embedded =
             (0..cols * cols).map(|i| if i % (cols + 1) == 0 { 0.02 } else { 0.0 }).collect();
         let weights: Vec<f32> = (0..rows).map(|r| 1.0 / (1 + r * 7 % rows) as f32).collect();
+        let weights = RowWeights { logits: weights.clone(), shares: weights };
         let statistics = TableStatistics {
             embedded: Hessian::from_matrix(embedded, cols),
             head_inputs,
-            logits: weights.clone(),
-            shares: weights,
+            halves: [weights.clone(), weights.clone()],
+            rows: weights,
         };
         (statistics, (0..rows * cols).map(|i| noise(i * 3 + 1)).collect())
     }
@@ -343,7 +400,8 @@ mod tests {
         let (statistics, weights) = table(164);
         let hessian = hessian(&statistics);
         let compute = Isa::detect().unwrap().into();
-        for method in Method::candidates(64) {
+        let with_factors = Method::candidates(64, true).filter(|m| matches!(m, Method::Trellis(_)));
+        for method in Method::candidates(64, false).chain(with_factors) {
             let whole = hessian.quantize(compute, &weights, method).unwrap();
             let joined =
                 hessian.quantize_pieces(compute, &weights, method.quantizer(), 64).unwrap();
@@ -365,8 +423,9 @@ mod tests {
             hessian: &hessian.damped,
             factor: &hessian.factor,
             norms: &hessian.norms,
+            col_spreads: None,
         };
-        for method in Method::candidates(64) {
+        for method in Method::candidates(64, false) {
             let Method::Int(options) = method else { continue };
             let packed = hessian.quantize(isa.into(), &weights, method).unwrap();
             let rounded = crate::quantize::int_group::round(&weights, 256, 64, options.spec);
@@ -383,7 +442,8 @@ mod tests {
         let hessian = hessian(&statistics);
         let isa = Isa::detect().unwrap();
         let method = |bits| {
-            Method::candidates(64).find(|m| matches!(m, Method::Int(o) if o.spec.bits() == bits))
+            Method::candidates(64, false)
+                .find(|m| matches!(m, Method::Int(o) if o.spec.bits() == bits))
         };
         let (Some(Method::Int(fine)), Some(coarse)) = (method(8), method(2)) else {
             panic!("candidates")
@@ -393,7 +453,8 @@ mod tests {
         let loss = |method| -> Vec<f64> {
             let stored = decode(&hessian.quantize(isa.into(), &weights, method).unwrap(), rows, 64);
             let errors: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
-            hessian.row_losses(isa, 0..rows, &errors).into_iter().map(RowLoss::sum).collect()
+            let squares = hessian.row_squares(isa, &errors).into_iter().enumerate();
+            squares.map(|(row, squares)| statistics.rows.loss(row, squares).sum()).collect()
         };
         let (mixed, coarse) = (loss(mixed), loss(coarse));
         let better: Vec<usize> = (0..rows).filter(|r| mixed[*r] < 0.01 * coarse[*r]).collect();

@@ -15,7 +15,7 @@ mod sink;
 pub(crate) use head::{ModelHead, embedded_gradient, uncap};
 pub(crate) use layer::{LayerFisher, Pass};
 pub(crate) use matrix::{DenseLayer, DenseMatrix, decode_layer};
-pub(crate) use model::{TableStatistics, backpropagate};
+pub(crate) use model::{RowWeights, TableStatistics, backpropagate};
 
 #[cfg(test)]
 mod tests;

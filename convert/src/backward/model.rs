@@ -14,6 +14,7 @@ use super::head::{ModelHead, embedded_gradient, uncap};
 use super::layer::{LayerFisher, Pass};
 use super::matrix::decode_layer;
 use crate::hessian::Hessian;
+use crate::tables::RowLoss;
 
 /// Seed for sampling the tokens y.
 const SEED: u64 = 0;
@@ -25,11 +26,46 @@ pub(crate) struct TableStatistics {
     pub embedded: Hessian,
     /// The Hessian of the inputs of the lm_head: twice their mean product with themselves, `[embedding, embedding]`.
     pub head_inputs: Hessian,
+    /// The weights of rows in all tokens.
+    pub rows: RowWeights,
+    /// The same in the first and in the second half of the tokens: one tells how well the other predicts which rows matter.
+    pub halves: [RowWeights; 2],
+}
+
+/// How much the rows of the embeddings and the lm_head matter.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct RowWeights {
     /// Mean squares of the gradients of the outputs of the lm_head, `[vocab]`: the mean of p (1 − p) of each token.
     pub logits: Vec<f32>,
     /// Frequencies of the tokens as inputs, `[vocab]`: the mean of those counted, and of the probabilities of the model,
     /// which also know tokens that do not occur.
     pub shares: Vec<f32>,
+}
+
+impl RowWeights {
+    /// The mean of `a` and `b`, where `share` of all tokens are those of `a`.
+    fn mean(share: f32, a: &Self, b: &Self) -> Self {
+        let mean = |a: &[f32], b: &[f32]| {
+            a.iter().zip(b).map(|(a, b)| share * a + (1.0 - share) * b).collect()
+        };
+        Self { logits: mean(&a.logits, &b.logits), shares: mean(&a.shares, &b.shares) }
+    }
+
+    /// The loss of an error of `row` with these mean squares; see [`RowLoss`].
+    pub(crate) fn loss(&self, row: usize, squares: RowLoss) -> RowLoss {
+        RowLoss {
+            head: f64::from(self.logits[row]) * squares.head,
+            embedding: f64::from(self.shares[row]) * squares.embedding,
+        }
+    }
+
+    /// Takes half of each share from the frequencies of `tokens`.
+    fn count(&mut self, tokens: &[u32]) {
+        self.shares.iter_mut().for_each(|share| *share /= 2.0);
+        for token in tokens {
+            self.shares[*token as usize] += 0.5 / tokens.len() as f32;
+        }
+    }
 }
 
 /// Runs the forward and backward pass of the dense model on sequences of one length. Calls `layer` for each
@@ -67,11 +103,13 @@ pub(crate) fn backpropagate(
     }
     let width = engine.model.embeddings.cols();
     statistics.embedded = mean_products(engine, &embedded_gradient(engine, gradient), width);
-    let tokens: usize = sequences.iter().map(Vec::len).sum();
-    statistics.shares.iter_mut().for_each(|share| *share /= 2.0);
-    for token in sequences.iter().flatten() {
-        statistics.shares[*token as usize] += 0.5 / tokens as f32;
-    }
+    let tokens: Vec<u32> = sequences.iter().flatten().copied().collect();
+    let middle = tokens.len() / 2;
+    let [first, second] = &mut statistics.halves;
+    first.count(&tokens[..middle]);
+    second.count(&tokens[middle..]);
+    let share = middle as f32 / tokens.len().max(1) as f32;
+    statistics.rows = RowWeights::mean(share, first, second);
     Ok(statistics)
 }
 
@@ -90,12 +128,15 @@ fn head_statistics(engine: &Engine, stream: &[f32]) -> (TableStatistics, Vec<f32
         .par_chunks_exact_mut(vocab)
         .zip(draws)
         .for_each(|(logits, draw)| subtract_sampled_token(logits, draw));
-    let (shares, squares) = token_statistics(&logits, slopes.as_deref(), vocab);
+    let middle = tokens / 2 * vocab;
+    let slopes_of = |range: std::ops::Range<usize>| slopes.as_deref().map(|s| &s[range]);
+    let halves = [0..middle, middle..logits.len()]
+        .map(|range| token_statistics(&logits[range.clone()], slopes_of(range), vocab));
     uncap(&mut logits, slopes);
     let (d_stream, _) = head.inputs_backward(stream, head.logits_backward(&logits));
     let head_inputs = mean_products(engine, &inputs, width);
     let embedded = Hessian::new(0);
-    (TableStatistics { embedded, head_inputs, logits: squares, shares }, d_stream)
+    (TableStatistics { embedded, head_inputs, rows: RowWeights::default(), halves }, d_stream)
 }
 
 /// Twice the mean product with themselves of the rows of `x`, [tokens, width].
@@ -109,11 +150,7 @@ fn mean_products(engine: &Engine, x: &[f32], width: usize) -> Hessian {
 /// The mean of p, and of p (1 − p) times the squared slope of the soft cap, of each token of the vocabulary. `gradients`
 /// is p − 1 for the sampled token of a row and p for the others, [tokens, vocab]. Both means have less noise than those
 /// of samples.
-fn token_statistics(
-    gradients: &[f32],
-    slopes: Option<&[f32]>,
-    vocab: usize,
-) -> (Vec<f32>, Vec<f32>) {
+fn token_statistics(gradients: &[f32], slopes: Option<&[f32]>, vocab: usize) -> RowWeights {
     let tokens = (gradients.len() / vocab).max(1) as f32;
     let column = |c: usize| {
         let (mut share, mut square) = (0.0, 0.0);
@@ -125,7 +162,8 @@ fn token_statistics(
         }
         (share / tokens, square / tokens)
     };
-    (0..vocab).into_par_iter().map(column).unzip()
+    let (shares, logits) = (0..vocab).into_par_iter().map(column).unzip();
+    RowWeights { logits, shares }
 }
 
 /// Samples a token from the distribution of `logits` and replaces these by the gradient of −log p of that

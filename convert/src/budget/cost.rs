@@ -29,10 +29,6 @@ use crate::tables::{TOKENS, sequences};
 const ROWS: usize = 128;
 /// Columns that are quantized together. Correlations between chunks are ignored.
 const CHUNK: usize = 1024;
-/// The power to which the expected KL divergence of a linear layer is raised. The expectation holds for small
-/// changes of the dense model; large changes saturate, and later layers, which are quantized after an early one, undo
-/// a part of its error. `tests/bench/record/2026-11-26-budgets.md` compares 1, 0.7 and 0.5.
-const LINEAR_POWER: f64 = 0.7;
 
 /// The candidate encodings of each tensor of `plan`; none for vectors, which keep their encoding.
 ///
@@ -159,6 +155,7 @@ impl HessianChunk {
             hessian: &self.damped,
             factor: &self.factor,
             norms: &self.norms,
+            col_spreads: None,
         };
         let stored = decode(&method.quantizer().quantize(&input, None)?, input.rows, cols);
         let difference: Vec<f32> = weights.iter().zip(&stored).map(|(w, q)| w - q).collect();
@@ -209,16 +206,19 @@ fn linear_candidates(
     let factor = 0.5 * tokens.0 * row_weight(fisher, &rows);
     let chunks: Vec<Vec<f32>> =
         hessians.iter().map(|h| h.columns(&values, weight.cols())).collect();
-    let mut found = Vec::new();
-    for method in Method::candidates(weight.cols()) {
+    let loss = |method: Method| -> Result<f64> {
         let mut loss = 0.0;
         for (values, hessian) in chunks.iter().zip(hessians) {
             let errors = hessian.errors(values, method.for_estimates())?;
             let weighted = errors.iter().zip(&rows).map(|(e, r)| e * f64::from(fisher[*r]));
             loss += weighted.sum::<f64>();
         }
-        let loss = (factor * loss).powf(LINEAR_POWER);
-        found.push(Candidate::new(tensor, TensorMethod::Linear(method), loss)?);
+        Ok(factor * loss)
+    };
+    let col_factors = Method::wants_col_factors(weight.rows(), loss)?;
+    let mut found = Vec::new();
+    for method in Method::candidates(weight.cols(), col_factors) {
+        found.push(Candidate::new(tensor, TensorMethod::Linear(method), loss(method)?)?);
     }
     found.extend(keep_candidate(tensor, weight)?);
     Ok(found)

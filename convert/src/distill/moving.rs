@@ -259,13 +259,17 @@ impl ScaledRows {
                     }
                 }
             }
-            ScaledCodes::Int(IntGroupParts { codes: units, .. })
-            | ScaledCodes::Trellis { units, .. } => {
+            ScaledCodes::Int(parts) => {
+                let codes = &parts.codes[row * self.cols..(row + 1) * self.cols];
+                for (column, code) in codes.iter().enumerate() {
+                    f(column / self.span, column, f32::from(*code));
+                }
+            }
+            ScaledCodes::Trellis { parts, units } => {
                 let units = &units[row * self.cols..(row + 1) * self.cols];
-                for (block, units) in units.chunks(self.span).enumerate() {
-                    for (i, unit) in units.iter().enumerate() {
-                        f(block, block * self.span + i, f32::from(*unit));
-                    }
+                for (column, unit) in units.iter().enumerate() {
+                    let factor = parts.col_factors.get(column).map_or(1.0, |f| f.to_f32());
+                    f(column / self.span, column, f32::from(*unit) * factor);
                 }
             }
         }

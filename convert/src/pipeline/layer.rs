@@ -279,6 +279,7 @@ impl<'r> Run<'r> {
             hessian: &hessian.hessian,
             factor: &hessian.factor,
             norms: &hessian.norms,
+            col_spreads: None,
         }
     }
 

@@ -557,7 +557,9 @@ mod tests {
         let norms = vec![1.0; cols];
         let (hessian, factor, norms) = (&hessian, &factor, norms.as_slice());
         let compute = isa.into();
-        let input = Input { compute, weights: &weights, rows, cols, hessian, factor, norms };
+        let col_spreads = None;
+        let input =
+            Input { compute, weights: &weights, rows, cols, hessian, factor, norms, col_spreads };
         for bits in 1..=4 {
             let spec = IntGroup::new(bits, 32).unwrap();
             let error = |sweeps: usize| {

@@ -61,11 +61,25 @@ impl Method {
         }
     }
 
-    /// The candidate methods of a budget for a matrix of `cols` columns.
-    pub(crate) fn candidates(cols: usize) -> impl Iterator<Item = Self> {
+    /// The candidate methods of a budget for a matrix of `cols` columns, whose trellis codes have column factors or not.
+    pub(crate) fn candidates(cols: usize, col_factors: bool) -> impl Iterator<Item = Self> {
         let integers = IntOptions::candidates(cols).map(Self::Int);
         let nm = NmOptions::candidates().map(Self::Nm);
-        integers.chain(nm).chain(TrellisOptions::candidates().map(Self::Trellis))
+        let trellis = TrellisOptions::candidates(col_factors).map(Self::Trellis);
+        integers.chain(nm).chain(trellis)
+    }
+
+    /// Whether column factors lower the loss of trellis codes of a matrix with `rows` rows by more than the bits that they
+    /// take would at a higher rate, where a bit per weight divides the loss by 4. `loss` measures a method.
+    pub(crate) fn wants_col_factors<E>(
+        rows: usize,
+        mut loss: impl FnMut(Self) -> Result<f64, E>,
+    ) -> Result<bool, E> {
+        let Some([plain, factors]) = TrellisOptions::with_and_without_col_factors() else {
+            return Ok(false);
+        };
+        let bits = 16.0 / rows.max(1) as f64;
+        Ok(loss(Self::Trellis(factors))? < loss(Self::Trellis(plain))? * 0.25f64.powf(bits))
     }
 
     /// This method for estimates of its error. The rounds after the first search for trellis codes take two thirds of the

@@ -26,5 +26,5 @@ pub mod trellis;
 pub use compensation::Propagation;
 pub use kept::{Allocation, KeptByLayer};
 pub use method::Method;
-pub(crate) use quantizer::decode;
 pub use quantizer::{Input, LinearQuantizer, Packed, Pruned, Seconds, memory, relative_error};
+pub(crate) use quantizer::{column_spreads, decode};

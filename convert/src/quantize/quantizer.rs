@@ -102,6 +102,28 @@ pub struct Input<'a> {
     pub factor: &'a Factor,
     /// Norms of the input features without damping: sqrt(diag H / 2).
     pub norms: &'a [f32],
+    /// [`column_spreads`] of the whole matrix if `weights` are only some of its rows.
+    pub col_spreads: Option<&'a [f32]>,
+}
+
+/// Spreads are at least this, so that dividing by a stored spread is safe.
+const SMALLEST_SPREAD: f64 = 1.0 / 256.0;
+
+/// The root mean square of each column of `weights`, [rows, cols], after each row has been divided by its own, so that rows
+/// count alike; 1 for a column of zeros.
+pub(crate) fn column_spreads(weights: &[f32], cols: usize) -> Vec<f32> {
+    let (mut sums, mut count) = (vec![0.0f64; cols], 0.0f64);
+    for row in weights.chunks_exact(cols) {
+        let energy: f64 = row.iter().map(|w| f64::from(w * w)).sum();
+        if energy > 0.0 {
+            let scale = cols as f64 / energy;
+            sums.iter_mut().zip(row).for_each(|(sum, w)| *sum += scale * f64::from(w * w));
+            count += 1.0;
+        }
+    }
+    let spread =
+        |sum: &f64| if *sum > 0.0 { (sum / count).sqrt().max(SMALLEST_SPREAD) } else { 1.0 };
+    sums.iter().map(|sum| spread(sum) as f32).collect()
 }
 
 /// Packed weights.

@@ -155,6 +155,8 @@ linear_file! {
     m "m": u8,
     /// stbllm, nm, trellis, pb-llm: columns that share scales; 0 (nm, trellis) for one scale per row.
     block "block": u16,
+    /// trellis: whether each column has a factor.
+    col_factors "col-factors": bool,
     /// nm: bits of a block's scale.
     scale_bits "scale-bits": u8,
     /// nm, int, trellis: rounds of re-choosing codes and refitting scales; stbllm: the same with signs and regions, without it

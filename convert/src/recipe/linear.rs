@@ -256,7 +256,7 @@ impl LinearFile {
     }
 
     fn trellis(&self) -> Resolved<TrellisOptions> {
-        self.check_allowed(&["rate", "block", "scale-bits", "sweeps"])?;
+        self.check_allowed(&["rate", "block", "scale-bits", "col-factors", "sweeps"])?;
         let rate = self.rate.unwrap_or(2.0);
         let bits = |known: &TrellisRate| known.step_bits() as f64 / known.step_weights() as f64;
         let Some(known) = TrellisRate::ALL.iter().find(|known| bits(known) == rate) else {
@@ -272,6 +272,7 @@ impl LinearFile {
                 "trellis takes either block 0 with scale-bits 0 or block, a multiple of 32, with scale-bits 4 or 8",
             )
         })?;
+        let spec = spec.with_col_factors(self.col_factors.unwrap_or(false));
         Ok(TrellisOptions { spec, sweeps: self.sweeps.unwrap_or(2) })
     }
 

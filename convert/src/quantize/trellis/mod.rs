@@ -1,6 +1,7 @@
 //! The trellis encoding: streams with error compensation unit by unit, then alternating closed-form refits of the scales
 //! and searches for better streams under the Hessian.
 
+mod col_factors;
 mod metric;
 mod tables;
 #[cfg(test)]
@@ -16,6 +17,7 @@ use stb_format::half::f16;
 use stb_kernels::ops::trellis::{COLS, ROWS, TrellisSearch, TrellisValues};
 use stb_runtime::Result;
 
+use self::col_factors::ScaledInput;
 use self::metric::{UnitMetric, unit_error, unit_target};
 use self::tables::{RateTables, tables_of};
 use super::compensation::{Compensation, Propagation};
@@ -27,7 +29,7 @@ use crate::hessian::Factor;
 /// Options of the trellis quantizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrellisOptions {
-    /// Rate, scale block and scale bits.
+    /// Rate, scale block, scale bits and whether columns have factors.
     pub spec: Trellis,
     /// Rounds of searching all streams again and refitting all scales.
     pub sweeps: usize,
@@ -56,13 +58,21 @@ struct TrellisFit<'a> {
 }
 
 impl TrellisOptions {
-    /// The candidates of a budget.
-    pub(crate) fn candidates() -> impl Iterator<Item = Self> {
-        TrellisRate::ALL.iter().filter_map(|rate| {
+    /// The candidates of a budget, with or without column factors.
+    pub(crate) fn candidates(col_factors: bool) -> impl Iterator<Item = Self> {
+        TrellisRate::ALL.iter().filter_map(move |rate| {
             let (bits, weights) = (rate.step_bits() as u8, rate.step_weights() as u8);
             let spec = Trellis::new(bits, weights, CANDIDATE_BITS, CANDIDATE_BLOCK)?;
-            Some(Self { spec, sweeps: 2 })
+            Some(Self { spec: spec.with_col_factors(col_factors), sweeps: 2 })
         })
+    }
+}
+
+impl TrellisOptions {
+    /// The candidate of 2 bits per weight without column factors, then with them.
+    pub(crate) fn with_and_without_col_factors() -> Option<[Self; 2]> {
+        let spec = Trellis::new(2, 1, CANDIDATE_BITS, CANDIDATE_BLOCK)?;
+        Some([false, true].map(|factors| Self { spec: spec.with_col_factors(factors), sweeps: 2 }))
     }
 }
 
@@ -77,6 +87,11 @@ impl LinearQuantizer for TrellisOptions {
         rows * cols + rows * cols * 16 / block.max(1)
     }
 
+    /// The Hessian and its factors, scaled.
+    fn scratch_memory(&self, cols: u64) -> u64 {
+        if self.spec.has_col_factors() { 3 * 4 * cols * cols } else { 0 }
+    }
+
     fn quantize(&self, input: &Input<'_>, _: Option<&Pruned>) -> Result<Packed> {
         quantize(input, self)
     }
@@ -87,6 +102,8 @@ fn quantize(input: &Input<'_>, options: &TrellisOptions) -> Result<Packed> {
     let mut seconds = Seconds::default();
     let clock = Instant::now();
     let spec = options.spec;
+    let scaled = spec.has_col_factors().then(|| ScaledInput::new(input));
+    let input = &scaled.as_ref().map_or(*input, |scaled| scaled.input(input));
     let units = input.cols.div_ceil(spec.unit_cols());
     let span = if spec.block() == 0 { input.cols } else { spec.block() };
     let blocks = input.cols.div_ceil(span);
@@ -117,6 +134,7 @@ fn quantize(input: &Input<'_>, options: &TrellisOptions) -> Result<Packed> {
         rows: input.rows,
         cols: input.cols,
         tables: rate.tables.to_vec(),
+        col_factors: scaled.as_ref().map_or_else(Vec::new, |scaled| scaled.factors.clone()),
         row_scales: fit.row_scales,
         block_codes: fit.block_codes,
         streams: fit.streams,

@@ -21,13 +21,47 @@ fn quantized(
     let factor = Factor::new(hessian).unwrap();
     let (cols, norms) = (weights.len() / rows, vec![1.0; weights.len() / rows]);
     let compute = isa.into();
-    let input = Input { compute, weights, rows, cols, hessian, factor: &factor, norms: &norms };
+    let input = Input {
+        compute,
+        weights,
+        rows,
+        cols,
+        hessian,
+        factor: &factor,
+        norms: &norms,
+        col_spreads: None,
+    };
     let packed = options.quantize(&input, None).unwrap();
     packed.encoding.check_payload(rows as u64, cols as u64, &packed.payload).unwrap();
     let found = decode(&packed, rows, cols);
     let error: Vec<f32> = weights.iter().zip(&found).map(|(w, q)| w - q).collect();
     let sum = |values: &[f32]| output_errors(isa, values, hessian).iter().sum::<f64>();
     (sum(&error) / sum(weights), packed)
+}
+
+/// Columns of large weights, as in embeddings: with column factors the error is about that of weights of one distribution,
+/// without them most of it is in the large columns.
+#[test]
+fn column_factors_even_out_columns_of_large_weights() {
+    let mut rng = Rng(7);
+    let (rows, cols) = (64, 200);
+    let mut identity = vec![0.0; cols * cols];
+    identity.iter_mut().step_by(cols + 1).for_each(|d| *d = 1.0);
+    let hessian = Hessian::from_matrix(identity, cols);
+    let mut weights = normal(&mut rng, rows * cols);
+    for row in weights.chunks_exact_mut(cols) {
+        for column in [3, 90, 199] {
+            row[column] *= 8.0;
+        }
+        // A column of zeros has a factor, too.
+        row[17] = 0.0;
+    }
+    let plain = options(2, 1, 0);
+    let factors = TrellisOptions { spec: plain.spec.with_col_factors(true), ..plain };
+    let (plain, _) = quantized(plain, &weights, rows, &hessian);
+    let (error, packed) = quantized(factors, &weights, rows, &hessian);
+    assert!(error < 0.11 && plain > 2.0 * error, "{error} with factors, {plain} without");
+    assert!(packed.encoding.to_string().ends_with("+cols"));
 }
 
 fn options(step_bits: u8, step_weights: u8, sweeps: usize) -> TrellisOptions {
