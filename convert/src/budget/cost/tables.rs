@@ -101,7 +101,8 @@ impl TableCosts<'_> {
     ) -> anyhow::Result<Vec<MeasuredMethod>> {
         let cols = weight.cols();
         let (rows, values) = sample_rows(weight, SAMPLED_ROWS);
-        let weights = squared_norm(&values);
+        // A table of zeros has no errors.
+        let weights = squared_norm(&values).max(f64::MIN_POSITIVE);
         let measure = |method: Method| -> anyhow::Result<MeasuredMethod> {
             let packed = hessian.quantize(self.isa.into(), &values, method.for_estimates())?;
             let stored = decode(&packed, rows.len(), cols);
@@ -193,4 +194,37 @@ fn pairs(measured: &[MeasuredMethod]) -> impl Iterator<Item = (&MeasuredMethod, 
         let coarser = measured.iter().filter(|coarse| coarse.loss() > fine.loss());
         coarser.map(move |coarse| (fine, coarse))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The last row but one matters most in the first half of the tokens, the last in the second: neither half knows the best
+    /// row of the other.
+    #[test]
+    fn rows_are_weighed_by_other_tokens_than_those_that_rank_them() {
+        let count = 4 * FEWEST_LISTED;
+        let half = |best: usize| {
+            let of = |row| if row == best { 0.5 } else { 0.5 / count as f32 };
+            let weights: Vec<f32> = (0..count).map(of).collect();
+            RowWeights { logits: weights.clone(), shares: weights }
+        };
+        let squares = RowLoss { head: 1.0, embedding: 1.0 };
+        let row = |_| RowWithout { squares, norm: 2.0 };
+        let rows: Vec<RowWithout> = (0..count).map(row).collect();
+        let losses = RowLosses::new(&[half(count - 2), half(count - 1)], &rows);
+        assert_eq!(losses.counts, [FEWEST_LISTED, count]);
+        let [listed, all] = losses.sums(RowLoss { head: 1e-4, embedding: 0.25 })[..] else {
+            panic!("two counts")
+        };
+        // Half of the loss is that of the best row, which is not among the first ones.
+        assert!((all.embedding - 0.5 * (1.0 - 0.5 / count as f64)).abs() < 1e-5, "{all:?}");
+        assert!(listed.embedding < 0.2 * all.embedding, "{listed:?} of {all:?}");
+        // Small errors of logits count as their mean squares, large ones more.
+        assert!((all.head / (2e-4 * all.embedding / 0.5) - 1.0).abs() < 1e-3, "{all:?}");
+        let large = losses.sums(RowLoss { head: 2.0, embedding: 0.0 });
+        let growth = large[1].head / all.head / (4f64.exp_m1() / 2e-4);
+        assert!((growth - 1.0).abs() < 1e-3, "{large:?}");
+    }
 }
