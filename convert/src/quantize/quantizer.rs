@@ -102,7 +102,8 @@ pub struct Input<'a> {
     pub factor: &'a Factor,
     /// Norms of the input features without damping: sqrt(diag H / 2).
     pub norms: &'a [f32],
-    /// [`column_spreads`] of the whole matrix if `weights` are only some of its rows.
+    /// The spreads of the columns of the whole matrix, `[cols]`, if `weights` are only some of its rows: root mean squares
+    /// after each row has been divided by its own.
     pub col_spreads: Option<&'a [f32]>,
 }
 
