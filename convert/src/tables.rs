@@ -109,6 +109,16 @@ impl Sum for RowLoss {
     }
 }
 
+impl RowWeights {
+    /// The loss of an error of `row` with these mean squares; see [`RowLoss`].
+    pub(crate) fn loss(&self, row: usize, squares: RowLoss) -> RowLoss {
+        RowLoss {
+            head: f64::from(self.logits[row]) * squares.head,
+            embedding: f64::from(self.shares[row]) * squares.embedding,
+        }
+    }
+}
+
 /// A row of a table, or what is missing without it.
 pub(crate) struct RowWithout {
     /// See [`TableHessian::row_squares`].

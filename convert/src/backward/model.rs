@@ -14,7 +14,6 @@ use super::head::{ModelHead, embedded_gradient, uncap};
 use super::layer::{LayerFisher, Pass};
 use super::matrix::decode_layer;
 use crate::hessian::Hessian;
-use crate::tables::RowLoss;
 
 /// Seed for sampling the tokens y.
 const SEED: u64 = 0;
@@ -49,14 +48,6 @@ impl RowWeights {
             a.iter().zip(b).map(|(a, b)| share * a + (1.0 - share) * b).collect()
         };
         Self { logits: mean(&a.logits, &b.logits), shares: mean(&a.shares, &b.shares) }
-    }
-
-    /// The loss of an error of `row` with these mean squares; see [`RowLoss`].
-    pub(crate) fn loss(&self, row: usize, squares: RowLoss) -> RowLoss {
-        RowLoss {
-            head: f64::from(self.logits[row]) * squares.head,
-            embedding: f64::from(self.shares[row]) * squares.embedding,
-        }
     }
 
     /// Takes half of each share from the frequencies of `tokens`.
