@@ -12,6 +12,8 @@ const FLAGS = [
 ];
 /** Milliseconds without any message after which the browser counts as hung. */
 const PATIENCE = 120_000;
+/** Attempts to remove the profile, a tenth of a second apart. */
+const REMOVALS = 100;
 
 const isExecutable = (path) => {
   try {
@@ -46,6 +48,8 @@ export class Browser {
     browser.#profile = mkdtempSync(join(tmpdir(), 'stb-inspect-'));
     browser.#process = spawn(executable, [...FLAGS.slice(0, -1), `--user-data-dir=${browser.#profile}`, FLAGS.at(-1)], {
       stdio: ['ignore', 'ignore', 'ignore', 'pipe', 'pipe'],
+      // A process group of its own, so that `close` reaches Chromium's children, too.
+      detached: true,
     });
     browser.#ended = new Promise((resolve) => browser.#process.once('exit', resolve));
     browser.#ended.then(() => browser.#waiting.forEach(({ reject }) => reject(new Error('the browser has ended'))));
@@ -101,11 +105,29 @@ export class Browser {
     });
   }
 
+  /** Ends the browser and removes its profile. A profile that cannot be removed is reported, not an error: it is a temporary folder. */
   async close() {
-    this.#process.kill();
+    try {
+      process.kill(-this.#process.pid, 'SIGKILL');
+    } catch (error) {
+      // All processes of the group have ended.
+      if (error.code !== 'ESRCH') throw error;
+    }
     await this.#ended;
-    // Chromium's children may still write for a while after it has ended.
-    rmSync(this.#profile, { recursive: true, force: true, maxRetries: 40 });
+    // A process that is being killed may still finish a write. `maxRetries` would not help: it retries the removal of a
+    // folder, but not of the files that appeared in it since.
+    for (let attempt = 1; ; attempt++) {
+      try {
+        rmSync(this.#profile, { recursive: true, force: true });
+        return;
+      } catch (error) {
+        if (attempt === REMOVALS) {
+          console.error(`${this.#profile} is left behind: ${error.message}`);
+          return;
+        }
+      }
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
   }
 
   async resize(width, height) {

@@ -53,9 +53,10 @@ before(async () => {
 });
 
 after(async () => {
-  await browser?.close();
+  // The server first: an open server would keep the process alive if the browser could not be closed.
   server?.close();
   if (folder) rmSync(folder, { recursive: true });
+  await browser?.close();
 });
 
 const SHOWN = `document.getElementById('result').children.length > 0 && document.getElementById('status').textContent === ''`;
