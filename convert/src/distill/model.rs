@@ -15,6 +15,9 @@ use crate::backward::{DenseLayer, DenseMatrix, ModelHead, Pass, embedded_gradien
 use crate::interrupt::check_interrupt;
 use crate::products::add_cross_products;
 
+/// Decoder layers of a model that takes steps of the full learning rate; deeper models take smaller ones.
+const RATE_LAYERS: f64 = 4.0;
+
 /// A decoder layer and its trained parameters.
 struct DistilledLayer<'a> {
     layer: &'a Layer,
@@ -113,9 +116,8 @@ pub(crate) struct Sequences<'a> {
     pub held_out: &'a [Vec<u32>],
 }
 
-/// Distills the quantized model of `engine` from that of `dense` with a learning rate of at most `options.rate`: it
-/// holds for a model with a KL divergence of at least one nat per token; below, it is multiplied by the root of the
-/// divergence. Calls `progress` with steps done, all steps, and the loss of the last step.
+/// Distills the quantized model of `engine` from that of `dense` with a learning rate of at most `options.rate`
+/// ([`largest_rate`]). Calls `progress` with steps done, all steps, and the loss of the last step.
 ///
 /// # Errors
 /// [`crate::interrupt::Interrupted`]; [`stb_runtime::Error`] for tokens outside the vocabulary.
@@ -138,9 +140,8 @@ pub(crate) fn distill_model<'a>(
     };
     let samples = &training[..held_out.len().min(training.len())];
     let before = [distillation.loss(held_out)?, distillation.loss(samples)?];
-    // The loss grows with the square of a step that is too large: the rate for a coarse model would harm a model
-    // that is already close.
-    let options = DistillOptions { rate: options.rate * before[0].sqrt().min(1.0), ..options };
+    let rate = largest_rate(options.rate, before[0], engine.model.layers.len());
+    let options = DistillOptions { rate, ..options };
     let all = training.len().div_ceil(BATCH);
     for (step, batch) in training.chunks(BATCH).enumerate() {
         check_interrupt()?;
@@ -154,6 +155,16 @@ pub(crate) fn distill_model<'a>(
     };
     let Distillation { embeddings, layers, norm, lm_head, .. } = distillation;
     Ok(Distilled { embeddings, layers, norm, lm_head, held_out, training })
+}
+
+/// The learning rate of the first steps for a model of `layers` decoder layers whose divergence from the dense model is
+/// `loss`, in nats per token. `rate` is that for [`RATE_LAYERS`] layers and one nat.
+///
+/// The loss grows with the square of a step that is too large, so the rate for a coarse model would harm a model that is
+/// already close. And all layers take a step at once, towards the same goal: their changes of the output add up, so a
+/// deeper model takes smaller steps.
+fn largest_rate(rate: f64, loss: f64, layers: usize) -> f64 {
+    rate * loss.sqrt().min(1.0) * (RATE_LAYERS / layers as f64).min(1.0)
 }
 
 /// The dense model's logits for a batch of sequences, [tokens, vocab].
@@ -293,6 +304,14 @@ fn divergence(ours: &mut [f32], theirs: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn close_and_deep_models_take_smaller_steps() {
+        assert_eq!(largest_rate(0.03, 2.5, 4), 0.03);
+        assert_eq!(largest_rate(0.03, 1.0, 2), 0.03);
+        assert_eq!(largest_rate(0.03, 0.25, 4), 0.015);
+        assert!((largest_rate(0.03, 1.2, 30) - 0.004).abs() < 1e-12);
+    }
 
     #[test]
     fn the_divergence_and_its_gradient() {

@@ -77,8 +77,8 @@ pub struct CalibrationFile {
     /// norms of the whole model on the dense model's output distribution; default: none.
     #[serde(skip_serializing_if = "Option::is_none", alias = "fine-tuning")]
     pub distill: Option<usize>,
-    /// The learning rate of that distillation for a model with a KL divergence of at least one nat per token; below, it
-    /// is multiplied by the root of the divergence.
+    /// The learning rate of that distillation for a model of at most four decoder layers with a KL divergence of at least
+    /// one nat per token. It is multiplied by the root of a smaller divergence, and by 4 / layers of a deeper model.
     #[serde(skip_serializing_if = "Option::is_none", alias = "fine-tuning-rate")]
     pub distill_rate: Option<f64>,
 }
