@@ -116,8 +116,8 @@ pub(crate) struct Sequences<'a> {
     pub held_out: &'a [Vec<u32>],
 }
 
-/// Distills the quantized model of `engine` from that of `dense` with a learning rate of at most `options.rate`
-/// ([`largest_rate`]). Calls `progress` with steps done, all steps, and the loss of the last step.
+/// Distills the quantized model of `engine` from that of `dense`; [`largest_rate`] derives the learning rate from
+/// `options.rate`. Calls `progress` with steps done, all steps, and the loss of the last step.
 ///
 /// # Errors
 /// [`crate::interrupt::Interrupted`]; [`stb_runtime::Error`] for tokens outside the vocabulary.
@@ -158,10 +158,10 @@ pub(crate) fn distill_model<'a>(
 }
 
 /// The learning rate of the first steps for a model of `layers` decoder layers whose divergence from the dense model is
-/// `loss`, in nats per token. `rate` is that for [`RATE_LAYERS`] layers and one nat.
+/// `loss`, in nats per token. `rate` is for models of at most [`RATE_LAYERS`] layers and a loss of at least one nat.
 ///
 /// The loss grows with the square of a step that is too large, so the rate for a coarse model would harm a model that is
-/// already close. And all layers take a step at once, towards the same goal: their changes of the output add up, so a
+/// already close. All layers take a step at once to lower the same loss, and their changes of the output add up, so a
 /// deeper model takes smaller steps.
 fn largest_rate(rate: f64, loss: f64, layers: usize) -> f64 {
     rate * loss.sqrt().min(1.0) * (RATE_LAYERS / layers as f64).min(1.0)
