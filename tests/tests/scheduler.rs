@@ -415,6 +415,25 @@ fn wrong_jobs_and_full_queues_are_refused() {
     assert_eq!(scheduler.statistics().completed, 1);
 }
 
+/// A job that was accepted before the end of the server is answered if a slot is free, even if no pass has begun.
+#[test]
+fn draining_answers_what_has_a_slot() {
+    let (_folder, engine) = model("int4", |_| {});
+    let engine = Arc::new(engine);
+    for _ in 0..20 {
+        let scheduler = start(&engine, 2, 0);
+        let (to, from) = channel();
+        let mut job = Job::new(vec![1], SamplerOptions::default());
+        job.max_tokens = Some(2);
+        job.logprobs = Some(0);
+        submit(&scheduler, job, 0, usize::MAX, &to);
+        scheduler.drain();
+        let mut answer = Answer::default();
+        from.try_iter().for_each(|(_, event)| drop(answer.add(event)));
+        assert_eq!((answer.error, answer.steps.len()), (None, 2));
+    }
+}
+
 /// An embedding has the same bits beside answers as alone.
 #[test]
 fn embeddings_do_not_depend_on_other_jobs() {

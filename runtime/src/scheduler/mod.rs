@@ -146,8 +146,8 @@ impl Scheduler {
         Statistics { queued: self.queue.len(), ..statistics }
     }
 
-    /// Finishes what is running, fails what is queued, and accepts no more jobs. Returns when the thread has
-    /// ended.
+    /// Finishes the jobs that have a slot, fails those that wait for one, and accepts no more. Returns when the
+    /// thread has ended.
     pub fn drain(&self) {
         self.queue.close(queue::Closing::AfterRunning);
         self.join();

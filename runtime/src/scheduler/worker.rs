@@ -95,6 +95,7 @@ impl Worker {
             statistics: Statistics::new(self.options.slots),
             prefill: self.engine.prefill_size(usize::MAX / 2),
         };
+        let mut is_draining = false;
         loop {
             for id in self.queue.take_canceled() {
                 if let Some(index) = running.slots.iter().position(|slot| slot.id == id) {
@@ -103,7 +104,15 @@ impl Worker {
             }
             match self.queue.closing() {
                 Some(Closing::AtOnce) => return,
-                Some(Closing::AfterRunning) => self.refuse_waiting(),
+                Some(Closing::AfterRunning) => {
+                    // A job that came just before the queue was closed runs if a slot is free: its client may
+                    // have the head of the stream already.
+                    if !is_draining {
+                        self.admit(&mut running);
+                        is_draining = true;
+                    }
+                    self.refuse_waiting();
+                }
                 None => self.admit(&mut running),
             }
             self.publish(&running);
