@@ -9,7 +9,8 @@ DIR is a checkpoint in the Hugging Face layout (SmolLM2-135M-Instruct in the rec
 
 Per file: true bits of the whole file; KL divergence, same top token and perplexity on WikiText-2 (the first 120 000 characters,
 windows of 512), on children's stories and on chats (`studies/chats.txt`, in the model's chat format); accuracy on PIQA and
-ARC-easy (400 questions each); whether the greedy answer to "What is the capital of France?" names Paris; seconds to convert.
+ARC-easy (400 questions each); whether the greedy answer to "What is the capital of France?" names Paris; seconds to convert; and
+the divergence that the converter itself found on calibration text it had held out, with its verdict.
 
 OUT gets one JSON file per row, so that the same command goes on after an interruption, and `smollm2.md` and `smollm2.svg`.
 """
@@ -33,7 +34,10 @@ RECIPES = {
     "nm-2of4": ["--recipe", "nm-2of4"],
     "stbllm-4of8": ["--recipe", "stbllm-4of8"],
     **{f"bits-{bits}": ["--bits", bits] for bits in ("5.45", "4.5", "3.75", "3", "2.5", "2", "1.5", "1.2")},
-    "bits-2, distilled": ["--bits", "2", "--distill", "4"],
+    "bits-2, distilled": ["--bits", "2", "--distill", "2"],
+    # The calibration: text of the model itself, and other numbers of windows of 256 tokens than 128.
+    "bits-3, self": ["--bits", "3", "--calib", "self"],
+    **{f"bits-3, {n} windows": ["--bits", "3", "--calib-samples", n] for n in ("32", "512")},
 }
 LLAMA_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ1_S"]
 TEXT_BYTES = {"wikitext": 120_000, "stories": 50_000, "chats": 50_000}
@@ -103,29 +107,31 @@ class Study:
         path = self.out / f"{safe}.json"
         if path.exists() or not re.search(self.options.only, f"{program} {name}"):
             return
-        file, seconds = make(self.out / safe)
-        found = {"program": program, "type": name, "seconds": seconds, **self.measure(file)}
+        file, made = make(self.out / safe)
+        found = {"program": program, "type": name, **made, **self.measure(file)}
         path.write_text(json.dumps(found, indent=1) + "\n")
         if file.parent == self.out:
             file.unlink()
         print(f"{program} {name}: KL {found['wikitext']['kl']:.3f}", flush=True)
 
-    def convert(self, build: pathlib.Path, arguments: list[str], stem: pathlib.Path) -> tuple[pathlib.Path, float]:
+    def convert(self, build: pathlib.Path, arguments: list[str], stem: pathlib.Path) -> tuple[pathlib.Path, dict]:
         """Converts the checkpoint."""
-        file, started = stem.with_name(stem.name + ".stb"), time.monotonic()
-        run(build / "stb-convert", self.options.model, file, *arguments, "--force", "--quiet")
-        return file, time.monotonic() - started
+        file, report, started = stem.with_name(stem.name + ".stb"), stem.with_name(stem.name + ".report"), time.monotonic()
+        run(build / "stb-convert", self.options.model, file, *arguments, "--force", "--quiet", "--report", report)
+        seconds, quality = time.monotonic() - started, json.loads(report.read_text())["quality"]
+        report.unlink()
+        return file, {"seconds": seconds, "check": quality}
 
-    def quantize(self, kind: str, stem: pathlib.Path) -> tuple[pathlib.Path, float]:
+    def quantize(self, kind: str, stem: pathlib.Path) -> tuple[pathlib.Path, dict]:
         """Makes a type of llama.cpp."""
         file, started = stem.with_name(stem.name + ".gguf"), time.monotonic()
         matrix = ["--imatrix", self.options.imatrix] if self.options.imatrix else []
         run(self.options.llama_quantize, "--allow-requantize", *matrix, self.options.gguf, file, kind)
-        return file, time.monotonic() - started
+        return file, {"seconds": time.monotonic() - started}
 
     def all(self) -> None:
         """Measures every row."""
-        self.row("dense", "checkpoint", lambda _: (self.options.model / "model.safetensors", 0.0))
+        self.row("dense", "checkpoint", lambda _: (self.options.model / "model.safetensors", {"seconds": 0.0}))
         for program, build in self.options.builds.items():
             for name, arguments in RECIPES.items():
                 self.row(program, name, lambda stem, b=build, a=arguments: self.convert(b, a, stem))
@@ -137,15 +143,15 @@ class Study:
 def table(rows: list[dict]) -> str:
     """All rows as Markdown, by program and size."""
     head = ["program", "type", "true bits", "KL WikiText", "stories", "chats", "same top token", "perplexity", "PIQA",
-            "ARC-easy", "Paris", "seconds"]  # fmt: skip
+            "ARC-easy", "Paris", "seconds", "check", "verdict"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for row in sorted(rows, key=lambda row: (row["program"], -row["true_bits"])):
-        wiki = row["wikitext"]
+        wiki, check = row["wikitext"], row.get("check", {})
         cells = [
             row["program"], row["type"], f"{row['true_bits']:.2f}", f"{wiki['kl']:.3f}", f"{row['stories']['kl']:.3f}",
             f"{row['chats']['kl']:.3f}", f"{100 * wiki['top1']:.1f} %", f"{wiki['perplexity']:.2f}",
             *(f"{100 * row['tasks'][task]['acc_norm']:.1f} %" for task in TASKS), "yes" if ANSWER in row["answer"] else "no",
-            f"{row['seconds']:.0f}",
+            f"{row['seconds']:.0f}", f"{check['kl']:.3f}" if "kl" in check else "", check.get("verdict", ""),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
