@@ -33,6 +33,7 @@ mod messages;
 mod model;
 mod names;
 mod observer;
+mod panics;
 mod pass;
 mod ragged;
 mod rope;
@@ -64,14 +65,14 @@ pub use eval::{
     ChoicePrompt, Divergence, Estimate, KeptLogits, PIECE_BYTES, Perplexity, PerplexityOptions,
     Question, Reference, Score, Task, TaskResult, TextLayout, WindowLogits, WindowLosses,
     ZeroShotOptions, compare_windows, is_json_lines, open_for_windows, open_to_measure, perplexity,
-    read_text, score_question, zero_shot,
+    read_text, score_questions, zero_shot,
 };
 pub use experts::{Assignment, route_experts};
 pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, PromptInput, Timings};
 pub use kind::open_stb_file;
 pub use layer::{Layer, LayerMatrix, LayerVector};
 pub use linear::{LinearScratch, LinearWeight, Rows, Threads, apply, apply_packed};
-pub use map::Bytes;
+pub use map::{Bytes, explain_lost_pages};
 pub use messages::{
     CalledFunction, ChatMessage, ChatRole, ContentPart, MessageCall, MessageContent,
     MessageProblem, for_template, without_template,

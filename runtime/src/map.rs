@@ -1,4 +1,5 @@
-//! [`Bytes`]: memory-mapped or owned bytes. Only this module maps files.
+//! [`Bytes`]: memory-mapped or owned bytes. Only this module maps files, and says what happened when one of them lost
+//! its pages.
 
 use std::fs::File;
 use std::io::Read;
@@ -43,7 +44,8 @@ impl Bytes {
             // SAFETY: the mapping is private to this value and read-only, and no reference to it
             // outlives `Self`. All values read from it are validated or plain numbers. No system call
             // can prevent another process from changing or truncating the file while it is mapped;
-            // the documentation makes that the user's responsibility.
+            // the documentation makes that the user's responsibility. A page that is gone raises SIGBUS,
+            // see `explain_lost_pages`.
             return Ok(Self::Mapped(unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?));
         }
         let mut lines = vec![Line([0; 64]); length.div_ceil(64)];
@@ -73,6 +75,35 @@ impl Bytes {
         let mut lines = vec![Line([0; 64]); bytes.len().div_ceil(64)];
         bytemuck::cast_slice_mut::<_, u8>(&mut lines)[..bytes.len()].copy_from_slice(bytes);
         Self::Read(lines, bytes.len())
+    }
+}
+
+/// What a program prints before it ends because a mapped page is gone.
+#[cfg(all(unix, not(target_vendor = "apple")))]
+const LOST_PAGES: &[u8] =
+    b"a file was truncated while it was in use, or its disk failed: do not change model files \
+    that a program has open; replace them under another name. Start again when the file is whole\n";
+
+/// Lets the program end with a message and exit code 3 when a page of a mapped file is gone, because another program has
+/// truncated the file or its disk failed; the system would end it with the words "Bus error". For programs, not for
+/// libraries: it replaces the handler of SIGBUS. Does nothing on systems where a stack overflow raises the same signal.
+pub fn explain_lost_pages() {
+    #[cfg(all(unix, not(target_vendor = "apple")))]
+    {
+        extern "C" fn handler(_: libc::c_int) {
+            // SAFETY: both functions may be called in a signal handler, and the text is a constant of this length.
+            unsafe {
+                libc::write(libc::STDERR_FILENO, LOST_PAGES.as_ptr().cast(), LOST_PAGES.len());
+                libc::_exit(3);
+            }
+        }
+        // SAFETY: a `sigaction` of zeros is valid: no flags, an empty mask. The handler touches no memory but a constant
+        // and does not return. The pointer to the old action may be null.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as extern "C" fn(libc::c_int) as libc::sighandler_t;
+            libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
+        }
     }
 }
 

@@ -118,9 +118,9 @@ class Study:
         """Converts the checkpoint."""
         file, report, started = stem.with_name(stem.name + ".stb"), stem.with_name(stem.name + ".report"), time.monotonic()
         run(build / "stb-convert", self.options.model, file, *arguments, "--force", "--quiet", "--report", report)
-        seconds, quality = time.monotonic() - started, json.loads(report.read_text())["quality"]
+        seconds, found = time.monotonic() - started, json.loads(report.read_text())
         report.unlink()
-        return file, {"seconds": seconds, "check": quality}
+        return file, {"seconds": seconds, "stages": found["stages"], "check": found["quality"]}
 
     def quantize(self, kind: str, stem: pathlib.Path) -> tuple[pathlib.Path, dict]:
         """Makes a type of llama.cpp."""

@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use stb_format::encoding::Dense;
 use stb_runtime::{
     Engine, KeptLogits, OpenOptions, PerplexityOptions, Question, Reference, State, Task,
-    TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_question, zero_shot,
+    TextLayout, ZeroShotOptions, open_to_measure, perplexity, score_questions, zero_shot,
 };
 use stb_tests::paths::{quill, root, shared};
 use stb_tests::programs::{command, run, skip};
@@ -79,11 +79,17 @@ fn choices_score_as_if_each_were_computed_alone() {
         // A context for whole questions, and one so short that questions are cut.
         for context in [512, 24] {
             let options = ZeroShotOptions { context, begin: false };
-            let mut state = State::new(&engine, context);
+            let mut states: Vec<State> =
+                items.iter().map(|_| State::new(&engine, context)).collect();
+            let together =
+                score_questions(&engine, &mut states, &tokenizer, &items, &options).unwrap();
             let (mut acc, mut acc_norm, mut truncated) = (0, 0, 0);
-            for item in &items {
-                let found =
-                    score_question(&engine, &mut state, &tokenizer, item, &options).unwrap();
+            for (item, together) in items.iter().zip(together) {
+                let alone = std::slice::from_ref(item);
+                let found = score_questions(&engine, &mut states[..1], &tokenizer, alone, &options)
+                    .unwrap()
+                    .remove(0);
+                assert_eq!(found, together);
                 let mut scores = Vec::new();
                 for (choice, found) in found.iter().enumerate() {
                     let (expected, cut) = oracle_score(&engine, item, choice, context);
@@ -121,9 +127,9 @@ fn begin_tokens_are_put_before_questions_on_request() {
     let tokenizer = engine.model.tokenizer().unwrap();
     let items = Task::OpenBookQa.read(&sample_tasks()[1].1, Some(1)).unwrap();
     let score = |begin: bool| {
-        let mut state = State::new(&engine, 64);
+        let mut state = [State::new(&engine, 64)];
         let options = ZeroShotOptions { context: 64, begin };
-        score_question(&engine, &mut state, &tokenizer, &items[0], &options).unwrap()[0]
+        score_questions(&engine, &mut state, &tokenizer, &items, &options).unwrap()[0][0]
             .log_likelihood
     };
     assert!(tokenizer.bos.is_some());

@@ -17,4 +17,4 @@ pub use reference::{KeptLogits, Reference};
 pub use tasks::{ChoicePrompt, Question, Task};
 pub use text::{TextLayout, is_json_lines, read_text};
 pub use window::{Divergence, PIECE_BYTES, WindowLogits, WindowLosses, compare_windows};
-pub use zero_shot::{Score, TaskResult, ZeroShotOptions, score_question, zero_shot};
+pub use zero_shot::{Score, TaskResult, ZeroShotOptions, score_questions, zero_shot};

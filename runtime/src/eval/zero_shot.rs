@@ -3,6 +3,8 @@
 //! the highest score, `acc_norm` the highest score per character of the choice; ties go to the first
 //! choice. Text that does not fit into the context is truncated at the left.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::prelude::*;
 
 use super::distribution::Distribution;
@@ -11,8 +13,14 @@ use super::open::is_small;
 use super::tasks::{ChoicePrompt, Question, Task};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::linear::RowKind;
+use crate::pass::{Output, OutputKind, Segment};
 use crate::state::State;
 use crate::tokenizer::Tokenizer;
+
+/// Questions that are computed together: a product over packed weights takes little more time for the rows of all of
+/// them than for those of one.
+const BATCH: usize = 16;
 
 /// Options of [`zero_shot`].
 #[derive(Clone, Copy, Debug)]
@@ -50,7 +58,7 @@ pub struct TaskResult {
 }
 
 /// Measures the accuracy of a model on the questions of a task. `progress(done, total)` is called
-/// after each question.
+/// after some questions.
 ///
 /// # Errors
 /// [`Error::Usage`] if a choice does not fit into the context; [`Error::Invalid`] if logits are not
@@ -63,19 +71,23 @@ pub fn zero_shot(
     options: &ZeroShotOptions,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<TaskResult> {
-    let done = std::sync::atomic::AtomicUsize::new(0);
-    let measure = |state: &mut State, item: &Question| {
-        let scores = score_question(engine, state, tokenizer, item, options)?;
-        progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, items.len());
+    let done = AtomicUsize::new(0);
+    let measure = |states: &mut Vec<State>, questions: &[Question]| {
+        let scores = score_questions(engine, states, tokenizer, questions, options)?;
+        let before = done.fetch_add(questions.len(), Ordering::Relaxed);
+        progress(before + questions.len(), items.len());
         Ok(scores)
     };
-    let new_state = || State::new(engine, options.context);
-    let found: Vec<Vec<Score>> = if is_small(engine) {
-        items.par_iter().map_init(new_state, measure).collect::<Result<_>>()?
+    // A device computes one sequence at a time.
+    let batch = if engine.device_name().is_some() { 1 } else { BATCH };
+    let new_states = || (0..batch).map(|_| State::new(engine, options.context)).collect();
+    let found: Vec<Vec<Vec<Score>>> = if is_small(engine) {
+        items.par_chunks(batch).map_init(new_states, measure).collect::<Result<_>>()?
     } else {
-        let mut state = new_state();
-        items.iter().map(|item| measure(&mut state, item)).collect::<Result<_>>()?
+        let mut states = new_states();
+        items.chunks(batch).map(|items| measure(&mut states, items)).collect::<Result<_>>()?
     };
+    let found = found.concat();
     let correct = |per_character: bool| {
         let outcomes = items.iter().zip(&found).map(move |(item, scores)| {
             let value = |(score, prompt): (&Score, &ChoicePrompt)| match per_character {
@@ -105,21 +117,82 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     values.enumerate().fold(None, best).map_or(0, |(i, _)| i)
 }
 
-/// The scores of all choices of a question. A prefix that consecutive prompts share is computed once.
+/// The scores of all choices of some questions, with a state for each question at least. A prefix that consecutive
+/// choices of a question share is computed once. The scores do not depend on which questions are computed together.
 ///
 /// # Errors
 /// The errors of [`zero_shot`].
-pub fn score_question(
+pub fn score_questions(
     engine: &Engine,
-    state: &mut State,
+    states: &mut [State],
     tokenizer: &Tokenizer,
-    item: &Question,
+    items: &[Question],
     options: &ZeroShotOptions,
-) -> Result<Vec<Score>> {
-    // The cache starts empty, so that the result does not depend on the previous question.
-    state.truncate(0);
-    let mut seen = Vec::new();
-    let score = |prompt: &ChoicePrompt| {
+) -> Result<Vec<Vec<Score>>> {
+    let inputs = |item: &Question| {
+        let input = |prompt| ChoiceInput::new(tokenizer, prompt, options);
+        item.prompts.iter().map(input).collect::<Result<Vec<ChoiceInput>>>()
+    };
+    let inputs: Vec<Vec<ChoiceInput>> = items.iter().map(inputs).collect::<Result<_>>()?;
+    // The caches start empty, so that the result does not depend on the questions before.
+    states.iter_mut().for_each(|state| state.truncate(0));
+    let mut scores: Vec<Vec<Score>> = vec![Vec::new(); items.len()];
+    let most = inputs.iter().map(Vec::len).max().unwrap_or(0);
+    for choice in 0..most {
+        let (mut sums, mut failed) = (vec![0.0; items.len()], Ok(()));
+        let mut contexts = Vec::new();
+        for (inputs, state) in inputs.iter().zip(&mut *states) {
+            let tokens = inputs.get(choice).map_or(&[][..], |input| {
+                let seen = choice.checked_sub(1).map_or(&[][..], |last| &inputs[last].tokens);
+                let start = input.start();
+                let pairs = seen.iter().zip(&input.tokens[..start]);
+                let common = pairs.take_while(|(a, b)| a == b).count();
+                state.truncate(common);
+                &input.tokens[common..start]
+            });
+            contexts.push((state, tokens));
+        }
+        prefill(engine, &mut contexts, OutputKind::CacheOnly, &mut |_, _, _| {})?;
+        let mut continuations = contexts;
+        for ((_, tokens), inputs) in continuations.iter_mut().zip(&inputs) {
+            *tokens = inputs.get(choice).map_or(&[], |input| &input.tokens[input.start()..]);
+        }
+        let vocab = engine.model.embeddings.rows();
+        let mut add = |question: usize, first: usize, logits: &[f32]| {
+            let continuation = &inputs[question][choice].continuation[first..];
+            for (logits, token) in logits.chunks_exact(vocab).zip(continuation) {
+                match Distribution::new(logits) {
+                    Ok(found) => sums[question] += found.log_probability(*token),
+                    Err(e) => failed = Err(e),
+                }
+            }
+        };
+        prefill(engine, &mut continuations, OutputKind::AllLogits, &mut add)?;
+        failed?;
+        for ((scores, sum), inputs) in scores.iter_mut().zip(sums).zip(&inputs) {
+            if let Some(input) = inputs.get(choice) {
+                scores.push(Score { log_likelihood: sum, truncated: input.truncated });
+            }
+        }
+    }
+    Ok(scores)
+}
+
+/// The tokens of a choice.
+struct ChoiceInput {
+    /// Context and continuation without the last token, which is predicted but is not an input.
+    tokens: Vec<u32>,
+    continuation: Vec<u32>,
+    /// Whether the context was truncated.
+    truncated: bool,
+}
+
+impl ChoiceInput {
+    fn new(
+        tokenizer: &Tokenizer,
+        prompt: &ChoicePrompt,
+        options: &ZeroShotOptions,
+    ) -> Result<Self> {
         let (context, continuation) = encode(tokenizer, prompt, options.begin)?;
         let limit = options.context;
         if continuation.len() > limit {
@@ -129,44 +202,49 @@ pub fn score_question(
             )));
         }
         let all = [&context[..], &continuation].concat();
-        // The last token is predicted but is not an input.
-        let input = &all[all.len().saturating_sub(limit + 1)..all.len() - 1];
-        let log_likelihood = score(engine, state, &mut seen, input, &continuation)?;
-        Ok(Score { log_likelihood, truncated: all.len() > limit + 1 })
-    };
-    item.prompts.iter().map(score).collect()
+        let tokens = all[all.len().saturating_sub(limit + 1)..all.len() - 1].to_vec();
+        Ok(Self { tokens, continuation, truncated: all.len() > limit + 1 })
+    }
+
+    /// The logits after this token predict the first token of the continuation.
+    fn start(&self) -> usize {
+        self.tokens.len() - self.continuation.len()
+    }
 }
 
-/// ln p(`continuation`). `input` ends with all its tokens but the last. `seen` are the tokens in `state`.
-fn score(
+/// Appends tokens to sequences, as rows of prompts whatever their number, in as few passes as have room for them.
+/// `sink` receives the index of a sequence, the index of the first of its tokens, and the logits, [n, vocab].
+fn prefill(
     engine: &Engine,
-    state: &mut State,
-    seen: &mut Vec<u32>,
-    input: &[u32],
-    continuation: &[u32],
-) -> Result<f64> {
-    let vocab = engine.model.embeddings.rows();
-    // The logits after this token predict the first token of the continuation.
-    let start = input.len() - continuation.len();
-    let common = seen.iter().zip(input).take_while(|(a, b)| a == b).count().min(start);
-    state.truncate(common);
-    if common < start {
-        engine.forward(state, &input[common..start])?;
-    }
-    let mut sum = Ok(0.0);
-    engine.forward_all(state, &input[start..], |first, logits| {
-        for (logits, token) in logits.chunks_exact(vocab).zip(&continuation[first..]) {
-            if let Ok(so_far) = &mut sum {
-                match Distribution::new(logits) {
-                    Ok(found) => *so_far += found.log_probability(*token),
-                    Err(e) => sum = Err(e),
-                }
+    sequences: &mut [(&mut State, &[u32])],
+    output: OutputKind<'_>,
+    sink: &mut dyn FnMut(usize, usize, &[f32]),
+) -> Result<()> {
+    let size = engine.prefill_size(sequences.iter().map(|(_, tokens)| tokens.len()).sum());
+    let mut done = vec![0; sequences.len()];
+    loop {
+        let mut room = size;
+        let mut segments = Vec::new();
+        for (id, ((state, tokens), done)) in sequences.iter_mut().zip(&done).enumerate() {
+            let count = (tokens.len() - done).min(room);
+            if count > 0 {
+                room -= count;
+                let tokens = &tokens[*done..done + count];
+                let cache = &mut state.cache;
+                segments.push(Segment::new(id, cache, tokens, RowKind::Prefill, output));
             }
         }
-    })?;
-    seen.clear();
-    seen.extend_from_slice(input);
-    sum
+        if segments.is_empty() {
+            return Ok(());
+        }
+        let taken: Vec<(usize, usize)> = segments.iter().map(|s| (s.id, s.count)).collect();
+        engine.run_pass(&mut segments, &mut |output| {
+            if let Output::Logits { id, first, logits } = output {
+                sink(id, done[id] + first, logits);
+            }
+        })?;
+        taken.into_iter().for_each(|(id, count)| done[id] += count);
+    }
 }
 
 /// The tokens of context and continuation. As in `TemplateLM._encode_pair` of the harness, the context

@@ -17,6 +17,7 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::Finish;
 use crate::kv_cache::PAGE_TOKENS;
+use crate::panics;
 use crate::pass::{Output, Segment};
 use crate::tokenizer::Tokenizer;
 
@@ -284,7 +285,5 @@ fn advance(slot: &mut Slot<'_>, logits: &mut [f32], statistics: &mut Statistics)
 }
 
 fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-    Error::Internal { what: text.unwrap_or_else(|| "a panic".to_owned()) }
+    Error::Internal { what: panics::message(panic) }
 }

@@ -32,6 +32,19 @@ pub(super) fn check(map: &[u8]) -> Result<()> {
     trie.walk().ok_or_else(|| broken("a rule leads outside"))
 }
 
+/// The bytes of the longest text in a map as `tokenizer.json` holds it, in base64.
+///
+/// # Errors
+/// [`Error::Invalid`] if it is not base64, or the errors of [`check`].
+pub(crate) fn longest_replacement(base64: &str) -> Result<usize> {
+    let broken = || Error::invalid("the normalization rules are broken: no base64");
+    let map = base64::decode(base64).map_err(|_| broken())?;
+    check(&map)?;
+    let size = map.first_chunk().map_or(0, |size| u32::from_le_bytes(*size) as usize);
+    let texts = map.get(4 + size..).unwrap_or_default();
+    Ok(texts.split(|byte| *byte == 0).map(<[u8]>::len).max().unwrap_or(0))
+}
+
 struct Trie<'m> {
     units: Vec<u32>,
     texts: &'m str,

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 /// The longest token in bytes. Real vocabularies stay below 1000. The tries of the tokenizer crate are
 /// as deep as the longest token, and dropping them recurses.
-const MAX_TOKEN_BYTES: usize = 2048;
+pub(crate) const MAX_TOKEN_BYTES: usize = 2048;
 
 /// Texts of tokens that control the model whatever the file says of them. Old GGUF files have no
 /// kinds, and some newer ones have wrong ones; llama.cpp corrects the same tokens.

@@ -13,6 +13,8 @@ mod tiktoken;
 
 use crate::error::{Error, Result};
 
+pub(crate) use charsmap::longest_replacement;
+pub(crate) use check::MAX_TOKEN_BYTES;
 pub use folder::from_folder;
 
 /// A vocabulary with the rules that split text into its tokens. The fields are those of

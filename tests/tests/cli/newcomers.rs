@@ -217,3 +217,27 @@ fn texts_may_be_lines_of_json() {
     let error = measure(&[text(&lines), "--rows"]).failure(2);
     assert!(error.contains("document per line"), "{error}");
 }
+
+/// A model file that is truncated while it is in use ends the program with a reason.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_truncated_mapping_is_explained() {
+    use std::io::{Read, Write};
+    use std::process::Stdio;
+
+    let folder = folder();
+    let file = folder.path().join("quill.stb");
+    convert(&quill(), &file, &["--recipe", "source", "--no-check"]);
+    let mut command = command("stb-run", &["--interactive", "--temp", "0", "-n", "8"]);
+    command.arg(&file).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut lines = child.stdin.take().unwrap();
+    lines.write_all(b"Hello\n").unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(4096).unwrap();
+    // The program may have ended already.
+    let _ = lines.write_all(b"Tell me a story.\n");
+    drop(lines);
+    let error = Run::from(child.wait_with_output().unwrap()).failure(3);
+    assert!(error.contains("truncated while it was in use"), "{error}");
+}

@@ -1,11 +1,17 @@
 //! Text to token ids and back.
 
+mod checked;
+mod steps;
+#[cfg(test)]
+mod tests;
+
+use self::checked::CheckedTokenizer;
 use crate::error::{Error, Result};
 use crate::token_bytes::ByteStyle;
 
 /// The tokenizer of a model, with its begin and end tokens.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: CheckedTokenizer,
     /// The begin token, if texts of this model start with one.
     pub bos: Option<u32>,
     /// End tokens.
@@ -18,13 +24,10 @@ impl Tokenizer {
     /// Parses the text of a `tokenizer.json`. `vocab_size` is the model's number of embeddings.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if `json` is not a tokenizer or has a token id without an embedding.
+    /// [`Error::Invalid`] if `json` is not a tokenizer, exceeds a limit, or has a token id without an embedding.
     pub fn new(json: &str, bos: Option<u32>, eos: Vec<u32>, vocab_size: usize) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
-            .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
-        // Training scripts leave padding and truncation settings, which would change prompts.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
+        let checked = CheckedTokenizer::new(json)?.without_post_processor();
+        let inner = checked.inner();
         let highest = inner.get_vocab(true).into_values().max().unwrap_or(0);
         if highest as usize >= vocab_size {
             return Err(Error::invalid(format!(
@@ -33,7 +36,7 @@ impl Tokenizer {
         }
         let added = inner.get_added_tokens_decoder();
         let special = added.into_iter().filter(|(_, t)| t.special).map(|(id, _)| id).collect();
-        Ok(Self { inner, bos, eos, special, vocab_size })
+        Ok(Self { inner: checked, bos, eos, special, vocab_size })
     }
 
     /// The ids of `text` without a begin token. Special tokens in the text are recognized.
@@ -41,11 +44,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Invalid`] if the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode(text, false)
-            .map_err(|e| Error::invalid(format!("the tokenizer cannot encode the text: {e}")))?;
-        Ok(encoding.get_ids().to_vec())
+        self.inner.encode(text, false)
     }
 
     /// The ids of a text at the start of a context: the begin token, if the model uses one and the
@@ -67,15 +66,13 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Invalid`] if the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner
-            .decode(ids, true)
-            .map_err(|e| Error::invalid(format!("the tokenizer cannot decode its tokens: {e}")))
+        self.inner.decode(ids)
     }
 
     /// The written form of a token, such as `<s>`.
     #[must_use]
     pub fn token_text(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
+        self.inner.inner().id_to_token(id)
     }
 
     /// Whether a token is a special token, such as `<s>`.
@@ -87,16 +84,16 @@ impl Tokenizer {
     /// The id of a token by its written form, such as `<s>`.
     #[must_use]
     pub fn token_id(&self, text: &str) -> Option<u32> {
-        self.inner.token_to_id(text)
+        self.inner.inner().token_to_id(text)
     }
 
     /// The bytes that each token stands for, by id; empty for ids without a token. A special token has the bytes of
     /// its written form.
     #[must_use]
     pub fn token_bytes(&self) -> Vec<Vec<u8>> {
-        let style = ByteStyle::of(&self.inner);
-        let added = self.inner.get_added_tokens_decoder();
-        let bytes = |id: u32| match (added.get(&id), self.inner.id_to_token(id)) {
+        let style = ByteStyle::of(self.inner.inner());
+        let added = self.inner.inner().get_added_tokens_decoder();
+        let bytes = |id: u32| match (added.get(&id), self.inner.inner().id_to_token(id)) {
             (Some(token), _) => token.content.clone().into_bytes(),
             (None, Some(text)) => style.bytes(&text),
             (None, None) => Vec::new(),
@@ -122,15 +119,8 @@ impl std::fmt::Debug for Tokenizer {
 /// # Errors
 /// [`Error::Invalid`] if `json` is not a tokenizer.
 pub(crate) fn own_begin_token(json: &str) -> Result<Option<u32>> {
-    let inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
-        .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))?;
-    let encode = |special| {
-        inner
-            .encode("a", special)
-            .map(|e| e.get_ids().to_vec())
-            .map_err(|e| Error::invalid(format!("tokenizer.json: {e}")))
-    };
-    let (plain, with_special) = (encode(false)?, encode(true)?);
+    let tokenizer = CheckedTokenizer::new(json)?;
+    let (plain, with_special) = (tokenizer.encode("a", false)?, tokenizer.encode("a", true)?);
     let added = with_special.len() > plain.len() && with_special.get(1) == plain.first();
     Ok(with_special.first().copied().filter(|_| added))
 }
