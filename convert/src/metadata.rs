@@ -59,6 +59,9 @@ pub fn metadata(
     if !calibration.is_empty() {
         set("provenance.calibration", text(calibration))?;
     }
+    if let Some(license) = &checkpoint.license {
+        set("provenance.license", text(license))?;
+    }
     meta.deflate_texts();
     // Written as it is: its length is known before the hashes are.
     let sources = Value::Text(sources(&checkpoint.files, None));

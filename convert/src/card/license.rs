@@ -45,7 +45,10 @@ pub(super) fn front_matter(license: Option<&str>) -> String {
             let lines: String = ids.iter().map(|id| format!("- {id}\n")).collect();
             format!("license:\n{lines}")
         }
-        None => format!("license: other\nlicense_name: {}\n", yaml(license)),
+        None => {
+            let name = license.strip_prefix("LicenseRef-").unwrap_or(license);
+            format!("license: other\nlicense_name: {}\n", yaml(name))
+        }
     }
 }
 
@@ -62,6 +65,8 @@ pub(super) fn sentence(license: Option<&str>) -> String {
 /// The hub's id of an SPDX identifier.
 fn hub_id(spdx: &str) -> Option<&'static str> {
     let name = spdx.trim().to_ascii_lowercase();
+    // Licenses without an SPDX identifier, such as that of Llama 3.2.
+    let name = name.strip_prefix("licenseref-").unwrap_or(&name);
     HUB_IDS.into_iter().find(|id| *id == name)
 }
 
@@ -75,6 +80,9 @@ mod tests {
         assert_eq!(front_matter(Some(" ")), "license: unknown\n");
         assert_eq!(front_matter(Some("Apache-2.0")), "license: apache-2.0\n");
         assert_eq!(front_matter(Some("MIT OR Apache-2.0")), "license:\n- mit\n- apache-2.0\n");
+        assert_eq!(front_matter(Some("LicenseRef-llama3.2")), "license: llama3.2\n");
+        let named = front_matter(Some("LicenseRef-Mine-1"));
+        assert_eq!(named, "license: other\nlicense_name: \"Mine-1\"\n");
         let own = front_matter(Some("mit\ntags: [x]"));
         assert_eq!(own, "license: other\nlicense_name: \"mit\\\\ntags: [x]\"\n");
     }

@@ -11,7 +11,7 @@ use stb_format::arch::Family;
 use stb_format::encoding::Dense;
 
 use super::source::{Place, Source, StoredTensor, StoredType, Transform, add};
-use super::{Checkpoint, SourceFile};
+use super::{Checkpoint, SourceFile, license};
 use crate::config::{Config, parse_config, token_ids};
 use crate::error::{Error, Result};
 use crate::kind;
@@ -72,6 +72,7 @@ pub(super) fn open(source: &Path, map: bool) -> Result<Checkpoint> {
         tokenizer,
         tokenizer_config,
         chat_template,
+        license: license::of_folder(&folder),
         files: opened,
         weights,
         owned: BTreeMap::new().into(),

@@ -68,6 +68,7 @@ pub(super) fn open(source: &Path, map: bool) -> Result<Checkpoint> {
         tokenizer: texts.tokenizer,
         tokenizer_config: texts.tokenizer_config,
         chat_template: texts.chat_template,
+        license: texts.license,
         files,
         weights,
         owned: BTreeMap::new().into(),

@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 use stb_format::gguf::{Gguf, GgufArray, GgufValue};
 
 use super::gguf_config::number;
+use super::license;
 use crate::error::{Error, Result};
 use crate::vocab::{TokenKind, Vocabulary, VocabularyKind, tokenizer_json};
 
@@ -14,6 +15,8 @@ pub(super) struct GgufTexts {
     pub tokenizer_config: Option<String>,
     pub generation_config: Option<String>,
     pub chat_template: Option<String>,
+    /// As an SPDX expression.
+    pub license: Option<String>,
     pub bos: Option<u64>,
     pub eos: Vec<u64>,
 }
@@ -35,7 +38,7 @@ const END_KEYS: [&str; 3] =
 const USUAL_EOS: u64 = 2;
 
 impl GgufTexts {
-    /// Reads the keys `tokenizer.*` and `general.sampling.*`.
+    /// Reads the keys `tokenizer.*`, `general.sampling.*` and `general.license`.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a key with a wrong value, [`Error::Unsupported`] for an unknown tokenizer; both
@@ -70,6 +73,10 @@ impl GgufTexts {
             tokenizer_config: add_bos.map(|add| text(json!({ "add_bos_token": add }))),
             generation_config: (!sampling.is_empty()).then(|| text(sampling.into())),
             chat_template: keys.text("tokenizer.chat_template")?.map(str::to_owned),
+            license: license::expression(
+                keys.text("general.license")?.as_slice(),
+                keys.text("general.license.name")?,
+            ),
             bos: keys.u64("tokenizer.ggml.bos_token_id")?,
             eos,
         })

@@ -5,6 +5,7 @@ mod gguf;
 mod gguf_config;
 mod gguf_texts;
 mod hub;
+mod license;
 mod source;
 
 use std::collections::BTreeMap;
@@ -47,6 +48,8 @@ pub struct Checkpoint {
     pub tokenizer_config: Option<String>,
     /// The chat template.
     pub chat_template: Option<String>,
+    /// The license of the weights as an SPDX expression, if the card of the model or the GGUF file names one.
+    pub license: Option<String>,
     /// The weight files.
     pub files: Vec<SourceFile>,
     weights: BTreeMap<String, Source>,

@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use stb_format::encoding::Dense;
 use stb_format::{Figure, File, Meta, MetaPatch, Quality, QualityFigures, Value};
 use stb_tests::paths::root;
-use stb_tests::programs::run;
+use stb_tests::programs::{convert, run};
+use stb_tests::tiny;
 use tempfile::TempDir;
 
 use super::{folder, text};
@@ -65,7 +67,7 @@ fn a_card_says_what_the_metadata_say() {
     let sources = format!("model.safetensors 538092760 sha256:{digest}");
     let built_in = format!("built-in sha256:{digest}");
     let calibration = format!("{built_in}, 128 windows of 256 tokens, seed 0");
-    let config = stb_tests::tiny::config().to_string();
+    let config = tiny::config().to_string();
     let texts = [
         ("provenance.converter", "stb-convert 0.1.0"),
         ("provenance.recipe", RECIPE),
@@ -233,4 +235,18 @@ fn man_pages_and_completions_know_every_command() {
         let error = run(program, &["man", text(&folder.path().join("missing"))]).failure(3);
         assert!(error.contains("missing"), "{error}");
     }
+}
+
+/// The license of the card beside the weights reaches the card of the file.
+#[test]
+fn the_license_of_the_checkpoint_is_kept() {
+    let folder = folder();
+    let source = folder.path().join("model");
+    tiny::write(&source, &tiny::config(), Dense::F16, |_, _| {});
+    std::fs::write(source.join("README.md"), "---\nlicense: llama3.2\n---\n# A model\n").unwrap();
+    let file = folder.path().join("model.stb");
+    convert(&source, &file, &["--recipe", "source"]);
+    let inspected = run("stb-convert", &["inspect", text(&file)]).success();
+    assert!(inspected.contains("LicenseRef-llama3.2"), "{inspected}");
+    assert!(card(&file, &[]).starts_with("---\nlicense: llama3.2\n"));
 }
