@@ -91,17 +91,19 @@ pub fn explain_lost_pages() {
     #[cfg(all(unix, not(target_vendor = "apple")))]
     {
         extern "C" fn handler(_: libc::c_int) {
-            // SAFETY: both functions may be called in a signal handler, and the text is a constant of this length.
+            // SAFETY: the function may be called in a signal handler, and the text is a constant of this length.
             unsafe {
                 libc::write(libc::STDERR_FILENO, LOST_PAGES.as_ptr().cast(), LOST_PAGES.len());
-                libc::_exit(3);
             }
+            // SAFETY: the function may be called in a signal handler.
+            unsafe { libc::_exit(3) };
         }
-        // SAFETY: a `sigaction` of zeros is valid: no flags, an empty mask. The handler touches no memory but a constant
-        // and does not return. The pointer to the old action may be null.
+        // SAFETY: a `sigaction` of zeros is valid: no flags, and an empty mask.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = handler as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        // SAFETY: the handler touches no memory but a constant and does not return. The pointer to the old action may
+        // be null.
         unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = handler as extern "C" fn(libc::c_int) as libc::sighandler_t;
             libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
         }
     }
