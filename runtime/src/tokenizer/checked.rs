@@ -21,13 +21,14 @@ impl CheckedTokenizer {
     /// truncation, the dropout of merges.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if `json` is not a tokenizer, exceeds the limits of [`steps::check`], or fails on a short
-    /// text.
+    /// [`Error::Invalid`] if `json` is not a tokenizer, exceeds the limits of [`steps::check`], or makes the crate panic on a
+    /// short text.
     pub fn new(json: &str) -> Result<Self> {
         steps::check(json)?;
-        let mut inner = guarded("the file", || Tokenizer::from_bytes(json.as_bytes()))?;
+        let mut inner =
+            caught("the file", || Tokenizer::from_bytes(json.as_bytes()))?.map_err(failed)?;
         inner.with_padding(None);
-        guarded("the file", || inner.with_truncation(None).map(|_| ()))?;
+        inner.with_truncation(None).map_err(failed)?;
         if let ModelWrapper::BPE(bpe) = inner.get_model()
             && bpe.dropout.is_some()
         {
@@ -37,7 +38,10 @@ impl CheckedTokenizer {
         }
         let tokenizer = Self { inner };
         for probe in PROBES {
-            tokenizer.decode(&tokenizer.encode(probe, true)?)?;
+            // A text that a vocabulary has no tokens for is an error of the text.
+            if let Ok(ids) = tokenizer.try_encode(probe, true)? {
+                let _ = tokenizer.try_decode(&ids)?;
+            }
         }
         Ok(tokenizer)
     }
@@ -53,8 +57,7 @@ impl CheckedTokenizer {
     /// # Errors
     /// [`Error::Invalid`] if the tokenizer fails.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = guarded("a text", || self.inner.encode(text, special))?;
-        Ok(encoding.get_ids().to_vec())
+        self.try_encode(text, special)?.map_err(failed)
     }
 
     /// The text of `ids` without special tokens.
@@ -62,7 +65,16 @@ impl CheckedTokenizer {
     /// # Errors
     /// [`Error::Invalid`] if the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        guarded("its tokens", || self.inner.decode(ids, true))
+        self.try_decode(ids)?.map_err(failed)
+    }
+
+    fn try_encode(&self, text: &str, special: bool) -> Result<tokenizers::Result<Vec<u32>>> {
+        let encoding = caught("a text", || self.inner.encode(text, special))?;
+        Ok(encoding.map(|encoding| encoding.get_ids().to_vec()))
+    }
+
+    fn try_decode(&self, ids: &[u32]) -> Result<tokenizers::Result<String>> {
+        caught("its tokens", || self.inner.decode(ids, true))
     }
 
     /// For reading the vocabulary.
@@ -71,13 +83,15 @@ impl CheckedTokenizer {
     }
 }
 
-/// Calls the crate. Its errors and panics are errors of the file.
-fn guarded<T>(what: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
-    match panics::catch(call) {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(e)) => Err(Error::invalid(format!("tokenizer.json: {e}"))),
-        Err(panic) => Err(Error::invalid(format!(
+/// Calls the crate. Its panics are errors of the file.
+fn caught<T>(what: &str, call: impl FnOnce() -> T) -> Result<T> {
+    panics::catch(call).map_err(|panic| {
+        Error::invalid(format!(
             "tokenizer.json is damaged: it cannot process {what} ({panic}). Take the file from the publisher of the model"
-        ))),
-    }
+        ))
+    })
+}
+
+fn failed(error: tokenizers::Error) -> Error {
+    Error::invalid(format!("tokenizer.json: {error}"))
 }
