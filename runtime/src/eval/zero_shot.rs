@@ -117,11 +117,13 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     values.enumerate().fold(None, best).map_or(0, |(i, _)| i)
 }
 
-/// The scores of all choices of some questions, with a state for each question at least. A prefix that consecutive
-/// choices of a question share is computed once. The scores do not depend on which questions are computed together.
+/// The scores of all choices of some questions. The scores do not depend on which questions are computed together.
 ///
 /// # Errors
 /// The errors of [`zero_shot`].
+///
+/// # Panics
+/// If there are fewer states than questions.
 pub fn score_questions(
     engine: &Engine,
     states: &mut [State],
@@ -129,6 +131,7 @@ pub fn score_questions(
     items: &[Question],
     options: &ZeroShotOptions,
 ) -> Result<Vec<Vec<Score>>> {
+    assert!(states.len() >= items.len(), "a state for each question");
     let inputs = |item: &Question| {
         let input = |prompt| ChoiceInput::new(tokenizer, prompt, options);
         item.prompts.iter().map(input).collect::<Result<Vec<ChoiceInput>>>()
@@ -139,36 +142,7 @@ pub fn score_questions(
     let mut scores: Vec<Vec<Score>> = vec![Vec::new(); items.len()];
     let most = inputs.iter().map(Vec::len).max().unwrap_or(0);
     for choice in 0..most {
-        let (mut sums, mut failed) = (vec![0.0; items.len()], Ok(()));
-        let mut contexts = Vec::new();
-        for (inputs, state) in inputs.iter().zip(&mut *states) {
-            let tokens = inputs.get(choice).map_or(&[][..], |input| {
-                let seen = choice.checked_sub(1).map_or(&[][..], |last| &inputs[last].tokens);
-                let start = input.start();
-                let pairs = seen.iter().zip(&input.tokens[..start]);
-                let common = pairs.take_while(|(a, b)| a == b).count();
-                state.truncate(common);
-                &input.tokens[common..start]
-            });
-            contexts.push((state, tokens));
-        }
-        prefill(engine, &mut contexts, OutputKind::CacheOnly, &mut |_, _, _| {})?;
-        let mut continuations = contexts;
-        for ((_, tokens), inputs) in continuations.iter_mut().zip(&inputs) {
-            *tokens = inputs.get(choice).map_or(&[], |input| &input.tokens[input.start()..]);
-        }
-        let vocab = engine.model.embeddings.rows();
-        let mut add = |question: usize, first: usize, logits: &[f32]| {
-            let continuation = &inputs[question][choice].continuation[first..];
-            for (logits, token) in logits.chunks_exact(vocab).zip(continuation) {
-                match Distribution::new(logits) {
-                    Ok(found) => sums[question] += found.log_probability(*token),
-                    Err(e) => failed = Err(e),
-                }
-            }
-        };
-        prefill(engine, &mut continuations, OutputKind::AllLogits, &mut add)?;
-        failed?;
+        let sums = log_likelihoods(engine, states, &inputs, choice)?;
         for ((scores, sum), inputs) in scores.iter_mut().zip(sums).zip(&inputs) {
             if let Some(input) = inputs.get(choice) {
                 scores.push(Score { log_likelihood: sum, truncated: input.truncated });
@@ -176,6 +150,46 @@ pub fn score_questions(
         }
     }
     Ok(scores)
+}
+
+/// ln p(continuation) of a choice of each question; 0 for questions with fewer choices. The states hold the choice
+/// before, and the prefix that it shares with this one is not computed again.
+fn log_likelihoods(
+    engine: &Engine,
+    states: &mut [State],
+    questions: &[Vec<ChoiceInput>],
+    choice: usize,
+) -> Result<Vec<f64>> {
+    let mut sequences = Vec::new();
+    for (inputs, state) in questions.iter().zip(&mut *states) {
+        let tokens = inputs.get(choice).map_or(&[][..], |input| {
+            let seen = choice.checked_sub(1).map_or(&[][..], |last| &inputs[last].tokens);
+            let start = input.start();
+            let pairs = seen.iter().zip(&input.tokens[..start]);
+            let common = pairs.take_while(|(a, b)| a == b).count();
+            state.truncate(common);
+            &input.tokens[common..start]
+        });
+        sequences.push((state, tokens));
+    }
+    prefill(engine, &mut sequences, OutputKind::CacheOnly, &mut |_, _, _| {})?;
+    for ((_, tokens), inputs) in sequences.iter_mut().zip(questions) {
+        *tokens = inputs.get(choice).map_or(&[], |input| &input.tokens[input.start()..]);
+    }
+    let vocab = engine.model.embeddings.rows();
+    let (mut sums, mut failed) = (vec![0.0; questions.len()], Ok(()));
+    let mut add = |question: usize, first: usize, logits: &[f32]| {
+        let continuation = &questions[question][choice].continuation[first..];
+        for (logits, token) in logits.chunks_exact(vocab).zip(continuation) {
+            match Distribution::new(logits) {
+                Ok(found) => sums[question] += found.log_probability(*token),
+                Err(e) => failed = Err(e),
+            }
+        }
+    };
+    prefill(engine, &mut sequences, OutputKind::AllLogits, &mut add)?;
+    failed?;
+    Ok(sums)
 }
 
 /// The tokens of a choice.

@@ -105,8 +105,9 @@ impl Steps {
         for pieces in ["single", "pair"] {
             self.count += step.get(pieces).and_then(Value::as_array).map_or(0, Vec::len);
         }
-        for token in step.get("special_tokens").and_then(Value::as_object).into_iter().flatten() {
-            self.count += token.1.get("ids").and_then(Value::as_array).map_or(0, Vec::len);
+        let tokens = step.get("special_tokens").and_then(Value::as_object);
+        for token in tokens.into_iter().flat_map(serde_json::Map::values) {
+            self.count += token.get("ids").and_then(Value::as_array).map_or(0, Vec::len);
         }
         self.check_count()
     }
