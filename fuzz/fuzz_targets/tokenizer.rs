@@ -4,7 +4,8 @@
 use libfuzzer_sys::fuzz_target;
 use stb_runtime::Tokenizer;
 
-const TEXTS: [&str; 3] = ["Hello, world!\n\n 12 é 中", "aaaa  aaaa<s>", "\u{0}\u{1f600}\u{301} \r\n"];
+const TEXTS: [&str; 3] =
+    ["Hello, world!\n\n 12 é 中", "aaaa  aaaa<s>", "\u{0}\u{1f600}\u{301} \r\n"];
 
 fuzz_target!(|text: &str| {
     let Ok(tokenizer) = Tokenizer::new(text, None, Vec::new(), 1 << 20) else { return };
