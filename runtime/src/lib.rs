@@ -72,7 +72,7 @@ pub use generate::{CancelToken, Finish, GenerateRequest, Generated, Piece, Promp
 pub use kind::open_stb_file;
 pub use layer::{Layer, LayerMatrix, LayerVector};
 pub use linear::{LinearScratch, LinearWeight, Rows, Threads, apply, apply_packed};
-pub use map::{Bytes, explain_lost_pages};
+pub use map::{Bytes, explain_sigbus};
 pub use messages::{
     CalledFunction, ChatMessage, ChatRole, ContentPart, MessageCall, MessageContent,
     MessageProblem, for_template, without_template,

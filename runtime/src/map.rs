@@ -45,7 +45,7 @@ impl Bytes {
             // outlives `Self`. All values read from it are validated or plain numbers. No system call
             // can prevent another process from changing or truncating the file while it is mapped;
             // the documentation makes that the user's responsibility. A page that is gone raises SIGBUS,
-            // see `explain_lost_pages`.
+            // see `explain_sigbus`.
             return Ok(Self::Mapped(unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?));
         }
         let mut lines = vec![Line([0; 64]); length.div_ceil(64)];
@@ -80,20 +80,24 @@ impl Bytes {
 
 /// What a program prints before it ends because a mapped page is gone.
 #[cfg(all(unix, not(target_vendor = "apple")))]
-const LOST_PAGES: &[u8] =
-    b"a file was truncated while it was in use, or its disk failed: do not change model files \
-    that a program has open; replace them under another name. Start again when the file is whole\n";
+const SIGBUS_MESSAGE: &[u8] =
+    b"a model file was truncated while it was in use, or its disk failed; replace a model file \
+    by renaming a new one over it, not by overwriting it, and start again\n";
 
 /// Lets the program end with a message and exit code 3 when a page of a mapped file is gone, because another program has
 /// truncated the file or its disk failed; the system would end it with the words "Bus error". For programs, not for
 /// libraries: it replaces the handler of SIGBUS. Does nothing on systems where a stack overflow raises the same signal.
-pub fn explain_lost_pages() {
+pub fn explain_sigbus() {
     #[cfg(all(unix, not(target_vendor = "apple")))]
     {
         extern "C" fn handler(_: libc::c_int) {
             // SAFETY: the function may be called in a signal handler, and the text is a constant of this length.
             unsafe {
-                libc::write(libc::STDERR_FILENO, LOST_PAGES.as_ptr().cast(), LOST_PAGES.len());
+                libc::write(
+                    libc::STDERR_FILENO,
+                    SIGBUS_MESSAGE.as_ptr().cast(),
+                    SIGBUS_MESSAGE.len(),
+                );
             }
             // SAFETY: the function may be called in a signal handler.
             unsafe { libc::_exit(3) };

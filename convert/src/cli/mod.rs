@@ -16,7 +16,7 @@ use output::{is_broken_pipe, note};
 use stb_convert::system::default_threads;
 
 pub(crate) fn main() -> ExitCode {
-    stb_runtime::explain_lost_pages();
+    stb_runtime::explain_sigbus();
     let cli = mistakes::parse();
     // The first Ctrl-C stops at the next check, the second exits at once. Neither leaves an unfinished file.
     let handler = || {

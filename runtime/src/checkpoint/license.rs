@@ -9,7 +9,7 @@ const README_BYTES: u64 = 64 << 10;
 const MAX_NAME: usize = 64;
 
 /// SPDX identifiers of the licenses that weights have. The Hugging Face hub writes them in lower case.
-const SPDX: [&str; 21] = [
+const SPDX: [&str; 20] = [
     "AGPL-3.0",
     "Apache-2.0",
     "BSD-2-Clause",
@@ -29,7 +29,6 @@ const SPDX: [&str; 21] = [
     "LGPL-3.0",
     "MIT",
     "MPL-2.0",
-    "ODC-By-1.0",
     "Unlicense",
 ];
 

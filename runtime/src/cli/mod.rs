@@ -27,7 +27,7 @@ use clap::CommandFactory;
 use load::in_pool;
 
 pub(crate) fn main() -> ExitCode {
-    stb_runtime::explain_lost_pages();
+    stb_runtime::explain_sigbus();
     let cli = mistakes::parse();
     if !cli.catches_signals() {
         terminal::catch_interrupts();

@@ -8,13 +8,13 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::vocab::{MAX_TOKEN_BYTES, longest_replacement};
 
-/// Normalizers, pre-tokenizers and decoders of a file have at most this many steps each. Published ones have up to 12.
+/// The normalizer, the pre-tokenizer, the post-processor and the decoder have at most this many steps each.
 const MAX_STEPS: usize = 64;
 /// Sequences in sequences.
 const MAX_DEPTH: usize = 8;
-/// The steps of a normalizer or a decoder make a text at most this many times as long. Published ones stay below 50.
+/// The steps of a normalizer or a decoder make a text at most this many times as long. Those of LLaMA 2 count as 12.
 const MAX_GROWTH: f64 = 256.0;
-/// Bytes of a regular expression. Published ones stay below 2000.
+/// Bytes of a regular expression.
 const MAX_REGEX_BYTES: usize = 16 << 10;
 
 /// The parts of a file that are limited.

@@ -1,4 +1,4 @@
-//! Files of strangers: each attack ends in one error, at once.
+//! Untrusted files: each attack ends in one error, at once.
 
 use serde_json::{Value, json};
 
